@@ -1,0 +1,151 @@
+"""Decode speed end to end: XQuantCache under ``xquant`` beside StaticCache under plain Inductor.
+
+    python benchmarks/decode.py                                   # about 100M parameters, 256 to 16,384 tokens
+    python benchmarks/decode.py --layers 2 --kv-heads 8 --head-dim 128 --hidden 4096 --contexts 32768
+    python benchmarks/decode.py --device cuda --contexts 4096 131072
+
+One run, both sides in turn, medians and their ratio. Caches are filled with random keys and values, so
+no time goes into prefill. The table is printed and written as JSON with machine, versions and commit to
+benchmarks/results/, with the break-even length: the least context from which on xquant is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from results import peak_bytes, synchronize, where, write
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from xquant_fx import PRESETS, XQuantCache, XQuantConfig, memory_report
+
+WARM_UP = 3
+
+
+def build(args: argparse.Namespace, context: int) -> LlamaForCausalLM:
+    """A random Llama with grouped queries: ``--gqa`` query heads a KV head."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers, num_attention_heads=args.kv_heads * args.gqa, num_key_value_heads=args.kv_heads,
+        head_dim=args.head_dim, max_position_embeddings=context + 64, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().to(args.device, getattr(torch, args.dtype))
+
+
+@torch.no_grad()
+def fill(cache: Any, args: argparse.Namespace, context: int) -> Any:
+    """Random keys and values for ``context`` tokens in every layer."""
+    shape = (args.batch, args.kv_heads, context, args.head_dim)
+    kind = dict(device=args.device, dtype=getattr(torch, args.dtype))
+    for layer in range(args.layers):
+        cache.update(torch.randn(shape, **kind), torch.randn(shape, **kind), layer)
+    return cache
+
+
+@torch.no_grad()
+def steps(model: LlamaForCausalLM, backend: str | None, cache: Any, args: argparse.Namespace) -> dict[str, float]:
+    """Median milliseconds of a decode step, seconds of the first, compiling call, and peak bytes of temporaries."""
+    torch._dynamo.reset()
+    gc.collect()
+    step = torch.compile(model.forward, backend=backend, dynamic=False, mode=args.mode) if backend else model.forward
+    ids = torch.zeros(args.batch, 1, dtype=torch.long, device=args.device)
+    times = []
+    for _ in range(WARM_UP + args.steps):
+        synchronize(args.device)
+        begin = time.perf_counter()
+        step(ids, past_key_values=cache)
+        synchronize(args.device)
+        times.append(time.perf_counter() - begin)
+    peak = peak_bytes(lambda: step(ids, past_key_values=cache), args.device)
+    return {"ms": 1e3 * statistics.median(times[WARM_UP:]), "first_s": times[0], "peak_bytes": peak}
+
+
+def measure(args: argparse.Namespace, context: int) -> dict[str, Any]:
+    """Both sides at one context length; ``speed`` is how many times faster xquant is."""
+    model, room = build(args, context), context + 64
+    quantized = XQuantCache(model.config, max_cache_len=room, config=XQuantConfig.preset(args.preset))
+    sides: dict[str, Callable[[], dict[str, float]]] = {
+        "static": lambda: steps(model, "inductor", fill(StaticCache(model.config, room), args, context), args),
+        "xquant": lambda: steps(model, "xquant", fill(quantized, args, context), args),
+    }
+    if args.quanto:  # Hugging Face's own quantized cache, which cannot be compiled
+        sides["quanto"] = lambda: steps(model, None, fill(quanto_cache(model), args, context), args)
+    found = {name: run() for name, run in sides.items()}
+    report = memory_report(quantized)
+    return {
+        "context": context, **found, "speed": found["static"]["ms"] / found["xquant"]["ms"],
+        "memory_ratio": report.ratio, "bits_per_element": report.bits_per_element,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }  # fmt: skip
+
+
+def quanto_cache(model: LlamaForCausalLM) -> Any:
+    """2 bits, groups of 64, the last 128 tokens in full precision; needs optimum-quanto."""
+    from transformers import QuantizedCache
+
+    return QuantizedCache("quanto", model.config, nbits=2, q_group_size=64, residual_length=128)
+
+
+def break_even(rows: list[dict[str, Any]]) -> int | None:
+    """The least measured context from which on xquant is always faster; None if the longest is not."""
+    longest_slower = max((row["context"] for row in rows if row["speed"] < 1), default=0)
+    return min((row["context"] for row in rows if row["context"] > longest_slower), default=None)
+
+
+def bytes_a_token(rows: list[dict[str, Any]]) -> float | None:
+    """By how much a longer context makes the temporaries of an xquant step larger."""
+    first, last = rows[0], rows[-1]
+    more = last["context"] - first["context"]
+    return (last["xquant"]["peak_bytes"] - first["xquant"]["peak_bytes"]) / more if more else None
+
+
+def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Table:
+    """Ratios first."""
+    made = Table(title=f"decode, {rows[0]['parameters'] / 1e6:.0f}M parameters, batch {args.batch}, {args.dtype}")
+    columns = ["context", "times faster", "times smaller", "static, ms", "xquant, ms", "first call, s"]
+    columns.append("temporaries, KiB")
+    for column in columns + ["quanto, ms"] * args.quanto:
+        made.add_column(column, justify="right")
+    for row in rows:
+        static, xquant = row["static"], row["xquant"]
+        made.add_row(
+            f"{row['context']:,}", f"{row['speed']:.2f}", f"{row['memory_ratio']:.2f}", f"{static['ms']:.2f}",
+            f"{xquant['ms']:.2f}", f"{static['first_s']:.0f} / {xquant['first_s']:.0f}",
+            f"{static['peak_bytes'] / 1024:,.0f} / {xquant['peak_bytes'] / 1024:,.0f}",
+            *([f"{row['quanto']['ms']:.2f}"] if args.quanto else []),
+        )  # fmt: skip
+    return made
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = dict(layers=8, kv_heads=4, gqa=4, head_dim=64, hidden=1024, intermediate=2816, vocabulary=8192, batch=1)
+    for name, default in {**sizes, "steps": 30}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096, 16384])
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="xquant")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--mode", default=None, help="of torch.compile, for both sides")
+    parser.add_argument("--quanto", action="store_true", help="Hugging Face's quantized cache, too (optimum-quanto)")
+    parser.add_argument("--name", default=None, help="of the results file")
+    args = parser.parse_args()
+    rows = []
+    for context in args.contexts:
+        rows.append(measure(args, context))
+        Console(width=120).print(table(rows, args))
+    out = {"rows": rows, "break_even_tokens": break_even(rows), "temporary_bytes_a_token": bytes_a_token(rows)}
+    write(args.name or f"decode-{args.device}-{args.preset}", {**out, **where(args)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Write the same text with a full-precision KV cache and with XQuant, and compare the two.
+
+    python examples/generate.py
+    python examples/generate.py --model Qwen/Qwen2.5-0.5B --preset kivi-2 --device cuda
+
+Both go one way: ``model.compile(backend=...)``, then ``model.generate(past_key_values=...)``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
+
+from xquant_fx import PRESETS, XQuantCache, XQuantConfig, explain, memory_report
+from xquant_fx.quality import agreement, kl_divergence, teacher_forced_logits, top1_agreement
+
+HERE = Path(__file__).resolve().parent
+TIMED_RUNS = 3
+
+
+class Clock:
+    """A streamer that notes when each token arrives; the first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Called by ``generate`` with the prompt, then with each token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called by ``generate`` when it is done."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the decode steps alone: from the first new token to the last."""
+        first, last = self.times[1], self.times[-1]
+        return (len(self.times) - 2) / (last - first)
+
+
+@dataclasses.dataclass
+class Run:
+    """What one kind of cache gave."""
+
+    new_ids: Tensor
+    cache: Any
+    tokens_per_second: float
+    first_seconds: float
+    """Wall time of the first run, compilation included."""
+
+
+def write(model: Any, ids: Tensor, new_tokens: int, make_cache: Callable[[], Any]) -> Run:
+    """Generate greedily: once to compile and for the text, then a few times for the clock."""
+
+    def generate(**decoding: Any) -> tuple[Tensor, Any, Clock]:
+        cache, clock = make_cache(), Clock()
+        length = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+        out = model.generate(ids, past_key_values=cache, do_sample=False, streamer=clock, **length, **decoding)
+        return out[0, ids.shape[1] :], cache, clock
+
+    start = time.perf_counter()
+    text, cache, _ = generate(no_repeat_ngram_size=4)  # small models repeat themselves for ever
+    first_seconds = time.perf_counter() - start
+    rates = [generate()[2].tokens_per_second for _ in range(TIMED_RUNS)]
+    return Run(text, cache, statistics.median(rates), first_seconds)
+
+
+def summary(explanation: Any) -> str:
+    """An Explanation in a few lines: how many attention sites had which fate."""
+    done = sum(site.rewritten for site in explanation.sites)
+    fates = Counter(site.reason for site in explanation.sites)
+    lines = [f"{done} of {len(explanation.sites)} attention sites rewritten, in {explanation.graphs} graph(s)"]
+    return "\n".join([*lines, *(f"  {count} {fate}" for fate, count in fates.items())])
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(HERE / "model"), help="folder or Hub id (default: examples/model)")
+    parser.add_argument("--preset", default="xquant", choices=sorted(PRESETS))
+    parser.add_argument("--prompt", help="text to continue (default: the opening page of Treasure Island)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    if args.max_new_tokens < 3:
+        parser.error("--max-new-tokens must be at least 3, to time the steps between them")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run both caches and print the comparison."""
+    args, console = parse_args(argv), Console(highlight=False)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval().to(args.device)
+    prompt = args.prompt if args.prompt is not None else (HERE / "prompt.txt").read_text()
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(args.device)
+    config = XQuantConfig.preset(args.preset)
+    prompt_length, length = ids.shape[1], ids.shape[1] + args.max_new_tokens
+    context = model.config.max_position_embeddings
+    if length > context:
+        raise SystemExit(f"{prompt_length} tokens of prompt and {args.max_new_tokens} new ones exceed {context}")
+    caches: dict[str, Callable[[], Any]] = {
+        "full precision": lambda: StaticCache(model.config, max_cache_len=length),
+        args.preset: lambda: XQuantCache(model.config, max_cache_len=length, config=config),
+    }
+    name = "/".join(Path(args.model).parts[-2:])
+    console.print(f"{name}, {model.dtype}: {prompt_length} tokens of prompt, {args.max_new_tokens} new")
+    if length <= config.residual_length:
+        console.print(f"[yellow]every token stays in the residual window of {config.residual_length} tokens")
+
+    runs, logits = [], []
+    for (name, make_cache), backend in zip(caches.items(), ("inductor", "xquant"), strict=True):
+        if args.compile:
+            console.print(f"{name}: compiling with {backend} ...")
+            model.compile(backend=backend)
+        runs.append(write(model, ids, args.max_new_tokens, make_cache))
+        # Both are fed the text that full precision wrote, so that one difference is not the end of it.
+        text = torch.cat([ids[0], runs[0].new_ids])[None]
+        logits.append(teacher_forced_logits(model, text, prompt_length, past_key_values=make_cache()))
+
+    full, quantized = runs
+    for name, run in zip(caches, runs, strict=True):
+        console.print(Panel(tokenizer.decode(run.new_ids, skip_special_tokens=True), title=name, title_align="left"))
+    table = Table("", *caches, title="speed", title_justify="left")
+    table.add_row("decode, tokens per second", *(f"{run.tokens_per_second:.1f}" for run in runs))
+    table.add_row("first run, compilation included, seconds", *(f"{run.first_seconds:.1f}" for run in runs))
+    console.print(table)
+    free = agreement(full.new_ids, quantized.new_ids)
+    table = Table("agreement with full precision", args.preset)
+    first = "none" if free.first_difference is None else str(free.first_difference)
+    table.add_row("first new token that differs", first)
+    table.add_row("equal tokens, each continuing its own text", f"{free.share:.1%}")
+    table.add_row("equal top-1 token, both continuing one text", f"{top1_agreement(*logits):.1%}")
+    table.add_row("mean KL divergence of the next token, nats", f"{kl_divergence(*logits):.4f}")
+    console.print(table)
+    print(memory_report(quantized.cache))
+    print()
+    print(summary(explain(model, ids, past_key_values=caches[args.preset]())))
+
+
+if __name__ == "__main__":
+    main()

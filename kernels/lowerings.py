@@ -1,0 +1,116 @@
+"""Inductor lowerings: C++ kernels of ours become part of the module that Inductor generates.
+
+Private torch APIs, all of them here: ``register_lowering``, ``ir.ExternKernel`` and ``ExternKernelOut``,
+``ir.MutationOutput``, ``V.graph``, the wrapper's ``define_kernel`` and ``src_to_kernel``. Checked on
+torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import register_lowering
+from torch._inductor.virtualized import V
+from torch.utils._ordered_set import OrderedSet
+
+from xquant_fx.kernels import append, attention, cpu_attention, cpu_build, cpu_store
+
+
+def sizes(x: Any) -> tuple[int, ...]:
+    """Static sizes of an IR tensor."""
+    return tuple(V.graph.sizevars.guard_int(size) for size in x.get_size())
+
+
+def dtype(x: Any) -> torch.dtype:
+    """Dtype of an IR tensor."""
+    return x.get_dtype()
+
+
+def define(wrapper: Any, name: str, types: tuple[str, ...], code: str) -> str:
+    """Put a kernel's source into the generated module, once; returns what it is called there."""
+    if V.graph.cpp_wrapper:
+        raise NotImplementedError("xquant kernels need Inductor's Python wrapper; turn cpp_wrapper off")
+    if code not in wrapper.src_to_kernel:
+        called = wrapper.src_to_kernel[code] = f"cpp_{name}_{wrapper.next_kernel_suffix()}"
+        body = f"async_compile.cpp_pybinding({list(types)!r}, r'''\n{code}''')"
+        declaration = code[code.rfind('extern "C"') :].split("{", 1)[0] + ";\n"
+        wrapper.define_kernel(called, body, gpu=False, cpp_definition=declaration)
+    return wrapper.src_to_kernel[code]
+
+
+class CppOut(ir.ExternKernelOut):
+    """A call of a C++ kernel that writes one new tensor, its last argument."""
+
+    def __init__(self, layout: ir.Layout, inputs: list[Any], name: str, types: tuple[str, ...], code: str) -> None:
+        super().__init__(layout, inputs)
+        self.kernel, self.types, self.code = name, types, code
+
+    def codegen(self, wrapper: Any) -> None:
+        """Define the kernel if it is new, and call it."""
+        name = define(wrapper, self.kernel, self.types, self.code)
+        args = [*(x.codegen_reference() for x in self.inputs), self.codegen_reference()]
+        wrapper.writeline(f"{name}({', '.join(args)})")
+
+
+@register_lowering(torch.ops.xquant.decode_attention_cpu.default, type_promotion_kind=None)
+def decode_attention_cpu(*args: Any, **kwargs: Any) -> Any:
+    """One C++ kernel in the generated module."""
+    a = attention.Arguments(*args, **kwargs)
+    inputs = {name: ir.ExternKernel.require_contiguous(t) for name, t in a.present.items()}
+    a = a._replace(**inputs)
+    types, code = cpu_attention.source(attention.problem_of(a, sizes, dtype), cpu_build.lanes())
+    shape = (*sizes(a.q)[:3], sizes(a.v_ring)[3])
+    layout = ir.FixedLayout(a.q.get_device(), a.q.get_dtype(), list(shape), ir.FlexibleLayout.contiguous_strides(shape))
+    return ir.TensorBox.create(CppOut(layout, list(inputs.values()), "xquant_decode_attention", types, code))
+
+
+class CppInPlace(ir.ExternKernel):
+    """A call of a C++ kernel that changes some of its arguments and returns nothing."""
+
+    def __init__(self, inputs: list[Any], mutated: list[Any], name: str, types: tuple[str, ...], code: str) -> None:
+        self.device = inputs[0].get_device()
+        none = ir.NoneLayout(device=self.device)
+        super().__init__(None, none, self.unwrap_storage(inputs))
+        self.kernel, self.types, self.code = name, types, code
+        self.mutation_outputs = [ir.MutationOutput(none, x, self) for x in self.unwrap_storage(mutated)]
+        self.name = V.graph.register_buffer(self)
+        V.graph.register_operation(self)
+
+    def get_outputs(self) -> list[Any]:
+        """The changed tensors, for the scheduler."""
+        return [self, *self.mutation_outputs]
+
+    def should_allocate(self) -> bool:
+        """Nothing to allocate."""
+        return False
+
+    def get_device(self) -> Any:
+        """Where it runs."""
+        return self.device
+
+    def get_unbacked_symbol_defs(self) -> Any:
+        """It makes no sizes."""
+        return OrderedSet()
+
+    def codegen(self, wrapper: Any) -> None:
+        """Define the kernel if it is new, and call it."""
+        name = define(wrapper, self.kernel, self.types, self.code)
+        wrapper.writeline(f"{name}({', '.join(x.codegen_reference() for x in self.inputs)})")
+
+
+def append_cpu(*args: Any, **kwargs: Any) -> None:
+    """One C++ kernel in the generated module; the stored tensors are changed in place."""
+    a = append.Arguments(*args, **kwargs)
+    new = {name: ir.ExternKernel.require_contiguous(getattr(a, name)) for name in ("x", "pos")}
+    stored = ["scale", "zero", "ring", "sink", "length", "fault", *([] if a.fit else ["codes"])]
+    kept = {name: getattr(a, name) for name in (*stored, "start", "codes") if getattr(a, name) is not None}
+    kept = {name: ir.ExternKernel.realize_input(x) for name, x in kept.items()}
+    a = a._replace(**new, **kept)
+    types, code = cpu_store.source(append.problem_of(a, sizes, dtype), cpu_build.lanes())
+    CppInPlace(a.tensors, [kept[name] for name in stored if name in kept], "xquant_append", types, code)
+
+
+for _overload in (torch.ops.xquant.append_cpu.default, torch.ops.xquant.append_cpu.borrowed):
+    register_lowering(_overload, type_promotion_kind=None)(append_cpu)

@@ -1,0 +1,94 @@
+"""The quantizer, as the equations read (XQuant, EMNLP 2025; reference/algorithms 1.1).
+
+One group of numbers X at B bits, n = 2**B - 1:
+
+    step = (max X - min X) / n                  low = min X
+    codes = round((X - low) / step)             0 .. n
+    scale = (1 - 2 eta) step                    zero = low + eta n step        (Eq. 5)
+    X ~ codes * scale + zero
+
+The upper layer of a sharing pair takes codes it did not make; its least-squares fit is
+
+    scale = cov(codes, X) / var(codes)          zero = mean X - scale * mean codes
+
+What cannot be represented is never made up: a group with an infinity or a NaN, or whose scale or
+zero point does not fit the dtype they are stored in, gets scale 0 and zero point NaN, so that it
+reads back as NaN. A constant group has scale 0 and reads back exactly (up to that dtype).
+
+All functions take fp32 groups, reduce over ``dim`` and keep it with size 1. ``valid`` (bool,
+broadcastable) leaves elements out of a group's statistics: padding tokens and attention sinks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def relax(low: Tensor, step: Tensor, bits: int, eta: float) -> tuple[Tensor, Tensor]:
+    """Relaxed-constraint mapping of both ends of the range (Eq. 5): (scale, zero)."""
+    return step * (1 - 2 * eta), low + step * (eta * (2**bits - 1))
+
+
+def minmax_range(x: Tensor, bits: int, dim: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``(low, step)`` of each group; (NaN, 0) where the range is not finite, (0, 0) if it is empty."""
+    if valid is None:
+        low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    else:
+        low = torch.where(valid, x, math.inf).amin(dim, keepdim=True)
+        high = torch.where(valid, x, -math.inf).amax(dim, keepdim=True)
+        empty = low > high
+        low, high = torch.where(empty, 0.0, low), torch.where(empty, 0.0, high)
+    step = (high - low) / (2**bits - 1)
+    finite = step.abs() < math.inf
+    return torch.where(finite, low, math.nan), torch.where(finite, step, 0.0)
+
+
+def encode(x: Tensor, low: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Codes 0 .. 2**bits - 1 as int32; 0 throughout where ``step`` is 0."""
+    codes = torch.round((x - low) / torch.where(step > 0, step, 1.0)).clamp(0, 2**bits - 1)
+    return torch.where((step > 0) & (codes == codes), codes, 0.0).to(torch.int32)
+
+
+def least_squares(x: Tensor, codes: Tensor, dim: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``(scale, zero)`` that fit ``x`` best on given ``codes`` (fp32), group by group."""
+    if valid is None:
+        mean_x, mean_c = x.mean(dim, keepdim=True), codes.mean(dim, keepdim=True)
+        dev_x, dev_c = x - mean_x, codes - mean_c
+    else:
+        count = valid.to(x.dtype).expand(x.shape).sum(dim, keepdim=True).clamp_min(1.0)
+        mean_x = torch.where(valid, x, 0.0).sum(dim, keepdim=True) / count
+        mean_c = torch.where(valid, codes, 0.0).sum(dim, keepdim=True) / count
+        dev_x, dev_c = torch.where(valid, x - mean_x, 0.0), torch.where(valid, codes - mean_c, 0.0)
+    var = (dev_c * dev_c).sum(dim, keepdim=True)
+    cov = (dev_c * dev_x).sum(dim, keepdim=True)
+    scale = torch.where(var > 0, cov / torch.where(var > 0, var, 1.0), 0.0)
+    return scale, mean_x - scale * mean_c
+
+
+def to_stored(scale: Tensor, zero: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round to the stored dtype; (0, NaN) where either does not fit it."""
+    scale, zero = scale.to(dtype), zero.to(dtype)
+    finite = (scale.abs() < math.inf) & (zero.abs() < math.inf)
+    return torch.where(finite, scale, 0.0), torch.where(finite, zero, math.nan)
+
+
+def own_codes(
+    x: Tensor, *, bits: int, eta: float, dim: int, dtype: torch.dtype, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize groups by their own range: (codes int32, scale, zero)."""
+    low, step = minmax_range(x, bits, dim, valid)
+    return (encode(x, low, step, bits), *to_stored(*relax(low, step, bits, eta), dtype))
+
+
+def fit_codes(
+    x: Tensor, codes: Tensor, *, bits: int, eta: float, dim: int, dtype: torch.dtype, fit: str,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero of groups whose int32 ``codes`` belong to another layer."""
+    if fit == "least_squares":
+        return to_stored(*least_squares(x, codes.to(torch.float32), dim, valid), dtype)
+    low, step = minmax_range(x, bits, dim, valid)
+    return to_stored(*relax(low, step, bits, eta), dtype)

@@ -1,0 +1,1 @@
+"""The FX passes. ``pipeline.py`` is the ordered list."""

@@ -1,0 +1,116 @@
+"""Find appends to KV buffers: ``index_copy_`` along tokens and indexed assignment."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Graph, Node
+
+from xquant_fx.first_step import quantized_empty
+from xquant_fx.passes.trace import argument, fake, op_name
+from xquant_fx.records import Write
+
+FACTORIES = frozenset({torch.zeros, torch.empty, torch.full, torch.ones, torch.zeros_like, torch.empty_like})
+FACTORY_METHODS = frozenset({"new_zeros", "new_empty", "new_full", "new_ones"})
+IN_PLACE = frozenset(
+    {
+        operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+        operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
+    }
+)
+
+
+def find_writes(graph: Graph) -> list[Write]:
+    """All recognised appends to buffers [B, H, N, D] (inputs, or allocated in ``graph``), in program order."""
+    writes = (_index_copy(node) or _setitem(node) for node in graph.nodes)
+    return [write for write in writes if write is not None]
+
+
+def other_mutations(graph: Graph, known: list[Write]) -> dict[Node, Node]:
+    """In-place op to the node it writes to, for all ops that are not ``known`` writes."""
+    seen = {write.node for write in known}
+    return {
+        node: node.args[0]
+        for node in graph.nodes
+        if node not in seen and is_mutation(node) and isinstance(node.args[0], Node)
+    }
+
+
+def is_mutation(node: Node) -> bool:
+    """Whether ``node`` writes to its first argument."""
+    if not node.args or node.op not in ("call_method", "call_function"):
+        return False
+    name = op_name(node)
+    return node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def is_factory(node: Node) -> bool:
+    """Whether ``node`` allocates a buffer inside the graph."""
+    return node.target in FACTORIES or (node.op == "call_method" and node.target in FACTORY_METHODS)
+
+
+def _is_buffer(node: object) -> bool:
+    value = fake(node)
+    if not isinstance(node, Node) or value is None or value.dim() != 4:
+        return False
+    return node.op == "placeholder" or node.target is quantized_empty or is_factory(node)
+
+
+def _index_copy(node: Node) -> Write | None:
+    if node.op != "call_method" or node.target != "index_copy_" or not _is_buffer(node.args[0]):
+        return None
+    dim, index, x = (argument(node, i, name) for i, name in enumerate(("dim", "index", "source"), start=1))
+    if dim not in (2, -2) or not isinstance(index, Node) or not isinstance(x, Node):
+        return None
+    return Write(node, node.args[0], x, index, "index_copy_")
+
+
+def _setitem(node: Node) -> Write | None:
+    if node.op != "call_function" or node.target is not operator.setitem or not _is_buffer(node.args[0]):
+        return None
+    buffer, index, x = node.args
+    positions, value = _token_index(index, fake(buffer).shape), fake(x)
+    if positions is None or value is None or value.dim() < 2:
+        return None
+    return Write(node, buffer, x, positions, "indexed assignment")
+
+
+def _token_index(index: object, shape: torch.Size) -> Node | slice | None:
+    """The index of dimension 2 if every other dimension is taken whole."""
+    if not isinstance(index, tuple):
+        return None
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index = index[:at] + (slice(None),) * (4 - (len(index) - 1)) + index[at + 1 :]
+    index = index + (slice(None),) * (4 - len(index))
+    if len(index) != 4 or not all(_is_whole(index[d], shape[d]) for d in (0, 1, 3)):
+        return None
+    tokens = index[2]
+    if isinstance(tokens, Node):
+        value = fake(tokens)
+        return tokens if value is not None and value.dim() == 1 and value.dtype in (torch.int64, torch.int32) else None
+    return _span(tokens, shape[2]) if isinstance(tokens, slice) and tokens.step in (None, 1) else None
+
+
+def _is_whole(part: object, size: object) -> bool:
+    if not isinstance(part, slice):
+        return False
+    bounds = (part.start, part.stop, part.step)
+    if bounds == (None, None, None):
+        return True
+    known = isinstance(size, int) and all(isinstance(b, int | None) for b in bounds)
+    return known and part.indices(size) == (0, size, 1)
+
+
+def _span(tokens: slice, size: object) -> slice | None:
+    """``tokens`` with both ends given and, where they are numbers, counted from the front.
+
+    None where it is the whole buffer: that is how a sliding window is written back.
+    """
+    start = 0 if tokens.start is None else tokens.start
+    stop = size if tokens.stop is None else tokens.stop
+    if isinstance(size, int):
+        start, stop = (bound + size if isinstance(bound, int) and bound < 0 else bound for bound in (start, stop))
+    known = all(isinstance(bound, int | Node) for bound in (start, stop))
+    return slice(start, stop) if known and (start, stop) != (0, size) else None

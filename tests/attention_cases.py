@@ -1,0 +1,92 @@
+"""Decode steps that every kernel of decode attention is tried on, and how wrong it may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+CASES: dict[str, dict[str, Any]] = {
+    "float32": dict(dtype="float32"),
+    "float16": dict(),
+    "bfloat16": dict(dtype="bfloat16"),
+    **{f"keys {k}, values {v} bits": dict(k_bits=k, v_bits=v) for k, v in ((1, 1), (1, 8), (2, 2), (4, 2), (8, 1))},
+    "4 bits, float32": dict(k_bits=4, v_bits=4, dtype="float32"),
+    "8 bits, float32": dict(k_bits=8, v_bits=8, dtype="float32", query=2),
+    "one query head": dict(group=1, kv_heads=2),
+    "3 query tokens": dict(query=3, mask="padded"),
+    "8 query tokens": dict(query=8, group=1),
+    "more rows than a program takes": dict(query=6, group=4, mask="heads"),
+    "batch, heads, padding": dict(batch=2, kv_heads=2, start=(0, 7), mask="padded"),
+    "expanded mask": dict(batch=2, kv_heads=2, start=(3, 0), mask="expanded", query=2),
+    "no mask": dict(mask="none", dtype="float32"),
+    "no mask, softcap, window": dict(mask="none", softcap=2.0, window=40),
+    "mask lets through unwritten tokens": dict(mask="row"),
+    "a mask a head": dict(mask="heads", kv_heads=2, query=2),
+    "alibi": dict(mask="alibi", batch=2, start=(0, 9), query=2),
+    "a bias a token": dict(mask="bias", batch=2, dtype="float32"),
+    "an empty row": dict(mask="empty", query=2),
+    "an empty row with sink logits": dict(mask="empty", query=2, extra=True),
+    "rows of the least number": dict(mask="least", query=2, dtype="float32"),
+    "softcap": dict(softcap=1.5, dtype="float32", loud=4.0),
+    "window in the codes": dict(window=100, query=2),
+    "window in the ring": dict(window=20, query=3),
+    "sink logits": dict(extra=True, dtype="float32"),
+    "sink tokens": dict(sinks=4, batch=2, start=(0, 5), mask="padded", loud=5.0),
+    "many sink tokens, window": dict(sinks=40, window=130, dtype="float32"),
+    "sinks of tokens to come": dict(sinks=4, start=(151,), mask="none", past=150, query=3),
+    "a chunk": dict(query=20, mask="padded", kv_heads=2, batch=2, start=(0, 5)),
+    "a chunk, float32": dict(query=33, dtype="float32", group=2, k_bits=4, v_bits=4),
+    "a chunk without a mask, softcap, window": dict(query=18, mask="none", softcap=2.0, window=40),
+    "a chunk in the window": dict(query=30, window=15, group=1),
+    "a chunk, a mask a head, sink logits": dict(query=12, mask="heads", extra=True),
+    "a chunk with alibi, small groups": dict(query=17, mask="alibi", k_group=8, v_group=16),
+    "a chunk over the sink tokens": dict(query=12, past=3, sinks=20, start=(2,), loud=5.0),
+    "a chunk of odd head_dims": dict(query=36, dim=40, v_dim=24, group=3, dtype="float32"),
+    "a prompt": dict(query=30, past=0, mask="padded", kv_heads=2, batch=2, start=(0, 4)),
+    "a prompt on a long past": dict(query=40, past=430, max_len=480, residual=64, k_group=64),
+    "head_dim 8": dict(dim=8, k_bits=1, v_bits=4, group=2),
+    "head_dim 8, 8 bits": dict(dim=8, k_bits=8, v_bits=8, dtype="float32"),
+    "head_dim 32, 1 bit": dict(dim=32, k_bits=1),
+    "head_dim 96": dict(dim=96, query=2),
+    "head_dim 96, 4 bits": dict(dim=96, k_bits=4, v_bits=4, dtype="float32"),
+    "head_dim 128": dict(dim=128, kv_heads=2, group=2),
+    "head_dim 256": dict(dim=256, group=2),
+    "another head_dim of values": dict(dim=96, v_dim=64),
+    "nothing before": dict(past=0),
+    "nothing before, 5 tokens": dict(past=0, query=5, dtype="float32"),
+    "less than the window": dict(past=20),
+    "one token past the window": dict(past=33, residual=32),
+    "whole blocks": dict(past=160),
+    "one less than whole blocks": dict(past=159),
+    "full": dict(past=199),
+    "several tiles a split": dict(past=470, max_len=480, kv_heads=1, batch=2, k_group=64, residual=64),
+    "the default lengths": dict(past=400, max_len=420, residual=128, k_group=128, dim=128),
+    "groups of 128 in blocks of 256": dict(past=300, max_len=420, residual=256, k_group=128, dtype="float32"),
+    "groups below a tile": dict(k_group=8, v_group=16),
+    "groups of one": dict(k_group=1, v_group=8, residual=20, dtype="float32"),
+    "odd groups": dict(k_group=24, residual=24, v_group=32),
+    "small groups, sink tokens": dict(k_group=4, residual=12, v_group=16, sinks=5, start=(3,)),
+    "float32 scales": dict(scale_dtype="float32", dtype="float32", loud=1e6, scale=1e-12),
+    "bfloat16 scales": dict(scale_dtype="bfloat16", dtype="bfloat16"),
+    "loud channels": dict(loud=100.0, scale=1e-3),
+    "quiet values": dict(loud=1e-3, scale=3.0),
+}  # fmt: skip
+
+#: What spoils which case: a scale or zero point that is NaN makes the rows that see it NaN.
+SPOILED = {
+    f"{what}, {k_group} a group": dict(spoil=what, kv_heads=2, batch=1, k_group=k_group, v_group=v_group)
+    for what in ("key.zero", "key.scale", "value.zero", "value.scale")
+    for k_group, v_group in ((32, None), (8, 16))
+}
+
+
+def allowed(result: dict[str, Any], dtype: str) -> float:
+    """Three times the error of the fp32 reference, and not below what any order of summing may cost.
+
+    Two sums of n terms in different orders differ by some roundings of their largest partial sum, and
+    the reference's luck in one case is no bound: 8 roundings in float32 of the largest output, and one
+    of the output's own dtype.
+    """
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    return 3 * result["usual"] + result["largest"] * (8 * 2.0**-23 + eps / 2)

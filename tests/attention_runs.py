@@ -1,0 +1,184 @@
+"""Decode steps on caches filled by the real store path, by the Triton kernels and by the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from attention_reference import Stored, attention
+from numeric import seeded
+from store_runs import poison
+from torch import Tensor
+
+from xquant_fx import XQuantConfig
+from xquant_fx.config import STEP_TOKENS
+from xquant_fx.pairing import borrow_or_own
+from xquant_fx.state import CacheGroup, KVState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """One decode step. ``mask`` is a name of ``make_mask``."""
+
+    past: int = 150
+    query: int = 1
+    max_len: int = 200
+    batch: int = 1
+    kv_heads: int = 1
+    group: int = 4
+    dim: int = 64
+    v_dim: int | None = None
+    dtype: str = "float16"
+    k_bits: int = 2
+    v_bits: int = 1
+    k_group: int = 32
+    v_group: int | None = None
+    residual: int = 32
+    sinks: int = 0
+    start: tuple[int, ...] = ()
+    mask: str = "causal"
+    extra: bool = False
+    softcap: float = 0.0
+    window: int = 0
+    scale: float | None = None
+    scale_dtype: str = "float16"
+    loud: float = 1.0
+    spoil: str = ""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | None]:
+    """One side of one layer after ``past`` tokens and the step; what was never written is NaN or junk.
+
+    Of a chunk too long for the ring, its own tokens besides, and the ring is as it was before them.
+    """
+    dim = s.dim if side == "key" else s.v_dim or s.dim
+    config = XQuantConfig(
+        k_bits=s.k_bits, v_bits=s.v_bits, share_values_from=None, k_group_size=s.k_group, v_group_size=s.v_group,
+        residual_length=s.residual, sink_tokens=s.sinks, scale_dtype=getattr(torch, s.scale_dtype),
+    )  # fmt: skip
+    shape = (s.batch, s.kv_heads, s.max_len, dim)
+    spec = borrow_or_own(shape, s.torch_dtype, config, side, 0, 1, None).spec
+    state = KVState(spec, CacheGroup(config, s.batch, torch.device("cpu"), start))
+    poison(state)
+    channel = torch.randn(dim, generator=seeded(5)) * s.loud
+    noise = torch.randn(s.batch, s.kv_heads, s.past + s.query, dim, generator=seeded(7 + (side == "key")))
+    x = (noise * (0.2 + channel.abs()) + channel).to(s.torch_dtype)
+    if s.past:
+        state.store(x[:, :, : s.past], torch.arange(s.past))
+    ring, new = state.owned["ring"].clone(), x[:, :, s.past :]
+    state.store(new, torch.arange(s.past, s.past + s.query))
+    if s.query <= STEP_TOKENS:
+        return state, None
+    state.owned["ring"] = ring
+    return state, new
+
+
+def make_mask(s: Setup) -> Tensor | None:
+    """None, or a mask of the kind that ``s.mask`` names."""
+    t, position = torch.arange(s.max_len), s.past + torch.arange(s.query)
+    causal = (t <= position[:, None])[None, None]
+    start = torch.tensor([*s.start, *[0] * s.batch][: s.batch])
+    padded = causal & (t >= start[:, None])[:, None, None]
+    if s.mask == "none":
+        return None
+    if s.mask == "causal":
+        return causal
+    if s.mask == "padded":
+        return padded
+    if s.mask == "expanded":
+        return padded.expand(s.batch, s.kv_heads * s.group, s.query, s.max_len)
+    if s.mask == "row":  # tokens behind the length are seen, too
+        return torch.rand(1, 1, 1, s.max_len, generator=seeded(3)) < 0.7
+    if s.mask == "heads":
+        return torch.rand(1, s.kv_heads * s.group, s.query, s.max_len, generator=seeded(3)) < 0.7
+    if s.mask == "empty":  # query 0 of every head sees nothing
+        return padded & (torch.arange(s.query)[:, None] > 0)
+    if s.mask == "alibi":
+        slope = -(2.0 ** -torch.arange(1, s.kv_heads * s.group + 1))[:, None, None]
+        return (slope * (position[:, None] - t).abs()).masked_fill(~padded, -torch.inf).to(s.torch_dtype)
+    if s.mask == "least":  # what programs write for "not seen", a row of nothing else included
+        least = torch.finfo(s.torch_dtype).min
+        return torch.where(padded & (torch.arange(s.query)[:, None] > 0), 0.0, least).to(s.torch_dtype)
+    if s.mask == "bias":
+        return torch.randn(s.batch, 1, 1, s.max_len, generator=seeded(3))
+    raise ValueError(s.mask)
+
+
+def inputs(s: Setup) -> dict[str, Any]:
+    """Arguments of the step: ``q``, ``key`` and ``value`` (KVState), ``start``, ``mask``, ``sink_logits``."""
+    start = torch.tensor([*s.start, *[0] * s.batch][: s.batch])
+    q = torch.randn(s.batch, s.query, s.kv_heads * s.group, s.dim, generator=seeded(1))
+    made = {side: stored_state(s, side, start) for side in ("key", "value")}
+    states, new = ({side: pair[i] for side, pair in made.items()} for i in (0, 1))
+    if s.spoil:
+        side, name = s.spoil.split(".")
+        states[side].owned[name][0, -1, 0, 0] = math.nan
+    return dict(
+        **states, new=new, q=q.to(s.torch_dtype).transpose(1, 2), start=start, mask=make_mask(s),
+        sink_logits=torch.randn(s.kv_heads * s.group, generator=seeded(2)) if s.extra else None,
+    )  # fmt: skip
+
+
+def arguments(s: Setup, given: dict[str, Any]) -> list[Any]:
+    """Positional arguments of ``decode_attention``."""
+    names = ("codes", "scale", "zero", "ring", "sink")
+    tensors = [given[side].tensor(name) for side in ("key", "value") for name in names]
+    past = torch.tensor([s.past], device=given["q"].device)
+    key, value = given["key"].spec, given["value"].spec
+    chunk = [given["new"]["key"], given["new"]["value"]] if s.query > STEP_TOKENS else []
+    return [
+        given["q"], *tensors, given["start"], past, given["mask"], given["sink_logits"], s.query, s.max_len,
+        s.k_bits, key.group_size, s.v_bits, value.group_size, s.residual, s.scale or s.dim**-0.5, s.softcap, s.window,
+        *chunk,
+    ]  # fmt: skip
+
+
+def reference(s: Setup, given: dict[str, Any], dtype: torch.dtype, rounded: torch.dtype | None) -> Tensor:
+    """The step by ``attention_reference``."""
+    sides = [
+        Stored(
+            side=side, bits=given[side].spec.bits, group=given[side].spec.group_size, residual=s.residual,
+            new=given["new"][side],
+            **{name: given[side].tensor(name) for name in ("codes", "scale", "zero", "ring", "sink")},
+        )
+        for side in ("key", "value")
+    ]  # fmt: skip
+    return attention(
+        given["q"], *sides, given["start"], s.past, given["mask"], given["sink_logits"], s.query, s.max_len,
+        s.scale or s.dim**-0.5, s.softcap, s.window, dtype, rounded,
+    )
+
+
+def errors(s: Setup, out: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    """Largest error of ``out`` and of the fp32 reference against the truth, and what else tests ask for."""
+    truth = reference(s, given, torch.float64, None)
+    usual = reference(s, given, torch.float32, s.torch_dtype).to(s.torch_dtype)
+    assert out.shape == truth.shape and out.dtype == s.torch_dtype
+    same_nan, nans = torch.equal(out.isnan(), truth.isnan()), int(truth.isnan().sum())
+    out, usual, truth = (t.double().nan_to_num(0.0) for t in (out, usual, truth))
+    empty = (truth == 0).all(-1)
+    return {
+        "error": (out - truth).abs().max().item(),
+        "usual": (usual - truth).abs().max().item(),
+        "largest": truth.abs().max().item(),
+        "same_nan": same_nan,
+        "nans": nans,
+        "zeros_are_zero": bool((out[empty] == 0).all()),
+    }
+
+
+def interpret(**kwargs: Any) -> dict[str, Any]:
+    """Errors of the Triton kernels, run by the interpreter, of ``Setup(**kwargs)``."""
+    from xquant_fx.kernels.triton_attention import launch
+
+    kwargs["start"] = tuple(kwargs.get("start", ()))
+    setup = Setup(**kwargs)
+    given = inputs(setup)
+    out = launch(*arguments(setup, given), wrap=lambda kernel: kernel, interpret=True)
+    return errors(setup, out, given)

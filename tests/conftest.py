@@ -1,0 +1,65 @@
+"""Fixtures that several test files use. Helper modules beside this file are importable by name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+SHARED = HERE.parent.parent / "shared" / "data" / "models"
+EMBEDDED = HERE.parent / "examples" / "model"
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    """Each test compiles for itself and sees its own recompile counts."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """(model, token ids [1, many]) with trained weights: a small public model, or our own."""
+    import numpy as np
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shared = SHARED / "stories260K_hf"
+    if shared.exists():
+        model = AutoModelForCausalLM.from_pretrained(shared)
+        ids = torch.from_numpy(np.load(SHARED / "stories260K_tinystories_ids.npy")[:2048].astype("int64"))
+    elif (EMBEDDED / "model.safetensors").exists():
+        model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+        text = (HERE.parent / "README.md").read_text()
+        ids = torch.tensor(AutoTokenizer.from_pretrained(EMBEDDED)(text)["input_ids"][:2048])
+    else:
+        pytest.skip("no trained weights: neither the shared models nor examples/model are here")
+    return model.eval(), ids[None]
+
+
+@pytest.fixture
+def tiny_llama():
+    """Factory of random Llama models: ``tiny_llama(layers=4, head_dim=16, ...)``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(layers: int = 4, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, dtype=torch.float32, **more):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=128, hidden_size=heads * head_dim, intermediate_size=96, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=512,
+            initializer_range=0.15, **more,
+        )
+        model = LlamaForCausalLM(config).eval().to(dtype)
+        model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+        return model
+
+    return make
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

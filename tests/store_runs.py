@@ -1,0 +1,150 @@
+"""Play steps, chunks and rollbacks on a pair of layers, by ``KVState`` or by the raw ops, beside the reference.
+
+Every run starts from poisoned tensors: NaN wherever there are floating-point numbers, junk codes.
+What is never written must never be read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from numeric import seeded
+from store_reference import Case, Reference
+from torch import Tensor
+
+from xquant_fx.config import STEP_TOKENS
+from xquant_fx.pairing import borrow_or_own
+from xquant_fx.state import TENSOR_NAMES, CacheGroup, KVState
+
+
+def pair_of(case: Case) -> list[KVState]:
+    """The two layers of a pair, freshly allocated and poisoned."""
+    group = CacheGroup(case.config, case.batch, torch.device("cpu"), case.start)
+    states: list[KVState] = []
+    for layer in (0, 1):
+        lower = states[-1] if states else None
+        spec = borrow_or_own(
+            case.shape, case.dtype, case.config, case.side, layer, 2, lower.spec if lower is not None else None
+        ).spec
+        states.append(KVState(spec, group, lower if spec.borrowed else None))
+        poison(states[-1])
+    return states
+
+
+def poison(state: KVState) -> None:
+    """NaN and junk in all that a state owns and has not written."""
+    for name, tensor in state.owned.items():
+        if tensor.is_floating_point():
+            tensor.fill_(math.nan)
+        elif name == "codes":
+            tensor.random_(-(2**31), 2**31 - 1, generator=seeded(0))
+
+
+class ThroughState:
+    """Steps by ``KVState.store`` and ``load``."""
+
+    def __init__(self, case: Case) -> None:
+        self.states = pair_of(case)
+        self.count = case.max_len
+
+    def step(self, layer: int, past: int, x: Tensor) -> Tensor:
+        state, new = self.states[layer], x.shape[2]
+        state.store(x, torch.arange(past, past + new))
+        seen = state.load(self.count)
+        for n in (new, past + new):
+            torch.testing.assert_close(state.load(n), seen[:, :, :n], rtol=0, atol=0, equal_nan=True)
+        return seen
+
+    def view(self, layer: int, length: int) -> Tensor:
+        assert self.states[layer].length == length
+        return self.states[layer].load(self.count)
+
+    def rollback(self, layer: int, length: int) -> None:
+        self.states[layer].truncate(length)
+
+
+class ThroughOps(ThroughState):
+    """Steps by the raw ops, as a rewritten graph calls them; a rollback is a step at a lower position."""
+
+    def step(self, layer: int, past: int, x: Tensor) -> Tensor:
+        state, new = self.states[layer], x.shape[2]
+        tensors = [state.tensor(name) for name in TENSOR_NAMES]
+        chunk = new > STEP_TOKENS and state.spec.quantized
+        ring = tensors[3].clone() if chunk else tensors[3]
+        pos, static = torch.arange(past, past + new), state.store_args()
+        if state.spec.borrowed:
+            torch.ops.xquant.quantize_store.borrowed(x, pos, *tensors, *static, fit=state.spec.fit)
+        else:
+            torch.ops.xquant.quantize_store(x, pos, *tensors, *static)
+        assert int(tensors[6][0]) == past + new and int(tensors[7]) == 0
+        return self._load(state, ring, past, new, x if chunk else None)
+
+    def view(self, layer: int, length: int) -> Tensor:
+        state = self.states[layer]
+        return self._load(state, state.tensor("ring"), length, 0, None)
+
+    def rollback(self, layer: int, length: int) -> None:
+        pass
+
+    def _load(self, state: KVState, ring: Tensor | None, past: int, new: int, x: Tensor | None) -> Tensor:
+        codes, scale, zero, _, sink, start, _, _ = (state.tensor(name) for name in TENSOR_NAMES)
+        s = state.spec
+        return torch.ops.xquant.shared_code_load(
+            codes, scale, zero, ring, sink, start, torch.tensor([past]), new, self.count,
+            s.side, s.bits, s.group_size, s.residual_length, x=x,
+        )  # fmt: skip
+
+
+class ThroughKernel(ThroughOps):
+    """Steps of up to STEP_TOKENS tokens by a kernel, ``append``; chunks and all reading by the ops."""
+
+    @staticmethod
+    def append(state: KVState, x: Tensor, pos: Tensor) -> None:
+        raise NotImplementedError
+
+    def step(self, layer: int, past: int, x: Tensor) -> Tensor:
+        state, new = self.states[layer], x.shape[2]
+        if new > STEP_TOKENS:
+            return super().step(layer, past, x)
+        self.append(state, x, torch.arange(past, past + new))
+        assert state.length == past + new and int(state.tensor("fault")) == 0
+        return self._load(state, state.tensor("ring"), past, new, None)
+
+
+def run(case: Case, script: list[int], driver: type[ThroughState]) -> list[KVState]:
+    """Play ``script`` on both layers: n > 0 is a step of n tokens, n < 0 rolls n tokens back, 0 starts anew.
+
+    Steps are cut to the room that is left, rollbacks to STEP_TOKENS behind the furthest token written.
+    """
+    layers = driver(case)
+    lower = Reference(case)
+    refs = [lower, Reference(case, lower if layers.states[1].spec.borrowed else None)]
+    length = furthest = 0
+    for number, move in enumerate(script):
+        past = length
+        if move <= 0:
+            length = max(length + move, furthest - STEP_TOKENS, 0) if move else 0
+            furthest = furthest if length else 0
+            for layer, ref in enumerate(refs):
+                layers.rollback(layer, length)
+                ref.write(length, ref.tokens[:, :, :0])
+        else:
+            length = min(length + move, case.max_len)
+            for layer, ref in enumerate(refs[: 2 * (length > past)]):
+                x = case.tokens(length - past, 2 * number + layer)
+                ref.write(past, x)
+                compare(layers.step(layer, past, x), ref, past, length - past)
+                ref.check_stored({name: layers.states[layer].tensor(name) for name in TENSOR_NAMES})
+        furthest = max(furthest, length)
+        for layer, ref in enumerate(refs[: 1 if move > 0 else 2]):  # the upper layer's last step is still to be seen
+            compare(layers.view(layer, length), ref, length, 0)
+    return layers.states
+
+
+def compare(got: Tensor, ref: Reference, past: int, new: int) -> None:
+    """Quantized tokens within rounding, all others bit for bit, zeros behind."""
+    expected, allowed = ref.seen(past, new, got.shape[2])
+    assert got.shape == expected.shape and got.dtype == ref.case.dtype
+    wrong = ~((got.double() - expected).abs() <= allowed)
+    assert not wrong.any(), f"tokens {sorted(set(wrong.nonzero()[:, 2].tolist()))} are wrong after {past} + {new}"

@@ -1,0 +1,216 @@
+"""XQuantConfig, its presets, the rules of pairing, and what the options of torch.compile say."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+
+from xquant_fx import PRESETS, ConfigError, XQuantConfig
+from xquant_fx.options import MODES, parse
+from xquant_fx.pairing import SidePlan, borrow_or_own
+
+SHAPE = (1, 2, 64, 16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(k_bits=3), "k_bits must be one of .*1, 2, 4, 8, 16.* got 3"),
+        (dict(v_bits=0), "v_bits .* got 0"),
+        (dict(k_bits=True), "k_bits .* got True"),
+        (dict(k_bits=2.0), "k_bits .* got 2.0"),
+        (dict(v_bits=(1, 5)), r"v_bits .* got \(1, 5\)"),
+        (dict(v_bits=()), r"v_bits must hold one number a layer, got \(\)"),
+        (dict(share_keys_from=-1), "share_keys_from must not be negative, got -1"),
+        (dict(share_values_from=1.5), r"share_values_from as a fraction must be in \[0, 1\], got 1.5"),
+        (dict(share_values_from=math.nan), "share_values_from .* got nan"),
+        (dict(share_values_from=True), "share_values_from must be a layer index, .* got True"),
+        (dict(share_keys_from="half"), "share_keys_from must be a layer index, .* got 'half'"),
+        (dict(shared_fit="median"), "shared_fit must be one of .*least_squares.*minmax.* got 'median'"),
+        (dict(k_group_size=0), "k_group_size must be an integer of at least 1, got 0"),
+        (dict(v_group_size=-4), "v_group_size must be an integer of at least 1, got -4"),
+        (dict(residual_length=64.0), "residual_length must be an integer of at least 1, got 64.0"),
+        (dict(sink_tokens=-1), "sink_tokens must be an integer of at least 0, got -1"),
+        (dict(k_group_size=32, residual_length=48), "multiple of k_group_size, got 48 and 32"),
+        (dict(residual_length=64), "multiple of k_group_size, got 64 and 128"),
+        (dict(eta_1bit=0.5), r"eta_1bit must be in \[0, 0.5\), got 0.5"),
+        (dict(eta_2bit=-0.1), r"eta_2bit must be in \[0, 0.5\), got -0.1"),
+        (dict(eta_2bit=math.nan), "eta_2bit .* got nan"),
+        (dict(scale_dtype=torch.float64), "scale_dtype must be one of .*float16.* got torch.float64"),
+    ],
+)
+def test_a_field_that_breaks_its_rule(fields: dict, words: str) -> None:
+    for make in (lambda: XQuantConfig(**fields), lambda: XQuantConfig().replace(**fields)):
+        with pytest.raises(ConfigError, match=words) as caught:
+            make()
+        assert isinstance(caught.value, ValueError)
+
+
+def test_config_is_frozen_keyword_only_and_a_value() -> None:
+    config = XQuantConfig(k_bits=4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.k_bits = 2
+    with pytest.raises(TypeError):
+        XQuantConfig(4)
+    assert config == XQuantConfig(k_bits=4) and hash(config) == hash(XQuantConfig(k_bits=4))
+    assert config.replace(v_bits=8) == XQuantConfig(k_bits=4, v_bits=8) and config.v_bits == 1
+
+
+NOTHING_SHARED = dict(share_keys_from=None, share_values_from=None)
+EXPECTED = {
+    "full": dict(k_bits=16, v_bits=16, **NOTHING_SHARED),
+    "kivi-4": dict(k_bits=4, v_bits=4, eta_1bit=0, eta_2bit=0, **NOTHING_SHARED),
+    "kivi-2": dict(k_bits=2, v_bits=2, eta_1bit=0, eta_2bit=0, **NOTHING_SHARED),
+    "asymkv-1.5": dict(k_bits=2, v_bits=1, eta_1bit=0, eta_2bit=0, **NOTHING_SHARED),
+    "xquant-paper": dict(k_bits=2, v_bits=1, share_keys_from=None, share_values_from=0.5, shared_fit="minmax"),
+    "xquant": dict(k_bits=2, v_bits=1, share_keys_from=None, share_values_from=0.5, shared_fit="least_squares"),
+    "xquant-1bit": dict(k_bits=2, v_bits=2, share_keys_from=0, share_values_from=0, shared_fit="least_squares"),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_presets(name: str) -> None:
+    config = XQuantConfig.preset(name)
+    fields = dict(eta_1bit=1 / 6, eta_2bit=0.045) | EXPECTED[name] if "xquant" in name else EXPECTED[name]
+    assert {field: getattr(config, field) for field in fields} == fields
+    rest = dict(k_group_size=128, v_group_size=None, residual_length=128, sink_tokens=0, scale_dtype=torch.float16)
+    assert {field: getattr(config, field) for field in rest} == rest
+
+
+def test_preset_names() -> None:
+    assert set(PRESETS) == set(EXPECTED)
+    assert XQuantConfig.preset("xquant") == XQuantConfig()
+    with pytest.raises(ConfigError, match=r"preset must be one of \[.*'kivi-2'.*\], got 'kivi'"):
+        XQuantConfig.preset("kivi")
+    with pytest.raises(TypeError):
+        PRESETS["mine"] = {}
+    with pytest.raises(TypeError):
+        PRESETS["xquant"]["k_bits"] = 4
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_json_round_trip(name: str) -> None:
+    config = XQuantConfig.preset(name).replace(v_bits=[1, 2, 16], scale_dtype=torch.bfloat16, v_group_size=32)
+    assert config.v_bits == (1, 2, 16)
+    again = XQuantConfig.from_json(config.to_json())
+    assert again == config and hash(again) == hash(config)
+
+
+def test_bits_and_eta_of_a_layer() -> None:
+    config = XQuantConfig(k_bits=(1, 2, 4), v_bits=8, eta_1bit=0.2, eta_2bit=0.1)
+    assert [config.bits("key", i, 3) for i in range(3)] == [1, 2, 4]
+    assert [config.bits("value", i, 3) for i in range(3)] == [8, 8, 8]
+    assert [config.eta(bits) for bits in (1, 2, 4, 8, 16)] == [0.2, 0.1, 0, 0, 0]
+    with pytest.raises(ConfigError, match="k_bits must hold one number a layer: got 3 for 4 layers"):
+        config.bits("key", 0, 4)
+
+
+def plan(config: XQuantConfig, layers: int, side: str = "value", shapes=None, dtypes=None) -> list[SidePlan]:
+    plans: list[SidePlan] = []
+    for layer in range(layers):
+        shape = shapes[layer] if shapes else SHAPE
+        dtype = dtypes[layer] if dtypes else torch.float16
+        lower = plans[-1].spec if plans else None
+        plans.append(borrow_or_own(shape, dtype, config, side, layer, layers, lower))
+    return plans
+
+
+def borrowing(plans: list[SidePlan]) -> dict[int, int]:
+    return {p.spec.layer: p.spec.partner for p in plans if p.spec.borrowed}
+
+
+@pytest.mark.parametrize("layers", range(1, 14))
+@pytest.mark.parametrize("share", [None, 0, 1, 2, 3, 5, 100, 0.0, 0.25, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_which_layers_borrow(layers: int, share: float | None, side: str) -> None:
+    """Pairs (2i, 2i + 1), never shifted; an upper layer borrows if its number is at or past the start."""
+    field = "share_keys_from" if side == "key" else "share_values_from"
+    config = XQuantConfig(**(NOTHING_SHARED | {field: share}))
+    start = layers if share is None else math.floor(share * layers) if isinstance(share, float) else share
+    expected = {i: i - 1 for i in range(layers) if i % 2 == 1 and i >= start}
+    plans = plan(config, layers, side)
+    assert borrowing(plans) == expected
+    assert not borrowing(plan(config, layers, "value" if side == "key" else "key"))
+    assert all(bool(p.reason) != p.spec.borrowed for p in plans)
+    if layers % 2:
+        assert plans[-1].reason == "the last layer has no partner"
+
+
+@pytest.mark.parametrize(
+    ("fields", "more", "reason"),
+    [
+        (dict(v_bits=(2, 1, 1, 1)), {}, "layers 0 and 1 differ in bits: 2 and 1"),
+        (dict(v_bits=(16, 16, 1, 1)), {}, "16-bit storage has no codes to share"),
+        (dict(v_bits=(1, 16, 1, 1)), {}, "16-bit storage has no codes to share"),
+        ({}, dict(shapes=[SHAPE, (1, 2, 64, 32), SHAPE, SHAPE]), "layers 0 and 1 differ in geometry: .*64, 32"),
+        ({}, dict(shapes=[(1, 2, 32, 16), SHAPE, SHAPE, SHAPE]), "layers 0 and 1 differ in geometry"),
+        ({}, dict(dtypes=[torch.float32, *[torch.float16] * 3]), "layers 0 and 1 differ in geometry: .*float32"),
+    ],
+)
+def test_pairs_that_do_not_match_stay_apart(fields: dict, more: dict, reason: str) -> None:
+    plans = plan(XQuantConfig(share_values_from=0, **fields), 4, **more)
+    assert borrowing(plans) == {3: 2}
+    assert plans[0].reason == "lower layer of its pair" and re.match(reason, plans[1].reason)
+
+
+def test_a_plan_says_where_sharing_starts_and_what_is_out_of_reach() -> None:
+    reasons = [p.reason for p in plan(XQuantConfig(), 8)]
+    assert reasons[1] == reasons[3] == "share_values_from starts sharing at layer 4" and reasons[5] == reasons[7] == ""
+    assert plan(XQuantConfig(), 8, "key")[5].reason == "sharing is off"
+    config = XQuantConfig(share_values_from=0)
+    assert borrow_or_own(SHAPE, torch.float16, config, "value", 1, 2, None).reason == "layer 0 is not in reach"
+
+
+def test_the_spec_a_plan_makes() -> None:
+    config = XQuantConfig(
+        k_group_size=8, residual_length=16, v_group_size=4, eta_1bit=0.3, sink_tokens=2, scale_dtype=torch.float32
+    )
+    key, value = (plan(config, 2, side)[1].spec for side in ("key", "value"))
+    assert (key.bits, key.group_size, key.eta, key.partner) == (2, 8, 0.045, None)
+    assert (value.bits, value.group_size, value.eta, value.partner) == (1, 4, 0.3, 0)
+    for spec in (key, value):
+        assert (spec.shape, spec.dtype, spec.layer, spec.residual_length) == (SHAPE, torch.float16, 1, 16)
+        assert (spec.sink_tokens, spec.scale_dtype, spec.fit) == (2, torch.float32, "least_squares")
+    assert plan(config.replace(v_group_size=None), 1)[0].spec.group_size == 16
+    with pytest.raises(
+        ConfigError, match=r"layer 0: v_group_size must divide head_dim, .*v_group_size=5 .*head_dim=16"
+    ):
+        plan(config.replace(v_group_size=5), 2)
+
+
+def test_options() -> None:
+    assert parse(None, None) == parse(None, {}) and parse(None, None).config is None
+    assert parse(None, None).effective == XQuantConfig() and parse(None, None).strict is False
+    assert parse(None, {"preset": "kivi-2"}).config == XQuantConfig.preset("kivi-2")
+    assert parse(None, {"preset": "kivi-2", "v_bits": 4}).config == XQuantConfig.preset("kivi-2").replace(v_bits=4)
+    assert parse(None, {"k_bits": 8}).effective == XQuantConfig(k_bits=8)
+    config = XQuantConfig(sink_tokens=4)
+    assert parse(None, {"config": config}).config is config
+    request = parse("reduce-overhead", {"strict": True})
+    assert request.strict and request.config is None and request.mode == "reduce-overhead"
+    assert [parse(mode, None).mode for mode in MODES] == list(MODES)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "words"),
+    [
+        ("fast", None, "mode must be one of .*'max-autotune'.* got 'fast'"),
+        (None, {"bits": 2}, r"unknown option \['bits'\]; valid options are .*'config', .*'k_bits'.*'preset'.*'strict'"),
+        (None, {"bits": 2, "groups": 3}, r"unknown options \['bits', 'groups'\]"),
+        (None, {"preset": "kivi-2", "config": XQuantConfig()}, r"config= stands alone, got also \['preset'\]"),
+        (None, {"k_bits": 2, "config": XQuantConfig()}, r"config= stands alone, got also \['k_bits'\]"),
+        (None, {"config": {"k_bits": 2}}, "config must be an XQuantConfig, got dict"),
+        (None, {"preset": "kivi-3"}, "preset must be one of .* got 'kivi-3'"),
+        (None, {"strict": 1}, "strict must be True or False, got 1"),
+        (None, {"k_bits": 3}, "k_bits must be one of .* got 3"),
+    ],
+)
+def test_options_that_make_no_sense(mode: str | None, options: dict | None, words: str) -> None:
+    before = dict(options or {})
+    with pytest.raises(ConfigError, match=words):
+        parse(mode, options)
+    assert (options or {}) == before

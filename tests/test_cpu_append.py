@@ -1,0 +1,112 @@
+"""The C++ kernel that appends a step's tokens, against the float64 reference in store_reference.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from store_reference import Case
+from store_runs import ThroughKernel, pair_of, run
+from torch import Tensor
+
+from xquant_fx import ops
+from xquant_fx.kernels import append, cpu_build, cpu_store
+from xquant_fx.state import TENSOR_NAMES, KVState
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+STEPS = [9, 1, 1, 1, 3, 1, -3, 1, 3, 1, 1, 1, 3, 12, 1, 3, 1, 0, 1, 3]  # two lengths only: each is compiled
+CASES = {
+    "keys": dict(bits=2, dtype=F32, eta=0.1),
+    "keys, minmax": dict(bits=1, dtype=BF16, fit="minmax", eta=1 / 6, dim=32),
+    "keys, 4 bits, padding": dict(bits=4, dtype=F16, padding=(0, 3), group=8, heads=2),
+    "keys, 8 bits, sinks": dict(bits=8, dtype=F32, sinks=5, scale_dtype=F32, dim=8),
+    "keys, odd head_dim": dict(bits=2, dtype=F16, dim=40, scale_dtype=BF16, group=1, scale=64.0),
+    "values": dict(side="value", bits=2, dtype=F32, group=16, eta=0.1),
+    "values, minmax": dict(side="value", bits=1, dtype=BF16, fit="minmax", eta=1 / 6, dim=32, group=8),
+    "values, 4 bits, sinks": dict(side="value", bits=4, dtype=F16, sinks=2, padding=(2, 0), dim=24, group=8),
+    "values, 8 bits": dict(side="value", bits=8, dtype=F32, group=16, scale_dtype=F32, heads=2),
+}  # fmt: skip
+
+
+class ThroughCpp(ThroughKernel):
+    """Steps by the C++ kernel."""
+
+    @staticmethod
+    def append(state: KVState, x: Tensor, pos: Tensor) -> None:
+        arguments = (x, pos, *(state.tensor(name) for name in TENSOR_NAMES), *state.store_args())
+        if state.spec.borrowed:
+            ops.APPEND_CPU_BORROWED(*arguments, fit=state.spec.fit)
+        else:
+            ops.APPEND_CPU(*arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps(name: str) -> None:
+    run(Case(**{"residual": 8, "max_len": 60, **CASES[name]}), STEPS, ThroughCpp)
+
+
+@pytest.mark.parametrize("name", ["keys, minmax", "keys", "values", "values, 4 bits, sinks"])
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_narrower_vectors(name: str, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lanes > cpu_build.lanes():
+        pytest.skip(f"this machine has vectors of {cpu_build.lanes()} lanes")
+    monkeypatch.setattr(cpu_build, "lanes", lambda: lanes)
+    run(Case(**{"residual": 8, "max_len": 60, **CASES[name]}), STEPS, ThroughCpp)
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_has_no_range_reads_as_nan(side: str, bad: float) -> None:
+    """A group with an infinity or a NaN, and one that is constant, are stored as ``quantize_store`` stores them."""
+    case = Case(side=side, residual=4, group=4, batch=1, dim=8, shared=False, max_len=24)
+    mine, theirs = pair_of(case)[0], pair_of(case)[0]
+    x = torch.randn(1, 1, 16, 8)
+    x[0, 0, 2, 3], x[0, 0, 5], x[0, 0, 4:8, 6] = bad, 1.5, -2.0
+    for t in range(16):
+        for state, op in ((mine, ops.APPEND_CPU), (theirs, ops.STORE)):
+            tensors = [state.tensor(name) for name in TENSOR_NAMES]
+            op(x[:, :, t : t + 1], torch.tensor([t]), *tensors, *state.store_args())
+    reads = [state.load(16) for state in (mine, theirs)]
+    assert reads[0].isnan().any()
+    torch.testing.assert_close(*reads, equal_nan=True)
+
+
+FAULTY = {"gap": ([21], 1), "past the end": ([60], 2), "rolled back by 9": ([11], 3), "before the first": ([-3], 1)}
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+@pytest.mark.parametrize("what", FAULTY)
+def test_faults(side: str, what: str) -> None:
+    """Positions that do not follow set the fault code and touch no memory outside the tensors."""
+    case = Case(side=side, batch=1, shared=False)
+    layers = ThroughCpp(case)
+    layers.step(0, 0, case.tokens(20, 0))
+    state, (positions, code) = layers.states[0], FAULTY[what]
+    tensors = [state.tensor(name) for name in TENSOR_NAMES]
+    ops.APPEND_CPU(case.tokens(1, 1), torch.tensor(positions), *tensors, *state.store_args())
+    assert int(state.tensor("fault")) == code
+
+
+@pytest.mark.parametrize("borrowed", [False, True])
+def test_opcheck(borrowed: bool) -> None:
+    case = Case(max_len=40)
+    layers = ThroughCpp(case)
+    for state in layers.states:
+        state.reset()
+    for layer in (0, 1):
+        layers.step(layer, 0, case.tokens(20, layer))
+    state = layers.states[int(borrowed)]
+    arguments = (case.tokens(1, 5), torch.arange(20, 21), *(state.tensor(name) for name in TENSOR_NAMES))
+    op, fit = (ops.APPEND_CPU_BORROWED, {"fit": case.fit}) if borrowed else (ops.APPEND_CPU, {})
+    torch.library.opcheck(op, (*arguments, *state.store_args()), fit)
+
+
+def test_borrowed_codes_are_const() -> None:
+    case = Case()
+    for state, const in zip(pair_of(case), (False, True), strict=True):
+        fit = {"fit": case.fit} if state.spec.borrowed else {}
+        tensors = [state.tensor(name) for name in TENSOR_NAMES]
+        a = append.Arguments(case.tokens(1, 0), torch.arange(1), *tensors, *state.store_args(), **fit)
+        types, _ = cpu_store.source(append.problem_of(a), 8)
+        assert (types[2] == "const int32_t*") == const

@@ -1,0 +1,90 @@
+"""The C++ kernel of decode attention against the float64 truth, for every width of vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import CASES, SPOILED, allowed
+from attention_runs import Setup, arguments, errors, inputs
+
+from xquant_fx import ops
+from xquant_fx.kernels import cpu_build, cpu_source
+from xquant_fx.kernels.attention import Arguments, dequantized, empty_output, problem_of, run_cpu
+from xquant_fx.kernels.cpu_attention import source
+
+NARROW = ("float32", "bfloat16", "keys 8, values 1 bits", "sink tokens", "head_dim 8", "a bias a token", "softcap")
+
+
+def check(setup: Setup, out: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    result = errors(setup, out, given)
+    assert result["same_nan"] and result["zeros_are_zero"]
+    assert result["error"] <= allowed(result, setup.dtype), result
+    return result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_truth(name: str) -> None:
+    setup = Setup(**CASES[name])
+    given = inputs(setup)
+    assert check(setup, ops.DECODE(*arguments(setup, given)), given)["largest"] > 0
+
+
+@pytest.mark.parametrize("lanes", [4, 8])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in NARROW else pytest.mark.slow) for n in CASES])
+def test_narrower_vectors(name: str, lanes: int) -> None:
+    if lanes > cpu_build.lanes():
+        pytest.skip(f"this machine has vectors of {cpu_build.lanes()} lanes")
+    setup = Setup(**CASES[name])
+    given = inputs(setup)
+    a = Arguments(*arguments(setup, given))
+    a = a._replace(**{n: t.contiguous() for n, t in a.present.items()})
+    types, code = source(problem_of(a), lanes)
+    out = empty_output(*a)
+    cpu_build.load(types, code)(*a.present.values(), out)
+    check(setup, out, given)
+
+
+@pytest.mark.parametrize("name", [n for n in SPOILED if n.endswith("32 a group")])
+def test_nan_propagates(name: str) -> None:
+    setup = Setup(**SPOILED[name])
+    given = inputs(setup)
+    assert check(setup, ops.DECODE(*arguments(setup, given)), given)["nans"]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 8])  # spans of 256 and of 1,024 tokens
+def test_many_threads_and_splits_give_the_same(kv_heads: int) -> None:
+    setup = Setup(past=2200, max_len=2400, kv_heads=kv_heads, group=2, dim=32, residual=128, k_group=128)
+    given, threads = inputs(setup), torch.get_num_threads()
+    one = run_cpu(*arguments(setup, given))
+    try:
+        torch.set_num_threads(3)
+        many = run_cpu(*arguments(setup, given))
+    finally:
+        torch.set_num_threads(threads)
+    check(setup, many, given)
+    torch.testing.assert_close(one, many)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plain_torch_twin(name: str) -> None:
+    """What devices without a kernel run."""
+    setup = Setup(**CASES[name])
+    given = inputs(setup)
+    check(setup, dequantized(*arguments(setup, given)), given)
+
+
+def test_opcheck() -> None:
+    setup = Setup(dim=16, past=40, max_len=48, mask="padded")
+    args = arguments(setup, inputs(setup))
+    args[0] = args[0].contiguous()
+    torch.library.opcheck(ops.DECODE_CPU, tuple(args))
+    torch.library.opcheck(ops.DECODE, tuple(args))
+
+
+def test_sources_of_one_problem_are_one_text() -> None:
+    setup = Setup()
+    a = Arguments(*arguments(setup, inputs(setup)))
+    made = {source(problem_of(a), 8)[1] for _ in range(2)}
+    assert len(made) == 1 and cpu_source.text("cpu_simd.h") in made.pop()

@@ -1,0 +1,167 @@
+"""The public ``decode_attention``, for loops that people write themselves, against float64 attention.
+
+What the cache's own eager read gives is the truth about the stored tokens; here it is the arguments
+that are tried, not the kernel's arithmetic (tests/test_cpu_attention.py).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from numeric import seeded
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, StaticCache
+
+from xquant_fx import CacheStateError, XQuantCache, XQuantConfig, decode_attention
+
+B, HEADS, KV_HEADS, DIM, MAX_LEN, PROMPT = 2, 4, 2, 16, 96, 75
+PADDING = torch.tensor([0, 9])
+CONFIG = XQuantConfig(k_bits=2, v_bits=2, k_group_size=16, residual_length=32)
+
+
+def model_config() -> LlamaConfig:
+    return LlamaConfig(
+        num_hidden_layers=2, hidden_size=HEADS * DIM, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS
+    )
+
+
+def tokens(count: int, heads: int, seed: int) -> Tensor:
+    return torch.randn(B, heads, count, DIM, generator=seeded(seed))
+
+
+class Loop:
+    """A cache of two layers with left padding, filled with a prompt; ``step`` appends and attends."""
+
+    def __init__(self, config: XQuantConfig = CONFIG) -> None:
+        seen = torch.arange(PROMPT) >= PADDING[:, None]
+        self.cache = XQuantCache(model_config(), max_cache_len=MAX_LEN, config=config, padding_mask=seen)
+        self.length = 0
+        self.append(PROMPT)
+
+    def append(self, new: int) -> list[tuple[Tensor, Tensor]]:
+        """What attention sees of every layer after ``new`` more tokens: keys and values [B, Hkv, N, D]."""
+        seen = []
+        for layer in (0, 1):
+            k, v = (tokens(new, KV_HEADS, 10 * self.length + 2 * layer + side) for side in (0, 1))
+            seen.append(tuple(t.to(torch.float64) for t in self.cache.update(k, v, layer)))
+        self.length += new
+        return seen
+
+
+def truth(q: Tensor, seen: tuple[Tensor, Tensor], mask: Tensor, scale: float, softcap: float = 0.0,
+          sinks: Tensor | None = None) -> Tensor:  # fmt: skip
+    k, v = (t.repeat_interleave(HEADS // KV_HEADS, 1) for t in seen)
+    logits = q.double() @ k.mT * scale
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask.double()
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.double()[:, None, None].expand(B, HEADS, q.shape[2], 1)], -1)
+    return torch.softmax(logits, -1)[..., :MAX_LEN] @ v
+
+
+def causal(length: int, new: int, window: int = 0, padded: bool = True) -> Tensor:
+    """Bool [B, 1, new, N]."""
+    t, position = torch.arange(MAX_LEN), torch.arange(length - new, length)[:, None]
+    mask = (t <= position) & (t > position - window if window else t >= 0)
+    return (mask & ((t >= PADDING[:, None, None]) | (not padded)))[:, None]
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_causal_with_left_padding(layer: int, new: int) -> None:
+    """Steps over a flush, the upper layer of the pair on borrowed value codes."""
+    loop = Loop()
+    for number in range(7):
+        seen = loop.append(new)[layer]
+        q = tokens(new, HEADS, number)
+        out = decode_attention(q, loop.cache, layer)
+        want = truth(q, seen, causal(loop.length, new), DIM**-0.5)
+        torch.testing.assert_close(out, want.float(), rtol=1e-4, atol=1e-5)
+
+
+bias = torch.randn(B, HEADS, 2, MAX_LEN, generator=seeded(1))
+ARGUMENTS: dict[str, tuple[dict[str, Any], Any]] = {
+    "a scale": ({"scale": 0.7}, {"scale": 0.7}),
+    "softcap": ({"softcap": 1.5}, {"softcap": 1.5}),
+    "a window": ({"window": 20}, {"mask": causal(PROMPT + 2, 2, window=20)}),
+    "sink logits": ({"sink_logits": torch.arange(4.0)}, {"sinks": torch.arange(4.0)}),
+    "sink logits of float64": ({"sink_logits": torch.arange(4.0).double()}, {"sinks": torch.arange(4.0)}),
+    "a mask of [N]": ({"mask": bias[0, 0, 0] < 0}, {"mask": (bias[0, 0, 0] < 0).expand(B, HEADS, 2, MAX_LEN)}),
+    "a mask of [q, N]": ({"mask": bias[0, 0] < 0}, {"mask": (bias[0, 0] < 0).expand(B, HEADS, 2, MAX_LEN)}),
+    "a mask of [H, q, N]": ({"mask": bias[0]}, {"mask": bias[:1].expand(B, HEADS, 2, MAX_LEN)}),
+    "a mask of [B, H, q, N]": ({"mask": bias < 0}, {"mask": bias < 0}),
+    "a float mask": ({"mask": bias}, {"mask": bias}),
+    "a mask of float64": ({"mask": bias[:, :1].double()}, {"mask": bias[:, :1]}),
+    "a mask of bfloat16": ({"mask": bias.bfloat16()}, {"mask": bias.bfloat16()}),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments(name: str) -> None:
+    loop, (given, wanted) = Loop(), ARGUMENTS[name]
+    seen = loop.append(2)[0]
+    q = tokens(2, HEADS, 3)
+    want = truth(q, seen, **{"mask": causal(loop.length, 2), "scale": DIM**-0.5, **wanted})
+    out = decode_attention(q, loop.cache, 0, **given)
+    torch.testing.assert_close(out, want.float(), rtol=1e-4, atol=1e-5)
+    if "mask" not in given:
+        plain = decode_attention(q, loop.cache, 0)
+        assert (out - plain).abs().max() > 1e-2, f"{name} changes nothing"
+
+
+def test_a_pair_of_buffers() -> None:
+    loop = Loop()
+    loop.append(1)
+    q, layer = tokens(1, HEADS, 3), loop.cache.layers[1]
+    assert torch.equal(decode_attention(q, (layer.keys, layer.values), 1), decode_attention(q, loop.cache, 1))
+    with pytest.raises(CacheStateError, match=r"must be \(keys, values\), got \(values, keys\)"):
+        decode_attention(q, (layer.values, layer.keys), 1)
+
+
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "a batch of 3": ({"q": torch.zeros(3, HEADS, 1, DIM)}, r"layer 0: q must have shape \[2, multiple of 2, q, 16\]"),
+    "3 heads": ({"q": torch.zeros(B, 3, 1, DIM)}, r"got \(2, 3, 1, 16\)"),
+    "three dimensions": ({"q": torch.zeros(B, HEADS, DIM)}, r"got \(2, 4, 16\)"),
+    "another dtype": ({"q": torch.zeros(B, HEADS, 1, DIM).half()}, "dtype torch.float32, got .* and torch.float16"),
+    "9 tokens": ({"q": torch.zeros(B, HEADS, 9, DIM)}, f"1 to 8 stored tokens, got 9 of {PROMPT}"),
+    "no tokens": ({"q": torch.zeros(B, HEADS, 0, DIM)}, "1 to 8 stored tokens, got 0"),
+    "a short mask": ({"mask": torch.ones(1, PROMPT) > 0}, rf"broadcast to \[2, 4, 1, 96\].* got \(1, {PROMPT}\)"),
+    "a mask of one": ({"mask": torch.ones(1, 1) > 0}, r"got \(1, 1\)"),
+    "a mask of 3 heads": ({"mask": torch.zeros(1, 3, 1, MAX_LEN)}, r"got \(1, 3, 1, 96\)"),
+    "a mask of five dimensions": ({"mask": torch.zeros(1, 1, 1, 1, MAX_LEN)}, r"got \(1, 1, 1, 1, 96\)"),
+    "a mask of integers": ({"mask": torch.ones(1, MAX_LEN).long()}, "bool or float .* torch.int64"),
+    "a negative window": ({"window": -1}, "0 .off. or more, got 0.0 and -1"),
+    "a negative softcap": ({"softcap": -2.0}, "0 .off. or more, got -2.0 and 0"),
+    "sink logits of KV heads": ({"sink_logits": torch.zeros(2)}, r"sink_logits must have shape \[4\], got \(2,\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str) -> None:
+    given, message = ERRORS[name]
+    given = {"q": tokens(1, HEADS, 3), "cache": Loop().cache, "layer": 0, **given}
+    with pytest.raises(CacheStateError, match=message):
+        decode_attention(**given)
+
+
+def test_caches_without_codes() -> None:
+    q = tokens(1, HEADS, 3)
+    for cache in (StaticCache(model_config(), max_cache_len=MAX_LEN), DynamicCache(config=model_config())):
+        with pytest.raises(CacheStateError, match="layer 1 is not quantized"):
+            decode_attention(q, cache, 1)
+    with pytest.raises(CacheStateError, match="layer 0 is not quantized, or not allocated yet"):
+        decode_attention(q, XQuantCache(model_config(), max_cache_len=MAX_LEN), 0)
+    with pytest.raises(CacheStateError, match="16-bit storage has no codes"):
+        decode_attention(q, Loop(XQuantConfig.preset("full")).cache, 0)
+
+
+def test_more_keys_than_values() -> None:
+    loop = Loop()
+    layer = loop.cache.layers[0]
+    layer.values.state.truncate(PROMPT - 2)
+    with pytest.raises(CacheStateError, match=f"layer 0: {PROMPT} keys and {PROMPT - 2} values are stored"):
+        decode_attention(tokens(1, HEADS, 3), loop.cache, 0)

@@ -1,0 +1,117 @@
+"""The examples run, as a user runs them, on the model that comes with the project."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xquant_fx import PRESETS, XQuantConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+README = (ROOT / "README.md").read_text()
+
+
+def run(script: str, *args: str) -> str:
+    command = [sys.executable, str(EXAMPLES / script), *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def model():
+    if not (EXAMPLES / "model" / "model.safetensors").exists():
+        pytest.skip("examples/model is not there: python examples/train_model.py --data DIR makes it")
+
+
+@pytest.mark.parametrize("flags", [["--no-compile"], pytest.param([], marks=pytest.mark.slow)])
+def test_generate(model, flags):
+    out = run("generate.py", "--max-new-tokens", "4", *flags)
+    assert re.search(r"\d+ tokens of prompt, 4 new", out)
+    assert re.search(r"decode, tokens per second +│ +\d+\.\d +│ +\d+\.\d", out)
+    share = re.search(r"equal top-1 token, both continuing one text +│ +(\d+\.\d)%", out)
+    divergence = re.search(r"mean KL divergence of the next token, nats +│ +(\d+\.\d+)", out)
+    assert float(share[1]) >= 50.0
+    assert 0.0 < float(divergence[1]) < 0.1
+    assert re.search(r"full precision [\d,]+ bytes: [23]\.\d\d times as much", out)
+    assert "8 of 8 attention sites rewritten" in out
+    assert "1 quantized, with the value codes of layer 6" in out
+
+
+def test_generate_in_full_precision_agrees(model):
+    out = run("generate.py", "--no-compile", "--preset", "full", "--max-new-tokens", "4")
+    assert re.search(r"first new token that differs +│ +none", out)
+    assert re.search(r"mean KL divergence of the next token, nats +│ +0\.0000", out)
+
+
+def test_generate_says_when_the_context_is_exceeded(model):
+    command = [sys.executable, str(EXAMPLES / "generate.py"), "--max-new-tokens", "1000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "tokens of prompt and 1000 new ones exceed 1024" in done.stderr
+
+
+def test_custom_model():
+    # The script itself fails if the compiled model at 16 bits differs from the uncompiled one.
+    out = run("custom_model.py", "--prompt-length", "140", "--steps", "3", "--layers", "2")
+    assert "2 of 2 attention sites rewritten" in out
+    assert re.search(r"16 bits: relative error .* \d\.\d\de-0[678]", out)
+    error = re.search(r"xquant: relative error .* (\d\.\d\de-\d\d)", out)
+    assert 1e-4 < float(error[1]) < 0.3
+    assert "KV cache memory" in out
+
+
+def test_presets():
+    out = run("presets.py", "--tokens", "512", "--head-dim", "32")
+    assert re.search(r"full +│ +16\.0\d +│ +1\.0 +│ +16\.00", out)
+    assert re.search(r"xquant +│ +\d+\.\d\d +│ +\d+\.\d +│ +1\.\d\d", out)
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def preset_rows() -> dict[str, list[str]]:
+    """Preset to the cells of its row in the README's table."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:3] == "| `"]
+    cells = {re.match(r"`([\w.-]+)`", row[0])[1]: row for row in rows if re.match(r"`[\w.-]+`( \(default\))?$", row[0])}
+    return {name: row for name, row in cells.items() if name in PRESETS}
+
+
+def test_readme_lists_every_preset():
+    rows = preset_rows()
+    assert list(rows) == list(PRESETS)
+    for name, row in rows.items():
+        config = XQuantConfig.preset(name)
+        assert row[1] == f"{config.k_bits}, {config.v_bits}"
+        assert ("values" in row[2]) == (config.share_values_from is not None)
+        assert ("keys" in row[2]) == (config.share_keys_from is not None)
+
+
+def test_readme_config_is_valid():
+    (block,) = (b for b in python_blocks() if b.startswith("XQuantConfig("))
+    assert isinstance(eval(block, {"XQuantConfig": XQuantConfig}), XQuantConfig)
+
+
+@pytest.mark.slow
+def test_readme_code_runs(model):
+    code = "\n".join(b for b in python_blocks() if not b.startswith("XQuantConfig("))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Squire Trelawney" in done.stdout
+    printed = [line.split() for line in done.stdout.splitlines()]
+    for line in re.search(r"```\n(  layer.*?)```", README, re.DOTALL)[1].splitlines():
+        assert line.split() in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("column", "tokens"), [(4, 32768), (5, 4096)])
+def test_readme_bits_are_those_of_the_script(column, tokens):
+    out = run("presets.py", "--tokens", str(tokens))
+    printed = dict(re.findall(r"│ ([\w.-]+) +│ +(\d+\.\d\d) +│", out))
+    assert printed == {name: row[column] for name, row in preset_rows().items()}

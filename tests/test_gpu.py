@@ -1,0 +1,94 @@
+"""Numbers on a real GPU: what the interpreter and the compile-only checks cannot tell. Run by benchmarks/gpu.sh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import CASES, SPOILED, allowed
+from attention_runs import Setup, arguments, errors, inputs
+from dynamo_graphs import tiny
+
+from xquant_fx import XQuantCache, XQuantConfig, ops
+from xquant_fx.pairing import borrow_or_own
+from xquant_fx.state import CacheGroup, KVState
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+STEPS = [300, 1, 1, 1, 5, 1, 8, 1, 1, 40, 1, 1]
+
+
+def moved(values: list[Any]) -> list[Any]:
+    return [v.cuda() if isinstance(v, torch.Tensor) else v for v in values]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", {**CASES, **SPOILED})
+def test_attention(name: str, dtype: str) -> None:
+    case = {**CASES, **SPOILED}[name]
+    setup = Setup(**{**case, "dtype": case.get("dtype", dtype)})
+    given = inputs(setup)
+    result = errors(setup, ops.DECODE(*moved(arguments(setup, given))).cpu(), given)
+    assert result["same_nan"] and result["zeros_are_zero"]
+    assert result["error"] <= allowed(result, setup.dtype), result
+
+
+@pytest.mark.parametrize("preset", ["xquant", "xquant-paper", "xquant-1bit", "kivi-4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_append_is_the_cpus(side: str, dtype: torch.dtype, preset: str) -> None:
+    config, lower = XQuantConfig.preset(preset).replace(k_group_size=32, residual_length=64), {}
+    for layer in (0, 1):
+        states = {}
+        for device in ("cpu", "cuda"):
+            below = lower.get(device)
+            spec = borrow_or_own((2, 3, 400, 64), dtype, config, side, layer, 2, below.spec if below else None).spec
+            group = CacheGroup(config, 2, torch.device(device)) if below is None else below.group
+            states[device] = KVState(spec, group, below if spec.borrowed else None)
+        at = 0
+        for number, new in enumerate(STEPS):
+            x = torch.randn(2, 3, new, 64, generator=torch.Generator().manual_seed(100 * layer + number)).to(dtype)
+            for device, state in states.items():
+                state.store(x.to(device), torch.arange(at, at + new, device=device))
+            at += new
+        for name, tensor in states["cpu"].owned.items():
+            other = states["cuda"].owned[name].cpu()
+            if name == "codes":  # a rounding tie may fall either way
+                assert (tensor != other).float().mean() < 1e-3
+            else:
+                torch.testing.assert_close(tensor, other, rtol=2e-3, atol=1e-3)
+        lower = states
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_compiled_steps_are_the_eager_ones(attention: str, mode: str | None) -> None:
+    """Float32, across flushes, with a chunk among the steps; with CUDA graphs in reduce-overhead."""
+    model = tiny("llama", attention, max_position_embeddings=256).cuda()
+    config, outs = XQuantConfig(k_group_size=16, residual_length=32), []
+    ids = torch.randint(3, 60, (2, 200), generator=torch.Generator().manual_seed(0)).cuda()
+    for compiled in (False, True):
+        cache = XQuantCache(model.config, 256, config)
+        step = torch.compile(model.forward, backend="xquant", mode=mode, dynamic=False) if compiled else model.forward
+        with torch.no_grad():
+            model(ids[:, :70], past_key_values=cache)
+            pieces = ids[:, 70:190].split([1] * 50 + [20] + [1] * 50, 1)
+            outs.append([step(piece, past_key_values=cache).logits.clone() for piece in pieces])
+    torch.testing.assert_close(torch.cat(outs[0], 1), torch.cat(outs[1], 1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [4096, 32768])
+def test_a_step_allocates_next_to_nothing(length: int) -> None:
+    """Less than 16 bytes a token beyond weights and cache."""
+    model = tiny("llama", max_position_embeddings=length, head_dim=64).cuda().to(torch.bfloat16)
+    cache, ids = XQuantCache(model.config, length), torch.zeros(1, 1, dtype=torch.long, device="cuda")
+    step = torch.compile(model.forward, backend="xquant", dynamic=False)
+    with torch.no_grad():
+        for layer in range(2):
+            cache.update(*torch.randn(2, 1, 2, length - 8, 64, device="cuda", dtype=torch.bfloat16), layer)
+        for _ in range(3):
+            step(ids, past_key_values=cache)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(ids, past_key_values=cache)
+    assert torch.cuda.max_memory_allocated() - before < 16 * length + 2**20

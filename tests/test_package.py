@@ -1,0 +1,177 @@
+"""The package as a package: what the wheel holds, which module imports which, what import costs."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+import xquant_fx
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10; pytest brings tomli there
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+#: Module pattern to the patterns of those that may import it, at the top of a file or anywhere else.
+#: Detection and kernels know nothing of what stands on them.
+MAY_BE_IMPORTED_BY = {
+    "cache": [],
+    "explanation": [],
+    "quality": [],
+    "backend": ["explanation"],
+    "options": ["backend", "explanation"],
+    "takeover": ["backend", "explanation"],
+    "passes.*": ["passes.*", "backend", "explanation"],
+    "passes.pipeline": ["backend"],
+    "passes.rewrite": ["passes.pipeline"],
+    "passes.fuse_decode": ["passes.pipeline"],
+    "kernels.*": ["kernels.*", "ops", "quantizer", "backend"],
+    "kernels.lowerings": ["backend"],
+    "transformers": ["cache"],
+    "torch._inductor": ["backend", "cache_key", "kernels.lowerings", "kernels.cpu_build"],
+}
+
+#: Module pattern to all that it may import of this package.
+MAY_IMPORT = {
+    "errors": [],
+    "config": ["errors"],
+    "records": [],
+    "kernels.*": ["config", "errors", "kernels", "kernels.*"],
+    "passes.trace": ["records"],
+    "passes.track_axes": ["passes.trace"],
+    "passes.match_decode": ["passes.trace", "passes.track_axes", "records"],
+    "passes.find_*": ["records", "first_step", "kv_tensor", "passes.trace", "passes.find_*"],
+}
+
+
+def sources() -> dict[str, Path]:
+    """Module name without ``xquant_fx.`` to its file; ``""`` is the package itself."""
+    found = {}
+    for folder, prefix in (("xquant_fx", ""), ("passes", "passes."), ("kernels", "kernels.")):
+        for path in (ROOT / folder).glob("*.py"):
+            name = prefix + path.stem
+            found[name.removesuffix("__init__").removesuffix(".")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """What a file imports: modules of this package without ``xquant_fx.``, others by full name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name}: relative import"
+            names.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
+    modules = sources()
+    own = {name.removeprefix("xquant_fx.") for name in names if name.startswith("xquant_fx.")}
+    return {name for name in own if name in modules} | {n for n in names if not n.startswith("xquant_fx")}
+
+
+IMPORTS = {name: imports(path) for name, path in sources().items()}
+
+
+def matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+@pytest.mark.parametrize("target", MAY_BE_IMPORTED_BY)
+def test_who_may_import(target):
+    importers = [
+        name
+        for name, imported in IMPORTS.items()
+        if any(fnmatch(i, target) or i.startswith(target + ".") for i in imported)
+    ]
+    assert [name for name in importers if not matches(name, MAY_BE_IMPORTED_BY[target])] == []
+
+
+@pytest.mark.parametrize("pattern", MAY_IMPORT)
+def test_what_may_be_imported(pattern):
+    modules = [name for name in IMPORTS if fnmatch(name, pattern)]
+    assert modules, f"no module is called {pattern}"
+    for name in modules:
+        own = {i for i in IMPORTS[name] if i in IMPORTS}
+        assert {i for i in own if not matches(i, MAY_IMPORT[pattern])} == set(), name
+
+
+def test_no_import_cycle():
+    graph = {name: {i for i in imported if i in IMPORTS} for name, imported in IMPORTS.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_kernels_init_is_a_docstring():
+    # At the root of a checkout the folder shadows Hugging Face's `kernels`, which transformers imports.
+    body = ast.parse((ROOT / "kernels" / "__init__.py").read_text()).body
+    assert len(body) == 1
+    assert isinstance(body[0], ast.Expr)
+    assert isinstance(body[0].value, ast.Constant)
+
+
+def test_listed_packages_are_the_folders():
+    listed = PYPROJECT["tool"]["setuptools"]["packages"]
+    mapped = PYPROJECT["tool"]["setuptools"]["package-dir"]
+    folders = {
+        "xquant_fx": ROOT / "xquant_fx",
+        "xquant_fx.passes": ROOT / "passes",
+        "xquant_fx.kernels": ROOT / "kernels",
+    }
+    assert set(listed) == set(folders)
+    assert mapped == {name: path.name for name, path in folders.items() if "." in name}
+    for name, folder in folders.items():
+        inner = [p.parent for p in folder.rglob("__init__.py") if p.parent != folder]
+        strangers = [p for p in inner if p.resolve().parent != ROOT]
+        assert strangers == [], f"{name} has sub-packages that pyproject.toml does not list"
+
+
+@pytest.mark.parametrize("name", ["passes", "kernels"])
+def test_links(name):
+    link = ROOT / "xquant_fx" / name
+    assert link.is_symlink()
+    assert link.readlink() == Path("..", name)
+    assert link.resolve() == ROOT / name
+
+
+def test_version():
+    assert PYPROJECT["project"]["version"] == xquant_fx.__version__
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {xquant_fx.__version__}\n" in citation
+    assert f"\n## {xquant_fx.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_public_name_resolves():
+    for name in xquant_fx.__all__:
+        assert getattr(xquant_fx, name) is not None
+    assert set(xquant_fx.__all__) <= set(dir(xquant_fx))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = xquant_fx.nonsense
+
+
+@pytest.mark.parametrize(
+    ("use", "absent"),
+    [
+        ("xquant_fx.__version__", ["transformers", "torch"]),
+        ("xquant_fx.XQuantConfig, xquant_fx.quantize", ["transformers", "torch._inductor"]),
+        ("xquant_fx.memory_report", ["transformers", "torch._inductor.compile_fx"]),
+        ("xquant_fx.xquant_backend, xquant_fx.explain", ["transformers", "torch._inductor.compile_fx"]),
+    ],
+)
+def test_import_is_lazy(use, absent):
+    code = f"import sys, xquant_fx; {use}; print([name for name in {absent!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests", check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_backend_is_registered_by_name():
+    import torch
+
+    assert "xquant" in torch._dynamo.list_backends()

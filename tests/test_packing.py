@@ -1,0 +1,114 @@
+"""The bit layout that packing.py states, checked with plain Python integers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from xquant_fx.kernels.packing import pack_words, shifts, unpack_words
+from xquant_fx.spec import KVSpec
+
+BITS = (1, 2, 4, 8)
+few = settings(max_examples=50, deadline=None)
+
+
+def word_of(codes: list[int], bits: int) -> int:
+    """Code r in byte r % 4, at bit ``bits * (r // 4)`` of that byte; byte 0 is the lowest; signed 32 bits."""
+    data = bytearray(4)
+    for r, code in enumerate(codes):
+        data[r % 4] |= code << (bits * (r // 4))
+    return int.from_bytes(data, "little", signed=True)
+
+
+def random_codes(shape: tuple[int, ...], bits: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_where_each_code_of_a_word_sits(bits: int) -> None:
+    per = 32 // bits
+    for r in range(per):
+        only = [2**bits - 1 if i == r else 0 for i in range(per)]
+        word = pack_words(torch.tensor(only), bits, 0)
+        assert word.tolist() == [word_of(only, bits)]
+        assert int(word) & 0xFFFFFFFF == (2**bits - 1) << int(shifts(bits, word.device)[r])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_one_shift_and_one_mask_give_four_neighbours(bits: int) -> None:
+    """Bytes of ``(word >> bits * i) & mask`` are codes 4 i to 4 i + 3: what integer dot products take."""
+    per = 32 // bits
+    codes = random_codes((per,), bits)
+    word = int(pack_words(codes, bits, 0)) & 0xFFFFFFFF
+    mask = (2**bits - 1) * 0x01010101
+    for i in range(per // 4):
+        four = ((word >> (bits * i)) & mask).to_bytes(4, "little")
+        assert list(four) == codes[4 * i : 4 * i + 4].tolist()
+
+
+@few
+@given(
+    bits=st.sampled_from(BITS),
+    shape=st.lists(st.integers(1, 5), min_size=0, max_size=3),
+    length=st.integers(1, 70),
+    place=st.integers(0, 3),
+    dtype=st.sampled_from((torch.int32, torch.int64, torch.uint8)),
+    seed=st.integers(0, 99),
+)
+def test_packing_along_any_dimension(bits, shape, length, place, dtype, seed) -> None:
+    dim = min(place, len(shape))
+    shape = (*shape[:dim], length, *shape[dim:])
+    codes = random_codes(shape, bits, seed)
+    per = 32 // bits
+    words = pack_words(codes.to(dtype), bits, dim)
+    assert words.dtype == torch.int32
+    assert words.shape == (*shape[:dim], math.ceil(length / per), *shape[dim + 1 :])
+    rows, packed = codes.movedim(dim, -1).reshape(-1, length), words.movedim(dim, -1).reshape(-1, words.shape[dim])
+    for row, got in zip(rows.tolist(), packed.tolist(), strict=True):
+        assert got == [word_of(row[i : i + per], bits) for i in range(0, length, per)]
+    assert torch.equal(words, pack_words(codes, bits, dim - len(shape)))
+    assert torch.equal(unpack_words(words, bits, dim, length), codes.int())
+    assert torch.equal(unpack_words(words, bits, dim - len(shape), length), codes.int())
+
+
+@few
+@given(bits=st.sampled_from(BITS), words=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=4))
+def test_every_word_unpacks_to_codes_that_pack_to_it(bits: int, words: list[int]) -> None:
+    """No bit of a word is spare, the sign bit included."""
+    given_words = torch.tensor(words, dtype=torch.int32)
+    codes = unpack_words(given_words, bits, 0, len(words) * 32 // bits)
+    assert int(codes.min()) >= 0 and int(codes.max()) < 2**bits
+    assert torch.equal(pack_words(codes, bits, 0), given_words)
+
+
+@few
+@given(
+    bits=st.sampled_from(BITS),
+    side=st.sampled_from(("key", "value")),
+    max_len=st.integers(1, 300),
+    residual=st.integers(1, 40),
+    dim=st.sampled_from((8, 16, 24, 32, 96)),
+)
+def test_stored_shapes(bits: int, side: str, max_len: int, residual: int, dim: int) -> None:
+    """Keys [B, H, ceil(D / per), tokens], values [B, H, tokens / per, D]; tokens cover max_cache_len."""
+    group = 1 if side == "key" else dim // 2
+    spec = KVSpec(
+        side=side, layer=0, shape=(2, 3, max_len, dim), dtype=torch.float16, bits=bits, group_size=group,
+        residual_length=residual, eta=0.0, sink_tokens=2, scale_dtype=torch.bfloat16, partner=None, fit="minmax",
+    )  # fmt: skip
+    shapes, per, tokens = spec.tensor_shapes(), 32 // bits, spec.stored_tokens
+    unit = residual if side == "key" else per
+    assert tokens % unit == 0 and max_len + unit <= tokens < max_len + 2 * unit
+    if side == "key":
+        expected = {"codes": (2, 3, math.ceil(dim / per), tokens), "scale": (2, 3, tokens, dim)}
+    else:
+        expected = {"codes": (2, 3, tokens // per, dim), "scale": (2, 3, 2, tokens)}
+    expected |= {"zero": expected["scale"], "ring": (2, 3, residual + 8, dim), "sink": (2, 3, 3, dim), "length": (2,)}
+    assert {name: shape for name, (shape, _) in shapes.items()} == expected
+    dtypes = {"codes": torch.int32, "scale": torch.bfloat16, "zero": torch.bfloat16, "length": torch.int64}
+    assert all(dtype == dtypes.get(name, torch.float16) for name, (_, dtype) in shapes.items())

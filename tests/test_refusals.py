@@ -1,0 +1,172 @@
+"""What the backend refuses, warns of or passes on untouched."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from dynamo_graphs import buffers, first_graph, fresh, tiny
+from rewrites import CONFIG, SHAPE, Rewrites, assign, quantized_layers, run_both, sdpa, two_layers
+from transformers import DynamicCache
+
+from xquant_fx import CacheStateError, ConfigError, NotRewrittenError, UnsupportedWriteError, backend
+from xquant_fx.backend import compile_graph
+from xquant_fx.options import parse
+
+
+def copied(q, k, v, layers, pos):
+    layers[0][0].copy_(layers[0][0] * 2)
+
+
+def whole(q, k, v, layers, pos):
+    layers[0][0][:, :, :] = torch.zeros(SHAPE)
+
+
+def one_head(q, k, v, layers, pos):
+    layers[0][0][:, 0] = k[:, :1]
+
+
+def scaled(q, k, v, layers, pos):
+    layers[0][0].mul_(2)
+
+
+def added(q, k, v, layers, pos):
+    buffer = layers[0][0]
+    buffer += 1
+
+
+def through_a_view(q, k, v, layers, pos):
+    layers[0][0].transpose(1, 2).mul_(2)
+
+
+def through_a_part(q, k, v, layers, pos):
+    layers[0][0].chunk(2, dim=1)[0].zero_()
+
+
+def other_dimension(q, k, v, layers, pos):
+    layers[0][0].index_copy_(1, pos, k.expand(1, 1, SHAPE[2], SHAPE[3]))
+
+
+def by_mask(q, k, v, layers, pos):
+    layers[0][0][:, :, torch.arange(SHAPE[2]) == pos] = k
+
+
+def after_a_view(q, k, v, layers, pos):
+    seen = layers[0][0][:, :, :8]
+    assign(*layers[0], k, v, pos)
+    q += seen.sum()
+
+
+WRITES = [
+    copied, whole, one_head, scaled, added, through_a_view, through_a_part, other_dimension, by_mask, after_a_view
+]
+
+
+def cases():
+    for where in ("eager", "compiled"):
+        for write in WRITES:
+            if (where, write) != ("eager", after_a_view):  # eagerly a slice shows what is written later
+                yield pytest.param(write, where, id=f"{write.__name__}-{where}")
+
+
+@pytest.mark.parametrize("write, where", list(cases()))
+def test_unsupported_writes_name_the_layer(write, where):
+    def step(q, k, v, layers, pos):
+        if write is other_dimension:
+            k = k[:, :1, :1]
+        write(q, k, v, layers, pos)
+        return sdpa(q, *layers[0])
+
+    args = (*fresh(), quantized_layers(), torch.tensor([0]))
+    with torch.no_grad():
+        if where == "eager":
+            with pytest.raises(UnsupportedWriteError, match="layer 0 key"):
+                step(*args)
+            assert args[3][0][0].state.length == 0
+        else:
+            gm, inputs = first_graph(step, *args)
+            with pytest.raises(UnsupportedWriteError, match="layer 0 key"):
+                Rewrites()(gm, inputs)
+
+
+def test_copies_may_be_changed():
+    def step(q, k, v, layers, pos):
+        keys, values = layers[0]
+        before = keys.clone().add_(1)
+        assign(keys, values, k, v, pos)
+        q += before.sum() + keys.repeat(1, 2, 1, 1).mul_(2).sum()
+        return sdpa(q, keys, values)
+
+    mine, theirs = run_both(step, [5, 1], Rewrites())
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_strict_raises_with_the_reason(monkeypatch):
+    monkeypatch.setattr(backend, "_warned", set())
+    model = tiny("llama")
+    cache = DynamicCache(config=model.config)
+    ids = torch.arange(3, 9)[None]
+    gm, inputs = first_graph(model.forward, ids, past_key_values=cache)
+    with torch.no_grad(), pytest.raises(NotRewrittenError, match=r"2 KV cache.*\n.*keys: keys grow by concatenation"):
+        Rewrites(strict=True)(gm, inputs)
+
+
+def test_warnings_come_once_a_reason(monkeypatch, caplog):
+    monkeypatch.setattr(backend, "_warned", set())
+    model = tiny("llama")
+    ids = torch.arange(3, 9)[None]
+    step = torch.compile(model.forward, backend=Rewrites(), dynamic=False)
+    with caplog.at_level(logging.WARNING, logger="xquant_fx"), torch.no_grad():
+        for _ in range(2):
+            torch._dynamo.reset()
+            step(ids, past_key_values=DynamicCache(config=model.config))
+    records = [r for r in caplog.records if r.name.startswith("xquant_fx")]
+    assert len(records) == 1 and records[0].levelno == logging.WARNING
+    assert "stays in full precision: keys grow by concatenation" in records[0].getMessage()
+
+
+def test_options_must_agree_with_the_cache():
+    def step(q, k, v, layers, pos):
+        return two_layers(q, k, v, layers, pos)
+
+    gm, inputs = first_graph(step, *fresh(), quantized_layers(), torch.tensor([0]))
+    with torch.no_grad():
+        with pytest.raises(ConfigError, match="options differ from the config of the XQuantCache"):
+            Rewrites(k_bits=4)(gm, inputs)
+        for options in ({}, {"config": CONFIG}, {"strict": True}):
+            assert callable(Rewrites(**options)(gm, inputs))
+
+
+def test_gradients_are_refused():
+    gm, inputs = first_graph(two_layers, *fresh(), quantized_layers(), torch.tensor([0]))
+    with torch.enable_grad(), pytest.raises(CacheStateError, match=r"torch\.no_grad"):
+        Rewrites()(gm, inputs)
+
+
+def test_ordinary_buffers_stay_under_gradients(monkeypatch):
+    monkeypatch.setattr(backend, "_warned", set())
+
+    def step(q, k, v, keys, values, pos):
+        assign(keys, values, k, v, pos)
+        return sdpa(q, keys, values)
+
+    gm, inputs = first_graph(step, *fresh(), *buffers(), torch.tensor([3]))
+    seen = Rewrites()
+    with torch.enable_grad():
+        seen(gm, inputs)
+        assert seen.made == [gm] and seen.inputs[0] is inputs  # compiled as it is
+        with pytest.raises(NotRewrittenError, match="gradients are enabled"):
+            Rewrites(strict=True)(gm, inputs)
+    with torch.no_grad():
+        seen(gm, inputs)
+    assert seen.made == [gm]  # taken over instead
+
+
+def test_graphs_without_a_cache_go_to_the_compiler_as_they_are():
+    model = tiny("llama")
+    gm, inputs = first_graph(model.forward, torch.arange(3, 9)[None], use_cache=False)
+    calls = []
+    result = compile_graph(gm, inputs, parse(None, None), lambda *args: calls.append(args) or gm.forward)
+    ((graph, example_inputs, _, settings),) = calls
+    assert graph is gm and example_inputs is inputs and settings is None and result == gm.forward

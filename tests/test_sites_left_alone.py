@@ -1,0 +1,306 @@
+"""Attentions whose KV cache is left alone, or that have none: each with its reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dynamo_graphs import SHAPE, buffers, decode_sites, fresh, graphs_of, roles, sites_of, tiny
+from transformers import DynamicCache, StaticCache
+
+from xquant_fx import XQuantCache, XQuantConfig
+from xquant_fx.passes.find_attention import find_attention
+
+sdpa = torch.nn.functional.scaled_dot_product_attention
+B, H, N, D = SHAPE
+
+
+def test_dynamic_cache():
+    model = tiny("llama")
+    for prompt in (5, 0):  # a decode step, and a cold prefill
+        cache = DynamicCache(config=model.config)
+        ids = torch.arange(3, 9)[None]
+        if prompt:
+            with torch.no_grad():
+                model(ids[:, :prompt], past_key_values=cache)
+        torch._dynamo.reset()
+        sites = sites_of(model.forward, ids, past_key_values=cache)
+        assert [(site.has_cache, site.deferred) for site in sites] == [(True, False)] * 2
+        assert all("concatenation (DynamicCache); pass an XQuantCache or a StaticCache" in s.reason for s in sites)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_full_sliding_window(attention):
+    model = tiny("gemma3_text", attention)
+    window, full = decode_sites(model, StaticCache(config=model.config, max_cache_len=32))
+    assert "also written by copy_, which is no append (a sliding window?)" in window.reason and window.has_cache
+    assert full.reason == ""
+
+
+def test_sliding_window_that_the_prompt_overflows():
+    model = tiny("gemma3_text")
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
+    window, full = sites_of(model.forward, torch.arange(3, 17)[None], past_key_values=cache)
+    assert "sliding window: attention reads new tokens" in window.reason and window.has_cache
+    assert full.reason == ""
+
+
+def test_sliding_window_that_is_not_yet_full():
+    model = tiny("gemma3_text")
+    window, full = decode_sites(model, StaticCache(config=model.config, max_cache_len=32), prompt=5)
+    assert window.reason == "keys: the buffer holds 12 tokens and others 32 (a sliding window?)"
+    assert full.reason == ""
+    torch._dynamo.reset()
+    window, full = decode_sites(model, XQuantCache(model.config, 32), prompt=5)
+    assert window.reason == "keys: an ordinary buffer beside quantized ones (a sliding window?)"
+    assert full.reason == ""
+
+
+def test_cold_static_cache_is_deferred():
+    model = tiny("gemma3_text")
+    ids = torch.arange(3, 17)[None]
+    window, full = sites_of(model.forward, ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+    assert full.deferred and full.has_cache and full.key_write.how == "index_copy_"
+    assert full.reason == "keys: the buffer is allocated inside this graph; it is taken over at the next step"
+    assert window.has_cache and not window.deferred and "sliding window" in window.reason
+
+
+@pytest.mark.parametrize("make", [StaticCache, DynamicCache])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_latent_attention(make, attention):
+    model = tiny("deepseek_v3", attention)
+    kwargs = dict(max_cache_len=32) if make is StaticCache else {}
+    for site in decode_sites(model, make(config=model.config, **kwargs)):
+        assert "from the cache, not read from it (latent attention?)" in site.reason
+        assert site.has_cache and not site.deferred
+
+
+def test_quantized_latents_count_as_quantized():
+    model = tiny("deepseek_v3")
+    cache = XQuantCache(model.config, 32, XQuantConfig(k_group_size=8, residual_length=8))
+    for site in decode_sites(model, cache):
+        assert site.reason == "" and site.has_cache
+        # HF keeps the latents of keys and values in "keys" and the rotary part of keys in "values".
+        assert roles(site) == ("values", "keys")
+
+
+def test_states_of_linear_attention_are_no_kv_cache():
+    model = tiny("qwen3_next")
+    (site,) = decode_sites(model, StaticCache(config=model.config, max_cache_len=32))
+    assert site.reason == "" and "layers[1].keys" in site.label
+
+
+# Hand-written steps
+
+
+def appended(keys, values, k, v, pos):
+    keys[:, :, pos] = k
+    values[:, :, pos] = v
+
+
+def other_reader(q, k, v, keys, values, pos):
+    appended(keys, values, k, v, pos)
+    return sdpa(q, keys, values), keys.sum()
+
+
+def other_reader_of_the_operand(q, k, v, keys, values, pos):
+    appended(keys, values, k, v, pos)
+    keys = keys.repeat_interleave(2, dim=1)
+    return sdpa(torch.cat([q, q], 1), keys, values.repeat_interleave(2, dim=1)), keys.amax()
+
+
+def returned(q, k, v, keys, values, pos):
+    appended(keys, values, k, v, pos)
+    return sdpa(q, keys, values), values.transpose(1, 2)
+
+
+def written_twice(q, k, v, keys, values, pos):
+    appended(keys, values, k, v, pos)
+    values[:, :, pos + 1] = v
+    return sdpa(q, keys, values)
+
+
+def changed_otherwise(q, k, v, keys, values, pos):
+    appended(keys, values, k, v, pos)
+    values[:, 0] *= 2
+    return sdpa(q, keys, values)
+
+
+def rolled(q, k, v, keys, values, pos):
+    for buffer, x in ((keys, k), (values, v)):
+        new = buffer.roll(-1, dims=2)
+        new[:, :, -1:] = x
+        buffer.copy_(new)
+    return sdpa(q, keys, values)
+
+
+def read_before(q, k, v, keys, values, pos):
+    out = sdpa(q, keys, values)
+    appended(keys, values, k, v, pos)
+    return out
+
+
+def view_before(q, k, v, keys, values, pos):
+    seen = values[:, :, :8]
+    appended(keys, values, k, v, pos)
+    return sdpa(q, keys[:, :, :8], seen)
+
+
+def written_to_itself(q, k, v, keys, values, pos):
+    keys[:, :, pos] = k
+    values[:, :, pos] = values[:, :, pos - 1]
+    return sdpa(q, keys, values)
+
+
+def one_buffer(q, k, v, keys, values, pos):
+    keys[:, :, pos] = k
+    return sdpa(q, keys, keys)
+
+
+def one_buffer_in_products(q, k, v, keys, values, pos):
+    keys[:, :, pos] = k
+    return torch.softmax(q @ keys.mT, -1) @ keys
+
+
+def cross(q, k, v, keys, values, pos):
+    return sdpa(q, keys, values)
+
+
+def scaled(q, k, v, keys, values, pos):
+    appended(keys, values, k, v, pos)
+    return sdpa(q, keys * 2, values)
+
+
+def other_dimension(q, k, v, keys, values, pos):
+    keys.index_copy_(1, pos % H, k.expand(SHAPE)[:, :1])
+    values.index_copy_(1, pos % H, v.expand(SHAPE)[:, :1])
+    return sdpa(q, keys, values)
+
+
+def mask_of_positions(q, k, v, keys, values, pos):
+    appended(keys, values, k, v, torch.arange(N) == pos)
+    return sdpa(q, keys, values)
+
+
+def whole_buffer(q, k, v, keys, values, pos):
+    appended(keys, values, k, v, slice(None))
+    return sdpa(q, keys, values)
+
+
+@pytest.mark.parametrize(
+    "step, has_cache, reason",
+    [
+        (other_reader, True, "keys: the buffer is also read by sum, which is no attention"),
+        (other_reader_of_the_operand, True, "keys: the buffer is also read by amax, which is no attention"),
+        (returned, True, "values: the buffer is an output of this graph"),
+        (written_twice, True, "values: the buffer is written 2 times in this graph, not once"),
+        (changed_otherwise, True, "values: the buffer is also written by imul, which is no append along dimension 2"),
+        (rolled, True, "keys: the buffer is also written by copy_, which is no append (a sliding window?)"),
+        (read_before, True, "keys: the buffer is read by scaled_dot_product_attention before it is written"),
+        (view_before, True, "values: the buffer is read by getitem before it is written"),
+        (written_to_itself, True, "values: the buffer is read by getitem before it is written"),
+        (one_buffer, True, "keys and values are read from one buffer"),
+        (one_buffer_in_products, True, "keys and values are read from one buffer"),
+        (cross, False, "keys: the buffer is read and not written in this graph (cross attention, or a graph break?)"),
+        (scaled, True, "keys are computed by mul from the cache, not read from it (latent attention?)"),
+        (other_dimension, True, "keys: the buffer is also written by index_copy_, which is no append along"),
+        (mask_of_positions, True, "keys: the buffer is also written by setitem, which is no append along dimension 2"),
+        (whole_buffer, True, "keys: the buffer is also written by setitem, which is no append along dimension 2"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_buffers_left_alone(step, has_cache, reason):
+    (site,) = sites_of(step, *fresh(), *buffers(), torch.tensor([3]))
+    assert site.reason.startswith(reason)
+    assert site.has_cache == has_cache and not site.deferred
+
+
+@pytest.mark.parametrize("kind", ["rank 3", "int", "float8", "gradient"])
+def test_inputs_that_are_no_buffers(kind):
+    def step(q, k, v, keys, values, pos):
+        keys[..., pos, :] = k.to(keys.dtype)
+        values[..., pos, :] = v.to(values.dtype)
+        return sdpa(q, keys.to(q.dtype), values.to(q.dtype))
+
+    q, k, v = fresh()
+    keys, values = buffers(dtype={"int": torch.int32, "float8": torch.float8_e5m2}.get(kind, torch.float32))
+    if kind == "rank 3":
+        q, k, v, keys, values = (t[0] for t in (q, k, v, keys, values))
+    if kind == "gradient":
+        keys.requires_grad_()
+    (site,) = sites_of(step, q, k, v, keys, values, torch.tensor([3]))
+    expected = "come from a parameter" if kind == "gradient" else "that is no [B, H, N, D] buffer of 16 or 32 bit"
+    assert expected in site.reason
+
+
+def test_tuples_that_grow():
+    def step(q, k, v, past):  # nanoGPT's style
+        k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        return sdpa(q, k, v), (k, v)
+
+    (site,) = sites_of(step, *fresh(), (torch.randn(SHAPE), torch.randn(SHAPE)))
+    assert "grow by concatenation" in site.reason and site.has_cache and site.label == "L['past'][0]"
+
+
+def test_concatenation_that_is_no_cache():
+    def joint(q, text, image):  # two modalities attended to together; nothing is kept
+        k = torch.cat([text * 2, image * 2], dim=2)
+        return sdpa(q, k, k * 3)
+
+    (site,) = sites_of(joint, *fresh(4))
+    assert not site.has_cache and "no KV cache is read here" in site.reason
+
+
+def test_attention_without_a_cache():
+    def layers(x, w):
+        for _ in range(2):
+            q, k, v = (x @ w).chunk(3, dim=-1)
+            x = x + sdpa(q, k, v)
+        return x
+
+    sites = sites_of(layers, torch.randn(B, H, 4, D), torch.randn(D, 3 * D))
+    assert [site.has_cache for site in sites] == [False, False]
+    assert all(site.reason.endswith("no KV cache is read here") for site in sites)
+
+
+def test_new_tokens_attended_to_in_a_later_layer():
+    """The second layer's keys depend on the first layer's cache, but only through its attention."""
+
+    def step(q, k, v, keys, values, pos):
+        appended(keys, values, k, v, pos)
+        x = torch.softmax(q @ keys.mT, -1) @ values
+        return sdpa(x, x * 2, x * 3)
+
+    first, second = sites_of(step, *fresh(), *buffers(), torch.tensor([3]))
+    assert first.reason == ""
+    assert not second.has_cache and "no KV cache is read here" in second.reason
+
+
+def test_buffers_allocated_in_the_graph():
+    def prefill(q, k, v):
+        keys, values = torch.zeros(SHAPE), k.new_zeros(SHAPE)
+        appended(keys, values, k, v, torch.arange(4))
+        return sdpa(q, keys, values), keys, values
+
+    (site,) = sites_of(prefill, *fresh(4))
+    assert site.deferred and site.has_cache and "taken over at the next step" in site.reason
+
+
+def router(x, weights, experts):
+    chosen = torch.softmax(x @ weights, dim=-1)
+    mixed = torch.stack([x @ expert for expert in experts], -1) * chosen[..., None, :]
+    return mixed.sum(-1) @ experts[0]
+
+
+def sampling(x, weights, experts):
+    return torch.multinomial(torch.softmax(x @ weights, dim=-1), 1)
+
+
+def scaled_hidden(x, weights, experts):
+    return (x * torch.softmax(x @ weights, dim=-1)[:, :1]) @ experts[0]
+
+
+@pytest.mark.parametrize("function", [router, sampling, scaled_hidden], ids=lambda f: f.__name__)
+def test_softmax_that_is_no_attention(function):
+    ((gm, _),) = graphs_of(function, torch.randn(4, D), torch.randn(D, 3), torch.randn(3, D, D))
+    assert find_attention(gm.graph) == []

@@ -1,0 +1,192 @@
+"""Positions that do not follow what is stored: fault codes of the raw ops, errors of ``KVState``."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from store_reference import Case
+from store_runs import ThroughOps, ThroughState, pair_of
+from torch import Tensor
+
+from xquant_fx import CacheStateError, ops
+from xquant_fx.config import STEP_TOKENS
+from xquant_fx.faults import FAULTS
+from xquant_fx.state import TENSOR_NAMES, CacheGroup, KVState
+
+SIDES = pytest.mark.parametrize("side", ["key", "value"])
+STORED = 20
+BAD = {
+    "swapped": ([20, 22, 21, 23], 4),
+    "gap": ([21], 1),
+    "gap in front of a chunk": (list(range(30, 42)), 1),
+    "one past the end": ([60], 2),
+    "far past the end": ([200], 2),
+    "a step across the end": (list(range(53, 61)), 2),
+    "a chunk across the end": (list(range(53, 83)), 2),
+    "rolled back by 9": ([STORED - STEP_TOKENS - 1], 3),
+    "rolled back to 1": (list(range(1, 20)), 3),
+    "repeated": ([20, 20], 4),
+    "backwards": ([20, 19], 4),
+    "hole": ([20, 22], 4),
+}
+
+
+def filled(case: Case, stored: int = STORED) -> ThroughState:
+    layers = ThroughState(case)
+    for layer in (0, 1):
+        layers.step(layer, 0, case.tokens(stored, layer))
+    return layers
+
+
+def everything(states: list[KVState]) -> list[Tensor]:
+    tensors = [state.tensor(name) for state in states for name in TENSOR_NAMES]
+    return [t.clone() for t in tensors if t is not None]
+
+
+def same(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Equal, NaN included."""
+    return all(torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)) for a, b in zip(before, after, strict=True))
+
+
+@SIDES
+@pytest.mark.parametrize("bits", [2, 16])
+@pytest.mark.parametrize("what", BAD)
+def test_raw_ops_leave_a_fault_code(side: str, bits: int, what: str) -> None:
+    """And index nothing out of bounds, whatever the residual length: that would end a CUDA context."""
+    positions, code = BAD[what]
+    for residual in (4, 16):
+        case = Case(side=side, bits=bits, residual=residual)
+        for state in filled(case, 53 if code == 2 else STORED).states:
+            tensors = [state.tensor(name) for name in TENSOR_NAMES]
+            arguments = case.tokens(len(positions), 5), torch.tensor(positions), *tensors, *state.store_args()
+            if state.spec.borrowed:
+                ops.STORE_BORROWED(*arguments, fit=state.spec.fit)
+            else:
+                ops.STORE(*arguments)
+            if bits == 16 and code == 3:  # rolls back any number of tokens
+                assert tensors[7].tolist() == [0]
+                continue
+            assert tensors[7].tolist() == [code]
+            with pytest.raises(CacheStateError, match=r"contents are no longer right.*reset"):
+                state.group.faults.check()
+            state.reset()
+            state.group.faults.check()
+
+
+@SIDES
+@pytest.mark.parametrize("positions", [[20], [20, 21, 22], list(range(20, 60)), [12], list(range(19, 30)), [0], [0, 1]])
+def test_raw_ops_leave_no_fault_code_for_steps_that_follow(side: str, positions: list[int]) -> None:
+    case = Case(side=side)
+    layers = ThroughOps(case)
+    layers.step(0, 0, case.tokens(STORED, 0))
+    layers.step(0, positions[0], case.tokens(len(positions), 1))  # asserts that the code is 0
+    assert layers.states[0].length == positions[-1] + 1
+
+
+@SIDES
+@pytest.mark.parametrize(("bits", "what"), [(b, w) for b in (2, 16) for w in BAD if b == 2 or BAD[w][1] != 3])
+def test_a_state_refuses_them_and_changes_nothing(side: str, bits: int, what: str) -> None:
+    positions, code = BAD[what]
+    case = Case(side=side, bits=bits)
+    states = filled(case, 53 if code == 2 else STORED).states
+    before = everything(states)
+    for state in states:
+        with pytest.raises(CacheStateError) as caught:
+            state.store(case.tokens(len(positions), 5), torch.tensor(positions))
+        for word in (FAULTS[code], f"layer {state.spec.layer} {side}s", str(positions[0]), str(state.length)):
+            assert word in str(caught.value)
+    assert same(before, everything(states))
+
+
+@SIDES
+def test_the_upper_layer_waits_for_the_lower_one(side: str) -> None:
+    case = Case(side=side)
+    lower, upper = filled(case).states
+    before = everything([lower, upper])
+    with pytest.raises(CacheStateError, match=r"layer 1 .*layer 0 lends its codes and must be written first"):
+        upper.store(case.tokens(2, 5), torch.tensor([20, 21]))
+    assert same(before, everything([lower, upper]))
+    lower.store(case.tokens(2, 5), torch.tensor([20, 21]))
+    upper.store(case.tokens(2, 5), torch.tensor([20, 21]))
+
+
+@SIDES
+def test_at_most_8_tokens_roll_back_or_all(side: str) -> None:
+    case = Case(side=side)
+    states = filled(case).states
+    before = everything(states)
+    for state in states:
+        with pytest.raises(CacheStateError, match=f"layer {state.spec.layer}.*8 tokens.*asked for 9 of 20"):
+            state.truncate(11)
+    assert same(before, everything(states))
+    for state in states:
+        state.truncate(12)
+        assert state.length == 12
+    states = filled(case).states
+    for state in states:
+        state.truncate(0)
+        state.store(case.tokens(3, 5), torch.arange(3))
+        assert torch.equal(state.load(3), case.tokens(3, 5))
+
+
+def test_16_bit_storage_rolls_back_any_number() -> None:
+    state = filled(Case(bits=16)).states[0]
+    state.truncate(2)
+    state.store(Case().tokens(1, 5), torch.tensor([2]))
+    assert state.length == 3
+
+
+@SIDES
+def test_reset_forgets_everything_but_the_padding(side: str) -> None:
+    case = Case(side=side, padding=(0, 3), sinks=1)
+    states = filled(case).states
+    for state in states:
+        state.reset()
+        assert not any(t.any() for t in state.owned.values())
+        assert not state.load(case.max_len).any()
+    assert states[0].group.start.tolist() == [0, 3]
+
+
+@SIDES
+def test_reorder_selects_rows_of_everything(side: str) -> None:
+    case = Case(side=side, batch=3, sinks=2)
+    states = filled(case).states
+    before = []
+    for state in states:
+        state.group.drop()
+        before.append(state.load(STORED))
+    index = torch.tensor([2, 0, 0])
+    for state, dense in zip(states, before, strict=True):
+        state.reorder(index)
+        assert torch.equal(state.load(STORED), dense[index])
+
+
+def test_a_fresh_state_is_all_zeros_and_reads_as_zeros() -> None:
+    for bits in (1, 16):
+        case = Case(bits=bits, padding=(2,))
+        group = CacheGroup(case.config, case.batch, torch.device("cpu"), case.start)
+        state = KVState(pair_of(case)[0].spec, group)
+        assert state.length == 0 and not state.load(case.max_len).any()
+        assert group.start.tolist() == [2, 0]
+        for tensor in state.owned.values():
+            tensor.fill_(math.nan if tensor.is_floating_point() else 0)
+        assert not state.load(case.max_len).any()
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_rollbacks_count_from_the_furthest_token(side: str) -> None:
+    """Twice eight tokens back are sixteen, by truncating and by position, eagerly and in the raw op."""
+    for how in ("truncate", "position"):
+        case = Case(side=side, bits=2, residual=8)
+        state = filled(case, 40).states[0]
+        state.truncate(32)
+        with pytest.raises(CacheStateError, match="rolled back"):
+            if how == "truncate":
+                state.truncate(24)
+            else:
+                state.store(case.tokens(1, 7), torch.tensor([25]))
+        tensors = [state.tensor(name) for name in TENSOR_NAMES]
+        ops.STORE(case.tokens(1, 7), torch.tensor([25]), *tensors, *state.store_args())
+        assert state.tensor("fault").item() == 3

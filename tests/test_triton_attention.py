@@ -1,0 +1,37 @@
+"""The Triton kernels of decode attention, run by Triton's interpreter, against the float64 truth.
+
+The interpreter computes float16 and float32 as a GPU does, but for the order of sums; bfloat16 it gets
+wrong, so there the kernels are told to compute in float32 and only reading and writing is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from attention_cases import CASES, SPOILED, allowed
+from triton_interpreter import Interpreter
+
+pytest.importorskip("triton")
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    process = Interpreter()
+    yield process
+    process.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_truth(name: str, interpreter: Interpreter) -> None:
+    case = CASES[name]
+    result = interpreter.call("attention_runs:interpret", **case)
+    assert result["same_nan"] and result["zeros_are_zero"]
+    assert result["largest"] > 0
+    assert result["error"] <= allowed(result, case.get("dtype", "float16")), result
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_nan_propagates(name: str, interpreter: Interpreter) -> None:
+    result = interpreter.call("attention_runs:interpret", **SPOILED[name])
+    assert result["same_nan"] and result["nans"]
+    assert result["error"] <= allowed(result, "float16"), result

@@ -1,0 +1,179 @@
+"""The Triton kernels compile for NVIDIA and AMD chips, within their registers and shared memory.
+
+What is compiled is what the host code would launch, constants included. Nothing runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_compiled import CHIPS, Needs, compiled, launches
+
+from xquant_fx import XQuantConfig
+from xquant_fx.config import STEP_TOKENS
+from xquant_fx.kernels import triton_attention, triton_store
+from xquant_fx.pairing import borrow_or_own
+
+triton = pytest.importorskip("triton")
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def stored(side: str, dtype: torch.dtype, config: XQuantConfig, shape: tuple[int, int, int, int]) -> dict[str, Any]:
+    """The tensors of one side without data, and its group size under "group"."""
+    spec = borrow_or_own(shape, dtype, config, side, 0, 1, None).spec
+    tensors = {name: empty(*shape, dtype=dtype) for name, (shape, dtype) in spec.tensor_shapes().items()}
+    return {"sink": None, **tensors, "group": spec.group_size}
+
+
+def decode_arguments(
+    *, dim: int = 128, k_bits: int = 2, v_bits: int = 1, dtype: torch.dtype = torch.bfloat16, group: int = 4,
+    query: int = 1, mask: torch.dtype | None = torch.bool, k_group: int = 128, v_group: int | None = None,
+    residual: int = 128, sinks: int = 0, softcap: float = 0.0, window: int = 0, extra: bool = False,
+    max_len: int = 32768, kv_heads: int = 8,
+) -> list[Any]:  # fmt: skip
+    """Arguments of ``decode_attention`` without data."""
+    config = XQuantConfig(
+        k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group, v_group_size=v_group,
+        residual_length=residual, sink_tokens=sinks,
+    )  # fmt: skip
+    key, value = (stored(side, dtype, config, (1, kv_heads, max_len, dim)) for side in ("key", "value"))
+    sides = [t[name] for t in (key, value) for name in ("codes", "scale", "zero", "ring", "sink")]
+    return [
+        empty(1, kv_heads * group, query, dim, dtype=dtype), *sides, empty(1, dtype=torch.int64),
+        empty(1, dtype=torch.int64), None if mask is None else empty(1, 1, query, max_len, dtype=mask),
+        empty(kv_heads * group, dtype=dtype) if extra else None, query, max_len, k_bits, key["group"], v_bits,
+        value["group"], residual, dim**-0.5, softcap, window,
+        *(empty(1, kv_heads, query, dim, dtype=dtype) for _ in range(2 * (query > STEP_TOKENS))),
+    ]  # fmt: skip
+
+
+def append_arguments(
+    *, side: str, new: int = 1, dim: int = 128, bits: int = 2, group: int = 128, residual: int = 128, sinks: int = 0,
+    fit: str = "own", dtype: torch.dtype = torch.bfloat16, max_len: int = 32768,
+) -> list[Any]:  # fmt: skip
+    """Arguments of ``triton_store.launch`` without data."""
+    groups = dict(k_group_size=group) if side == "key" else dict(k_group_size=residual, v_group_size=group)
+    config = XQuantConfig(k_bits=bits, v_bits=bits, residual_length=residual, sink_tokens=sinks, **groups)
+    t = stored(side, dtype, config, (1, 8, max_len, dim))
+    return [
+        empty(1, 8, new, dim, dtype=dtype), empty(new, dtype=torch.int64), t["codes"], t["scale"], t["zero"], t["ring"],
+        t["sink"], empty(1, dtype=torch.int64), t["length"], empty(1, dtype=torch.int32), side, bits, group, residual,
+        0.045, sinks, max_len, fit,
+    ]  # fmt: skip
+
+
+FAST = {
+    "head_dim 64": dict(dim=64),
+    "head_dim 128": dict(),
+    "head_dim 256": dict(dim=256),
+    "4 bits": dict(k_bits=4, v_bits=4),
+    "a chunk": dict(query=512),
+}
+MORE = {
+    "small groups, 4 query tokens": dict(k_group=16, v_group=32, query=4),
+    "small groups, float32, 4 query tokens": dict(k_group=16, v_group=32, query=4, dtype=torch.float32),
+    "float32, 4 query tokens": dict(dtype=torch.float32, query=4),
+    "a chunk, head_dim 64": dict(query=512, dim=64),
+    "a chunk, head_dim 256": dict(query=512, dim=256),
+    "a chunk, float32": dict(query=512, dtype=torch.float32),
+    "a chunk, 4 bits": dict(query=512, k_bits=4, v_bits=4),
+    "a chunk, small groups": dict(query=512, k_group=16, v_group=32),
+    "a chunk and all of it": dict(query=64, softcap=50.0, window=512, mask=torch.bfloat16, sinks=4, extra=True),
+    "head_dim 8": dict(dim=8),
+    "head_dim 96": dict(dim=96),
+    "1 bit": dict(k_bits=1),
+    "2 bits": dict(v_bits=2),
+    "8 bits": dict(k_bits=8, v_bits=8),
+    "float16": dict(dtype=torch.float16),
+    "float32": dict(dtype=torch.float32),
+    "one query head": dict(group=1, mask=None),
+    "8 query tokens": dict(query=8, group=8),
+    "all of it": dict(query=3, softcap=50.0, window=512, mask=torch.bfloat16, sinks=4, extra=True),
+    "all of it, head_dim 256": dict(dim=256, query=3, softcap=50.0, window=512, mask=torch.bfloat16, sinks=4),
+    "small groups": dict(k_group=16, v_group=32),
+    "small groups, head_dim 256": dict(dim=256, k_group=16, v_group=32),
+}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
+
+
+def check(needs: Needs, chip: str) -> None:
+    """No thread keeps anything in memory for want of registers, and a program fits on the chip."""
+    assert needs.spilled == 0
+    assert needs.shared <= CHIPS[chip][3]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
+def test_decode_attention(name: str, chip: str) -> None:
+    case = {**FAST, **MORE}[name]
+    decode, combine = launches(triton_attention.launch, *decode_arguments(**case), hip=chip.startswith("gfx"))
+    needs = compiled(decode, chip)
+    check(needs, chip)
+    # On the matrix unit but for float32, which has none on NVIDIA without losing digits.
+    assert needs.matrix_products or case.get("dtype") == torch.float32
+    if name == "head_dim 128":
+        check(compiled(combine, chip), chip)
+
+
+APPEND = {
+    "keys": dict(side="key"),
+    "values": dict(side="value"),
+    "fitted keys": dict(side="key", fit="least_squares", new=8, sinks=4),
+    "fitted values": dict(side="value", fit="least_squares", new=8, sinks=4),
+    "keys, minmax, 8 bits": dict(side="key", bits=8, fit="minmax", group=32),
+    "values, 8 tokens, head_dim 256": dict(side="value", bits=1, new=8, dim=256, group=256),
+    "values, groups of 32": dict(side="value", new=3, group=32),
+    "keys, head_dim 96, 4 bits": dict(side="key", new=8, dim=96, bits=4, group=16),
+}
+QUICK = ("keys", "values", "fitted values")
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in APPEND])
+def test_append(name: str, chip: str) -> None:
+    (kernel,) = launches(triton_store.launch, *append_arguments(**APPEND[name]))
+    check(compiled(kernel, chip), chip)
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_occupancy_at_head_dim_128(chip: str) -> None:
+    """Two programs fit on a multiprocessor, so that one works while the other waits."""
+    decode, _ = launches(triton_attention.launch, *decode_arguments(), hip=False)
+    needs = compiled(decode, chip)
+    assert 2 * 128 * needs.registers <= 65536
+    assert 2 * needs.shared <= CHIPS[chip][3]
+
+
+def test_codes_stay_in_registers() -> None:
+    """Words are brought into the order of the matrix unit, not the codes, which are up to 16 times larger."""
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
+        pytest.skip("Triton 3.6 takes the codes through shared memory")
+    decode, _ = launches(triton_attention.launch, *decode_arguments(), hip=False)
+    ttgir = compiled(decode, "sm_90").asm["ttgir"]
+    loop = ttgir[ttgir.index("scf.for") :]
+    loop = loop[: loop.index("scf.yield")]
+    moved = [line for line in loop.splitlines() if "ttg.local_alloc" in line or "ttg.convert_layout" in line]
+    assert moved and not any("128x128x" in line for line in moved), moved
+    assert "dot_op<{opIdx = 0" in loop
+
+
+def test_inductor_inlines_the_kernels() -> None:
+    """No call back into Python, no copies: partial results and the output are all that is allocated."""
+    from fake_cuda import fake_cuda, generated_code
+
+    def make_args() -> tuple[Any, ...]:
+        given = decode_arguments(query=2, max_len=4096)
+        return tuple(torch.zeros(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, Tensor) else a for a in given)
+
+    with fake_cuda():
+        code = generated_code(lambda *args: triton_attention.decode_attention(*args), make_args, backend="inductor")
+    call = code[code.index("def call(") :]
+    assert "torch.ops.xquant" not in call and ".clone(" not in call
+    assert call.count("decode_kernel_0.run(") == call.count("combine_kernel_1.run(") == 1
+    assert call.count("= empty_strided_cuda(") == 3

@@ -1,0 +1,61 @@
+"""Call functions of test helpers in a process of their own, where Triton interprets its kernels.
+
+Triton decides at the import of a kernel whether to interpret it, so that cannot be done beside other
+tests in one process. The process is started once and answers one call after another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class Interpreter:
+    """``call("module:function", **kwargs)``; arguments and results go through JSON."""
+
+    def __init__(self) -> None:
+        here = Path(__file__)
+        paths = [str(here.parents[1]), str(here.parent), os.environ.get("PYTHONPATH", "")]
+        env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+        self.process = subprocess.Popen(
+            [sys.executable, str(here)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
+        )
+
+    def call(self, name: str, **kwargs: Any) -> Any:
+        self.process.stdin.write(json.dumps([name, kwargs]) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{name} ended the interpreter")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise AssertionError(answer["error"])
+        return answer["result"]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def serve() -> None:
+    """Answer the calls that come in, one a line."""
+    import traceback
+
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        name, kwargs = json.loads(line)
+        module, function = name.split(":")
+        try:
+            answer = {"result": getattr(importlib.import_module(module), function)(**kwargs)}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,91 @@
+"""Play steps on a pair of layers with the Triton kernels in the interpreter (see store_runs.py)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from store_reference import Case
+from store_runs import ThroughKernel, ThroughOps, pair_of, run
+from torch import Tensor
+
+from xquant_fx.kernels.triton_store import launch
+from xquant_fx.state import TENSOR_NAMES, KVState
+
+#: What a group cannot hold: the last one is finite, but not its range.
+BAD = {"nan": math.nan, "inf": math.inf, "large": 3e38}
+
+
+def append(state: KVState, x: Tensor, pos: Tensor) -> None:
+    """One step of up to STEP_TOKENS tokens by the kernel."""
+    codes, scale, zero, ring, sink, start, length, fault = (state.tensor(name) for name in TENSOR_NAMES)
+    fit = state.spec.fit if state.spec.borrowed else "own"
+    tensors = (codes, scale, zero, ring, sink, start, length, fault)
+    launch(x, pos, *tensors, *state.store_args(), fit, wrap=lambda kernel: kernel)
+
+
+class ThroughTriton(ThroughKernel):
+    """Steps by the Triton kernel."""
+
+    append = staticmethod(append)
+
+
+def case_of(**kwargs: Any) -> Case:
+    """A Case from what JSON can hold."""
+    dtypes = {name: getattr(torch, kwargs[name]) for name in ("dtype", "scale_dtype") if name in kwargs}
+    return Case(**{**kwargs, **dtypes, "padding": tuple(kwargs.get("padding", ()))})
+
+
+def play(script: list[int], **kwargs: Any) -> None:
+    """Steps beside the float64 reference."""
+    run(case_of(**kwargs), script, ThroughTriton)
+
+
+def differences(script: list[int], spoil: str = "", **kwargs: Any) -> dict[str, int]:
+    """How many stored numbers that are read differ between the kernel and the ops, by tensor."""
+    case = case_of(**kwargs)
+    ours, theirs = ThroughTriton(case), ThroughOps(case)
+    past, found = 0, dict.fromkeys(("codes", "scale", "zero", "ring", "sink", "length"), 0)
+    for number, new in enumerate(script):
+        for layer in (0, 1):
+            x = case.tokens(new, 2 * number + layer)
+            if spoil and number == 2:
+                x[0, 0, 1, 3] = BAD[spoil]
+            ours.step(layer, past, x)
+            theirs.step(layer, past, x)
+        past += new
+    for a, b in zip(ours.states, theirs.states, strict=True):
+        limit = past // case.residual * case.residual if case.side == "key" else max(past - case.residual, 0)
+        for name in found:
+            x, y = a.tensor(name), b.tensor(name)
+            if x is not None:
+                x, y = (read(case, name, t, limit) for t in (x, y))
+                found[name] += int(((x != y) & ~((x != x) & (y != y))).sum())
+    return found
+
+
+def read(case: Case, name: str, tensor: Tensor, limit: int) -> Tensor:
+    """The part of a stored tensor that holds the first ``limit`` tokens; of the sinks all but the spare row."""
+    if name == "sink":
+        return tensor[:, :, : case.sinks]
+    if name in ("ring", "length"):
+        return tensor
+    if case.side == "key":
+        return tensor[..., :limit] if name == "codes" else tensor[:, :, : limit // case.group]
+    return tensor[:, :, : limit * case.bits // 32] if name == "codes" else tensor[..., :limit]
+
+
+def faults(steps: list[list[int]], **kwargs: Any) -> list[list[int]]:
+    """[fault, length, furthest] of the kernel and of the ops after each step, given as its positions."""
+    case, seen = case_of(**kwargs), []
+    ours, theirs = pair_of(case)[0], pair_of(case)[0]
+    for positions in steps:
+        pos = torch.tensor(positions)
+        x = case.tokens(len(positions), 0)
+        for state in (ours, theirs):
+            state.tensor("fault").zero_()
+        append(ours, x, pos)
+        torch.ops.xquant.quantize_store(x, pos, *(theirs.tensor(name) for name in TENSOR_NAMES), *theirs.store_args())
+        seen.append([[int(s.tensor("fault")), *s.tensor("length").tolist()] for s in (ours, theirs)])
+    return seen
