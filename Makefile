@@ -11,6 +11,9 @@ COMPAT_READY := .venv-compat/.ready
 ONE_THREAD := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(WORKERS) --dist worksteal
 FAST := -m "not slow and not gpu"
+# A compiler that is killed leaves half a library in Inductor's cache, and every later process crashes on it. So the
+# tests have a cache of their own, which a clean checkout starts without.
+TESTS := $(ONE_THREAD) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.inductor
 
 .PHONY: demo test test-all lint bench compat clean
 
@@ -18,10 +21,10 @@ demo: $(READY)
 	$(ONE_THREAD) .venv/bin/python examples/generate.py
 
 test: $(READY)
-	$(ONE_THREAD) .venv/bin/pytest $(PYTEST_FLAGS) $(FAST)
+	$(TESTS) .venv/bin/pytest $(PYTEST_FLAGS) $(FAST)
 
 test-all: $(READY)
-	$(ONE_THREAD) .venv/bin/pytest $(PYTEST_FLAGS)
+	$(TESTS) .venv/bin/pytest $(PYTEST_FLAGS)
 
 lint: $(READY)
 	.venv/bin/ruff check .
@@ -36,7 +39,7 @@ bench: $(READY)
 	.venv/bin/python benchmarks/store.py
 
 compat: $(COMPAT_READY)
-	$(ONE_THREAD) .venv-compat/bin/pytest $(PYTEST_FLAGS) $(FAST)
+	$(TESTS) .venv-compat/bin/pytest $(PYTEST_FLAGS) $(FAST)
 
 $(READY): pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv
@@ -51,5 +54,5 @@ $(COMPAT_READY): pyproject.toml requirements-compat.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-compat build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache
+	rm -rf .venv .venv-compat build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache .inductor
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -101,6 +101,9 @@ template <int64_t PITCH> inline float to_digits(const float* x, int64_t n, vf la
 // say so, and a row that sees such a scale is NaN.
 inline float spoilt(vf seen) { return any(seen != seen) ? std::numeric_limits<float>::quiet_NaN() : 0.0f; }
 
+// Rows and vectors that `dots` takes at once: their sums are what fills 32 registers, or 16.
+constexpr int NROWS = L == 16 ? 4 : 2, NVECS = L < 16 && ROWS == 1 ? 4 : 2;
+
 // Sums over `words` words of codes times digits; lanes are the other axis. NV vectors, NR rows at once.
 template <int BITS, int NR, int NV, int64_t PITCH>
 inline void dots(const int32_t* codes, int64_t stride, int64_t words, const int8_t (*digits)[DIGITS][PITCH],
@@ -108,24 +111,34 @@ inline void dots(const int32_t* codes, int64_t stride, int64_t words, const int8
     constexpr int PLANES = 8 / BITS;
     const vi mask = splat((int32_t)(0x01010101u * ((1u << BITS) - 1)));
     vi acc[NR][DIGITS][NV] = {};
-    for (int64_t w = 0; w < words; w++) {
-        vu word[NV];
+    for (int64_t first = 0; first < words; first += Dot<BITS>::WORDS) {
+        typename Dot<BITS>::Sum sum[NR][DIGITS][NV] = {};
+        const int64_t end = std::min(words, first + Dot<BITS>::WORDS);
+        for (int64_t w = first; w < end; w++) {
+            vu word[NV];
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) word[v] = load<vu>(codes + w * stride + v * L);
+            for (int v = 0; v < NV; v++) word[v] = load<vu>(codes + w * stride + v * L);
 #pragma GCC unroll 8
-        for (int j = 0; j < PLANES; j++) {
-            vi code[NV];
+            for (int j = 0; j < PLANES; j++) {
+                vi code[NV];
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; v++) code[v] = BITS == 8 ? (vi)word[v] : (vi)(word[v] >> (BITS * j)) & mask;
+                for (int v = 0; v < NV; v++) code[v] = BITS == 8 ? (vi)word[v] : (vi)(word[v] >> (BITS * j)) & mask;
 #pragma GCC unroll 4
-            for (int r = 0; r < NR; r++)
+                for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
-                for (int d = 0; d < DIGITS; d++) {
-                    const vi digit = splat(word_at(digits[r][d] + (w * PLANES + j) * 4));
+                    for (int d = 0; d < DIGITS; d++) {
+                        const vi digit = splat(word_at(digits[r][d] + (w * PLANES + j) * 4));
 #pragma GCC unroll 4
-                    for (int v = 0; v < NV; v++) acc[r][d][v] = dot4<BITS>(acc[r][d][v], code[v], digit);
-                }
+                        for (int v = 0; v < NV; v++) sum[r][d][v] = Dot<BITS>::add(sum[r][d][v], code[v], digit);
+                    }
+            }
         }
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++)
+#pragma GCC unroll 3
+            for (int d = 0; d < DIGITS; d++)
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v++) acc[r][d][v] += Dot<BITS>::total(sum[r][d][v]);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < NR; r++)
@@ -170,18 +183,20 @@ inline void key_scores(Work& w, const int32_t* codes, int64_t stride, int64_t ro
 }
 
 template <int NV> inline void key_scores_all(Work& w, const int32_t* codes, int64_t stride, int64_t at) {
-    for (int64_t r = 0; r + 4 <= ROWS; r += 4) key_scores<4, NV>(w, codes, stride, r, at);
-    if constexpr (ROWS % 4) key_scores<ROWS % 4, NV>(w, codes, stride, ROWS / 4 * 4, at);
+    for (int64_t r = 0; r + NROWS <= ROWS; r += NROWS) key_scores<NROWS, NV>(w, codes, stride, r, at);
+    if constexpr (ROWS % NROWS) key_scores<ROWS % NROWS, NV>(w, codes, stride, ROWS / NROWS * NROWS, at);
 }
 
-// Keys of 2 * L tokens are about to be read: fetch keys some way on, and the values of the same tokens,
+constexpr int64_t STRIP = NVECS * L;
+
+// Keys of STRIP tokens are about to be read: fetch keys some way on, and the values of the same tokens,
 // whose turn comes after the span's keys. Spread over the span, as only so many lines can be under way.
 // GCC drops calls of a function that does nothing else, so it must be inlined before GCC looks.
 __attribute__((always_inline)) inline void prefetch(const int32_t* keys, const int32_t* values) {
     constexpr int64_t AHEAD = 256, LINE = 16;
     for (int64_t w = 0; w < K_WORDS; w++)
-        for (int64_t i = 0; i < 2 * L; i += LINE) __builtin_prefetch(keys + w * K_TOKENS + AHEAD + i);
-    for (int64_t i = 0; i < 2 * L * DV / V_PER; i += LINE) __builtin_prefetch(values + i);
+        for (int64_t i = 0; i < STRIP; i += LINE) __builtin_prefetch(keys + w * K_TOKENS + AHEAD + i);
+    for (int64_t i = 0; i < STRIP * DV / V_PER; i += LINE) __builtin_prefetch(values + i);
 }
 
 // Scores of tokens [t0, t1), all in the codes.
@@ -190,9 +205,9 @@ inline void quantized_scores(Work& w, const Inputs& in, int64_t head, int64_t t0
     for (int64_t t = t0; t < t1;) {
         const int64_t g = t / K_GROUP, end = std::min(t1, (g + 1) * K_GROUP);
         if (g != w.group) fold_keys(w, in, head, g);
-        for (; t + 2 * L <= end; t += 2 * L) {
+        for (; t + STRIP <= end; t += STRIP) {
             prefetch(codes + t, in.v_codes + (head * (V_TOKENS / V_PER) + t / V_PER) * DV);
-            key_scores_all<2>(w, codes + t, K_TOKENS, t - t0);
+            key_scores_all<NVECS>(w, codes + t, K_TOKENS, t - t0);
         }
         for (; t < end; t += L) {
             if (t + L <= K_TOKENS) {
@@ -207,14 +222,19 @@ inline void quantized_scores(Work& w, const Inputs& in, int64_t head, int64_t t0
     }
 }
 
-// Score of one token whose key is in full precision.
-inline void full_score(Work& w, const T* key, int64_t at) {
-    alignas(64) float k[DK_PAD + L];
-    for (int64_t d = 0; d < DK; d += L) store(k + d, load_up_to(key + d, DK - d));
+// Scores of NT tokens whose keys are in full precision.
+template <int NT> inline void full_score(Work& w, const T* const (&key)[NT], int64_t at) {
+    alignas(64) float k[NT][DK_PAD + L];
+    for (int i = 0; i < NT; i++)
+        for (int64_t d = 0; d < DK; d += L) store(k[i] + d, load_up_to(key[i] + d, DK - d));
     for (int64_t r = 0; r < ROWS; r++) {
-        vf s = splat(0.0f);
-        for (int64_t d = 0; d < DK; d += L) s = fma(load<vf>(w.query[r] + d), load<vf>(k + d), s);
-        w.score[r][at] = sum(s);
+        vf s[NT] = {};
+        for (int64_t d = 0; d < DK; d += L) {
+            const vf q = load<vf>(w.query[r] + d);
+#pragma GCC unroll 4
+            for (int i = 0; i < NT; i++) s[i] = fma(q, load<vf>(k[i] + d), s[i]);
+        }
+        for (int i = 0; i < NT; i++) w.score[r][at + i] = sum(s[i]);
     }
 }
 
@@ -325,8 +345,8 @@ inline void add_values(Work& w, Rows& rows, const int32_t* codes, int64_t words,
 
 template <int NV>
 inline void add_values_all(Work& w, Rows& rows, const int32_t* codes, int64_t words, int64_t d, int64_t left) {
-    for (int64_t r = 0; r + 4 <= ROWS; r += 4) add_values<4, NV>(w, rows, codes, words, r, d, left);
-    if constexpr (ROWS % 4) add_values<ROWS % 4, NV>(w, rows, codes, words, ROWS / 4 * 4, d, left);
+    for (int64_t r = 0; r + NROWS <= ROWS; r += NROWS) add_values<NROWS, NV>(w, rows, codes, words, r, d, left);
+    if constexpr (ROWS % NROWS) add_values<ROWS % NROWS, NV>(w, rows, codes, words, ROWS / NROWS * NROWS, d, left);
 }
 
 // Weighted values of n tokens from t0, all in the codes.
@@ -337,18 +357,22 @@ inline void quantized_values(Work& w, const Inputs& in, Rows& rows, int64_t head
         fold_values(w, in, head, g, t0, n);
         int64_t d = g * V_GROUP;
         const int64_t end = d + V_GROUP;
-        for (; d + 2 * L <= end; d += 2 * L) add_values_all<2>(w, rows, codes, words, d, 2 * L);
+        for (; d + NVECS * L <= end; d += NVECS * L) add_values_all<NVECS>(w, rows, codes, words, d, NVECS * L);
         for (; d < end; d += L) add_values_all<1>(w, rows, codes, words, d, end - d);
     }
 }
 
-// Weighted value of the token at `at` of the span, in full precision.
-inline void full_value(Work& w, Rows& rows, const T* value, int64_t at) {
+// Weighted values of NT tokens from `at` of the span on, in full precision.
+template <int NT> inline void full_value(Work& w, Rows& rows, const T* const (&value)[NT], int64_t at) {
     for (int64_t d = 0; d < DV; d += L) {
-        const vf x = load_up_to(value + d, DV - d);
+        vf x[NT];
+        for (int i = 0; i < NT; i++) x[i] = load_up_to(value[i] + d, DV - d);
         for (int64_t r = 0; r < ROWS; r++) {
             float* acc = rows.acc + r * DV_PAD + d;
-            store(acc, fma(splat(w.weight[r][at]), x, load<vf>(acc)));
+            vf sum = load<vf>(acc);
+#pragma GCC unroll 4
+            for (int i = 0; i < NT; i++) sum = fma(splat(w.weight[r][at + i]), x[i], sum);
+            store(acc, sum);
         }
     }
 }
@@ -409,26 +433,43 @@ inline void full_values(Work& w, Rows& rows, const Inputs& in, int64_t head, int
     }
 }
 
+// Call `use(pointers, t)` for tokens [t0, t1), four at a time and then one by one; `at` says where a token is.
+template <class At, class Use> inline void by_tokens(int64_t t0, int64_t t1, At at, Use use) {
+    int64_t t = t0;
+    for (; t + 4 <= t1; t += 4) {
+        const T* const four[] = {at(t), at(t + 1), at(t + 2), at(t + 3)};
+        use(four, t);
+    }
+    for (; t < t1; t++) {
+        const T* const one[] = {at(t)};
+        use(one, t);
+    }
+}
+
 // One span: tokens [t0, t1) of one KV head.
 inline void attend_span(Work& w, const Inputs& in, Rows& rows, int64_t head, int64_t t0, int64_t t1) {
     const int64_t keys = std::clamp(in.keys_end, t0, t1), values = std::clamp(in.values_end, t0, t1);
     const int64_t first = in.start[head / H];
     const int64_t sink0 = std::clamp(first, t0, t1), sink1 = std::clamp(first + SINKS, t0, t1);
     if (keys > t0) quantized_scores(w, in, head, t0, keys);
-    for (int64_t t = keys; t < t1; t += MANY_ROWS ? L : 1) {
-        if constexpr (MANY_ROWS) full_scores(w, in, head, t, std::min<int64_t>(L, t1 - t), t - t0);
-        else full_score(w, in_window(in, in.k_ring, in.k_new, head, t, DK), t - t0);
-    }
-    for (int64_t t = sink0; t < sink1; t++) full_score(w, in.k_sink + (head * (SINKS + 1) + t - first) * DK, t - t0);
+    if constexpr (MANY_ROWS)
+        for (int64_t t = keys; t < t1; t += L) full_scores(w, in, head, t, std::min<int64_t>(L, t1 - t), t - t0);
+    else
+        by_tokens(keys, t1, [&](int64_t t) { return in_window(in, in.k_ring, in.k_new, head, t, DK); },
+                  [&](const auto& key, int64_t t) { full_score(w, key, t - t0); });
+    by_tokens(sink0, sink1, [&](int64_t t) { return in.k_sink + (head * (SINKS + 1) + t - first) * DK; },
+              [&](const auto& key, int64_t t) { full_score(w, key, t - t0); });
     weigh(w, in, rows, head, t0, t1 - t0);
-    for (int64_t t = sink0; t < sink1; t++) {
-        full_value(w, rows, in.v_sink + (head * (SINKS + 1) + t - first) * DV, t - t0);
-        for (int64_t r = 0; r < ROWS; r++) w.weight[r][t - t0] = 0.0f;
-    }
-    for (int64_t t = values; t < t1; t += MANY_ROWS ? L : 1) {
-        if constexpr (MANY_ROWS) full_values(w, rows, in, head, t, std::min<int64_t>(L, t1 - t), t - t0);
-        else if (t < sink0 || t >= sink1)
-            full_value(w, rows, in_window(in, in.v_ring, in.v_new, head, t, DV), t - t0);
+    by_tokens(sink0, sink1, [&](int64_t t) { return in.v_sink + (head * (SINKS + 1) + t - first) * DV; },
+              [&](const auto& value, int64_t t) { full_value(w, rows, value, t - t0); });
+    for (int64_t r = 0; r < ROWS; r++) std::fill(w.weight[r] + sink0 - t0, w.weight[r] + sink1 - t0, 0.0f);
+    if constexpr (MANY_ROWS)
+        for (int64_t t = values; t < t1; t += L) full_values(w, rows, in, head, t, std::min<int64_t>(L, t1 - t), t - t0);
+    else {
+        const auto at = [&](int64_t t) { return in_window(in, in.v_ring, in.v_new, head, t, DV); };
+        const auto add = [&](const auto& value, int64_t t) { full_value(w, rows, value, t - t0); };
+        by_tokens(values, std::min(sink0, t1), at, add);
+        by_tokens(std::max(values, sink1), t1, at, add);
     }
     if (values > t0) quantized_values(w, in, rows, head, t0, values - t0);
 }

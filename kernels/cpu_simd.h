@@ -37,34 +37,65 @@ inline int32_t word_at(const int8_t* p) { int32_t w; std::memcpy(&w, p, 4); retu
 inline float as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
 inline uint32_t as_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
 
-// acc + sum over the four bytes of each lane of code (unsigned) times digit (signed). BITS bounds the codes.
-template <int BITS> inline vi dot4(vi acc, vi code, vi digit) {
-#if XQ_LANES == 16 && defined(__AVX512VNNI__)
-    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)code, (__m512i)digit);
-#elif XQ_LANES == 8 && defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return (vi)_mm256_dpbusd_epi32((__m256i)acc, (__m256i)code, (__m256i)digit);
-#elif XQ_LANES == 16 && defined(__AVX512BW__)
-    if constexpr (BITS == 8) {  // 255 * 128 * 2 would saturate 16 bits: a nibble at a time
-        const __m512i low = _mm512_set1_epi8(15), d = (__m512i)digit, c = (__m512i)code;
-        const __m512i high = _mm512_and_si512(_mm512_srli_epi32(c, 4), low);
-        acc += (vi)_mm512_madd_epi16(_mm512_maddubs_epi16(high, d), _mm512_set1_epi16(16));
-        return acc + (vi)_mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_and_si512(c, low), d), _mm512_set1_epi16(1));
-    }
-    return acc + (vi)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)code, (__m512i)digit), _mm512_set1_epi16(1));
-#elif XQ_LANES == 8
-    if constexpr (BITS == 8) {
-        const __m256i low = _mm256_set1_epi8(15), d = (__m256i)digit, c = (__m256i)code;
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi32(c, 4), low);
-        acc += (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(high, d), _mm256_set1_epi16(16));
-        return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(c, low), d), _mm256_set1_epi16(1));
-    }
-    return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)code, (__m256i)digit), _mm256_set1_epi16(1));
+// Sums of codes (unsigned bytes of BITS bits) times digits (signed bytes), the four bytes of a lane together:
+// `add` takes up to WORDS words of 8 / BITS vectors each, `total` gives their sum a lane.
+#if (XQ_LANES == 16 && defined(__AVX512VNNI__)) || (XQ_LANES == 8 && defined(__AVX512VNNI__) && defined(__AVX512VL__))
+template <int BITS> struct Dot {
+    static constexpr int64_t WORDS = 1 << 30;
+    typedef vi Sum;
+    static vi add(vi sum, vi code, vi digit) {
+#if XQ_LANES == 16
+        return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)code, (__m512i)digit);
 #else
-    for (int b = 0; b < 4; b++)
-        acc += (vi)(((vu)code >> (8 * b)) & 255) * ((vi)((vu)digit << (24 - 8 * b)) >> 24);
-    return acc;
+        return (vi)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)code, (__m256i)digit);
+#endif
+    }
+    static vi total(vi sum) { return sum; }
+};
+#else
+typedef int16_t vs __attribute__((vector_size(4 * L)));  // two to a lane
+// Products, two neighbours added: at most 32,767 if codes have seven bits or less.
+inline vs pairs(vi code, vi digit) {
+#if XQ_LANES == 16 && defined(__AVX512BW__)
+    return (vs)_mm512_maddubs_epi16((__m512i)code, (__m512i)digit);
+#elif XQ_LANES == 8
+    return (vs)_mm256_maddubs_epi16((__m256i)code, (__m256i)digit);
+#else
+    const vs even = (vs)(code & 0x00ff00ff), odd = (vs)((code >> 8) & 0x00ff00ff);
+    return even * ((vs)(digit << 8) >> 8) + odd * ((vs)digit >> 8);
 #endif
 }
+inline vi halves(vs x) {  // the two numbers of a lane added
+#if XQ_LANES == 16 && defined(__AVX512BW__)
+    return (vi)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(1));
+#elif XQ_LANES == 8
+    return (vi)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1));
+#else
+    return (((vi)x << 16) >> 16) + ((vi)x >> 16);
+#endif
+}
+template <int BITS> struct Dot {  // in 16 bits for as long as nothing can overflow them
+    static constexpr int64_t WORDS = 32767 / (8 / BITS * 2 * ((1 << BITS) - 1) * 128);
+    typedef vs Sum;
+    static vs add(vs sum, vi code, vi digit) {
+        sum += pairs(code, digit);
+#ifdef __x86_64__
+        asm("" : "+x"(sum));  // or GCC makes all products of a word first and runs out of registers
+#endif
+        return sum;
+    }
+    static vi total(vs sum) { return halves(sum); }
+};
+template <> struct Dot<8> {  // a nibble at a time
+    static constexpr int64_t WORDS = 1 << 30;
+    typedef vi Sum;
+    static vi add(vi sum, vi code, vi digit) {
+        const vi low = splat(0x0f0f0f0f);
+        return sum + (halves(pairs((code >> 4) & low, digit)) << 4) + halves(pairs(code & low, digit));
+    }
+    static vi total(vi sum) { return sum; }
+};
+#endif
 
 inline vf fma(vf a, vf b, vf c) {  // Inductor compiles with -ffp-contract=off
 #if XQ_LANES == 16
@@ -79,6 +110,10 @@ inline vf fma(vf a, vf b, vf c) {  // Inductor compiles with -ffp-contract=off
 inline float sum(vf x) {
 #if XQ_LANES == 16
     return _mm512_reduce_add_ps((__m512)x);
+#elif XQ_LANES == 8
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 #else
     for (int half = L / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] += x[i + half];
@@ -94,9 +129,11 @@ inline float max(vf x) {
     return x[0];
 #endif
 }
-inline vf max(vf a, vf b) {  // b where a is NaN
+inline vf max(vf a, vf b) {  // b where either is NaN
 #if XQ_LANES == 16
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif XQ_LANES == 8
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return a > b ? a : b;
 #endif
@@ -104,6 +141,8 @@ inline vf max(vf a, vf b) {  // b where a is NaN
 inline bool any(vi mask) {
 #if XQ_LANES == 16
     return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif XQ_LANES == 8
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
 #else
     int32_t all = 0;
     for (int i = 0; i < L; i++) all |= mask[i];
@@ -125,6 +164,13 @@ inline vi widen(vub x) {
 inline vb narrow(vi x) {
 #if XQ_LANES == 16
     return (vb)_mm512_cvtepi32_epi8((__m512i)x);
+#elif XQ_LANES == 8
+    const __m256i low = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                         -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i bytes = _mm256_shuffle_epi8((__m256i)x, low);
+    const __m128i both = _mm_or_si128(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    const int64_t all = _mm_cvtsi128_si64(both);
+    return load<vb>(&all);
 #else
     return __builtin_convertvector(x, vb);
 #endif
@@ -134,6 +180,8 @@ inline vb narrow(vi x) {
 inline vi round_to_int(vf x) {
 #if XQ_LANES == 16
     return (vi)_mm512_cvtps_epi32((__m512)x);
+#elif XQ_LANES == 8
+    return (vi)_mm256_cvtps_epi32((__m256)x);
 #else
     const vf magic = splat(12582912.0f);  // 1.5 * 2**23
     return (vi)(x + magic) - (vi)magic;
@@ -161,22 +209,26 @@ inline vf exp(vf x) {  // 2 ulp; 0 below -87, NaN stays NaN, above 88 it is exp(
     return x < lowest ? splat(0.0f) : scaled;
 }
 
-// The same where x <= 0; ROUGH is off by up to 3e-6 of the result.
+inline vf exp2_of_remainder(vf r) {  // 2**r, |r| <= 1 / 2, off by up to 3e-6
+    vf p = splat(9.5701e-3f);
+    p = fma(p, r, splat(5.591786e-2f));
+    p = fma(p, r, splat(2.4024745e-1f));
+    p = fma(p, r, splat(6.9312181e-1f));
+    return fma(p, r, splat(9.9999926e-1f));
+}
+
+// exp where x <= 0; ROUGH is off by up to 3e-6 of the result.
 template <bool ROUGH> inline vf exp_negative(vf x) {
 #if XQ_LANES == 16
-    const vf y = max(splat(-104.0f), x);
-    if constexpr (ROUGH) {
-        const vf t = y * 1.44269504f;
-        const vf n = (vf)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = t - n;
-        vf p = splat(9.5701e-3f);  // 2**r, |r| <= 1 / 2
-        p = fma(p, r, splat(5.591786e-2f));
-        p = fma(p, r, splat(2.4024745e-1f));
-        p = fma(p, r, splat(6.9312181e-1f));
-        p = fma(p, r, splat(9.9999926e-1f));
-        return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
-    }
-    const vf k = (vf)_mm512_roundscale_ps((__m512)(y * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return (vf)_mm512_scalef_ps((__m512)exp_of_remainder(y, k), (__m512)k);
+    const vf y = max(splat(-104.0f), x), t = y * 1.44269504f;
+    const vf n = (vf)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vf)_mm512_scalef_ps((__m512)(ROUGH ? exp2_of_remainder(t - n) : exp_of_remainder(y, n)), (__m512)n);
+#elif XQ_LANES == 8
+    const vf lowest = splat(-87.0f), y = max(lowest, x), t = y * 1.44269504f;
+    const vf n = (vf)_mm256_round_ps((__m256)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vf p = ROUGH ? exp2_of_remainder(t - n) : exp_of_remainder(y, n);
+    const vf scaled = p * (vf)((round_to_int(n) + 127) << 23);
+    return (vf)_mm256_andnot_ps((__m256)(x < lowest), (__m256)scaled);
 #else
     return exp(x);
 #endif
