@@ -79,7 +79,7 @@ template <int BITS> struct Dot {  // in 16 bits for as long as nothing can overf
     typedef vs Sum;
     static vs add(vs sum, vi code, vi digit) {
         sum += pairs(code, digit);
-#ifdef __x86_64__
+#if XQ_LANES == 8
         asm("" : "+x"(sum));  // or GCC makes all products of a word first and runs out of registers
 #endif
         return sum;

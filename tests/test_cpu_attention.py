@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from xquant_fx.kernels.attention import Arguments, dequantized, empty_output, pr
 from xquant_fx.kernels.cpu_attention import source
 
 NARROW = ("float32", "bfloat16", "keys 8, values 1 bits", "sink tokens", "head_dim 8", "a bias a token", "softcap")
+
+EMULATED = ("bfloat16", "keys 8, values 1 bits")
 
 
 def check(setup: Setup, out: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +46,23 @@ def test_narrower_vectors(name: str, lanes: int) -> None:
     types, code = source(problem_of(a), lanes)
     out = empty_output(*a)
     cpu_build.load(types, code)(*a.present.values(), out)
+    check(setup, out, given)
+
+
+@pytest.mark.parametrize("macro", ["__AVX512VNNI__", "__AVX512BW__"])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in EMULATED else pytest.mark.slow) for n in NARROW])
+def test_avx512_without_the_processor(name: str, macro: str) -> None:
+    """The 16-lane code with its intrinsics spelt out (avx512.h), so that no machine leaves it untested."""
+    setup = Setup(**CASES[name])
+    given = inputs(setup)
+    a = Arguments(*arguments(setup, given))
+    a = a._replace(**{n: t.contiguous() for n, t in a.present.items()})
+    types, code = source(problem_of(a), 16)
+    others = "".join(f"#undef {m}\n" for m in ("__AVX512VNNI__", "__AVX512VL__", "__AVX512BW__"))
+    shim = f"{others}#define {macro} 1\n{(Path(__file__).parent / 'avx512.h').read_text()}"
+    assert code.count("#include <immintrin.h>") == 1
+    out = empty_output(*a)
+    cpu_build.load(types, code.replace("#include <immintrin.h>", shim))(*a.present.values(), out)
     check(setup, out, given)
 
 

@@ -1,0 +1,113 @@
+// The AVX-512 intrinsics that the CPU kernels use, in plain C++: their 16-lane code then runs on any processor.
+// Stands in for <immintrin.h> (tests/test_cpu_attention.py). Named apart, as torch's headers bring the real ones.
+#include <cmath>
+#include <cstdint>
+#pragma GCC optimize("O1")  // optimizing these loops takes longer than running them
+namespace emulated {
+typedef float f16 __attribute__((vector_size(64)));
+typedef long long i8 __attribute__((vector_size(64)));
+typedef int32_t i16 __attribute__((vector_size(64)));
+typedef int16_t i32 __attribute__((vector_size(64)));
+typedef int8_t s64 __attribute__((vector_size(64)));
+typedef uint8_t u64 __attribute__((vector_size(64)));
+typedef long long half __attribute__((vector_size(32)));
+typedef uint16_t u16 __attribute__((vector_size(32)));
+typedef long long quarter __attribute__((vector_size(16)));
+typedef int8_t s16 __attribute__((vector_size(16)));
+typedef uint8_t b16 __attribute__((vector_size(16)));
+
+inline int16_t saturated(int x) { return x > 32767 ? 32767 : x < -32768 ? -32768 : (int16_t)x; }
+inline i8 dpbusd(i8 sum, i8 a, i8 b) {
+    i16 out = (i16)sum;
+    for (int i = 0; i < 64; i++) out[i / 4] += (int)((u64)a)[i] * (int)((s64)b)[i];
+    return (i8)out;
+}
+inline i8 maddubs(i8 a, i8 b) {
+    i32 out;
+    for (int i = 0; i < 32; i++)
+        out[i] = saturated(((u64)a)[2 * i] * ((s64)b)[2 * i] + ((u64)a)[2 * i + 1] * ((s64)b)[2 * i + 1]);
+    return (i8)out;
+}
+inline i8 madd(i8 a, i8 b) {
+    i16 out;
+    for (int i = 0; i < 16; i++)
+        out[i] = ((i32)a)[2 * i] * ((i32)b)[2 * i] + ((i32)a)[2 * i + 1] * ((i32)b)[2 * i + 1];
+    return (i8)out;
+}
+inline i8 all(short x) { return (i8)(i32{} + x); }
+inline f16 fmadd(f16 a, f16 b, f16 c) {
+    for (int i = 0; i < 16; i++) a[i] = std::fma(a[i], b[i], c[i]);
+    return a;
+}
+inline f16 larger(f16 a, f16 b) { return a > b ? a : b; }  // b where either is NaN
+inline float total(f16 x) {
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) x[i] += x[i + n];
+    return x[0];
+}
+inline float largest(f16 x) {
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+    return x[0];
+}
+inline unsigned both(i8 a, i8 b) {
+    unsigned out = 0;
+    for (int i = 0; i < 16; i++) out |= (unsigned)((((i16)a)[i] & ((i16)b)[i]) != 0) << i;
+    return out;
+}
+inline i8 rounded(f16 x) {
+    i16 out;
+    for (int i = 0; i < 16; i++) out[i] = x[i] == x[i] ? (int32_t)std::nearbyint(x[i]) : INT32_MIN;
+    return (i8)out;
+}
+inline f16 round_to(f16 x, int) {
+    for (int i = 0; i < 16; i++) x[i] = std::nearbyint(x[i]);
+    return x;
+}
+inline f16 times_power(f16 x, f16 n) {
+    for (int i = 0; i < 16; i++) x[i] = n[i] == n[i] ? std::ldexp(x[i], (int)std::floor(n[i])) : n[i];
+    return x;
+}
+inline i8 widened(quarter x) {
+    i16 out;
+    for (int i = 0; i < 16; i++) out[i] = ((b16)x)[i];
+    return (i8)out;
+}
+inline quarter narrowed(i8 x) {
+    s16 out;
+    for (int i = 0; i < 16; i++) out[i] = (int8_t)((i16)x)[i];
+    return (quarter)out;
+}
+inline f16 from_half(half x) {
+    f16 out;
+    for (int i = 0; i < 16; i++) {
+        const unsigned bits = ((u16)x)[i], e = bits >> 10 & 31, m = bits & 1023;
+        const double size = e == 31 ? (m ? NAN : INFINITY) : e ? std::ldexp(1024.0 + m, (int)e - 25) : std::ldexp(m, -24);
+        out[i] = bits & 0x8000 ? -(float)size : (float)size;
+    }
+    return out;
+}
+}  // namespace emulated
+#define __m128i emulated::quarter
+#define __m256i emulated::half
+#define __m512 emulated::f16
+#define __m512i emulated::i8
+#define _mm512_cvtepi32_epi8 emulated::narrowed
+#define _mm512_cvtepu8_epi32 emulated::widened
+#define _mm512_cvtph_ps emulated::from_half
+#define _mm512_cvtps_epi32 emulated::rounded
+#define _mm512_dpbusd_epi32 emulated::dpbusd
+#define _mm512_fmadd_ps emulated::fmadd
+#define _mm512_madd_epi16 emulated::madd
+#define _mm512_maddubs_epi16 emulated::maddubs
+#define _mm512_max_ps emulated::larger
+#define _mm512_reduce_add_ps emulated::total
+#define _mm512_reduce_max_ps emulated::largest
+#define _mm512_roundscale_ps emulated::round_to
+#define _mm512_scalef_ps emulated::times_power
+#define _mm512_set1_epi16 emulated::all
+#define _mm512_test_epi32_mask emulated::both
+#ifndef _MM_FROUND_TO_NEAREST_INT
+#define _MM_FROUND_TO_NEAREST_INT 0
+#define _MM_FROUND_NO_EXC 8
+#endif
