@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from results import RESULTS, synchronize, where, write
+from results import RESULTS, peak_bytes, synchronize, where, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -95,7 +95,8 @@ def full_precision(q: Tensor, k: Tensor, v: Tensor, device: str) -> dict[str, Ca
 
 @torch.no_grad()
 def measure(args: argparse.Namespace, batch: int, gqa: int, context: int) -> dict[str, Any]:
-    """All ways on one shape; milliseconds by way, and bytes a step reads."""
+    """All ways on one shape: milliseconds, and the most bytes allocated meanwhile, by way."""
+    torch._dynamo.reset()  # or flex attention runs unfused once it has been compiled for eight shapes
     torch.manual_seed(0)
     kind = dict(device=args.device, dtype=getattr(torch, args.dtype))
     shape = (batch, args.kv_heads, context, args.head_dim)
@@ -112,9 +113,11 @@ def measure(args: argparse.Namespace, batch: int, gqa: int, context: int) -> dic
         cache.update(k, v, 0)
         ways[name] = lambda cache=cache: decode_attention(q, cache, 0, mask=mask)
     ms = milliseconds(ways, args)
+    peak = {name: peak_bytes(ways[name], args.device) for name in ms}
     best = min((name for name in ms if not name.startswith("xquant")), key=ms.__getitem__)
     ratios = {name: ms[best] / ms[name] for name in ms if name.startswith("xquant")}
-    return {"batch": batch, "gqa": gqa, "context": context, "ms": ms, "fastest_full": best, "times_faster": ratios}
+    return {"batch": batch, "gqa": gqa, "context": context, "ms": ms, "peak_bytes": peak,
+            "fastest_full": best, "times_faster": ratios}  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Table:
@@ -167,10 +170,12 @@ def main() -> None:
     parser.add_argument("--name", default=None, help="of the results files")
     args = parser.parse_args()
     shapes = [(b, g, c) for b in args.batch for g in args.gqa for c in args.contexts]
-    rows = [measure(args, *shape) for shape in tqdm(shapes, disable=None)]
+    rows, name = [], args.name or f"attention-{args.device}"
+    for shape in tqdm(shapes, disable=None):
+        rows.append(measure(args, *shape))
+        write(name, {"rows": rows, **where(args)})
     Console(width=200).print(table(rows, args))
-    name = args.name or f"attention-{args.device}"
-    write(name, {"rows": rows, **where(args)})
+    print(f"written to benchmarks/results/{name}.json and .png")
     plot(rows, name)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from results import peak_bytes, synchronize, where, write
+from results import RESULTS, peak_bytes, synchronize, where, write
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
@@ -125,6 +125,25 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Table:
     return made
 
 
+def plot(rows: list[dict[str, Any]], name: str) -> None:
+    """Milliseconds a step over context."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 4))
+    for way in ("static", "xquant", "quanto"):
+        known = [(row["context"], row[way]["ms"]) for row in rows if way in row]
+        if known:
+            axis.loglog(*zip(*known, strict=True), marker="o", label=way, ls="-" if way == "xquant" else "--")
+    axis.set(title=f"decode, {rows[0]['parameters'] / 1e6:.0f}M parameters", xlabel="tokens", ylabel="ms a step")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
+
+
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,12 +158,14 @@ def main() -> None:
     parser.add_argument("--quanto", action="store_true", help="Hugging Face's quantized cache, too (optimum-quanto)")
     parser.add_argument("--name", default=None, help="of the results file")
     args = parser.parse_args()
-    rows = []
+    rows, name = [], args.name or f"decode-{args.device}-{args.preset}"
     for context in args.contexts:
         rows.append(measure(args, context))
         Console(width=120).print(table(rows, args))
-    out = {"rows": rows, "break_even_tokens": break_even(rows), "temporary_bytes_a_token": bytes_a_token(rows)}
-    write(args.name or f"decode-{args.device}-{args.preset}", {**out, **where(args)})
+        out = {"rows": rows, "break_even_tokens": break_even(rows), "temporary_bytes_a_token": bytes_a_token(rows)}
+        write(name, {**out, **where(args)})
+    plot(rows, name)
+    print(f"written to benchmarks/results/{name}.json and .png")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import platform
 import subprocess
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +56,16 @@ def cpu_name() -> str:
 
 def where(args: argparse.Namespace) -> dict[str, Any]:
     """Machine, versions, commit and settings of this run."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit = git.stdout.strip() or "unknown: not a git checkout"
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "xquant_fx": __version__}
+    versions |= {name: metadata.version(name) for name in ("triton",) if importlib.util.find_spec(name)}
     return {"device": device, "threads": torch.get_num_threads(), "commit": commit, **versions, "settings": vars(args)}
 
 
 def write(name: str, result: dict[str, Any]) -> None:
-    """Write ``result`` to benchmarks/results/NAME.json."""
+    """Write ``result`` to benchmarks/results/NAME.json; after every row, so that a run cut short leaves something."""
     out = RESULTS / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {out.relative_to(ROOT)}")

@@ -104,6 +104,7 @@ def main() -> None:
         table.add_row(what, f"{ratio:.2f}", f"{found['static']:.2f}", f"{found['xquant']:.2f}")
     Console().print(table)
     write(f"store-{args.device}-{args.preset}", {"rows": rows, **where(args)})
+    print(f"written to benchmarks/results/store-{args.device}-{args.preset}.json")
 
 
 if __name__ == "__main__":

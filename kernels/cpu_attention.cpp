@@ -31,6 +31,7 @@ constexpr int64_t RING = RESIDUAL + RING_SLACK;
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr int64_t MASK_ROWS = (MASK_B ? B : 1) * (MASK_H ? HQ : 1) * (MASK_Q ? Q : 1);
 static_assert(SPAN % V_PER == 0, "a word of values lies in one span");
+static_assert(V_GROUP % L == 0 || (V_TOKENS / V_PER - (N + V_PER - 1) / V_PER) * DV >= L, "loads of whole vectors end in spare rows");
 
 struct Inputs {
     const T* q;
@@ -83,15 +84,25 @@ struct Work {  // scratch of one thread
 };
 
 // x [n], n a multiple of four, as DIGITS digits to the base 256; returns what the last digit stands
-// for. `largest` holds, over its lanes, the largest |x|.
+// for. `largest` holds, over its lanes, the largest |x|. What rounding leaves goes on to a later number
+// of the same lane: many small weights beside a large one must not all be rounded the same way.
 template <int64_t PITCH> inline float to_digits(const float* x, int64_t n, vf largest, int8_t (*digits)[PITCH]) {
     constexpr float top = DIGITS == 2 ? 32512.0f : 4161536.0f;  // leaves every digit in -128 .. 127
+    constexpr int CHAINS = 4;  // each number waits for the one before it in its chain
     const float most = max(largest), inverse = most > 0.0f ? top / most : 0.0f;
-    for (int64_t i = 0; i < n; i += L) {
-        vi v = round_to_int(load<vf>(x + i) * inverse);
-        for (int d = DIGITS - 1; d >= 0; d--) {  // a digit is the low byte, taken as signed; the rest is carried
-            store_up_to(digits[d] + i, narrow(v), n - i);
-            if (d) v = (v + 128) >> 8;
+    vf left[CHAINS] = {};
+    for (int64_t first = 0; first < n; first += CHAINS * L) {
+#pragma GCC unroll 4
+        for (int chain = 0; chain < CHAINS; chain++) {
+            const int64_t i = first + chain * L;
+            if (i >= n) break;
+            const vf exact = fma(load<vf>(x + i), splat(inverse), left[chain]);
+            vi v = round_to_int(exact);
+            left[chain] = exact - __builtin_convertvector(v, vf);
+            for (int d = DIGITS - 1; d >= 0; d--) {  // a digit is the low byte, taken as signed; the rest is carried
+                store_up_to(digits[d] + i, narrow(v), n - i);
+                if (d) v = (v + 128) >> 8;
+            }
         }
     }
     return most / top;
@@ -248,9 +259,13 @@ inline const MASK* mask_row(const Inputs& in, int64_t head, int64_t r) {
     return in.mask + head / H * MASK_B + (head % H * (HQ / H) + r / Q) * MASK_H + r % Q * MASK_Q;
 }
 
-inline vf cap(vf x) {  // SOFTCAP * tanh(x / SOFTCAP)
-    const vf y = exp(x * (-2.0f / SOFTCAP));
-    return SOFTCAP * ((1.0f - y) / (1.0f + y));
+inline vf cap(vf x) {  // SOFTCAP * tanh(x / SOFTCAP); by its series where the quotient would cancel
+    const vf z = x / SOFTCAP, y = exp(z * -2.0f), s = z * z;
+    vf series = fma(s, splat(62.0f / 2835), splat(-17.0f / 315));
+    series = fma(series, s, splat(2.0f / 15));
+    series = fma(series, s, splat(-1.0f / 3));
+    series = fma(series * s, x, x);
+    return abs(z) < 0.25f ? series : SOFTCAP * ((1.0f - y) / (1.0f + y));
 }
 
 inline vi lanes() {

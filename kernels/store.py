@@ -147,7 +147,7 @@ def fault_code(pos: Tensor, length: Tensor, max_len: int, rollback: bool = True)
     ``rollback`` says that only STEP_TOKENS tokens can be rolled back.
     """
     past, new = pos[:1], pos.shape[0]
-    code = torch.where(past > length[:1], 1, 0)
+    code = torch.where((past > length[:1]) | (past < 0), 1, 0)
     code = torch.where(past + new > max_len, 2, code)
     if rollback:
         code = torch.where((past > 0) & (length[1:] - past > STEP_TOKENS), 3, code)
@@ -168,7 +168,7 @@ def advance(length: Tensor, past: Tensor, new: int) -> None:
 def store_full(x: Tensor, pos: Tensor, codes: Tensor, length: Tensor, fault: Tensor, max_len: int) -> None:
     """Write ``x`` to 16-bit storage; what is past the end overwrites the last token, and is a fault."""
     fault.copy_(torch.maximum(fault, fault_code(pos, length, max_len, rollback=False)))
-    codes.index_copy_(2, pos.clamp(max=max_len - 1), x.to(codes.dtype))
+    codes.index_copy_(2, pos.clamp(0, max_len - 1), x.to(codes.dtype))
     advance(length, pos[:1], x.shape[2])
 
 
@@ -180,7 +180,7 @@ def store(s: Side, x: Tensor, pos: Tensor, length: Tensor, fault: Tensor, sink: 
     """
     x = x.to(s.ring.dtype)
     fault.copy_(torch.maximum(fault, fault_code(pos, length, max_len)))
-    past, in_ring = pos[:1].clamp(max=max_len - x.shape[2]), x.shape[2] <= STEP_TOKENS
+    past, in_ring = pos[:1].clamp(max=max_len - x.shape[2]).clamp_min(0), x.shape[2] <= STEP_TOKENS
     if in_ring:
         store_ring(x, s.ring, past)
     (store_keys if s.side == "key" else store_values)(s, x, past, in_ring)

@@ -27,7 +27,7 @@ def note_step(pos_ptr, length_ptr, fault_ptr, past, NEW: tl.constexpr, NEW_TILE:
     j = tl.arange(0, NEW_TILE)
     asked = tl.load(pos_ptr)
     stored, furthest = tl.load(length_ptr), tl.load(length_ptr + 1)
-    code = tl.where(asked > stored, 1, 0)
+    code = tl.where((asked > stored) | (asked < 0), 1, 0)
     code = tl.where(asked + NEW > MAX_LEN, 2, code)
     code = tl.where((asked > 0) & (furthest - asked > STEP_TOKENS), 3, code)
     jumps = tl.sum(((tl.load(pos_ptr + j, mask=j < NEW, other=0) != asked + j) & (j < NEW)).to(tl.int32), 0)
@@ -201,7 +201,7 @@ def append_keys_kernel(
     x += at * (NEW * DIM)
     ring += at * (RING * DIM)
     start = tl.load(start_ptr + bh // HEADS).to(tl.int32)
-    past = tl.minimum(tl.load(pos_ptr), MAX_LEN - NEW).to(tl.int32)
+    past = tl.maximum(tl.minimum(tl.load(pos_ptr), MAX_LEN - NEW), 0).to(tl.int32)
     d = chunk * CHUNK + tl.arange(0, CHUNK)
     if part == 0:
         kept = sink + at * ((SINKS + 1) * DIM) if SINKS > 0 else ring
@@ -238,7 +238,7 @@ def append_values_kernel(
     scale += (at * (DIM // GROUP) + group) * STRIDE
     zero += (at * (DIM // GROUP) + group) * STRIDE
     start = tl.load(start_ptr + bh // HEADS).to(tl.int32)
-    past = tl.minimum(tl.load(pos_ptr), MAX_LEN - NEW).to(tl.int32)
+    past = tl.maximum(tl.minimum(tl.load(pos_ptr), MAX_LEN - NEW), 0).to(tl.int32)
     i = tl.arange(0, CHUNK)
     d, some = group * GROUP + i, i < GROUP
     kept = sink + at * ((SINKS + 1) * DIM) if SINKS > 0 else ring

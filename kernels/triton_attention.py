@@ -62,11 +62,13 @@ def settings(
     model = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32")
     if interpret and model == "bf16":  # which the interpreter gets wrong
         model = "fp32"
+    full_tile = (64 if dim <= 128 else 32) if hip else 16 if dtype == torch.float32 else 32
     splits = max(1, min(PROGRAMS // (batch * kv_heads * row_blocks), math.ceil(max_len / (2 * tile)), 128))
     return dict(
         ROWS=row_tile, ROW_BLOCKS=row_blocks, TILE=tile,
         SPLITS=splits, MIXED=splits - 1 if chunk else splits, PARTS=splits if chunk else splits + 2,
-        FULL_TILE=(64 if dim <= 128 else 32) if hip else 16 if dtype == torch.float32 else 32, TAIL=256,
+        FULL_TILE=min(full_tile, tile) if fold_k else full_tile,  # a tile of codes lies in one group, here too
+        TAIL=256,
         STAGES=3, FULL_STAGES=1 if hip else 2, K_WORDS=k_words, K_LANES=min(k_words, 4),
         V_LANES=min(tile * v_bits // 32, 4), CODE_CHANNELS=k_words * 32 // k_bits,
         K_CHANNELS=max(power_of_two(k_dim), 16), V_CHANNELS=max(power_of_two(v_dim), 16),

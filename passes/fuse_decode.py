@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from xquant_fx import ops
 from xquant_fx.dynamo_graph import call
 from xquant_fx.passes.match_decode import Decode, match_decode
-from xquant_fx.passes.trace import fake, source_of
+from xquant_fx.passes.trace import fake, op_name, source_of
 from xquant_fx.records import Attention
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ def _why_not_loads(key: Node, value: Node, query: Node) -> str:
     k, v = ops.load_arguments(key), ops.load_arguments(value)
     if 16 in (k["bits"], v["bits"]):
         return "16-bit storage"
+    if (k["side"], v["side"]) != ("key", "value"):
+        return f"its keys are read from stored {k['side']}s and its values from stored {v['side']}s"
     if (k["x"] is None) != (v["x"] is None) or k["new_tokens"] != v["new_tokens"]:
         return "keys and values are not written by one step"
     if k["new_tokens"] != fake(query).shape[-2]:
@@ -84,7 +86,7 @@ def _replace(graph: Graph, found: Decode, key: dict[str, object], value: dict[st
     state = [side[name] for side in (key, value) for name in ("codes", "scale", "zero", "ring", "sink")]
     static = [key["bits"], key["group_size"], value["bits"], value["group_size"], key["residual_length"]]
     with graph.inserting_before(node):
-        mask = found.mask
+        mask = _unexpanded(found.mask)
         while mask is not None and fake(mask).dim() < 4:
             mask = call(graph, torch.unsqueeze, (mask, 0))
         sinks = found.sinks
@@ -96,6 +98,15 @@ def _replace(graph: Graph, found: Decode, key: dict[str, object], value: dict[st
     node.replace_all_uses_with(fused)
     _erase_unused(graph, node)
     return fused
+
+
+def _unexpanded(mask: Node | None) -> Node | None:
+    """The mask before it was expanded over batch, heads or queries: the op broadcasts by itself."""
+    while mask is not None and op_name(mask) == "expand" and fake(mask.args[0]).dim() == fake(mask).dim():
+        if fake(mask.args[0]).shape[-1] != fake(mask).shape[-1]:
+            break
+        mask = mask.args[0]
+    return mask
 
 
 def _erase_unused(graph: Graph, node: Node) -> None:

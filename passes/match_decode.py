@@ -46,6 +46,8 @@ def match_decode(attention: Attention, key: Source, value: Source, writers: dict
         found = _softmax(attention)
     if isinstance(found, str):
         return found
+    if not (math.isfinite(found.scale) and math.isfinite(found.softcap)):
+        return f"the scale {found.scale} or the softcap {found.softcap} is not finite"
     return _why_not_operands(attention, found, key, value, writers) or _why_not_mask(found, fake(key.root)) or found
 
 
@@ -212,7 +214,7 @@ class _Scores:
             return None
         if not math.isclose(inner.args[1], cap if name != "mul" else 1 / cap, rel_tol=1e-6):
             return None
-        self.softcap, self.capped = cap, True
+        self.softcap, self.capped = abs(cap), True  # tanh is odd
         return inner.args[0]
 
 

@@ -69,6 +69,14 @@ CASES: dict[str, dict[str, Any]] = {
     "small groups, sink tokens": dict(k_group=4, residual=12, v_group=16, sinks=5, start=(3,)),
     "float32 scales": dict(scale_dtype="float32", dtype="float32", loud=1e6, scale=1e-12),
     "bfloat16 scales": dict(scale_dtype="bfloat16", dtype="bfloat16"),
+    **{
+        f"one token outweighs all others, {dtype}, {bits} bits": dict(
+            peak=peak, past=1500, max_len=1520, residual=64, k_group=64, v_bits=bits, dtype=dtype, kv_heads=heads,
+            group=2,
+        )
+        for dtype, bits, peak, heads in (("float16", 2, 11.2, 8), ("bfloat16", 1, 11.2, 1), ("float32", 2, 15.9, 1))
+    },
+    "a softcap that hardly caps": dict(softcap=1e5, dtype="float32"),
     "loud channels": dict(loud=100.0, scale=1e-3),
     "quiet values": dict(loud=1e-3, scale=3.0),
 }  # fmt: skip

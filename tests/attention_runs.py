@@ -46,6 +46,8 @@ class Setup:
     scale_dtype: str = "float16"
     loud: float = 1.0
     spoil: str = ""
+    peak: float = 0.0
+    """By how much the logit of token 0 exceeds the others', which are about equal; 0: nothing of the kind."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -68,7 +70,11 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
     poison(state)
     channel = torch.randn(dim, generator=seeded(5)) * s.loud
     noise = torch.randn(s.batch, s.kv_heads, s.past + s.query, dim, generator=seeded(7 + (side == "key")))
-    x = (noise * (0.2 + channel.abs()) + channel).to(s.torch_dtype)
+    x = noise * (0.2 + channel.abs()) + channel
+    if s.peak and side == "key":
+        x = noise * 0.02
+        x[:, :, 0, 0] = 1.0
+    x = x.to(s.torch_dtype)
     if s.past:
         state.store(x[:, :, : s.past], torch.arange(s.past))
     ring, new = state.owned["ring"].clone(), x[:, :, s.past :]
@@ -114,6 +120,9 @@ def inputs(s: Setup) -> dict[str, Any]:
     """Arguments of the step: ``q``, ``key`` and ``value`` (KVState), ``start``, ``mask``, ``sink_logits``."""
     start = torch.tensor([*s.start, *[0] * s.batch][: s.batch])
     q = torch.randn(s.batch, s.query, s.kv_heads * s.group, s.dim, generator=seeded(1))
+    if s.peak:
+        q = torch.zeros_like(q)
+        q[..., 0] = s.peak / (s.scale or s.dim**-0.5)
     made = {side: stored_state(s, side, start) for side in ("key", "value")}
     states, new = ({side: pair[i] for side, pair in made.items()} for i in (0, 1))
     if s.spoil:
@@ -173,12 +182,12 @@ def errors(s: Setup, out: Tensor, given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def interpret(**kwargs: Any) -> dict[str, Any]:
-    """Errors of the Triton kernels, run by the interpreter, of ``Setup(**kwargs)``."""
+def interpret(hip: bool = False, **kwargs: Any) -> dict[str, Any]:
+    """Errors of the Triton kernels, run by the interpreter, of ``Setup(**kwargs)``; ``hip``: as on AMD's GPUs."""
     from xquant_fx.kernels.triton_attention import launch
 
     kwargs["start"] = tuple(kwargs.get("start", ()))
     setup = Setup(**kwargs)
     given = inputs(setup)
-    out = launch(*arguments(setup, given), wrap=lambda kernel: kernel, interpret=True)
+    out = launch(*arguments(setup, given), wrap=lambda kernel: kernel, interpret=True, hip=hip)
     return errors(setup, out, given)

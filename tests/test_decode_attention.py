@@ -118,6 +118,7 @@ def test_a_pair_of_buffers() -> None:
     loop.append(1)
     q, layer = tokens(1, HEADS, 3), loop.cache.layers[1]
     assert torch.equal(decode_attention(q, (layer.keys, layer.values), 1), decode_attention(q, loop.cache, 1))
+    assert torch.equal(decode_attention(q, [layer.keys, layer.values], 1), decode_attention(q, loop.cache, 1))
     with pytest.raises(CacheStateError, match=r"must be \(keys, values\), got \(values, keys\)"):
         decode_attention(q, (layer.values, layer.keys), 1)
 
@@ -134,8 +135,14 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "a mask of 3 heads": ({"mask": torch.zeros(1, 3, 1, MAX_LEN)}, r"got \(1, 3, 1, 96\)"),
     "a mask of five dimensions": ({"mask": torch.zeros(1, 1, 1, 1, MAX_LEN)}, r"got \(1, 1, 1, 1, 96\)"),
     "a mask of integers": ({"mask": torch.ones(1, MAX_LEN).long()}, "bool or float .* torch.int64"),
-    "a negative window": ({"window": -1}, "0 .off. or more, got 0.0 and -1"),
-    "a negative softcap": ({"softcap": -2.0}, "0 .off. or more, got -2.0 and 0"),
+    "a negative window": ({"window": -1}, "0 .off. or more, got 0.25, 0.0 and -1"),
+    "a negative softcap": ({"softcap": -2.0}, "0 .off. or more, got 0.25, -2.0 and 0"),
+    "an infinite softcap": ({"softcap": math.inf}, "0 .off. or more, got .* inf and 0"),
+    "a scale that is no number": ({"scale": math.nan}, "scale must be finite.* got nan"),
+    "no heads": ({"q": torch.zeros(B, 0, 1, DIM)}, r"got \(2, 0, 1, 16\)"),
+    "a layer too many": ({"layer": 2}, "one of the cache's 2 layers, got 2 of a XQuantCache"),
+    "no cache": ({"cache": "cache"}, "one of the cache's 0 layers, got 0 of a str"),
+    "a gradient": ({"q": tokens(1, HEADS, 3).requires_grad_()}, "no gradient"),
     "sink logits of KV heads": ({"sink_logits": torch.zeros(2)}, r"sink_logits must have shape \[4\], got \(2,\)"),
 }  # fmt: skip
 
@@ -165,3 +172,38 @@ def test_more_keys_than_values() -> None:
     layer.values.state.truncate(PROMPT - 2)
     with pytest.raises(CacheStateError, match=f"layer 0: {PROMPT} keys and {PROMPT - 2} values are stored"):
         decode_attention(tokens(1, HEADS, 3), loop.cache, 0)
+
+
+@pytest.mark.parametrize(
+    ("back", "new", "fits"), [(4, 4, True), (7, 1, True), (8, 1, False), (1, 8, False), (5, 4, False)]
+)
+def test_after_a_rollback(back: int, new: int, fits: bool) -> None:
+    """The window holds 8 tokens more than R: those taken back and those of the query must be no more."""
+    loop = Loop()
+    loop.append(8)
+    for _ in range(back):
+        loop.append(1)
+    q = tokens(new, HEADS, 3)
+    fresh = Loop()
+    fresh.append(8)
+    loop.cache.crop(-back)
+    if fits:
+        assert torch.equal(decode_attention(q, loop.cache, 0), decode_attention(q, fresh.cache, 0))
+        return
+    with pytest.raises(CacheStateError, match=f"layer 0: after a rollback .* at most 8, got {back + new}"):
+        decode_attention(q, loop.cache, 0)
+
+
+def test_inside_a_compiled_function() -> None:
+    """A graph break, and the same numbers."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, cache: XQuantCache) -> Tensor:
+        cache.update(k, v, 0)
+        return decode_attention(q * 2, cache, 0) + 1
+
+    mine, theirs = Loop(), Loop()
+    compiled = torch.compile(step, backend="xquant", dynamic=False)
+    with torch.no_grad():
+        for i in range(2):
+            q, k, v = tokens(1, HEADS, i), tokens(1, KV_HEADS, 10 + i), tokens(1, KV_HEADS, 20 + i)
+            torch.testing.assert_close(compiled(q, k, v, mine.cache), step(q, k, v, theirs.cache))

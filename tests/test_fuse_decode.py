@@ -8,6 +8,7 @@ from dynamo_graphs import tiny
 from rewrites import CONFIG, SHAPE, Rewrites, assign, count, run_both, sdpa
 
 from xquant_fx import XQuantCache, explain, ops
+from xquant_fx.passes.trace import fake
 
 HEADS, COUNT, DIM = SHAPE[1], SHAPE[2], SHAPE[3]
 SCALE = DIM**-0.5
@@ -44,6 +45,10 @@ FUSED = {
     "softcap": lambda q, k, v, pos: softmax_of(
         torch.tanh((q @ k.transpose(-1, -2)) * SCALE / 5.0) * 5.0 + mask_of(pos, torch.float32), v
     ),
+    "a softcap below zero": lambda q, k, v, pos: softmax_of(torch.tanh((q @ k.mT) / -5.0) * -5.0, v),
+    "a mask expanded over heads": lambda q, k, v, pos: sdpa(
+        q, k, v, mask_of(pos)[None, None].expand(1, HEADS, q.shape[2], COUNT)
+    ),
     "dropout that is off": lambda q, k, v, pos: torch.nn.functional.dropout(
         torch.softmax(q @ k.mT, -1), p=0.5, training=False
     )
@@ -61,6 +66,10 @@ ALONE = {  # and the word that the reason must have
     "heads in another order": (
         lambda q, k, v, pos: sdpa(grouped(q), k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))[:, ::2], "keys",
     ),
+    "values that are the keys": (lambda q, k, v, pos: sdpa(q, k, k), "values from stored keys"),
+    "keys that are the values": (lambda q, k, v, pos: sdpa(q, v, v), "keys are read from stored values"),
+    "keys and values exchanged": (lambda q, k, v, pos: softmax_of(q @ v.mT, k), "keys are read from stored values"),
+    "keys times queries": (lambda q, k, v, pos: softmax_of((k @ q.mT).mT, v), ""),
     "values turned": (lambda q, k, v, pos: sdpa(q, k, v.flip(3)), ""),
     "a part of the keys": (lambda q, k, v, pos: sdpa(q, k[:, :, :24], v[:, :, :24], mask_of(pos)[:, :24]), "keys"),
     "weights that are returned": (lambda q, k, v, pos: (w := torch.softmax(q @ k.mT, -1)) @ v + w.sum(), "weights"),
@@ -103,6 +112,8 @@ def test_fused(name):
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     for made in seen.made:
         assert (count(made, ops.DECODE), count(made, ops.LOAD)) == (2, 0)
+        masks = [node.args[13] for node in made.graph.nodes if node.target is ops.DECODE]
+        assert all(mask is None or fake(mask).shape[1] == 1 for mask in masks)  # broadcast, never made larger
 
 
 @pytest.mark.parametrize("name", ALONE)

@@ -19,6 +19,8 @@ SIDES = pytest.mark.parametrize("side", ["key", "value"])
 STORED = 20
 BAD = {
     "swapped": ([20, 22, 21, 23], 4),
+    "below zero": ([-3], 1),
+    "a step from below zero": ([-1, 0], 1),
     "gap": ([21], 1),
     "gap in front of a chunk": (list(range(30, 42)), 1),
     "one past the end": ([60], 2),

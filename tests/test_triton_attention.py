@@ -30,6 +30,14 @@ def test_against_the_truth(name: str, interpreter: Interpreter) -> None:
     assert result["error"] <= allowed(result, case.get("dtype", "float16")), result
 
 
+@pytest.mark.parametrize("name", ["float16", "float32", "groups of 32 in blocks of 64", "head_dim 256", "odd groups"])
+def test_with_the_tiles_of_amd(name: str, interpreter: Interpreter) -> None:
+    case = {**CASES, "groups of 32 in blocks of 64": dict(residual=64, k_group=32)}[name]
+    result = interpreter.call("attention_runs:interpret", hip=True, **case)
+    assert result["same_nan"] and result["largest"] > 0
+    assert result["error"] <= allowed(result, case.get("dtype", "float16")), result
+
+
 @pytest.mark.parametrize("name", SPOILED)
 def test_nan_propagates(name: str, interpreter: Interpreter) -> None:
     result = interpreter.call("attention_runs:interpret", **SPOILED[name])

@@ -15,13 +15,15 @@ from xquant_fx.kv_tensor import QuantizedKV
 from xquant_fx.state import KVState
 
 
+@torch.compiler.disable(reason="xquant_fx.decode_attention is a kernel already")
 def decode_attention(
     q: Tensor, cache: Any, layer: int, *, mask: Tensor | None = None, scale: float | None = None,
     softcap: float = 0.0, window: int = 0, sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention of the newest tokens' queries to layer ``layer`` of ``cache``, whose keys and values are stored.
 
-    Append the step's keys and values first (``cache.update(k, v, layer)``), then call this.
+    Append the step's keys and values first (``cache.update(k, v, layer)``), then call this. Inside a compiled
+    function it is a graph break: there the pass makes the same kernel of an ordinary attention.
 
     Args:
         q: [B, Hq, q, D] with 1 to 8 tokens, the last ones stored; Hq is a multiple of the KV heads.
@@ -39,15 +41,19 @@ def decode_attention(
         [B, Hq, q, D of the values] in the dtype of ``q``.
 
     Raises:
-        CacheStateError: the layer is not quantized or not allocated yet, stores 16 bits, or an
-            argument does not fit it.
+        CacheStateError: the layer is not quantized or not allocated yet, stores 16 bits, was rolled back
+            too far to know the tokens before the query's, an argument does not fit it, or ``q`` wants a gradient.
     """
     key, value = _states(cache, layer)
     _check(q, key, value)
     new, spec = q.shape[2], key.spec
     where = f"layer {spec.layer}: "
-    if softcap < 0 or window < 0:
-        raise CacheStateError(where + f"softcap and window must be 0 (off) or more, got {softcap} and {window}")
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    if not (0 <= softcap < math.inf and window >= 0 and math.isfinite(scale)):
+        raise CacheStateError(
+            where + "scale must be finite, softcap and window 0 (off) or more, "
+            f"got {scale}, {softcap} and {window}"
+        )
     if sink_logits is not None:
         sink_logits = _logits(sink_logits, q, where)
     past = key.owned["length"][:1] - new
@@ -57,15 +63,20 @@ def decode_attention(
     return ops.DECODE(
         q, *tensors, key.group.start, past, mask, sink_logits, new, spec.shape[2], spec.bits, spec.group_size,
         value.spec.bits, value.spec.group_size, spec.residual_length,
-        1 / math.sqrt(q.shape[3]) if scale is None else scale, softcap, window,
+        scale, softcap, window,
     )  # fmt: skip
 
 
 def _states(cache: Any, layer: int) -> tuple[KVState, KVState]:
-    if isinstance(cache, tuple):
+    if isinstance(cache, tuple | list) and len(cache) == 2:
         keys, values = cache
     else:
-        keys, values = (getattr(cache.layers[layer], name, None) for name in ("keys", "values"))
+        layers = getattr(cache, "layers", ())
+        if not -len(layers) <= layer < len(layers):
+            raise CacheStateError(
+                f"layer must be one of the cache's {len(layers)} layers, got {layer} of a {type(cache).__name__}"
+            )
+        keys, values = (getattr(layers[layer], name, None) for name in ("keys", "values"))
     if not (isinstance(keys, QuantizedKV) and isinstance(values, QuantizedKV)):
         raise CacheStateError(f"layer {layer} is not quantized, or not allocated yet (that happens at its first step)")
     key, value = keys._live(), values._live()
@@ -78,7 +89,8 @@ def _check(q: Tensor, key: KVState, value: KVState) -> None:
     where, (batch, heads, _, dim) = f"layer {key.spec.layer}: ", key.spec.shape
     if not (key.spec.quantized and value.spec.quantized):
         raise CacheStateError(where + "16-bit storage has no codes to attend to; use scaled_dot_product_attention")
-    if q.dim() != 4 or q.shape[0] != batch or q.shape[1] % heads or q.shape[3] != dim or q.dtype != key.spec.dtype:
+    fits = q.dim() == 4 and q.shape[0] == batch and q.shape[1] and q.shape[1] % heads == 0 and q.shape[3] == dim
+    if not fits or q.dtype != key.spec.dtype:
         raise CacheStateError(
             where + f"q must have shape [{batch}, multiple of {heads}, q, {dim}] and dtype {key.spec.dtype}, "
             f"got {tuple(q.shape)} and {q.dtype}"
@@ -88,6 +100,16 @@ def _check(q: Tensor, key: KVState, value: KVState) -> None:
         raise CacheStateError(where + f"q must have 1 to {STEP_TOKENS} stored tokens, got {q.shape[2]} of {keys}")
     if values != keys:
         raise CacheStateError(where + f"{keys} keys and {values} values are stored")
+    lost = max(key.furthest, value.furthest) - (keys - q.shape[2])
+    if lost > STEP_TOKENS:
+        raise CacheStateError(
+            where + f"after a rollback the query and the tokens taken back must be at most {STEP_TOKENS}, got {lost}: "
+            "older ones are quantized already"
+        )
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise CacheStateError(
+            where + "a quantized KV cache has no gradient; call this under torch.no_grad() or torch.inference_mode()"
+        )
 
 
 def _causal(state: KVState, past: Tensor, new: int) -> Tensor:

@@ -101,8 +101,8 @@ def _why_not_graph(gm: GraphModule, request: Request) -> str:
 
 def is_quantized(site: SiteRecord) -> bool:
     """Whether the site reads quantized buffers already (as against ordinary ones)."""
-    root = site.key.root
-    return root.target is quantized_empty or isinstance(root.meta.get("example_value"), QuantizedKV)
+    roots = (site.key.root, site.value.root)
+    return any(r.target is quantized_empty or isinstance(r.meta.get("example_value"), QuantizedKV) for r in roots)
 
 
 def report_left(sites: list[SiteRecord], request: Request) -> None:

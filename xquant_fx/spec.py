@@ -71,7 +71,9 @@ class KVSpec:
         if not self.quantized:
             return max_len
         unit = self.residual_length if self.side == "key" else self.codes_per_word
-        return (max_len + unit - 1) // unit * unit + unit
+        # The CPU kernel loads whole vectors of channels, of the last row, too: 16 at most.
+        spare = 1 if self.side == "key" else max(1, -(-16 // self.shape[3]))
+        return ((max_len + unit - 1) // unit + spare) * unit
 
     def tensor_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name to (shape, dtype) of the tensors this side owns; borrowed codes are left out."""

@@ -145,7 +145,7 @@ class KVState:
         Raises:
             CacheStateError: more tokens than that, whose neighbours are already quantized.
         """
-        furthest = self._furthest
+        furthest = self.furthest
         if self.spec.quantized and length and furthest - length > STEP_TOKENS:
             raise CacheStateError(
                 f"layer {self.spec.layer}: at most {STEP_TOKENS} tokens can be rolled back exactly "
@@ -155,7 +155,8 @@ class KVState:
         self.group.drop()
 
     @property
-    def _furthest(self) -> int:
+    def furthest(self) -> int:
+        """Tokens stored at most since the sequence began: rolling back does not bring back what they overwrote."""
         return self.owned["length"].tolist()[1]
 
     def _checked_past(self, x: Tensor, pos: Tensor) -> int:
@@ -172,7 +173,7 @@ class KVState:
             raise CacheStateError(where + FAULTS[2] + seen)
         if past > length or past < 0:
             raise CacheStateError(where + FAULTS[1] + seen)
-        if self.spec.quantized and past and self._furthest - past > STEP_TOKENS:
+        if self.spec.quantized and past and self.furthest - past > STEP_TOKENS:
             raise CacheStateError(where + FAULTS[3] + seen)
         if not torch.equal(pos, torch.arange(past, past + new, device=pos.device)):
             raise CacheStateError(where + FAULTS[4] + seen)
