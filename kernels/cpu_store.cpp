@@ -192,6 +192,7 @@ inline int32_t fault_code(const Inputs& in) {
     int32_t code = past > in.length[0] || past < 0 ? 1 : 0;
     if (past + Q > N) code = 2;
     if (past > 0 && in.length[1] - past > STEP_TOKENS) code = 3;
+    if (past == 0 && in.length[0] == N) code = 5;
     for (int64_t i = 0; i < Q; i++)
         if (in.pos[i] != past + i) code = 4;
     return code;

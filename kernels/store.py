@@ -151,6 +151,8 @@ def fault_code(pos: Tensor, length: Tensor, max_len: int, rollback: bool = True)
     code = torch.where(past + new > max_len, 2, code)
     if rollback:
         code = torch.where((past > 0) & (length[1:] - past > STEP_TOKENS), 3, code)
+    if isinstance(new, int) and new <= STEP_TOKENS:  # a prompt may start over
+        code = torch.where((past == 0) & (length[:1] == max_len), 5, code)
     jump = (pos != past + torch.arange(new, device=pos.device)).any()
     return torch.where(jump, 4, code).to(torch.int32)
 

@@ -30,6 +30,7 @@ def note_step(pos_ptr, length_ptr, fault_ptr, past, NEW: tl.constexpr, NEW_TILE:
     code = tl.where((asked > stored) | (asked < 0), 1, 0)
     code = tl.where(asked + NEW > MAX_LEN, 2, code)
     code = tl.where((asked > 0) & (furthest - asked > STEP_TOKENS), 3, code)
+    code = tl.where((asked == 0) & (stored == MAX_LEN), 5, code)
     jumps = tl.sum(((tl.load(pos_ptr + j, mask=j < NEW, other=0) != asked + j) & (j < NEW)).to(tl.int32), 0)
     code = tl.where(jumps > 0, 4, code)
     tl.store(fault_ptr, tl.maximum(tl.load(fault_ptr), code))

@@ -13,6 +13,7 @@ from xquant_fx.passes.trace import argument, fake, is_shape_query, op_name, read
 from xquant_fx.records import Attention, SiteRecord, Source, Write
 
 CAT = frozenset({torch.cat, torch.concat, torch.concatenate})
+REMAINDERS = frozenset({"mod", "remainder", "fmod", "imod"})
 NEAR = 64  # nodes to look at, going back from an operand, for a cache that it is computed from
 
 
@@ -26,7 +27,7 @@ class Facts:
         # A prompt that allocates its cache attends to itself: what it appends stands for the buffer.
         self.aliases |= {w.x: w.buffer for w in self.writes if w.buffer.target is quantized_empty}
         self.mutations = other_mutations(graph, self.writes)
-        self.targets = {node: source_of(target, self.aliases).root for node, target in self.mutations.items()}
+        self.targets = [(node, source_of(operand, self.aliases).root) for node, operand in self.mutations]
         self.attention = find_attention(graph)
         self.operands = {
             "keys": {attention.key for attention in self.attention},
@@ -43,7 +44,7 @@ class Facts:
 
     def mutated(self, buffer: Node) -> Node | None:
         """An in-place op on ``buffer`` or on a view of it that is no recognised append."""
-        return next((node for node, root in self.targets.items() if root is buffer), None)
+        return next((node for node, root in self.targets if root is buffer), None)
 
     def reads(self, user: Node, operand: Node, role: str) -> bool:
         """Whether ``user`` is an attention (or one of its products) that takes ``operand`` as its keys or values."""
@@ -55,15 +56,15 @@ class Facts:
         return node in self.attends or (is_matmul(node) and any(n in values for n in node.all_input_nodes))
 
     def is_buffer(self, node: Node) -> bool:
-        """Whether ``node`` is a [B, H, N, D] tensor that outlives the graph and that the graph writes to."""
+        """Whether ``node`` is a tensor with tokens, heads, channels that outlives the graph, which writes to it."""
         value = fake(node)
         if is_quantized(node) or self.writes_to(node):
             return True
-        return node.op == "placeholder" and self.mutated(node) is not None and value is not None and value.dim() == 4
+        return node.op == "placeholder" and self.mutated(node) is not None and value is not None and value.dim() > 2
 
     def stored_in(self, node: Node) -> list[Node]:
         """What unrecognised in-place ops put into ``node``."""
-        return [n for op, root in self.targets.items() if root is node for n in op.all_input_nodes]
+        return [n for op, root in self.targets if root is node for n in op.all_input_nodes]
 
 
 def find_sites(graph: Graph) -> list[SiteRecord]:
@@ -75,7 +76,8 @@ def find_sites(graph: Graph) -> list[SiteRecord]:
 def written_inputs(graph: Graph) -> set[Node]:
     """The placeholders that ``graph`` writes to, in any way that is known here."""
     facts = Facts(graph)
-    return {n for n in (*facts.targets.values(), *(w.buffer for w in facts.writes)) if n.op == "placeholder"}
+    written = (*(root for _, root in facts.targets), *(w.buffer for w in facts.writes))
+    return {n for n in written if n.op == "placeholder"}
 
 
 def is_quantized(node: Node) -> bool:
@@ -165,7 +167,7 @@ def _why_not_mutation(buffer: Node, what: str, facts: Facts) -> str:
     node = facts.mutated(buffer)
     if node is None:
         return ""
-    if op_name(node) == "copy_" and facts.mutations[node] is buffer:
+    if op_name(node) == "copy_" and (node, buffer) in facts.mutations:
         return f"{what}: the buffer is also written by copy_, which is no append (a sliding window?)"
     return f"{what}: the buffer is also written by {op_name(node)}, which is no append along dimension 2"
 
@@ -187,6 +189,8 @@ def _why_not_uses(buffer: Node, what: str, facts: Facts) -> str:
     if len(writes) > 1:
         return f"{what}: the buffer is written {len(writes)} times in this graph, not once"
     write = writes[0]
+    if _wraps(write.positions):
+        return f"{what}: positions are taken modulo a number (a ring buffer?)"
     for user in buffer.users:
         if facts.order[user] < facts.order[write.node] and not is_shape_query(user):
             return f"{what}: the buffer is read by {op_name(user)} before it is written"
@@ -200,6 +204,17 @@ def _why_not_uses(buffer: Node, what: str, facts: Facts) -> str:
         if not facts.reads(user, operand, what):
             return f"{what}: the buffer is also read by {op_name(user)}, which is no attention"
     return ""
+
+
+def _wraps(positions: Node | slice) -> bool:
+    """Whether positions are computed with a remainder."""
+    bounds = (positions.start, positions.stop) if isinstance(positions, slice) else (positions,)
+    queue = [node for node in bounds if isinstance(node, Node)]
+    for _, node in zip(range(NEAR), queue, strict=False):  # the queue grows meanwhile
+        if op_name(node).rstrip("_") in REMAINDERS:
+            return True
+        queue += [n for n in node.all_input_nodes if n not in queue]
+    return False
 
 
 def _why_not_pair(key: Source, value: Source) -> str:
@@ -226,11 +241,11 @@ def _grows(root: Node, facts: Facts) -> Node | None:
 def _overflows(root: Node, facts: Facts) -> Node | None:
     """The buffer that a part of ``root`` is copied over: a sliding window that this step overflows."""
     for user, _ in readers(root, facts.aliases):
-        buffer = facts.targets.get(user)
-        if buffer is not None and buffer is facts.mutations[user] and op_name(user) == "copy_" and buffer is not root:
-            value = fake(buffer)
-            if value is not None and value.dim() == 4:
-                return buffer
+        buffer = next((b for node, b in facts.mutations if node is user), None)
+        if buffer is None or op_name(user) != "copy_" or buffer is root or source_of(buffer, facts.aliases).path:
+            continue
+        if fake(buffer) is not None and fake(buffer).dim() == 4:
+            return buffer
     return None
 
 

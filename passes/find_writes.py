@@ -27,22 +27,32 @@ def find_writes(graph: Graph) -> list[Write]:
     return [write for write in writes if write is not None]
 
 
-def other_mutations(graph: Graph, known: list[Write]) -> dict[Node, Node]:
-    """In-place op to the node it writes to, for all ops that are not ``known`` writes."""
+def other_mutations(graph: Graph, known: list[Write]) -> list[tuple[Node, Node]]:
+    """(op, node it writes to), for all ops that are not ``known`` writes."""
     seen = {write.node for write in known}
-    return {
-        node: node.args[0]
-        for node in graph.nodes
-        if node not in seen and is_mutation(node) and isinstance(node.args[0], Node)
-    }
+    return [(node, operand) for node in graph.nodes if node not in seen for operand in written_by(node)]
 
 
-def is_mutation(node: Node) -> bool:
-    """Whether ``node`` writes to its first argument."""
-    if not node.args or node.op not in ("call_method", "call_function"):
-        return False
-    name = op_name(node)
-    return node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+def written_by(node: Node) -> list[Node]:
+    """The operands that ``node`` writes to: by its name, by ``out=`` or by the op's schema."""
+    if node.op not in ("call_method", "call_function"):
+        return []
+    name, found = op_name(node), [node.kwargs.get("out")]
+    if node.args and (node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__"))):
+        found.append(node.args[0])
+    target = getattr(node.target, "default", node.target)  # of an op that was called without its overload
+    schema = getattr(target, "_schema", None) if node.op == "call_function" else None
+    for i, parameter in enumerate(schema.arguments if isinstance(schema, torch.FunctionSchema) else ()):
+        if parameter.alias_info is not None and parameter.alias_info.is_write:
+            found.append(argument(node, i, parameter.name))
+    flat = [part for each in found for part in (each if isinstance(each, tuple | list) else (each,))]
+    return list(dict.fromkeys(part for part in flat if isinstance(part, Node)))
+
+
+def is_opaque(node: Node) -> bool:
+    """Whether ``node`` runs a graph of its own, where a write would not be seen (flex attention only reads)."""
+    higher = isinstance(node.target, torch._ops.HigherOrderOperator)
+    return higher and node.target is not torch.ops.higher_order.flex_attention
 
 
 def is_factory(node: Node) -> bool:

@@ -20,7 +20,7 @@ from xquant_fx.config import STEP_TOKENS
 from xquant_fx.dynamo_graph import call
 from xquant_fx.errors import UnsupportedWriteError
 from xquant_fx.kv_tensor import QuantizedKV
-from xquant_fx.passes.find_writes import find_writes, is_mutation
+from xquant_fx.passes.find_writes import find_writes, is_opaque, written_by
 from xquant_fx.passes.state_inputs import StateInputs, device_of
 from xquant_fx.passes.trace import fake, is_shape_query, op_name, readers, shares_memory
 from xquant_fx.records import SiteRecord, Write
@@ -111,7 +111,7 @@ class BufferRewrite:
             return
         later = [order[write] for write in self.writes if order[write] > order[view]]
         for user, operand in readers(view, {}, shares_memory):
-            if is_mutation(user) and user.args[0] is operand:
+            if operand in written_by(user) or is_opaque(user):
                 raise UnsupportedWriteError(
                     f"{self._where()}: {op_name(user)} on a view of a quantized KV buffer would be lost; append tokens "
                     "with index_copy_(2, positions, x) or buffer[:, :, positions] = x"
@@ -125,7 +125,7 @@ class BufferRewrite:
     def _read(self, user: Node) -> None:
         if is_shape_query(user):
             raise UnsupportedWriteError(f"{self._where()}: dynamic sizes of a quantized buffer are not supported")
-        if user.op == "output" or (is_mutation(user) and user.args[0] is self.buffer):
+        if user.op == "output" or self.buffer in written_by(user) or is_opaque(user):
             raise UnsupportedWriteError(
                 f"{self._where()}: {op_name(user)} is not a way to append tokens or to read them"
             )

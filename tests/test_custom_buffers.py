@@ -124,6 +124,27 @@ def test_buffers_are_taken_over_and_equal_the_reference(ids, compiled):
     assert report.full_bytes == 2 * LAYERS * KV_HEADS * MAX_LEN * DIM * 4 and report.ratio > 1.5
 
 
+@pytest.mark.parametrize("preset", ["full", "xquant-1bit"])
+def test_appends_to_slices_of_known_positions(preset):
+    """Whose bounds are Python numbers: each step is a graph of its own."""
+
+    def step(q, k, v, keys, values, a):
+        keys[:, :, a : a + q.shape[2]] = k
+        values[:, :, a : a + q.shape[2]] = v
+        mask = torch.arange(32) <= torch.arange(a, a + q.shape[2])[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+    compiled = torch.compile(step, backend=interpreted(preset=preset), dynamic=False)
+    mine, theirs = ([torch.zeros(1, 2, 32, 8) for _ in range(2)] for _ in range(2))
+    at, seed = 0, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for new in (5, 1, 1, 2):
+            q, k, v = torch.randn(3, 1, 2, new, 8, generator=seed)
+            torch.testing.assert_close(compiled(q, k, v, *mine, at), step(q, k, v, *theirs, at))
+            at += new
+    assert isinstance(mine[0], QuantizedKV) and mine[0].state.length == at
+
+
 def test_sixteen_bits_change_nothing(ids):
     sizes = [21] + [1] * 40
     plain, model = Decoder(), Decoder()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
 from dynamo_graphs import buffers, first_graph, fresh, tiny
 from rewrites import CONFIG, SHAPE, Rewrites, assign, quantized_layers, run_both, sdpa, two_layers
+from stepping import interpreted
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache
 
-from xquant_fx import CacheStateError, ConfigError, NotRewrittenError, UnsupportedWriteError, backend
+from xquant_fx import CacheStateError, ConfigError, NotRewrittenError, UnsupportedWriteError, XQuantCache, backend
 from xquant_fx.backend import compile_graph
 from xquant_fx.options import parse
 
@@ -52,6 +56,23 @@ def by_mask(q, k, v, layers, pos):
     layers[0][0][:, :, torch.arange(SHAPE[2]) == pos] = k
 
 
+def into_out(q, k, v, layers, pos):
+    torch.mul(q.new_ones(SHAPE), 2.0, out=layers[0][0])
+
+
+def together(q, k, v, layers, pos):
+    torch._foreach_mul_([layers[0][0], layers[0][1]], 2.0)
+
+
+@torch.library.custom_op("xquant_test::double", mutates_args=("x",))
+def double(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+def by_an_op_of_ones_own(q, k, v, layers, pos):
+    torch.ops.xquant_test.double(layers[0][0])
+
+
 def after_a_view(q, k, v, layers, pos):
     seen = layers[0][0][:, :, :8]
     assign(*layers[0], k, v, pos)
@@ -59,8 +80,9 @@ def after_a_view(q, k, v, layers, pos):
 
 
 WRITES = [
-    copied, whole, one_head, scaled, added, through_a_view, through_a_part, other_dimension, by_mask, after_a_view
-]
+    copied, whole, one_head, scaled, added, through_a_view, through_a_part, other_dimension, by_mask, into_out,
+    together, by_an_op_of_ones_own, after_a_view,
+]  # fmt: skip
 
 
 def cases():
@@ -88,6 +110,20 @@ def test_unsupported_writes_name_the_layer(write, where):
             gm, inputs = first_graph(step, *args)
             with pytest.raises(UnsupportedWriteError, match="layer 0 key"):
                 Rewrites()(gm, inputs)
+
+
+def test_an_append_in_a_region_compiled_by_itself_is_refused(monkeypatch):
+    """The passes do not look into it, so its writes would be lost."""
+    model = tiny("llama")
+    kind = type(model.model.layers[0])
+    monkeypatch.setattr(kind, "forward", torch.compiler.nested_compile_region(kind.forward))
+    cache, ids = XQuantCache(model.config, 32, config=CONFIG), torch.arange(3, 9)[None]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        step = torch.compile(model.forward, backend=Rewrites(), dynamic=False)
+        with pytest.raises(BackendCompilerFailed, match=r"layer 0 keys: invoke_subgraph") as error:
+            step(ids[:, :1], past_key_values=cache)
+    assert isinstance(error.value.inner_exception, UnsupportedWriteError)
 
 
 def test_copies_may_be_changed():
@@ -161,6 +197,41 @@ def test_ordinary_buffers_stay_under_gradients(monkeypatch):
     with torch.no_grad():
         seen(gm, inputs)
     assert seen.made == [gm]  # taken over instead
+
+
+def shared_step(q, k, v, keys, values, other, pos):
+    assign(keys, values, k, v, pos)
+    return sdpa(q, keys, values) + other.sum()
+
+
+@pytest.mark.parametrize("how", ["a view", "viewed"])
+def test_buffers_that_share_memory_are_left_alone(how):
+    """Another tensor would go on showing what the buffer held before."""
+    keys, values = buffers()
+    other = keys.view(-1) if how == "viewed" else torch.zeros(1)
+    keys = torch.cat([keys, keys]).chunk(2)[0] if how == "a view" else keys
+    gm, inputs = first_graph(shared_step, *fresh(), keys, values, other, torch.tensor([3]))
+    seen = Rewrites()
+    with torch.no_grad():
+        seen(gm, inputs)
+        assert seen.made == [gm]
+        reason = "is a view of another tensor" if how == "a view" else "shares the buffer's memory"
+        with pytest.raises(NotRewrittenError, match=reason):
+            Rewrites(strict=True)(gm, inputs)
+
+
+def test_a_dropped_cache_is_freed():
+    """Compiled steps keep nothing of it alive."""
+    layers, pos = quantized_layers(), torch.tensor([0])
+    step = torch.compile(two_layers, backend=interpreted(), dynamic=False)
+    with torch.no_grad():
+        step(*fresh(), quantized_layers(), pos)  # the one that is compiled for may stay with Dynamo
+        step(*fresh(), layers, pos)
+        codes = weakref.ref(layers[0][0].state.owned["codes"])
+        step(*fresh(), quantized_layers(), pos)
+    del layers
+    gc.collect()
+    assert codes() is None
 
 
 def test_graphs_without_a_cache_go_to_the_compiler_as_they_are():

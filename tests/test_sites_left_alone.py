@@ -187,6 +187,11 @@ def whole_buffer(q, k, v, keys, values, pos):
     return sdpa(q, keys, values)
 
 
+def ring_buffer(q, k, v, keys, values, pos):
+    appended(keys, values, k, v, (pos + 1) % N)
+    return sdpa(q, keys, values)
+
+
 @pytest.mark.parametrize(
     "step, has_cache, reason",
     [
@@ -201,6 +206,7 @@ def whole_buffer(q, k, v, keys, values, pos):
         (written_to_itself, True, "values: the buffer is read by getitem before it is written"),
         (one_buffer, True, "keys and values are read from one buffer"),
         (one_buffer_in_products, True, "keys and values are read from one buffer"),
+        (ring_buffer, True, "keys: positions are taken modulo a number (a ring buffer?)"),
         (cross, False, "keys: the buffer is read and not written in this graph (cross attention, or a graph break?)"),
         (scaled, True, "keys are computed by mul from the cache, not read from it (latent attention?)"),
         (other_dimension, True, "keys: the buffer is also written by index_copy_, which is no append along"),
@@ -231,6 +237,7 @@ def test_inputs_that_are_no_buffers(kind):
     (site,) = sites_of(step, q, k, v, keys, values, torch.tensor([3]))
     expected = "come from a parameter" if kind == "gradient" else "that is no [B, H, N, D] buffer of 16 or 32 bit"
     assert expected in site.reason
+    assert site.has_cache  # so that strict raises
 
 
 def test_tuples_that_grow():

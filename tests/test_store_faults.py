@@ -78,6 +78,23 @@ def test_raw_ops_leave_a_fault_code(side: str, bits: int, what: str) -> None:
 
 
 @SIDES
+@pytest.mark.parametrize("bits", [2, 16])
+@pytest.mark.parametrize("new", [1, 8, 9])
+def test_a_full_cache_starts_over_with_a_prompt_or_after_reset(side: str, bits: int, new: int) -> None:
+    """A ring buffer's position goes back to 0, too, and what it holds is still meant to be seen."""
+    case = Case(side=side, bits=bits)
+    state = filled(case, case.max_len).states[0]
+    again = case.tokens(new, 5), torch.arange(new)
+    tensors = [state.tensor(name) for name in TENSOR_NAMES]
+    if new <= STEP_TOKENS:
+        with pytest.raises(CacheStateError, match="the cache is full: position 0"):
+            state.store(*again)
+        state.reset()
+    ops.STORE(*again, *tensors, *state.store_args())
+    assert tensors[7].tolist() == [0] and state.length == new
+
+
+@SIDES
 @pytest.mark.parametrize("positions", [[20], [20, 21, 22], list(range(20, 60)), [12], list(range(19, 30)), [0], [0, 1]])
 def test_raw_ops_leave_no_fault_code_for_steps_that_follow(side: str, positions: list[int]) -> None:
     case = Case(side=side)

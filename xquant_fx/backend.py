@@ -56,7 +56,7 @@ def xquant_backend(
 
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
     """Decide what becomes of a graph; ``compiler`` gets what is to be compiled."""
-    sites = judge(gm, request)
+    sites = judge(gm, inputs, request)
     report_left(sites, request)
     _check_gradients(gm, inputs)
     if _allocates(gm):
@@ -73,21 +73,40 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
     return _compile_quantized(gm, inputs, quantized, request, compiler)
 
 
-def judge(gm: GraphModule, request: Request) -> list[SiteRecord]:
-    """Attention sites of ``gm``, with the reasons that come from the whole graph added."""
+def judge(gm: GraphModule, inputs: list[Any], request: Request) -> list[SiteRecord]:
+    """Attention sites of ``gm``, with the reasons that come from the whole graph and its inputs added."""
     sites = find_sites(gm.graph)
     for site in sites:
         if site.rewritable and not is_quantized(site):
-            site.reason = _why_not_graph(gm, request)
+            site.reason = _why_not_graph(gm, request) or _why_not_storage(gm, inputs, site)
     return sites
+
+
+def _why_not_storage(gm: GraphModule, inputs: list[Any], site: SiteRecord) -> str:
+    """A buffer that another tensor shares memory with: that one would never see what is appended."""
+    given = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+    for what, source in (("keys", site.key), ("values", site.value)):
+        buffer = given.get(source.root)
+        if not isinstance(buffer, torch.Tensor):
+            continue
+        if buffer._is_view():
+            return f"{what}: the buffer is a view of another tensor, which would not see what is appended"
+        others = [t for t in inputs if type(t) is torch.Tensor and t is not buffer]
+        if any(t.untyped_storage()._cdata == buffer.untyped_storage()._cdata for t in others):
+            return f"{what}: another input shares the buffer's memory and would not see what is appended"
+    return ""
 
 
 def takeover_config(gm: GraphModule, request: Request) -> Any:
     """The config for ordinary buffers: no sharing where only some layers can be seen."""
     config = request.effective
-    if dynamo_graph.is_partial(gm):
-        return config.replace(share_keys_from=None, share_values_from=None)
-    return config
+    if not dynamo_graph.is_partial(gm):
+        return config
+    alone = config.replace(share_keys_from=None, share_values_from=None)
+    if alone != config and "graph break" not in _warned:
+        _warned.add("graph break")
+        log.warning("a graph break hides the other layers: no layer reads another's codes; an XQuantCache pairs them")
+    return alone
 
 
 def _why_not_graph(gm: GraphModule, request: Request) -> str:
@@ -170,15 +189,15 @@ class CompiledStep:
         self, compiled: Callable[..., Any], keep: list[int], quantized: list[int], inputs: StateInputs
     ) -> None:
         self.compiled, self.keep, self.quantized, self.inputs = compiled, keep, quantized, inputs
-        self._last: list[Any] | None = None
-        self._tensors: list[torch.Tensor] = []
 
     def __call__(self, *args: Any) -> Any:
         """One step; raises CacheStateError if its positions did not follow what is stored."""
         states = [args[i].state for i in self.quantized]
-        if states != self._last:
-            self._tensors, self._last = self.inputs.collect(args), states
-        out = self.compiled(*[args[i] for i in self.keep], *self._tensors)
+        # Kept with the cache: each thread may have its own, and a cache that is dropped must be free to go.
+        known = states[0].group.collected.get(self)
+        if known is None or known[0] != states:
+            known = states[0].group.collected[self] = (states, self.inputs.collect(args))
+        out = self.compiled(*[args[i] for i in self.keep], *known[1])
         for group in {id(s.group): s.group for s in states}.values():
             if self.inputs.step_tokens is not None:
                 group.stepped(self.inputs.step_tokens)

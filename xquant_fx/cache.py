@@ -126,7 +126,9 @@ class XQuantCache(StaticCache):
     ) -> None:
         if kwargs:
             raise ConfigError(f"XQuantCache takes no {sorted(kwargs)}")
-        if max_cache_len < 1:
+        if config is not None and not isinstance(config, XQuantConfig):
+            raise ConfigError(f"config must be an XQuantConfig, got {type(config).__name__}")
+        if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
             raise ConfigError(f"max_cache_len must be at least 1 token, got {max_cache_len}")
         super().__init__(config=model_config, max_cache_len=max_cache_len)
         self.xquant_config = config if config is not None else XQuantConfig()

@@ -110,7 +110,7 @@ def explain(
     held = Held(model)
 
     def record(gm: GraphModule, inputs: list[Any]) -> Any:
-        seen.append((gm, judge(gm, request), takeover_config(gm, request)))
+        seen.append((gm, judge(gm, inputs, request), takeover_config(gm, request)))
         held.save(gm, inputs)
         return gm.forward
 

@@ -18,6 +18,7 @@ FAULTS = {
     2: "positions must be below max_cache_len: the cache is full",
     3: f"at most {STEP_TOKENS} tokens can be rolled back (or all: position 0); more were",
     4: "the positions of one step must be consecutive",
+    5: "the cache is full: position 0 starts a sequence anew only after reset() (or is this a ring buffer?)",
 }
 
 

@@ -80,9 +80,12 @@ def read(func: Any, args: Any, kwargs: Any) -> Any:
     Raises:
         UnsupportedWriteError: it writes to one of them.
     """
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Dequantized):
-            value.refuse_write(func)
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            for value in given if isinstance(given, tuple | list) else (given,):
+                if isinstance(value, Dequantized):
+                    value.refuse_write(func)
     is_view = any(r.alias_info is not None for r in func._schema.returns)
     origin = args[0].origin if is_view and isinstance(args[0], Dequantized) else ""
     args, kwargs = tree_map(lambda a: a.dense() if isinstance(a, Dequantized) else a, (args, kwargs))

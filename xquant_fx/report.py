@@ -76,6 +76,8 @@ def memory_report(cache_or_model: Any) -> MemoryReport:
     Raises:
         CacheStateError: no quantized KV buffer is in it (an XQuantCache allocates at its first step).
     """
+    if not (hasattr(cache_or_model, "layers") or isinstance(cache_or_model, torch.nn.Module)):
+        raise CacheStateError(f"memory_report takes a cache or a module, got {type(cache_or_model).__name__}")
     tensors = list(_tensors(cache_or_model))
     states = [t._live() for t in tensors if isinstance(t, QuantizedKV)]
     if not states:

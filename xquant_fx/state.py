@@ -36,6 +36,11 @@ class CacheGroup:
         self.chunk_layer: int | None = None
         self.chunks: dict[str, Chunk] = {}
         self.step_tokens = 0
+        self.collected: dict[object, tuple[list[KVState], list[Tensor]]] = {}
+        """Tensors that a compiled step takes of this cache, by step."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "collected": {}}
 
     def stepped(self, tokens: int) -> None:
         """A compiled graph appended ``tokens``; eager code that reads next sees the state before its flush."""
@@ -175,6 +180,8 @@ class KVState:
             raise CacheStateError(where + FAULTS[1] + seen)
         if self.spec.quantized and past and self.furthest - past > STEP_TOKENS:
             raise CacheStateError(where + FAULTS[3] + seen)
+        if past == 0 and new <= STEP_TOKENS and length == self.spec.shape[2]:
+            raise CacheStateError(where + FAULTS[5] + seen)
         if not torch.equal(pos, torch.arange(past, past + new, device=pos.device)):
             raise CacheStateError(where + FAULTS[4] + seen)
         if self.lower is not None and self.lower.length < past + new:

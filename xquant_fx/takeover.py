@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from xquant_fx.config import XQuantConfig
 from xquant_fx.convert import quantize_in_place
 from xquant_fx.dynamo_graph import forget_compiled_frame
+from xquant_fx.errors import CacheStateError
 from xquant_fx.kv_tensor import QuantizedKV
 from xquant_fx.pairing import SidePlan, borrow_or_own
 from xquant_fx.records import SiteRecord, Write
@@ -25,7 +26,7 @@ from xquant_fx.spec import KVSpec
 from xquant_fx.state import CacheGroup, KVState
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # a key of dicts, by identity: a slice of positions has no hash
 class Buffer:
     """One ordinary KV buffer of a graph: argument index, layer number, side and its append."""
 
@@ -87,6 +88,10 @@ class FirstStep(torch.fx.Interpreter):
         if n in self.pending:
             buffer, state = self.pending.pop(n)
             past = self._past(n)
+            if past < 0:
+                raise CacheStateError(
+                    f"layer {state.spec.layer} {state.spec.side}s: positions must not be negative, got {past}"
+                )
             if past:
                 state.store(buffer[:, :, :past], torch.arange(past, device=buffer.device))
                 state.group.drop()
