@@ -63,7 +63,7 @@ def decode_three_tokens(
     compiled: Callable[..., Tensor], buffers: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(last output, keys, values): the first call takes ordinary buffers over, the others run a compiled step."""
-    keys, values = torch.zeros(2, *SHAPE) if buffers is None else buffers
+    keys, values = (torch.zeros(SHAPE), torch.zeros(SHAPE)) if buffers is None else buffers
     x = torch.randn(3, 3, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for i, qkv in enumerate(x):

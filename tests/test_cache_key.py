@@ -169,7 +169,7 @@ def step(q, k, v, pos, mask, keys, values):
     return torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 compiled = torch.compile(step, backend="xquant", options=json.loads(sys.argv[1]), dynamic=False)
-keys, values = torch.zeros(2, 1, 1, 32, 16)
+keys, values = torch.zeros(1, 1, 32, 16), torch.zeros(1, 1, 32, 16)
 x = torch.randn(20, 3, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
     for i, qkv in enumerate(x):
