@@ -31,7 +31,8 @@ constexpr int64_t RING = RESIDUAL + RING_SLACK;
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr int64_t MASK_ROWS = (MASK_B ? B : 1) * (MASK_H ? HQ : 1) * (MASK_Q ? Q : 1);
 static_assert(SPAN % V_PER == 0, "a word of values lies in one span");
-static_assert(V_GROUP % L == 0 || (V_TOKENS / V_PER - (N + V_PER - 1) / V_PER) * DV >= L, "loads of whole vectors end in spare rows");
+static_assert(V_GROUP % L == 0 || (V_TOKENS / V_PER - (N + V_PER - 1) / V_PER) * DV >= L,
+              "loads of whole vectors end in spare rows");
 
 struct Inputs {
     const T* q;

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from xquant_fx import dynamo_graph
 from xquant_fx.cache_key import cache_key_patch
@@ -76,22 +76,22 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
 def judge(gm: GraphModule, inputs: list[Any], request: Request) -> list[SiteRecord]:
     """Attention sites of ``gm``, with the reasons that come from the whole graph and its inputs added."""
     sites = find_sites(gm.graph)
+    given = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), inputs, strict=True))
     for site in sites:
         if site.rewritable and not is_quantized(site):
-            site.reason = _why_not_graph(gm, request) or _why_not_storage(gm, inputs, site)
+            site.reason = _why_not_graph(gm, request) or _why_not_storage(given, site)
     return sites
 
 
-def _why_not_storage(gm: GraphModule, inputs: list[Any], site: SiteRecord) -> str:
+def _why_not_storage(given: dict[Node, Any], site: SiteRecord) -> str:
     """A buffer that another tensor shares memory with: that one would never see what is appended."""
-    given = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), inputs, strict=True))
     for what, source in (("keys", site.key), ("values", site.value)):
         buffer = given.get(source.root)
         if not isinstance(buffer, torch.Tensor):
             continue
         if buffer._is_view():
             return f"{what}: the buffer is a view of another tensor, which would not see what is appended"
-        others = [t for t in inputs if type(t) is torch.Tensor and t is not buffer]
+        others = [t for t in given.values() if type(t) is torch.Tensor and t is not buffer]
         if any(t.untyped_storage()._cdata == buffer.untyped_storage()._cdata for t in others):
             return f"{what}: another input shares the buffer's memory and would not see what is appended"
     return ""
