@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numeric import DTYPES, seeded
 from store_reference import Case
@@ -37,6 +37,7 @@ def cases(draw) -> Case:
 @pytest.mark.parametrize("driver", [ThroughState, ThroughOps])
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), script=st.lists(MOVES, min_size=1, max_size=12))
+@example(case=Case(side="key", max_len=20), script=[20, 0, 1])  # a full cache that starts anew with one token
 def test_any_mix_of_steps_chunks_and_rollbacks(driver: type[ThroughState], case: Case, script: list[int]) -> None:
     run(case, script, driver)
 
