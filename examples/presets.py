@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import LlamaConfig
 
 from xquant_fx import PRESETS, XQuantCache, XQuantConfig, memory_report
-from xquant_fx.report import MemoryReport
+from xquant_fx.reports.memory import MemoryReport
 
 LAYERS = 4  # a cache of twice as many layers takes twice the bytes and the same bits an element
 

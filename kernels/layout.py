@@ -15,6 +15,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+#: How many new tokens one decode step may bring and still find every token that was in full
+#: precision before the step. The residual windows hold this many tokens more than
+#: ``residual_length``, which also makes rolling back that many tokens exact.
+STEP_TOKENS = 8
+
 
 def quantized_limit(past: Tensor, side: str, residual: int) -> Tensor:
     """Number of quantized tokens when ``past`` tokens are stored (may be negative for values)."""

@@ -15,7 +15,11 @@ from torch._inductor.lowering import register_lowering
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 
-from xquant_fx.kernels import append, attention, cpu_attention, cpu_build, cpu_store
+from xquant_fx.kernels.cpu import build as cpu_build
+from xquant_fx.kernels.decode_attention import arguments as attention
+from xquant_fx.kernels.decode_attention import cpu_source as cpu_attention
+from xquant_fx.kernels.quantize_store import cpu_call as append
+from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
 
 
 def sizes(x: Any) -> tuple[int, ...]:

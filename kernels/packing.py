@@ -15,6 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: Widths that can be stored, in bits an element; 16 is unquantized. Below 16 they divide 8.
+BITS = (1, 2, 4, 8, 16)
+
 
 def shifts(bits: int, device: torch.device) -> Tensor:
     """Left shift, in bits, of each of the ``32 / bits`` codes of a word: int32 [per]."""

@@ -7,8 +7,8 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
+from xquant_fx.passes.records import Attention
 from xquant_fx.passes.trace import argument, fake, is_view_like, op_name
-from xquant_fx.records import Attention
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 FLEX = torch.ops.higher_order.flex_attention

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from xquant_fx.first_step import quantized_empty
-from xquant_fx.kv_tensor import QuantizedKV
+from xquant_fx.cache.allocate import quantized_empty
+from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.passes.find_attention import find_attention, is_matmul
 from xquant_fx.passes.find_writes import find_writes, is_factory, other_mutations
+from xquant_fx.passes.records import Attention, SiteRecord, Source, Write
 from xquant_fx.passes.trace import argument, fake, is_shape_query, op_name, readers, source_of
-from xquant_fx.records import Attention, SiteRecord, Source, Write
 
 CAT = frozenset({torch.cat, torch.concat, torch.concatenate})
 REMAINDERS = frozenset({"mod", "remainder", "fmod", "imod"})

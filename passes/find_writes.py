@@ -7,9 +7,9 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from xquant_fx.first_step import quantized_empty
+from xquant_fx.cache.allocate import quantized_empty
+from xquant_fx.passes.records import Write
 from xquant_fx.passes.trace import argument, fake, op_name
-from xquant_fx.records import Write
 
 FACTORIES = frozenset({torch.zeros, torch.empty, torch.full, torch.ones, torch.zeros_like, torch.empty_like})
 FACTORY_METHODS = frozenset({"new_zeros", "new_empty", "new_full", "new_ones"})

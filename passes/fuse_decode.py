@@ -17,10 +17,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from xquant_fx import ops
-from xquant_fx.dynamo_graph import call
+from xquant_fx.passes.graph import call
 from xquant_fx.passes.match_decode import Decode, match_decode
+from xquant_fx.passes.records import Attention
 from xquant_fx.passes.trace import fake, op_name, source_of
-from xquant_fx.records import Attention
 
 log = logging.getLogger(__name__)
 

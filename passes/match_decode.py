@@ -12,9 +12,9 @@ import math
 import torch
 from torch.fx import Node
 
+from xquant_fx.passes.records import Attention, Source
 from xquant_fx.passes.trace import argument, fake, keeps_numbers, op_name, source_of
 from xquant_fx.passes.track_axes import axes_of, expected
-from xquant_fx.records import Attention, Source
 
 
 @dataclasses.dataclass(frozen=True)

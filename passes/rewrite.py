@@ -16,16 +16,16 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from xquant_fx import ops
-from xquant_fx.config import STEP_TOKENS
-from xquant_fx.dynamo_graph import call
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.state import TENSOR_NAMES
 from xquant_fx.errors import UnsupportedWriteError
-from xquant_fx.kv_tensor import QuantizedKV
+from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.passes.find_writes import find_writes, is_opaque, written_by
+from xquant_fx.passes.graph import call
+from xquant_fx.passes.records import SiteRecord, Write
 from xquant_fx.passes.state_inputs import StateInputs, device_of
 from xquant_fx.passes.trace import fake, is_shape_query, op_name, readers, shares_memory
-from xquant_fx.records import SiteRecord, Write
-from xquant_fx.spec import KVSpec
-from xquant_fx.state import TENSOR_NAMES
+from xquant_fx.plan.spec import KVSpec
 
 
 def rewrite(gm: GraphModule, inputs: StateInputs, sites: list[SiteRecord]) -> None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from xquant_fx.dynamo_graph import add_input
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.state import TENSOR_NAMES
 from xquant_fx.errors import CacheStateError
-from xquant_fx.kv_tensor import QuantizedKV
+from xquant_fx.passes.graph import add_input
 from xquant_fx.passes.trace import fake
-from xquant_fx.state import TENSOR_NAMES
 
 
 @dataclasses.dataclass

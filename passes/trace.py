@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.fx import Node
 
-from xquant_fx.records import Source
+from xquant_fx.passes.records import Source
 
 VIEW_METHODS = frozenset(
     {

@@ -13,9 +13,9 @@ from store_runs import poison
 from torch import Tensor
 
 from xquant_fx import XQuantConfig
-from xquant_fx.config import STEP_TOKENS
-from xquant_fx.pairing import borrow_or_own
-from xquant_fx.state import CacheGroup, KVState
+from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.plan.pairing import borrow_or_own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ def errors(s: Setup, out: Tensor, given: dict[str, Any]) -> dict[str, Any]:
 
 def interpret(hip: bool = False, **kwargs: Any) -> dict[str, Any]:
     """Errors of the Triton kernels, run by the interpreter, of ``Setup(**kwargs)``; ``hip``: as on AMD's GPUs."""
-    from xquant_fx.kernels.triton_attention import launch
+    from xquant_fx.kernels.decode_attention.triton_launch import launch
 
     kwargs["start"] = tuple(kwargs.get("start", ()))
     setup = Setup(**kwargs)

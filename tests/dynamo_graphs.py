@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from xquant_fx.passes.find_sites import find_sites
-from xquant_fx.records import SiteRecord
+from xquant_fx.passes.records import SiteRecord
 
 #: Its position bias is as long as the prompt and not as a static cache, which fails without any of our code.
 OLD_BLOOM = pytest.mark.skipif(

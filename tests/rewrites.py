@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx import XQuantConfig, ops
-from xquant_fx.backend import compile_graph
-from xquant_fx.kv_tensor import QuantizedKV
-from xquant_fx.options import parse
-from xquant_fx.pairing import borrow_or_own
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.compiler.backend import compile_graph
+from xquant_fx.compiler.options import parse
 from xquant_fx.passes.trace import fake, source_of
-from xquant_fx.state import CacheGroup, KVState
+from xquant_fx.plan.pairing import borrow_or_own
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 SHAPE = (1, 2, 48, 8)  # [B, H, N, D]

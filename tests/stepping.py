@@ -6,8 +6,8 @@ import torch
 from reference_cache import ReferenceCache
 from torch import Tensor
 
-from xquant_fx.backend import compile_graph
-from xquant_fx.options import parse
+from xquant_fx.compiler.backend import compile_graph
+from xquant_fx.compiler.options import parse
 
 
 def interpreted(calls: list | None = None, **options):

@@ -13,9 +13,9 @@ from numeric import seeded
 from store_reference import Case, Reference
 from torch import Tensor
 
-from xquant_fx.config import STEP_TOKENS
-from xquant_fx.pairing import borrow_or_own
-from xquant_fx.state import TENSOR_NAMES, CacheGroup, KVState
+from xquant_fx.cache.state import TENSOR_NAMES, CacheGroup, KVState
+from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.plan.pairing import borrow_or_own
 
 
 def pair_of(case: Case) -> list[KVState]:

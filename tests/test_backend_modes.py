@@ -17,11 +17,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import CompileConfig, LlamaForCausalLM
 
 import xquant_fx
-from xquant_fx import CacheStateError, ConfigError, XQuantCache, XQuantConfig, backend, ops
-from xquant_fx.kv_tensor import QuantizedKV
-from xquant_fx.options import MODES
-from xquant_fx.pairing import borrow_or_own
-from xquant_fx.state import CacheGroup, KVState
+from xquant_fx import CacheStateError, ConfigError, XQuantCache, XQuantConfig, ops
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.compiler import backend
+from xquant_fx.compiler.options import MODES
+from xquant_fx.plan.pairing import borrow_or_own
 
 SHAPE = (1, 1, 32, 16)
 SMALL = XQuantConfig(k_group_size=8, residual_length=8)

@@ -21,10 +21,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn.functional import scaled_dot_product_attention
 
 import xquant_fx
-from xquant_fx import XQuantConfig, cache_key
-from xquant_fx.kv_tensor import QuantizedKV
-from xquant_fx.pairing import borrow_or_own
-from xquant_fx.state import CacheGroup, KVState
+from xquant_fx import XQuantConfig
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.compiler import cache_key
+from xquant_fx.plan.pairing import borrow_or_own
 
 SMALL = XQuantConfig(k_group_size=8, residual_length=8)
 SHAPE = (1, 1, 32, 16)
@@ -83,17 +84,19 @@ def test_stable_hash_of_a_buffer_follows_what_graphs_rely_on() -> None:
 
 def test_source_hash_covers_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = shutil.copytree(Path(xquant_fx.__file__).parent, tmp_path / "xquant_fx")
-    monkeypatch.setattr(cache_key, "__file__", str(package / "cache_key.py"))
+    monkeypatch.setattr(cache_key, "__file__", str(package / "compiler" / "cache_key.py"))
 
     def compute() -> bytes:
         cache_key.get_hash_for_files.cache_clear()  # both remember what they hashed
         return cache_key.source_hash.__wrapped__()
 
     seen = {compute()}
-    files = [path for path in package.rglob("*.py") if path.read_text()]
-    assert {path.parent.name for path in files} == {"xquant_fx", "passes", "kernels"}
+    files = [path for path in package.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+    assert {path.suffix for path in files} == {".py", ".cpp", ".h"}
+    folders = {path.relative_to(package).parts[0] for path in files if path.parent != package}
+    assert folders == {"cache", "compiler", "kernels", "passes", "plan", "reports"}
     for path in files:
-        path.write_text(path.read_text() + "# changed\n")
+        path.write_text(path.read_text() + "\n// changed\n")
         seen.add(compute())
     assert len(seen) == len(files) + 1
 

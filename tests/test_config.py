@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from xquant_fx import PRESETS, ConfigError, XQuantConfig
-from xquant_fx.options import MODES, parse
-from xquant_fx.pairing import SidePlan, borrow_or_own
+from xquant_fx.compiler.options import MODES, parse
+from xquant_fx.plan.pairing import SidePlan, borrow_or_own
 
 SHAPE = (1, 2, 64, 16)
 

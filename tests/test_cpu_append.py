@@ -11,8 +11,10 @@ from store_runs import ThroughKernel, pair_of, run
 from torch import Tensor
 
 from xquant_fx import ops
-from xquant_fx.kernels import append, cpu_build, cpu_store
-from xquant_fx.state import TENSOR_NAMES, KVState
+from xquant_fx.cache.state import TENSOR_NAMES, KVState
+from xquant_fx.kernels.cpu import build as cpu_build
+from xquant_fx.kernels.quantize_store import cpu_call as append
+from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 STEPS = [9, 1, 1, 1, 3, 1, -3, 1, 3, 1, 1, 1, 3, 12, 1, 3, 1, 0, 1, 3]  # two lengths only: each is compiled

@@ -11,9 +11,10 @@ from attention_cases import CASES, SPOILED, allowed
 from attention_runs import Setup, arguments, errors, inputs
 
 from xquant_fx import ops
-from xquant_fx.kernels import cpu_build, cpu_source
-from xquant_fx.kernels.attention import Arguments, dequantized, empty_output, problem_of, run_cpu
-from xquant_fx.kernels.cpu_attention import source
+from xquant_fx.kernels.cpu import build as cpu_build
+from xquant_fx.kernels.cpu import source as cpu_source
+from xquant_fx.kernels.decode_attention.arguments import Arguments, dequantized, empty_output, problem_of, run_cpu
+from xquant_fx.kernels.decode_attention.cpu_source import source
 
 NARROW = ("float32", "bfloat16", "keys 8, values 1 bits", "sink tokens", "head_dim 8", "a bias a token", "softcap")
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from xquant_fx import XQuantConfig, memory_report
-from xquant_fx.kv_tensor import QuantizedKV
+from xquant_fx.cache.kv_tensor import QuantizedKV
 
 LAYERS, HEADS, KV_HEADS, DIM, MAX_LEN = 4, 4, 2, 16, 96
 CONFIG = XQuantConfig.preset("xquant").replace(k_group_size=8, residual_length=16, share_keys_from=0)

@@ -10,8 +10,9 @@ from dynamo_graphs import FastModel, tiny
 from stepping import interpreted
 from transformers import DynamicCache, StaticCache
 
-from xquant_fx import NotRewrittenError, XQuantCache, XQuantConfig, backend, explain, memory_report, ops
-from xquant_fx.kv_tensor import QuantizedKV
+from xquant_fx import NotRewrittenError, XQuantCache, XQuantConfig, explain, memory_report, ops
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.compiler import backend
 
 CONFIG = XQuantConfig(k_bits=2, v_bits=1, share_values_from=0, k_group_size=8, residual_length=8)
 IDS = torch.arange(3, 17)[None]

@@ -7,9 +7,9 @@ import torch
 from stepping import interpreted
 from transformers import CompileConfig, StaticCache
 
-import xquant_fx.backend
+import xquant_fx.compiler.backend
 from xquant_fx import XQuantCache, XQuantConfig
-from xquant_fx.kv_tensor import QuantizedKV
+from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.ops import STORE, STORE_BORROWED
 
 CONFIG = XQuantConfig.preset("xquant").replace(k_group_size=8, residual_length=16)
@@ -31,7 +31,7 @@ def graphs(monkeypatch):
         seen.append(gm)
         return gm.forward
 
-    monkeypatch.setattr(xquant_fx.backend, "_inductor", run)
+    monkeypatch.setattr(xquant_fx.compiler.backend, "_inductor", run)
     return seen
 
 

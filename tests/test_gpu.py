@@ -11,8 +11,8 @@ from attention_runs import Setup, arguments, errors, inputs
 from dynamo_graphs import tiny
 
 from xquant_fx import XQuantCache, XQuantConfig, ops
-from xquant_fx.pairing import borrow_or_own
-from xquant_fx.state import CacheGroup, KVState
+from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.plan.pairing import borrow_or_own
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 STEPS = [300, 1, 1, 1, 5, 1, 8, 1, 1, 40, 1, 1]

@@ -13,11 +13,11 @@ from numeric import seeded
 from transformers import DynamicCache, LlamaConfig, Qwen2Config
 
 from xquant_fx import CacheStateError, XQuantCache, XQuantConfig, memory_report
-from xquant_fx.convert import quantize_in_place
-from xquant_fx.kv_tensor import QuantizedKV
-from xquant_fx.pairing import borrow_or_own
-from xquant_fx.report import MemoryReport
-from xquant_fx.state import CacheGroup, KVState
+from xquant_fx.cache.convert import quantize_in_place
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.plan.pairing import borrow_or_own
+from xquant_fx.reports.memory import MemoryReport
 
 SMALL = XQuantConfig(k_group_size=8, residual_length=16)
 PRESETS = ("full", "kivi-4", "kivi-2", "asymkv-1.5", "xquant-paper", "xquant", "xquant-1bit")

@@ -8,7 +8,7 @@ from store_reference import Case
 from store_runs import ThroughState
 
 from xquant_fx import ops
-from xquant_fx.state import TENSOR_NAMES, KVState
+from xquant_fx.cache.state import TENSOR_NAMES, KVState
 
 STORED, SIDES = 20, ("key", "value")
 

@@ -17,7 +17,7 @@ from stepping import interpreted, logits_of, relative_error, run_steps
 from transformers import StaticCache
 
 from xquant_fx import CacheStateError, XQuantCache, XQuantConfig
-from xquant_fx.kv_tensor import QuantizedKV
+from xquant_fx.cache.kv_tensor import QuantizedKV
 
 CONFIG = XQuantConfig.preset("xquant-1bit").replace(k_group_size=8, residual_length=16)
 IDS = torch.randint(1, 128, (3, 160), generator=torch.Generator().manual_seed(3))

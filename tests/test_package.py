@@ -24,32 +24,31 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 #: Module pattern to the patterns of those that may import it, at the top of a file or anywhere else.
 #: Detection and kernels know nothing of what stands on them.
 MAY_BE_IMPORTED_BY = {
-    "cache": [],
-    "explanation": [],
-    "quality": [],
-    "backend": ["explanation"],
-    "options": ["backend", "explanation"],
-    "takeover": ["backend", "explanation"],
-    "passes.*": ["passes.*", "backend", "explanation"],
-    "passes.pipeline": ["backend"],
+    "cache.huggingface": [],
+    "reports.explanation": [],
+    "reports.quality": ["quality"],
+    "compiler.backend": ["reports.explanation"],
+    "compiler.*": ["compiler.*", "reports.explanation"],
+    "passes.*": ["passes.*", "compiler.*", "reports.explanation"],
+    "passes.pipeline": ["compiler.backend"],
     "passes.rewrite": ["passes.pipeline"],
     "passes.fuse_decode": ["passes.pipeline"],
-    "kernels.*": ["kernels.*", "ops", "quantizer", "backend"],
-    "kernels.lowerings": ["backend"],
-    "transformers": ["cache"],
-    "torch._inductor": ["backend", "cache_key", "kernels.lowerings", "kernels.cpu_build"],
+    "kernels.lowerings": ["compiler.backend"],
+    "transformers": ["cache.huggingface"],
+    "torch._inductor": ["compiler.backend", "compiler.cache_key", "kernels.lowerings", "kernels.cpu.build"],
 }
 
 #: Module pattern to all that it may import of this package.
 MAY_IMPORT = {
     "errors": [],
-    "config": ["errors"],
-    "records": [],
-    "kernels.*": ["config", "errors", "kernels", "kernels.*"],
-    "passes.trace": ["records"],
+    "plan.*": ["errors", "plan.*", "kernels.layout", "kernels.packing"],
+    "kernels.*": ["errors", "kernels", "kernels.*"],
+    "passes.records": [],
+    "passes.trace": ["passes.records"],
     "passes.track_axes": ["passes.trace"],
-    "passes.match_decode": ["passes.trace", "passes.track_axes", "records"],
-    "passes.find_*": ["records", "first_step", "kv_tensor", "passes.trace", "passes.find_*"],
+    "passes.match_decode": ["passes.trace", "passes.track_axes", "passes.records"],
+    "passes.find_*": ["passes.records", "cache.allocate", "cache.kv_tensor", "passes.trace", "passes.find_*"],
+    "cache.*": ["errors", "tracing", "ops", "kernels.*", "plan.*", "cache.*"],
 }
 
 
@@ -57,8 +56,8 @@ def sources() -> dict[str, Path]:
     """Module name without ``xquant_fx.`` to its file; ``""`` is the package itself."""
     found = {}
     for folder, prefix in (("xquant_fx", ""), ("passes", "passes."), ("kernels", "kernels.")):
-        for path in (ROOT / folder).glob("*.py"):
-            name = prefix + path.stem
+        for path in (ROOT / folder).rglob("*.py"):  # which does not follow the links
+            name = prefix + ".".join(path.relative_to(ROOT / folder).with_suffix("").parts)
             found[name.removesuffix("__init__").removesuffix(".")] = path
     return found
 
@@ -119,17 +118,21 @@ def test_kernels_init_is_a_docstring():
 def test_listed_packages_are_the_folders():
     listed = PYPROJECT["tool"]["setuptools"]["packages"]
     mapped = PYPROJECT["tool"]["setuptools"]["package-dir"]
-    folders = {
-        "xquant_fx": ROOT / "xquant_fx",
-        "xquant_fx.passes": ROOT / "passes",
-        "xquant_fx.kernels": ROOT / "kernels",
+    assert mapped == {"xquant_fx.passes": "passes", "xquant_fx.kernels": "kernels"}
+    folders = [("xquant_fx", ROOT / "xquant_fx"), *((name, ROOT / folder) for name, folder in mapped.items())]
+    found = {
+        ".".join([name, *init.parent.relative_to(folder).parts])
+        for name, folder in folders
+        for init in folder.rglob("__init__.py")
     }
-    assert set(listed) == set(folders)
-    assert mapped == {name: path.name for name, path in folders.items() if "." in name}
-    for name, folder in folders.items():
-        inner = [p.parent for p in folder.rglob("__init__.py") if p.parent != folder]
-        strangers = [p for p in inner if p.resolve().parent != ROOT]
-        assert strangers == [], f"{name} has sub-packages that pyproject.toml does not list"
+    assert set(listed) == found
+    data = PYPROJECT["tool"]["setuptools"]["package-data"]
+    sources = {
+        (".".join(["xquant_fx", *p.relative_to(ROOT).parent.parts]), f"*{p.suffix}")
+        for kind in ("*.cpp", "*.h")
+        for p in (ROOT / "kernels").rglob(kind)
+    }
+    assert sources == {(name, glob) for name, globs in data.items() if name != "xquant_fx" for glob in globs}
 
 
 @pytest.mark.parametrize("name", ["passes", "kernels"])

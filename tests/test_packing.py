@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xquant_fx.kernels.packing import pack_words, shifts, unpack_words
-from xquant_fx.spec import KVSpec
+from xquant_fx.plan.spec import KVSpec
 
 BITS = (1, 2, 4, 8)
 few = settings(max_examples=50, deadline=None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from xquant_fx.quality import Agreement, agreement, kl_divergence, teacher_forced_logits, top1_agreement
+from xquant_fx.reports.quality import Agreement, agreement, kl_divergence, teacher_forced_logits, top1_agreement
 
 
 @pytest.mark.parametrize(

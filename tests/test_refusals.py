@@ -14,9 +14,10 @@ from stepping import interpreted
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache
 
-from xquant_fx import CacheStateError, ConfigError, NotRewrittenError, UnsupportedWriteError, XQuantCache, backend
-from xquant_fx.backend import compile_graph
-from xquant_fx.options import parse
+from xquant_fx import CacheStateError, ConfigError, NotRewrittenError, UnsupportedWriteError, XQuantCache
+from xquant_fx.compiler import backend
+from xquant_fx.compiler.backend import compile_graph
+from xquant_fx.compiler.options import parse
 
 
 def copied(q, k, v, layers, pos):

@@ -25,7 +25,7 @@ from torch.fx import Graph, GraphModule
 from transformers import StaticCache
 
 from xquant_fx import XQuantCache, ops
-from xquant_fx.kv_tensor import QuantizedKV
+from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.passes.trace import fake
 
 

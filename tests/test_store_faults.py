@@ -11,9 +11,9 @@ from store_runs import ThroughOps, ThroughState, pair_of
 from torch import Tensor
 
 from xquant_fx import CacheStateError, ops
-from xquant_fx.config import STEP_TOKENS
-from xquant_fx.faults import FAULTS
-from xquant_fx.state import TENSOR_NAMES, CacheGroup, KVState
+from xquant_fx.cache.faults import FAULTS
+from xquant_fx.cache.state import TENSOR_NAMES, CacheGroup, KVState
+from xquant_fx.kernels.layout import STEP_TOKENS
 
 SIDES = pytest.mark.parametrize("side", ["key", "value"])
 STORED = 20

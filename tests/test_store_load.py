@@ -12,7 +12,7 @@ from numeric import DTYPES, seeded
 from store_reference import Case
 from store_runs import ThroughOps, ThroughState, run
 
-from xquant_fx.config import STEP_TOKENS
+from xquant_fx.kernels.layout import STEP_TOKENS
 
 MOVES = st.integers(-STEP_TOKENS, STEP_TOKENS) | st.integers(1, 3) | st.integers(9, 45)
 

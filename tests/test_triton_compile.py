@@ -13,9 +13,10 @@ from torch import Tensor
 from triton_compiled import CHIPS, Needs, compiled, launches
 
 from xquant_fx import XQuantConfig
-from xquant_fx.config import STEP_TOKENS
-from xquant_fx.kernels import triton_attention, triton_store
-from xquant_fx.pairing import borrow_or_own
+from xquant_fx.kernels.decode_attention import triton_launch as triton_attention
+from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.quantize_store import triton_launch as triton_store
+from xquant_fx.plan.pairing import borrow_or_own
 
 triton = pytest.importorskip("triton")
 

@@ -10,8 +10,8 @@ from store_reference import Case
 from store_runs import ThroughKernel, ThroughOps, pair_of, run
 from torch import Tensor
 
-from xquant_fx.kernels.triton_store import launch
-from xquant_fx.state import TENSOR_NAMES, KVState
+from xquant_fx.cache.state import TENSOR_NAMES, KVState
+from xquant_fx.kernels.quantize_store.triton_launch import launch
 
 #: What a group cannot hold: the last one is finite, but not its range.
 BAD = {"nan": math.nan, "inf": math.inf, "large": 3e38}

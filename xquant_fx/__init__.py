@@ -9,19 +9,19 @@ __version__ = "0.1.0"
 
 # Loaded when first asked for: importing xquant_fx imports neither transformers nor Inductor.
 _HOMES = {
-    "XQuantCache": "cache",
-    "XQuantConfig": "config",
-    "PRESETS": "config",
+    "XQuantCache": "cache.huggingface",
+    "XQuantConfig": "plan.config",
+    "PRESETS": "plan.config",
     "CacheStateError": "errors",
     "ConfigError": "errors",
     "NotRewrittenError": "errors",
     "UnsupportedWriteError": "errors",
     "XQuantError": "errors",
-    "decode_attention": "attention",
-    "explain": "explanation",
-    "memory_report": "report",
+    "decode_attention": "cache.decode",
+    "explain": "reports.explanation",
+    "memory_report": "reports.memory",
     "quantize": "quantizer",
-    "xquant_backend": "backend",
+    "xquant_backend": "compiler.backend",
 }
 __all__ = [*sorted(_HOMES), "__version__"]
 

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from xquant_fx.config import STEP_TOKENS
-from xquant_fx.kernels import append as append_kernel
-from xquant_fx.kernels import attention as attention_kernel
-from xquant_fx.kernels import load as load_kernel
-from xquant_fx.kernels import store as store_kernel
-from xquant_fx.kernels import triton_attention, triton_store
+from xquant_fx.kernels.decode_attention import arguments as attention_kernel
+from xquant_fx.kernels.decode_attention import triton_launch as triton_attention
+from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.quantize_store import cpu_call as append_kernel
+from xquant_fx.kernels.quantize_store import plain_torch as store_kernel
+from xquant_fx.kernels.quantize_store import triton_launch as triton_store
+from xquant_fx.kernels.shared_code_load import plain_torch as load_kernel
 from xquant_fx.tracing import is_traced
 
 _STATE = "Tensor(b!)? scale, Tensor(c!)? zero, Tensor(d!)? ring, Tensor(e!)? sink"

@@ -7,9 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from xquant_fx.config import BITS
 from xquant_fx.errors import ConfigError
-from xquant_fx.kernels.packing import pack_words, unpack_words
+from xquant_fx.kernels.packing import BITS, pack_words, unpack_words
 from xquant_fx.kernels.reference import own_codes
 
 

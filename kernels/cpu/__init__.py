@@ -1,0 +1,1 @@
+"""Building the CPU kernels: vectors per ISA, sources, Inductor's compiler."""

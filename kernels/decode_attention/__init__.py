@@ -1,0 +1,1 @@
+"""``xquant::decode_attention``: attention straight from the codes."""

@@ -1,0 +1,153 @@
+"""Decode attention on CUDA: one op, ``xquant::triton_decode_attention``, over the kernels of ``triton_decode``.
+
+The op is a ``triton_op``: Inductor takes it apart and puts the two kernels into the code it generates.
+All launch parameters come from shapes, so they are fixed for a graph; how far the tokens go is read on
+the device. Importing this module does not need Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Programs that keep a large GPU busy: some for each of 132 multiprocessors.
+PROGRAMS = 528
+#: Most query rows (query heads of one KV head, times query tokens) of a program: with twice as many registers run
+#: out, and on NVIDIA's chips with 16 already where operands are float32 or scales are applied element by element.
+MOST_ROWS = 16
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def tile_tokens(dim: int, row_tile: int, k_group: int, fold_v: bool) -> tuple[int, bool]:
+    """Tokens of a tile, and whether each tile lies in one group of tokens (then scales go to the query).
+
+    As many as registers have room for: the operands of a tile are in registers, and without folded scales
+    the scales of every element, too.
+    """
+    most = (128 if row_tile <= 8 and fold_v else 64) // (1 if dim <= 128 else 2)
+    aligned = min(k_group & -k_group, most)
+    return (aligned, True) if aligned >= 32 else (min(most, 64), False)
+
+
+def settings(
+    *, batch: int, kv_heads: int, rows: int, k_dim: int, v_dim: int, max_len: int, k_bits: int, k_group: int,
+    v_bits: int, v_group: int, dtype: torch.dtype, chunk: bool = False, interpret: bool = False, hip: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Constants of ``decode_kernel`` that are chosen, not given."""
+    # The query rows are the short side of the products: 8 columns are the least of NVIDIA's matrix units.
+    dim, fold_v = max(k_dim, v_dim), v_group == v_dim
+    folded = fold_v and tile_tokens(dim, MOST_ROWS, k_group, fold_v)[1]
+    most_rows = MOST_ROWS if hip or (folded and dtype != torch.float32) else MOST_ROWS // 2
+    row_tile = min(max(power_of_two(rows), 16 if hip else 8), most_rows)
+    row_blocks = math.ceil(rows / row_tile)
+    tile, fold_k = tile_tokens(dim, row_tile, k_group, fold_v)
+    k_words = power_of_two(math.ceil(k_dim * k_bits / 32))
+    k_words = max(k_words, 16 * k_bits // 32)  # a product sums over at least 16
+    model = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32")
+    if interpret and model == "bf16":  # which the interpreter gets wrong
+        model = "fp32"
+    full_tile = (64 if dim <= 128 else 32) if hip else 16 if dtype == torch.float32 else 32
+    splits = max(1, min(PROGRAMS // (batch * kv_heads * row_blocks), math.ceil(max_len / (2 * tile)), 128))
+    return dict(
+        ROWS=row_tile, ROW_BLOCKS=row_blocks, TILE=tile,
+        SPLITS=splits, MIXED=splits - 1 if chunk else splits, PARTS=splits if chunk else splits + 2,
+        FULL_TILE=min(full_tile, tile) if fold_k else full_tile,  # a tile of codes lies in one group, here too
+        TAIL=256,
+        STAGES=3, FULL_STAGES=1 if hip else 2, K_WORDS=k_words, K_LANES=min(k_words, 4),
+        V_LANES=min(tile * v_bits // 32, 4), CODE_CHANNELS=k_words * 32 // k_bits,
+        K_CHANNELS=max(power_of_two(k_dim), 16), V_CHANNELS=max(power_of_two(v_dim), 16),
+        FOLD_K=fold_k, FOLD_V=fold_v, BITCAST=not hip,
+        CODE="fp32" if model == "fp32" else "fp16", MODEL=model,
+    )  # fmt: skip
+
+
+def dense_mask(mask: Tensor) -> Tensor:
+    """``mask`` with one row for each that differs, contiguous."""
+    for dim in range(3):
+        if mask.shape[dim] > 1 and mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return mask.contiguous()
+
+
+def launch(
+    q: Tensor, k_codes: Tensor, k_scale: Tensor, k_zero: Tensor, k_ring: Tensor, k_sink: Tensor | None,
+    v_codes: Tensor, v_scale: Tensor, v_zero: Tensor, v_ring: Tensor, v_sink: Tensor | None, start: Tensor,
+    past: Tensor, mask: Tensor | None, sink_logits: Tensor | None, new_tokens: int, max_len: int, k_bits: int,
+    k_group: int, v_bits: int, v_group: int, residual_length: int, scale: float, softcap: float, window: int,
+    k_new: Tensor | None = None, v_new: Tensor | None = None, *,
+    wrap: Callable[[Any], Any], interpret: bool = False, hip: bool = torch.version.hip is not None,
+) -> Tensor:  # fmt: skip
+    """Run both kernels; ``wrap`` is ``wrap_triton``, or nothing in the interpreter."""
+    from xquant_fx.kernels.decode_attention.triton_kernels import combine_kernel, decode_kernel
+
+    batch, heads, query, k_dim = q.shape
+    kv_heads, v_dim = k_ring.shape[1], v_ring.shape[3]
+    rows = heads // kv_heads * query
+    chosen = settings(
+        batch=batch, kv_heads=kv_heads, rows=rows, k_dim=k_dim, v_dim=v_dim, max_len=max_len, k_bits=k_bits,
+        k_group=k_group, v_bits=v_bits, v_group=v_group, dtype=q.dtype, interpret=interpret,
+        chunk=k_new is not None, hip=hip,
+    )  # fmt: skip
+    q, k_new, v_new = (None if t is None else t.contiguous() for t in (q, k_new, v_new))
+    mask = None if mask is None else dense_mask(mask)
+    mask_shape = (1, 1, 1) if mask is None else mask.shape[:3]
+    parts = chosen["PARTS"]
+    part = torch.empty((batch * heads * query, parts, v_dim), dtype=torch.float32, device=q.device)
+    stats = torch.empty((batch * heads * query, parts, 2), dtype=torch.float32, device=q.device)
+    out = torch.empty((batch, heads, query, v_dim), dtype=q.dtype, device=q.device)
+    wrap(decode_kernel)[(parts, kv_heads * chosen["ROW_BLOCKS"], batch)](
+        q, k_codes, k_scale, k_zero, k_ring, k_sink, v_codes, v_scale, v_zero, v_ring, v_sink, start, past, mask,
+        k_new, v_new, part, stats,
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, QUERY=query, NEW=new_tokens, DK=k_dim, DV=v_dim, MAX_LEN=max_len,
+        K_TOKENS=k_codes.shape[3], V_TOKENS=v_codes.shape[2] * 32 // v_bits, V_STRIDE=v_scale.shape[3],
+        K_GROUPS=k_scale.shape[2], RING=k_ring.shape[2], SINKS=0 if k_sink is None else k_sink.shape[2] - 1,
+        RESIDUAL=residual_length, K_BITS=k_bits, K_GROUP=k_group, V_BITS=v_bits, V_GROUP=v_group, SM_SCALE=scale,
+        SOFTCAP=softcap, WINDOW=window,
+        MASK="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
+        MASK_BATCH=mask_shape[0], MASK_HEADS=mask_shape[1], MASK_QUERY=mask_shape[2],
+        HAS_NEW=k_new is not None, num_warps=4, **chosen,
+    )  # fmt: skip
+    wrap(combine_kernel)[(batch * heads * query,)](
+        part, stats, sink_logits, out, HEADS=heads, QUERY=query, DV=v_dim, PARTS=parts, ALL=power_of_two(parts),
+        SOME=min(power_of_two(parts), 8), CHANNELS=power_of_two(v_dim), HAS_LOGITS=sink_logits is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.triton_op("xquant::triton_decode_attention", mutates_args=())
+def decode_attention(
+    q: Tensor, k_codes: Tensor, k_scale: Tensor, k_zero: Tensor, k_ring: Tensor, k_sink: Tensor | None,
+    v_codes: Tensor, v_scale: Tensor, v_zero: Tensor, v_ring: Tensor, v_sink: Tensor | None, start: Tensor,
+    past: Tensor, mask: Tensor | None, sink_logits: Tensor | None, new_tokens: int, max_len: int, k_bits: int,
+    k_group: int, v_bits: int, v_group: int, residual_length: int, scale: float, softcap: float, window: int,
+    k_new: Tensor | None = None, v_new: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of ``q`` [B, heads, query, D] over a quantized cache: [B, heads, query, v_dim] in ``q.dtype``.
+
+    ``past`` (int64 [1]) and ``start`` (int64 [B]) are on the device. ``mask`` is None, bool (True attends)
+    or float, [B or 1, heads or 1, query or 1, max_len]; ``sink_logits`` None or [heads]; ``softcap`` 0.0
+    and ``window`` 0 mean none. Rows that see nothing are 0. A chunk of more than 8 tokens passes its own keys
+    and values as ``k_new`` and ``v_new`` [B, KV heads, query, D], and the rings as they were before it.
+    """
+    return launch(
+        q, k_codes, k_scale, k_zero, k_ring, k_sink, v_codes, v_scale, v_zero, v_ring, v_sink, start, past, mask,
+        sink_logits, new_tokens, max_len, k_bits, k_group, v_bits, v_group, residual_length, scale, softcap, window,
+        k_new, v_new, wrap=torch.library.wrap_triton,
+    )  # fmt: skip

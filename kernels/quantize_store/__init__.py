@@ -1,0 +1,1 @@
+"""``xquant::quantize_store``: append tokens and quantize what is due."""

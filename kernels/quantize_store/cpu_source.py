@@ -1,0 +1,62 @@
+"""Source of the CPU kernel that appends a step's tokens: constants in front of ``cpu.cpp``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from xquant_fx.kernels.cpu.source import assemble, definitions
+from xquant_fx.kernels.layout import STEP_TOKENS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Append:
+    """What is fixed when the kernel is compiled; see ``xquant::quantize_store``."""
+
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    shape: tuple[int, int, int, int]
+    """Shape of the new tokens [B, H, q, D]."""
+    side: str
+    bits: int
+    group: int
+    residual: int
+    ring: int
+    tokens: int
+    """Tokens that the codes have room for."""
+    eta: float
+    sinks: int
+    max_len: int
+    fit: str | None
+
+
+def constants(a: Append) -> str:
+    """The constants that the C++ relies on."""
+    batch, heads, new, dim = a.shape
+    numbers = {
+        "B": batch, "H": heads, "Q": new, "D": dim, "N": a.max_len, "BITS": a.bits, "GROUP": a.group,
+        "TOKENS": a.tokens, "RESIDUAL": a.residual, "RING_SLACK": a.ring - a.residual, "SINKS": a.sinks,
+        "STEP_TOKENS": STEP_TOKENS,
+    }  # fmt: skip
+    flags = {"IS_KEY": a.side == "key", "BORROWED": a.fit is not None, "LEAST_SQUARES": a.fit == "least_squares"}
+    relaxed = {"RELAXED_SCALE": 1 - 2 * a.eta, "RELAXED_ZERO": a.eta * (2**a.bits - 1)}
+    return definitions(numbers, relaxed, flags, {"T": a.dtype, "S": a.scale_dtype})
+
+
+@functools.cache
+def source(a: Append, lanes: int) -> tuple[tuple[str, ...], str]:
+    """(argument types, C++ source of ``kernel``); the arguments are the tensors that are present, in order."""
+    params = [
+        ("const xq::T*", "x"), ("const int64_t*", "pos"), ("const int32_t*" if a.fit else "int32_t*", "codes"),
+        ("xq::S*", "scale"), ("xq::S*", "zero"), ("xq::T*", "ring"), ("xq::T*", "sink"), ("const int64_t*", "start"),
+        ("int64_t*", "length"), ("int32_t*", "fault"),
+    ]  # fmt: skip
+    params = [(kind, name) for kind, name in params if name != "sink" or a.sinks]
+    body = [  # Inputs is not const-correct
+        "xq::Inputs in = {};",
+        *(f"in.{name} = ({kind.removeprefix('const ')}){name};" for kind, name in params),
+        "xq::append(in);",
+    ]
+    return tuple(kind for kind, _ in params), assemble(lanes, constants(a), "quantize_store/cpu.cpp", params, body)

@@ -1,0 +1,1 @@
+"""``xquant::shared_code_load``: dequantized keys or values."""

@@ -1,0 +1,70 @@
+"""Working on a copy of Dynamo's graph. Everything private to torch that this needs is here.
+
+Dynamo goes on reading its own graph's placeholders after the backend returns, so the passes work on
+a clone. Relied on: ``node._dynamo_source``, ``node.meta["example_value"]`` and ``["tensor_dict"]``,
+``GraphModule._param_name_to_source`` and friends. Checked on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+
+_CARRIED = ("_param_name_to_source", "_backend_id", "compile_subgraph_reason", "_source_to_user_stacks")
+
+
+def clone(gm: GraphModule) -> GraphModule:
+    """A copy whose graph may be changed; the modules and tensors are the same objects."""
+    graph, env = Graph(), {}
+    output = graph.graph_copy(gm.graph, env)
+    graph.output(output)
+    for old, new in env.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    copy = GraphModule(gm, graph)
+    copy.meta.update(gm.meta)
+    for name in _CARRIED:
+        if hasattr(gm, name):
+            setattr(copy, name, getattr(gm, name))
+    return copy
+
+
+def fake_mode(graph: Graph) -> Any:
+    """The mode of the fake values in ``graph`` (not TracingContext's, which Dynamo renews for backends)."""
+    for node in graph.nodes:
+        value = node.meta.get("example_value")
+        value = getattr(value, "anchor", value)
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def add_input(graph: Graph, after: Node, name: str, tensor: Tensor) -> Node:
+    """Add a placeholder for ``tensor``, whose address CUDA graphs may take for granted."""
+    mode, context = fake_mode(graph), TracingContext.try_get()
+    with graph.inserting_after(after):
+        node = graph.placeholder(name)
+    if context is not None and context.fake_mode is not None:
+        # AOTAutograd makes its own fakes of the inputs in this mode, or takes one that is alive. Ours
+        # keeps the shapes static: Dynamo would know no source for a symbolic one.
+        node.meta["xquant_fake_input"] = context.fake_mode.from_tensor(tensor, static_shapes=True)
+    node._dynamo_source = None
+    node.meta["example_value"] = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    return node
+
+
+def call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
+    """Add a call and its fake result together, at the graph's insertion point."""
+    node = graph.call_function(target, args, kwargs or {})
+    values = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+    mode = fake_mode(graph)
+    with mode or contextlib.nullcontext(), torch.no_grad():
+        node.meta["example_value"] = target(*values[0], **values[1])
+    return node

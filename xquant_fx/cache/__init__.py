@@ -1,0 +1,1 @@
+"""KV caches: the tensor type, its state, allocation, and the Hugging Face cache."""

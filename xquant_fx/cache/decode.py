@@ -1,0 +1,138 @@
+"""``decode_attention``: attention straight from the codes, for people who write their own decode loop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xquant_fx import ops
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.state import KVState
+from xquant_fx.errors import CacheStateError
+from xquant_fx.kernels.layout import STEP_TOKENS
+
+
+@torch.compiler.disable(reason="xquant_fx.decode_attention is a kernel already")
+def decode_attention(
+    q: Tensor, cache: Any, layer: int, *, mask: Tensor | None = None, scale: float | None = None,
+    softcap: float = 0.0, window: int = 0, sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attention of the newest tokens' queries to layer ``layer`` of ``cache``, whose keys and values are stored.
+
+    Append the step's keys and values first (``cache.update(k, v, layer)``), then call this. Inside a compiled
+    function it is a graph break: there the pass makes the same kernel of an ordinary attention.
+
+    Args:
+        q: [B, Hq, q, D] with 1 to 8 tokens, the last ones stored; Hq is a multiple of the KV heads.
+        cache: an ``XQuantCache``, or any cache whose buffers were taken over, or a (keys, values) pair of
+            quantized buffers.
+        layer: index of the layer in the cache; ignored for a pair.
+        mask: None (causal, left padding of the cache left out), bool (True may be attended to) or
+            float (added to the logits), broadcastable to [B, Hq, q, N], N being max_cache_len (not 1).
+        scale: of the logits; default 1 / sqrt(D).
+        softcap: logits become ``softcap * tanh(logits / softcap)``; 0 is off.
+        window: tokens a query sees, its own included; 0 is off.
+        sink_logits: [Hq], a logit a head that joins the softmax without a value.
+
+    Returns:
+        [B, Hq, q, D of the values] in the dtype of ``q``.
+
+    Raises:
+        CacheStateError: the layer is not quantized or not allocated yet, stores 16 bits, was rolled back
+            too far to know the tokens before the query's, an argument does not fit it, or ``q`` wants a gradient.
+    """
+    key, value = _states(cache, layer)
+    _check(q, key, value)
+    new, spec = q.shape[2], key.spec
+    where = f"layer {spec.layer}: "
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    if not (0 <= softcap < math.inf and window >= 0 and math.isfinite(scale)):
+        raise CacheStateError(
+            where + "scale must be finite, softcap and window 0 (off) or more, "
+            f"got {scale}, {softcap} and {window}"
+        )
+    if sink_logits is not None:
+        sink_logits = _logits(sink_logits, q, where)
+    past = key.owned["length"][:1] - new
+    mask = _causal(key, past, new) if mask is None else _fitting(mask, (*q.shape[:3], spec.shape[2]), where)
+    names = ("codes", "scale", "zero", "ring", "sink")
+    tensors = [state.tensor(name) for state in (key, value) for name in names]
+    return ops.DECODE(
+        q, *tensors, key.group.start, past, mask, sink_logits, new, spec.shape[2], spec.bits, spec.group_size,
+        value.spec.bits, value.spec.group_size, spec.residual_length,
+        scale, softcap, window,
+    )  # fmt: skip
+
+
+def _states(cache: Any, layer: int) -> tuple[KVState, KVState]:
+    if isinstance(cache, tuple | list) and len(cache) == 2:
+        keys, values = cache
+    else:
+        layers = getattr(cache, "layers", ())
+        if not -len(layers) <= layer < len(layers):
+            raise CacheStateError(
+                f"layer must be one of the cache's {len(layers)} layers, got {layer} of a {type(cache).__name__}"
+            )
+        keys, values = (getattr(layers[layer], name, None) for name in ("keys", "values"))
+    if not (isinstance(keys, QuantizedKV) and isinstance(values, QuantizedKV)):
+        raise CacheStateError(f"layer {layer} is not quantized, or not allocated yet (that happens at its first step)")
+    key, value = keys._live(), values._live()
+    if (key.spec.side, value.spec.side) != ("key", "value"):
+        raise CacheStateError(f"a pair must be (keys, values), got ({key.spec.side}s, {value.spec.side}s)")
+    return key, value
+
+
+def _check(q: Tensor, key: KVState, value: KVState) -> None:
+    where, (batch, heads, _, dim) = f"layer {key.spec.layer}: ", key.spec.shape
+    if not (key.spec.quantized and value.spec.quantized):
+        raise CacheStateError(where + "16-bit storage has no codes to attend to; use scaled_dot_product_attention")
+    fits = q.dim() == 4 and q.shape[0] == batch and q.shape[1] and q.shape[1] % heads == 0 and q.shape[3] == dim
+    if not fits or q.dtype != key.spec.dtype:
+        raise CacheStateError(
+            where + f"q must have shape [{batch}, multiple of {heads}, q, {dim}] and dtype {key.spec.dtype}, "
+            f"got {tuple(q.shape)} and {q.dtype}"
+        )
+    keys, values = key.length, value.length
+    if not 1 <= q.shape[2] <= min(STEP_TOKENS, keys):
+        raise CacheStateError(where + f"q must have 1 to {STEP_TOKENS} stored tokens, got {q.shape[2]} of {keys}")
+    if values != keys:
+        raise CacheStateError(where + f"{keys} keys and {values} values are stored")
+    lost = max(key.furthest, value.furthest) - (keys - q.shape[2])
+    if lost > STEP_TOKENS:
+        raise CacheStateError(
+            where + f"after a rollback the query and the tokens taken back must be at most {STEP_TOKENS}, got {lost}: "
+            "older ones are quantized already"
+        )
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise CacheStateError(
+            where + "a quantized KV cache has no gradient; call this under torch.no_grad() or torch.inference_mode()"
+        )
+
+
+def _causal(state: KVState, past: Tensor, new: int) -> Tensor:
+    """Bool [B or 1, 1, q, N]: tokens up to the query's own, without left padding."""
+    tokens = torch.arange(state.spec.shape[2], device=past.device)
+    seen = tokens <= past + torch.arange(new, device=past.device)[:, None]
+    return (seen & (tokens >= state.group.start[:, None, None]))[:, None]
+
+
+def _fitting(mask: Tensor, shape: tuple[int, ...], where: str) -> Tensor:
+    """The mask with four dimensions, in a dtype that the kernels take."""
+    full = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    fits = len(full) == 4 and full[3] == shape[3] and all(a in (1, b) for a, b in zip(full, shape, strict=True))
+    if not fits or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+        raise CacheStateError(
+            where + f"the mask must be bool or float and broadcast to {list(shape)} (its last dimension that long), "
+            f"got {tuple(mask.shape)} of {mask.dtype}"
+        )
+    mask = mask.reshape(full)
+    return mask if mask.dtype in (torch.bool, torch.float32) else mask.to(torch.float32)
+
+
+def _logits(sink_logits: Tensor, q: Tensor, where: str) -> Tensor:
+    if tuple(sink_logits.shape) != (q.shape[1],):
+        raise CacheStateError(where + f"sink_logits must have shape [{q.shape[1]}], got {tuple(sink_logits.shape)}")
+    return sink_logits.to(torch.float32)

@@ -1,0 +1,67 @@
+"""Positions that do not follow what is stored: found on the device, raised on the host.
+
+A compiled step cannot raise by itself. It leaves a code in one int32 tensor a cache, which is read
+right after the step on the CPU, and on an accelerator copied without waiting and read at the next
+step or whenever the host waits anyway (``check(wait=True)``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xquant_fx.errors import CacheStateError
+from xquant_fx.kernels.layout import STEP_TOKENS
+
+FAULTS = {
+    1: "tokens must be appended: the first position was past the number of tokens stored",
+    2: "positions must be below max_cache_len: the cache is full",
+    3: f"at most {STEP_TOKENS} tokens can be rolled back (or all: position 0); more were",
+    4: "the positions of one step must be consecutive",
+    5: "the cache is full: position 0 starts a sequence anew only after reset() (or is this a ring buffer?)",
+}
+
+
+class FaultMonitor:
+    """Owns the fault tensor of one cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.zeros(1, dtype=torch.int32, device=device)
+        self._seen: Tensor | None = None
+        self._event: torch.Event | None = None
+
+    def check(self, wait: bool = False) -> None:
+        """Raise CacheStateError if a step left a fault; without ``wait`` never waits for a device."""
+        if self.tensor.device.type == "cpu" or wait:
+            self._raise_if(int(self.tensor.item()))
+            return
+        if self._event is not None and self._seen is not None:
+            if not self._event.query():
+                return
+            self._raise_if(int(self._seen.item()))
+        if self._seen is None:
+            self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+            self._event = torch.Event(self.tensor.device.type)
+        assert self._event is not None
+        self._seen.copy_(self.tensor, non_blocking=True)
+        self._event.record()
+
+    def clear(self) -> None:
+        """Forget a fault (the cache was reset)."""
+        self.tensor.zero_()
+        self._event = None
+
+    def _raise_if(self, code: int) -> None:
+        if code:
+            raise CacheStateError(
+                f"quantized KV cache: {FAULTS.get(code, code)}. Its contents are no longer right: "
+                "reset() it, or append tokens at the position the cache is at"
+            )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> FaultMonitor:
+        new = FaultMonitor(self.tensor.device)
+        new.tensor.copy_(self.tensor)
+        return new
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"tensor": self.tensor, "_seen": None, "_event": None}

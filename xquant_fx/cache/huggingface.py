@@ -1,0 +1,191 @@
+"""``XQuantCache``: a Hugging Face cache that stores XQuant codes.
+
+Its layers are Hugging Face's own static layers whose buffers are :class:`QuantizedKV`. They write
+and read like any static layer, so the same passes rewrite this cache and any other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from xquant_fx.cache.allocate import quantized_empty
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.errors import CacheStateError, ConfigError
+from xquant_fx.plan.config import XQuantConfig
+
+
+class XQuantLayer(StaticLayer):
+    """A static layer whose ``keys`` and ``values`` are quantized buffers, allocated at first use."""
+
+    is_croppable = True
+
+    def __init__(self, max_cache_len: int, number: int, count: int, below: list[XQuantLayer], config: XQuantConfig):
+        super().__init__(max_cache_len=max_cache_len)
+        self.number, self.count = number, count
+        self.lower = below[-1] if below and number % 2 else None
+        self.first = below[0] if below else self
+        self.config_text = config.to_json()
+        self.start: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate codes, scales and residual windows for keys and values such as these."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        lower, first = self.lower, self.first
+        start = _rows(first.start, self.batch_size)
+        self.keys = quantized_empty(
+            key_states, first.keys, lower.keys if lower is not None else None, start,
+            self.number, self.count, "key", self.max_cache_len, self.k_head_dim, self.config_text,
+        )
+        self.values = quantized_empty(
+            value_states, first.keys, lower.values if lower is not None else None, start,
+            self.number, self.count, "value", self.max_cache_len, self.v_head_dim, self.config_text,
+        )
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.cumulative_length)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append; returns what attention sees: of a cold prefill the prompt itself, with nothing behind it."""
+        cold = not self.is_initialized
+        stored = super().update(key_states, value_states, *args, **kwargs)
+        return (key_states, value_states) if cold else stored
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(tokens that attention sees, offset of the first): those of ``update``."""
+        return super().get_mask_sizes(query_length) if self.is_initialized else (query_length, 0)
+
+    @property
+    def states(self) -> list[KVState]:
+        """Key and value state; empty before the first use."""
+        return [t.state for t in (self.keys, self.values) if isinstance(t, QuantizedKV) and t.state is not None]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select batch rows in place, codes once a pair."""
+        for state in self.states:
+            state.reorder(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Roll back ``-tokens_to_remove`` tokens (Hugging Face counts them negative).
+
+        Raises:
+            CacheStateError: more than 8 tokens and not all: those before them are quantized.
+            ValueError: a positive number.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        if not tokens_to_remove or not self.is_initialized:
+            return
+        length = max(int(self.cumulative_length.item()) + tokens_to_remove, 0)
+        for state in self.states:
+            state.truncate(length)
+        self.cumulative_length.fill_(length)
+
+    def offload(self) -> None:
+        """Not supported: raises CacheStateError."""
+        raise CacheStateError(f"layer {self.number}: a quantized KV cache cannot be offloaded")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Not supported: raises CacheStateError."""
+        raise CacheStateError(f"layer {self.number}: a quantized KV cache has a fixed batch; make one of the larger")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Not supported: raises CacheStateError."""
+        raise CacheStateError(f"layer {self.number}: a quantized KV cache has a fixed batch; use reorder_cache")
+
+
+class XQuantCache(StaticCache):
+    """KV cache of 1 to 16 bits an element, for ``past_key_values=``.
+
+    Full-attention layers are quantized; other kinds (sliding window, linear attention) stay as in
+    ``StaticCache``. Memory is allocated at the first step and never holds full-precision keys or
+    values but for the residual windows.
+
+    Args:
+        config: the model's ``config``.
+        max_cache_len: tokens the cache can hold.
+        xquant: settings; given as ``config=XQuantConfig(...)`` by keyword.
+        padding_mask: int or bool [B, S], 0 for left padding. Padding then takes no part in scales
+            and fits; without it padding counts as tokens. Kept by ``reset()``.
+
+    Raises:
+        ConfigError: a length is not positive, or the padding is not on the left.
+    """
+
+    def __init__(
+        self, model_config: PreTrainedConfig, max_cache_len: int, config: XQuantConfig | None = None, *,
+        padding_mask: Tensor | None = None, **kwargs: Any,
+    ) -> None:
+        if kwargs:
+            raise ConfigError(f"XQuantCache takes no {sorted(kwargs)}")
+        if config is not None and not isinstance(config, XQuantConfig):
+            raise ConfigError(f"config must be an XQuantConfig, got {type(config).__name__}")
+        if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
+            raise ConfigError(f"max_cache_len must be at least 1 token, got {max_cache_len}")
+        super().__init__(config=model_config, max_cache_len=max_cache_len)
+        self.xquant_config = config if config is not None else XQuantConfig()
+        full = [i for i, layer in enumerate(self.layers) if type(layer) is StaticLayer]
+        below: list[XQuantLayer] = []
+        for number, index in enumerate(full):
+            self.layers[index] = XQuantLayer(max_cache_len, number, len(full), below, self.xquant_config)
+            below.append(self.layers[index])
+        self.quantized_layers = below
+        if padding_mask is not None:
+            self.set_padding_mask(padding_mask)
+
+    def set_padding_mask(self, padding_mask: Tensor | None) -> None:
+        """Say which tokens of the next prompt are left padding (0 in ``padding_mask`` [B, S])."""
+        start = None if padding_mask is None else left_padding(padding_mask)
+        for layer in self.quantized_layers:
+            layer.start = start
+        group = self.group
+        if group is not None:
+            rows = _rows(start, group.start.shape[0])
+            group.start.zero_() if rows is None else group.start.copy_(rows)
+
+    @property
+    def group(self) -> CacheGroup | None:
+        """What the layers share; None before the first step."""
+        states = self.states
+        return states[0].group if states else None
+
+    @property
+    def states(self) -> list[KVState]:
+        """States of all quantized layers that are allocated."""
+        return [state for layer in self.quantized_layers for state in layer.states]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select batch rows in place (beam search)."""
+        super().reorder_cache(beam_idx)
+        if self.group is not None:
+            start = self.group.start
+            start.copy_(start.index_select(0, beam_idx.to(start.device)))
+
+
+def left_padding(padding_mask: Tensor) -> Tensor:
+    """Number of padding tokens in front of each row of ``padding_mask`` [B, S]: int64 [B]."""
+    mask = padding_mask.to(torch.bool)
+    if mask.dim() != 2:
+        raise ConfigError(f"padding_mask must have shape [B, S], got {tuple(mask.shape)}")
+    start = (~mask).sum(1)
+    expected = torch.arange(mask.shape[1], device=mask.device) >= start[:, None]
+    if not torch.equal(mask, expected):
+        raise ConfigError("padding_mask must be left padding: 0s, then 1s in every row")
+    return start
+
+
+def _rows(start: Tensor | None, batch: int) -> Tensor | None:
+    """Padding of a batch that generate() may have multiplied (beams, several return sequences)."""
+    if start is None or start.shape[0] == batch:
+        return start
+    if batch % start.shape[0]:
+        raise ConfigError(f"padding_mask has {start.shape[0]} rows, which do not divide the batch of {batch}")
+    return start.repeat_interleave(batch // start.shape[0])

@@ -1,0 +1,209 @@
+"""``QuantizedKV``: a tensor of logical shape [B, H, N, D] whose storage is a :class:`KVState`.
+
+Eager code that appends to it quantizes; eager code that reads it gets dequantized values, for the
+time of that read. So a model, a cache or a fall-back that knows nothing of quantization stays
+right. Dynamo sees an ordinary tensor and traces the ordinary write and read, which the passes then
+rewrite; AOTAutograd never meets one. After a graph break Dynamo would also compile our own eager
+code, frame by frame, so dispatch is off limits to it. Checked on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xquant_fx.cache.reads import Dequantized, read
+from xquant_fx.cache.state import KVState
+from xquant_fx.errors import CacheStateError, UnsupportedWriteError
+from xquant_fx.plan.spec import KVSpec
+
+aten = torch.ops.aten
+
+
+class QuantizedKV(Dequantized):
+    """A KV buffer stored as codes.
+
+    ``state`` is None for the stand-ins that Dynamo makes while it traces: they only have a shape.
+    ``span`` is the range of tokens that a view ``buffer[:, :, begin:end]`` covers.
+    """
+
+    spec: KVSpec
+    state: KVState | None
+    anchor: Tensor
+    span: tuple[int, int]
+
+    @staticmethod
+    def __new__(cls, spec: KVSpec, anchor: Tensor, state: KVState | None = None, span: tuple[int, int] | None = None):
+        begin, end = span or (0, spec.shape[2])
+        shape = (*spec.shape[:2], end - begin, spec.shape[3])
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
+
+    def __init__(self, spec: KVSpec, anchor: Tensor, state: KVState | None = None, span: tuple[int, int] | None = None):
+        self.spec, self.anchor, self.state = spec, anchor, state
+        self.span = span or (0, spec.shape[2])
+
+    @classmethod
+    def of(cls, state: KVState) -> QuantizedKV:
+        """The buffer that stands for ``state``."""
+        return cls(state.spec, state.owned["length"], state)
+
+    # The one inner tensor that Dynamo gets to see tells it the device; the rest is in the spec.
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[KVSpec, tuple[int, int]]]:
+        return ["anchor"], (self.spec, self.span)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> QuantizedKV:
+        return QuantizedKV(context[0], inner["anchor"], None, context[1])
+
+    def _stable_hash_for_caching(self) -> str:
+        """What torch's on-disk caches key on: what compiled code may rely on, never the contents."""
+        return hashlib.sha256(repr((self.spec, self.span, self.device)).encode()).hexdigest()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        s = self.spec
+        codes = f"codes of layer {s.partner}" if s.borrowed else f"{s.bits} bits"
+        return f"QuantizedKV({self.origin}, shape={tuple(self.shape)}, {codes}, device={self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedKV:
+        new = QuantizedKV.of(copy.deepcopy(self._live(), memo))
+        torch._dynamo.mark_static_address(new)
+        memo[id(self)] = new
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._live(),)
+
+    @property
+    def origin(self) -> str:
+        """Layer and side."""
+        return f"layer {self.spec.layer} {self.spec.side}s"
+
+    def refuse_write(self, func: Any) -> None:
+        """A stand-in that is traced may be written to: the passes look at the graph."""
+        if self.state is not None:
+            raise UnsupportedWriteError(f"{self!r}: {func} is not a way to append tokens; nothing was written")
+
+    def dense(self) -> Tensor:
+        """Dequantized copy [B, H, n, D]; a tensor of the right shape only, while Dynamo traces."""
+        _refuse_aot(self)
+        if self.state is None:
+            return self.anchor.new_empty(self.shape, dtype=self.dtype)
+        begin, end = self.span
+        return self.state.load(end)[:, :, begin:]
+
+    def _live(self) -> KVState:
+        if self.state is None or self.span != (0, self.spec.shape[2]):
+            raise CacheStateError(f"{self!r}: a view or a traced stand-in holds no state of its own")
+        return self.state
+
+    def _append(self, pos: Tensor, x: Tensor) -> None:
+        if self.state is None:
+            return
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise CacheStateError(
+                f"{self.origin}: a quantized KV cache has no gradient; "
+                "run the model under torch.no_grad() or torch.inference_mode()"
+            )
+        self.state.store(x.dense() if isinstance(x, Dequantized) else x, pos)
+
+    @classmethod
+    @torch._dynamo.disable
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for arg in args:
+            _refuse_aot(arg)
+        handler = _HANDLERS.get(func)
+        if handler is not None and isinstance(args[0], QuantizedKV):
+            result = handler(args[0], *args[1:], **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        if func is aten._fused_sdp_choice.default:
+            return _sdp_choice(args, kwargs or {})
+        return read(func, args, kwargs or {})
+
+
+def _rebuild(state: KVState) -> QuantizedKV:
+    buffer = QuantizedKV.of(state)
+    torch._dynamo.mark_static_address(buffer)
+    return buffer
+
+
+def _refuse_aot(arg: Any) -> None:
+    """Under another compiler than ours reads would be garbage: the stand-in that it traces has no state."""
+    if not isinstance(arg, QuantizedKV) or type(arg.anchor) is Tensor:
+        return
+    # Imported here: it is needed for traced stand-ins only.
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    if isinstance(arg.anchor, FunctionalTensor):
+        raise CacheStateError(
+            f"{arg!r} was given to a compiler that does not know it: compile with "
+            'backend="xquant" (or xquant_fx.xquant_backend), not with plain Inductor'
+        )
+
+
+def _index_copy(kv: QuantizedKV, dim: int, pos: Tensor, x: Tensor) -> Any:
+    if dim not in (2, -2):
+        return NotImplemented
+    kv._append(pos, x)
+    return kv
+
+
+def _index_put(kv: QuantizedKV, indices: Any, x: Tensor, accumulate: bool = False) -> Any:
+    if accumulate or len(indices) != 3 or indices[0] is not None or indices[1] is not None:
+        return NotImplemented
+    if indices[2].dim() != 1 or indices[2].dtype not in (torch.int64, torch.int32):  # a mask is no positions
+        return NotImplemented
+    if kv.state is not None:
+        kv._append(indices[2], x.expand(*kv.shape[:2], indices[2].shape[0], kv.shape[3]))
+    return kv
+
+
+def _zero(kv: QuantizedKV) -> Any:
+    if kv.state is not None:
+        kv._live().reset()
+    return kv
+
+
+def _slice(kv: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    size = kv.shape[dim]
+    begin, stop, _ = slice(start, end).indices(size)
+    if (begin, stop) == (0, size) and step == 1:
+        return QuantizedKV(kv.spec, kv.anchor, kv.state, kv.span)
+    if dim not in (2, -2) or step != 1:
+        return NotImplemented
+    base = kv.span[0]
+    return QuantizedKV(kv.spec, kv.anchor, kv.state, (base + begin, base + max(begin, stop)))
+
+
+def _copy(kv: QuantizedKV, source: Tensor, non_blocking: bool = False) -> Any:
+    """``buffer[:, :, a:b] = x`` arrives as a copy into a view of tokens a to b."""
+    if kv.span == (0, kv.spec.shape[2]):
+        return NotImplemented
+    if kv.state is not None:
+        kv._append(torch.arange(*kv.span, device=kv.device), source.expand(kv.shape))
+    return kv
+
+
+def _alias(kv: QuantizedKV) -> Any:
+    return QuantizedKV(kv.spec, kv.anchor, kv.state, kv.span)
+
+
+def _sdp_choice(args: Any, kwargs: Any) -> Any:
+    """Which SDPA kernel: that depends on shapes alone, and dequantizing for it would double the work."""
+    args = [torch.empty(a.shape, dtype=a.dtype, device=a.device) if isinstance(a, QuantizedKV) else a for a in args]
+    return aten._fused_sdp_choice.default(*args, **kwargs)
+
+
+_HANDLERS: dict[Any, Any] = {
+    aten.index_copy_.default: _index_copy,
+    aten.index_put_.default: _index_put,
+    aten.zero_.default: _zero,
+    aten.slice.Tensor: _slice,
+    aten.copy_.default: _copy,
+    aten.detach.default: _alias,
+    aten.alias.default: _alias,
+}

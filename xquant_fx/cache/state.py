@@ -1,0 +1,198 @@
+"""The quantized state: who owns which tensor.
+
+``KVState`` is one side (keys or values) of one layer. The upper layer of a sharing pair holds a
+reference to the lower one and reads its codes; there is one codes tensor a pair and nothing else
+refers to it. ``CacheGroup`` is what the states of one cache have in common.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xquant_fx import ops
+from xquant_fx.cache.faults import FAULTS, FaultMonitor
+from xquant_fx.errors import CacheStateError
+from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.plan.config import XQuantConfig
+from xquant_fx.plan.spec import KVSpec
+
+TENSOR_NAMES = ("codes", "scale", "zero", "ring", "sink", "start", "length", "fault")
+
+
+class CacheGroup:
+    """Shared by all states of one cache: config, padding, faults, and the chunk just written.
+
+    ``chunk`` keeps the full-precision keys and values of the layer written last, if the chunk was
+    longer than the residual windows can give back: an eager prefill attends to its own tokens
+    unquantized. It holds one layer at a time.
+    """
+
+    def __init__(self, config: XQuantConfig, batch: int, device: torch.device, start: Tensor | None = None) -> None:
+        self.config = config
+        self.start = torch.zeros(batch, dtype=torch.int64, device=device)
+        if start is not None:
+            self.start.copy_(start)
+        self.faults = FaultMonitor(device)
+        self.chunk_layer: int | None = None
+        self.chunks: dict[str, Chunk] = {}
+        self.step_tokens = 0
+        self.collected: dict[object, tuple[list[KVState], list[Tensor]]] = {}
+        """Tensors that a compiled step takes of this cache, by step."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "collected": {}}
+
+    def stepped(self, tokens: int) -> None:
+        """A compiled graph appended ``tokens``; eager code that reads next sees the state before its flush."""
+        self.drop()
+        self.step_tokens = tokens
+
+    def hold(self, state: KVState, chunk: Chunk) -> None:
+        """Keep ``chunk`` until another layer or side of it is written."""
+        if self.chunk_layer != state.spec.layer:
+            self.drop()
+            self.chunk_layer = state.spec.layer
+        self.chunks[state.spec.side] = chunk
+
+    def drop(self) -> None:
+        """Let go of the chunk."""
+        self.chunk_layer = None
+        self.chunks = {}
+        self.step_tokens = 0
+
+
+class Chunk:
+    """The last eager write: ``x`` [B, H, q, D] after ``past`` tokens, and the ring before it."""
+
+    def __init__(self, x: Tensor | None, past: int, new: int, ring: Tensor | None) -> None:
+        self.x, self.past, self.new, self.ring = x, past, new, ring
+
+
+class KVState:
+    """Stored tensors of one side of one layer; ``lower`` owns the codes where they are borrowed."""
+
+    def __init__(self, spec: KVSpec, group: CacheGroup, lower: KVState | None = None) -> None:
+        self.spec, self.group, self.lower = spec, group, lower
+        self.owned = {
+            name: torch.zeros(shape, dtype=dtype, device=group.start.device)
+            for name, (shape, dtype) in spec.tensor_shapes().items()
+        }
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The tensor called ``name`` (of ``TENSOR_NAMES``), borrowed or shared ones too."""
+        if name == "start":
+            return self.group.start
+        if name == "fault":
+            return self.group.faults.tensor
+        if name == "codes" and self.lower is not None:
+            return self.lower.tensor("codes")
+        return self.owned.get(name)
+
+    def store_args(self) -> list[object]:
+        """Static arguments of ``xquant::quantize_store``."""
+        s = self.spec
+        return [s.side, s.bits, s.group_size, s.residual_length, s.eta, s.sink_tokens, s.shape[2]]
+
+    def store(self, x: Tensor, pos: Tensor) -> None:
+        """Append ``x`` [B, H, q, D] at consecutive positions ``pos`` [q], eagerly.
+
+        Raises:
+            CacheStateError: the positions do not follow what is stored; nothing is changed.
+        """
+        past, new = self._checked_past(x, pos), x.shape[2]
+        x, pos = x.to(self.spec.dtype), pos.to(torch.int64)
+        ring = self.owned.get("ring")
+        chunk = Chunk(None, past, new, None)
+        if new > STEP_TOKENS and ring is not None:
+            chunk = Chunk(x, past, new, ring.clone() if past else ring)
+        self.group.hold(self, chunk)
+        tensors = [self.tensor(name) for name in TENSOR_NAMES]
+        if self.spec.borrowed:
+            ops.STORE_BORROWED(x, pos, *tensors, *self.store_args(), fit=self.spec.fit)
+        else:
+            ops.STORE(x, pos, *tensors, *self.store_args())
+
+    def load(self, n: int) -> Tensor:
+        """Dequantize the first ``n`` tokens as attention sees them right after the last write."""
+        chunk = self._chunk()
+        if chunk.x is not None and chunk.past == 0:  # a prompt: nothing quantized is seen
+            return torch.nn.functional.pad(chunk.x[:, :, :n], (0, 0, 0, max(n - chunk.new, 0)))
+        past = torch.tensor([chunk.past], device=self.group.start.device)
+        codes, scale, zero, ring, sink, start, _, _ = (self.tensor(name) for name in TENSOR_NAMES)
+        s = self.spec
+        return ops.LOAD(
+            codes, scale, zero, chunk.ring if chunk.ring is not None else ring, sink, start, past, chunk.new, n,
+            s.side, s.bits, s.group_size, s.residual_length, x=chunk.x,
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens stored (waits for the device)."""
+        return self.owned["length"].tolist()[0]
+
+    def reset(self) -> None:
+        """Back to an empty cache; padding stays as it was given."""
+        for tensor in self.owned.values():
+            tensor.zero_()
+        self.group.drop()
+        self.group.faults.clear()
+
+    def reorder(self, index: Tensor) -> None:
+        """Select batch rows in place (beam search); the layer below brings its own codes."""
+        for name, tensor in self.owned.items():
+            if name != "length":
+                tensor.copy_(tensor.index_select(0, index.to(tensor.device)))
+        self.group.drop()
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from ``length`` on; they can be at most STEP_TOKENS (or all).
+
+        Raises:
+            CacheStateError: more tokens than that, whose neighbours are already quantized.
+        """
+        furthest = self.furthest
+        if self.spec.quantized and length and furthest - length > STEP_TOKENS:
+            raise CacheStateError(
+                f"layer {self.spec.layer}: at most {STEP_TOKENS} tokens can be rolled back exactly "
+                f"(the ones before them are quantized), asked for {furthest - length} of {furthest}"
+            )
+        self.owned["length"][:1].fill_(length)
+        self.group.drop()
+
+    @property
+    def furthest(self) -> int:
+        """Tokens stored at most since the sequence began: rolling back does not bring back what they overwrote."""
+        return self.owned["length"].tolist()[1]
+
+    def _checked_past(self, x: Tensor, pos: Tensor) -> int:
+        if pos.shape[0] == 0 or pos.shape[0] != x.shape[2]:
+            raise CacheStateError(
+                f"layer {self.spec.layer} {self.spec.side}s: a step needs one position a token and at least one, "
+                f"got {pos.shape[0]} for {x.shape[2]} tokens"
+            )
+        past, new, length = int(pos[0].item()), pos.shape[0], self.length
+        where = f"layer {self.spec.layer} {self.spec.side}s: "
+        seen = f" (position {past} to {past + new - 1}, {length} tokens stored, max_cache_len {self.spec.shape[2]})"
+        self.group.faults.check(wait=True)
+        if past + new > self.spec.shape[2]:
+            raise CacheStateError(where + FAULTS[2] + seen)
+        if past > length or past < 0:
+            raise CacheStateError(where + FAULTS[1] + seen)
+        if self.spec.quantized and past and self.furthest - past > STEP_TOKENS:
+            raise CacheStateError(where + FAULTS[3] + seen)
+        if past == 0 and new <= STEP_TOKENS and length == self.spec.shape[2]:
+            raise CacheStateError(where + FAULTS[5] + seen)
+        if not torch.equal(pos, torch.arange(past, past + new, device=pos.device)):
+            raise CacheStateError(where + FAULTS[4] + seen)
+        if self.lower is not None and self.lower.length < past + new:
+            raise CacheStateError(where + f"layer {self.spec.partner} lends its codes and must be written first" + seen)
+        return past
+
+    def _chunk(self) -> Chunk:
+        held = self.group.chunks.get(self.spec.side) if self.group.chunk_layer == self.spec.layer else None
+        length = self.length
+        if held is not None and held.past + held.new == length:
+            return held
+        new = min(self.group.step_tokens, length)
+        return Chunk(None, length - new, new, None)

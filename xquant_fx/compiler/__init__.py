@@ -1,0 +1,1 @@
+"""What happens to one Dynamo graph: options, detection, takeover, passes, Inductor."""

@@ -1,0 +1,61 @@
+"""From what ``torch.compile`` passes on (``mode``, ``options``) to a request the backend acts on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from xquant_fx.errors import ConfigError
+from xquant_fx.plan.config import XQuantConfig
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asked for; ``config`` is None where the options say nothing about it."""
+
+    config: XQuantConfig | None
+    strict: bool
+    mode: str | None
+
+    @property
+    def effective(self) -> XQuantConfig:
+        """The config for buffers that bring none of their own."""
+        return self.config if self.config is not None else XQuantConfig()
+
+
+def parse(mode: str | None, options: Mapping[str, Any] | None) -> Request:
+    """Validate ``mode`` and ``options``.
+
+    Raises:
+        ConfigError: an unknown option or mode (the message lists the valid ones), or two options
+            that contradict each other.
+    """
+    if mode is not None and mode not in MODES:
+        raise ConfigError(f"mode must be one of {MODES}, got {mode!r}")
+    given = dict(options or {})
+    fields = {f.name for f in dataclasses.fields(XQuantConfig)}
+    valid = sorted(fields | {"preset", "config", "strict"})
+    unknown = sorted(set(given) - set(valid))
+    if unknown:
+        raise ConfigError(f"unknown option{'s' * (len(unknown) > 1)} {unknown}; valid options are {valid}")
+    strict = given.pop("strict", False)
+    if not isinstance(strict, bool):
+        raise ConfigError(f"strict must be True or False, got {strict!r}")
+    return Request(_config(given), strict, mode)
+
+
+def _config(given: dict[str, Any]) -> XQuantConfig | None:
+    preset, config = given.pop("preset", None), given.pop("config", None)
+    if config is not None:
+        if preset is not None or given:
+            raise ConfigError(f"config= stands alone, got also {sorted([*given, *['preset'] * (preset is not None)])}")
+        if not isinstance(config, XQuantConfig):
+            raise ConfigError(f"config must be an XQuantConfig, got {type(config).__name__}")
+        return config
+    if preset is None and not given:
+        return None
+    base = XQuantConfig.preset(preset) if preset is not None else XQuantConfig()
+    return base.replace(**given)

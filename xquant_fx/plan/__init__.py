@@ -1,0 +1,1 @@
+"""What is quantized and how: configuration, presets, and the plan of each layer."""

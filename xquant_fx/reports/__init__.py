@@ -1,0 +1,1 @@
+"""What people are told: explain, memory_report, measures of quality."""

@@ -1,0 +1,130 @@
+"""``memory_report``: what a quantized KV cache really takes, every byte counted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.state import KVState
+from xquant_fx.errors import CacheStateError
+
+_PART = {"codes": "codes", "scale": "scales", "zero": "zero_points", "ring": "residual_windows", "sink": "sinks"}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of a cache's storages by what they hold, and what they amount to an element."""
+
+    codes: int
+    """Bytes of packed codes (and of 16-bit storage)."""
+    scales: int
+    zero_points: int
+    residual_windows: int
+    """Bytes of the latest tokens in full precision."""
+    sinks: int
+    """Bytes of the first tokens in full precision."""
+    other: int
+    """Bytes of lengths, counters, padding, and of layers that are not quantized."""
+    full_bytes: int
+    """Bytes of the same keys, values and other states in the model's dtype, for the same max_cache_len."""
+    elements: int
+    """K and V elements at the cache's current length; all elements of layers that are not quantized."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything the cache holds, in bytes."""
+        return self.codes + self.scales + self.zero_points + self.residual_windows + self.sinks + self.other
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than in full precision."""
+        return self.full_bytes / self.total_bytes if self.total_bytes else 1.0
+
+    @property
+    def bits_per_element(self) -> float:
+        """All bits held, divided by the K and V elements stored now (inf for an empty cache)."""
+        return 8 * self.total_bytes / self.elements if self.elements else float("inf")
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by part; they add up to ``total_bytes``."""
+        names = ("codes", "scales", "zero_points", "residual_windows", "sinks", "other")
+        return {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        from xquant_fx.reports.tables import render
+
+        total = max(self.total_bytes, 1)
+        rows = [[name.replace("_", " "), f"{size:,}", f"{size / total:.1%}"] for name, size in self.parts.items()]
+        rows.append(["total", f"{self.total_bytes:,}", "100.0%"])
+        note = (
+            f"full precision {self.full_bytes:,} bytes: {self.ratio:.2f} times as much; "
+            f"{self.bits_per_element:.3f} bits an element at the current length"
+        )
+        return render("KV cache memory", ["part", "bytes", "share"], rows, note)
+
+
+def memory_report(cache_or_model: Any) -> MemoryReport:
+    """Report on an XQuantCache, any Hugging Face cache or a module whose buffers were quantized.
+
+    Raises:
+        CacheStateError: no quantized KV buffer is in it (an XQuantCache allocates at its first step).
+    """
+    if not (hasattr(cache_or_model, "layers") or isinstance(cache_or_model, torch.nn.Module)):
+        raise CacheStateError(f"memory_report takes a cache or a module, got {type(cache_or_model).__name__}")
+    tensors = list(_tensors(cache_or_model))
+    states = [t._live() for t in tensors if isinstance(t, QuantizedKV)]
+    if not states:
+        raise CacheStateError(
+            f"{type(cache_or_model).__name__} holds no quantized KV buffer (it is allocated at the first step)"
+        )
+    plain = [t for t in tensors if not isinstance(t, QuantizedKV)]
+    return _count(states, plain)
+
+
+def _count(states: list[KVState], plain: list[Tensor]) -> MemoryReport:
+    for state in states:
+        state.group.drop()  # a prompt that eager code may still read is released at the next step anyway
+    bytes_of: dict[str, int] = dict.fromkeys([*_PART.values(), "other"], 0)
+    for state in states:
+        for name, tensor in state.owned.items():
+            bytes_of[_PART.get(name, "other")] += tensor.untyped_storage().nbytes()
+    for group in {id(s.group): s.group for s in states}.values():
+        bytes_of["other"] += group.start.untyped_storage().nbytes() + group.faults.tensor.untyped_storage().nbytes()
+    full, elements = 0, 0
+    for state in states:
+        batch, heads, max_len, dim = state.spec.shape
+        full += batch * heads * max_len * dim * state.spec.dtype.itemsize
+        elements += batch * heads * dim * state.length
+    bytes_of["other"] += sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}.values())
+    for tensor in plain:
+        if tensor.is_floating_point():  # integers only count tokens
+            full += tensor.nbytes
+            elements += tensor.numel()
+    return MemoryReport(full_bytes=full, elements=elements, **bytes_of)
+
+
+def _tensors(holder: Any) -> Iterator[Tensor]:
+    """All tensors that a cache's layers hold, or the quantized buffers of a module, each once."""
+    if hasattr(holder, "layers") and not isinstance(holder, torch.nn.Module):
+        # Linear attention keeps dicts of states.
+        found = (t for layer in holder.layers for t in tree_leaves(vars(layer)) if isinstance(t, Tensor))
+    else:
+        found = (t for module in holder.modules() for t in _module_tensors(module))
+    seen: set[int] = set()
+    for tensor in found:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor
+
+
+def _module_tensors(module: torch.nn.Module) -> Iterator[Tensor]:
+    for value in (*module._buffers.values(), *vars(module).values()):
+        if isinstance(value, QuantizedKV):
+            yield value
