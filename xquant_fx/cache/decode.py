@@ -79,7 +79,7 @@ def _states(cache: Any, layer: int) -> tuple[KVState, KVState]:
         keys, values = (getattr(layers[layer], name, None) for name in ("keys", "values"))
     if not (isinstance(keys, QuantizedKV) and isinstance(values, QuantizedKV)):
         raise CacheStateError(f"layer {layer} is not quantized, or not allocated yet (that happens at its first step)")
-    key, value = keys._live(), values._live()
+    key, value = keys.live, values.live
     if (key.spec.side, value.spec.side) != ("key", "value"):
         raise CacheStateError(f"a pair must be (keys, values), got ({key.spec.side}s, {value.spec.side}s)")
     return key, value

@@ -79,7 +79,7 @@ def memory_report(cache_or_model: Any) -> MemoryReport:
     if not (hasattr(cache_or_model, "layers") or isinstance(cache_or_model, torch.nn.Module)):
         raise CacheStateError(f"memory_report takes a cache or a module, got {type(cache_or_model).__name__}")
     tensors = list(_tensors(cache_or_model))
-    states = [t._live() for t in tensors if isinstance(t, QuantizedKV)]
+    states = [t.live for t in tensors if isinstance(t, QuantizedKV)]
     if not states:
         raise CacheStateError(
             f"{type(cache_or_model).__name__} holds no quantized KV buffer (it is allocated at the first step)"
