@@ -17,6 +17,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from xquant_fx import ops
+from xquant_fx.kernels.decode_attention.arguments import why_not_fused
+from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.match_decode import Decode, match_decode
 from xquant_fx.passes.records import Attention
@@ -40,20 +43,18 @@ def fuse_decode(gm: GraphModule, attentions: list[Attention]) -> None:
         if isinstance(found, str):
             log.info("%s reads dequantized keys and values: %s", attention.node.name, found)
             continue
-        fused[found.output] = _replace(gm.graph, found, ops.load_arguments(key.root), ops.load_arguments(value.root))
+        fused[found.output] = _replace(gm.graph, found, LoadArguments.of(key.root), LoadArguments.of(value.root))
 
 
 def _why_not_loads(key: Node, value: Node, query: Node) -> str:
-    k, v = ops.load_arguments(key), ops.load_arguments(value)
-    if 16 in (k["bits"], v["bits"]):
-        return "16-bit storage"
-    if (k["side"], v["side"]) != ("key", "value"):
-        return f"its keys are read from stored {k['side']}s and its values from stored {v['side']}s"
-    if (k["x"] is None) != (v["x"] is None) or k["new_tokens"] != v["new_tokens"]:
+    k, v = LoadArguments.of(key), LoadArguments.of(value)
+    if reason := why_not_fused(k.scheme, k.bits, v.scheme, v.bits):
+        return reason
+    if (k.x is None) != (v.x is None) or k.new_tokens != v.new_tokens:
         return "keys and values are not written by one step"
-    if k["new_tokens"] != fake(query).shape[-2]:
+    if k.new_tokens != fake(query).shape[-2]:
         return "the query has another length than the step"
-    if not _same_value(k["past"], v["past"]):
+    if not _same_value(k.past, v.past):
         return "keys and values are written at different positions"
     return ""
 
@@ -62,9 +63,9 @@ def _written_between(graph: Graph, loads: tuple[Node, Node], output: Node) -> bo
     """Whether a store changes, after its load, what the op would read in the load's place."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     stores = [n for n in graph.nodes if n.target in (ops.STORE, ops.STORE_BORROWED)]
-    rings = [ops.load_arguments(load)["ring"] for load in loads]
+    rings = [LoadArguments.of(load).ring for load in loads]
     return any(
-        store.args[5] is ring and order[load] < order[store] < order[output]
+        StoreArguments.of(store).ring is ring and order[load] < order[store] < order[output]
         for load, ring in zip(loads, rings, strict=True) for store in stores
     )  # fmt: skip
 
@@ -81,10 +82,10 @@ def _same_value(a: object, b: object, depth: int = 6) -> bool:
     return len(a.args) == len(b.args) and all(_same_value(x, y, depth - 1) for x, y in pairs)
 
 
-def _replace(graph: Graph, found: Decode, key: dict[str, object], value: dict[str, object]) -> Node:
+def _replace(graph: Graph, found: Decode, key: LoadArguments, value: LoadArguments) -> Node:
     node = found.output
-    state = [side[name] for side in (key, value) for name in ("codes", "scale", "zero", "ring", "sink")]
-    static = [key["bits"], key["group_size"], value["bits"], value["group_size"], key["residual_length"]]
+    names = ("codes", "scale", "zero", "ring", "sink", "bits")
+    state = {f"{side}_{name}": getattr(a, name) for side, a in (("k", key), ("v", value)) for name in names}
     with graph.inserting_before(node):
         mask = _unexpanded(found.mask)
         while mask is not None and fake(mask).dim() < 4:
@@ -92,9 +93,13 @@ def _replace(graph: Graph, found: Decode, key: dict[str, object], value: dict[st
         sinks = found.sinks
         if sinks is not None:
             sinks = call(graph, torch.reshape, (sinks, (fake(found.query).shape[1],)))
-        args = (found.query, *state, key["start"], key["past"], mask, sinks, key["new_tokens"], key["n"], *static)
-        chunk = () if key["x"] is None else (key["x"], value["x"])
-        fused = call(graph, ops.DECODE, (*args, found.scale, found.softcap, 0, *chunk))
+        given = dict(
+            q=found.query, **state, start=key.start, past=key.past, mask=mask, sink_logits=sinks,
+            new_tokens=key.new_tokens, max_len=key.n, k_group=key.group_size, v_group=value.group_size,
+            residual_length=key.residual_length, scale=found.scale, softcap=found.softcap, window=0,
+            k_new=key.x, v_new=value.x,
+        )
+        fused = call(graph, ops.DECODE, (), given)
     node.replace_all_uses_with(fused)
     _erase_unused(graph, node)
     return fused

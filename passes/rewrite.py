@@ -17,7 +17,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from xquant_fx import ops
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.state import TENSOR_NAMES
 from xquant_fx.errors import UnsupportedWriteError
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.passes.find_writes import find_writes, is_opaque, written_by
@@ -96,11 +95,8 @@ class BufferRewrite:
             chunk = ring is not None and new > STEP_TOKENS
             if chunk:
                 ring = call(self.graph, torch.clone, (ring,))
-            state = tuple(self.tensors[name] for name in TENSOR_NAMES)
-            static = (spec.side, spec.bits, spec.group_size, spec.residual_length, spec.eta)
-            static = (*static, spec.sink_tokens, spec.shape[2])
             target, fit = (ops.STORE_BORROWED, {"fit": spec.fit}) if spec.borrowed else (ops.STORE, {})
-            call(self.graph, target, (x, pos, *state, *static), fit)
+            call(self.graph, target, (), dict(x=x, pos=pos, **self.tensors, **spec.store_constants(), **fit))
             new_tokens = new if isinstance(new, int) else call(self.graph, torch.ops.aten.sym_size.int, (x, 2))
             self.loaded = self._load(self.past, new_tokens, ring, x if chunk else None)
         self.graph.erase_node(node)
@@ -137,9 +133,10 @@ class BufferRewrite:
         user.replace_input_with(self.buffer, self.loaded)
 
     def _load(self, past: Node, new_tokens: Node | int, ring: Node | None, x: Node | None) -> Node:
-        t, s = self.tensors, self.spec
-        args = (t["codes"], t["scale"], t["zero"], ring, t["sink"], t["start"], past, new_tokens, s.shape[2])
-        return call(self.graph, ops.LOAD, (*args, s.side, s.bits, s.group_size, s.residual_length), {"x": x})
+        tensors = {name: self.tensors[name] for name in ("codes", "scale", "zero", "sink", "start")}
+        lengths = dict(past=past, new_tokens=new_tokens, n=self.spec.shape[2])
+        given = dict(**tensors, ring=ring, **lengths, **self.spec.load_constants(), x=x)
+        return call(self.graph, ops.LOAD, (), given)
 
     def _new_tokens(self, write: Write) -> Node:
         x, batch, heads, dim = write.x, self.spec.shape[0], self.spec.shape[1], self.spec.shape[3]
@@ -159,7 +156,7 @@ class BufferRewrite:
         return call(self.graph, torch.arange, (pos.start, pos.stop), {"device": device_of(self.buffer)})
 
     def _where(self) -> str:
-        return f"layer {self.spec.layer} {self.spec.side}s"
+        return f"layer {self.spec.layer} {self.spec.role}s"
 
 
 def check_nothing_left(gm: GraphModule) -> None:

@@ -72,7 +72,7 @@ def add_state_inputs(graph: Graph, inputs: list[object]) -> StateInputs:
                 new, slot = by_id[id(tensor)]
                 result.shared.append((index, name, slot))
             else:
-                new = last = add_input(graph, last, f"xquant_{state.spec.side}{state.spec.layer}_{name}", tensor)
+                new = last = add_input(graph, last, f"xquant_{state.spec.role}{state.spec.layer}_{name}", tensor)
                 by_id[id(tensor)] = (new, len(result.slots))
                 result.slots.append((index, name))
                 result.tensors.append(tensor)

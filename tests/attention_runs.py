@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xquant_fx import XQuantConfig
 from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.plan.pairing import borrow_or_own
 
@@ -134,18 +135,18 @@ def inputs(s: Setup) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def arguments(s: Setup, given: dict[str, Any]) -> list[Any]:
-    """Positional arguments of ``decode_attention``."""
+def arguments(s: Setup, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``decode_attention`` by name."""
     names = ("codes", "scale", "zero", "ring", "sink")
-    tensors = [given[side].tensor(name) for side in ("key", "value") for name in names]
+    tensors = {f"{side[0]}_{name}": given[side].tensor(name) for side in ("key", "value") for name in names}
     past = torch.tensor([s.past], device=given["q"].device)
     key, value = given["key"].spec, given["value"].spec
-    chunk = [given["new"]["key"], given["new"]["value"]] if s.query > STEP_TOKENS else []
-    return [
-        given["q"], *tensors, given["start"], past, given["mask"], given["sink_logits"], s.query, s.max_len,
-        s.k_bits, key.group_size, s.v_bits, value.group_size, s.residual, s.scale or s.dim**-0.5, s.softcap, s.window,
-        *chunk,
-    ]  # fmt: skip
+    return dict(
+        q=given["q"], **tensors, start=given["start"], past=past, mask=given["mask"], sink_logits=given["sink_logits"],
+        new_tokens=s.query, max_len=s.max_len, k_bits=s.k_bits, k_group=key.group_size, v_bits=s.v_bits,
+        v_group=value.group_size, residual_length=s.residual, scale=s.scale or s.dim**-0.5, softcap=s.softcap,
+        window=s.window, k_new=given["new"]["key"], v_new=given["new"]["value"],
+    )
 
 
 def reference(s: Setup, given: dict[str, Any], dtype: torch.dtype, rounded: torch.dtype | None) -> Tensor:
@@ -189,5 +190,5 @@ def interpret(hip: bool = False, **kwargs: Any) -> dict[str, Any]:
     kwargs["start"] = tuple(kwargs.get("start", ()))
     setup = Setup(**kwargs)
     given = inputs(setup)
-    out = launch(*arguments(setup, given), wrap=lambda kernel: kernel, interpret=True, hip=hip)
+    out = launch(DecodeArguments(**arguments(setup, given)), wrap=lambda kernel: kernel, interpret=True, hip=hip)
     return errors(setup, out, given)

@@ -15,6 +15,9 @@ from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import CacheGroup, KVState
 from xquant_fx.compiler.backend import compile_graph
 from xquant_fx.compiler.options import parse
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.trace import fake, source_of
 from xquant_fx.plan.pairing import borrow_or_own
 
@@ -73,15 +76,16 @@ def check_rewritten(gm: GraphModule, stores: int, loads: int = 0, fused: int = 0
     assert (count(gm, *STORES), count(gm, ops.LOAD), count(gm, ops.DECODE)) == (stores, loads, fused)
     assert not any(isinstance(fake(node), QuantizedKV) for node in gm.graph.nodes)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    scales = [(n, n.args[2]) for n in gm.graph.nodes if n.target is ops.DECODE]
-    scales += [(n, n.args[7]) for n in gm.graph.nodes if n.target is ops.DECODE]
+    fused_nodes = [n for n in gm.graph.nodes if n.target is ops.DECODE]
+    scales = [(n, DecodeArguments.of(n).k_scale) for n in fused_nodes]
+    scales += [(n, DecodeArguments.of(n).v_scale) for n in fused_nodes]
     for attention in attentions(gm):
         for operand in attention.args[1:3]:
             load = source_of(operand, {}).root
             assert load.target is ops.LOAD
-            scales.append((load, load.args[1]))
+            scales.append((load, LoadArguments.of(load).scale))
     for reader, scale in scales:
-        stored = [n for n in gm.graph.nodes if n.target in STORES and n.args[3] is scale]
+        stored = [n for n in gm.graph.nodes if n.target in STORES and StoreArguments.of(n).scale is scale]
         assert [order[n] < order[reader] for n in stored] == [True] * len(stored)
 
 

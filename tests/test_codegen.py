@@ -79,7 +79,7 @@ def state_tensors(cache: XQuantCache) -> dict[str, Tensor]:
         for name in TENSOR_NAMES:
             tensor = state.tensor(name)
             if tensor is not None:
-                found.setdefault(id(tensor), (f"{state.spec.side}{state.spec.layer}_{name}", tensor))
+                found.setdefault(id(tensor), (f"{state.spec.role}{state.spec.layer}_{name}", tensor))
     return dict(found.values())
 
 

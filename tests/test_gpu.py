@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 STEPS = [300, 1, 1, 1, 5, 1, 8, 1, 1, 40, 1, 1]
 
 
-def moved(values: list[Any]) -> list[Any]:
-    return [v.cuda() if isinstance(v, torch.Tensor) else v for v in values]
+def moved(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -28,7 +28,7 @@ def test_attention(name: str, dtype: str) -> None:
     case = {**CASES, **SPOILED}[name]
     setup = Setup(**{**case, "dtype": case.get("dtype", dtype)})
     given = inputs(setup)
-    result = errors(setup, ops.DECODE(*moved(arguments(setup, given))).cpu(), given)
+    result = errors(setup, ops.DECODE(**moved(arguments(setup, given))).cpu(), given)
     assert result["same_nan"] and result["zeros_are_zero"]
     assert result["error"] <= allowed(result, setup.dtype), result
 

@@ -90,7 +90,7 @@ class FirstStep(torch.fx.Interpreter):
             past = self._past(n)
             if past < 0:
                 raise CacheStateError(
-                    f"layer {state.spec.layer} {state.spec.side}s: positions must not be negative, got {past}"
+                    f"layer {state.spec.layer} {state.spec.role}s: positions must not be negative, got {past}"
                 )
             if past:
                 state.store(buffer[:, :, :past], torch.arange(past, device=buffer.device))

@@ -14,7 +14,7 @@ import torch
 
 from xquant_fx.errors import ConfigError
 from xquant_fx.plan.config import XQuantConfig
-from xquant_fx.plan.spec import KVSpec
+from xquant_fx.plan.spec import SCHEME_OF_ROLE, KVSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,22 +37,23 @@ def borrow_or_own(
     """
     bits = config.bits(side, layer, count)
     spec = KVSpec(
-        side=side, layer=layer, shape=shape, dtype=dtype, bits=bits,
+        role=side, scheme=SCHEME_OF_ROLE[side], layer=layer, shape=shape, dtype=dtype, bits=bits,
         group_size=_group_size(shape[3], config, side, layer), residual_length=config.residual_length,
         eta=config.eta(bits), sink_tokens=config.sink_tokens, scale_dtype=config.scale_dtype,
         partner=None, fit=config.shared_fit,
     )
     reason = _why_own(spec, config, count, lower)
-    return SidePlan(spec if reason else dataclasses.replace(spec, partner=layer - 1), reason)
+    partner = None if reason else layer - 1
+    return SidePlan(dataclasses.replace(spec, partner=partner, reason=reason), reason)
 
 
 def _why_own(spec: KVSpec, config: XQuantConfig, count: int, lower: KVSpec | None) -> str:
     layer = spec.layer
     if layer % 2 == 0:
         return "lower layer of its pair" if layer + 1 < count else "the last layer has no partner"
-    start = config.share_start(spec.side, count)
+    start = config.share_start(spec.role, count)
     if layer < start:
-        field = "share_keys_from" if spec.side == "key" else "share_values_from"
+        field = "share_keys_from" if spec.role == "key" else "share_values_from"
         return f"{field} starts sharing at layer {start}" if start < count else "sharing is off"
     if lower is None:
         return f"layer {layer - 1} is not in reach"

@@ -192,7 +192,7 @@ def _site(record: SiteRecord, specs: dict[Node, KVSpec]) -> Site:
     write = record.key_write.how if record.key_write is not None else ""
     read = " > ".join([*record.key.path, record.attention.how])
     roots = record.key.root, record.value.root
-    stored = {specs[node].side: node for node in roots if node in specs}  # latents: keys come from both sides
+    stored = {specs[node].role: node for node in roots if node in specs}  # latents: keys come from both sides
     if not record.rewritable or not stored:
         full = sum(_full_bytes(fake(node)) for node in roots) if record.has_cache else 0
         return Site(None, record.label, write, read, False, record.reason, None, None, None, None, full, full)
@@ -226,7 +226,7 @@ def _full_bytes(value: Tensor | None) -> int:
 
 def _how(sides: list[KVSpec], computed: bool) -> str:
     how = "quantized latents, from which keys and values are computed" if computed else "quantized"
-    lent = [f"{s.side} codes of layer {s.partner}" for s in sides if s.borrowed]
+    lent = [f"{s.role} codes of layer {s.partner}" for s in sides if s.borrowed]
     return f"{how}, with the {' and '.join(lent)}" if lent else how
 
 
