@@ -45,7 +45,7 @@ class StateInputs:
 
 def _stored(buffer: object, name: str) -> Tensor:
     assert isinstance(buffer, QuantizedKV)
-    tensor = buffer.live.tensors[name]
+    tensor = buffer.live.tensor(name)
     assert tensor is not None
     return tensor
 

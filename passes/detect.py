@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Callable
 
 from torch._dynamo.utils import counters
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import quantized_empty
-from xquant_fx.kernels.decode_attention.arguments import why_not_fused
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.find_sites import Refusal, find_sites
 from xquant_fx.passes.match_decode import match_decode
@@ -17,10 +16,10 @@ from xquant_fx.passes.normalize import normalize
 from xquant_fx.passes.records import Decode, Detection, Site, Source, Write
 from xquant_fx.passes.trace import fake, same_value
 from xquant_fx.plan.plan import Plan
-from xquant_fx.plan.spec import KVSpec
+from xquant_fx.plan.spec import KVSpec, why_not_fused
 
 #: What becomes of the ordinary buffers of rewritable sites: the plan, None where there are none, and all specs.
-Planner = Callable[[GraphModule, list[Site]], tuple[Plan | None, dict[object, KVSpec]]]
+Planner = Callable[[GraphModule, list[Site]], tuple[Plan | None, dict[Node, KVSpec]]]
 
 
 def detect(gm: GraphModule, refusal: Refusal, planner: Planner, unfused: str = "") -> Detection:
@@ -42,7 +41,7 @@ def detect(gm: GraphModule, refusal: Refusal, planner: Planner, unfused: str = "
     return Detection(gm, judged, tuple(facts.writes), inputs, specs, plan)
 
 
-def _with_form(site: Site, facts: Facts, specs: dict[object, KVSpec], unfused: str) -> Site:
+def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str) -> Site:
     """``site`` with the call that it becomes, or why it reads dequantized keys and values."""
     if not site.rewritable or any(node.target is quantized_empty for node in site.buffers):
         return site
@@ -55,11 +54,11 @@ def _with_form(site: Site, facts: Facts, specs: dict[object, KVSpec], unfused: s
     return dataclasses.replace(site, form=form)
 
 
-def _why_not_specs(site: Site, specs: dict[object, KVSpec]) -> str:
+def _why_not_specs(site: Site, specs: dict[Node, KVSpec]) -> str:
     key, value = (specs.get(node) for node in site.buffers)
     if key is None or value is None:
         return "keys or values are not stored quantized"
-    return why_not_fused(key.scheme, key.bits, value.scheme, value.bits)
+    return why_not_fused(key, value)
 
 
 def _why_not_step(site: Site, form: Decode, facts: Facts) -> str:
@@ -89,8 +88,8 @@ def _query_tokens(form: Decode) -> object:
     return query.shape[order[2]]
 
 
-def _why_not_order(source: Source, attends: object, write: Write, form: Decode, facts: Facts) -> str:
-    read_at = facts.order[source.reader or attends]  # type: ignore[index]
+def _why_not_order(source: Source, attends: Node, write: Write, form: Decode, facts: Facts) -> str:
+    read_at = facts.order[source.reader or attends]
     if read_at < facts.order[write.node]:
         return "the cache is read before it is appended to"
     between = (facts.order[w.node] for w in facts.writes_to(source.root))

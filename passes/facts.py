@@ -1,4 +1,4 @@
-"""What a graph's nodes say about its buffers, found once: writes, mutations, attentions, and what lies behind an operand."""
+"""What a graph says about its buffers, found once: writes, mutations, attentions, what lies behind an operand."""
 
 from __future__ import annotations
 

@@ -38,8 +38,9 @@ def _site(attention: Attention, facts: Facts, refusal: Refusal) -> Site:
     quantized = is_quantized(key.root) or is_quantized(value.root)
     if not reason and not quantized:
         reason = refusal(key.root, "keys") or refusal(value.root, "values")
+    writes = _write(key, attention.key_reader, facts), _write(value, attention.value_reader, facts)
     return Site(
-        attention, key, value, _write(key, attention.key_reader, facts), _write(value, attention.value_reader, facts), name,
+        attention, key, value, *writes, name,
         has_cache=bool(caches), is_quantized=quantized, is_latent=is_latent, allocated_here=allocated_here,
         reason=reason,
     )  # fmt: skip

@@ -47,7 +47,7 @@ def _are_rows(rows: str, meaning: dict[str, tuple[str, ...]], size: dict[str, in
     """
     flat: list[str] = []
     for letter in rows[:-1]:
-        if letter in meaning and meaning[letter]:
+        if meaning.get(letter):
             flat += meaning[letter]
         elif size[letter] != 1:
             flat.append("repeat")

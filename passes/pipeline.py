@@ -2,7 +2,7 @@
 
 | pass | does | file |
 |---|---|---|
-| add_state_inputs | codes, scales, windows of every quantized buffer become plain inputs of the graph | state_inputs.py |
+| add_state_inputs | codes, scales, windows of quantized buffers become plain inputs | state_inputs.py |
 | rewrite | appends and reads become ops on those inputs | rewrite.py |
 | fuse_decode | two loads and the attention that reads them become one op | fuse_decode.py |
 | verify | Inductor sees plain tensors only | verify.py |

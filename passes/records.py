@@ -158,7 +158,7 @@ class Site:
     form: Decode | None = None
     """How the fused op is called; None where it reads dequantized keys and values."""
     dequantized: str = ""
-    """Why it reads dequantized keys and values; empty for a prompt that allocates its cache, too: it runs uncompiled."""
+    """Why it reads dequantized keys and values; "" too for a prompt that allocates its cache: it runs uncompiled."""
 
     @property
     def rewritable(self) -> bool:

@@ -86,8 +86,8 @@ ELEMENTWISE = frozenset(
 COPIES = frozenset({"clone", "repeat", "repeat_interleave"})
 #: Kinds whose result only rearranges, repeats or casts the first operand.
 VIEWS = COPIES | {
-    "expand", "reshape", "view", "transpose", "mT", "T", "permute", "movedim", "unsqueeze", "squeeze", "narrow", "split",
-    "getitem", "cast", "contiguous", "detach",
+    "expand", "reshape", "view", "transpose", "mT", "T", "permute", "movedim", "unsqueeze", "squeeze", "narrow",
+    "split", "getitem", "cast", "contiguous", "detach",
 }  # fmt: skip
 #: Operators that write to their first operand; methods and functions say so by a trailing underscore.
 IN_PLACE_OPERATORS = frozenset(

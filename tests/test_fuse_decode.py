@@ -8,6 +8,7 @@ from dynamo_graphs import tiny
 from rewrites import CONFIG, SHAPE, Rewrites, assign, count, run_both, sdpa
 
 from xquant_fx import XQuantCache, explain, ops
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.passes.trace import fake
 
 HEADS, COUNT, DIM = SHAPE[1], SHAPE[2], SHAPE[3]
@@ -112,7 +113,7 @@ def test_fused(name):
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     for made in seen.made:
         assert (count(made, ops.DECODE), count(made, ops.LOAD)) == (2, 0)
-        masks = [node.args[13] for node in made.graph.nodes if node.target is ops.DECODE]
+        masks = [DecodeArguments.of(node).mask for node in made.graph.nodes if node.target is ops.DECODE]
         assert all(mask is None or fake(mask).shape[1] == 1 for mask in masks)  # broadcast, never made larger
 
 

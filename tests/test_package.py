@@ -41,7 +41,7 @@ MAY_BE_IMPORTED_BY = {
 #: Module pattern to all that it may import of this package.
 MAY_IMPORT = {
     "errors": [],
-    "plan.*": ["errors", "plan.*", "kernels.layout", "kernels.packing"],
+    "plan.*": ["errors", "plan.*", "kernels.layout", "kernels.packing", "kernels.schemes"],
     "kernels.*": ["errors", "kernels", "kernels.*"],
     "passes.records": [],
     "passes.trace": ["passes.records"],

@@ -116,7 +116,7 @@ class XQuantCache(StaticCache):
             and fits; without it padding counts as tokens. Kept by ``reset()``.
 
     Raises:
-        ConfigError: a length is not positive, the padding is not on the left, or a plan is for another number of layers.
+        ConfigError: a length is not positive, padding is not on the left, or a plan is for another number of layers.
     """
 
     def __init__(

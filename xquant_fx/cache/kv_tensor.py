@@ -81,7 +81,7 @@ class QuantizedKV(Dequantized):
     @property
     def origin(self) -> str:
         """Layer and side."""
-        return f"layer {self.spec.layer} {self.spec.side}s"
+        return f"layer {self.spec.layer} {self.spec.role}s"
 
     def refuse_write(self, func: Any) -> None:
         """A stand-in that is traced may be written to: the passes look at the graph."""

@@ -99,4 +99,6 @@ def why_not_layers(gm: GraphModule, request: Request) -> str:
 
 def why_not_gradients() -> str:
     """Why nothing is taken over while gradients are recorded."""
-    return "gradients are enabled; run under torch.no_grad() or torch.inference_mode()" if torch.is_grad_enabled() else ""
+    if not torch.is_grad_enabled():
+        return ""
+    return "gradients are enabled; run under torch.no_grad() or torch.inference_mode()"

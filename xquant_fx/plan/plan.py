@@ -151,7 +151,7 @@ class Plan:
             return
         where = f"layer {index} {entry.role}s: "
         if index % 2 == 0 or entry.partner != index - 1:
-            raise ConfigError(f"{where}only the upper layer of a pair may borrow, of the lower one; got {entry.partner}")
+            raise ConfigError(f"{where}only the upper layer of a pair may borrow, of the lower; got {entry.partner}")
         lower = self.layers[entry.partner].of(entry.role)
         if (lower.bits, lower.scheme) != (entry.bits, entry.scheme) or entry.bits == 16:
             raise ConfigError(
@@ -187,8 +187,8 @@ class Plan:
         columns = ["layer", "role", "scheme", "bits", "group", "window", "sinks", "codes of", "why"]
         rows = [
             [
-                str(index), f"{e.role}s", e.scheme, str(e.bits), str(e.group_size or "head_dim"), str(e.residual_length),
-                str(e.sink_tokens), "-" if e.partner is None else str(e.partner), e.reason,
+                str(index), f"{e.role}s", e.scheme, str(e.bits), str(e.group_size or "head_dim"),
+                str(e.residual_length), str(e.sink_tokens), "-" if e.partner is None else str(e.partner), e.reason,
             ]
             for index, layer in enumerate(self.layers)
             for e in layer
