@@ -58,6 +58,8 @@ def _why_not_specs(site: Site, specs: dict[Node, KVSpec]) -> str:
     key, value = (specs.get(node) for node in site.buffers)
     if key is None or value is None:
         return "keys or values are not stored quantized"
+    if (key.role, value.role) != ("key", "value"):
+        return f"its keys are read from stored {key.role}s and its values from stored {value.role}s"
     return why_not_fused(key, value)
 
 

@@ -143,12 +143,18 @@ def _number(value: object) -> float | None:
     return None
 
 
-def _factor(node: Node) -> float | None:
-    """What a multiplication or division by a number multiplies with."""
-    number = _number(node.args[1]) if len(node.args) == 2 and not node.kwargs else None
-    if number is None or kind(node) == "mul":
-        return number
-    return 1 / number if number else None
+def _scaled(node: Node) -> tuple[Node, float] | None:
+    """(what is multiplied or divided by a number, the factor); ``alpha`` or ``rounding_mode`` make it another op."""
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    left, right = node.args
+    number = _number(right)
+    if isinstance(left, Node) and number is not None:
+        if kind(node) == "mul":
+            return left, number
+        return (left, 1 / number) if number else None
+    number = _number(left)
+    return (right, number) if kind(node) == "mul" and isinstance(right, Node) and number is not None else None
 
 
 def take_largest(node: Node, found: Scores, scene: Scene) -> Taken | None:
@@ -172,7 +178,8 @@ def take_sinks(node: Node, found: Scores, scene: Scene) -> Taken | str | None:
         return "something is joined to the scores that is not one logit per head"
     scores, extra = parts
     sinks = _one_logit_per_head(extra, scene)
-    if found.sinks is not None or sinks is None or not isinstance(scores, Node) or scores not in scene.carriers:
+    plain = found.sinks is None and found.scale == 1.0  # a scale would be one of the sink logits, too
+    if not plain or sinks is None or not isinstance(scores, Node) or scores not in scene.carriers:
         return "something is joined to the scores that is not one logit per head"
     return scores, found.replace(sinks=sinks)
 
@@ -233,24 +240,23 @@ def _fill_parts(node: Node, scene: Scene) -> tuple[Node, Node, float, bool] | No
 
 def take_softcap(node: Node, found: Scores, scene: Scene) -> Taken | None:
     """``softcap * tanh(scores / softcap)``."""
-    softcap, tanh = _factor(node), operand(node)
-    if softcap is None or not softcap or tanh is None or kind(tanh) != "tanh" or found.softcap or found.scale != 1.0:
+    outer = _scaled(node)
+    if outer is None or kind(outer[0]) != "tanh" or found.softcap or found.scale != 1.0:
         return None
+    tanh, softcap = outer
     quotient = operand(tanh)
     if quotient is None or kind(quotient) not in ("mul", "div") or len(tanh.users) != 1 or len(quotient.users) != 1:
         return None
-    factor, inner = _factor(quotient), operand(quotient)
-    if factor is None or inner is None or not math.isclose(factor * softcap, 1.0, rel_tol=1e-6):
+    inner = _scaled(quotient)
+    if inner is None or not math.isclose(inner[1] * softcap, 1.0, rel_tol=1e-6):
         return None
-    return inner, found.replace(softcap=abs(softcap))  # tanh is odd
+    return inner[0], found.replace(softcap=abs(softcap))  # tanh is odd
 
 
 def take_scale(node: Node, found: Scores, scene: Scene) -> Taken | None:
     """``scores * scale`` and ``scores / scale``."""
-    factor, scores = _factor(node), operand(node)
-    if factor is None or scores is None:
-        return None
-    return scores, found.replace(scale=found.scale * factor)
+    scaled = _scaled(node)
+    return None if scaled is None else (scaled[0], found.replace(scale=found.scale * scaled[1]))
 
 
 def take_cast(node: Node, found: Scores, scene: Scene) -> Taken | None:

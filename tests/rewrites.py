@@ -22,7 +22,8 @@ from xquant_fx.passes.trace import fake, source_of
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 SHAPE = (1, 2, 48, 8)  # [B, H, N, D]
-CONFIG = XQuantConfig.preset("xquant-1bit").replace(k_group_size=4, residual_length=4)
+# Unequal bits: an op that takes the keys' for the values' must not go unseen.
+CONFIG = XQuantConfig.preset("xquant-1bit").replace(k_bits=4, v_bits=2, k_group_size=4, residual_length=4)
 STORES = (ops.STORE, ops.STORE_BORROWED)
 
 Layers = list[tuple[QuantizedKV, QuantizedKV]]
