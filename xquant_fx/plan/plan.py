@@ -182,7 +182,7 @@ class Plan:
         return cls(tuple(_layer_from(layer, i) for i, layer in enumerate(layers)))
 
     def __str__(self) -> str:
-        from xquant_fx.reports.tables import render
+        from xquant_fx.tables import render
 
         columns = ["layer", "role", "scheme", "bits", "group", "window", "sinks", "codes of", "why"]
         rows = [

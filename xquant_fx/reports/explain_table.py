@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from xquant_fx.reports.tables import render
-
-if TYPE_CHECKING:
-    from xquant_fx.reports.explanation import Explanation, Site
+from xquant_fx.reports.sites import Site
+from xquant_fx.tables import render
 
 
 def _number(value: int | None) -> str:
@@ -44,9 +41,9 @@ COLUMNS: dict[str, Callable[[Site], str]] = {
 }
 
 
-def table(found: Explanation) -> str:
+def table(sites: list[Site], graphs: int) -> str:
     """The table as text, with what it sums up to below."""
-    rows = [[cell(site) for cell in COLUMNS.values()] for site in found.sites]
-    done = sum(site.rewritten for site in found.sites)
-    note = f"{done} of {len(found.sites)} attention sites rewritten, in {found.graphs} graph(s)"
+    rows = [[cell(site) for cell in COLUMNS.values()] for site in sites]
+    done = sum(site.rewritten for site in sites)
+    note = f"{done} of {len(sites)} attention sites rewritten, in {graphs} graph(s)"
     return render("xquant", list(COLUMNS), rows, note)

@@ -58,7 +58,7 @@ class MemoryReport:
         return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
-        from xquant_fx.reports.tables import render
+        from xquant_fx.tables import render
 
         total = max(self.total_bytes, 1)
         rows = [[name.replace("_", " "), f"{size:,}", f"{size / total:.1%}"] for name, size in self.parts.items()]
