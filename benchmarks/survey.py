@@ -31,7 +31,8 @@ from transformers import StaticCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from xquant_fx import XQuantCache
-from xquant_fx.passes.find_sites import find_sites
+from xquant_fx.compiler.backend import detect_graph
+from xquant_fx.compiler.options import parse
 
 KINDS = {"static_cache": StaticCache, "xquant_cache": XQuantCache}
 PROMPT, MAX_LEN = 16, 40  # tokens; the prompt is longer than a tiny model's window: sliding layers are full
@@ -42,7 +43,7 @@ def look(model: torch.nn.Module, cache: StaticCache) -> dict[str, Any]:
     graphs = []
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Any:
-        graphs.append(find_sites(gm.graph))
+        graphs.append(detect_graph(gm, inputs, parse(None, None)).sites)
         return gm.forward
 
     tokens = torch.randint(3, 100, (1, PROMPT))
@@ -53,8 +54,8 @@ def look(model: torch.nn.Module, cache: StaticCache) -> dict[str, Any]:
     )
     sites = [
         {
-            "graph": number, "attention": site.attention.how, "buffer": site.label, "has_cache": site.has_cache,
-            "write": site.key_write.how if site.key_write else "", "reason": site.reason,
+            "graph": number, "attention": site.attention.kind, "buffer": site.buffer_name, "has_cache": site.has_cache,
+            "write": site.key_write.kind if site.key_write else "", "reason": site.reason,
             "read": [list(site.key.path), list(site.value.path)],
         }
         for number, found in enumerate(graphs) for site in found

@@ -16,10 +16,12 @@ from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 
 from xquant_fx.kernels.cpu import build as cpu_build
-from xquant_fx.kernels.decode_attention import arguments as attention
+from xquant_fx.kernels.decode_attention import cpu_call as attention
 from xquant_fx.kernels.decode_attention import cpu_source as cpu_attention
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.quantize_store import cpu_call as append
 from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
+from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 
 
 def sizes(x: Any) -> tuple[int, ...]:
@@ -61,13 +63,11 @@ class CppOut(ir.ExternKernelOut):
 @register_lowering(torch.ops.xquant.decode_attention_cpu.default, type_promotion_kind=None)
 def decode_attention_cpu(*args: Any, **kwargs: Any) -> Any:
     """One C++ kernel in the generated module."""
-    a = attention.Arguments(*args, **kwargs)
-    inputs = {name: ir.ExternKernel.require_contiguous(t) for name, t in a.present.items()}
-    a = a._replace(**inputs)
+    a = DecodeArguments(*args, **kwargs).mapped(ir.ExternKernel.require_contiguous)
     types, code = cpu_attention.source(attention.problem_of(a, sizes, dtype), cpu_build.lanes())
     shape = (*sizes(a.q)[:3], sizes(a.v_ring)[3])
     layout = ir.FixedLayout(a.q.get_device(), a.q.get_dtype(), list(shape), ir.FlexibleLayout.contiguous_strides(shape))
-    return ir.TensorBox.create(CppOut(layout, list(inputs.values()), "xquant_decode_attention", types, code))
+    return ir.TensorBox.create(CppOut(layout, list(a.tensors.values()), "xquant_decode_attention", types, code))
 
 
 class CppInPlace(ir.ExternKernel):
@@ -106,14 +106,12 @@ class CppInPlace(ir.ExternKernel):
 
 def append_cpu(*args: Any, **kwargs: Any) -> None:
     """One C++ kernel in the generated module; the stored tensors are changed in place."""
-    a = append.Arguments(*args, **kwargs)
-    new = {name: ir.ExternKernel.require_contiguous(getattr(a, name)) for name in ("x", "pos")}
-    stored = ["scale", "zero", "ring", "sink", "length", "fault", *([] if a.fit else ["codes"])]
-    kept = {name: getattr(a, name) for name in (*stored, "start", "codes") if getattr(a, name) is not None}
-    kept = {name: ir.ExternKernel.realize_input(x) for name, x in kept.items()}
-    a = a._replace(**new, **kept)
+    new = ("x", "pos")
+    a = StoreArguments(*args, **kwargs).mapped(ir.ExternKernel.require_contiguous, new)
+    a = a.mapped(ir.ExternKernel.realize_input, set(a.tensor_names()) - set(new))
     types, code = cpu_store.source(append.problem_of(a, sizes, dtype), cpu_build.lanes())
-    CppInPlace(a.tensors, [kept[name] for name in stored if name in kept], "xquant_append", types, code)
+    written = [a.tensors[name] for name in a.written(a.overload) if name in a.tensors]
+    CppInPlace(list(a.tensors.values()), written, "xquant_append", types, code)
 
 
 for _overload in (torch.ops.xquant.append_cpu.default, torch.ops.xquant.append_cpu.borrowed):

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch.fx import Graph, Node
 
 from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.passes.records import Write
-from xquant_fx.passes.trace import argument, fake, op_name
-
-FACTORIES = frozenset({torch.zeros, torch.empty, torch.full, torch.ones, torch.zeros_like, torch.empty_like})
-FACTORY_METHODS = frozenset({"new_zeros", "new_empty", "new_full", "new_ones"})
-IN_PLACE = frozenset(
-    {
-        operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-        operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
-    }
-)
+from xquant_fx.passes.trace import argument, fake
+from xquant_fx.passes.vocabulary import IN_PLACE_OPERATORS, kind, op_name
 
 
 def find_writes(graph: Graph) -> list[Write]:
@@ -38,7 +28,7 @@ def written_by(node: Node) -> list[Node]:
     if node.op not in ("call_method", "call_function"):
         return []
     name, found = op_name(node), [node.kwargs.get("out")]
-    if node.args and (node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__"))):
+    if node.args and (node.target in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))):
         found.append(node.args[0])
     target = getattr(node.target, "default", node.target)  # of an op that was called without its overload
     schema = getattr(target, "_schema", None) if node.op == "call_function" else None
@@ -57,7 +47,7 @@ def is_opaque(node: Node) -> bool:
 
 def is_factory(node: Node) -> bool:
     """Whether ``node`` allocates a buffer inside the graph."""
-    return node.target in FACTORIES or (node.op == "call_method" and node.target in FACTORY_METHODS)
+    return kind(node) == "factory"
 
 
 def _is_buffer(node: object) -> bool:
@@ -68,22 +58,38 @@ def _is_buffer(node: object) -> bool:
 
 
 def _index_copy(node: Node) -> Write | None:
-    if node.op != "call_method" or node.target != "index_copy_" or not _is_buffer(node.args[0]):
+    if kind(node) != "index_copy" or not _is_buffer(node.args[0]):
         return None
     dim, index, x = (argument(node, i, name) for i, name in enumerate(("dim", "index", "source"), start=1))
     if dim not in (2, -2) or not isinstance(index, Node) or not isinstance(x, Node):
         return None
-    return Write(node, node.args[0], x, index, "index_copy_")
+    return _write(node, node.args[0], x, index, "index_copy_")
 
 
 def _setitem(node: Node) -> Write | None:
-    if node.op != "call_function" or node.target is not operator.setitem or not _is_buffer(node.args[0]):
+    if kind(node) != "setitem" or not _is_buffer(node.args[0]):
         return None
     buffer, index, x = node.args
     positions, value = _token_index(index, fake(buffer).shape), fake(x)
     if positions is None or value is None or value.dim() < 2:
         return None
-    return Write(node, buffer, x, positions, "indexed assignment")
+    return _write(node, buffer, x, positions, "indexed assignment")
+
+
+def _write(node: Node, buffer: object, x: Node, positions: Node | slice, name: str) -> Write | None:
+    assert isinstance(buffer, Node)
+    value = fake(x)
+    shape, tokens = fake(buffer).shape, None
+    if value is not None and value.dim() == 4:
+        tokens = value.shape[2]
+        if tuple(value.shape[d] for d in (0, 1, 3)) == tuple(shape[d] for d in (0, 1, 3)):
+            return Write(node, buffer, x, positions, name, tokens)
+    if isinstance(positions, Node):
+        index = fake(positions)
+        tokens = tokens if index is None else index.numel()
+    elif isinstance(positions.start, int) and isinstance(positions.stop, int):
+        tokens = positions.stop - positions.start
+    return Write(node, buffer, x, positions, name, tokens)
 
 
 def _token_index(index: object, shape: torch.Size) -> Node | slice | None:

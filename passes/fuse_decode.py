@@ -1,112 +1,69 @@
-"""Replace ``shared_code_load`` and the attention that reads it by one ``decode_attention``.
+"""Replace an attention and the loads that it reads by one ``decode_attention``.
 
     k_all, v_all = shared_code_load(...), shared_code_load(...)
     sdpa(q, repeat(k_all), repeat(v_all), mask)            =>   decode_attention(q, codes, ..., mask)
 
 Runs after ``rewrite``. Keys and values are never dequantized to memory then. A chunk of more than
-STEP_TOKENS (8) tokens brings its own keys and values. 16-bit storage and attentions that ``match_decode``
-rejects stay as they are.
+STEP_TOKENS (8) tokens brings its own keys and values. Which attentions, and how, the records say.
 """
 
 from __future__ import annotations
-
-import dataclasses
-import logging
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from xquant_fx import ops
+from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
+from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.match_decode import Decode, match_decode
-from xquant_fx.passes.records import Attention
-from xquant_fx.passes.trace import fake, op_name, source_of
+from xquant_fx.passes.masks import build_mask
+from xquant_fx.passes.records import Decode, Layout, Site
 
-log = logging.getLogger(__name__)
+OF_SIDE = ("codes", "scale", "zero", "ring", "sink")
 
 
-def fuse_decode(gm: GraphModule, attentions: list[Attention]) -> None:
-    """Fuse every one of ``attentions`` that reads two loads of one step; the others are logged."""
-    fused: dict[Node, Node] = {}  # outputs of attentions before: a query may be one
-    for found_before in attentions:
-        attention = dataclasses.replace(found_before, query=fused.get(found_before.query, found_before.query))
-        key, value = (source_of(operand, {}) for operand in (attention.key, attention.value))
-        if key.root.target is not ops.LOAD or value.root.target is not ops.LOAD:
+def fuse_decode(gm: GraphModule, context: Context) -> int:
+    """Fuse every site that has a form; returns how many."""
+    replaced: dict[Node, Node] = {}  # outputs of attentions before: a query may be one
+    for site in context.detection.sites:
+        if site.form is None or not site.is_quantized:
             continue
-        found = _why_not_loads(key.root, value.root, attention.query)
-        found = found or match_decode(attention, key, value, {})
-        if isinstance(found, Decode) and _written_between(gm.graph, (key.root, value.root), found.output):
-            found = "the cache is appended to once more before the attention"
-        if isinstance(found, str):
-            log.info("%s reads dequantized keys and values: %s", attention.node.name, found)
-            continue
-        fused[found.output] = _replace(gm.graph, found, ops.load_arguments(key.root), ops.load_arguments(value.root))
+        assert site.key_write is not None and site.value_write is not None
+        key, value = (context.loads[write.node] for write in (site.key_write, site.value_write))
+        replaced[site.form.output] = _replace(gm.graph, site, site.form, key, value, replaced)
+    return len(replaced)
 
 
-def _why_not_loads(key: Node, value: Node, query: Node) -> str:
-    k, v = ops.load_arguments(key), ops.load_arguments(value)
-    if 16 in (k["bits"], v["bits"]):
-        return "16-bit storage"
-    if (k["side"], v["side"]) != ("key", "value"):
-        return f"its keys are read from stored {k['side']}s and its values from stored {v['side']}s"
-    if (k["x"] is None) != (v["x"] is None) or k["new_tokens"] != v["new_tokens"]:
-        return "keys and values are not written by one step"
-    if k["new_tokens"] != fake(query).shape[-2]:
-        return "the query has another length than the step"
-    if not _same_value(k["past"], v["past"]):
-        return "keys and values are written at different positions"
-    return ""
+def _replace(graph: Graph, site: Site, form: Decode, key: Node, value: Node, replaced: dict[Node, Node]) -> Node:
+    k, v = LoadArguments.of(key), LoadArguments.of(value)
+    stored = {f"{side}_{name}": getattr(load, name) for side, load in (("k", k), ("v", v)) for name in OF_SIDE}
+    with graph.inserting_before(form.output):
+        query = _laid_out(graph, replaced.get(form.query, form.query), form.query_layout)
+        mask = build_mask(graph, form.terms, query.meta["example_value"].shape[0], form.heads)
+        sinks = None if form.sinks is None else call(graph, torch.reshape, (form.sinks, (form.heads,)))
+        fused = call(graph, ops.DECODE, (), dict(
+            q=query, **stored, start=k.start, past=k.past, mask=mask, sink_logits=sinks, new_tokens=k.new_tokens,
+            max_len=k.n, k_bits=k.bits, k_group=k.group_size, v_bits=v.bits, v_group=v.group_size,
+            residual_length=k.residual_length, scale=form.scale, softcap=form.softcap, window=0, k_new=k.x, v_new=v.x,
+        ))  # fmt: skip
+        output = _put_back(graph, fused, form.output_layout)
+    form.output.replace_all_uses_with(output)
+    _erase_unused(graph, form.output)
+    return output
 
 
-def _written_between(graph: Graph, loads: tuple[Node, Node], output: Node) -> bool:
-    """Whether a store changes, after its load, what the op would read in the load's place."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    stores = [n for n in graph.nodes if n.target in (ops.STORE, ops.STORE_BORROWED)]
-    rings = [ops.load_arguments(load)["ring"] for load in loads]
-    return any(
-        store.args[5] is ring and order[load] < order[store] < order[output]
-        for load, ring in zip(loads, rings, strict=True) for store in stores
-    )  # fmt: skip
+def _laid_out(graph: Graph, node: Node, layout: Layout) -> Node:
+    """Permuted, then reshaped."""
+    if layout.order is not None:
+        node = call(graph, torch.permute, (node, layout.order))
+    return node if layout.shape is None else call(graph, torch.reshape, (node, layout.shape))
 
 
-def _same_value(a: object, b: object, depth: int = 6) -> bool:
-    """Whether two nodes compute the same from the same inputs (positions: no op in them has effects)."""
-    if not (isinstance(a, Node) and isinstance(b, Node)):
-        return not isinstance(a, Node) and not isinstance(b, Node) and a == b
-    if a is b:
-        return True
-    if depth == 0 or "placeholder" in (a.op, b.op) or (a.op, a.target) != (b.op, b.target) or a.kwargs != b.kwargs:
-        return False
-    pairs = zip(a.args, b.args, strict=False)
-    return len(a.args) == len(b.args) and all(_same_value(x, y, depth - 1) for x, y in pairs)
-
-
-def _replace(graph: Graph, found: Decode, key: dict[str, object], value: dict[str, object]) -> Node:
-    node = found.output
-    state = [side[name] for side in (key, value) for name in ("codes", "scale", "zero", "ring", "sink")]
-    static = [key["bits"], key["group_size"], value["bits"], value["group_size"], key["residual_length"]]
-    with graph.inserting_before(node):
-        mask = _unexpanded(found.mask)
-        while mask is not None and fake(mask).dim() < 4:
-            mask = call(graph, torch.unsqueeze, (mask, 0))
-        sinks = found.sinks
-        if sinks is not None:
-            sinks = call(graph, torch.reshape, (sinks, (fake(found.query).shape[1],)))
-        args = (found.query, *state, key["start"], key["past"], mask, sinks, key["new_tokens"], key["n"], *static)
-        chunk = () if key["x"] is None else (key["x"], value["x"])
-        fused = call(graph, ops.DECODE, (*args, found.scale, found.softcap, 0, *chunk))
-    node.replace_all_uses_with(fused)
-    _erase_unused(graph, node)
-    return fused
-
-
-def _unexpanded(mask: Node | None) -> Node | None:
-    """The mask before it was expanded over batch, heads or queries: the op broadcasts by itself."""
-    while mask is not None and op_name(mask) == "expand" and fake(mask.args[0]).dim() == fake(mask).dim():
-        if fake(mask.args[0]).shape[-1] != fake(mask).shape[-1]:
-            break
-        mask = mask.args[0]
-    return mask
+def _put_back(graph: Graph, node: Node, layout: Layout) -> Node:
+    """Reshaped, then permuted."""
+    if layout.shape is not None:
+        node = call(graph, torch.reshape, (node, layout.shape))
+    return node if layout.order is None else call(graph, torch.permute, (node, layout.order))
 
 
 def _erase_unused(graph: Graph, node: Node) -> None:

@@ -1,28 +1,64 @@
-"""The passes, in order."""
+"""The passes that rewrite a graph, as one list. Detection comes before all of them, in ``detect``.
+
+| pass | does | file |
+|---|---|---|
+| add_state_inputs | codes, scales, windows of quantized buffers become plain inputs | state_inputs.py |
+| rewrite | appends and reads become ops on those inputs | rewrite.py |
+| fuse_decode | two loads and the attention that reads them become one op | fuse_decode.py |
+| verify | Inductor sees plain tensors only | verify.py |
+
+A pass takes the graph and the context, changes the graph in place, and returns how many things it did.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
-from xquant_fx.passes.find_attention import find_attention
-from xquant_fx.passes.find_sites import find_sites
+from xquant_fx.passes import dump
+from xquant_fx.passes.context import Context
 from xquant_fx.passes.fuse_decode import fuse_decode
-from xquant_fx.passes.rewrite import check_nothing_left, rewrite
-from xquant_fx.passes.state_inputs import StateInputs, add_state_inputs
+from xquant_fx.passes.rewrite import rewrite
+from xquant_fx.passes.state_inputs import add_state_inputs
+from xquant_fx.passes.verify import verify
 
 
-def run_passes(gm: GraphModule, inputs: list[object]) -> StateInputs:
-    """Rewrite the quantized buffers of ``gm`` (a clone of Dynamo's graph) in place.
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One step of a family's pipeline."""
 
-    ``inputs`` are the graph's example inputs. Returns the inputs that were added behind the old
-    ones; the placeholders of the quantized buffers are gone.
+    name: str
+    run: Callable[[GraphModule, Context], int]
+    may_be_off: bool = False
+    """Whether a user may switch it off; the others are needed for a graph that is right."""
+
+
+#: Rewrite families share the detection; each is a list of passes in order.
+FAMILIES: dict[str, tuple[Pass, ...]] = {
+    "kv": (
+        Pass("add_state_inputs", add_state_inputs),
+        Pass("rewrite", rewrite),
+        Pass("fuse_decode", fuse_decode, may_be_off=True),
+        Pass("verify", verify),
+    ),
+}
+PASSES = tuple(each for family in FAMILIES.values() for each in family)
+MAY_BE_OFF = tuple(each.name for each in PASSES if each.may_be_off)
+
+
+def run_passes(gm: GraphModule, context: Context, off: Collection[str] = (), folder: Path | None = None) -> None:
+    """Run every pass that is not in ``off`` on ``gm``, in order, in place.
+
+    ``torch._dynamo.utils.counters["xquant"]`` counts what each did. The graph before the first and after each
+    goes to torch's structured trace log and, as files, to ``folder``.
     """
-    sites = find_sites(gm.graph)  # who reads what; needed to know the length of a step
-    state = add_state_inputs(gm.graph, inputs)  # codes, scales, windows become plain graph inputs
-    rewrite(gm, state, sites)  # appends and reads become ops on those inputs
-    fuse_decode(gm, find_attention(gm.graph))  # two loads and the attention that reads them become one op
-    check_nothing_left(gm)  # invariant: Inductor sees plain tensors only
-    gm.graph.lint()
-    gm.recompile()
-    return state
-
+    number = dump.begin(gm, folder)
+    for step, each in enumerate(PASSES, start=1):
+        if each.name in off:
+            continue
+        counters["xquant"][each.name] += each.run(gm, context)
+        dump.graph(gm, f"{number}-{step}-after-{each.name}", folder)

@@ -1,10 +1,14 @@
-"""What detection finds: plain records that later stages act on and ``explain`` prints."""
+"""What detection finds: frozen records that later stages act on and ``explain`` prints."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
+
+from xquant_fx.plan.plan import Plan
+from xquant_fx.plan.spec import KVSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,13 +18,32 @@ class Write:
     node: Node
     """The node that writes."""
     buffer: Node
-    """Placeholder of the buffer [B, H, N, D]."""
+    """Placeholder of the buffer [B, H, N, D], or the node that allocates it."""
     x: Node
     """New tokens, broadcastable to [B, H, q, D]."""
     positions: Node | slice
     """int64 [q], or a slice of tokens."""
-    how: str
+    kind: str
     """For people: ``index_copy_`` or ``indexed assignment``."""
+    tokens: Any
+    """Number of new tokens q: an int, or symbolic."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product, as an einsum: ``equation`` holds the letters of left, right and result."""
+
+    node: Node
+    left: Node
+    right: Node
+    equation: tuple[str, str, str] | None
+    """None where the shapes are unknown or the equation is none that is understood."""
+    alpha: float = 1.0
+    """``baddbmm``: factor of the product."""
+    added: Node | None = None
+    """``baddbmm``: what is added to it,"""
+    beta: float = 1.0
+    """and its factor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +52,27 @@ class Attention:
 
     node: Node
     """The attention op, or the softmax."""
-    how: str
-    """For people: ``scaled_dot_product_attention``, ``flex_attention`` or ``softmax``."""
+    kind: str
+    """For people: ``scaled_dot_product_attention``, ``flex_attention`` or ``softmax between matrix products``."""
     query: Node
     key: Node
-    """The key operand, as the attention op takes it."""
+    """The key operand, as the attention op or the product takes it."""
     value: Node
     """The value operand."""
+    scores: Product | None = None
+    """The product of queries and keys, where it is written out."""
+    output: Product | None = None
+    """The product of weights and values, where it is written out."""
+
+    @property
+    def key_reader(self) -> Node:
+        """The node that takes the key operand."""
+        return self.node if self.scores is None else self.scores.node
+
+    @property
+    def value_reader(self) -> Node:
+        """The node that takes the value operand."""
+        return self.node if self.output is None else self.output.node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,29 +83,117 @@ class Source:
     """First node, going back, that is neither a view nor a cast nor a repeat."""
     path: tuple[str, ...]
     """Names of the view-like ops between root and attention, in program order."""
+    reader: Node | None = None
+    """The view-like op that reads the root; None where the attention reads it itself."""
 
 
-@dataclasses.dataclass
-class SiteRecord:
-    """One attention site with its KV cache, if it has one: what was decided and why."""
+@dataclasses.dataclass(frozen=True)
+class MaskTerm:
+    """One change that a mask makes to the scores, in the order of the program."""
+
+    node: Node
+    """The mask, or the condition of a fill."""
+    fill: float | None
+    """None: ``node`` is added to the scores. Else the scores become this number where ``where`` holds."""
+    where: bool = True
+    """Of a fill: whether it fills where the condition is true, or where it is false."""
+    factor: float = 1.0
+    """What the added mask is multiplied with, as scales that come after it say."""
+    scores: tuple[int, ...] = ()
+    """Shape of the scores there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How an operand of rank 4 in the op's order relates to a tensor of the program."""
+
+    order: tuple[int, ...] | None = None
+    """Permutation to apply, or None."""
+    shape: tuple[int, ...] | None = None
+    """Shape to give, or None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """One attention as ``xquant::decode_attention`` takes it."""
+
+    output: Node
+    """The node whose value the op computes."""
+    query: Node
+    scale: float
+    softcap: float = 0.0
+    terms: tuple[MaskTerm, ...] = ()
+    sinks: Node | None = None
+    """One logit per head [1, Hq, 1, 1] that joins the softmax without a value."""
+    heads: int = 0
+    """Query heads."""
+    query_layout: Layout = Layout()
+    """Permute, then reshape, the query to [B, Hq, q, D]."""
+    output_layout: Layout = Layout()
+    """Reshape, then permute, the result [B, Hq, q, Dv] to that of ``output``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One attention with its KV cache, if it has one: all that was decided, and why."""
 
     attention: Attention
     key: Source
     value: Source
-    key_write: Write | None = None
-    value_write: Write | None = None
-    label: str = ""
+    key_write: Write | None
+    """The append to the key buffer that the attention reads after; None if the graph has none."""
+    value_write: Write | None
+    buffer_name: str
     """Name of the key buffer in the user's program, for people."""
-    has_cache: bool = False
+    has_cache: bool
     """Whether keys or values come from a KV cache at all."""
-    computed: bool = False
+    is_quantized: bool
+    """Whether the buffers are quantized already: inputs, or allocated in this graph."""
+    is_latent: bool = False
     """Whether keys or values are computed from what is stored (latent attention), not read as they are."""
-    deferred: bool = False
-    """Whether the buffers are allocated in this graph, so that the next step takes them over."""
+    allocated_here: bool = False
+    """Whether ordinary buffers are allocated in this graph, so that the next step takes them over."""
     reason: str = ""
     """Why the site is left alone; empty where it is rewritten."""
+    form: Decode | None = None
+    """How the fused op is called; None where it reads dequantized keys and values."""
+    dequantized: str = ""
+    """Why it reads dequantized keys and values; "" too for a prompt that allocates its cache: it runs uncompiled."""
 
     @property
     def rewritable(self) -> bool:
         """Whether the site's cache is or can be quantized."""
         return not self.reason
+
+    @property
+    def buffers(self) -> tuple[Node, Node]:
+        """The nodes of the key and the value buffer."""
+        return self.key.root, self.value.root
+
+
+@dataclasses.dataclass(frozen=True)
+class Detection:
+    """What was found in one graph, once; passes, takeover and ``explain`` act on it."""
+
+    gm: GraphModule
+    """A clone of Dynamo's graph, whose nodes the records name. The passes change it."""
+    sites: tuple[Site, ...]
+    """One per attention, in program order."""
+    writes: tuple[Write, ...]
+    """All recognised appends, in program order."""
+    written: frozenset[Node]
+    """Placeholders that the graph writes to in any way."""
+    specs: dict[Node, KVSpec]
+    """Of each buffer that is quantized, or is going to be, by node."""
+    plan: Plan | None = None
+    """What ordinary buffers are going to be; None where there are none."""
+
+    @property
+    def ordinary(self) -> tuple[Site, ...]:
+        """Sites whose buffers are ordinary and can be taken over."""
+        return tuple(s for s in self.sites if s.rewritable and not s.is_quantized)
+
+    @property
+    def left_alone(self) -> tuple[Site, ...]:
+        """Sites with a KV cache that stays in full precision."""
+        return tuple(s for s in self.sites if s.has_cache and not s.rewritable and not s.allocated_here)

@@ -13,67 +13,62 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from xquant_fx import ops
-from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.state import TENSOR_NAMES
 from xquant_fx.errors import UnsupportedWriteError
 from xquant_fx.kernels.layout import STEP_TOKENS
-from xquant_fx.passes.find_writes import find_writes, is_opaque, written_by
+from xquant_fx.passes.context import Context
+from xquant_fx.passes.find_writes import is_opaque, written_by
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.records import SiteRecord, Write
-from xquant_fx.passes.state_inputs import StateInputs, device_of
-from xquant_fx.passes.trace import fake, is_shape_query, op_name, readers, shares_memory
-from xquant_fx.plan.spec import KVSpec
+from xquant_fx.passes.records import Detection, Write
+from xquant_fx.passes.trace import fake, is_shape_query, readers, shares_memory, value_of
+from xquant_fx.passes.vocabulary import op_name
+
+OF_LOAD = ("codes", "scale", "zero", "ring", "sink", "start")
 
 
-def rewrite(gm: GraphModule, inputs: StateInputs, sites: list[SiteRecord]) -> None:
-    """Rewrite every use of every quantized placeholder in ``inputs`` and remove the placeholders.
+def rewrite(gm: GraphModule, context: Context) -> int:
+    """Rewrite every use of every quantized placeholder and remove the placeholders; returns how many.
 
     Raises:
         UnsupportedWriteError: something other than an append writes to one of them.
     """
-    for node in gm.graph.nodes:  # what index_copy_ returns is the buffer; in program order chains of them resolve
-        if node.target == "index_copy_" and node.args[0] in inputs.nodes:
-            node.replace_all_uses_with(node.args[0])
-    writes = find_writes(gm.graph)
-    for buffer, tensors in inputs.nodes.items():
-        spec = fake(buffer).spec
-        mine = [w for w in writes if w.buffer is buffer]
-        BufferRewrite(gm.graph, buffer, spec, tensors, mine, _query_length(buffer, sites)).run()
-    inputs.step_tokens = _step_tokens([w for w in writes if w.buffer in inputs.nodes])
+    buffers = context.state.nodes
+    for buffer in buffers:
+        BufferRewrite(gm, buffer, context).run()
+    context.state.step_tokens = _step_tokens([w for w in context.detection.writes if w.buffer in buffers])
+    return len(buffers)
 
 
 def _step_tokens(writes: list[Write]) -> int | None:
     """Tokens the graph appends: None if it does not, 0 if too many for the windows to give back."""
     if not writes:
         return None
-    new = [fake(write.x).shape[2] for write in writes]
+    new = [write.tokens for write in writes]
     return new[0] if isinstance(new[0], int) and len(set(new)) == 1 and new[0] <= STEP_TOKENS else 0
 
 
-def _query_length(buffer: Node, sites: list[SiteRecord]) -> int:
+def _query_length(buffer: Node, detection: Detection) -> int:
     """New tokens of the attention that reads ``buffer``, where a step's window still holds them."""
-    for site in sites:
-        if buffer in (site.key.root, site.value.root):
-            query = fake(site.attention.query)
-            if query is not None and isinstance(query.shape[-2], int) and query.shape[-2] <= STEP_TOKENS:
-                return query.shape[-2]
+    for site in detection.sites:
+        query = fake(site.attention.query)
+        if buffer in site.buffers and query is not None and query.dim() > 2:
+            tokens = query.shape[-2]
+            if isinstance(tokens, int) and tokens <= STEP_TOKENS:
+                return tokens
     return 0
 
 
 class BufferRewrite:
     """All uses of one quantized buffer, taken in program order."""
 
-    def __init__(
-        self, graph: Graph, buffer: Node, spec: KVSpec, tensors: dict[str, Node | None], writes: list[Write], query: int
-    ) -> None:
-        self.graph, self.buffer, self.spec, self.tensors = graph, buffer, spec, tensors
-        self.writes = {write.node: write for write in writes}
-        self.query = query
+    def __init__(self, gm: GraphModule, buffer: Node, context: Context) -> None:
+        self.graph, self.buffer, self.loads = gm.graph, buffer, context.loads
+        self.spec, self.tensors = context.detection.specs[buffer], context.state.nodes[buffer]
+        self.writes = {write.node: write for write in context.detection.writes if write.buffer is buffer}
+        self.query = _query_length(buffer, context.detection)
         self.loaded: Node | None = None
-        self.past: Node | None = None
 
     def run(self) -> None:
         """Rewrite, then drop the placeholder."""
@@ -90,19 +85,19 @@ class BufferRewrite:
         node, spec = write.node, self.spec
         with self.graph.inserting_before(node):
             x, pos = self._new_tokens(write), self._positions(write)
-            self.past = call(self.graph, operator.getitem, (pos, slice(None, 1)))
-            new = fake(x).shape[2]
+            past = call(self.graph, operator.getitem, (pos, slice(None, 1)))
+            new = value_of(x).shape[2]
             ring = self.tensors["ring"]
             chunk = ring is not None and new > STEP_TOKENS
             if chunk:
                 ring = call(self.graph, torch.clone, (ring,))
-            state = tuple(self.tensors[name] for name in TENSOR_NAMES)
-            static = (spec.side, spec.bits, spec.group_size, spec.residual_length, spec.eta)
-            static = (*static, spec.sink_tokens, spec.shape[2])
-            target, fit = (ops.STORE_BORROWED, {"fit": spec.fit}) if spec.borrowed else (ops.STORE, {})
-            call(self.graph, target, (x, pos, *state, *static), fit)
-            new_tokens = new if isinstance(new, int) else call(self.graph, torch.ops.aten.sym_size.int, (x, 2))
-            self.loaded = self._load(self.past, new_tokens, ring, x if chunk else None)
+            arguments = dict(x=x, pos=pos, **self.tensors, **spec.store_constants())
+            if spec.borrowed:
+                call(self.graph, ops.STORE_BORROWED, (), dict(arguments, fit=spec.fit))
+            else:
+                call(self.graph, ops.STORE, (), arguments)
+            tokens = new if isinstance(new, int) else call(self.graph, torch.ops.aten.sym_size.int, (x, 2))
+            self.loaded = self.loads[node] = self._load(past, tokens, ring, x if chunk else None)
         self.graph.erase_node(node)
 
     def _check_view(self, view: Node, order: dict[Node, int]) -> None:
@@ -110,7 +105,7 @@ class BufferRewrite:
         if not shares_memory(view) or view.args[0] is not self.buffer:
             return
         later = [order[write] for write in self.writes if order[write] > order[view]]
-        for user, operand in readers(view, {}, shares_memory):
+        for user, operand in readers(view, shares_memory):
             if operand in written_by(user) or is_opaque(user):
                 raise UnsupportedWriteError(
                     f"{self._where()}: {op_name(user)} on a view of a quantized KV buffer would be lost; append tokens "
@@ -137,35 +132,28 @@ class BufferRewrite:
         user.replace_input_with(self.buffer, self.loaded)
 
     def _load(self, past: Node, new_tokens: Node | int, ring: Node | None, x: Node | None) -> Node:
-        t, s = self.tensors, self.spec
-        args = (t["codes"], t["scale"], t["zero"], ring, t["sink"], t["start"], past, new_tokens, s.shape[2])
-        return call(self.graph, ops.LOAD, (*args, s.side, s.bits, s.group_size, s.residual_length), {"x": x})
+        stored = {name: self.tensors[name] for name in OF_LOAD} | {"ring": ring}
+        where = dict(past=past, new_tokens=new_tokens, n=self.spec.shape[2], x=x)
+        return call(self.graph, ops.LOAD, (), dict(**stored, **where, **self.spec.load_constants()))
 
     def _new_tokens(self, write: Write) -> Node:
-        x, batch, heads, dim = write.x, self.spec.shape[0], self.spec.shape[1], self.spec.shape[3]
-        value = fake(x)
+        """What is appended, as the graph has it now: what it was detected as may have been replaced since."""
+        index = 2 if write.node.op == "call_function" else 3  # setitem(buffer, index, x), index_copy_(dim, index, x)
+        x = write.node.args[index] if len(write.node.args) > index else write.node.kwargs["source"]
+        assert isinstance(x, Node)
+        batch, heads, dim = self.spec.shape[0], self.spec.shape[1], self.spec.shape[3]
+        value = value_of(x)
         if value.dim() == 4 and tuple(value.shape[d] for d in (0, 1, 3)) == (batch, heads, dim):
             return x
-        pos = write.positions
-        new = fake(pos).shape[0] if isinstance(pos, Node) else pos.stop - pos.start
-        return call(self.graph, torch.Tensor.expand, (x, batch, heads, new, dim))
+        return call(self.graph, torch.Tensor.expand, (x, batch, heads, write.tokens, dim))
 
     def _positions(self, write: Write) -> Node:
         pos = write.positions
         if isinstance(pos, Node):
-            value = fake(pos)
+            value = value_of(pos)
             pos = call(self.graph, torch.reshape, (pos, (1,))) if value.dim() == 0 else pos
             return pos if value.dtype == torch.int64 else call(self.graph, torch.Tensor.to, (pos, torch.int64))
-        return call(self.graph, torch.arange, (pos.start, pos.stop), {"device": device_of(self.buffer)})
+        return call(self.graph, torch.arange, (pos.start, pos.stop), {"device": value_of(self.buffer).device})
 
     def _where(self) -> str:
-        return f"layer {self.spec.layer} {self.spec.side}s"
-
-
-def check_nothing_left(gm: GraphModule) -> None:
-    """After the rewrite no quantized buffer may be left."""
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" and isinstance(fake(node), QuantizedKV):
-            raise UnsupportedWriteError(f"{node.name} still takes part in the graph as a quantized buffer")
-        if isinstance(fake(node), QuantizedKV):  # a view of a buffer, now of a load
-            node.meta["example_value"] = fake(node).dense()
+        return f"layer {self.spec.layer} {self.spec.role}s"

@@ -11,7 +11,8 @@ import math
 import torch
 from torch.fx import Node
 
-from xquant_fx.passes.trace import argument, fake, keeps_numbers, op_name
+from xquant_fx.passes.trace import argument, fake, keeps_numbers, operand, value_of
+from xquant_fx.passes.vocabulary import kind
 
 Axes = tuple[tuple[str, ...], ...]
 
@@ -22,54 +23,57 @@ def expected(shape: tuple[int, ...], *dims: str) -> Axes:
     return tuple(tuple(name for name in dim.split() if name not in ones) for dim in dims)
 
 
-def axes_of(node: Node, root: Node, writers: dict[Node, Node]) -> Axes | None:
+def axes_of(node: Node, root: Node) -> Axes | None:
     """Axes of ``node``, a view of the buffer ``root`` [B, H, N, D]."""
     chain: list[Node] = []
     while node is not root:
-        if node in writers:
-            node = writers[node]
-            continue
         chain.append(node)
-        if not (node.args and isinstance(node.args[0], Node)):
+        before = operand(node)
+        if before is None:
             return None
-        node = node.args[0]
-    sizes = dict(zip("BHND", fake(root).shape, strict=True))
-    axes: Axes | None = expected(fake(root).shape, *"BHND")
+        node = before
+    sizes = dict(zip("BHND", value_of(root).shape, strict=True))
+    axes: Axes | None = expected(value_of(root).shape, *"BHND")
     for view in reversed(chain):
-        shape = tuple(fake(view).shape) if fake(view) is not None else None
-        axes = _view(view, axes, sizes, shape) if shape is not None else None
-        if axes is None:
+        if fake(view) is None or axes is None:
             return None
+        axes = _view(view, axes, sizes, tuple(value_of(view).shape))
     return axes
 
 
 def _view(node: Node, axes: Axes, sizes: dict[str, int], shape: tuple[int, ...]) -> Axes | None:
-    name, rank = op_name(node), len(axes)
-    if name in ("clone", "detach") or keeps_numbers(node):
+    what, rank = kind(node), len(axes)
+    if what in ("clone", "detach") or keeps_numbers(node):
         return axes
-    if name in ("transpose", "swapaxes"):
-        a, b = (int(argument(node, i, f"dim{i - 1}")) % rank for i in (1, 2))
+    if what == "transpose":
+        a, b = (_index(node, i, f"dim{i - 1}", rank) for i in (1, 2))
         order = list(range(rank))
         order[a], order[b] = b, a
         return tuple(axes[i] for i in order)
-    if name == "mT":
+    if what == "mT":
         return (*axes[:-2], axes[-1], axes[-2])
-    if name == "permute":
-        order = node.args[1:] if isinstance(node.args[1], int) else node.args[1]
-        return tuple(axes[i % rank] for i in order)
-    if name == "unsqueeze":
-        at = int(argument(node, 1, "dim")) % (rank + 1)
+    if what == "permute":
+        first = node.args[1] if len(node.args) > 1 else node.kwargs["dims"]
+        dims = node.args[1:] if isinstance(first, int) else first
+        return tuple(axes[i % rank] for i in dims)
+    if what == "unsqueeze":
+        at = _index(node, 1, "dim", rank + 1)
         return (*axes[:at], (), *axes[at:])
-    if name == "getitem":
+    if what == "getitem":
         return _getitem(node.args[1], axes, sizes)
-    if name in ("expand", "broadcast_to"):
+    if what == "expand":
         return _expand(axes, sizes, shape)
-    if name == "repeat_interleave":
+    if what == "repeat_interleave":
         return _repeat(node, axes, sizes)
     other_numbers = isinstance(argument(node, 1, "dtype"), torch.dtype)  # view(dtype) reads the same bits anew
-    if name in ("reshape", "view", "flatten", "unflatten") and not other_numbers:
+    if what in ("reshape", "view") and not other_numbers:
         return _reshape(axes, sizes, shape)
     return None
+
+
+def _index(node: Node, index: int, name: str, rank: int) -> int:
+    """A dimension that the call names, counted from the front."""
+    return int(argument(node, index, name)) % rank  # type: ignore[call-overload]
 
 
 def _size(dim: tuple[str, ...], sizes: dict[str, int]) -> int:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from attention_reference import Stored, attention
 from numeric import seeded
+from states import layers_of
 from store_runs import poison
 from torch import Tensor
 
 from xquant_fx import XQuantConfig
-from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.cache.state import KVState
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.layout import STEP_TOKENS
-from xquant_fx.plan.pairing import borrow_or_own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,7 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
         residual_length=s.residual, sink_tokens=s.sinks, scale_dtype=getattr(torch, s.scale_dtype),
     )  # fmt: skip
     shape = (s.batch, s.kv_heads, s.max_len, dim)
-    spec = borrow_or_own(shape, s.torch_dtype, config, side, 0, 1, None).spec
-    state = KVState(spec, CacheGroup(config, s.batch, torch.device("cpu"), start))
+    state = layers_of(config, shape, s.torch_dtype, start=start)[0][side == "value"]
     poison(state)
     channel = torch.randn(dim, generator=seeded(5)) * s.loud
     noise = torch.randn(s.batch, s.kv_heads, s.past + s.query, dim, generator=seeded(7 + (side == "key")))
@@ -134,18 +134,18 @@ def inputs(s: Setup) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def arguments(s: Setup, given: dict[str, Any]) -> list[Any]:
-    """Positional arguments of ``decode_attention``."""
+def arguments(s: Setup, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``decode_attention`` by name."""
     names = ("codes", "scale", "zero", "ring", "sink")
-    tensors = [given[side].tensor(name) for side in ("key", "value") for name in names]
+    tensors = {f"{side[0]}_{name}": given[side].tensor(name) for side in ("key", "value") for name in names}
     past = torch.tensor([s.past], device=given["q"].device)
     key, value = given["key"].spec, given["value"].spec
-    chunk = [given["new"]["key"], given["new"]["value"]] if s.query > STEP_TOKENS else []
-    return [
-        given["q"], *tensors, given["start"], past, given["mask"], given["sink_logits"], s.query, s.max_len,
-        s.k_bits, key.group_size, s.v_bits, value.group_size, s.residual, s.scale or s.dim**-0.5, s.softcap, s.window,
-        *chunk,
-    ]  # fmt: skip
+    return dict(
+        q=given["q"], **tensors, start=given["start"], past=past, mask=given["mask"], sink_logits=given["sink_logits"],
+        new_tokens=s.query, max_len=s.max_len, k_bits=s.k_bits, k_group=key.group_size, v_bits=s.v_bits,
+        v_group=value.group_size, residual_length=s.residual, scale=s.scale or s.dim**-0.5, softcap=s.softcap,
+        window=s.window, k_new=given["new"]["key"], v_new=given["new"]["value"],
+    )
 
 
 def reference(s: Setup, given: dict[str, Any], dtype: torch.dtype, rounded: torch.dtype | None) -> Tensor:
@@ -189,5 +189,5 @@ def interpret(hip: bool = False, **kwargs: Any) -> dict[str, Any]:
     kwargs["start"] = tuple(kwargs.get("start", ()))
     setup = Setup(**kwargs)
     given = inputs(setup)
-    out = launch(*arguments(setup, given), wrap=lambda kernel: kernel, interpret=True, hip=hip)
+    out = launch(DecodeArguments(**arguments(setup, given)), wrap=lambda kernel: kernel, interpret=True, hip=hip)
     return errors(setup, out, given)

@@ -10,8 +10,11 @@ import transformers
 from torch import Tensor
 from torch.fx import GraphModule
 
+from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.find_sites import find_sites
-from xquant_fx.passes.records import SiteRecord
+from xquant_fx.passes.graph import clone
+from xquant_fx.passes.normalize import normalize
+from xquant_fx.passes.records import Site
 
 #: Its position bias is as long as the prompt and not as a static cache, which fails without any of our code.
 OLD_BLOOM = pytest.mark.skipif(
@@ -72,7 +75,7 @@ def buffers(**kwargs: Any) -> tuple[Tensor, Tensor]:
     return torch.zeros(SHAPE, **kwargs), torch.zeros(SHAPE, **kwargs)
 
 
-def roles(site: SiteRecord) -> tuple[str, str]:
+def roles(site: Site) -> tuple[str, str]:
     """What the user's program calls the key and the value buffer of ``site``: the ends of the expressions."""
     return tuple(source.root._dynamo_source.name.split(".")[-1] for source in (site.key, site.value))
 
@@ -110,13 +113,20 @@ def first_graph(function: Any, *args: Any, **kwargs: Any) -> tuple[GraphModule, 
     raise AssertionError("nothing was compiled")
 
 
-def sites_of(function: Any, *args: Any, **kwargs: Any) -> list[SiteRecord]:
+def sites_in(gm: GraphModule) -> list[Site]:
+    """Attention sites of one graph, as detection finds them on a clone."""
+    copy = clone(gm)
+    normalize(copy.graph)
+    return find_sites(Facts(copy.graph))
+
+
+def sites_of(function: Any, *args: Any, **kwargs: Any) -> list[Site]:
     """Attention sites in one call of ``function``."""
-    return [site for gm, _ in graphs_of(function, *args, **kwargs) for site in find_sites(gm.graph)]
+    return [site for gm, _ in graphs_of(function, *args, **kwargs) for site in sites_in(gm)]
 
 
 @torch.no_grad()
-def decode_sites(model: Any, cache: Any, prompt: int = 14) -> list[SiteRecord]:
+def decode_sites(model: Any, cache: Any, prompt: int = 14) -> list[Site]:
     """Attention sites of a decode step after an eager prefill of ``prompt`` tokens."""
     ids = torch.arange(3, 3 + prompt)[None]
     model(ids, past_key_values=cache, use_cache=True)

@@ -182,11 +182,11 @@ def codes_reader(state):
     def read(t0, t1, c0, c1):
         words = state.tensor("codes").to(torch.int64) & 0xFFFFFFFF
         tokens, channels = torch.arange(t0, t1), torch.arange(c0, c1)
-        along, across = (channels, tokens) if state.spec.side == "key" else (tokens, channels)
+        along, across = (channels, tokens) if state.spec.role == "key" else (tokens, channels)
         r = along % per
         shift = 8 * (r % 4) + bits * (r // 4)
         picked = words[:, :, along // per][:, :, :, across] >> shift[:, None]
         picked = picked & (2**bits - 1)
-        return picked.transpose(2, 3) if state.spec.side == "key" else picked
+        return picked.transpose(2, 3) if state.spec.role == "key" else picked
 
     return read

@@ -7,20 +7,23 @@ from typing import Any
 
 import torch
 from dynamo_graphs import fresh
+from states import layers_of
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx import XQuantConfig, ops
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.state import CacheGroup, KVState
 from xquant_fx.compiler.backend import compile_graph
 from xquant_fx.compiler.options import parse
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.trace import fake, source_of
-from xquant_fx.plan.pairing import borrow_or_own
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 SHAPE = (1, 2, 48, 8)  # [B, H, N, D]
-CONFIG = XQuantConfig.preset("xquant-1bit").replace(k_group_size=4, residual_length=4)
+# Unequal bits: an op that takes the keys' for the values' must not go unseen.
+CONFIG = XQuantConfig.preset("xquant-1bit").replace(k_bits=4, v_bits=2, k_group_size=4, residual_length=4)
 STORES = (ops.STORE, ops.STORE_BORROWED)
 
 Layers = list[tuple[QuantizedKV, QuantizedKV]]
@@ -28,19 +31,7 @@ Layers = list[tuple[QuantizedKV, QuantizedKV]]
 
 def quantized_layers(config: XQuantConfig = CONFIG, shape: tuple[int, ...] = SHAPE) -> Layers:
     """Empty keys and values of two layers that pair."""
-    group = CacheGroup(config, shape[0], torch.device("cpu"))
-    below: dict[str, KVState] = {}
-    layers = []
-    for layer in (0, 1):
-        row = []
-        for side in ("key", "value"):
-            lower = below.get(side)
-            plan = borrow_or_own(shape, torch.float32, config, side, layer, 2, lower.spec if lower else None)
-            below[side] = KVState(plan.spec, group, lower if plan.spec.borrowed else None)
-            row.append(QuantizedKV.of(below[side]))
-            torch._dynamo.mark_static_address(row[-1])
-        layers.append(tuple(row))
-    return layers
+    return [tuple(QuantizedKV.of(s) for s in layer) for layer in layers_of(config, shape, torch.float32, 2)]
 
 
 class Rewrites:
@@ -73,15 +64,16 @@ def check_rewritten(gm: GraphModule, stores: int, loads: int = 0, fused: int = 0
     assert (count(gm, *STORES), count(gm, ops.LOAD), count(gm, ops.DECODE)) == (stores, loads, fused)
     assert not any(isinstance(fake(node), QuantizedKV) for node in gm.graph.nodes)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    scales = [(n, n.args[2]) for n in gm.graph.nodes if n.target is ops.DECODE]
-    scales += [(n, n.args[7]) for n in gm.graph.nodes if n.target is ops.DECODE]
+    fused_nodes = [n for n in gm.graph.nodes if n.target is ops.DECODE]
+    scales = [(n, DecodeArguments.of(n).k_scale) for n in fused_nodes]
+    scales += [(n, DecodeArguments.of(n).v_scale) for n in fused_nodes]
     for attention in attentions(gm):
         for operand in attention.args[1:3]:
             load = source_of(operand, {}).root
             assert load.target is ops.LOAD
-            scales.append((load, load.args[1]))
+            scales.append((load, LoadArguments.of(load).scale))
     for reader, scale in scales:
-        stored = [n for n in gm.graph.nodes if n.target in STORES and n.args[3] is scale]
+        stored = [n for n in gm.graph.nodes if n.target in STORES and StoreArguments.of(n).scale is scale]
         assert [order[n] < order[reader] for n in stored] == [True] * len(stored)
 
 

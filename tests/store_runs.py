@@ -7,28 +7,26 @@ What is never written must never be read.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from numeric import seeded
+from states import layers_of
 from store_reference import Case, Reference
 from torch import Tensor
 
-from xquant_fx.cache.state import TENSOR_NAMES, CacheGroup, KVState
+from xquant_fx import ops
+from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.layout import STEP_TOKENS
-from xquant_fx.plan.pairing import borrow_or_own
+from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 
 
 def pair_of(case: Case) -> list[KVState]:
     """The two layers of a pair, freshly allocated and poisoned."""
-    group = CacheGroup(case.config, case.batch, torch.device("cpu"), case.start)
-    states: list[KVState] = []
-    for layer in (0, 1):
-        lower = states[-1] if states else None
-        spec = borrow_or_own(
-            case.shape, case.dtype, case.config, case.side, layer, 2, lower.spec if lower is not None else None
-        ).spec
-        states.append(KVState(spec, group, lower if spec.borrowed else None))
-        poison(states[-1])
+    layers = layers_of(case.config, case.shape, case.dtype, 2, start=case.start)
+    states = [layer[case.side == "value"] for layer in layers]
+    for state in states:
+        poison(state)
     return states
 
 
@@ -39,6 +37,24 @@ def poison(state: KVState) -> None:
             tensor.fill_(math.nan)
         elif name == "codes":
             tensor.random_(-(2**31), 2**31 - 1, generator=seeded(0))
+
+
+def store_arguments(state: KVState, x: Tensor, pos: Tensor) -> StoreArguments:
+    """An append of ``x`` at ``pos`` as the raw op takes it."""
+    fit = state.spec.fit if state.spec.borrowed else None
+    return StoreArguments(x=x, pos=pos, **state.tensors, **state.spec.store_constants(), fit=fit)
+
+
+def append(state: KVState, x: Tensor, pos: Tensor) -> None:
+    """Append by the raw op, as a rewritten graph does."""
+    store_arguments(state, x, pos).call(ops.STORE, ops.STORE_BORROWED)
+
+
+def load_arguments(state: KVState, past: int, new: int, n: int, **more: Tensor | None) -> dict[str, Any]:
+    """Arguments of ``shared_code_load`` by name in a step of ``new`` tokens after ``past``; ``more`` goes first."""
+    tensors = {name: state.tensor(name) for name in ("codes", "scale", "zero", "ring", "sink", "start")}
+    lengths = dict(past=torch.tensor([past]), new_tokens=new, n=n)
+    return {**tensors, **lengths, **state.spec.load_constants(), **more}
 
 
 class ThroughState:
@@ -72,15 +88,10 @@ class ThroughOps(ThroughState):
 
     def step(self, layer: int, past: int, x: Tensor) -> Tensor:
         state, new = self.states[layer], x.shape[2]
-        tensors = [state.tensor(name) for name in TENSOR_NAMES]
         chunk = new > STEP_TOKENS and state.spec.quantized
-        ring = tensors[3].clone() if chunk else tensors[3]
-        pos, static = torch.arange(past, past + new), state.store_args()
-        if state.spec.borrowed:
-            torch.ops.xquant.quantize_store.borrowed(x, pos, *tensors, *static, fit=state.spec.fit)
-        else:
-            torch.ops.xquant.quantize_store(x, pos, *tensors, *static)
-        assert int(tensors[6][0]) == past + new and int(tensors[7]) == 0
+        ring = state.tensor("ring").clone() if chunk else state.tensor("ring")
+        append(state, x, torch.arange(past, past + new))
+        assert state.length == past + new and int(state.tensor("fault")) == 0
         return self._load(state, ring, past, new, x if chunk else None)
 
     def view(self, layer: int, length: int) -> Tensor:
@@ -92,12 +103,7 @@ class ThroughOps(ThroughState):
             super().rollback(layer, length)
 
     def _load(self, state: KVState, ring: Tensor | None, past: int, new: int, x: Tensor | None) -> Tensor:
-        codes, scale, zero, _, sink, start, _, _ = (state.tensor(name) for name in TENSOR_NAMES)
-        s = state.spec
-        return torch.ops.xquant.shared_code_load(
-            codes, scale, zero, ring, sink, start, torch.tensor([past]), new, self.count,
-            s.side, s.bits, s.group_size, s.residual_length, x=x,
-        )  # fmt: skip
+        return ops.LOAD(**load_arguments(state, past, new, self.count, ring=ring, x=x))
 
 
 class ThroughKernel(ThroughOps):
@@ -139,7 +145,7 @@ def run(case: Case, script: list[int], driver: type[ThroughState]) -> list[KVSta
                 x = case.tokens(length - past, 2 * number + layer)
                 ref.write(past, x)
                 compare(layers.step(layer, past, x), ref, past, length - past)
-                ref.check_stored({name: layers.states[layer].tensor(name) for name in TENSOR_NAMES})
+                ref.check_stored(layers.states[layer].tensors)
         furthest = max(furthest, length)
         for layer, ref in enumerate(refs[: 1 if move > 0 else 2]):  # the upper layer's last step is still to be seen
             compare(layers.view(layer, length), ref, length, 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from states import layers_of
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import compile_fx
@@ -19,10 +20,8 @@ from transformers import CompileConfig, LlamaForCausalLM
 import xquant_fx
 from xquant_fx import CacheStateError, ConfigError, XQuantCache, XQuantConfig, ops
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.state import CacheGroup, KVState
 from xquant_fx.compiler import backend
 from xquant_fx.compiler.options import MODES
-from xquant_fx.plan.pairing import borrow_or_own
 
 SHAPE = (1, 1, 32, 16)
 SMALL = XQuantConfig(k_group_size=8, residual_length=8)
@@ -136,9 +135,7 @@ def test_modes_run(mode: str) -> None:
 
 
 def _buffers(config: XQuantConfig) -> tuple[QuantizedKV, QuantizedKV]:
-    group = CacheGroup(config, 1, torch.device("cpu"))
-    specs = [borrow_or_own(SHAPE, torch.float32, config, side, 0, 1, None).spec for side in ("key", "value")]
-    keys, values = (QuantizedKV.of(KVState(spec, group)) for spec in specs)
+    keys, values = (QuantizedKV.of(state) for state in layers_of(config, SHAPE, torch.float32)[0])
     return keys, values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import generated_code
+from states import layers_of
 from torch import Tensor
 from torch._inductor import codecache, compile_fx
 from torch._inductor import config as inductor_config
@@ -23,9 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import xquant_fx
 from xquant_fx import XQuantConfig
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.state import CacheGroup, KVState
 from xquant_fx.compiler import cache_key
-from xquant_fx.plan.pairing import borrow_or_own
+from xquant_fx.plan.spec import KVSpec
 
 SMALL = XQuantConfig(k_group_size=8, residual_length=8)
 SHAPE = (1, 1, 32, 16)
@@ -39,9 +40,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, keys: Tensor, values: Ten
 
 def step_args(config: XQuantConfig = SMALL) -> tuple[Tensor, ...]:
     """Arguments of ``step`` with quantized buffers; fake ones under a FakeTensorMode."""
-    group = CacheGroup(config, 1, torch.device("cpu"))
-    specs = [borrow_or_own(SHAPE, torch.float32, config, side, 0, 1, None).spec for side in ("key", "value")]
-    buffers = [QuantizedKV.of(KVState(spec, group)) for spec in specs]
+    buffers = [QuantizedKV.of(state) for state in layers_of(config, SHAPE, torch.float32)[0]]
     return (*torch.zeros(3, 1, 1, 1, 16), torch.zeros(1, dtype=torch.int64), *buffers)
 
 
@@ -80,6 +79,30 @@ def test_stable_hash_of_a_buffer_follows_what_graphs_rely_on() -> None:
     assert len(set(hashes)) == len(hashes) and all(isinstance(h, str) for h in hashes)
     twin.index_copy_(2, torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, 1, 16))  # contents do not count
     assert twin._stable_hash_for_caching() == hashes[0]
+
+
+OTHER = dict(
+    role="value", scheme="per_token", layer=2, shape=(1, 1, 64, 16), dtype=torch.float16, bits=4, group_size=4,
+    residual_length=16, eta=0.25, sink_tokens=1, scale_dtype=torch.float32, partner=1, fit="minmax",
+)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(KVSpec) if field.compare])
+def test_every_field_of_a_spec_counts(name: str) -> None:
+    """In what Dynamo guards on, and in what Inductor's caches key on."""
+    spec = step_args()[-2].spec
+    other = dataclasses.replace(spec, **{name: OTHER[name]})
+    assert spec == dataclasses.replace(spec) and spec != other
+    buffers = [QuantizedKV(s, torch.zeros(1)) for s in (spec, dataclasses.replace(spec), other)]
+    hashes = [buffer._stable_hash_for_caching() for buffer in buffers]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_reason_is_for_people_only() -> None:
+    spec = step_args()[-2].spec
+    assert spec.reason and spec == dataclasses.replace(spec, reason="another")
+    buffers = [QuantizedKV(s, torch.zeros(1)) for s in (spec, dataclasses.replace(spec, reason="another"))]
+    assert len({buffer._stable_hash_for_caching() for buffer in buffers}) == 1
 
 
 def test_source_hash_covers_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,8 +235,8 @@ def test_caches_across_processes(tmp_path: Path) -> None:
     assert counts == miss and other != first
 
     # Values doubled by a change of the body of shared_code_load: stale code would give the old numbers.
-    with (package / "kernels" / "load.py").open("a") as file:
-        file.write("\n_load = load\ndef load(*args):\n    return _load(*args) * (2.0 if 'value' in args else 1.0)\n")
+    with (package / "kernels" / "shared_code_load" / "plain_torch.py").open("a") as file:
+        file.write("\n_load = load\ndef load(a):\n    return _load(a) * (2.0 if a.scheme == 'per_token' else 1.0)\n")
     doubled, counts = run()
     assert counts == miss
     assert torch.allclose(torch.tensor(doubled), 2 * torch.tensor(first), rtol=1e-5)

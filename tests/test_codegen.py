@@ -55,7 +55,7 @@ def empty_cache(preset: str, length: int = LENGTH) -> XQuantCache:
 
 def on_device(cache: XQuantCache, device: str) -> XQuantCache:
     """A cache of the same specs as ``cache``, allocated anew; under a FakeTensorMode a fake one."""
-    group = CacheGroup(cache.xquant_config, 1, torch.device(device))
+    group = CacheGroup(cache.plan, 1, torch.device(device))
     twin = XQuantCache(MODEL, cache.quantized_layers[0].max_cache_len, config=cache.xquant_config)
     states: dict[KVState | None, KVState] = {}
     for layer, old in zip(twin.quantized_layers, cache.quantized_layers, strict=True):
@@ -79,7 +79,7 @@ def state_tensors(cache: XQuantCache) -> dict[str, Tensor]:
         for name in TENSOR_NAMES:
             tensor = state.tensor(name)
             if tensor is not None:
-                found.setdefault(id(tensor), (f"{state.spec.side}{state.spec.layer}_{name}", tensor))
+                found.setdefault(id(tensor), (f"{state.spec.role}{state.spec.layer}_{name}", tensor))
     return dict(found.values())
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from xquant_fx import PRESETS, ConfigError, XQuantConfig
+from xquant_fx.cache.allocate import Geometry, bind_all
 from xquant_fx.compiler.options import MODES, parse
-from xquant_fx.plan.pairing import SidePlan, borrow_or_own
+from xquant_fx.plan.plan import SHARED, make_plan
+from xquant_fx.plan.spec import KVSpec
 
 SHAPE = (1, 2, 64, 16)
 
@@ -24,7 +26,7 @@ SHAPE = (1, 2, 64, 16)
         (dict(k_bits=True), "k_bits .* got True"),
         (dict(k_bits=2.0), "k_bits .* got 2.0"),
         (dict(v_bits=(1, 5)), r"v_bits .* got \(1, 5\)"),
-        (dict(v_bits=()), r"v_bits must hold one number a layer, got \(\)"),
+        (dict(v_bits=()), r"v_bits must hold one number per layer, got \(\)"),
         (dict(share_keys_from=-1), "share_keys_from must not be negative, got -1"),
         (dict(share_values_from=1.5), r"share_values_from as a fraction must be in \[0, 1\], got 1.5"),
         (dict(share_values_from=math.nan), "share_values_from .* got nan"),
@@ -105,22 +107,20 @@ def test_bits_and_eta_of_a_layer() -> None:
     assert [config.bits("key", i, 3) for i in range(3)] == [1, 2, 4]
     assert [config.bits("value", i, 3) for i in range(3)] == [8, 8, 8]
     assert [config.eta(bits) for bits in (1, 2, 4, 8, 16)] == [0.2, 0.1, 0, 0, 0]
-    with pytest.raises(ConfigError, match="k_bits must hold one number a layer: got 3 for 4 layers"):
+    with pytest.raises(ConfigError, match="k_bits must hold one number per layer: got 3 for 4 layers"):
         config.bits("key", 0, 4)
 
 
-def plan(config: XQuantConfig, layers: int, side: str = "value", shapes=None, dtypes=None) -> list[SidePlan]:
-    plans: list[SidePlan] = []
-    for layer in range(layers):
-        shape = shapes[layer] if shapes else SHAPE
-        dtype = dtypes[layer] if dtypes else torch.float16
-        lower = plans[-1].spec if plans else None
-        plans.append(borrow_or_own(shape, dtype, config, side, layer, layers, lower))
-    return plans
+def plan(config: XQuantConfig, layers: int, role: str = "value", shapes=None, dtypes=None) -> list[KVSpec]:
+    """Specs of all layers of one role."""
+    geometry = [
+        Geometry(shapes[i] if shapes else SHAPE, dtypes[i] if dtypes else torch.float16) for i in range(layers)
+    ]
+    return bind_all(make_plan(config, layers), [(i, role, geometry[i]) for i in range(layers)])
 
 
-def borrowing(plans: list[SidePlan]) -> dict[int, int]:
-    return {p.spec.layer: p.spec.partner for p in plans if p.spec.borrowed}
+def borrowing(specs: list[KVSpec]) -> dict[int, int]:
+    return {spec.layer: spec.partner for spec in specs if spec.borrowed}
 
 
 @pytest.mark.parametrize("layers", range(1, 14))
@@ -135,7 +135,7 @@ def test_which_layers_borrow(layers: int, share: float | None, side: str) -> Non
     plans = plan(config, layers, side)
     assert borrowing(plans) == expected
     assert not borrowing(plan(config, layers, "value" if side == "key" else "key"))
-    assert all(bool(p.reason) != p.spec.borrowed for p in plans)
+    assert all((p.reason == SHARED) == p.borrowed and p.reason for p in plans)
     if layers % 2:
         assert plans[-1].reason == "the last layer has no partner"
 
@@ -159,23 +159,24 @@ def test_pairs_that_do_not_match_stay_apart(fields: dict, more: dict, reason: st
 
 def test_a_plan_says_where_sharing_starts_and_what_is_out_of_reach() -> None:
     reasons = [p.reason for p in plan(XQuantConfig(), 8)]
-    assert reasons[1] == reasons[3] == "share_values_from starts sharing at layer 4" and reasons[5] == reasons[7] == ""
+    assert reasons[1] == reasons[3] == "share_values_from starts sharing at layer 4"
+    assert reasons[5] == reasons[7] == SHARED
     assert plan(XQuantConfig(), 8, "key")[5].reason == "sharing is off"
-    config = XQuantConfig(share_values_from=0)
-    assert borrow_or_own(SHAPE, torch.float16, config, "value", 1, 2, None).reason == "layer 0 is not in reach"
+    entry = make_plan(XQuantConfig(share_values_from=0), 2).layers[1].value
+    assert entry.partner == 0 and entry.bind(1, SHAPE, torch.float16, None).reason == "layer 0 is not in reach"
 
 
 def test_the_spec_a_plan_makes() -> None:
     config = XQuantConfig(
         k_group_size=8, residual_length=16, v_group_size=4, eta_1bit=0.3, sink_tokens=2, scale_dtype=torch.float32
     )
-    key, value = (plan(config, 2, side)[1].spec for side in ("key", "value"))
+    key, value = (plan(config, 2, role)[1] for role in ("key", "value"))
     assert (key.bits, key.group_size, key.eta, key.partner) == (2, 8, 0.045, None)
     assert (value.bits, value.group_size, value.eta, value.partner) == (1, 4, 0.3, 0)
     for spec in (key, value):
         assert (spec.shape, spec.dtype, spec.layer, spec.residual_length) == (SHAPE, torch.float16, 1, 16)
         assert (spec.sink_tokens, spec.scale_dtype, spec.fit) == (2, torch.float32, "least_squares")
-    assert plan(config.replace(v_group_size=None), 1)[0].spec.group_size == 16
+    assert plan(config.replace(v_group_size=None), 1)[0].group_size == 16
     with pytest.raises(
         ConfigError, match=r"layer 0: v_group_size must divide head_dim, .*v_group_size=5 .*head_dim=16"
     ):
@@ -203,7 +204,7 @@ def test_options() -> None:
         (None, {"bits": 2, "groups": 3}, r"unknown options \['bits', 'groups'\]"),
         (None, {"preset": "kivi-2", "config": XQuantConfig()}, r"config= stands alone, got also \['preset'\]"),
         (None, {"k_bits": 2, "config": XQuantConfig()}, r"config= stands alone, got also \['k_bits'\]"),
-        (None, {"config": {"k_bits": 2}}, "config must be an XQuantConfig, got dict"),
+        (None, {"config": {"k_bits": 2}}, "config must be an XQuantConfig or a Plan, got dict"),
         (None, {"preset": "kivi-3"}, "preset must be one of .* got 'kivi-3'"),
         (None, {"strict": 1}, "strict must be True or False, got 1"),
         (None, {"k_bits": 3}, "k_bits must be one of .* got 3"),

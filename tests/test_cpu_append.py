@@ -6,16 +6,19 @@ import math
 
 import pytest
 import torch
+from bad_positions import SHORT
 from store_reference import Case
-from store_runs import ThroughKernel, pair_of, run
+from store_runs import ThroughKernel, pair_of, run, store_arguments
+from store_runs import append as append_by_op
 from torch import Tensor
 
 from xquant_fx import ops
-from xquant_fx.cache.state import TENSOR_NAMES, KVState
+from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.cpu import build as cpu_build
 from xquant_fx.kernels.quantize_store import cpu_call as append
 from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
 
+APPENDS = (ops.APPEND_CPU, ops.APPEND_CPU_BORROWED)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 STEPS = [9, 1, 1, 1, 3, 1, -3, 1, 3, 1, 1, 1, 3, 12, 1, 3, 1, 0, 1, 3]  # two lengths only: each is compiled
 CASES = {
@@ -36,11 +39,7 @@ class ThroughCpp(ThroughKernel):
 
     @staticmethod
     def append(state: KVState, x: Tensor, pos: Tensor) -> None:
-        arguments = (x, pos, *(state.tensor(name) for name in TENSOR_NAMES), *state.store_args())
-        if state.spec.borrowed:
-            ops.APPEND_CPU_BORROWED(*arguments, fit=state.spec.fit)
-        else:
-            ops.APPEND_CPU(*arguments)
+        store_arguments(state, x, pos).call(*APPENDS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,28 +65,23 @@ def test_what_has_no_range_reads_as_nan(side: str, bad: float) -> None:
     x = torch.randn(1, 1, 16, 8)
     x[0, 0, 2, 3], x[0, 0, 5], x[0, 0, 4:8, 6] = bad, 1.5, -2.0
     for t in range(16):
-        for state, op in ((mine, ops.APPEND_CPU), (theirs, ops.STORE)):
-            tensors = [state.tensor(name) for name in TENSOR_NAMES]
-            op(x[:, :, t : t + 1], torch.tensor([t]), *tensors, *state.store_args())
+        for state, step in ((mine, ThroughCpp.append), (theirs, append_by_op)):
+            step(state, x[:, :, t : t + 1], torch.tensor([t]))
     reads = [state.load(16) for state in (mine, theirs)]
     assert reads[0].isnan().any()
     torch.testing.assert_close(*reads, equal_nan=True)
 
 
-FAULTY = {"gap": ([21], 1), "past the end": ([60], 2), "rolled back by 9": ([11], 3), "before the first": ([-3], 1)}
-
-
 @pytest.mark.parametrize("side", ["key", "value"])
-@pytest.mark.parametrize("what", FAULTY)
+@pytest.mark.parametrize("what", SHORT)
 def test_faults(side: str, what: str) -> None:
     """Positions that do not follow set the fault code and touch no memory outside the tensors."""
-    case = Case(side=side, batch=1, shared=False)
+    case, bad = Case(side=side, batch=1, shared=False), SHORT[what]
     layers = ThroughCpp(case)
-    layers.step(0, 0, case.tokens(20, 0))
-    state, (positions, code) = layers.states[0], FAULTY[what]
-    tensors = [state.tensor(name) for name in TENSOR_NAMES]
-    ops.APPEND_CPU(case.tokens(1, 1), torch.tensor(positions), *tensors, *state.store_args())
-    assert int(state.tensor("fault")) == code
+    layers.step(0, 0, case.tokens(bad.stored, 0))
+    state = layers.states[0]
+    ThroughCpp.append(state, case.tokens(len(bad.positions), 1), torch.tensor(bad.positions))
+    assert int(state.tensor("fault")) == bad.fault
 
 
 @pytest.mark.parametrize("borrowed", [False, True])
@@ -98,17 +92,13 @@ def test_opcheck(borrowed: bool) -> None:
         state.reset()
     for layer in (0, 1):
         layers.step(layer, 0, case.tokens(20, layer))
-    state = layers.states[int(borrowed)]
-    arguments = (case.tokens(1, 5), torch.arange(20, 21), *(state.tensor(name) for name in TENSOR_NAMES))
-    op, fit = (ops.APPEND_CPU_BORROWED, {"fit": case.fit}) if borrowed else (ops.APPEND_CPU, {})
-    torch.library.opcheck(op, (*arguments, *state.store_args()), fit)
+    a = store_arguments(layers.states[int(borrowed)], case.tokens(1, 5), torch.arange(20, 21))
+    a.call(*(lambda op=op, **given: torch.library.opcheck(op, (), given) for op in APPENDS))
 
 
 def test_borrowed_codes_are_const() -> None:
     case = Case()
     for state, const in zip(pair_of(case), (False, True), strict=True):
-        fit = {"fit": case.fit} if state.spec.borrowed else {}
-        tensors = [state.tensor(name) for name in TENSOR_NAMES]
-        a = append.Arguments(case.tokens(1, 0), torch.arange(1), *tensors, *state.store_args(), **fit)
+        a = store_arguments(state, case.tokens(1, 0), torch.arange(1))
         types, _ = cpu_store.source(append.problem_of(a), 8)
         assert (types[2] == "const int32_t*") == const

@@ -13,8 +13,10 @@ from attention_runs import Setup, arguments, errors, inputs
 from xquant_fx import ops
 from xquant_fx.kernels.cpu import build as cpu_build
 from xquant_fx.kernels.cpu import source as cpu_source
-from xquant_fx.kernels.decode_attention.arguments import Arguments, dequantized, empty_output, problem_of, run_cpu
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.decode_attention.cpu_call import empty_output, problem_of, run_cpu
 from xquant_fx.kernels.decode_attention.cpu_source import source
+from xquant_fx.kernels.decode_attention.plain_torch import attend
 
 NARROW = ("float32", "bfloat16", "keys 8, values 1 bits", "sink tokens", "head_dim 8", "a bias a token", "softcap")
 
@@ -32,7 +34,7 @@ def check(setup: Setup, out: torch.Tensor, given: dict[str, Any]) -> dict[str, A
 def test_against_the_truth(name: str) -> None:
     setup = Setup(**CASES[name])
     given = inputs(setup)
-    assert check(setup, ops.DECODE(*arguments(setup, given)), given)["largest"] > 0
+    assert check(setup, ops.DECODE(**arguments(setup, given)), given)["largest"] > 0
 
 
 @pytest.mark.parametrize("lanes", [4, 8])
@@ -42,11 +44,10 @@ def test_narrower_vectors(name: str, lanes: int) -> None:
         pytest.skip(f"this machine has vectors of {cpu_build.lanes()} lanes")
     setup = Setup(**CASES[name])
     given = inputs(setup)
-    a = Arguments(*arguments(setup, given))
-    a = a._replace(**{n: t.contiguous() for n, t in a.present.items()})
+    a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
     types, code = source(problem_of(a), lanes)
-    out = empty_output(*a)
-    cpu_build.load(types, code)(*a.present.values(), out)
+    out = empty_output(**a._asdict())
+    cpu_build.load(types, code)(*a.tensors.values(), out)
     check(setup, out, given)
 
 
@@ -56,14 +57,13 @@ def test_avx512_without_the_processor(name: str, macro: str) -> None:
     """The 16-lane code with its intrinsics spelt out (avx512.h), so that no machine leaves it untested."""
     setup = Setup(**CASES[name])
     given = inputs(setup)
-    a = Arguments(*arguments(setup, given))
-    a = a._replace(**{n: t.contiguous() for n, t in a.present.items()})
+    a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
     types, code = source(problem_of(a), 16)
     others = "".join(f"#undef {m}\n" for m in ("__AVX512VNNI__", "__AVX512VL__", "__AVX512BW__"))
     shim = f"{others}#define {macro} 1\n{(Path(__file__).parent / 'avx512.h').read_text()}"
     assert code.count("#include <immintrin.h>") == 1
-    out = empty_output(*a)
-    cpu_build.load(types, code.replace("#include <immintrin.h>", shim))(*a.present.values(), out)
+    out = empty_output(**a._asdict())
+    cpu_build.load(types, code.replace("#include <immintrin.h>", shim))(*a.tensors.values(), out)
     check(setup, out, given)
 
 
@@ -71,17 +71,17 @@ def test_avx512_without_the_processor(name: str, macro: str) -> None:
 def test_nan_propagates(name: str) -> None:
     setup = Setup(**SPOILED[name])
     given = inputs(setup)
-    assert check(setup, ops.DECODE(*arguments(setup, given)), given)["nans"]
+    assert check(setup, ops.DECODE(**arguments(setup, given)), given)["nans"]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 8])  # spans of 256 and of 1,024 tokens
 def test_many_threads_and_splits_give_the_same(kv_heads: int) -> None:
     setup = Setup(past=2200, max_len=2400, kv_heads=kv_heads, group=2, dim=32, residual=128, k_group=128)
     given, threads = inputs(setup), torch.get_num_threads()
-    one = run_cpu(*arguments(setup, given))
+    one = run_cpu(**arguments(setup, given))
     try:
         torch.set_num_threads(3)
-        many = run_cpu(*arguments(setup, given))
+        many = run_cpu(**arguments(setup, given))
     finally:
         torch.set_num_threads(threads)
     check(setup, many, given)
@@ -93,19 +93,19 @@ def test_plain_torch_twin(name: str) -> None:
     """What devices without a kernel run."""
     setup = Setup(**CASES[name])
     given = inputs(setup)
-    check(setup, dequantized(*arguments(setup, given)), given)
+    check(setup, attend(DecodeArguments(**arguments(setup, given))), given)
 
 
 def test_opcheck() -> None:
     setup = Setup(dim=16, past=40, max_len=48, mask="padded")
     args = arguments(setup, inputs(setup))
-    args[0] = args[0].contiguous()
-    torch.library.opcheck(ops.DECODE_CPU, tuple(args))
-    torch.library.opcheck(ops.DECODE, tuple(args))
+    args["q"] = args["q"].contiguous()
+    torch.library.opcheck(ops.DECODE_CPU, (), args)
+    torch.library.opcheck(ops.DECODE, (), args)
 
 
 def test_sources_of_one_problem_are_one_text() -> None:
     setup = Setup()
-    a = Arguments(*arguments(setup, inputs(setup)))
+    a = DecodeArguments(**arguments(setup, inputs(setup)))
     made = {source(problem_of(a), 8)[1] for _ in range(2)}
     assert len(made) == 1 and cpu_source.text("cpu_simd.h") in made.pop()

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from xquant_fx import NotRewrittenError, XQuantCache, XQuantConfig, explain, memory_report, ops
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.compiler import backend
+from xquant_fx.compiler import warn_once
 
 CONFIG = XQuantConfig(k_bits=2, v_bits=1, share_values_from=0, k_group_size=8, residual_length=8)
 IDS = torch.arange(3, 17)[None]
@@ -21,7 +21,7 @@ FULL = 2 * 1 * 2 * 32 * 8 * 4  # bytes of a layer: K and V, [1, 2, 32, 8], fp32
 
 @pytest.fixture(autouse=True)
 def no_warnings_given_yet(monkeypatch):
-    monkeypatch.setattr(backend, "_warned", set())
+    warn_once.forget()
 
 
 @pytest.fixture(scope="module")

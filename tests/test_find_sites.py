@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynamo_graphs import OLD_BLOOM, SHAPE, FastModel, buffers, decode_sites, fresh, graphs_of, roles, sites_of, tiny
+from dynamo_graphs import (
+    OLD_BLOOM,
+    SHAPE,
+    FastModel,
+    buffers,
+    decode_sites,
+    fresh,
+    graphs_of,
+    roles,
+    sites_in,
+    sites_of,
+    tiny,
+)
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import StaticCache
-
-from xquant_fx.passes.find_sites import find_sites
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 B, H, N, D = SHAPE
@@ -34,23 +44,23 @@ MASK = torch.zeros(1, 1, 1, N)
 def test_static_cache_of_hugging_face(name, attention, path):
     model = tiny(name, attention)
     sites = decode_sites(model, StaticCache(config=model.config, max_cache_len=32))
-    assert [site.label.split(".", 1)[1] for site in sites] == ["layers[0].keys", "layers[1].keys"]
+    assert [site.buffer_name.split(".", 1)[1] for site in sites] == ["layers[0].keys", "layers[1].keys"]
     for site in sites:
-        assert (site.reason, site.has_cache, site.deferred) == ("", True, False)
+        assert (site.reason, site.has_cache, site.allocated_here) == ("", True, False)
         assert roles(site) == ("keys", "values")
-        assert (site.key_write.how, site.value_write.how) == ("index_copy_", "index_copy_")
+        assert (site.key_write.kind, site.value_write.kind) == ("index_copy_", "index_copy_")
         assert site.key_write.buffer is site.key.root and site.value_write.buffer is site.value.root
         assert " ".join(site.key.path) == path
-        fused = site.attention.how == "scaled_dot_product_attention"
+        fused = site.attention.kind == "scaled_dot_product_attention"
         assert fused == (attention == "sdpa")
 
 
 def test_gpt_fast_buffers_of_modules():
     sites = sites_of(FastModel(), torch.arange(3, 8)[None], torch.arange(5))
     assert [site.reason for site in sites] == ["", ""]
-    assert ["'0'" in site.label for site in sites] == [True, False]
+    assert ["'0'" in site.buffer_name for site in sites] == [True, False]
     assert [roles(site) for site in sites] == [("_buffers['k_cache']", "_buffers['v_cache']")] * 2
-    assert {write.how for s in sites for write in (s.key_write, s.value_write)} == {"indexed assignment"}
+    assert {write.kind for s in sites for write in (s.key_write, s.value_write)} == {"indexed assignment"}
     assert sites[0].key.path == ("repeat_interleave",)
 
 
@@ -98,7 +108,7 @@ def test_ways_to_append(write):
 
     (site,) = sites_of(step, *fresh(), *buffers(), torch.tensor([3]))
     assert site.reason == ""
-    assert site.key_write.how == ("index_copy_" if write is index_copy_keywords else "indexed assignment")
+    assert site.key_write.kind == ("index_copy_" if write is index_copy_keywords else "indexed assignment")
     assert site.key_write.x.name == "l_k_" and site.value_write.x.name == "l_v_"
     bounds = {span: slice(3, 4), from_the_front: slice(0, 1), from_the_end: slice(N - 2, N - 1)}
     if write in bounds:
@@ -181,5 +191,5 @@ def test_buffer_that_two_attentions_read():
 def test_detection_changes_nothing():
     ((gm, _),) = graphs_of(FastModel(), torch.arange(3, 8)[None], torch.arange(5))
     before = (str(gm.graph), [dict(node.meta) for node in gm.graph.nodes])
-    assert [site.reason for site in find_sites(gm.graph)] == ["", ""]
+    assert [site.reason for site in sites_in(gm)] == ["", ""]
     assert (str(gm.graph), [dict(node.meta) for node in gm.graph.nodes]) == before

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from dynamo_graphs import tiny
+from dynamo_graphs import OLD_BLOOM, tiny
 from rewrites import CONFIG, SHAPE, Rewrites, assign, count, run_both, sdpa
 
 from xquant_fx import XQuantCache, explain, ops
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.passes.trace import fake
 
 HEADS, COUNT, DIM = SHAPE[1], SHAPE[2], SHAPE[3]
@@ -29,6 +32,16 @@ def repeat_kv(x):
 
 def softmax_of(scores, values):
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype) @ values
+
+
+BIAS = -(2.0 ** -torch.arange(1, HEADS + 1))[None, :, None, None] * torch.arange(COUNT)  # ALiBi
+
+
+def bmm_attention(scores, values, pos):
+    """The rest of an attention from scores [B * H, q, N], as Bloom has it."""
+    scores = scores.view(1, HEADS, -1, COUNT) + mask_of(pos, torch.float32)[None, None]
+    weights = torch.softmax(scores, -1).view(HEADS, -1, COUNT)
+    return torch.bmm(weights, values.flatten(0, 1)).view(1, HEADS, -1, DIM)
 
 
 FUSED = {
@@ -59,6 +72,52 @@ FUSED = {
         )[..., :-1]
         @ v
     ),
+    "two masks": lambda q, k, v, pos: softmax_of(q @ k.mT + mask_of(pos, torch.float32) + BIAS, v),
+    "a mask before the scale": lambda q, k, v, pos: softmax_of((q @ k.mT + mask_of(pos).float()) * SCALE, v),
+    "masked_fill": lambda q, k, v, pos: softmax_of((q @ k.mT * SCALE).masked_fill(~mask_of(pos), -torch.inf), v),
+    "masked_fill with the least number": lambda q, k, v, pos: softmax_of(
+        (q @ k.mT * SCALE).masked_fill(~mask_of(pos)[None], torch.finfo(torch.float32).min), v
+    ),
+    "where": lambda q, k, v, pos: softmax_of(torch.where(mask_of(pos), q @ k.mT, -torch.inf), v),
+    "where, the other way round": lambda q, k, v, pos: softmax_of(torch.where(~mask_of(pos), -1e9, q @ k.mT), v),
+    "where, a tensor filled in": lambda q, k, v, pos: softmax_of(
+        torch.where(mask_of(pos), q @ k.mT, torch.full([], -1e9)), v
+    ),
+    "a bias and a fill": lambda q, k, v, pos: softmax_of(
+        (q @ k.mT / torch.full([], 3.0) + BIAS).masked_fill(~mask_of(pos), -1e9), v
+    ),
+    "softcap, then two fills": lambda q, k, v, pos: softmax_of(
+        (torch.tanh(q @ k.mT / 5.0) * 5.0)
+        .masked_fill(~mask_of(pos), -torch.inf)
+        .masked_fill(torch.arange(COUNT) == 1, -torch.inf),
+        v,
+    ),
+    "baddbmm, ALiBi and a mask": lambda q, k, v, pos: bmm_attention(
+        torch.baddbmm(BIAS.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0.5, alpha=SCALE), v, pos
+    ),
+    "bmm": lambda q, k, v, pos: bmm_attention(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)), v, pos),
+    "einsum": lambda q, k, v, pos: torch.einsum(
+        "bhqk,bhkd->bhqd", torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k) * SCALE, -1), v
+    ),
+    "einsum, the keys first": lambda q, k, v, pos: torch.einsum(
+        "...kd,...qk->...qd", v, torch.softmax(torch.einsum("...kd,...qd->...qk", k, q), -1)
+    ),
+    "einsum, tokens before heads": lambda q, k, v, pos: torch.einsum(
+        "bhqk,bhkd->bqhd", torch.softmax(torch.einsum("bqhd,bhkd->bhqk", q.transpose(1, 2), k), -1), v
+    ).transpose(1, 2),
+    "einsum, grouped queries": lambda q, k, v, pos: torch.einsum(
+        "bhgqk,bhkd->bhgqd",
+        torch.softmax(
+            torch.einsum("bhgqd,bhkd->bhgqk", grouped(q).unflatten(1, (HEADS, 2)), k) + mask_of(pos, torch.float32), -1
+        ),
+        v,
+    ).flatten(1, 2)[:, ::2],
+    "grouped queries by broadcasting": lambda q, k, v, pos: (
+        torch.softmax(grouped(q).unflatten(1, (HEADS, 2)) @ k[:, :, None].mT, -1) @ v[:, :, None]
+    ).flatten(1, 2)[:, 1::2],
+    "the largest subtracted": lambda q, k, v, pos: softmax_of(
+        (s := q @ k.mT + BIAS) - s.max(dim=-1, keepdim=True).values, v
+    ),
 }
 
 ALONE = {  # and the word that the reason must have
@@ -75,10 +134,37 @@ ALONE = {  # and the word that the reason must have
     "weights that are returned": (lambda q, k, v, pos: (w := torch.softmax(q @ k.mT, -1)) @ v + w.sum(), "weights"),
     "scores that are returned": (lambda q, k, v, pos: torch.softmax(s := q @ k.mT, -1) @ v + s.sum(), "scores"),
     "softmax over queries": (lambda q, k, v, pos: torch.softmax(q @ k.mT, -2) @ v, "dimension"),
-    "two masks": (
-        lambda q, k, v, pos: softmax_of(q @ k.mT + mask_of(pos, torch.float32) + mask_of(pos, torch.float32), v), "add",
+    "a mask within the softcap": (
+        lambda q, k, v, pos: softmax_of(torch.tanh((q @ k.mT + mask_of(pos, torch.float32)) / 5.0) * 5.0, v), "add",
     ),
-    "a mask before the scale": (lambda q, k, v, pos: softmax_of((q @ k.mT + mask_of(pos).float()) * SCALE, v), "add"),
+    "a scale outside of the softcap": (
+        lambda q, k, v, pos: softmax_of(torch.tanh(q @ k.mT / 5.0) * 5.0 * SCALE, v), "tanh",
+    ),
+    "a mask on the joined scores": (
+        lambda q, k, v, pos: torch.softmax(
+            torch.cat([q @ k.mT, torch.ones(1, HEADS, 1, 1).expand(1, HEADS, q.shape[2], 1)], -1) * SCALE, -1
+        )[..., :-1] @ v, "joined",
+    ),
+    "zeros filled in": (lambda q, k, v, pos: softmax_of((q @ k.mT).masked_fill(~mask_of(pos), 0.0), v), "fills"),
+    "small numbers filled in": (
+        lambda q, k, v, pos: softmax_of((q @ k.mT).masked_fill(~mask_of(pos), -5.0), v), "fills",
+    ),
+    "two numbers filled in": (
+        lambda q, k, v, pos: softmax_of(
+            (q @ k.mT).masked_fill(~mask_of(pos), -1e9).masked_fill(torch.arange(COUNT) == 1, -1e4), v
+        ), "different numbers",
+    ),
+    "other scores where the mask is false": (
+        lambda q, k, v, pos: softmax_of(torch.where(mask_of(pos), q @ k.mT, (2 * q) @ k.mT), v), "where",
+    ),
+    "scores added to themselves": (lambda q, k, v, pos: softmax_of((s := q @ k.mT) + s.tanh(), v), "scores"),
+    "heads repeated in front": (
+        lambda q, k, v, pos: (torch.softmax(
+            grouped(q).unflatten(1, (2, HEADS)) @ k.mT[:, None], -1) @ v[:, None]).flatten(1, 2)[:, ::2], "keys",
+    ),
+    "another key's letter": (
+        lambda q, k, v, pos: softmax_of(torch.einsum("bhqd,bgkd->bhqk", q, k), v), "not multiplied along the channels",
+    ),
     "a clamp": (lambda q, k, v, pos: softmax_of((q @ k.mT).clamp(-1, 1), v), "clamp"),
     "a sum with alpha": (
         lambda q, k, v, pos: softmax_of(torch.add(q @ k.mT, mask_of(pos, torch.float32), alpha=0.5), v), "add",
@@ -94,6 +180,10 @@ ALONE = {  # and the word that the reason must have
     "the bits of values": (lambda q, k, v, pos: sdpa(q, k, v.view(torch.int32).to(q.dtype)), "values"),
     "another cap than it divides by": (lambda q, k, v, pos: softmax_of(torch.tanh(q @ k.mT / 5.0) * 4.0, v), "tanh"),
 }  # fmt: skip
+
+
+#: Forms whose mask differs by head.
+BIASED = ("two masks", "a bias and a fill", "baddbmm, ALiBi and a mask", "the largest subtracted")
 
 
 def step_of(attend):
@@ -112,8 +202,9 @@ def test_fused(name):
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     for made in seen.made:
         assert (count(made, ops.DECODE), count(made, ops.LOAD)) == (2, 0)
-        masks = [node.args[13] for node in made.graph.nodes if node.target is ops.DECODE]
-        assert all(mask is None or fake(mask).shape[1] == 1 for mask in masks)  # broadcast, never made larger
+        masks = [DecodeArguments.of(node).mask for node in made.graph.nodes if node.target is ops.DECODE]
+        heads = HEADS if name in BIASED else 1  # masks are broadcast, never made larger
+        assert all(mask is None or fake(mask).shape[1] == heads for mask in masks)
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -130,9 +221,18 @@ def test_left_to_torch(name, caplog):
 
 @pytest.mark.parametrize(
     ("name", "attention", "layers"),
-    [("llama", "sdpa", 2), ("llama", "eager", 2), ("gpt2", "eager", 2), ("falcon", "sdpa", 2), ("gemma2", "eager", 1),
-     ("gpt_oss", "eager", 2), ("codegen", "eager", 0), ("deepseek_v3", "sdpa", 0)],
-)  # fmt: skip
+    [
+        ("llama", "sdpa", 2),
+        ("llama", "eager", 2),
+        ("gpt2", "eager", 2),
+        ("falcon", "sdpa", 2),
+        ("gemma2", "eager", 1),
+        ("gpt_oss", "eager", 2),
+        ("codegen", "eager", 2),
+        pytest.param("bloom", "eager", 2, marks=OLD_BLOOM),
+        ("deepseek_v3", "sdpa", 0),
+    ],
+)
 def test_models_and_what_explain_says_of_them(name, attention, layers):
     model, seen = tiny(name, attention), Rewrites()
     cache, ids = XQuantCache(model.config, 32, CONFIG), torch.arange(3, 25)[None]
@@ -158,3 +258,18 @@ def test_a_store_between_keys_and_values_is_not_crossed():
     mine, theirs = run_both(step, [3, 1], seen := Rewrites())
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     assert all(count(made, ops.DECODE) == 0 for made in seen.made)
+
+
+def test_alibi_and_mask_of_falcon():
+    """(scores + ALiBi) * scale + mask, with a mask as wide as the cache."""
+    model, seen = tiny("falcon", "eager", alibi=True), Rewrites()
+    ours, ids = XQuantCache(model.config, 32, CONFIG), torch.arange(3, 25)[None]
+    seen_tokens = (torch.arange(32) < 10)[None].long()
+    with torch.no_grad():
+        model(ids[:, :9], past_key_values=ours, attention_mask=torch.ones(1, 9, dtype=torch.long))
+        theirs = copy.deepcopy(ours)
+        step = torch.compile(model.forward, backend=seen, dynamic=False)
+        got = step(ids[:, 9:10], past_key_values=ours, attention_mask=seen_tokens).logits
+        wanted = model(ids[:, 9:10], past_key_values=theirs, attention_mask=seen_tokens).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert count(seen.made[0], ops.DECODE) == 2

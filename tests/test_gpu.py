@@ -9,17 +9,16 @@ import torch
 from attention_cases import CASES, SPOILED, allowed
 from attention_runs import Setup, arguments, errors, inputs
 from dynamo_graphs import tiny
+from states import layers_of
 
 from xquant_fx import XQuantCache, XQuantConfig, ops
-from xquant_fx.cache.state import CacheGroup, KVState
-from xquant_fx.plan.pairing import borrow_or_own
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 STEPS = [300, 1, 1, 1, 5, 1, 8, 1, 1, 40, 1, 1]
 
 
-def moved(values: list[Any]) -> list[Any]:
-    return [v.cuda() if isinstance(v, torch.Tensor) else v for v in values]
+def moved(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -28,7 +27,7 @@ def test_attention(name: str, dtype: str) -> None:
     case = {**CASES, **SPOILED}[name]
     setup = Setup(**{**case, "dtype": case.get("dtype", dtype)})
     given = inputs(setup)
-    result = errors(setup, ops.DECODE(*moved(arguments(setup, given))).cpu(), given)
+    result = errors(setup, ops.DECODE(**moved(arguments(setup, given))).cpu(), given)
     assert result["same_nan"] and result["zeros_are_zero"]
     assert result["error"] <= allowed(result, setup.dtype), result
 
@@ -37,14 +36,10 @@ def test_attention(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_append_is_the_cpus(side: str, dtype: torch.dtype, preset: str) -> None:
-    config, lower = XQuantConfig.preset(preset).replace(k_group_size=32, residual_length=64), {}
+    config = XQuantConfig.preset(preset).replace(k_group_size=32, residual_length=64)
+    layers = {device: layers_of(config, (2, 3, 400, 64), dtype, 2, device=device) for device in ("cpu", "cuda")}
     for layer in (0, 1):
-        states = {}
-        for device in ("cpu", "cuda"):
-            below = lower.get(device)
-            spec = borrow_or_own((2, 3, 400, 64), dtype, config, side, layer, 2, below.spec if below else None).spec
-            group = CacheGroup(config, 2, torch.device(device)) if below is None else below.group
-            states[device] = KVState(spec, group, below if spec.borrowed else None)
+        states = {device: layers[device][layer][side == "value"] for device in ("cpu", "cuda")}
         at = 0
         for number, new in enumerate(STEPS):
             x = torch.randn(2, 3, new, 64, generator=torch.Generator().manual_seed(100 * layer + number)).to(dtype)
@@ -57,7 +52,6 @@ def test_append_is_the_cpus(side: str, dtype: torch.dtype, preset: str) -> None:
                 assert (tensor != other).float().mean() < 1e-3
             else:
                 torch.testing.assert_close(tensor, other, rtol=2e-3, atol=1e-3)
-        lower = states
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])

@@ -10,13 +10,12 @@ import pytest
 import torch
 from dynamo_graphs import tiny
 from numeric import seeded
+from states import layers_of
 from transformers import DynamicCache, LlamaConfig, Qwen2Config
 
 from xquant_fx import CacheStateError, XQuantCache, XQuantConfig, memory_report
 from xquant_fx.cache.convert import quantize_in_place
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.state import CacheGroup, KVState
-from xquant_fx.plan.pairing import borrow_or_own
 from xquant_fx.reports.memory import MemoryReport
 
 SMALL = XQuantConfig(k_group_size=8, residual_length=16)
@@ -166,16 +165,13 @@ def test_a_given_padding_counts() -> None:
 def test_a_module_with_quantized_buffers() -> None:
     """A buffer that two modules or names share counts once."""
     shape = (1, 2, 40, 16)
-    group = CacheGroup(SMALL, 1, torch.device("cpu"))
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Module())
-    states = []
-    for side in ("key", "value"):
-        state = KVState(borrow_or_own(shape, torch.float16, SMALL, side, 0, 1, None).spec, group)
+    states = layers_of(SMALL, shape, torch.float16)[0]
+    for side, state in zip(("key", "value"), states, strict=True):
         buffer = torch.zeros(shape, dtype=torch.float16)
         model[1].register_buffer(side, buffer)
         quantize_in_place(buffer, state)
         state.store(torch.randn(1, 2, 20, 16, dtype=torch.float16), torch.arange(20))
-        states.append(state)
     model[0].same = model[1].key
     report = memory_report(model)
     owned = [t for state in states for t in state.owned.values()]

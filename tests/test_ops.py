@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from store_reference import Case
-from store_runs import ThroughState
+from store_runs import ThroughState, append, load_arguments, store_arguments
 
 from xquant_fx import ops
-from xquant_fx.cache.state import TENSOR_NAMES, KVState
+from xquant_fx.cache.state import KVState
 
 STORED, SIDES = 20, ("key", "value")
 
@@ -23,15 +25,14 @@ def filled(case: Case) -> list[KVState]:
     return layers.states
 
 
-def store_arguments(state: KVState, case: Case, new: int) -> tuple[object, ...]:
-    pos = torch.arange(STORED, STORED + new)
-    return case.tokens(new, 5), pos, *(state.tensor(name) for name in TENSOR_NAMES), *state.store_args()
+def check_store(state: KVState, case: Case, new: int) -> None:
+    """opcheck of the op that stores ``new`` tokens."""
+    a = store_arguments(state, case.tokens(new, 5), torch.arange(STORED, STORED + new))
+    a.call(*(functools.partial(opcheck, op) for op in (ops.STORE, ops.STORE_BORROWED)))
 
 
-def load_arguments(state: KVState, new: int) -> tuple[object, ...]:
-    tensors = [state.tensor(name) for name in TENSOR_NAMES[:-2]]
-    s = state.spec
-    return *tensors, torch.tensor([STORED]), new, 40, s.side, s.bits, s.group_size, s.residual_length
+def opcheck(op: torch._ops.OpOverload, **arguments: object) -> None:
+    torch.library.opcheck(op, (), arguments)
 
 
 @pytest.mark.parametrize(
@@ -40,21 +41,21 @@ def load_arguments(state: KVState, new: int) -> tuple[object, ...]:
 )
 def test_store(side: str, bits: int, new: int, sinks: int) -> None:
     case = Case(side=side, bits=bits, sinks=sinks, shared=False, max_len=40)
-    torch.library.opcheck(ops.STORE, store_arguments(filled(case)[0], case, new))
+    check_store(filled(case)[0], case, new)
 
 
 @pytest.mark.parametrize(("side", "fit", "new"), [("key", "minmax", 12), ("value", "least_squares", 1)])
 def test_store_of_a_borrowing_layer(side: str, fit: str, new: int) -> None:
     case = Case(side=side, fit=fit, max_len=40)
-    torch.library.opcheck(ops.STORE_BORROWED, store_arguments(filled(case)[1], case, new), {"fit": fit})
+    check_store(filled(case)[1], case, new)
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("bits", "new", "sinks"), [(1, 2, 2), (8, 12, 0), (16, 1, 0)])
 def test_load(side: str, bits: int, new: int, sinks: int) -> None:
     case = Case(side=side, bits=bits, sinks=sinks, max_len=40)
-    chunk = {"x": case.tokens(new, 5) if new > 8 else None}
-    torch.library.opcheck(ops.LOAD, load_arguments(filled(case)[1], new), chunk)
+    x = case.tokens(new, 5) if new > 8 else None
+    opcheck(ops.LOAD, **load_arguments(filled(case)[1], STORED, new, 40, x=x))
 
 
 @pytest.mark.parametrize("op", [ops.STORE, ops.STORE_BORROWED, ops.LOAD])
@@ -70,11 +71,11 @@ def test_the_ops_trace_to_plain_torch_ops(side: str) -> None:
     case = Case(side=side, max_len=40)
     state = filled(case)[0]
 
-    def step(*arguments):
-        ops.STORE(*arguments)
-        return ops.LOAD(*load_arguments(state, 2))
+    def step(x):
+        append(state, x, torch.arange(STORED, STORED + 2))
+        return ops.LOAD(**load_arguments(state, STORED, 2, 40))
 
-    graph = torch.fx.experimental.proxy_tensor.make_fx(step)(*store_arguments(state, case, 2))
+    graph = torch.fx.experimental.proxy_tensor.make_fx(step)(case.tokens(2, 5))
     names = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
     assert names and all(name.startswith("aten.") for name in names)
     assert "aten._local_scalar_dense.default" not in names

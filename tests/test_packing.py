@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xquant_fx.kernels.packing import pack_words, shifts, unpack_words
-from xquant_fx.plan.spec import KVSpec
+from xquant_fx.plan.spec import SCHEME_OF_ROLE, KVSpec
 
 BITS = (1, 2, 4, 8)
 few = settings(max_examples=50, deadline=None)
@@ -98,9 +98,10 @@ def test_stored_shapes(bits: int, side: str, max_len: int, residual: int, dim: i
     """Keys [B, H, ceil(D / per), tokens], values [B, H, tokens / per, D]; tokens cover max_cache_len."""
     group = 1 if side == "key" else dim // 2
     spec = KVSpec(
-        side=side, layer=0, shape=(2, 3, max_len, dim), dtype=torch.float16, bits=bits, group_size=group,
-        residual_length=residual, eta=0.0, sink_tokens=2, scale_dtype=torch.bfloat16, partner=None, fit="minmax",
-    )  # fmt: skip
+        role=side, scheme=SCHEME_OF_ROLE[side], layer=0, shape=(2, 3, max_len, dim), dtype=torch.float16, bits=bits,
+        group_size=group, residual_length=residual, eta=0.0, sink_tokens=2, scale_dtype=torch.bfloat16, partner=None,
+        fit="minmax",
+    )
     shapes, per, tokens = spec.tensor_shapes(), 32 // bits, spec.stored_tokens
     unit = residual if side == "key" else per
     spare = 1 if side == "key" else max(1, math.ceil(16 / dim))  # rows of values hold a vector's last load

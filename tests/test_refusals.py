@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache
 
 from xquant_fx import CacheStateError, ConfigError, NotRewrittenError, UnsupportedWriteError, XQuantCache
-from xquant_fx.compiler import backend
+from xquant_fx.compiler import warn_once
 from xquant_fx.compiler.backend import compile_graph
 from xquant_fx.compiler.options import parse
 
@@ -143,7 +143,7 @@ def test_copies_may_be_changed():
 
 
 def test_strict_raises_with_the_reason(monkeypatch):
-    monkeypatch.setattr(backend, "_warned", set())
+    warn_once.forget()
     model = tiny("llama")
     cache = DynamicCache(config=model.config)
     ids = torch.arange(3, 9)[None]
@@ -153,7 +153,7 @@ def test_strict_raises_with_the_reason(monkeypatch):
 
 
 def test_warnings_come_once_a_reason(monkeypatch, caplog):
-    monkeypatch.setattr(backend, "_warned", set())
+    warn_once.forget()
     model = tiny("llama")
     ids = torch.arange(3, 9)[None]
     step = torch.compile(model.forward, backend=Rewrites(), dynamic=False)
@@ -185,7 +185,7 @@ def test_gradients_are_refused():
 
 
 def test_ordinary_buffers_stay_under_gradients(monkeypatch):
-    monkeypatch.setattr(backend, "_warned", set())
+    warn_once.forget()
 
     def step(q, k, v, keys, values, pos):
         assign(keys, values, k, v, pos)

@@ -26,6 +26,8 @@ from transformers import StaticCache
 
 from xquant_fx import XQuantCache, ops
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.trace import fake
 
 
@@ -102,8 +104,9 @@ def test_a_pair_shares_one_codes_input():
     (made,), (inputs,) = seen.made, seen.inputs
     placeholders = [node for node in made.graph.nodes if node.op == "placeholder"]
     assert len(placeholders) == len(inputs) == len({id(tensor) for tensor in inputs})
-    lower, upper = (n for n in made.graph.nodes if n.target in STORES and n.args[10] == "key")
-    assert lower.args[2] is upper.args[2] and lower.args[3] is not upper.args[3]  # codes, scales
+    stores = [StoreArguments.of(node) for node in made.graph.nodes if node.target in STORES]
+    lower, upper = (store for store in stores if store.scheme == "per_channel")
+    assert lower.codes is upper.codes and lower.scale is not upper.scale
     assert sum("codes" in node.name for node in placeholders) == 2
 
 
@@ -159,8 +162,8 @@ def test_long_chunk_reads_its_own_tokens_and_the_old_window(sizes):
         loads = [node for node in made.graph.nodes if node.target is ops.LOAD]
         assert count(made, torch.clone) == (4 if tokens > 8 else 0)
         for load in loads:
-            assert (load.kwargs["x"] is not None) == (tokens > 8)
-            assert (load.args[3].target is torch.clone) == (tokens > 8)
+            assert (LoadArguments.of(load).x is not None) == (tokens > 8)
+            assert (LoadArguments.of(load).ring.target is torch.clone) == (tokens > 8)
 
 
 def test_sixteen_bits_have_no_window():

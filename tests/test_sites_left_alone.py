@@ -24,7 +24,7 @@ def test_dynamic_cache():
                 model(ids[:, :prompt], past_key_values=cache)
         torch._dynamo.reset()
         sites = sites_of(model.forward, ids, past_key_values=cache)
-        assert [(site.has_cache, site.deferred) for site in sites] == [(True, False)] * 2
+        assert [(site.has_cache, site.allocated_here) for site in sites] == [(True, False)] * 2
         assert all("concatenation (DynamicCache); pass an XQuantCache or a StaticCache" in s.reason for s in sites)
 
 
@@ -60,9 +60,9 @@ def test_cold_static_cache_is_deferred():
     model = tiny("gemma3_text")
     ids = torch.arange(3, 17)[None]
     window, full = sites_of(model.forward, ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))
-    assert full.deferred and full.has_cache and full.key_write.how == "index_copy_"
+    assert full.allocated_here and full.has_cache and full.key_write.kind == "index_copy_"
     assert full.reason == "keys: the buffer is allocated inside this graph; it is taken over at the next step"
-    assert window.has_cache and not window.deferred and "sliding window" in window.reason
+    assert window.has_cache and not window.allocated_here and "sliding window" in window.reason
 
 
 @pytest.mark.parametrize("make", [StaticCache, DynamicCache])
@@ -72,7 +72,7 @@ def test_latent_attention(make, attention):
     kwargs = dict(max_cache_len=32) if make is StaticCache else {}
     for site in decode_sites(model, make(config=model.config, **kwargs)):
         assert "from the cache, not read from it (latent attention?)" in site.reason
-        assert site.has_cache and not site.deferred
+        assert site.has_cache and not site.allocated_here
 
 
 def test_quantized_latents_count_as_quantized():
@@ -87,7 +87,7 @@ def test_quantized_latents_count_as_quantized():
 def test_states_of_linear_attention_are_no_kv_cache():
     model = tiny("qwen3_next")
     (site,) = decode_sites(model, StaticCache(config=model.config, max_cache_len=32))
-    assert site.reason == "" and "layers[1].keys" in site.label
+    assert site.reason == "" and "layers[1].keys" in site.buffer_name
 
 
 # Hand-written steps
@@ -218,7 +218,7 @@ def ring_buffer(q, k, v, keys, values, pos):
 def test_buffers_left_alone(step, has_cache, reason):
     (site,) = sites_of(step, *fresh(), *buffers(), torch.tensor([3]))
     assert site.reason.startswith(reason)
-    assert site.has_cache == has_cache and not site.deferred
+    assert site.has_cache == has_cache and not site.allocated_here
 
 
 @pytest.mark.parametrize("kind", ["rank 3", "int", "float8", "gradient"])
@@ -246,7 +246,7 @@ def test_tuples_that_grow():
         return sdpa(q, k, v), (k, v)
 
     (site,) = sites_of(step, *fresh(), (torch.randn(SHAPE), torch.randn(SHAPE)))
-    assert "grow by concatenation" in site.reason and site.has_cache and site.label == "L['past'][0]"
+    assert "grow by concatenation" in site.reason and site.has_cache and site.buffer_name == "L['past'][0]"
 
 
 def test_concatenation_that_is_no_cache():
@@ -290,7 +290,7 @@ def test_buffers_allocated_in_the_graph():
         return sdpa(q, keys, values), keys, values
 
     (site,) = sites_of(prefill, *fresh(4))
-    assert site.deferred and site.has_cache and "taken over at the next step" in site.reason
+    assert site.allocated_here and site.has_cache and "taken over at the next step" in site.reason
 
 
 def router(x, weights, experts):

@@ -6,33 +6,18 @@ import math
 
 import pytest
 import torch
+from bad_positions import BAD, STORED
+from states import layers_of
 from store_reference import Case
-from store_runs import ThroughOps, ThroughState, pair_of
+from store_runs import ThroughOps, ThroughState, append
 from torch import Tensor
 
-from xquant_fx import CacheStateError, ops
-from xquant_fx.cache.faults import FAULTS
-from xquant_fx.cache.state import TENSOR_NAMES, CacheGroup, KVState
+from xquant_fx import CacheStateError
+from xquant_fx.cache.state import TENSOR_NAMES, KVState
+from xquant_fx.kernels.faults import FAULTS, Fault
 from xquant_fx.kernels.layout import STEP_TOKENS
 
 SIDES = pytest.mark.parametrize("side", ["key", "value"])
-STORED = 20
-BAD = {
-    "swapped": ([20, 22, 21, 23], 4),
-    "below zero": ([-3], 1),
-    "a step from below zero": ([-1, 0], 1),
-    "gap": ([21], 1),
-    "gap in front of a chunk": (list(range(30, 42)), 1),
-    "one past the end": ([60], 2),
-    "far past the end": ([200], 2),
-    "a step across the end": (list(range(53, 61)), 2),
-    "a chunk across the end": (list(range(53, 83)), 2),
-    "rolled back by 9": ([STORED - STEP_TOKENS - 1], 3),
-    "rolled back to 1": (list(range(1, 20)), 3),
-    "repeated": ([20, 20], 4),
-    "backwards": ([20, 19], 4),
-    "hole": ([20, 22], 4),
-}
 
 
 def filled(case: Case, stored: int = STORED) -> ThroughState:
@@ -57,20 +42,15 @@ def same(before: list[Tensor], after: list[Tensor]) -> bool:
 @pytest.mark.parametrize("what", BAD)
 def test_raw_ops_leave_a_fault_code(side: str, bits: int, what: str) -> None:
     """And index nothing out of bounds, whatever the residual length: that would end a CUDA context."""
-    positions, code = BAD[what]
+    stored, positions, fault = BAD[what]
     for residual in (4, 16):
         case = Case(side=side, bits=bits, residual=residual)
-        for state in filled(case, 53 if code == 2 else STORED).states:
-            tensors = [state.tensor(name) for name in TENSOR_NAMES]
-            arguments = case.tokens(len(positions), 5), torch.tensor(positions), *tensors, *state.store_args()
-            if state.spec.borrowed:
-                ops.STORE_BORROWED(*arguments, fit=state.spec.fit)
-            else:
-                ops.STORE(*arguments)
-            if bits == 16 and code == 3:  # rolls back any number of tokens
-                assert tensors[7].tolist() == [0]
+        for state in filled(case, stored).states:
+            append(state, case.tokens(len(positions), 5), torch.tensor(positions))
+            if bits == 16 and fault == Fault.ROLLED_BACK_TOO_FAR:  # rolls back any number of tokens
+                assert state.tensor("fault").tolist() == [0]
                 continue
-            assert tensors[7].tolist() == [code]
+            assert state.tensor("fault").tolist() == [fault]
             with pytest.raises(CacheStateError, match=r"contents are no longer right.*reset"):
                 state.group.faults.check()
             state.reset()
@@ -85,13 +65,12 @@ def test_a_full_cache_starts_over_with_a_prompt_or_after_reset(side: str, bits: 
     case = Case(side=side, bits=bits)
     state = filled(case, case.max_len).states[0]
     again = case.tokens(new, 5), torch.arange(new)
-    tensors = [state.tensor(name) for name in TENSOR_NAMES]
     if new <= STEP_TOKENS:
         with pytest.raises(CacheStateError, match="the cache is full: position 0"):
             state.store(*again)
         state.reset()
-    ops.STORE(*again, *tensors, *state.store_args())
-    assert tensors[7].tolist() == [0] and state.length == new
+    append(state, *again)
+    assert state.tensor("fault").tolist() == [0] and state.length == new
 
 
 @SIDES
@@ -105,16 +84,19 @@ def test_raw_ops_leave_no_fault_code_for_steps_that_follow(side: str, positions:
 
 
 @SIDES
-@pytest.mark.parametrize(("bits", "what"), [(b, w) for b in (2, 16) for w in BAD if b == 2 or BAD[w][1] != 3])
+@pytest.mark.parametrize(
+    ("bits", "what"),
+    [(bits, what) for bits in (2, 16) for what in BAD if bits == 2 or BAD[what].fault != Fault.ROLLED_BACK_TOO_FAR],
+)
 def test_a_state_refuses_them_and_changes_nothing(side: str, bits: int, what: str) -> None:
-    positions, code = BAD[what]
+    stored, positions, fault = BAD[what]
     case = Case(side=side, bits=bits)
-    states = filled(case, 53 if code == 2 else STORED).states
+    states = filled(case, stored).states
     before = everything(states)
     for state in states:
         with pytest.raises(CacheStateError) as caught:
             state.store(case.tokens(len(positions), 5), torch.tensor(positions))
-        for word in (FAULTS[code], f"layer {state.spec.layer} {side}s", str(positions[0]), str(state.length)):
+        for word in (FAULTS[fault], f"layer {state.spec.layer} {side}s", str(positions[0]), str(state.length)):
             assert word in str(caught.value)
     assert same(before, everything(states))
 
@@ -185,10 +167,9 @@ def test_reorder_selects_rows_of_everything(side: str) -> None:
 def test_a_fresh_state_is_all_zeros_and_reads_as_zeros() -> None:
     for bits in (1, 16):
         case = Case(bits=bits, padding=(2,))
-        group = CacheGroup(case.config, case.batch, torch.device("cpu"), case.start)
-        state = KVState(pair_of(case)[0].spec, group)
+        state = layers_of(case.config, case.shape, case.dtype, start=case.start)[0][case.side == "value"]
         assert state.length == 0 and not state.load(case.max_len).any()
-        assert group.start.tolist() == [2, 0]
+        assert state.group.start.tolist() == [2, 0]
         for tensor in state.owned.values():
             tensor.fill_(math.nan if tensor.is_floating_point() else 0)
         assert not state.load(case.max_len).any()
@@ -206,6 +187,9 @@ def test_rollbacks_count_from_the_furthest_token(side: str) -> None:
                 state.truncate(24)
             else:
                 state.store(case.tokens(1, 7), torch.tensor([25]))
-        tensors = [state.tensor(name) for name in TENSOR_NAMES]
-        ops.STORE(case.tokens(1, 7), torch.tensor([25]), *tensors, *state.store_args())
-        assert state.tensor("fault").item() == 3
+        append(state, case.tokens(1, 7), torch.tensor([25]))
+        assert state.tensor("fault").item() == Fault.ROLLED_BACK_TOO_FAR
+
+
+def test_every_fault_has_a_sentence() -> None:
+    assert set(FAULTS) == set(Fault) and len(set(FAULTS.values())) == len(Fault)

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from states import spec_of
 from torch import Tensor
 from triton_compiled import CHIPS, Needs, compiled, launches
 
 from xquant_fx import XQuantConfig
 from xquant_fx.kernels.decode_attention import triton_launch as triton_attention
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store import triton_launch as triton_store
-from xquant_fx.plan.pairing import borrow_or_own
+from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.plan.spec import SCHEME_OF_ROLE
 
 triton = pytest.importorskip("triton")
 
@@ -27,7 +30,7 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def stored(side: str, dtype: torch.dtype, config: XQuantConfig, shape: tuple[int, int, int, int]) -> dict[str, Any]:
     """The tensors of one side without data, and its group size under "group"."""
-    spec = borrow_or_own(shape, dtype, config, side, 0, 1, None).spec
+    spec = spec_of(config, side, shape, dtype)
     tensors = {name: empty(*shape, dtype=dtype) for name, (shape, dtype) in spec.tensor_shapes().items()}
     return {"sink": None, **tensors, "group": spec.group_size}
 
@@ -37,36 +40,39 @@ def decode_arguments(
     query: int = 1, mask: torch.dtype | None = torch.bool, k_group: int = 128, v_group: int | None = None,
     residual: int = 128, sinks: int = 0, softcap: float = 0.0, window: int = 0, extra: bool = False,
     max_len: int = 32768, kv_heads: int = 8,
-) -> list[Any]:  # fmt: skip
+) -> DecodeArguments:  # fmt: skip
     """Arguments of ``decode_attention`` without data."""
     config = XQuantConfig(
         k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group, v_group_size=v_group,
         residual_length=residual, sink_tokens=sinks,
     )  # fmt: skip
     key, value = (stored(side, dtype, config, (1, kv_heads, max_len, dim)) for side in ("key", "value"))
-    sides = [t[name] for t in (key, value) for name in ("codes", "scale", "zero", "ring", "sink")]
-    return [
-        empty(1, kv_heads * group, query, dim, dtype=dtype), *sides, empty(1, dtype=torch.int64),
-        empty(1, dtype=torch.int64), None if mask is None else empty(1, 1, query, max_len, dtype=mask),
-        empty(kv_heads * group, dtype=dtype) if extra else None, query, max_len, k_bits, key["group"], v_bits,
-        value["group"], residual, dim**-0.5, softcap, window,
-        *(empty(1, kv_heads, query, dim, dtype=dtype) for _ in range(2 * (query > STEP_TOKENS))),
-    ]  # fmt: skip
+    names = ("codes", "scale", "zero", "ring", "sink", "group")
+    sides = {f"{side}_{name}": t[name] for side, t in (("k", key), ("v", value)) for name in names}
+    chunk = empty(1, kv_heads, query, dim, dtype=dtype) if query > STEP_TOKENS else None
+    return DecodeArguments(
+        q=empty(1, kv_heads * group, query, dim, dtype=dtype), **sides, start=empty(1, dtype=torch.int64),
+        past=empty(1, dtype=torch.int64), mask=None if mask is None else empty(1, 1, query, max_len, dtype=mask),
+        sink_logits=empty(kv_heads * group, dtype=dtype) if extra else None, new_tokens=query, max_len=max_len,
+        k_bits=k_bits, v_bits=v_bits, residual_length=residual, scale=dim**-0.5, softcap=softcap, window=window,
+        k_new=chunk, v_new=chunk,
+    )
 
 
 def append_arguments(
     *, side: str, new: int = 1, dim: int = 128, bits: int = 2, group: int = 128, residual: int = 128, sinks: int = 0,
-    fit: str = "own", dtype: torch.dtype = torch.bfloat16, max_len: int = 32768,
-) -> list[Any]:  # fmt: skip
+    fit: str | None = None, dtype: torch.dtype = torch.bfloat16, max_len: int = 32768,
+) -> StoreArguments:  # fmt: skip
     """Arguments of ``triton_store.launch`` without data."""
     groups = dict(k_group_size=group) if side == "key" else dict(k_group_size=residual, v_group_size=group)
     config = XQuantConfig(k_bits=bits, v_bits=bits, residual_length=residual, sink_tokens=sinks, **groups)
     t = stored(side, dtype, config, (1, 8, max_len, dim))
-    return [
-        empty(1, 8, new, dim, dtype=dtype), empty(new, dtype=torch.int64), t["codes"], t["scale"], t["zero"], t["ring"],
-        t["sink"], empty(1, dtype=torch.int64), t["length"], empty(1, dtype=torch.int32), side, bits, group, residual,
-        0.045, sinks, max_len, fit,
-    ]  # fmt: skip
+    tensors = {name: t[name] for name in ("codes", "scale", "zero", "ring", "sink", "length")}
+    return StoreArguments(
+        x=empty(1, 8, new, dim, dtype=dtype), pos=empty(new, dtype=torch.int64), **tensors,
+        start=empty(1, dtype=torch.int64), fault=empty(1, dtype=torch.int32), scheme=SCHEME_OF_ROLE[side], bits=bits,
+        group_size=group, residual_length=residual, eta=0.045, sink_tokens=sinks, max_len=max_len, fit=fit,
+    )
 
 
 FAST = {
@@ -113,7 +119,7 @@ def check(needs: Needs, chip: str) -> None:
 @pytest.mark.parametrize("name", [*FAST, *SLOW])
 def test_decode_attention(name: str, chip: str) -> None:
     case = {**FAST, **MORE}[name]
-    decode, combine = launches(triton_attention.launch, *decode_arguments(**case), hip=chip.startswith("gfx"))
+    decode, combine = launches(triton_attention.launch, decode_arguments(**case), hip=chip.startswith("gfx"))
     needs = compiled(decode, chip)
     check(needs, chip)
     # On the matrix unit but for float32, which has none on NVIDIA without losing digits.
@@ -138,14 +144,14 @@ QUICK = ("keys", "values", "fitted values")
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in APPEND])
 def test_append(name: str, chip: str) -> None:
-    (kernel,) = launches(triton_store.launch, *append_arguments(**APPEND[name]))
+    (kernel,) = launches(triton_store.launch, append_arguments(**APPEND[name]))
     check(compiled(kernel, chip), chip)
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 def test_occupancy_at_head_dim_128(chip: str) -> None:
     """Two programs fit on a multiprocessor, so that one works while the other waits."""
-    decode, _ = launches(triton_attention.launch, *decode_arguments(), hip=False)
+    decode, _ = launches(triton_attention.launch, decode_arguments(), hip=False)
     needs = compiled(decode, chip)
     assert 2 * 128 * needs.registers <= 65536
     assert 2 * needs.shared <= CHIPS[chip][3]
@@ -155,7 +161,7 @@ def test_codes_stay_in_registers() -> None:
     """Words are brought into the order of the matrix unit, not the codes, which are up to 16 times larger."""
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         pytest.skip("Triton 3.6 takes the codes through shared memory")
-    decode, _ = launches(triton_attention.launch, *decode_arguments(), hip=False)
+    decode, _ = launches(triton_attention.launch, decode_arguments(), hip=False)
     ttgir = compiled(decode, "sm_90").asm["ttgir"]
     loop = ttgir[ttgir.index("scf.for") :]
     loop = loop[: loop.index("scf.yield")]
@@ -170,10 +176,10 @@ def test_inductor_inlines_the_kernels() -> None:
 
     def make_args() -> tuple[Any, ...]:
         given = decode_arguments(query=2, max_len=4096)
-        return tuple(torch.zeros(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, Tensor) else a for a in given)
+        return (given.mapped(lambda t: torch.zeros(t.shape, dtype=t.dtype, device="cuda"))._asdict(),)
 
     with fake_cuda():
-        code = generated_code(lambda *args: triton_attention.decode_attention(*args), make_args, backend="inductor")
+        code = generated_code(lambda given: triton_attention.decode_attention(**given), make_args, backend="inductor")
     call = code[code.index("def call(") :]
     assert "torch.ops.xquant" not in call and ".clone(" not in call
     assert call.count("decode_kernel_0.run(") == call.count("combine_kernel_1.run(") == 1

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from bad_positions import STEPS
 from triton_interpreter import Interpreter
+
+from xquant_fx.kernels.faults import Fault
 
 pytest.importorskip("triton")
 
@@ -79,4 +82,12 @@ def test_faults_and_lengths(side: str, interpreter: Interpreter) -> None:
     steps = [list(range(first, first + count)) for first, count in ranges]
     seen = interpreter.call("triton_store_runs:faults", steps=[*steps, [3, 5]], side=side)
     assert all(ours == theirs for ours, theirs in seen), seen
-    assert {ours[0] for ours, _ in seen} == {0, 1, 2, 3, 4, 5}
+    assert {ours[0] for ours, _ in seen} == {0, *Fault}
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+@pytest.mark.parametrize("what", STEPS)
+def test_positions_that_do_not_follow(side: str, what: str, interpreter: Interpreter) -> None:
+    stored, positions, fault = STEPS[what]
+    ours, theirs = interpreter.call("triton_store_runs:fault_of", stored=stored, positions=positions, side=side)
+    assert ours == theirs and ours[0] == fault

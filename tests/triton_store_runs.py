@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from store_reference import Case
-from store_runs import ThroughKernel, ThroughOps, pair_of, run
+from store_runs import ThroughKernel, ThroughOps, pair_of, run, store_arguments
+from store_runs import append as append_by_op
 from torch import Tensor
 
-from xquant_fx.cache.state import TENSOR_NAMES, KVState
+from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.quantize_store.triton_launch import launch
 
 #: What a group cannot hold: the last one is finite, but not its range.
@@ -19,10 +20,7 @@ BAD = {"nan": math.nan, "inf": math.inf, "large": 3e38}
 
 def append(state: KVState, x: Tensor, pos: Tensor) -> None:
     """One step of up to STEP_TOKENS tokens by the kernel."""
-    codes, scale, zero, ring, sink, start, length, fault = (state.tensor(name) for name in TENSOR_NAMES)
-    fit = state.spec.fit if state.spec.borrowed else "own"
-    tensors = (codes, scale, zero, ring, sink, start, length, fault)
-    launch(x, pos, *tensors, *state.store_args(), fit, wrap=lambda kernel: kernel)
+    launch(store_arguments(state, x, pos), wrap=lambda kernel: kernel)
 
 
 class ThroughTriton(ThroughKernel):
@@ -86,6 +84,17 @@ def faults(steps: list[list[int]], **kwargs: Any) -> list[list[int]]:
         for state in (ours, theirs):
             state.tensor("fault").zero_()
         append(ours, x, pos)
-        torch.ops.xquant.quantize_store(x, pos, *(theirs.tensor(name) for name in TENSOR_NAMES), *theirs.store_args())
+        append_by_op(theirs, x, pos)
         seen.append([[int(s.tensor("fault")), *s.tensor("length").tolist()] for s in (ours, theirs)])
+    return seen
+
+
+def fault_of(stored: int, positions: list[int], **kwargs: Any) -> list[list[int]]:
+    """[fault, length, furthest] of the kernel and of the ops for one step after ``stored`` tokens."""
+    case, seen = case_of(**kwargs), []
+    for step in (append, append_by_op):
+        state = pair_of(case)[0]
+        append_by_op(state, case.tokens(stored, 0), torch.arange(stored))
+        step(state, case.tokens(len(positions), 1), torch.tensor(positions))
+        seen.append([int(state.tensor("fault")), *state.tensor("length").tolist()])
     return seen

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from xquant_fx.kernels.arguments import Arguments, Overload
 
 CTYPES = {
     torch.float32: "float", torch.bfloat16: "xq::bfloat16", torch.float16: "xq::float16",
@@ -42,8 +44,35 @@ def definitions(
     return "namespace xq {\n" + "\n".join(lines) + "\n}  // namespace xq\n"
 
 
-def assemble(lanes: int, fixed: str, file: str, params: Iterable[tuple[str, str]], body: Iterable[str]) -> str:
-    """The whole source of ``kernel(params)``, for vectors of ``lanes`` 32-bit lanes: ``params`` are (type, name)."""
-    signature = ", ".join(f"{kind} {name}" for kind, name in params)
-    entry = "\n".join(["", f'extern "C" void kernel({signature}) {{', *(f"    {line}" for line in body), "}", ""])
-    return f"#define XQ_LANES {lanes}\n" + text("cpu/simd.h") + fixed + text(file) + entry
+def pointers(arguments: type[Arguments], overload: Overload) -> dict[str, str]:
+    """C++ type of a pointer to each tensor argument, by name; const where the op does not write."""
+    found = {}
+    for p in arguments.parameters(overload):
+        if p.elements is not None:
+            kind = p.elements.kind if p.elements.kind.endswith("_t") else f"xq::{p.elements.kind}"
+            found[p.name] = f"{kind}*" if p.elements.written else f"const {kind}*"
+    return found
+
+
+def struct(tensors: Mapping[str, str]) -> str:
+    """``xq::Tensors``, whose members are the tensor arguments of an op."""
+    members = "".join(f"    {kind} {name};\n" for name, kind in tensors.items())
+    return f"namespace xq {{\nstruct Tensors {{\n{members}}};\n}}  // namespace xq\n"
+
+
+def assemble(
+    lanes: int, fixed: str, file: str, function: str, tensors: Mapping[str, str], absent: Collection[str],
+    outputs: Mapping[str, str],
+) -> tuple[tuple[str, ...], str]:
+    """(argument types, whole source of ``kernel``), for vectors of ``lanes`` 32-bit lanes.
+
+    ``kernel`` takes the tensors that are not ``absent`` and the outputs, and calls ``function(Tensors, outputs...)``
+    of ``file``, where what is absent is null.
+    """
+    given = {**{name: kind for name, kind in tensors.items() if name not in absent}, **outputs}
+    signature = ", ".join(f"{kind} {name}" for name, kind in given.items())
+    members = ", ".join(name if name in given else "nullptr" for name in tensors)
+    call = ", ".join([f"{{{members}}}", *outputs])
+    entry = f'\nextern "C" void kernel({signature}) {{\n    xq::{function}({call});\n}}\n'
+    code = f"#define XQ_LANES {lanes}\n" + text("cpu/simd.h") + fixed + struct(tensors) + text(file) + entry
+    return tuple(given.values()), code

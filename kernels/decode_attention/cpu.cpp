@@ -34,23 +34,8 @@ static_assert(SPAN % V_PER == 0, "a word of values lies in one span");
 static_assert(V_GROUP % L == 0 || (V_TOKENS / V_PER - (N + V_PER - 1) / V_PER) * DV >= L,
               "loads of whole vectors end in spare rows");
 
-struct Inputs {
-    const T* q;
-    const int32_t* k_codes;
-    const S* k_scale;
-    const S* k_zero;
-    const T* k_ring;
-    const T* k_sink;
-    const int32_t* v_codes;
-    const S* v_scale;
-    const S* v_zero;
-    const T* v_ring;
-    const T* v_sink;
-    const T* k_new;  // the step's own tokens, where they are too many for the ring
-    const T* v_new;
-    const int64_t* start;
-    const MASK* mask;
-    const SINK* sink_logits;
+// Tensors holds the op's tensor arguments; kernels/cpu/source.py writes it. `past` is the number in its one of that name.
+struct Inputs : Tensors {
     T* out;
     int64_t past, length, keys_end, values_end;  // of the first tokens that are not in the codes
 };
@@ -562,10 +547,9 @@ inline void finish(const Inputs& in, Rows& rows, const Unwritten* rest, int64_t 
     }
 }
 
-void attend(Inputs in) {
-    in.length = in.past + Q;
-    in.keys_end = in.past / RESIDUAL * RESIDUAL;
-    in.values_end = std::max<int64_t>(in.past - RESIDUAL, 0);
+void attend(const Tensors& tensors, T* out) {
+    const int64_t past = std::clamp<int64_t>(*tensors.past, 0, N - Q);
+    const Inputs in = {tensors, out, past, past + Q, past / RESIDUAL * RESIDUAL, std::max<int64_t>(past - RESIDUAL, 0)};
     const int64_t spans = (in.length + SPAN - 1) / SPAN, blocks = B * H * ROW_BLOCKS;
     const int team = blocks * ROWS * in.length < 8192 ? 1 : threads();
     // Tokens are split, too, so that there are pieces enough for threads that are not equally fast.

@@ -1,7 +1,7 @@
 """Source of the CPU decode attention: constants of one problem in front of ``cpu.cpp``.
 
 The C++ is compiled by Inductor's own builder, as part of its generated module or, for eager calls,
-by :mod:`xquant_fx.kernels.cpu_build`.
+by :mod:`xquant_fx.kernels.cpu.build`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import functools
 
 import torch
 
-from xquant_fx.kernels.cpu.source import assemble, definitions
+from xquant_fx.kernels.arguments import Overload
+from xquant_fx.kernels.cpu.source import assemble, definitions, pointers
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 
 MOST_ROWS = 64  # of a block: their scores of a span stay in the cache
 
@@ -74,15 +76,6 @@ def constants(p: Problem) -> str:
     return definitions(numbers, {"SCALE": p.scale, "SOFTCAP": p.softcap}, flags, types)
 
 
-# Tensors in the order of the call, with the type and the field of Inputs that each fills.
-_TENSORS = (
-    ("q", "T"), ("k_codes", "int32_t"), ("k_scale", "S"), ("k_zero", "S"), ("k_ring", "T"), ("k_sink", "T"),
-    ("v_codes", "int32_t"), ("v_scale", "S"), ("v_zero", "S"), ("v_ring", "T"), ("v_sink", "T"),
-    ("start", "int64_t"), ("past", "int64_t"), ("mask", "MASK"), ("sink_logits", "SINK"),
-    ("k_new", "T"), ("v_new", "T"),
-)  # fmt: skip
-
-
 @functools.cache
 def source(p: Problem, lanes: int) -> tuple[tuple[str, ...], str]:
     """(argument types, C++ source of ``kernel``) for vectors of ``lanes`` 32-bit lanes.
@@ -98,13 +91,7 @@ def source(p: Problem, lanes: int) -> tuple[tuple[str, ...], str]:
         absent.add("mask")
     if p.sink_logits_dtype is None:
         absent.add("sink_logits")
-    present = [(name, kind if kind.endswith("_t") else f"xq::{kind}") for name, kind in _TENSORS if name not in absent]
-    types = [f"const {kind}*" for _, kind in present] + ["xq::T*"]
-    names = [*(name for name, _ in present), "out"]
-    body = [
-        "xq::Inputs in = {};",
-        *(f"in.{name} = {name};" for name in names if name != "past"),
-        "in.past = std::clamp<int64_t>(*past, 0, xq::N - xq::Q);",
-        "xq::attend(in);",
-    ]
-    return tuple(types), assemble(lanes, constants(p), "decode_attention/cpu.cpp", zip(types, names, strict=True), body)
+    tensors = pointers(DecodeArguments, Overload())
+    return assemble(
+        lanes, constants(p), "decode_attention/cpu.cpp", "attend", tensors, absent, outputs={"out": "xq::T*"}
+    )

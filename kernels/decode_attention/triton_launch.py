@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.packing import codes_per_word
+
 #: Programs that keep a large GPU busy: some for each of 132 multiprocessors.
 PROGRAMS = 528
 #: Most query rows (query heads of one KV head, times query tokens) of a program: with twice as many registers run
@@ -57,8 +60,8 @@ def settings(
     row_tile = min(max(power_of_two(rows), 16 if hip else 8), most_rows)
     row_blocks = math.ceil(rows / row_tile)
     tile, fold_k = tile_tokens(dim, row_tile, k_group, fold_v)
-    k_words = power_of_two(math.ceil(k_dim * k_bits / 32))
-    k_words = max(k_words, 16 * k_bits // 32)  # a product sums over at least 16
+    k_words = power_of_two(math.ceil(k_dim / codes_per_word(k_bits)))
+    k_words = max(k_words, 16 // codes_per_word(k_bits))  # a product sums over at least 16
     model = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32")
     if interpret and model == "bf16":  # which the interpreter gets wrong
         model = "fp32"
@@ -70,7 +73,7 @@ def settings(
         FULL_TILE=min(full_tile, tile) if fold_k else full_tile,  # a tile of codes lies in one group, here too
         TAIL=256,
         STAGES=3, FULL_STAGES=1 if hip else 2, K_WORDS=k_words, K_LANES=min(k_words, 4),
-        V_LANES=min(tile * v_bits // 32, 4), CODE_CHANNELS=k_words * 32 // k_bits,
+        V_LANES=min(tile // codes_per_word(v_bits), 4), CODE_CHANNELS=k_words * codes_per_word(k_bits),
         K_CHANNELS=max(power_of_two(k_dim), 16), V_CHANNELS=max(power_of_two(v_dim), 16),
         FOLD_K=fold_k, FOLD_V=fold_v, BITCAST=not hip,
         CODE="fp32" if model == "fp32" else "fp16", MODEL=model,
@@ -86,68 +89,51 @@ def dense_mask(mask: Tensor) -> Tensor:
 
 
 def launch(
-    q: Tensor, k_codes: Tensor, k_scale: Tensor, k_zero: Tensor, k_ring: Tensor, k_sink: Tensor | None,
-    v_codes: Tensor, v_scale: Tensor, v_zero: Tensor, v_ring: Tensor, v_sink: Tensor | None, start: Tensor,
-    past: Tensor, mask: Tensor | None, sink_logits: Tensor | None, new_tokens: int, max_len: int, k_bits: int,
-    k_group: int, v_bits: int, v_group: int, residual_length: int, scale: float, softcap: float, window: int,
-    k_new: Tensor | None = None, v_new: Tensor | None = None, *,
-    wrap: Callable[[Any], Any], interpret: bool = False, hip: bool = torch.version.hip is not None,
-) -> Tensor:  # fmt: skip
+    a: DecodeArguments, *, wrap: Callable[[Any], Any], interpret: bool = False,
+    hip: bool = torch.version.hip is not None,
+) -> Tensor:
     """Run both kernels; ``wrap`` is ``wrap_triton``, or nothing in the interpreter."""
     from xquant_fx.kernels.decode_attention.triton_kernels import combine_kernel, decode_kernel
 
-    batch, heads, query, k_dim = q.shape
-    kv_heads, v_dim = k_ring.shape[1], v_ring.shape[3]
+    batch, heads, query, k_dim = a.q.shape
+    kv_heads, v_dim = a.k_ring.shape[1], a.v_ring.shape[3]
     rows = heads // kv_heads * query
     chosen = settings(
-        batch=batch, kv_heads=kv_heads, rows=rows, k_dim=k_dim, v_dim=v_dim, max_len=max_len, k_bits=k_bits,
-        k_group=k_group, v_bits=v_bits, v_group=v_group, dtype=q.dtype, interpret=interpret,
-        chunk=k_new is not None, hip=hip,
-    )  # fmt: skip
-    q, k_new, v_new = (None if t is None else t.contiguous() for t in (q, k_new, v_new))
-    mask = None if mask is None else dense_mask(mask)
-    mask_shape = (1, 1, 1) if mask is None else mask.shape[:3]
+        batch=batch, kv_heads=kv_heads, rows=rows, k_dim=k_dim, v_dim=v_dim, max_len=a.max_len, k_bits=a.k_bits,
+        k_group=a.k_group, v_bits=a.v_bits, v_group=a.v_group, dtype=a.q.dtype, interpret=interpret,
+        chunk=a.k_new is not None, hip=hip,
+    )
+    a = a.mapped(Tensor.contiguous, ("q", "k_new", "v_new")).mapped(dense_mask, ("mask",))
+    mask_shape = (1, 1, 1) if a.mask is None else a.mask.shape[:3]
     parts = chosen["PARTS"]
-    part = torch.empty((batch * heads * query, parts, v_dim), dtype=torch.float32, device=q.device)
-    stats = torch.empty((batch * heads * query, parts, 2), dtype=torch.float32, device=q.device)
-    out = torch.empty((batch, heads, query, v_dim), dtype=q.dtype, device=q.device)
+    part = torch.empty((batch * heads * query, parts, v_dim), dtype=torch.float32, device=a.q.device)
+    stats = torch.empty((batch * heads * query, parts, 2), dtype=torch.float32, device=a.q.device)
+    out = torch.empty((batch, heads, query, v_dim), dtype=a.q.dtype, device=a.q.device)
     wrap(decode_kernel)[(parts, kv_heads * chosen["ROW_BLOCKS"], batch)](
-        q, k_codes, k_scale, k_zero, k_ring, k_sink, v_codes, v_scale, v_zero, v_ring, v_sink, start, past, mask,
-        k_new, v_new, part, stats,
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, QUERY=query, NEW=new_tokens, DK=k_dim, DV=v_dim, MAX_LEN=max_len,
-        K_TOKENS=k_codes.shape[3], V_TOKENS=v_codes.shape[2] * 32 // v_bits, V_STRIDE=v_scale.shape[3],
-        K_GROUPS=k_scale.shape[2], RING=k_ring.shape[2], SINKS=0 if k_sink is None else k_sink.shape[2] - 1,
-        RESIDUAL=residual_length, K_BITS=k_bits, K_GROUP=k_group, V_BITS=v_bits, V_GROUP=v_group, SM_SCALE=scale,
-        SOFTCAP=softcap, WINDOW=window,
-        MASK="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
+        *a.positional(without=("sink_logits",)), part, stats,
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, QUERY=query, NEW=a.new_tokens, DK=k_dim, DV=v_dim,
+        MAX_LEN=a.max_len, K_TOKENS=a.k_codes.shape[3], V_TOKENS=a.v_codes.shape[2] * codes_per_word(a.v_bits),
+        V_STRIDE=a.v_scale.shape[3], K_GROUPS=a.k_scale.shape[2], RING=a.k_ring.shape[2],
+        SINKS=0 if a.k_sink is None else a.k_sink.shape[2] - 1, RESIDUAL=a.residual_length, K_BITS=a.k_bits,
+        K_GROUP=a.k_group, V_BITS=a.v_bits, V_GROUP=a.v_group, SM_SCALE=a.scale, SOFTCAP=a.softcap, WINDOW=a.window,
+        MASK="none" if a.mask is None else "bool" if a.mask.dtype == torch.bool else "float",
         MASK_BATCH=mask_shape[0], MASK_HEADS=mask_shape[1], MASK_QUERY=mask_shape[2],
-        HAS_NEW=k_new is not None, num_warps=4, **chosen,
-    )  # fmt: skip
+        HAS_NEW=a.k_new is not None, num_warps=4, **chosen,
+    )
     wrap(combine_kernel)[(batch * heads * query,)](
-        part, stats, sink_logits, out, HEADS=heads, QUERY=query, DV=v_dim, PARTS=parts, ALL=power_of_two(parts),
-        SOME=min(power_of_two(parts), 8), CHANNELS=power_of_two(v_dim), HAS_LOGITS=sink_logits is not None,
+        part, stats, a.sink_logits, out, HEADS=heads, QUERY=query, DV=v_dim, PARTS=parts, ALL=power_of_two(parts),
+        SOME=min(power_of_two(parts), 8), CHANNELS=power_of_two(v_dim), HAS_LOGITS=a.sink_logits is not None,
         num_warps=4,
-    )  # fmt: skip
+    )
     return out
 
 
-@torch.library.triton_op("xquant::triton_decode_attention", mutates_args=())
-def decode_attention(
-    q: Tensor, k_codes: Tensor, k_scale: Tensor, k_zero: Tensor, k_ring: Tensor, k_sink: Tensor | None,
-    v_codes: Tensor, v_scale: Tensor, v_zero: Tensor, v_ring: Tensor, v_sink: Tensor | None, start: Tensor,
-    past: Tensor, mask: Tensor | None, sink_logits: Tensor | None, new_tokens: int, max_len: int, k_bits: int,
-    k_group: int, v_bits: int, v_group: int, residual_length: int, scale: float, softcap: float, window: int,
-    k_new: Tensor | None = None, v_new: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Attention of ``q`` [B, heads, query, D] over a quantized cache: [B, heads, query, v_dim] in ``q.dtype``.
+def _attend(*args: Any, **kwargs: Any) -> Tensor:
+    return launch(DecodeArguments(*args, **kwargs), wrap=torch.library.wrap_triton)
 
-    ``past`` (int64 [1]) and ``start`` (int64 [B]) are on the device. ``mask`` is None, bool (True attends)
-    or float, [B or 1, heads or 1, query or 1, max_len]; ``sink_logits`` None or [heads]; ``softcap`` 0.0
-    and ``window`` 0 mean none. Rows that see nothing are 0. A chunk of more than 8 tokens passes its own keys
-    and values as ``k_new`` and ``v_new`` [B, KV heads, query, D], and the rings as they were before it.
-    """
-    return launch(
-        q, k_codes, k_scale, k_zero, k_ring, k_sink, v_codes, v_scale, v_zero, v_ring, v_sink, start, past, mask,
-        sink_logits, new_tokens, max_len, k_bits, k_group, v_bits, v_group, residual_length, scale, softcap, window,
-        k_new, v_new, wrap=torch.library.wrap_triton,
-    )  # fmt: skip
+
+# triton_op ignores its parameter ``schema`` (torch 2.11, 2.13) and infers one from the signature.
+_attend.__signature__ = DecodeArguments.signature(returns=Tensor)  # type: ignore[attr-defined]
+
+#: Attention of ``q`` [B, heads, q, D] over a quantized cache: [B, heads, q, v_dim]. Rows that see nothing are 0.
+decode_attention = torch.library.triton_op("xquant::triton_decode_attention", _attend, mutates_args=())

@@ -1,7 +1,7 @@
 // Append a step's tokens to one side of one layer (the CPU kernel of xquant::quantize_store).
 //
-// The same as kernels/store.py does with whole tensors, but a block of keys is quantized only in the
-// step that completes it. Constants come from kernels/cpu_store.py.
+// The same as plain_torch.py and kernels/schemes/ do with whole tensors, but a block of keys is quantized only in
+// the step that completes it. Constants come from cpu_source.py.
 
 namespace xq {
 
@@ -11,22 +11,17 @@ constexpr int64_t D_PAD = (D + L - 1) / L * L;
 constexpr int32_t TOP = (1 << BITS) - 1;
 constexpr float INF = std::numeric_limits<float>::infinity(), NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
-struct Inputs {
-    T* x;
-    int64_t* pos;
-    int32_t* codes;  // not written where they are borrowed
-    S* scale;
-    S* zero;
-    T* ring;
-    T* sink;
-    int64_t* start;
-    int64_t* length;
-    int32_t* fault;
+// Tensors holds the op's tensor arguments; kernels/cpu/source.py writes it.
+struct Inputs : Tensors {
     int64_t past;
 };
 
+// Borrowed codes are const: nothing is written to them.
+inline void write(int32_t* word, int32_t value) { *word = value; }
+inline void write(const int32_t*, int32_t) {}
+
 inline int32_t shift_of(int64_t r) { return 8 * (r % 4) + BITS * (r / 4); }
-inline const T* in_ring(const Inputs& in, int64_t head, int64_t t) { return in.ring + (head * RING + t % RING) * D; }
+inline T* in_ring(const Inputs& in, int64_t head, int64_t t) { return in.ring + (head * RING + t % RING) * D; }
 
 // Scale and zero point of one group as they are stored: (0, NaN) where either does not fit its dtype.
 inline void put(S* scale, S* zero, float s, float z) {
@@ -65,7 +60,7 @@ inline void store_key_group(const Inputs& in, int64_t head, int64_t t0) {
     const int64_t first = std::max<int64_t>(in.start[head / H] + SINKS - t0, 0);  // padding and sinks do not count
     S* scale = in.scale + (head * (TOKENS / GROUP) + t0 / GROUP) * D;
     S* zero = in.zero + (head * (TOKENS / GROUP) + t0 / GROUP) * D;
-    int32_t* codes = in.codes + head * WORDS * TOKENS + t0;
+    auto* codes = in.codes + head * WORDS * TOKENS + t0;
     std::unique_ptr<uint8_t[]> code(new uint8_t[GROUP * (D_PAD + PER)]());
     uint8_t* c = code.get();
     constexpr int64_t pitch = D_PAD + PER;
@@ -114,7 +109,7 @@ inline void store_key_group(const Inputs& in, int64_t head, int64_t t0) {
                 uint32_t word = 0;
                 for (int64_t r = 0; r < PER; r++)
                     if (w * PER + r < D) word |= (uint32_t)c[t * pitch + w * PER + r] << shift_of(r);
-                codes[w * TOKENS + t] = (int32_t)word;
+                write(codes + w * TOKENS + t, (int32_t)word);
             }
 }
 
@@ -127,7 +122,7 @@ inline float sum_of(const float* x) {
 // Values of one token: a group runs along channels.
 inline void store_value(const Inputs& in, int64_t head, int64_t t) {
     const T* row = in_ring(in, head, t);
-    int32_t* codes = in.codes + (head * (TOKENS / PER) + t / PER) * D;
+    auto* codes = in.codes + (head * (TOKENS / PER) + t / PER) * D;
     const int32_t shift = shift_of(t % PER), mask = (int32_t)((uint32_t)TOP << shift);
     for (int64_t g = 0; g < D / GROUP; g++) {
         S* scale = in.scale + (head * (D / GROUP) + g) * TOKENS + t;
@@ -145,12 +140,13 @@ inline void store_value(const Inputs& in, int64_t head, int64_t t) {
         finish_range(lows, splat(high), splat(nan ? -1 : 0), step);
         for (int64_t i = 0; i < GROUP; i += L) {
             const int64_t n = std::min<int64_t>(L, GROUP - i);
-            int32_t* word = codes + g * GROUP + i;
+            auto* word = codes + g * GROUP + i;
             if (BORROWED) {
                 for (int64_t j = 0; j < n; j++) c[i + j] = (float)((uint32_t)word[j] >> shift & TOP);
             } else {
                 const vi code = encode(load_up_to(x + i, n), lows, step);
-                for (int64_t j = 0; j < n; j++) word[j] = (word[j] & ~mask) | (int32_t)((uint32_t)code[j] << shift);
+                for (int64_t j = 0; j < n; j++)
+                    write(word + j, (word[j] & ~mask) | (int32_t)((uint32_t)code[j] << shift));
             }
         }
         if (!BORROWED || !LEAST_SQUARES) {
@@ -178,7 +174,7 @@ inline void store_head(const Inputs& in, int64_t head) {
         if (SINKS && slot >= 0 && slot < SINKS)
             std::memcpy((void*)(in.sink + (head * (SINKS + 1) + slot) * D), (const void*)x, D * sizeof(T));
     }
-    if (IS_KEY) {
+    if (BLOCKS) {
         for (int64_t t = in.past / RESIDUAL * RESIDUAL; t + RESIDUAL <= end; t += RESIDUAL)
             for (int64_t g = 0; g < RESIDUAL; g += GROUP) store_key_group(in, head, t + g);
     } else {
@@ -186,23 +182,24 @@ inline void store_head(const Inputs& in, int64_t head) {
     }
 }
 
-// Why these positions cannot follow what is stored (xquant_fx/faults.py), or 0.
-inline int32_t fault_code(const Inputs& in) {
+// Why these positions cannot follow what is stored (kernels/faults.py), or 0.
+inline int32_t fault_code(const Tensors& in) {
     const int64_t past = in.pos[0];
-    int32_t code = past > in.length[0] || past < 0 ? 1 : 0;
-    if (past + Q > N) code = 2;
-    if (past > 0 && in.length[1] - past > STEP_TOKENS) code = 3;
-    if (past == 0 && in.length[0] == N) code = 5;
+    int64_t code = past > in.length[0] || past < 0 ? NOT_APPENDED : 0;
+    if (past + Q > N) code = FULL;
+    if (past > 0 && in.length[1] - past > STEP_TOKENS) code = ROLLED_BACK_TOO_FAR;
+    if (past == 0 && in.length[0] == N) code = FULL_RESTARTED;
     for (int64_t i = 0; i < Q; i++)
-        if (in.pos[i] != past + i) code = 4;
-    return code;
+        if (in.pos[i] != past + i) code = NOT_CONSECUTIVE;
+    return (int32_t)code;
 }
 
-void append(Inputs in) {
-    *in.fault = std::max(*in.fault, fault_code(in));
-    in.past = std::clamp<int64_t>(in.pos[0], 0, N - Q);  // a step past the end is written over the last tokens
+void append(const Tensors& tensors) {
+    *tensors.fault = std::max(*tensors.fault, fault_code(tensors));
+    // A step past the end is written over the last tokens.
+    const Inputs in = {tensors, std::clamp<int64_t>(tensors.pos[0], 0, N - Q)};
     const int64_t heads = B * H;
-    const bool flush = IS_KEY && (in.past + Q) / RESIDUAL > in.past / RESIDUAL;
+    const bool flush = BLOCKS && (in.past + Q) / RESIDUAL > in.past / RESIDUAL;
     const int team = flush ? threads() : 1;  // a step's own work is too little to share out
 #pragma omp parallel for num_threads(team) if (team > 1)
     for (int64_t head = 0; head < heads; head++) store_head(in, head);

@@ -7,8 +7,10 @@ import functools
 
 import torch
 
-from xquant_fx.kernels.cpu.source import assemble, definitions
+from xquant_fx.kernels.cpu.source import assemble, definitions, pointers
+from xquant_fx.kernels.faults import Fault
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,8 @@ class Append:
     scale_dtype: torch.dtype
     shape: tuple[int, int, int, int]
     """Shape of the new tokens [B, H, q, D]."""
-    side: str
+    append: str
+    """Which step quantizes what is due: ``APPEND`` of the scheme."""
     bits: int
     group: int
     residual: int
@@ -38,9 +41,9 @@ def constants(a: Append) -> str:
     numbers = {
         "B": batch, "H": heads, "Q": new, "D": dim, "N": a.max_len, "BITS": a.bits, "GROUP": a.group,
         "TOKENS": a.tokens, "RESIDUAL": a.residual, "RING_SLACK": a.ring - a.residual, "SINKS": a.sinks,
-        "STEP_TOKENS": STEP_TOKENS,
+        "STEP_TOKENS": STEP_TOKENS, **{fault.name: int(fault) for fault in Fault},
     }  # fmt: skip
-    flags = {"IS_KEY": a.side == "key", "BORROWED": a.fit is not None, "LEAST_SQUARES": a.fit == "least_squares"}
+    flags = {"BLOCKS": a.append == "blocks", "BORROWED": a.fit is not None, "LEAST_SQUARES": a.fit == "least_squares"}
     relaxed = {"RELAXED_SCALE": 1 - 2 * a.eta, "RELAXED_ZERO": a.eta * (2**a.bits - 1)}
     return definitions(numbers, relaxed, flags, {"T": a.dtype, "S": a.scale_dtype})
 
@@ -48,15 +51,6 @@ def constants(a: Append) -> str:
 @functools.cache
 def source(a: Append, lanes: int) -> tuple[tuple[str, ...], str]:
     """(argument types, C++ source of ``kernel``); the arguments are the tensors that are present, in order."""
-    params = [
-        ("const xq::T*", "x"), ("const int64_t*", "pos"), ("const int32_t*" if a.fit else "int32_t*", "codes"),
-        ("xq::S*", "scale"), ("xq::S*", "zero"), ("xq::T*", "ring"), ("xq::T*", "sink"), ("const int64_t*", "start"),
-        ("int64_t*", "length"), ("int32_t*", "fault"),
-    ]  # fmt: skip
-    params = [(kind, name) for kind, name in params if name != "sink" or a.sinks]
-    body = [  # Inputs is not const-correct
-        "xq::Inputs in = {};",
-        *(f"in.{name} = ({kind.removeprefix('const ')}){name};" for kind, name in params),
-        "xq::append(in);",
-    ]
-    return tuple(kind for kind, _ in params), assemble(lanes, constants(a), "quantize_store/cpu.cpp", params, body)
+    tensors = pointers(StoreArguments, BORROWED if a.fit else OWN)
+    absent = () if a.sinks else ("sink",)
+    return assemble(lanes, constants(a), "quantize_store/cpu.cpp", "append", tensors, absent, outputs={})

@@ -16,6 +16,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from xquant_fx.kernels.faults import Fault
+
+NOT_APPENDED = tl.constexpr(int(Fault.NOT_APPENDED))
+FULL = tl.constexpr(int(Fault.FULL))
+ROLLED_BACK_TOO_FAR = tl.constexpr(int(Fault.ROLLED_BACK_TOO_FAR))
+NOT_CONSECUTIVE = tl.constexpr(int(Fault.NOT_CONSECUTIVE))
+FULL_RESTARTED = tl.constexpr(int(Fault.FULL_RESTARTED))
 # Adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to an integer, halves to even.
 ROUNDER = tl.constexpr(12582912.0)
 
@@ -27,12 +34,12 @@ def note_step(pos_ptr, length_ptr, fault_ptr, past, NEW: tl.constexpr, NEW_TILE:
     j = tl.arange(0, NEW_TILE)
     asked = tl.load(pos_ptr)
     stored, furthest = tl.load(length_ptr), tl.load(length_ptr + 1)
-    code = tl.where((asked > stored) | (asked < 0), 1, 0)
-    code = tl.where(asked + NEW > MAX_LEN, 2, code)
-    code = tl.where((asked > 0) & (furthest - asked > STEP_TOKENS), 3, code)
-    code = tl.where((asked == 0) & (stored == MAX_LEN), 5, code)
+    code = tl.where((asked > stored) | (asked < 0), NOT_APPENDED, 0)
+    code = tl.where(asked + NEW > MAX_LEN, FULL, code)
+    code = tl.where((asked > 0) & (furthest - asked > STEP_TOKENS), ROLLED_BACK_TOO_FAR, code)
+    code = tl.where((asked == 0) & (stored == MAX_LEN), FULL_RESTARTED, code)
     jumps = tl.sum(((tl.load(pos_ptr + j, mask=j < NEW, other=0) != asked + j) & (j < NEW)).to(tl.int32), 0)
-    code = tl.where(jumps > 0, 4, code)
+    code = tl.where(jumps > 0, NOT_CONSECUTIVE, code)
     tl.store(fault_ptr, tl.maximum(tl.load(fault_ptr), code))
     stored = (past + NEW).to(tl.int64)
     tl.store(length_ptr, stored)

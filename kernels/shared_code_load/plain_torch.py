@@ -8,23 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xquant_fx.kernels.layout import quantized_limit, ring_slots
-from xquant_fx.kernels.packing import unpack_words
-
-
-def dequantize(
-    codes: Tensor, scale: Tensor, zero: Tensor, side: str, bits: int, group: int, n: int, dim: int
-) -> Tensor:
-    """First ``n`` tokens as fp32 [B, H, n, dim]."""
-    if side == "key":
-        c = unpack_words(codes[..., :n], bits, 2, dim).transpose(-1, -2)
-        token_group = torch.arange(n, device=codes.device) // group
-        s, z = scale.index_select(2, token_group), zero.index_select(2, token_group)
-    else:
-        c = unpack_words(codes, bits, 2, n)
-        channel_group = torch.arange(dim, device=codes.device) // group
-        s, z = (t[..., :n].transpose(-1, -2).index_select(3, channel_group) for t in (scale, zero))
-    return c.to(torch.float32) * s.to(torch.float32) + z.to(torch.float32)
+from xquant_fx.kernels.layout import ring_slots
+from xquant_fx.kernels.schemes import SCHEMES
+from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 
 
 def residual_tokens(ring: Tensor, tokens: Tensor, past: Tensor, x: Tensor | None) -> Tensor:
@@ -45,24 +31,21 @@ def with_sinks(out: Tensor, sink: Tensor, tokens: Tensor, start: Tensor) -> Tens
     return torch.where(kept[:, None, :, None], sink.gather(2, index), out)
 
 
-def load(
-    codes: Tensor, scale: Tensor | None, zero: Tensor | None, ring: Tensor | None, sink: Tensor | None,
-    start: Tensor, past: Tensor, new_tokens: int, n: int, side: str, bits: int, group: int, residual: int,
-    x: Tensor | None = None,
-) -> Tensor:
+def load(a: LoadArguments) -> Tensor:
     """What attention sees in a step that brings ``new_tokens`` tokens after ``past``: [B, H, n, D].
 
     Tokens at or past ``past + new_tokens`` read as zero, as in a fresh static cache.
     """
-    tokens = torch.arange(n, device=codes.device)
-    written = (tokens < past + new_tokens)[:, None]
-    if bits == 16:
-        return torch.where(written, codes[:, :, :n], 0.0).contiguous()
-    assert scale is not None and zero is not None and ring is not None
-    dense = dequantize(codes, scale, zero, side, bits, group, n, ring.shape[3]).to(ring.dtype)
-    full = residual_tokens(ring, tokens, past, x)
-    out = torch.where((tokens < quantized_limit(past, side, residual))[:, None], dense, full)
-    if sink is not None:
-        out = with_sinks(out, sink, tokens, start)
+    tokens = torch.arange(a.n, device=a.codes.device)
+    written = (tokens < a.past + a.new_tokens)[:, None]
+    if a.bits == 16:
+        return torch.where(written, a.codes[:, :, : a.n], 0.0).contiguous()
+    assert a.scale is not None and a.zero is not None and a.ring is not None
+    scheme = SCHEMES[a.scheme]
+    dense = scheme.dequantize(a.codes, a.scale, a.zero, a.bits, a.group_size, a.n, a.ring.shape[3]).to(a.ring.dtype)
+    full = residual_tokens(a.ring, tokens, a.past, a.x)
+    out = torch.where((tokens < scheme.quantized_limit(a.past, a.residual_length))[:, None], dense, full)
+    if a.sink is not None:
+        out = with_sinks(out, a.sink, tokens, a.start)
     # Contiguous like the buffer it stands for: SDPA kernels are chosen by strides.
     return torch.where(written, out, 0.0).contiguous()

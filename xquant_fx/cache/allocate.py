@@ -1,11 +1,17 @@
-"""Allocation of a quantized cache inside a compiled region: a cold, compiled prefill.
+"""Allocation of quantized buffers: of whole caches, and of one buffer inside a compiled region.
 
-Dynamo puts one call to :func:`quantized_empty` a buffer into its graph and takes the result for an
-ordinary tensor. The backend runs such a graph, which is a cache's first step, as it stands, without
+Dynamo puts one call to :func:`quantized_empty` per buffer into the graph of a cold, compiled prefill and takes the
+result for an ordinary tensor. The backend runs such a graph, which is a cache's first step, as it stands, without
 compiling it; the buffers it returns are quantized, and the next step is compiled for them.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,40 +21,109 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import CacheGroup, KVState
 from xquant_fx.errors import CacheStateError
-from xquant_fx.plan.config import XQuantConfig
-from xquant_fx.plan.pairing import borrow_or_own
-from xquant_fx.plan.spec import KVSpec
+from xquant_fx.plan.plan import BufferPlan, Plan
+from xquant_fx.plan.spec import KVSpec, Role
 
 
-def planned_spec(
-    buffer: Tensor, lower: KVSpec | None, layer: int, count: int, side: str, max_len: int, dim: int, config: str
-) -> KVSpec:
-    """The spec of an empty buffer such as ``buffer`` [B, H, any, dim]; ``lower``: that of the layer below."""
-    shape = (buffer.shape[0], buffer.shape[1], max_len, dim)
-    return borrow_or_own(shape, buffer.dtype, XQuantConfig.from_json(config), side, layer, count, lower).spec
+class Geometry(NamedTuple):
+    """Shape [B, H, N, D] and dtype of a KV buffer."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Which buffer of a cache one call of ``quantized_empty`` allocates."""
+
+    layer: int
+    max_len: int
+    """Tokens the buffer can hold."""
+    entry: BufferPlan
+    """What is planned for it."""
+
+    @classmethod
+    def of(cls, plan: Plan, layer: int, role: Role, max_len: int) -> Slot:
+        """The slot of ``layer`` in a cache that was made by ``plan``."""
+        return cls(layer, max_len, plan.layers[layer].of(role))
+
+    def to_json(self) -> str:
+        """The slot as text, which a graph can hold."""
+        return json.dumps([self.layer, self.max_len, self.entry.to_dict()])
+
+    @classmethod
+    @functools.lru_cache(maxsize=1024)
+    def from_json(cls, text: str) -> Slot:
+        """The slot that :meth:`to_json` wrote."""
+        layer, max_len, entry = json.loads(text)
+        return cls(layer, max_len, BufferPlan.from_dict(entry, f"layer {layer}"))
+
+    @property
+    def name(self) -> str:
+        """Layer and role, for people."""
+        return f"layer {self.layer} {self.entry.role}s"
+
+    def bind(self, like: Tensor, lower: KVSpec | None) -> KVSpec:
+        """The spec of a buffer for tokens such as ``like`` [B, H, any, D]."""
+        shape = (like.shape[0], like.shape[1], self.max_len, like.shape[3])
+        return self.entry.bind(self.layer, shape, like.dtype, lower)
 
 
 def quantized_empty(
-    like: Tensor, first: Tensor | None, lower: Tensor | None, start: Tensor | None,
-    layer: int, count: int, side: str, max_len: int, dim: int, config: str,
+    like: Tensor, first: Tensor | None, lower: Tensor | None, start: Tensor | None, slot: str, plan: str
 ) -> Tensor:
-    """An empty quantized buffer [B, H, max_len, dim]; ``first`` is the first buffer of the same cache."""
+    """An empty quantized buffer [B, H, max_len, D].
+
+    Args:
+        like: new keys or values [B, H, q, D]: batch, heads, head_dim, dtype and device of the buffer.
+        first: the first buffer of the same cache; None for the first itself, which brings the ``plan``.
+        lower: the buffer of the same role of the layer below, where there is a pair.
+        start: int64 [B], padding tokens in front of each sequence; None: none.
+        slot: which buffer this is (``Slot.to_json``).
+        plan: the cache's plan (``Plan.to_json``); "" where ``first`` is given.
+    """
     if isinstance(like, FunctionalTensor):
         raise CacheStateError(
             'an XQuantCache must be compiled with backend="xquant", not with plain Inductor '
             "(or initialised before: run one eager step)"
         )
+    wanted = Slot.from_json(slot)
     if isinstance(like, FakeTensor):
-        return like.new_empty((*like.shape[:2], max_len, dim))
+        return like.new_empty((*like.shape[:2], wanted.max_len, like.shape[3]))
     if isinstance(first, QuantizedKV):
-        group = first._live().group
+        group = first.live.group
     else:
-        group = CacheGroup(XQuantConfig.from_json(config), like.shape[0], like.device, start)
-    below = lower._live() if isinstance(lower, QuantizedKV) else None
-    spec = planned_spec(like, below.spec if below is not None else None, layer, count, side, max_len, dim, config)
-    buffer = QuantizedKV.of(KVState(spec, group, below if spec.borrowed else None))
-    torch._dynamo.mark_static_address(buffer)
-    return buffer
+        group = CacheGroup(Plan.from_json(plan), like.shape[0], like.device, start)
+    below = lower.live if isinstance(lower, QuantizedKV) else None
+    spec = wanted.bind(like, below.spec if below is not None else None)
+    return QuantizedKV.of(KVState(spec, group, below if spec.borrowed else None))
 
 
 torch.compiler.allow_in_graph(quantized_empty)
+
+
+def bind_all(plan: Plan, buffers: Sequence[tuple[int, Role, Geometry]]) -> list[KVSpec]:
+    """Specs of buffers (layer, role, geometry), in order; a partner must come before who borrows of it."""
+    specs: dict[tuple[int, str], KVSpec] = {}
+    for layer, role, geometry in buffers:
+        entry = plan.layers[layer].of(role)
+        lower = None if entry.partner is None else specs.get((entry.partner, role))
+        specs[layer, role] = entry.bind(layer, geometry.shape, geometry.dtype, lower)
+    return list(specs.values())
+
+
+def allocate(group: CacheGroup, specs: Sequence[KVSpec]) -> list[KVState]:
+    """Empty states of one cache, in the order of ``specs``."""
+    states: dict[tuple[int, str], KVState] = {}
+    for spec in specs:
+        lower = states[cast(int, spec.partner), spec.role] if spec.borrowed else None
+        states[spec.layer, spec.role] = KVState(spec, group, lower)
+    return list(states.values())
+
+
+def allocate_layers(plan: Plan, geometries: Sequence[tuple[Geometry, Geometry]], **group: Any) -> list[list[KVState]]:
+    """Empty (keys, values) states of every layer; ``group`` are arguments of ``CacheGroup``."""
+    roles: tuple[Role, Role] = ("key", "value")
+    buffers = [(i, role, g) for i, pair in enumerate(geometries) for role, g in zip(roles, pair, strict=True)]
+    states = allocate(CacheGroup(plan, **group), bind_all(plan, buffers))
+    return [states[i : i + 2] for i in range(0, len(states), 2)]

@@ -19,7 +19,7 @@ from xquant_fx.cache.state import KVState
 def quantize_in_place(buffer: Tensor, state: KVState) -> None:
     """Make the object ``buffer`` the QuantizedKV of ``state``; its own storage is released."""
     static = getattr(buffer, "_dynamo_static_input_type", None)
-    new = QuantizedKV.of(state)
+    new = QuantizedKV(state.spec, state.owned["length"], state)  # a static address only if the buffer's was
     attributes = dict(new.__dict__)
     buffer.__class__, new.__class__ = QuantizedKV, torch.Tensor
     torch._C._swap_tensor_impl(buffer, new)

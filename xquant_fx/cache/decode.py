@@ -12,6 +12,7 @@ from xquant_fx import ops
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError
+from xquant_fx.kernels.decode_attention.arguments import why_not_fused
 from xquant_fx.kernels.layout import STEP_TOKENS
 
 
@@ -59,12 +60,13 @@ def decode_attention(
     past = key.owned["length"][:1] - new
     mask = _causal(key, past, new) if mask is None else _fitting(mask, (*q.shape[:3], spec.shape[2]), where)
     names = ("codes", "scale", "zero", "ring", "sink")
-    tensors = [state.tensor(name) for state in (key, value) for name in names]
+    tensors = {f"{side}_{name}": s.tensor(name) for side, s in (("k", key), ("v", value)) for name in names}
     return ops.DECODE(
-        q, *tensors, key.group.start, past, mask, sink_logits, new, spec.shape[2], spec.bits, spec.group_size,
-        value.spec.bits, value.spec.group_size, spec.residual_length,
-        scale, softcap, window,
-    )  # fmt: skip
+        q=q, **tensors, start=key.group.start, past=past, mask=mask, sink_logits=sink_logits, new_tokens=new,
+        max_len=spec.shape[2], k_bits=spec.bits, k_group=spec.group_size, v_bits=value.spec.bits,
+        v_group=value.spec.group_size, residual_length=spec.residual_length, scale=scale, softcap=softcap,
+        window=window,
+    )
 
 
 def _states(cache: Any, layer: int) -> tuple[KVState, KVState]:
@@ -79,9 +81,9 @@ def _states(cache: Any, layer: int) -> tuple[KVState, KVState]:
         keys, values = (getattr(layers[layer], name, None) for name in ("keys", "values"))
     if not (isinstance(keys, QuantizedKV) and isinstance(values, QuantizedKV)):
         raise CacheStateError(f"layer {layer} is not quantized, or not allocated yet (that happens at its first step)")
-    key, value = keys._live(), values._live()
-    if (key.spec.side, value.spec.side) != ("key", "value"):
-        raise CacheStateError(f"a pair must be (keys, values), got ({key.spec.side}s, {value.spec.side}s)")
+    key, value = keys.live, values.live
+    if (key.spec.role, value.spec.role) != ("key", "value"):
+        raise CacheStateError(f"a pair must be (keys, values), got ({key.spec.role}s, {value.spec.role}s)")
     return key, value
 
 
@@ -89,6 +91,9 @@ def _check(q: Tensor, key: KVState, value: KVState) -> None:
     where, (batch, heads, _, dim) = f"layer {key.spec.layer}: ", key.spec.shape
     if not (key.spec.quantized and value.spec.quantized):
         raise CacheStateError(where + "16-bit storage has no codes to attend to; use scaled_dot_product_attention")
+    schemes = key.spec.scheme, key.spec.bits, value.spec.scheme, value.spec.bits
+    if reason := why_not_fused(*schemes):
+        raise CacheStateError(where + f"no kernel attends to such a layer: {reason}")
     fits = q.dim() == 4 and q.shape[0] == batch and q.shape[1] and q.shape[1] % heads == 0 and q.shape[3] == dim
     if not fits or q.dtype != key.spec.dtype:
         raise CacheStateError(

@@ -1,6 +1,6 @@
 """Positions that do not follow what is stored: found on the device, raised on the host.
 
-A compiled step cannot raise by itself. It leaves a code in one int32 tensor a cache, which is read
+A compiled step cannot raise by itself. It leaves a ``Fault`` in one int32 tensor per cache, which is read
 right after the step on the CPU, and on an accelerator copied without waiting and read at the next
 step or whenever the host waits anyway (``check(wait=True)``).
 """
@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from xquant_fx.errors import CacheStateError
-from xquant_fx.kernels.layout import STEP_TOKENS
-
-FAULTS = {
-    1: "tokens must be appended: the first position was past the number of tokens stored",
-    2: "positions must be below max_cache_len: the cache is full",
-    3: f"at most {STEP_TOKENS} tokens can be rolled back (or all: position 0); more were",
-    4: "the positions of one step must be consecutive",
-    5: "the cache is full: position 0 starts a sequence anew only after reset() (or is this a ring buffer?)",
-}
+from xquant_fx.kernels.faults import FAULTS, Fault
 
 
 class FaultMonitor:
@@ -54,7 +46,7 @@ class FaultMonitor:
     def _raise_if(self, code: int) -> None:
         if code:
             raise CacheStateError(
-                f"quantized KV cache: {FAULTS.get(code, code)}. Its contents are no longer right: "
+                f"quantized KV cache: {FAULTS[Fault(code)]}. Its contents are no longer right: "
                 "reset() it, or append tokens at the position the cache is at"
             )
 

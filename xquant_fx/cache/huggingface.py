@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from xquant_fx.cache.allocate import quantized_empty
+from xquant_fx.cache.allocate import Slot, quantized_empty
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import CacheGroup, KVState
 from xquant_fx.errors import CacheStateError, ConfigError
 from xquant_fx.plan.config import XQuantConfig
+from xquant_fx.plan.plan import Plan, make_plan
 
 
 class XQuantLayer(StaticLayer):
@@ -25,12 +26,15 @@ class XQuantLayer(StaticLayer):
 
     is_croppable = True
 
-    def __init__(self, max_cache_len: int, number: int, count: int, below: list[XQuantLayer], config: XQuantConfig):
+    def __init__(self, max_cache_len: int, layer_idx: int, below: list[XQuantLayer], plan: Plan) -> None:
         super().__init__(max_cache_len=max_cache_len)
-        self.number, self.count = number, count
-        self.lower = below[-1] if below and number % 2 else None
+        self.layer_idx = layer_idx
+        self.lower = below[-1] if below and layer_idx % 2 else None
         self.first = below[0] if below else self
-        self.config_text = config.to_json()
+        # As text, which Dynamo can put into a graph. The first buffer brings the plan of the whole cache.
+        self.key_slot = Slot.of(plan, layer_idx, "key", max_cache_len).to_json()
+        self.value_slot = Slot.of(plan, layer_idx, "value", max_cache_len).to_json()
+        self.plan_text = "" if below else plan.to_json()
         self.start: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -40,14 +44,9 @@ class XQuantLayer(StaticLayer):
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
         lower, first = self.lower, self.first
         start = _rows(first.start, self.batch_size)
-        self.keys = quantized_empty(
-            key_states, first.keys, lower.keys if lower is not None else None, start,
-            self.number, self.count, "key", self.max_cache_len, self.k_head_dim, self.config_text,
-        )
-        self.values = quantized_empty(
-            value_states, first.keys, lower.values if lower is not None else None, start,
-            self.number, self.count, "value", self.max_cache_len, self.v_head_dim, self.config_text,
-        )
+        below = (None, None) if lower is None else (lower.keys, lower.values)
+        self.keys = quantized_empty(key_states, first.keys, below[0], start, self.key_slot, self.plan_text)
+        self.values = quantized_empty(value_states, first.keys, below[1], start, self.value_slot, "")
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
@@ -69,7 +68,7 @@ class XQuantLayer(StaticLayer):
         return [t.state for t in (self.keys, self.values) if isinstance(t, QuantizedKV) and t.state is not None]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Select batch rows in place, codes once a pair."""
+        """Select batch rows in place, codes once per pair."""
         for state in self.states:
             state.reorder(beam_idx)
 
@@ -87,51 +86,53 @@ class XQuantLayer(StaticLayer):
 
     def offload(self) -> None:
         """Not supported: raises CacheStateError."""
-        raise CacheStateError(f"layer {self.number}: a quantized KV cache cannot be offloaded")
+        raise CacheStateError(f"layer {self.layer_idx}: a quantized KV cache cannot be offloaded")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Not supported: raises CacheStateError."""
-        raise CacheStateError(f"layer {self.number}: a quantized KV cache has a fixed batch; make one of the larger")
+        raise CacheStateError(f"layer {self.layer_idx}: a quantized KV cache has a fixed batch; make one of the larger")
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Not supported: raises CacheStateError."""
-        raise CacheStateError(f"layer {self.number}: a quantized KV cache has a fixed batch; use reorder_cache")
+        raise CacheStateError(f"layer {self.layer_idx}: a quantized KV cache has a fixed batch; use reorder_cache")
 
 
 class XQuantCache(StaticCache):
-    """KV cache of 1 to 16 bits an element, for ``past_key_values=`` (``cache=`` from transformers 5.24 on).
+    """KV cache of 1 to 16 bits per element, for ``past_key_values=`` (``cache=`` from transformers 5.24 on).
 
     Full-attention layers are quantized; other kinds (sliding window, linear attention) stay as in
     ``StaticCache``. Memory is allocated at the first step and never holds full-precision keys or
     values but for the residual windows.
 
     Args:
-        config: the model's ``config``.
+        model_config: the model's ``config``.
         max_cache_len: tokens the cache can hold.
-        xquant: settings; given as ``config=XQuantConfig(...)`` by keyword.
+        config: settings, or a plan for as many layers as the model has quantized ones; default: ``XQuantConfig()``.
         padding_mask: int or bool [B, S], 0 for left padding. Padding then takes no part in scales
             and fits; without it padding counts as tokens. Kept by ``reset()``.
 
     Raises:
-        ConfigError: a length is not positive, or the padding is not on the left.
+        ConfigError: a length is not positive, padding is not on the left, or a plan is for another number of layers.
     """
 
     def __init__(
-        self, model_config: PreTrainedConfig, max_cache_len: int, config: XQuantConfig | None = None, *,
+        self, model_config: PreTrainedConfig, max_cache_len: int, config: XQuantConfig | Plan | None = None, *,
         padding_mask: Tensor | None = None, **kwargs: Any,
     ) -> None:
         if kwargs:
             raise ConfigError(f"XQuantCache takes no {sorted(kwargs)}")
-        if config is not None and not isinstance(config, XQuantConfig):
-            raise ConfigError(f"config must be an XQuantConfig, got {type(config).__name__}")
+        if config is not None and not isinstance(config, XQuantConfig | Plan):
+            raise ConfigError(f"config must be an XQuantConfig or a Plan, got {type(config).__name__}")
         if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
             raise ConfigError(f"max_cache_len must be at least 1 token, got {max_cache_len}")
         super().__init__(config=model_config, max_cache_len=max_cache_len)
         self.xquant_config = config if config is not None else XQuantConfig()
         full = [i for i, layer in enumerate(self.layers) if type(layer) is StaticLayer]
         below: list[XQuantLayer] = []
-        for number, index in enumerate(full):
-            self.layers[index] = XQuantLayer(max_cache_len, number, len(full), below, self.xquant_config)
+        self.plan = make_plan(self.xquant_config, len(full)) if full else None
+        for layer_idx, index in enumerate(full):
+            assert self.plan is not None
+            self.layers[index] = XQuantLayer(max_cache_len, layer_idx, below, self.plan)
             below.append(self.layers[index])
         self.quantized_layers = below
         if padding_mask is not None:

@@ -48,8 +48,10 @@ class QuantizedKV(Dequantized):
 
     @classmethod
     def of(cls, state: KVState) -> QuantizedKV:
-        """The buffer that stands for ``state``."""
-        return cls(state.spec, state.owned["length"], state)
+        """The buffer that stands for ``state``, whose address compiled graphs may take for granted."""
+        buffer = cls(state.spec, state.owned["length"], state)
+        torch._dynamo.mark_static_address(buffer)
+        return buffer
 
     # The one inner tensor that Dynamo gets to see tells it the device; the rest is in the spec.
     def __tensor_flatten__(self) -> tuple[list[str], tuple[KVSpec, tuple[int, int]]]:
@@ -69,18 +71,17 @@ class QuantizedKV(Dequantized):
         return f"QuantizedKV({self.origin}, shape={tuple(self.shape)}, {codes}, device={self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedKV:
-        new = QuantizedKV.of(copy.deepcopy(self._live(), memo))
-        torch._dynamo.mark_static_address(new)
+        new = QuantizedKV.of(copy.deepcopy(self.live, memo))
         memo[id(self)] = new
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._live(),)
+        return _rebuild, (self.live,)
 
     @property
     def origin(self) -> str:
         """Layer and side."""
-        return f"layer {self.spec.layer} {self.spec.side}s"
+        return f"layer {self.spec.layer} {self.spec.role}s"
 
     def refuse_write(self, func: Any) -> None:
         """A stand-in that is traced may be written to: the passes look at the graph."""
@@ -95,7 +96,13 @@ class QuantizedKV(Dequantized):
         begin, end = self.span
         return self.state.load(end)[:, :, begin:]
 
-    def _live(self) -> KVState:
+    @property
+    def live(self) -> KVState:
+        """The state.
+
+        Raises:
+            CacheStateError: this is a view, or a stand-in that Dynamo made; neither has a state of its own.
+        """
         if self.state is None or self.span != (0, self.spec.shape[2]):
             raise CacheStateError(f"{self!r}: a view or a traced stand-in holds no state of its own")
         return self.state
@@ -126,9 +133,7 @@ class QuantizedKV(Dequantized):
 
 
 def _rebuild(state: KVState) -> QuantizedKV:
-    buffer = QuantizedKV.of(state)
-    torch._dynamo.mark_static_address(buffer)
-    return buffer
+    return QuantizedKV.of(state)
 
 
 def _refuse_aot(arg: Any) -> None:
@@ -164,7 +169,7 @@ def _index_put(kv: QuantizedKV, indices: Any, x: Tensor, accumulate: bool = Fals
 
 def _zero(kv: QuantizedKV) -> Any:
     if kv.state is not None:
-        kv._live().reset()
+        kv.live.reset()
     return kv
 
 

@@ -1,7 +1,7 @@
 """The quantized state: who owns which tensor.
 
 ``KVState`` is one side (keys or values) of one layer. The upper layer of a sharing pair holds a
-reference to the lower one and reads its codes; there is one codes tensor a pair and nothing else
+reference to the lower one and reads its codes; there is one codes tensor per pair and nothing else
 refers to it. ``CacheGroup`` is what the states of one cache have in common.
 """
 
@@ -11,25 +11,28 @@ import torch
 from torch import Tensor
 
 from xquant_fx import ops
-from xquant_fx.cache.faults import FAULTS, FaultMonitor
+from xquant_fx.cache.faults import FaultMonitor
 from xquant_fx.errors import CacheStateError
+from xquant_fx.kernels.faults import FAULTS, Fault
 from xquant_fx.kernels.layout import STEP_TOKENS
-from xquant_fx.plan.config import XQuantConfig
+from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec
 
-TENSOR_NAMES = ("codes", "scale", "zero", "ring", "sink", "start", "length", "fault")
+#: All tensors of a state, in the order of the op that writes them.
+TENSOR_NAMES = tuple(name for name in StoreArguments.tensor_names() if name not in ("x", "pos"))
 
 
 class CacheGroup:
-    """Shared by all states of one cache: config, padding, faults, and the chunk just written.
+    """Shared by all states of one cache: plan, padding, faults, and the chunk just written.
 
     ``chunk`` keeps the full-precision keys and values of the layer written last, if the chunk was
     longer than the residual windows can give back: an eager prefill attends to its own tokens
     unquantized. It holds one layer at a time.
     """
 
-    def __init__(self, config: XQuantConfig, batch: int, device: torch.device, start: Tensor | None = None) -> None:
-        self.config = config
+    def __init__(self, plan: Plan, batch: int, device: torch.device, start: Tensor | None = None) -> None:
+        self.plan = plan
         self.start = torch.zeros(batch, dtype=torch.int64, device=device)
         if start is not None:
             self.start.copy_(start)
@@ -53,7 +56,7 @@ class CacheGroup:
         if self.chunk_layer != state.spec.layer:
             self.drop()
             self.chunk_layer = state.spec.layer
-        self.chunks[state.spec.side] = chunk
+        self.chunks[state.spec.role] = chunk
 
     def drop(self) -> None:
         """Let go of the chunk."""
@@ -89,10 +92,10 @@ class KVState:
             return self.lower.tensor("codes")
         return self.owned.get(name)
 
-    def store_args(self) -> list[object]:
-        """Static arguments of ``xquant::quantize_store``."""
-        s = self.spec
-        return [s.side, s.bits, s.group_size, s.residual_length, s.eta, s.sink_tokens, s.shape[2]]
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        """All of ``TENSOR_NAMES``, None where there is none."""
+        return {name: self.tensor(name) for name in TENSOR_NAMES}
 
     def store(self, x: Tensor, pos: Tensor) -> None:
         """Append ``x`` [B, H, q, D] at consecutive positions ``pos`` [q], eagerly.
@@ -107,11 +110,9 @@ class KVState:
         if new > STEP_TOKENS and ring is not None:
             chunk = Chunk(x, past, new, ring.clone() if past else ring)
         self.group.hold(self, chunk)
-        tensors = [self.tensor(name) for name in TENSOR_NAMES]
-        if self.spec.borrowed:
-            ops.STORE_BORROWED(x, pos, *tensors, *self.store_args(), fit=self.spec.fit)
-        else:
-            ops.STORE(x, pos, *tensors, *self.store_args())
+        fit = self.spec.fit if self.spec.borrowed else None
+        arguments = StoreArguments(x=x, pos=pos, **self.tensors, **self.spec.store_constants(), fit=fit)
+        arguments.call(ops.STORE, ops.STORE_BORROWED)
 
     def load(self, n: int) -> Tensor:
         """Dequantize the first ``n`` tokens as attention sees them right after the last write."""
@@ -119,11 +120,11 @@ class KVState:
         if chunk.x is not None and chunk.past == 0:  # a prompt: nothing quantized is seen
             return torch.nn.functional.pad(chunk.x[:, :, :n], (0, 0, 0, max(n - chunk.new, 0)))
         past = torch.tensor([chunk.past], device=self.group.start.device)
-        codes, scale, zero, ring, sink, start, _, _ = (self.tensor(name) for name in TENSOR_NAMES)
-        s = self.spec
+        tensors = {name: self.tensor(name) for name in ("codes", "scale", "zero", "ring", "sink", "start")}
+        if chunk.ring is not None:
+            tensors["ring"] = chunk.ring
         return ops.LOAD(
-            codes, scale, zero, chunk.ring if chunk.ring is not None else ring, sink, start, past, chunk.new, n,
-            s.side, s.bits, s.group_size, s.residual_length, x=chunk.x,
+            **tensors, past=past, new_tokens=chunk.new, n=n, **self.spec.load_constants(), x=chunk.x
         )
 
     @property
@@ -172,29 +173,29 @@ class KVState:
     def _checked_past(self, x: Tensor, pos: Tensor) -> int:
         if pos.shape[0] == 0 or pos.shape[0] != x.shape[2]:
             raise CacheStateError(
-                f"layer {self.spec.layer} {self.spec.side}s: a step needs one position a token and at least one, "
+                f"layer {self.spec.layer} {self.spec.role}s: a step needs one position per token and at least one, "
                 f"got {pos.shape[0]} for {x.shape[2]} tokens"
             )
         past, new, length = int(pos[0].item()), pos.shape[0], self.length
-        where = f"layer {self.spec.layer} {self.spec.side}s: "
+        where = f"layer {self.spec.layer} {self.spec.role}s: "
         seen = f" (position {past} to {past + new - 1}, {length} tokens stored, max_cache_len {self.spec.shape[2]})"
         self.group.faults.check(wait=True)
         if past + new > self.spec.shape[2]:
-            raise CacheStateError(where + FAULTS[2] + seen)
+            raise CacheStateError(where + FAULTS[Fault.FULL] + seen)
         if past > length or past < 0:
-            raise CacheStateError(where + FAULTS[1] + seen)
+            raise CacheStateError(where + FAULTS[Fault.NOT_APPENDED] + seen)
         if self.spec.quantized and past and self.furthest - past > STEP_TOKENS:
-            raise CacheStateError(where + FAULTS[3] + seen)
+            raise CacheStateError(where + FAULTS[Fault.ROLLED_BACK_TOO_FAR] + seen)
         if past == 0 and new <= STEP_TOKENS and length == self.spec.shape[2]:
-            raise CacheStateError(where + FAULTS[5] + seen)
+            raise CacheStateError(where + FAULTS[Fault.FULL_RESTARTED] + seen)
         if not torch.equal(pos, torch.arange(past, past + new, device=pos.device)):
-            raise CacheStateError(where + FAULTS[4] + seen)
+            raise CacheStateError(where + FAULTS[Fault.NOT_CONSECUTIVE] + seen)
         if self.lower is not None and self.lower.length < past + new:
             raise CacheStateError(where + f"layer {self.spec.partner} lends its codes and must be written first" + seen)
         return past
 
     def _chunk(self) -> Chunk:
-        held = self.group.chunks.get(self.spec.side) if self.group.chunk_layer == self.spec.layer else None
+        held = self.group.chunks.get(self.spec.role) if self.group.chunk_layer == self.spec.layer else None
         length = self.length
         if held is not None and held.past + held.new == length:
             return held

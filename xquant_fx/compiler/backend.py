@@ -1,9 +1,11 @@
 """The backend: what happens to one Dynamo graph.
 
-1. No KV cache in it: Inductor compiles it, as if we were not there.
-2. Ordinary KV buffers that can be quantized: the step runs uncompiled and takes them over
-   (``takeover.py``). Likewise a cold prefill that allocates an XQuantCache (``first_step.py``).
-3. Quantized buffers: the passes rewrite a clone of the graph and Inductor compiles that.
+Everything is decided by one detection, on a clone of the graph. Then
+
+1. no KV cache in it: Inductor compiles the graph as it is, as if we were not there;
+2. ordinary KV buffers that can be quantized: the step runs uncompiled and takes them over
+   (``takeover.py``). Likewise a cold prefill that allocates an XQuantCache (``cache/allocate.py``);
+3. quantized buffers: the passes rewrite the clone and Inductor compiles that.
 """
 
 from __future__ import annotations
@@ -13,23 +15,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.compiler.cache_key import cache_key_patch
-from xquant_fx.compiler.dynamo_frames import is_partial
+from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.options import Request, parse
-from xquant_fx.compiler.takeover import FirstStep
+from xquant_fx.compiler.planning import plan_graph, why_not_gradients, why_not_layers
+from xquant_fx.compiler.storage import is_view, share_storage
+from xquant_fx.compiler.takeover import Takeover
+from xquant_fx.compiler.warn_once import warn_once
 from xquant_fx.errors import CacheStateError, ConfigError, NotRewrittenError
-from xquant_fx.passes.find_sites import find_sites
+from xquant_fx.passes.context import Context
+from xquant_fx.passes.detect import detect
 from xquant_fx.passes.graph import clone
 from xquant_fx.passes.pipeline import run_passes
-from xquant_fx.passes.records import SiteRecord
-from xquant_fx.passes.state_inputs import StateInputs
+from xquant_fx.passes.records import Detection, Site
+from xquant_fx.plan.plan import make_plan
 
 log = logging.getLogger(__name__)
-_warned: set[str] = set()
 
 Compiler = Callable[..., Callable[..., Any]]
 
@@ -43,8 +49,9 @@ def xquant_backend(
         gm: Dynamo's graph. It is not changed.
         example_inputs: the graph's inputs.
         mode: one of Inductor's modes (``torch.compile(mode=...)``).
-        options: any field of :class:`XQuantConfig`, or ``preset=NAME``, or ``config=XQuantConfig``,
-            and ``strict=True`` to raise where a KV cache is found and not quantized.
+        options: any field of :class:`XQuantConfig`, or ``preset=NAME``, or ``config=XQuantConfig`` or a ``Plan``;
+            ``strict=True`` to raise where a KV cache is found and not quantized; ``dump=FOLDER`` for the graph
+            before and after each pass; ``disable=[NAME, ...]`` to leave passes out.
 
     Raises:
         ConfigError: an unknown or contradictory option, or one that differs from the config of the
@@ -57,86 +64,62 @@ def xquant_backend(
 
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
     """Decide what becomes of a graph; ``compiler`` gets what is to be compiled."""
-    sites = judge(gm, inputs, request)
-    report_left(sites, request)
+    found = detect_graph(gm, inputs, request)
+    report_left(found.sites, request)
     _check_gradients(gm, inputs)
     if _allocates(gm):
         log.info("the graph allocates a quantized cache: this first step runs uncompiled")
         return gm.forward
-    ordinary = [s for s in sites if s.rewritable and not is_quantized(s)]
-    if ordinary:
+    if found.ordinary:
         log.info("ordinary KV buffers: the next step runs uncompiled and quantizes what they hold")
-        return FirstStep(gm, ordinary, takeover_config(gm, request))
+        return Takeover(found)
     quantized = [i for i, t in enumerate(inputs) if isinstance(t, QuantizedKV)]
     if not quantized:
         return compiler(gm, inputs, request, None)
     _check_config([inputs[i] for i in quantized], request)
-    return _compile_quantized(gm, inputs, quantized, request, compiler)
+    return _compile_quantized(found, inputs, quantized, request, compiler)
 
 
-def judge(gm: GraphModule, inputs: list[Any], request: Request) -> list[SiteRecord]:
-    """Attention sites of ``gm``, with the reasons that come from the whole graph and its inputs added."""
-    sites = find_sites(gm.graph)
-    given = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), inputs, strict=True))
-    for site in sites:
-        if site.rewritable and not is_quantized(site):
-            site.reason = _why_not_graph(gm, request) or _why_not_storage(given, site)
-    return sites
+def detect_graph(gm: GraphModule, inputs: list[Any], request: Request) -> Detection:
+    """All that is decided about ``gm``, on a clone of it."""
+    copy = clone(gm)
+    given = dict(zip((n for n in copy.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+    surroundings = why_not_gradients() or why_not_layers(gm, request)
+    unfused = "the pass fuse_decode is switched off" if "fuse_decode" in request.disable else ""
+    return detect(
+        copy,
+        refusal=lambda node, what: surroundings or _why_not_storage(given, node, what),
+        planner=lambda graph, sites: plan_graph(graph, sites, request),
+        unfused=unfused,
+    )
 
 
-def _why_not_storage(given: dict[Node, Any], site: SiteRecord) -> str:
+def _why_not_storage(given: dict[Node, Any], node: Node, what: str) -> str:
     """A buffer that another tensor shares memory with: that one would never see what is appended."""
-    for what, source in (("keys", site.key), ("values", site.value)):
-        buffer = given.get(source.root)
-        if not isinstance(buffer, torch.Tensor):
-            continue
-        if buffer._is_view():
-            return f"{what}: the buffer is a view of another tensor, which would not see what is appended"
-        others = [t for t in given.values() if type(t) is torch.Tensor and t is not buffer]
-        if any(t.untyped_storage()._cdata == buffer.untyped_storage()._cdata for t in others):
-            return f"{what}: another input shares the buffer's memory and would not see what is appended"
+    buffer = given.get(node)
+    if not isinstance(buffer, Tensor):
+        return ""
+    if is_view(buffer):
+        return f"{what}: the buffer is a view of another tensor, which would not see what is appended"
+    others = [t for t in given.values() if type(t) is Tensor and t is not buffer]
+    if any(share_storage(t, buffer) for t in others):
+        return f"{what}: another input shares the buffer's memory and would not see what is appended"
     return ""
 
 
-def takeover_config(gm: GraphModule, request: Request) -> Any:
-    """The config for ordinary buffers: no sharing where only some layers can be seen."""
-    config = request.effective
-    if not is_partial(gm):
-        return config
-    alone = config.replace(share_keys_from=None, share_values_from=None)
-    if alone != config and "graph break" not in _warned:
-        _warned.add("graph break")
-        log.warning("a graph break hides the other layers: no layer reads another's codes; an XQuantCache pairs them")
-    return alone
-
-
-def _why_not_graph(gm: GraphModule, request: Request) -> str:
-    if torch.is_grad_enabled():
-        return "gradients are enabled; run under torch.no_grad() or torch.inference_mode()"
-    config = request.effective
-    if is_partial(gm) and not (isinstance(config.k_bits, int) and isinstance(config.v_bits, int)):
-        return "bits are given per layer and a graph break hides the number of layers; use an XQuantCache"
-    return ""
-
-
-def is_quantized(site: SiteRecord) -> bool:
-    """Whether the site reads quantized buffers already (as against ordinary ones)."""
-    roots = (site.key.root, site.value.root)
-    return any(r.target is quantized_empty or isinstance(r.meta.get("example_value"), QuantizedKV) for r in roots)
-
-
-def report_left(sites: list[SiteRecord], request: Request) -> None:
-    """Log every site; warn once a reason, or raise under strict, where a KV cache is left alone."""
+def report_left(sites: tuple[Site, ...], request: Request) -> None:
+    """Log every site; warn once per reason, or raise under strict, where a KV cache is left alone."""
     for number, site in enumerate(sites):
-        log.info("attention %d (%s, %s): %s", number, site.attention.how, site.label, site.reason or "quantized")
-    left = [s for s in sites if s.has_cache and not s.rewritable and not s.deferred]
+        kind, name = site.attention.kind, site.buffer_name
+        log.info("attention %d (%s, %s): %s", number, kind, name, site.reason or "quantized")
+        if site.rewritable and site.dequantized:
+            log.info("attention %d (%s) reads dequantized keys and values: %s", number, name, site.dequantized)
+    left = [s for s in sites if s.has_cache and not s.rewritable and not s.allocated_here]
     if left and request.strict:
-        lines = "\n".join(f"  {s.label}: {s.reason}" for s in left)
+        lines = "\n".join(f"  {s.buffer_name}: {s.reason}" for s in left)
         raise NotRewrittenError(f"strict=True: {len(left)} KV cache(s) are not quantized:\n{lines}")
     for site in left:
-        if site.reason not in _warned:
-            _warned.add(site.reason)
-            log.warning("KV cache %s stays in full precision: %s", site.label, site.reason)
+        warn_once(f"KV cache {site.buffer_name} stays in full precision: {site.reason}", key=site.reason)
 
 
 def _allocates(gm: GraphModule) -> bool:
@@ -151,12 +134,13 @@ def _check_gradients(gm: GraphModule, inputs: list[Any]) -> None:
 
 
 def _check_config(buffers: list[QuantizedKV], request: Request) -> None:
-    for buffer in buffers:
-        config = buffer._live().group.config
-        if request.config is not None and request.config != config:
+    if request.config is None:
+        return
+    for plan in {id(b.live.group): b.live.group.plan for b in buffers}.values():
+        if make_plan(request.config, len(plan.layers)) != plan:
             raise ConfigError(
-                f"the backend's options differ from the config of the XQuantCache in use, which decides: "
-                f"{request.config} against {config}; leave the options out"
+                "the backend's options differ from the config of the XQuantCache in use, which decides; leave the "
+                f"options out. The options mean\n{make_plan(request.config, len(plan.layers))}\nthe cache has\n{plan}"
             )
 
 
@@ -173,34 +157,11 @@ def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: st
 
 
 def _compile_quantized(
-    gm: GraphModule, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
+    found: Detection, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
 ) -> Callable[..., Any]:
-    gm = clone(gm)
-    settings = repr([inputs[i].spec for i in quantized])
-    state = run_passes(gm, inputs)
+    settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
+    context = Context(found, inputs)
+    run_passes(found.gm, context, request.disable, request.dump)
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
-    compiled = compiler(gm, [*(inputs[i] for i in keep), *state.tensors], request, settings)
-    return CompiledStep(compiled, keep, quantized, state)
-
-
-class CompiledStep:
-    """Calls the compiled graph with the stored tensors of whatever cache is passed in."""
-
-    def __init__(
-        self, compiled: Callable[..., Any], keep: list[int], quantized: list[int], inputs: StateInputs
-    ) -> None:
-        self.compiled, self.keep, self.quantized, self.inputs = compiled, keep, quantized, inputs
-
-    def __call__(self, *args: Any) -> Any:
-        """One step; raises CacheStateError if its positions did not follow what is stored."""
-        states = [args[i].state for i in self.quantized]
-        # Kept with the cache: each thread may have its own, and a cache that is dropped must be free to go.
-        known = states[0].group.collected.get(self)
-        if known is None or known[0] != states:
-            known = states[0].group.collected[self] = (states, self.inputs.collect(args))
-        out = self.compiled(*[args[i] for i in self.keep], *known[1])
-        for group in {id(s.group): s.group for s in states}.values():
-            if self.inputs.step_tokens is not None:
-                group.stepped(self.inputs.step_tokens)
-            group.faults.check()
-        return out
+    compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.tensors], request, settings)
+    return CompiledStep(compiled, keep, quantized, context.state)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from xquant_fx.errors import ConfigError
+from xquant_fx.passes.pipeline import MAY_BE_OFF
 from xquant_fx.plan.config import XQuantConfig
+from xquant_fx.plan.plan import Plan
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -16,13 +19,17 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 class Request:
     """What the user asked for; ``config`` is None where the options say nothing about it."""
 
-    config: XQuantConfig | None
+    config: XQuantConfig | Plan | None
     strict: bool
     mode: str | None
+    dump: Path | None = None
+    """Folder for the graphs before and after each pass."""
+    disable: frozenset[str] = frozenset()
+    """Names of passes that are left out."""
 
     @property
-    def effective(self) -> XQuantConfig:
-        """The config for buffers that bring none of their own."""
+    def effective(self) -> XQuantConfig | Plan:
+        """The settings for buffers that bring none of their own."""
         return self.config if self.config is not None else XQuantConfig()
 
 
@@ -37,23 +44,36 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> Request:
         raise ConfigError(f"mode must be one of {MODES}, got {mode!r}")
     given = dict(options or {})
     fields = {f.name for f in dataclasses.fields(XQuantConfig)}
-    valid = sorted(fields | {"preset", "config", "strict"})
+    valid = sorted(fields | {"preset", "config", "strict", "dump", "disable"})
     unknown = sorted(set(given) - set(valid))
     if unknown:
         raise ConfigError(f"unknown option{'s' * (len(unknown) > 1)} {unknown}; valid options are {valid}")
     strict = given.pop("strict", False)
     if not isinstance(strict, bool):
         raise ConfigError(f"strict must be True or False, got {strict!r}")
-    return Request(_config(given), strict, mode)
+    dump, disable = _dump(given.pop("dump", None)), _disable(given.pop("disable", ()))
+    return Request(_config(given), strict, mode, dump, disable)
 
 
-def _config(given: dict[str, Any]) -> XQuantConfig | None:
+def _dump(folder: Any) -> Path | None:
+    if folder is not None and not isinstance(folder, str | Path):
+        raise ConfigError(f"dump must be the path of a folder, got {folder!r}")
+    return None if folder is None else Path(folder)
+
+
+def _disable(names: Any) -> frozenset[str]:
+    if isinstance(names, str) or not isinstance(names, Collection) or not set(names) <= set(MAY_BE_OFF):
+        raise ConfigError(f"disable must be a list of passes that may be off, {list(MAY_BE_OFF)}, got {names!r}")
+    return frozenset(names)
+
+
+def _config(given: dict[str, Any]) -> XQuantConfig | Plan | None:
     preset, config = given.pop("preset", None), given.pop("config", None)
     if config is not None:
         if preset is not None or given:
             raise ConfigError(f"config= stands alone, got also {sorted([*given, *['preset'] * (preset is not None)])}")
-        if not isinstance(config, XQuantConfig):
-            raise ConfigError(f"config must be an XQuantConfig, got {type(config).__name__}")
+        if not isinstance(config, XQuantConfig | Plan):
+            raise ConfigError(f"config must be an XQuantConfig or a Plan, got {type(config).__name__}")
         return config
     if preset is None and not given:
         return None

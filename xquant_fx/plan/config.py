@@ -1,18 +1,17 @@
-"""What to quantize and how: :class:`XQuantConfig` and its presets."""
+"""What to quantize and how: :class:`XQuantConfig`; ``presets.py`` has its presets."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 
 from xquant_fx.errors import ConfigError
 from xquant_fx.kernels.packing import BITS
+from xquant_fx.plan.presets import PRESETS
 
 SHARED_FITS = ("least_squares", "minmax")
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -30,7 +29,7 @@ class XQuantConfig:
     """
 
     k_bits: Bits = 2
-    """Bits of a stored key element: 1, 2, 4, 8 or 16 (16: unquantized); one number or one a layer."""
+    """Bits of a stored key element: 1, 2, 4, 8 or 16 (16: unquantized); one number, or one per layer."""
     v_bits: Bits = 1
     """Bits of a stored value element, as ``k_bits``."""
     share_keys_from: ShareFrom = None
@@ -87,34 +86,34 @@ class XQuantConfig:
         fields = json.loads(text)
         return cls(**{**fields, "scale_dtype": getattr(torch, fields["scale_dtype"])})
 
-    def bits(self, side: str, layer: int, count: int) -> int:
-        """Bits of ``side`` ("key" or "value") of quantized layer ``layer`` out of ``count``."""
-        value = self.k_bits if side == "key" else self.v_bits
+    def bits(self, role: str, layer: int, num_layers: int) -> int:
+        """Bits of ``role`` ("key" or "value") of quantized layer ``layer`` out of ``num_layers``."""
+        value = self.k_bits if role == "key" else self.v_bits
         if isinstance(value, int):
             return value
-        if len(value) != count:
-            field = "k_bits" if side == "key" else "v_bits"
-            raise ConfigError(f"{field} must hold one number a layer: got {len(value)} for {count} layers")
+        if len(value) != num_layers:
+            field = "k_bits" if role == "key" else "v_bits"
+            raise ConfigError(f"{field} must hold one number per layer: got {len(value)} for {num_layers} layers")
         return value[layer]
 
     def eta(self, bits: int) -> float:
         """Relaxation used at ``bits`` bits; 0 but for 1 and 2 bits."""
         return {1: self.eta_1bit, 2: self.eta_2bit}.get(bits, 0.0)
 
-    def share_start(self, side: str, count: int) -> int:
-        """Number of the first layer whose pair shares; ``count`` (none) where sharing is off."""
-        value = self.share_keys_from if side == "key" else self.share_values_from
+    def share_start(self, role: str, num_layers: int) -> int:
+        """Number of the first layer whose pair shares; ``num_layers`` (none) where sharing is off."""
+        value = self.share_keys_from if role == "key" else self.share_values_from
         if value is None:
-            return count
-        return math.floor(value * count) if isinstance(value, float) else value
+            return num_layers
+        return math.floor(value * num_layers) if isinstance(value, float) else value
 
     def _check_bits(self, name: str) -> None:
         value = getattr(self, name)
         for bits in value if isinstance(value, tuple) else (value,):
             if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
-                raise ConfigError(f"{name} must be one of {BITS} or one of them a layer, got {value!r}")
+                raise ConfigError(f"{name} must be one of {BITS} or one of them per layer, got {value!r}")
         if value == ():
-            raise ConfigError(f"{name} must hold one number a layer, got ()")
+            raise ConfigError(f"{name} must hold one number per layer, got ()")
 
     def _check_share(self, name: str) -> None:
         value = getattr(self, name)
@@ -149,18 +148,3 @@ class XQuantConfig:
             raise ConfigError(f"shared_fit must be one of {SHARED_FITS}, got {self.shared_fit!r}")
         if self.scale_dtype not in SCALE_DTYPES:
             raise ConfigError(f"scale_dtype must be one of {SCALE_DTYPES}, got {self.scale_dtype!r}")
-
-
-_PLAIN: dict[str, Any] = dict(share_keys_from=None, share_values_from=None, eta_1bit=0.0, eta_2bit=0.0)
-_PRESETS: dict[str, dict[str, Any]] = {
-    "full": dict(_PLAIN, k_bits=16, v_bits=16),
-    "kivi-4": dict(_PLAIN, k_bits=4, v_bits=4),
-    "kivi-2": dict(_PLAIN, k_bits=2, v_bits=2),
-    "asymkv-1.5": dict(_PLAIN, k_bits=2, v_bits=1),
-    "xquant-paper": dict(shared_fit="minmax"),
-    "xquant": dict(),
-    "xquant-1bit": dict(k_bits=2, v_bits=2, share_keys_from=0, share_values_from=0),
-}
-
-#: Preset name to the fields that differ from the defaults; read-only.
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({k: MappingProxyType(v) for k, v in _PRESETS.items()})

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Literal
 
 import torch
 
+from xquant_fx.kernels.decode_attention.arguments import why_not_fused as why_no_kernel
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.schemes import SCHEMES
 
-WORD_BITS = 32
+Role = Literal["key", "value"]
+
+#: How each is quantized.
+SCHEME_OF_ROLE = {"key": "per_channel", "value": "per_token"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,8 +25,10 @@ class KVSpec:
     each other's graphs, and two that agree share one.
     """
 
-    side: str
-    """"key" (quantized per channel) or "value" (quantized per token)."""
+    role: Role
+    """What attention uses it for: for people and for the config, never for layout or kernels."""
+    scheme: str
+    """How it is quantized: a name of ``kernels.schemes.SCHEMES``."""
     layer: int
     """Number of the quantized attention layer, from 0 in layer order."""
     shape: tuple[int, int, int, int]
@@ -30,7 +38,7 @@ class KVSpec:
     bits: int
     """Bits of a stored element; 16 means unquantized in ``dtype``."""
     group_size: int
-    """Tokens (key) or channels (value) that share one scale and zero point."""
+    """Tokens (per channel) or channels (per token) that share one scale and zero point."""
     residual_length: int
     """Tokens kept in full precision (R)."""
     eta: float
@@ -43,6 +51,8 @@ class KVSpec:
     """Layer whose codes this one reads (upper layer of a sharing pair), else None."""
     fit: str
     """How a borrowing layer gets its scales: "least_squares" or "minmax"."""
+    reason: str = dataclasses.field(default="", compare=False, repr=False)
+    """Why it reads its own codes, or that it borrows, for people: graphs do not rely on it."""
 
     @property
     def borrowed(self) -> bool:
@@ -55,11 +65,6 @@ class KVSpec:
         return self.bits < 16
 
     @property
-    def codes_per_word(self) -> int:
-        """Codes in one int32 word."""
-        return WORD_BITS // self.bits
-
-    @property
     def ring_tokens(self) -> int:
         """Tokens the residual window can hold."""
         return self.residual_length + STEP_TOKENS
@@ -67,13 +72,21 @@ class KVSpec:
     @property
     def stored_tokens(self) -> int:
         """Tokens the code tensors have room for: N and some padding that is never read."""
-        max_len = self.shape[2]
+        _, _, max_len, dim = self.shape
         if not self.quantized:
             return max_len
-        unit = self.residual_length if self.side == "key" else self.codes_per_word
-        # The CPU kernel loads whole vectors of channels, of the last row, too: 16 at most.
-        spare = 1 if self.side == "key" else max(1, -(-16 // self.shape[3]))
-        return ((max_len + unit - 1) // unit + spare) * unit
+        return SCHEMES[self.scheme].stored_tokens(max_len, dim, self.bits, self.residual_length)
+
+    def load_constants(self) -> dict[str, Any]:
+        """What ``xquant::shared_code_load`` takes besides tensors and lengths."""
+        return dict(
+            scheme=self.scheme, bits=self.bits, group_size=self.group_size, residual_length=self.residual_length
+        )
+
+    def store_constants(self) -> dict[str, Any]:
+        """What ``xquant::quantize_store`` takes besides tensors (and ``fit``, where codes are borrowed)."""
+        more = dict(eta=self.eta, sink_tokens=self.sink_tokens, max_len=self.shape[2])
+        return {**self.load_constants(), **more}
 
     def tensor_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name to (shape, dtype) of the tensors this side owns; borrowed codes are left out."""
@@ -82,13 +95,8 @@ class KVSpec:
         length: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"length": ((2,), torch.int64)}
         if not self.quantized:
             return {"codes": ((batch, heads, tokens, dim), self.dtype), **length}
-        per = self.codes_per_word
-        if self.side == "key":
-            codes = (batch, heads, (dim + per - 1) // per, tokens)
-            scale = (batch, heads, tokens // self.group_size, dim)
-        else:
-            codes = (batch, heads, tokens // per, dim)
-            scale = (batch, heads, dim // self.group_size, tokens)
+        scheme = SCHEMES[self.scheme]
+        codes, scale = ((batch, heads, *s) for s in scheme.shapes(tokens, dim, self.bits, self.group_size))
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         if not self.borrowed:
             shapes["codes"] = (codes, torch.int32)
@@ -98,3 +106,15 @@ class KVSpec:
             # One row more than there are sinks: where the writes of later tokens go to be ignored.
             shapes["sink"] = ((batch, heads, self.sink_tokens + 1, dim), self.dtype)
         return {**shapes, **length}
+
+
+def why_not_fused(key: KVSpec, value: KVSpec) -> str:
+    """Why no kernel attends to keys and values that are stored so, in words; "" if one does."""
+    reason = why_no_kernel(key.scheme, key.bits, value.scheme, value.bits)
+    if reason:
+        return reason
+    for name in ("residual_length", "sink_tokens", "scale_dtype"):
+        ours, theirs = getattr(key, name), getattr(value, name)
+        if ours != theirs:
+            return f"keys and values differ in {name}: {ours} and {theirs}"
+    return ""

@@ -5,64 +5,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import re
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from xquant_fx.cache.allocate import planned_spec, quantized_empty
-from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.compiler.backend import is_quantized, judge, report_left, takeover_config
+from xquant_fx.compiler.backend import detect_graph, report_left
 from xquant_fx.compiler.options import parse
-from xquant_fx.compiler.takeover import buffers_of, plan_buffers
-from xquant_fx.passes.find_sites import label_of, written_inputs
-from xquant_fx.passes.find_writes import find_writes
-from xquant_fx.passes.match_decode import match_decode
-from xquant_fx.passes.records import SiteRecord
+from xquant_fx.passes import records
+from xquant_fx.passes.find_sites import buffer_name
+from xquant_fx.passes.records import Detection
 from xquant_fx.passes.trace import fake
-from xquant_fx.plan.config import XQuantConfig
+from xquant_fx.plan.plan import is_denied
 from xquant_fx.plan.spec import KVSpec
-from xquant_fx.reports.tables import render
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """One attention of the model."""
-
-    layer: int | None
-    """Number of the quantized layer; None where the site is left alone."""
-    name: str
-    """The key buffer in the user's program."""
-    write: str
-    """How the cache is written."""
-    read: str
-    """Ops between the buffer and the attention, and the attention."""
-    rewritten: bool
-    reason: str
-    """Why it was not rewritten, or how: in words."""
-    key_partner: int | None
-    """Layer whose key codes this layer reads."""
-    value_partner: int | None
-    """Layer whose value codes this layer reads."""
-    k_bits: int | None
-    """Bits of the buffer that the cache calls keys (latent attention may keep something else in it)."""
-    v_bits: int | None
-    """Bits of the buffer that the cache calls values."""
-    bytes: int
-    """Bytes stored for this layer's keys and values, without what it borrows; 0 if a site before counts them."""
-    full_bytes: int
-    """Bytes of the same buffers in full precision."""
-    dequantized: str = ""
-    """Why attention reads dequantized keys and values; empty where it reads the codes themselves.
-
-    Empty as well for a prompt that allocates the cache: it runs uncompiled, attending to itself."""
-
-    @property
-    def partner(self) -> int | None:
-        """Layer whose codes this layer reads, for keys or values; None if it reads its own."""
-        return self.key_partner if self.key_partner is not None else self.value_partner
+from xquant_fx.reports.explain_table import table
+from xquant_fx.reports.sites import Site
+from xquant_fx.reports.trial_run import HeldTensors
 
 
 @dataclasses.dataclass
@@ -74,11 +33,7 @@ class Explanation:
     """Graphs that Dynamo made of the model; more than one means graph breaks."""
 
     def __str__(self) -> str:
-        columns = ["layer", "buffer", "write", "read", "rewritten", "K bits", "V bits", "codes of", "bytes", "reason"]
-        rows = [_row(site) for site in self.sites]
-        done = sum(site.rewritten for site in self.sites)
-        note = f"{done} of {len(self.sites)} attention sites rewritten, in {self.graphs} graph(s)"
-        return render("xquant", columns, rows, note)
+        return table(self.sites, self.graphs)
 
     def print(self) -> None:
         """Print the table."""
@@ -106,12 +61,13 @@ def explain(
         NotRewrittenError: under ``strict``.
     """
     request = parse(mode, {**(options or {}), **({"strict": True} if strict else {})})
-    seen: list[tuple[GraphModule, list[SiteRecord], XQuantConfig]] = []
-    held = Held(model)
+    seen: list[Detection] = []
+    held = HeldTensors(model)
 
-    def record(gm: GraphModule, inputs: list[Any]) -> Any:
-        seen.append((gm, judge(gm, inputs, request), takeover_config(gm, request)))
-        held.save(gm, inputs)
+    def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        found = detect_graph(gm, inputs, request)
+        seen.append(found)
+        held.save(found, inputs)
         return gm.forward
 
     function = getattr(model, "_orig_mod", model)
@@ -123,97 +79,53 @@ def explain(
     finally:
         held.restore()
         torch._dynamo.reset()
-    report_left([s for _, sites, _ in seen for s in sites], request)
-    return Explanation([site for found in seen for site in _sites(*found)], len(seen))
+    report_left(tuple(site for found in seen for site in found.sites), request)
+    return Explanation([site for found in seen for site in _sites(found)], len(seen))
 
 
-class Held:
-    """Tensors that a model itself holds (KV buffers of modules), to be put back after a trial run."""
-
-    def __init__(self, model: Any) -> None:
-        modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-        values = (value for m in modules for value in (*m._buffers.values(), *vars(m).values()))
-        self.ids = {id(value) for value in values if isinstance(value, Tensor)}
-        self.saved: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
-
-    def save(self, gm: GraphModule, inputs: list[Any]) -> None:
-        """Copy what ``gm`` is about to write to, unless an earlier graph of the same call did."""
-        written = written_inputs(gm.graph)
-        for node, tensor in zip((n for n in gm.graph.nodes if n.op == "placeholder"), inputs, strict=True):
-            if node in written and id(tensor) in self.ids and id(tensor) not in self.saved:
-                self.saved[id(tensor)] = tensor, {name: part.clone() for name, part in _parts(tensor).items()}
-
-    def restore(self) -> None:
-        """Write the copies back."""
-        with torch.no_grad():
-            for tensor, saved in self.saved.values():
-                for name, part in _parts(tensor).items():
-                    part.copy_(saved[name])
-                if isinstance(tensor, QuantizedKV):
-                    tensor._live().group.drop()
-
-
-def _parts(tensor: Tensor) -> dict[str, Tensor]:
-    return tensor._live().owned if isinstance(tensor, QuantizedKV) else {"": tensor}
-
-
-def _sites(gm: GraphModule, records: list[SiteRecord], config: XQuantConfig) -> list[Site]:
-    specs = _planned_specs(gm, [r for r in records if r.rewritable and not is_quantized(r)], config)
-    writers = {w.node: w.buffer for w in find_writes(gm.graph) if w.how == "index_copy_"}
-    sites, counted = [], set()
-    for record in records:
-        site, buffers = _site(record, specs), {record.key.root, record.value.root}
-        if site.rewritten:
-            site = dataclasses.replace(site, dequantized=_why_dequantized(record, specs, writers))
+def _sites(found: Detection) -> list[Site]:
+    sites: list[Site] = []
+    counted: set[Node] = set()
+    for record in found.sites:
+        site, buffers = _site(record, found.specs), set(record.buffers)
         sites.append(dataclasses.replace(site, bytes=0, full_bytes=0) if buffers <= counted else site)
         counted |= buffers
     return sites
 
 
-def _planned_specs(gm: GraphModule, records: list[SiteRecord], config: XQuantConfig) -> dict[Node, KVSpec]:
-    """Specs of quantized buffers as they are, of ordinary ones as they are going to be."""
-    specs: dict[Node, KVSpec] = {}
-    for node in gm.graph.nodes:
-        value = fake(node)
-        if isinstance(value, QuantizedKV):
-            specs[node] = value.spec
-        elif node.target is quantized_empty:
-            specs[node] = planned_spec(value, specs.get(node.args[2]), *node.args[4:])
-    buffers = buffers_of(gm, records)
-    if buffers:
-        inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        values = [fake(inputs[b.index]) for b in buffers]
-        plans = plan_buffers(buffers, [(v.shape, v.dtype) for v in values], config)
-        specs.update({inputs[b.index]: plans[b].spec for b in buffers})
-    return specs
-
-
-def _site(record: SiteRecord, specs: dict[Node, KVSpec]) -> Site:
-    write = record.key_write.how if record.key_write is not None else ""
-    read = " > ".join([*record.key.path, record.attention.how])
-    roots = record.key.root, record.value.root
-    stored = {specs[node].side: node for node in roots if node in specs}  # latents: keys come from both sides
+def _site(record: records.Site, specs: dict[Node, KVSpec]) -> Site:
+    stored = {specs[node].role: node for node in record.buffers if node in specs}  # latents: keys come from both
     if not record.rewritable or not stored:
-        full = sum(_full_bytes(fake(node)) for node in roots) if record.has_cache else 0
-        return Site(None, record.label, write, read, False, record.reason, None, None, None, None, full, full)
-    sides = {side: specs[node] for side, node in sorted(stored.items())}
-    bits, partner = {s: spec.bits for s, spec in sides.items()}, {s: spec.partner for s, spec in sides.items()}
-    name = label_of(stored.get("key", roots[0]))
+        return _left_alone(record)
+    found = {role: specs[node] for role, node in sorted(stored.items())}
+    bits, partner = {r: spec.bits for r, spec in found.items()}, {r: spec.partner for r, spec in found.items()}
     return Site(
-        next(iter(sides.values())).layer, name, write or "in another graph", read, True,
-        _how(list(sides.values()), record.computed), partner.get("key"), partner.get("value"), bits.get("key"),
-        bits.get("value"), sum(_stored_bytes(spec) for spec in sides.values()),
-        sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in sides.values()),
-    )
+        layer=next(iter(found.values())).layer, name=buffer_name(stored.get("key", record.key.root)),
+        write=_write(record), read=_read(record), rewritten=True, reason=_how(list(found.values()), record.is_latent),
+        key_partner=partner.get("key"), value_partner=partner.get("value"), k_bits=bits.get("key"),
+        v_bits=bits.get("value"), bytes=sum(_stored_bytes(spec) for spec in found.values()),
+        full_bytes=sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in found.values()),
+        dequantized=record.dequantized, notes=_notes(list(found.values())),
+    )  # fmt: skip
 
 
-def _why_dequantized(record: SiteRecord, specs: dict[Node, KVSpec], writers: dict[Node, Node]) -> str:
-    if any(node.target is quantized_empty for node in (record.key.root, record.value.root)):
-        return ""
-    if any(specs[node].bits == 16 for node in (record.key.root, record.value.root) if node in specs):
-        return "16-bit storage"
-    found = match_decode(record.attention, record.key, record.value, writers)
-    return found if isinstance(found, str) else ""
+def _left_alone(record: records.Site) -> Site:
+    full = sum(_full_bytes(fake(node)) for node in record.buffers) if record.has_cache else 0
+    return Site(
+        layer=None, name=record.buffer_name, write=_write(record), read=_read(record), rewritten=False,
+        reason=record.reason, key_partner=None, value_partner=None, k_bits=None, v_bits=None, bytes=full,
+        full_bytes=full,
+    )  # fmt: skip
+
+
+def _write(record: records.Site) -> str:
+    if record.key_write is not None:
+        return record.key_write.kind
+    return "in another graph" if record.rewritable else ""
+
+
+def _read(record: records.Site) -> str:
+    return " > ".join([*record.key.path, record.attention.kind])
 
 
 def _stored_bytes(spec: KVSpec) -> int:
@@ -224,25 +136,12 @@ def _full_bytes(value: Tensor | None) -> int:
     return 0 if value is None else int(value.numel()) * value.dtype.itemsize
 
 
-def _how(sides: list[KVSpec], computed: bool) -> str:
-    how = "quantized latents, from which keys and values are computed" if computed else "quantized"
-    lent = [f"{s.side} codes of layer {s.partner}" for s in sides if s.borrowed]
+def _how(specs: list[KVSpec], is_latent: bool) -> str:
+    how = "quantized latents, from which keys and values are computed" if is_latent else "quantized"
+    lent = [f"{s.role} codes of layer {s.partner}" for s in specs if s.borrowed]
     return f"{how}, with the {' and '.join(lent)}" if lent else how
 
 
-def _short(name: str) -> str:
-    """The end of a source expression: ``layers[3].keys`` of ``L['kwargs']['past_key_values'].layers[3].keys``."""
-    parts = re.split(r"\.(?![^\[]*\])", name)
-    return ".".join(parts[-2:]) if len(parts) > 2 or len(name) > 30 else name
-
-
-def _row(site: Site) -> list[str]:
-    def text(value: int | None) -> str:
-        return "-" if value is None else f"{value:,}"
-
-    read = site.read.replace("scaled_dot_product_attention", "sdpa")
-    return [
-        text(site.layer), _short(site.name), site.write, read, "yes" if site.rewritten else "no", text(site.k_bits),
-        text(site.v_bits), text(site.partner), text(site.bytes),
-        f"{site.reason}; read dequantized: {site.dequantized}" if site.dequantized else site.reason,
-    ]
+def _notes(specs: list[KVSpec]) -> tuple[str, ...]:
+    """What a plan says of layers that were to share codes and do not."""
+    return tuple(f"{s.role} codes of its own: {s.reason}" for s in specs if is_denied(s.partner, s.reason))

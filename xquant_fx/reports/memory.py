@@ -58,7 +58,7 @@ class MemoryReport:
         return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
-        from xquant_fx.reports.tables import render
+        from xquant_fx.tables import render
 
         total = max(self.total_bytes, 1)
         rows = [[name.replace("_", " "), f"{size:,}", f"{size / total:.1%}"] for name, size in self.parts.items()]
@@ -79,7 +79,7 @@ def memory_report(cache_or_model: Any) -> MemoryReport:
     if not (hasattr(cache_or_model, "layers") or isinstance(cache_or_model, torch.nn.Module)):
         raise CacheStateError(f"memory_report takes a cache or a module, got {type(cache_or_model).__name__}")
     tensors = list(_tensors(cache_or_model))
-    states = [t._live() for t in tensors if isinstance(t, QuantizedKV)]
+    states = [t.live for t in tensors if isinstance(t, QuantizedKV)]
     if not states:
         raise CacheStateError(
             f"{type(cache_or_model).__name__} holds no quantized KV buffer (it is allocated at the first step)"

@@ -1,0 +1,48 @@
+"""The CPU kernel behind ``xquant::decode_attention``: its call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.decode_attention.cpu_source import Problem, source
+
+
+def empty_output(*args: Any, **kwargs: Any) -> Tensor:
+    """An uninitialised result [B, heads, q, D of the values]."""
+    a = DecodeArguments(*args, **kwargs)
+    return a.q.new_empty((*a.q.shape[:3], a.v_ring.shape[3]))
+
+
+def problem_of(a: DecodeArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) -> Problem:
+    """The kernel for these arguments; ``sizes`` and ``dtype`` read a tensor's shape and dtype."""
+    batch, query_heads, queries, k_dim = sizes(a.q)
+    mask_strides = (0, 0, 0)
+    if a.mask is not None:
+        b, h, q, n = sizes(a.mask)
+        mask_strides = (h * q * n if b > 1 else 0, q * n if h > 1 else 0, n if q > 1 else 0)
+    return Problem(
+        dtype=dtype(a.q), scale_dtype=dtype(a.k_scale), batch=batch, heads=sizes(a.k_ring)[1], query_heads=query_heads,
+        queries=queries, k_dim=k_dim, v_dim=sizes(a.v_ring)[3], max_len=a.max_len, k_bits=a.k_bits, k_group=a.k_group,
+        k_tokens=sizes(a.k_codes)[3], v_bits=a.v_bits, v_group=a.v_group, v_tokens=sizes(a.v_scale)[3],
+        residual=a.residual_length, ring=sizes(a.k_ring)[2],
+        sinks=sizes(a.k_sink)[2] - 1 if a.k_sink is not None else 0,
+        scale=a.scale, softcap=a.softcap, window=a.window, mask_dtype=dtype(a.mask) if a.mask is not None else None,
+        mask_strides=mask_strides, sink_logits_dtype=dtype(a.sink_logits) if a.sink_logits is not None else None,
+        chunk=a.k_new is not None,
+    )
+
+
+def run_cpu(*args: Any, **kwargs: Any) -> Tensor:
+    """Compile the kernel for this problem, or take it from the cache, and run it."""
+    # Imported here: it brings in Inductor's compiler.
+    from xquant_fx.kernels.cpu import build as cpu_build
+
+    a = DecodeArguments(*args, **kwargs).mapped(Tensor.contiguous)
+    types, code = source(problem_of(a), cpu_build.lanes())
+    out = empty_output(**a._asdict())
+    cpu_build.load(types, code)(*a.tensors.values(), out)
+    return out

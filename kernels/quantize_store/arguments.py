@@ -1,0 +1,60 @@
+"""What ``xquant::quantize_store`` takes; see ``KVSpec`` for the shapes of the stored tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from torch import Tensor
+
+from xquant_fx.kernels.arguments import Arguments, Elements, Overload
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoreArguments(Arguments):
+    """Arguments of the op, of its kernels ``append_cpu`` and ``triton_append``, and of their overloads."""
+
+    x: Annotated[Tensor, Elements("T")]
+    """New keys or values [B, H, q, D]."""
+    pos: Annotated[Tensor, Elements("int64_t")]
+    """int64 [q], consecutive positions; the first is the number of tokens stored so far."""
+    codes: Annotated[Tensor, Elements("int32_t", written=True)]
+    """int32 words, or for 16 bits the tensor itself."""
+    scale: Annotated[Tensor | None, Elements("S", written=True)]
+    zero: Annotated[Tensor | None, Elements("S", written=True)]
+    ring: Annotated[Tensor | None, Elements("T", written=True)]
+    sink: Annotated[Tensor | None, Elements("T", written=True)]
+    start: Annotated[Tensor, Elements("int64_t")]
+    """int64 [B], first token of each sequence that is not padding."""
+    length: Annotated[Tensor, Elements("int64_t", written=True)]
+    """int64 [2], tokens stored and the furthest token ever stored."""
+    fault: Annotated[Tensor, Elements("int32_t", written=True)]
+    """int32 [1], set to a ``Fault`` when positions do not follow."""
+    scheme: str
+    """Name of a scheme of ``kernels/schemes``."""
+    bits: int
+    group_size: int
+    residual_length: int
+    eta: float
+    sink_tokens: int
+    max_len: int
+    fit: str | None = None
+    """None: the codes are this layer's own; else how scales are fitted to borrowed ones."""
+
+    @property
+    def overload(self) -> Overload:
+        """The overload of the op that these arguments are for."""
+        return OWN if self.fit is None else BORROWED
+
+    def call(self, own: Callable[..., Any], borrowed: Callable[..., Any]) -> Any:
+        """Call the overload that these arguments are for."""
+        given = self._asdict()
+        fit = given.pop("fit")
+        return own(**given) if fit is None else borrowed(**given, fit=fit)
+
+
+#: The layer has codes of its own.
+OWN = Overload(omit=frozenset({"fit"}))
+#: The layer fits scales to the codes of the one below, which it only reads.
+BORROWED = Overload(required=frozenset({"fit"}), read_only=frozenset({"codes"}))

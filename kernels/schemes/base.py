@@ -1,0 +1,45 @@
+"""What a scheme is: a layout of codes and scales, a schedule, and a plain-torch reference of both.
+
+Each other module of this folder is one scheme, and has these names at its top level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+
+Past = TypeVar("Past", int, Tensor)
+
+
+class Scheme(Protocol):
+    """How keys or values are quantized."""
+
+    APPEND: str
+    """Which step of the C++ and Triton appends quantizes for it: "blocks" (of tokens, when full) or "tokens"."""
+
+    def stored_tokens(self, max_len: int, dim: int, bits: int, residual: int) -> int:
+        """Tokens that the codes have room for: ``max_len`` and some padding that is never read."""
+
+    def shapes(self, tokens: int, dim: int, bits: int, group: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The last two dimensions of the codes and of the scales with room for ``tokens``."""
+
+    def tokens_of(self, codes: Sequence[int], scale: Sequence[int]) -> int:
+        """Back from the shapes of codes and scales to the tokens they have room for."""
+
+    def quantized_limit(self, past: Past, residual: int) -> Past:
+        """Number of quantized tokens when ``past`` tokens are stored (may be negative: none)."""
+
+    def store_due(self, a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None:
+        """Quantize what becomes due by ``x`` [B, H, q, D] after ``past`` (int64 [1]) tokens.
+
+        ``in_ring`` says that ``x`` is in the ring already.
+        """
+
+    def dequantize(
+        self, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, n: int, dim: int
+    ) -> Tensor:
+        """The first ``n`` tokens as fp32 [B, H, n, dim]."""

@@ -1,0 +1,75 @@
+"""Per channel: one scale and zero point per channel and group of tokens, in blocks of the residual length (keys).
+
+Keys have channels of very different size. A block of R = ``residual_length`` tokens is quantized when it is full
+(XQuant, as in the paper's release): with ``past`` tokens stored, those below floor(past / R) * R are quantized.
+
+    codes  [B, H, ceil(D / per), tokens]    per = codes_per_word(bits): packed along channels
+    scale  [B, H, tokens / group, D]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xquant_fx.kernels.layout import full_precision
+from xquant_fx.kernels.packing import codes_per_word, pack_words, unpack_words
+from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.kernels.reference import fit_codes, own_codes
+from xquant_fx.kernels.schemes.base import Past
+
+APPEND = "blocks"
+
+
+def stored_tokens(max_len: int, dim: int, bits: int, residual: int) -> int:
+    """Whole blocks, and one more: where a block that is not full is quantized to."""
+    return (math.ceil(max_len / residual) + 1) * residual
+
+
+def shapes(tokens: int, dim: int, bits: int, group: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The last two dimensions of codes and scales."""
+    return (math.ceil(dim / codes_per_word(bits)), tokens), (tokens // group, dim)
+
+
+def tokens_of(codes: Sequence[int], scale: Sequence[int]) -> int:
+    """Tokens that codes of this shape have room for."""
+    return codes[3]
+
+
+def quantized_limit(past: Past, residual: int) -> Past:
+    """Full blocks."""
+    return past // residual * residual
+
+
+def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None:
+    """Quantize every block of R tokens that the step may have completed."""
+    blocks = (x.shape[2] + a.residual_length - 1) // a.residual_length
+    count = blocks * a.residual_length
+    first = quantized_limit(past, a.residual_length)
+    tokens = first + torch.arange(count, device=x.device)
+    groups = count // a.group_size
+    grouped = full_precision(x, a.ring, tokens, past, in_ring).unflatten(2, (groups, a.group_size))
+    valid = tokens >= a.start[:, None] + a.sink_tokens
+    valid = valid.unflatten(1, (groups, a.group_size))[:, None, :, :, None]
+    stats = dict(bits=a.bits, eta=a.eta, dim=3, dtype=a.scale.dtype, valid=valid)
+    if a.fit is None:
+        codes, scale, zero = own_codes(grouped, **stats)
+        a.codes.index_copy_(3, tokens, pack_words(codes.flatten(2, 3), a.bits, 3).transpose(2, 3))
+    else:
+        words = a.codes.index_select(3, tokens)
+        borrowed = unpack_words(words, a.bits, 2, x.shape[3]).transpose(2, 3)
+        scale, zero = fit_codes(grouped, borrowed.unflatten(2, (groups, a.group_size)), fit=a.fit, **stats)
+    rows = first // a.group_size + torch.arange(groups, device=x.device)
+    a.scale.index_copy_(2, rows, scale.squeeze(3))
+    a.zero.index_copy_(2, rows, zero.squeeze(3))
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, n: int, dim: int) -> Tensor:
+    """First ``n`` tokens as fp32 [B, H, n, dim]."""
+    c = unpack_words(codes[..., :n], bits, 2, dim).transpose(-1, -2)
+    token_group = torch.arange(n, device=codes.device) // group
+    s, z = scale.index_select(2, token_group), zero.index_select(2, token_group)
+    return c.to(torch.float32) * s.to(torch.float32) + z.to(torch.float32)

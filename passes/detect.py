@@ -1,0 +1,100 @@
+"""Detection: everything that is decided about one graph, decided once, on a clone of Dynamo's graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch._dynamo.utils import counters
+from torch.fx import GraphModule, Node
+
+from xquant_fx.cache.allocate import quantized_empty
+from xquant_fx.passes.facts import Facts
+from xquant_fx.passes.find_sites import Refusal, find_sites
+from xquant_fx.passes.match_decode import match_decode
+from xquant_fx.passes.normalize import normalize
+from xquant_fx.passes.records import Decode, Detection, Site, Source, Write
+from xquant_fx.passes.trace import fake, same_value
+from xquant_fx.plan.plan import Plan
+from xquant_fx.plan.spec import KVSpec, why_not_fused
+
+#: What becomes of the ordinary buffers of rewritable sites: the plan, None where there are none, and all specs.
+Planner = Callable[[GraphModule, list[Site]], tuple[Plan | None, dict[Node, KVSpec]]]
+
+
+def detect(gm: GraphModule, refusal: Refusal, planner: Planner, unfused: str = "") -> Detection:
+    """What ``gm`` is found to be; ``gm`` is a clone of Dynamo's graph and is normalized in place.
+
+    Args:
+        refusal: why the surroundings of the graph keep an ordinary buffer as it is.
+        planner: what quantized and ordinary buffers are, or are going to be.
+        unfused: why no attention is fused in this compilation; "" if they may be.
+    """
+    counters["xquant"]["normalize"] += normalize(gm.graph)
+    counters["xquant"]["detect"] += 1
+    facts = Facts(gm.graph)
+    sites = find_sites(facts, refusal)
+    plan, specs = planner(gm, sites)
+    judged = tuple(_with_form(site, facts, specs, unfused) for site in sites)
+    written = (*(root for _, root in facts.targets), *(w.buffer for w in facts.writes))
+    inputs = frozenset(node for node in written if node.op == "placeholder")
+    return Detection(gm, judged, tuple(facts.writes), inputs, specs, plan)
+
+
+def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str) -> Site:
+    """``site`` with the call that it becomes, or why it reads dequantized keys and values."""
+    if not site.rewritable or any(node.target is quantized_empty for node in site.buffers):
+        return site
+    reason = unfused or _why_not_specs(site, specs)
+    form = reason or match_decode(site.attention, site.key, site.value)
+    if isinstance(form, Decode):
+        form = _why_not_step(site, form, facts) or form
+    if isinstance(form, str):
+        return dataclasses.replace(site, dequantized=form)
+    return dataclasses.replace(site, form=form)
+
+
+def _why_not_specs(site: Site, specs: dict[Node, KVSpec]) -> str:
+    key, value = (specs.get(node) for node in site.buffers)
+    if key is None or value is None:
+        return "keys or values are not stored quantized"
+    if (key.role, value.role) != ("key", "value"):
+        return f"its keys are read from stored {key.role}s and its values from stored {value.role}s"
+    return why_not_fused(key, value)
+
+
+def _why_not_step(site: Site, form: Decode, facts: Facts) -> str:
+    """Keys and values must be appended by one step, which brings the query's own tokens, and not again before."""
+    key, value = site.key_write, site.value_write
+    if key is None or value is None:
+        return "keys and values are not appended in this graph"
+    if key.tokens != value.tokens:
+        return "keys and values are not written by one step"
+    query = fake(form.query)
+    if query is None or not isinstance(key.tokens, int):
+        return "the number of new tokens is dynamic"
+    if key.tokens != _query_tokens(form):
+        return "the query has another length than the step"
+    if not same_value(key.positions, value.positions):
+        return "keys and values are written at different positions"
+    sides = ((site.key, site.attention.key_reader, key), (site.value, site.attention.value_reader, value))
+    return next(filter(None, (_why_not_order(*side, form, facts) for side in sides)), "")
+
+
+def _query_tokens(form: Decode) -> object:
+    query = fake(form.query)
+    assert query is not None
+    if form.query_layout.shape is not None:
+        return form.query_layout.shape[2]
+    order = form.query_layout.order or (0, 1, 2, 3)
+    return query.shape[order[2]]
+
+
+def _why_not_order(source: Source, attends: Node, write: Write, form: Decode, facts: Facts) -> str:
+    read_at = facts.order[source.reader or attends]
+    if read_at < facts.order[write.node]:
+        return "the cache is read before it is appended to"
+    between = (facts.order[w.node] for w in facts.writes_to(source.root))
+    if any(read_at < other < facts.order[form.output] for other in between):
+        return "the cache is appended to once more before the attention"
+    return ""

@@ -1,0 +1,113 @@
+"""What a graph says about its buffers, found once: writes, mutations, attentions, what lies behind an operand."""
+
+from __future__ import annotations
+
+from torch.fx import Graph, Node
+
+from xquant_fx.cache.allocate import quantized_empty
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.passes.find_attention import find_attention
+from xquant_fx.passes.find_writes import find_writes, other_mutations
+from xquant_fx.passes.products import is_product
+from xquant_fx.passes.records import Source, Write
+from xquant_fx.passes.trace import argument, fake, readers, source_of
+from xquant_fx.passes.vocabulary import kind
+
+NEAR = 64  # nodes to look at, going back from an operand, for a cache that it is computed from
+
+
+class Facts:
+    """What one graph says about its buffers; nothing is changed."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.writes = find_writes(graph)
+        # A prompt that allocates its cache attends to itself: what it appends stands for the buffer.
+        self.stand_ins = {w.x: w.buffer for w in self.writes if w.buffer.target is quantized_empty}
+        self.mutations = other_mutations(graph, self.writes)
+        self.targets = [(node, self.source(operand).root) for node, operand in self.mutations]
+        self.attention = find_attention(graph)
+        self.operands = {
+            "keys": {attention.key for attention in self.attention},
+            "values": {attention.value for attention in self.attention},
+        }
+        self.attends = {attention.node for attention in self.attention}
+        self.has_quantized = any(is_quantized(node) for node in graph.nodes)
+        lengths = [value.shape[2] for write in self.writes if (value := fake(write.buffer)) is not None]
+        self.longest = max((n for n in lengths if isinstance(n, int)), default=0)
+
+    def source(self, operand: Node) -> Source:
+        """What ``operand`` is a view of."""
+        return source_of(operand, self.stand_ins)
+
+    def writes_to(self, buffer: Node) -> list[Write]:
+        """Recognised appends to ``buffer``."""
+        return [w for w in self.writes if w.buffer is buffer]
+
+    def mutated(self, buffer: Node) -> Node | None:
+        """An in-place op on ``buffer`` or on a view of it that is no recognised append."""
+        return next((node for node, root in self.targets if root is buffer), None)
+
+    def reads(self, user: Node, operand: Node, role: str) -> bool:
+        """Whether ``user`` is an attention (or one of its products) that takes ``operand`` as its keys or values."""
+        return operand in self.operands[role] and (user in self.attends or is_product(user))
+
+    def is_output_of_attention(self, node: Node) -> bool:
+        """Whether ``node`` is an attention op or the product of probabilities and values."""
+        values = self.operands["values"]
+        return node in self.attends or (is_product(node) and any(n in values for n in node.all_input_nodes))
+
+    def is_buffer(self, node: Node) -> bool:
+        """Whether ``node`` is a tensor with tokens, heads, channels that outlives the graph, which writes to it."""
+        value = fake(node)
+        if is_quantized(node) or self.writes_to(node):
+            return True
+        return node.op == "placeholder" and self.mutated(node) is not None and value is not None and value.dim() > 2
+
+    def stored_in(self, node: Node) -> list[Node]:
+        """What unrecognised in-place ops put into ``node``."""
+        return [n for op, root in self.targets if root is node for n in op.all_input_nodes]
+
+    def grows(self, root: Node) -> Node | None:
+        """The old buffer, if ``root`` appends to it by concatenation and is returned, as in DynamicCache."""
+        value = fake(root)
+        if kind(root) != "cat" or value is None or value.dim() != 4 or argument(root, 1, "dim", 0) not in (2, -2):
+            return None
+        if not any(user.op == "output" for user, _ in readers(root)):
+            return None
+        parts = [self.source(part).root for part in root.all_input_nodes]
+        empty = any((part_value := fake(part)) is not None and part_value.numel() == 0 for part in parts)
+        return next((part for part in parts if part.op == "placeholder"), root if empty else None)
+
+    def overflows(self, root: Node) -> Node | None:
+        """The buffer that a part of ``root`` is copied over: a sliding window that this step overflows."""
+        for user, _ in readers(root):
+            buffer = next((b for node, b in self.mutations if node is user), None)
+            if buffer is None or kind(user) != "copy" or buffer is root or self.source(buffer).path:
+                continue
+            value = fake(buffer)
+            if value is not None and value.dim() == 4:
+                return buffer
+        return None
+
+    def caches_behind(self, root: Node) -> list[Node]:
+        """The KV buffers that ``root`` is or is computed from, not looking through other attentions."""
+        buffer = self.overflows(root)
+        if buffer is not None:
+            return [buffer]
+        found, queue = [], [root]
+        for _, node in zip(range(NEAR), queue, strict=False):  # the queue grows meanwhile
+            node = self.stand_ins.get(node, node)
+            cache = node if self.is_buffer(node) else self.grows(node)
+            if cache is not None:
+                found.append(cache)
+            elif not self.is_output_of_attention(node):
+                inputs = dict.fromkeys([*node.all_input_nodes, *self.stored_in(node)])
+                queue += [n for n in inputs if n not in queue]
+        return found
+
+
+def is_quantized(node: Node) -> bool:
+    """Whether ``node`` is a quantized buffer: an input, or one that the graph allocates."""
+    is_input = node.op == "placeholder" and isinstance(fake(node), QuantizedKV)
+    return is_input or node.target is quantized_empty

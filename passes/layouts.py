@@ -1,0 +1,105 @@
+"""How the operands of an attention that is written out relate to [B, heads, tokens, channels].
+
+A product is an einsum; the axes of the key and value operands are known (``track_axes``), so each of its letters
+has a meaning. Batch and heads may be one dimension or two, grouped queries may have a dimension of their own, and
+an einsum may have its dimensions in any order: the op gets a permuted, reshaped query, and its result is put back.
+"""
+
+from __future__ import annotations
+
+import math
+
+from xquant_fx.passes.records import Layout, Product
+from xquant_fx.passes.trace import value_of
+from xquant_fx.passes.track_axes import Axes
+
+
+def query_layout(product: Product, key_is_right: bool, axes: Axes, batch: int) -> tuple[Layout, int] | str:
+    """How to bring the query to [B, Hq, q, D], and Hq; ``axes`` are those of the key operand."""
+    if product.equation is None:
+        return "the product of queries and keys is none that is understood"
+    left, right, scores = product.equation
+    query, key = (left, right) if key_is_right else (right, left)
+    meaning = dict(zip(key, axes, strict=True))
+    inner = [letter for letter in key if letter not in scores]
+    if len(inner) != 1 or meaning[inner[0]] != ("D",) or inner[0] not in query:
+        return "queries and keys are not multiplied along the channels"
+    if not scores or scores[-1] not in key or scores[-1] in query or meaning[scores[-1]] != ("N",):
+        return "the scores' last dimension is not that of the tokens"
+    rows = scores[:-1]
+    if sorted(rows + inner[0]) != sorted(query):
+        return "the scores have other dimensions than queries and tokens"
+    shape = tuple(value_of(product.left if key_is_right else product.right).shape)
+    size = dict(zip(query, shape, strict=True))
+    if not _are_rows(rows, meaning, size):
+        return "keys are neither the cache nor its heads repeated"
+    permuted = tuple(size[letter] for letter in rows + inner[0])
+    heads = math.prod(permuted[:-2]) // batch
+    order = tuple(query.index(letter) for letter in rows + inner[0])
+    return _layout(order, permuted, (batch, heads, *permuted[-2:])), heads
+
+
+def _are_rows(rows: str, meaning: dict[str, tuple[str, ...]], size: dict[str, int]) -> bool:
+    """Whether the scores' dimensions ``rows`` are batch, KV heads, repeats, query tokens, in this order.
+
+    ``meaning`` has the axes of those that keys (or values) have, too. Axes of size 1 have no name: where the
+    query has several of one, the operand is repeated by broadcasting.
+    """
+    flat: list[str] = []
+    for letter in rows[:-1]:
+        if meaning.get(letter):
+            flat += meaning[letter]
+        elif size[letter] != 1:
+            flat.append("repeat")
+    expected = [name for name in ("B", "H", "repeat") if name in flat]
+    return bool(rows) and not meaning.get(rows[-1]) and rows[-1] not in meaning and flat == expected
+
+
+def _layout(order: tuple[int, ...], permuted: tuple[int, ...], shape: tuple[int, ...]) -> Layout:
+    identity = order == tuple(range(len(order)))
+    return Layout(None if identity else order, None if permuted == shape else shape)
+
+
+def output_layout(product: Product, value_is_right: bool, axes: Axes, batch: int, heads: int) -> Layout | str:
+    """How the result [B, Hq, q, Dv] becomes that of the product of weights and values."""
+    if product.equation is None:
+        return "the product of weights and values is none that is understood"
+    left, right, result = product.equation
+    weights, value = (left, right) if value_is_right else (right, left)
+    meaning = dict(zip(value, axes, strict=True))
+    tokens, rows = weights[-1], weights[:-1]
+    if tokens not in value or tokens in result or meaning[tokens] != ("N",):
+        return "weights and values are not multiplied along the tokens"
+    channels = [letter for letter in value if letter not in weights]
+    if len(channels) != 1 or meaning[channels[0]] != ("D",) or sorted(rows + channels[0]) != sorted(result):
+        return "the output has other dimensions than queries and channels"
+    shape = tuple(value_of(product.left if value_is_right else product.right).shape)
+    if not _are_rows(rows, meaning, dict(zip(weights, shape, strict=True))):
+        return "values are neither the cache nor its heads repeated"
+    laid_out = (*shape[:-1], value_of(product.node).shape[result.index(channels[0])])
+    order = tuple((rows + channels[0]).index(letter) for letter in result)
+    return _layout(order, (batch, heads, *laid_out[-2:]), laid_out)
+
+
+def mask_shape(
+    mask: tuple[int, ...], scores: tuple[int, ...], batch: int, heads: int
+) -> tuple[int, int, int, int] | None:
+    """The mask's shape with four dimensions [B or 1, Hq or 1, q or 1, N]; None where it does not fit.
+
+    ``scores`` is the shape of what the mask is added to: [.., q, N] with batch and heads in one dimension or more.
+    """
+    if len(mask) > len(scores) or len(scores) < 3 or not mask:
+        return None
+    full = (1,) * (len(scores) - len(mask)) + tuple(mask)
+    if full[-1] != scores[-1] or full[-2] not in (1, scores[-2]):
+        return None
+    lead, sizes = full[:-2], scores[:-2]
+    if any(size not in (1, want) for size, want in zip(lead, sizes, strict=True)):
+        return None
+    if len(sizes) == 1:
+        rows = (1, 1) if lead[0] == 1 and sizes[0] != 1 else (batch, heads)
+        return (*rows, full[-2], full[-1])
+    of_batch, of_heads = math.prod(lead[:1]), math.prod(lead[1:])
+    if sizes[0] != batch or of_heads not in (1, heads):
+        return None
+    return of_batch, of_heads, full[-2], full[-1]

@@ -1,0 +1,126 @@
+"""What ops are called: one kind for all spellings of an op, functions, operators and methods alike.
+
+Everything else in the passes asks ``kind(node)`` and never looks at a target. To teach the passes a new
+spelling, add it to its row; a string is a method's name.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+_F = torch.nn.functional
+
+#: Kind to its spellings. In-place spellings (``add_``, ``operator.iadd``) are of the kind of what they compute.
+SPELLINGS: dict[str, tuple[Any, ...]] = {
+    # attention
+    "sdpa": (_F.scaled_dot_product_attention,),
+    "flex": (torch.ops.higher_order.flex_attention,),
+    "softmax": (torch.softmax, _F.softmax, torch.special.softmax, "softmax"),
+    "matmul": (torch.matmul, operator.matmul, "matmul", "__matmul__"),
+    "bmm": (torch.bmm, "bmm"),
+    "baddbmm": (torch.baddbmm, "baddbmm"),
+    "einsum": (torch.einsum, torch.functional.einsum),
+    # arithmetic, element by element
+    "add": (torch.add, operator.add, operator.iadd, "add", "add_", "__add__", "__radd__"),
+    "sub": (torch.sub, torch.subtract, operator.sub, operator.isub, "sub", "sub_", "subtract"),
+    "mul": (torch.mul, torch.multiply, operator.mul, operator.imul, "mul", "mul_", "multiply", "__mul__", "__rmul__"),
+    "div": (
+        torch.div, torch.divide, torch.true_divide, operator.truediv, operator.itruediv,
+        "div", "div_", "divide", "true_divide", "__truediv__",
+    ),
+    "neg": (torch.neg, torch.negative, operator.neg, "neg", "neg_"),
+    "tanh": (torch.tanh, _F.tanh, "tanh", "tanh_"),
+    "clamp": (torch.clamp, torch.clip, "clamp", "clamp_", "clip"),
+    "nan_to_num": (torch.nan_to_num, "nan_to_num"),
+    "minmax": (torch.maximum, torch.minimum, "maximum", "minimum"),
+    "dropout": (_F.dropout, torch.dropout),
+    # masks and sink logits
+    "masked_fill": (torch.masked_fill, "masked_fill", "masked_fill_"),
+    "where": (torch.where, "where"),
+    "cat": (torch.cat, torch.concat, torch.concatenate),
+    "max": (torch.max, torch.amax, "max", "amax"),
+    # positions
+    "remainder": (operator.mod, operator.imod, torch.remainder, torch.fmod, "remainder", "remainder_", "fmod"),
+    # views, and what copies without computing
+    "expand": ("expand", "expand_as", "broadcast_to", torch.broadcast_to),
+    "reshape": ("reshape", torch.reshape),
+    "view": ("view", "view_as", "flatten", "unflatten", torch.flatten),
+    "transpose": ("transpose", "swapaxes", torch.transpose, torch.swapaxes),
+    "mT": ("mT",),
+    "T": ("t",),
+    "permute": ("permute", torch.permute),
+    "movedim": ("movedim", torch.movedim),
+    "unsqueeze": ("unsqueeze", torch.unsqueeze),
+    "squeeze": ("squeeze", torch.squeeze),
+    "narrow": ("narrow", torch.narrow),
+    "split": ("chunk", "split", torch.chunk, torch.split, torch.functional.split),
+    "getitem": (operator.getitem,),
+    "cast": ("to", "type", "type_as", "float", "half", "bfloat16"),
+    "contiguous": ("contiguous",),
+    "detach": ("detach", torch.detach),
+    "clone": ("clone", torch.clone),
+    "repeat": ("repeat",),
+    "repeat_interleave": ("repeat_interleave", torch.repeat_interleave),
+    # buffers
+    "index_copy": ("index_copy_",),
+    "setitem": (operator.setitem,),
+    "copy": ("copy_",),
+    "factory": (
+        torch.zeros, torch.empty, torch.full, torch.ones, torch.zeros_like, torch.empty_like,
+        "new_zeros", "new_empty", "new_full", "new_ones",
+    ),
+    "shape": ("size", "dim", "stride", "numel"),
+}  # fmt: skip
+
+PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
+#: What may stand between the scores and the softmax, or between the softmax and the product with the values.
+ELEMENTWISE = frozenset(
+    {"add", "sub", "mul", "div", "neg", "tanh", "clamp", "nan_to_num", "minmax", "dropout", "masked_fill", "where",
+     "cat", "max"}
+)  # fmt: skip
+#: Kinds that copy: writing to the result does not change the operand.
+COPIES = frozenset({"clone", "repeat", "repeat_interleave"})
+#: Kinds whose result only rearranges, repeats or casts the first operand.
+VIEWS = COPIES | {
+    "expand", "reshape", "view", "transpose", "mT", "T", "permute", "movedim", "unsqueeze", "squeeze", "narrow",
+    "split", "getitem", "cast", "contiguous", "detach",
+}  # fmt: skip
+#: Operators that write to their first operand; methods and functions say so by a trailing underscore.
+IN_PLACE_OPERATORS = frozenset(
+    {
+        operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+        operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
+    }
+)  # fmt: skip
+
+_KINDS = {spelling: kind for kind, spellings in SPELLINGS.items() for spelling in spellings}
+_ATTRIBUTES = {"mT": "mT", "T": "T", "data": "detach", "shape": "shape", "device": "shape", "dtype": "shape"}
+
+
+def kind(node: object) -> str:
+    """The kind of op that ``node`` is, "input" for a placeholder, and "" for what has no row here."""
+    if not isinstance(node, Node):
+        return ""
+    if node.op == "placeholder":
+        return "input"
+    if node.target is getattr:
+        return _ATTRIBUTES.get(str(node.args[1]), "")
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    try:
+        return _KINDS.get(node.target, "")
+    except TypeError:  # a target without a hash
+        return ""
+
+
+def op_name(node: Node) -> str:
+    """Name of a node's op, as people write it."""
+    if node.op == "placeholder":
+        return "input"
+    if node.target is getattr:
+        return str(node.args[1])
+    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

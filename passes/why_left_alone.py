@@ -1,0 +1,126 @@
+"""Why a KV buffer cannot be quantized, in words that a person can act on; empty where it can."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from xquant_fx.passes.facts import NEAR, Facts, is_quantized
+from xquant_fx.passes.find_writes import is_factory
+from xquant_fx.passes.records import Source
+from xquant_fx.passes.trace import fake, is_shape_query, readers
+from xquant_fx.passes.vocabulary import kind, op_name
+
+
+def why_not_operand(source: Source, what: str, facts: Facts) -> str:
+    """Why the buffer behind one operand (``what``: "keys" or "values") stays as it is."""
+    root = source.root
+    if is_quantized(root):
+        return ""
+    if root.op != "placeholder":
+        return _why_not_computed(root, what, facts)
+    return (
+        _why_not_buffer(fake(root), what)
+        or _why_not_mutation(root, what, facts)
+        or why_not_length(root, what, facts)
+        or _why_not_uses(root, what, facts)
+    )
+
+
+def why_not_pair(key: Source, value: Source) -> str:
+    """Keys and values each are a buffer that can be quantized; why they are no pair."""
+    if key.root is value.root:
+        return "keys and values are read from one buffer"
+    k, v = fake(key.root), fake(value.root)
+    if k is not None and v is not None and tuple(k.shape[:3]) != tuple(v.shape[:3]):
+        return f"keys and values differ in shape: {tuple(k.shape)} and {tuple(v.shape)}"
+    return ""
+
+
+def why_not_length(buffer: Node, what: str, facts: Facts) -> str:
+    """A window that is not yet full is written like any cache; other layers tell it apart."""
+    if facts.has_quantized:
+        return f"{what}: an ordinary buffer beside quantized ones (a sliding window?)"
+    value = fake(buffer)
+    length = None if value is None else value.shape[2]
+    if isinstance(length, int) and length < facts.longest:
+        return f"{what}: the buffer holds {length} tokens and others {facts.longest} (a sliding window?)"
+    return ""
+
+
+def _why_not_computed(root: Node, what: str, facts: Facts) -> str:
+    """``root`` is no input of the graph."""
+    name, cache = op_name(root), next(iter(facts.caches_behind(root)), None)
+    if facts.overflows(root) is not None:
+        return f"{what} of a sliding window: attention reads new tokens, the buffer gets the last of them"
+    if facts.grows(root) is not None:
+        return f"{what} grow by concatenation (DynamicCache); pass an XQuantCache or a StaticCache"
+    if is_factory(root) and facts.writes_to(root):
+        later = f"{what}: the buffer is allocated inside this graph; it is taken over at the next step"
+        return why_not_length(root, what, facts) or later
+    if cache is not None and facts.mutated(cache) is not None:
+        return _why_not_mutation(cache, what, facts)
+    if cache is not None:
+        how = "put together" if is_factory(root) else f"computed by {name}"
+        return f"{what} are {how} from the cache, not read from it (latent attention?)"
+    return f"{what} are computed in this graph by {name}: no KV cache is read here"
+
+
+def _why_not_buffer(value: torch.Tensor | None, what: str) -> str:
+    if value is None or value.dim() != 4 or not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+        found = "unknown" if value is None else f"shape {tuple(value.shape)}, {value.dtype}"
+        return f"{what} come from an input that is no [B, H, N, D] buffer of 16 or 32 bit floats ({found})"
+    if isinstance(value, torch.nn.Parameter) or value.requires_grad:
+        return f"{what} come from a parameter"
+    return ""
+
+
+def _why_not_mutation(buffer: Node, what: str, facts: Facts) -> str:
+    node = facts.mutated(buffer)
+    if node is None:
+        return ""
+    if kind(node) == "copy" and (node, buffer) in facts.mutations:
+        return f"{what}: the buffer is also written by copy_, which is no append (a sliding window?)"
+    return f"{what}: the buffer is also written by {op_name(node)}, which is no append along dimension 2"
+
+
+def _why_not_uses(buffer: Node, what: str, facts: Facts) -> str:
+    writes = facts.writes_to(buffer)
+    if not writes:
+        return f"{what}: the buffer is read and not written in this graph (cross attention, or a graph break?)"
+    if len(writes) > 1:
+        return f"{what}: the buffer is written {len(writes)} times in this graph, not once"
+    write = writes[0]
+    if _wraps(write.positions):
+        return f"{what}: positions are taken modulo a number (a ring buffer?)"
+    for user in buffer.users:
+        if facts.order[user] < facts.order[write.node] and not is_shape_query(user):
+            return f"{what}: the buffer is read by {op_name(user)} before it is written"
+    for user, operand in readers(buffer):
+        if is_shape_query(user) or (user is write.node and operand is not write.x):
+            continue
+        reason = _why_not_reader(user, operand, what, facts)
+        if reason:
+            return reason
+    return ""
+
+
+def _why_not_reader(user: Node, operand: Node, what: str, facts: Facts) -> str:
+    if user.op == "output":
+        return f"{what}: the buffer is an output of this graph"
+    if facts.reads(user, operand, "values" if what == "keys" else "keys"):
+        return "keys and values are read from one buffer"
+    if not facts.reads(user, operand, what):
+        return f"{what}: the buffer is also read by {op_name(user)}, which is no attention"
+    return ""
+
+
+def _wraps(positions: Node | slice) -> bool:
+    """Whether positions are computed with a remainder."""
+    bounds = (positions.start, positions.stop) if isinstance(positions, slice) else (positions,)
+    queue = [node for node in bounds if isinstance(node, Node)]
+    for _, node in zip(range(NEAR), queue, strict=False):  # the queue grows meanwhile
+        if kind(node) == "remainder":
+            return True
+        queue += [n for n in node.all_input_nodes if n not in queue]
+    return False

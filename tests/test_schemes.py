@@ -1,0 +1,99 @@
+"""What each scheme of ``kernels/schemes`` promises: layout, schedule, and that store and load agree on both."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numeric import seeded
+
+from xquant_fx.kernels.decode_attention.arguments import FUSED_SCHEMES, why_not_fused
+from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.kernels.quantize_store.plain_torch import store
+from xquant_fx.kernels.schemes import SCHEMES
+from xquant_fx.kernels.schemes.base import Scheme
+from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
+from xquant_fx.kernels.shared_code_load.plain_torch import load
+from xquant_fx.plan.spec import SCHEME_OF_ROLE, KVSpec
+
+EACH = pytest.mark.parametrize("scheme", SCHEMES)
+DIM, GROUP, RESIDUAL, MAX_LEN = 16, 4, 8, 50
+
+
+def spec_of(scheme: str, bits: int) -> KVSpec:
+    return KVSpec(
+        role="key", scheme=scheme, layer=0, shape=(2, 1, MAX_LEN, DIM), dtype=torch.float32, bits=bits,
+        group_size=GROUP, residual_length=RESIDUAL, eta=0.0, sink_tokens=0, scale_dtype=torch.float32, partner=None,
+        fit="minmax",
+    )
+
+
+@EACH
+def test_a_scheme_has_all_that_the_protocol_names(scheme: str) -> None:
+    module = SCHEMES[scheme]
+    for name, declared in vars(Scheme).items():
+        if inspect.isfunction(declared) and not name.startswith("_"):
+            expected = list(inspect.signature(declared).parameters)[1:]
+            assert list(inspect.signature(getattr(module, name)).parameters) == expected, name
+    assert module.APPEND in ("blocks", "tokens")
+    assert module.__doc__
+
+
+@EACH
+@given(max_len=st.integers(1, 300), bits=st.sampled_from((1, 2, 4, 8)), blocks=st.integers(1, 6), wide=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_the_layout_has_room_for_all_tokens(scheme: str, max_len: int, bits: int, blocks: int, wide: bool) -> None:
+    s, residual, dim = SCHEMES[scheme], blocks * GROUP, 96 if wide else 8
+    tokens = s.stored_tokens(max_len, dim, bits, residual)
+    codes, scale = (torch.Size((1, 1, *shape)) for shape in s.shapes(tokens, dim, bits, GROUP))
+    assert tokens >= max_len and s.tokens_of(codes, scale) == tokens
+    assert codes.numel() * 32 // bits >= tokens * dim and scale.numel() * GROUP >= tokens * dim
+    limits = [s.quantized_limit(past, residual) for past in range(max_len + 1)]
+    assert all(a <= b <= a + residual for a, b in itertools.pairwise(limits)), "it never goes back"
+    assert all(past - limit <= 2 * residual and limit <= past for past, limit in enumerate(limits))
+
+
+@EACH
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("steps", [[1] * 30, [5, 8, 3, 8, 1], [40, 1], [13, 20]])
+def test_load_reads_what_store_wrote(scheme: str, bits: int, steps: list[int]) -> None:
+    """What is below the limit is off by half a step at most, everything else is exact; NaN is never read."""
+    spec, past = spec_of(scheme, bits), 0
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in spec.tensor_shapes().items()}
+    for name in ("scale", "zero", "ring"):
+        tensors[name].fill_(torch.nan)
+    tensors |= {"sink": None, "start": torch.zeros(2, dtype=torch.int64), "fault": torch.zeros(1, dtype=torch.int32)}
+    x = torch.rand(2, 1, sum(steps), DIM, generator=seeded(0))
+    for new in steps:
+        ring = tensors["ring"].clone() if new > STEP_TOKENS else tensors["ring"]
+        step, pos = x[:, :, past : past + new], torch.arange(past, past + new)
+        store(StoreArguments(x=step, pos=pos, **tensors, **spec.store_constants()))
+        seen = load(
+            LoadArguments(
+                **{name: tensors[name] for name in ("codes", "scale", "zero", "sink", "start")}, ring=ring,
+                past=torch.tensor([past]), new_tokens=new, n=MAX_LEN, **spec.load_constants(),
+                x=step if new > STEP_TOKENS else None,
+            )
+        )
+        limit = max(SCHEMES[scheme].quantized_limit(past, RESIDUAL), 0)
+        past += new
+        assert torch.equal(seen[:, :, limit:past], x[:, :, limit:past]) and not seen[:, :, past:].any()
+        assert (seen[:, :, :limit] - x[:, :, :limit]).abs().max().item() <= 0.501 / (2**bits - 1) if limit else True
+    assert not tensors["fault"].any() and tensors["length"].tolist() == [past, past]
+
+
+def test_roles_have_schemes_that_are_there() -> None:
+    assert set(SCHEME_OF_ROLE.values()) <= set(SCHEMES) and set(FUSED_SCHEMES) <= set(SCHEMES)
+
+
+def test_why_a_pair_has_no_fused_kernel() -> None:
+    assert why_not_fused("per_channel", 2, "per_token", 1) == ""
+    assert why_not_fused("per_channel", 16, "per_token", 1) == "16-bit storage"
+    assert why_not_fused("per_channel", 2, "per_token", 16) == "16-bit storage"
+    crossed = "its keys are stored per token and its values per channel"
+    assert why_not_fused("per_token", 2, "per_channel", 2) == crossed

@@ -1,0 +1,104 @@
+"""What the KV buffers of a graph are, or are going to be: the plan of those that are taken over, and all specs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.fx import GraphModule, Node
+
+from xquant_fx.cache.allocate import Geometry, Slot, bind_all, quantized_empty
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.compiler.dynamo_frames import is_partial
+from xquant_fx.compiler.options import Request
+from xquant_fx.compiler.warn_once import warn_once
+from xquant_fx.passes.records import Site, Write
+from xquant_fx.passes.trace import fake, value_of
+from xquant_fx.plan.config import XQuantConfig
+from xquant_fx.plan.plan import Plan, make_plan
+from xquant_fx.plan.spec import KVSpec, Role
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # a key of dicts, by identity: a slice of positions has no hash
+class Buffer:
+    """One ordinary KV buffer of a graph, to be taken over."""
+
+    node: Node
+    index: int
+    """Number of the graph's argument."""
+    layer: int
+    role: Role
+    write: Write
+
+
+def buffers_of(gm: GraphModule, sites: list[Site] | tuple[Site, ...]) -> list[Buffer]:
+    """Buffers of the rewritable ordinary ``sites``, numbered in layer order (sites may share a layer's)."""
+    index = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    found: dict[Node, Buffer] = {}
+    layer = 0
+    for site in sites:
+        if site.key.root in found:
+            continue
+        assert site.key_write is not None and site.value_write is not None
+        key, value = site.buffers
+        found[key] = Buffer(key, index[key], layer, "key", site.key_write)
+        found[value] = Buffer(value, index[value], layer, "value", site.value_write)
+        layer += 1
+    return list(found.values())
+
+
+def plan_graph(gm: GraphModule, sites: list[Site], request: Request) -> tuple[Plan | None, dict[Node, KVSpec]]:
+    """The plan for ordinary buffers of ``sites`` (None: there are none), and the specs of all buffers of ``gm``."""
+    specs = _existing(gm)
+    buffers = buffers_of(gm, [site for site in sites if site.rewritable and not site.is_quantized])
+    if not buffers:
+        return None, specs
+    plan = make_plan(_settings(gm, request), 1 + max(buffer.layer for buffer in buffers))
+    values = [value_of(buffer.node) for buffer in buffers]
+    wanted = [(b.layer, b.role, Geometry(tuple(v.shape), v.dtype)) for b, v in zip(buffers, values, strict=True)]
+    specs.update(zip((b.node for b in buffers), bind_all(plan, wanted), strict=True))
+    return plan, specs
+
+
+def _existing(gm: GraphModule) -> dict[Node, KVSpec]:
+    """Specs of the buffers that are quantized already, inputs and such as the graph allocates."""
+    specs: dict[Node, KVSpec] = {}
+    for node in gm.graph.nodes:
+        value = fake(node)
+        if node.op == "placeholder" and isinstance(value, QuantizedKV):
+            specs[node] = value.spec
+        elif node.target is quantized_empty:
+            like, _, lower, _, slot, _ = node.args
+            below = specs.get(lower) if isinstance(lower, Node) else None
+            specs[node] = Slot.from_json(slot).bind(value_of(like), below)
+    return specs
+
+
+def _settings(gm: GraphModule, request: Request) -> XQuantConfig | Plan:
+    """The settings of ordinary buffers: no sharing where only some layers can be seen."""
+    settings = request.effective
+    if not is_partial(gm) or isinstance(settings, Plan):
+        return settings
+    alone = settings.replace(share_keys_from=None, share_values_from=None)
+    if alone != settings:
+        warn_once("a graph break hides the other layers: no layer reads another's codes; an XQuantCache pairs them")
+    return alone
+
+
+def why_not_layers(gm: GraphModule, request: Request) -> str:
+    """Why settings that differ by layer cannot be used for the ordinary buffers of ``gm``."""
+    settings = request.effective
+    if not is_partial(gm):
+        return ""
+    if isinstance(settings, Plan):
+        return "a plan names every layer and a graph break hides the number of layers; use an XQuantCache"
+    if not (isinstance(settings.k_bits, int) and isinstance(settings.v_bits, int)):
+        return "bits are given per layer and a graph break hides the number of layers; use an XQuantCache"
+    return ""
+
+
+def why_not_gradients() -> str:
+    """Why nothing is taken over while gradients are recorded."""
+    if not torch.is_grad_enabled():
+        return ""
+    return "gradients are enabled; run under torch.no_grad() or torch.inference_mode()"

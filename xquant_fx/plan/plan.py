@@ -1,0 +1,266 @@
+"""The plan of a cache: what each layer's keys and values are stored as, and why.
+
+A plan is made once per cache, from a config and the number of layers. It knows nothing of batch, length or
+shapes, so that it can be saved and given to any cache of the same model; ``bind`` joins one of its entries with
+the shape of a buffer.
+
+Layers are numbered 0, 1, 2 ... in layer order and paired (2i, 2i + 1), never shifted. A pair shares the codes of
+a role when its upper layer is at or past ``share_*_from`` and both layers agree in bits, scheme and geometry;
+otherwise each keeps its own codes, and the plan says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import torch
+
+from xquant_fx.errors import ConfigError
+from xquant_fx.plan.config import SHARED_FITS, XQuantConfig
+from xquant_fx.plan.spec import SCHEME_OF_ROLE, KVSpec, Role
+
+SHARED = "reads the codes of the layer below"
+#: Reasons for codes of one's own that are no news: sharing was not asked for there.
+ORDINARY = ("lower layer of its pair", "the last layer has no partner", "sharing is off", "starts sharing at layer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BufferPlan:
+    """What the keys, or the values, of one layer are stored as."""
+
+    role: Role
+    scheme: str
+    """How groups lie and when they are quantized: a name of ``kernels.schemes.SCHEMES``."""
+    bits: int
+    """Bits per stored element; 16: unquantized."""
+    group_size: int | None
+    """Tokens (keys) or channels (values) per scale and zero point; None: all channels of the head."""
+    residual_length: int
+    """Latest tokens kept in full precision."""
+    eta: float
+    """Relaxation of both ends of the range (XQuant, Eq. 5)."""
+    sink_tokens: int
+    """First tokens of a sequence kept in full precision."""
+    scale_dtype: torch.dtype
+    """dtype of scales and zero points."""
+    fit: str
+    """How scales are fitted to borrowed codes."""
+    partner: int | None = None
+    """Layer whose codes this one reads; None: its own."""
+    reason: str = ""
+    """Why it reads its own codes, or that it does not."""
+
+    def bind(self, layer: int, shape: tuple[int, ...], dtype: torch.dtype, lower: KVSpec | None) -> KVSpec:
+        """The spec of a buffer [B, H, N, D] of ``layer``; ``lower`` is that of the same role of the partner.
+
+        A pair whose shapes turn out to differ does not share; the spec's ``reason`` says so.
+
+        Raises:
+            ConfigError: ``group_size`` does not divide head_dim.
+        """
+        batch, heads, tokens, dim = shape
+        spec = KVSpec(
+            role=self.role, scheme=self.scheme, layer=layer, shape=(batch, heads, tokens, dim), dtype=dtype,
+            bits=self.bits, group_size=self._group_size(dim, layer), residual_length=self.residual_length, eta=self.eta,
+            sink_tokens=self.sink_tokens, scale_dtype=self.scale_dtype, partner=self.partner, fit=self.fit,
+            reason=self.reason,
+        )  # fmt: skip
+        refusal = "" if self.partner is None else _why_not_geometry(spec, lower, self.partner)
+        return dataclasses.replace(spec, partner=None, reason=refusal) if refusal else spec
+
+    def _group_size(self, dim: int, layer: int) -> int:
+        group = self.group_size or dim
+        if self.role == "value" and dim % group:
+            raise ConfigError(
+                f"layer {layer}: v_group_size must divide head_dim, got v_group_size={group} and head_dim={dim}"
+            )
+        return group
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them; :meth:`from_dict` reads them back."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**fields, "scale_dtype": str(self.scale_dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_dict(cls, fields: Any, where: str) -> BufferPlan:
+        """The entry that :meth:`to_dict` wrote; ``where`` stands in front of errors.
+
+        Raises:
+            ConfigError: a field is missing, unknown or breaks its rule.
+        """
+        names = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or set(fields) != names:
+            found = sorted(fields) if isinstance(fields, dict) else fields
+            raise ConfigError(f"{where}: an entry of a plan must have the fields {sorted(names)}, got {found}")
+        entry = cls(**{**fields, "scale_dtype": getattr(torch, str(fields["scale_dtype"]), None)})
+        _check(entry, where)
+        return entry
+
+
+def is_denied(partner: int | None, reason: str) -> bool:
+    """Whether sharing was asked for and could not be had, by what a plan or a spec says."""
+    return partner is None and bool(reason) and not any(ordinary in reason for ordinary in ORDINARY)
+
+
+def _why_not_geometry(spec: KVSpec, lower: KVSpec | None, partner: int) -> str:
+    if lower is None:
+        return f"layer {partner} is not in reach"
+    ours, theirs = ((s.shape, s.dtype, s.group_size) for s in (spec, lower))
+    if ours != theirs:
+        return f"layers {partner} and {spec.layer} differ in geometry: {theirs} and {ours}"
+    return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """Keys and values of one layer."""
+
+    key: BufferPlan
+    value: BufferPlan
+
+    def __iter__(self) -> Iterator[BufferPlan]:
+        return iter((self.key, self.value))
+
+    def of(self, role: str) -> BufferPlan:
+        """The entry of ``role``, "key" or "value"."""
+        return self.key if role == "key" else self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What every quantized layer of a model stores; print it, compare it, save it, give it in the place of a config.
+
+    Raises:
+        ConfigError: an entry borrows from a layer that is not there or that differs from it.
+    """
+
+    layers: tuple[LayerPlan, ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ConfigError("a plan needs one layer at least, got none")
+        for index, layer in enumerate(self.layers):
+            for entry in layer:
+                self._check_partner(index, entry)
+
+    def _check_partner(self, index: int, entry: BufferPlan) -> None:
+        if entry.partner is None:
+            return
+        where = f"layer {index} {entry.role}s: "
+        if index % 2 == 0 or entry.partner != index - 1:
+            raise ConfigError(f"{where}only the upper layer of a pair may borrow, of the lower; got {entry.partner}")
+        lower = self.layers[entry.partner].of(entry.role)
+        if (lower.bits, lower.scheme) != (entry.bits, entry.scheme) or entry.bits == 16:
+            raise ConfigError(
+                f"{where}layers that share codes must agree in scheme and bits below 16, "
+                f"got {lower.scheme}, {lower.bits} and {entry.scheme}, {entry.bits}"
+            )
+
+    def to_json(self) -> str:
+        """The plan as JSON; :meth:`from_json` reads it back."""
+        layers = [{entry.role: entry.to_dict() for entry in layer} for layer in self.layers]
+        return json.dumps({"xquant_plan": 1, "layers": layers}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that :meth:`to_json` wrote.
+
+        Raises:
+            ConfigError: the text is no plan, or an entry of it breaks a rule.
+        """
+        try:
+            data = json.loads(text)
+            layers = data["layers"]
+            version = data["xquant_plan"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigError(f"this is no plan as Plan.to_json writes it: {error!r}") from error
+        if version != 1:
+            raise ConfigError(f"a plan of version {version!r} was written by another xquant_fx; this one reads 1")
+        return cls(tuple(_layer_from(layer, i) for i, layer in enumerate(layers)))
+
+    def __str__(self) -> str:
+        from xquant_fx.tables import render
+
+        columns = ["layer", "role", "scheme", "bits", "group", "window", "sinks", "codes of", "why"]
+        rows = [
+            [
+                str(index), f"{e.role}s", e.scheme, str(e.bits), str(e.group_size or "head_dim"),
+                str(e.residual_length), str(e.sink_tokens), "-" if e.partner is None else str(e.partner), e.reason,
+            ]
+            for index, layer in enumerate(self.layers)
+            for e in layer
+        ]  # fmt: skip
+        return render("xquant plan", columns, rows)
+
+
+def _layer_from(layer: Any, index: int) -> LayerPlan:
+    fields = layer if isinstance(layer, dict) else {}
+    return LayerPlan(*(BufferPlan.from_dict(fields.get(role), f"layer {index} {role}s") for role in get_args(Role)))
+
+
+def _check(entry: BufferPlan, where: str) -> None:
+    """The rules of a config's fields, for an entry that was read from a file."""
+    from xquant_fx.kernels.schemes import SCHEMES
+
+    if entry.role not in get_args(Role) or entry.scheme not in SCHEMES:
+        raise ConfigError(f"{where}: scheme must be one of {sorted(SCHEMES)}, got {entry.scheme!r}")
+    if entry.fit not in SHARED_FITS:
+        raise ConfigError(f"{where}: fit must be one of {SHARED_FITS}, got {entry.fit!r}")
+    sizes = dict(k_group_size=entry.group_size) if entry.role == "key" else dict(v_group_size=entry.group_size)
+    group = entry.group_size if entry.role == "key" else 1
+    try:
+        XQuantConfig(
+            k_bits=entry.bits, v_bits=entry.bits, residual_length=entry.residual_length, sink_tokens=entry.sink_tokens,
+            scale_dtype=entry.scale_dtype, eta_1bit=entry.eta, **{"k_group_size": group, **sizes},
+        )  # fmt: skip
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def make_plan(settings: XQuantConfig | Plan, num_layers: int) -> Plan:
+    """The plan of a model with ``num_layers`` quantized layers; a plan is returned as it is.
+
+    Raises:
+        ConfigError: a plan, or bits given per layer, are for another number of layers.
+    """
+    if isinstance(settings, Plan):
+        if len(settings.layers) != num_layers:
+            raise ConfigError(f"the plan is for {len(settings.layers)} quantized layers, the model has {num_layers}")
+        return settings
+    layers: list[LayerPlan] = []
+    for layer in range(num_layers):
+        entries = (_entry(settings, role, layer, num_layers, layers) for role in get_args(Role))
+        layers.append(LayerPlan(*entries))
+    return Plan(tuple(layers))
+
+
+def _entry(config: XQuantConfig, role: Role, layer: int, num_layers: int, below: list[LayerPlan]) -> BufferPlan:
+    bits = config.bits(role, layer, num_layers)
+    entry = BufferPlan(
+        role=role, scheme=SCHEME_OF_ROLE[role], bits=bits,
+        group_size=config.k_group_size if role == "key" else config.v_group_size,
+        residual_length=config.residual_length, eta=config.eta(bits), sink_tokens=config.sink_tokens,
+        scale_dtype=config.scale_dtype, fit=config.shared_fit,
+    )  # fmt: skip
+    reason = _why_own(entry, config, layer, num_layers, below)
+    if reason:
+        return dataclasses.replace(entry, reason=reason)
+    return dataclasses.replace(entry, partner=layer - 1, reason=SHARED)
+
+
+def _why_own(entry: BufferPlan, config: XQuantConfig, layer: int, num_layers: int, below: list[LayerPlan]) -> str:
+    if layer % 2 == 0:
+        return "lower layer of its pair" if layer + 1 < num_layers else "the last layer has no partner"
+    start = config.share_start(entry.role, num_layers)
+    if layer < start:
+        field = "share_keys_from" if entry.role == "key" else "share_values_from"
+        return f"{field} starts sharing at layer {start}" if start < num_layers else "sharing is off"
+    lower = below[layer - 1].of(entry.role)
+    if 16 in (entry.bits, lower.bits):
+        return "16-bit storage has no codes to share"
+    if entry.bits != lower.bits:
+        return f"layers {layer - 1} and {layer} differ in bits: {lower.bits} and {entry.bits}"
+    return ""

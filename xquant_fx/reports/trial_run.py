@@ -1,0 +1,39 @@
+"""Running a model once on copies, so that nothing of the caller's is changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.passes.records import Detection
+
+
+class HeldTensors:
+    """Tensors that a model itself holds (KV buffers of modules), to be put back after a trial run."""
+
+    def __init__(self, model: object) -> None:
+        modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+        values = (value for m in modules for value in (*m._buffers.values(), *vars(m).values()))
+        self.ids = {id(value) for value in values if isinstance(value, Tensor)}
+        self.saved: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+
+    def save(self, found: Detection, inputs: list[object]) -> None:
+        """Copy what the graph is about to write to, unless an earlier graph of the same call did."""
+        placeholders = (n for n in found.gm.graph.nodes if n.op == "placeholder")
+        for node, tensor in zip(placeholders, inputs, strict=True):
+            if node in found.written and isinstance(tensor, Tensor) and id(tensor) in self.ids - set(self.saved):
+                self.saved[id(tensor)] = tensor, {name: part.clone() for name, part in _parts(tensor).items()}
+
+    def restore(self) -> None:
+        """Write the copies back."""
+        with torch.no_grad():
+            for tensor, saved in self.saved.values():
+                for name, part in _parts(tensor).items():
+                    part.copy_(saved[name])
+                if isinstance(tensor, QuantizedKV):
+                    tensor.live.group.drop()
+
+
+def _parts(tensor: Tensor) -> dict[str, Tensor]:
+    return tensor.live.owned if isinstance(tensor, QuantizedKV) else {"": tensor}
