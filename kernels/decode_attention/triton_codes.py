@@ -61,12 +61,13 @@ def product(a, b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def key_words(codes, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
+def key_words(keys, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
     """Words of a tile of keys [TILE, words of a token].
 
     Masked by the bounds of the storage, which are known here, so that loads stay vectors; what is
     outside the zone is masked in the logits.
     """
+    codes, _, _ = keys
     tokens, w = t0 + tl.arange(0, TILE), tl.arange(0, KEYS[CHANNELS] * KEYS[BITS] // 32)
     in_bounds = (tokens < KEYS[TOKENS])[:, None] & (w < (KEYS[DIM] * KEYS[BITS] + 31) // 32)[None, :]
     return tl.load(codes + w[None, :] * KEYS[TOKENS] + tokens[:, None], mask=in_bounds, other=0)
@@ -115,15 +116,15 @@ def dequantized_logits(c, scale, zero, tokens, valid_tokens, q, SM_SCALE: tl.con
 
 
 @triton.jit
-def code_logits(q, keys, scales, t0, valid_tokens, SM_SCALE: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr):
-    """Scaled logits [TILE, ROWS] of the keys in codes from ``t0`` on. ``q`` [CHANNELS, ROWS] is float32, in word
-    order, with the factors if FOLD; ``scales`` are those of ``key_scales``."""
-    codes, scale, zero = keys
-    c = unpack(key_words(codes, t0, KEYS, TILE), KEYS)
+def code_logits(q, words, keys, scales, tokens, valid_tokens, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
+    """Scaled logits [TILE, ROWS] of keys in codes. ``q`` [CHANNELS, ROWS] is float32, in word order, with the
+    factors if FOLD; ``words`` and ``scales`` are those of ``key_words`` and ``key_scales``."""
+    _, scale, zero = keys
+    c = unpack(words, KEYS)
     if KEYS[FOLD]:
         return folded_logits(c, scales, q, SM_SCALE, KEYS)
     else:
-        return dequantized_logits(c, scale, zero, t0 + tl.arange(0, TILE), valid_tokens, q, SM_SCALE, KEYS)
+        return dequantized_logits(c, scale, zero, tokens, valid_tokens, q, SM_SCALE, KEYS)
 
 
 @triton.jit

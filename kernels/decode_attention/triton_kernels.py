@@ -81,7 +81,8 @@ def code_query(q, rows, valid_rows, KEYS: tl.constexpr):
     """Query rows as ``code_logits`` wants them: float32 [channels, ROWS] in word order."""
     d, factor = word_order(KEYS[CHANNELS], KEYS)
     in_bounds = valid_rows[None, :] & (d < KEYS[DIM])[:, None]
-    x = tl.load(q + rows[None, :] * KEYS[DIM] + d[:, None], mask=in_bounds, other=0.0).to(tl.float32)
+    offsets = rows[None, :] * KEYS[DIM] + d[:, None]
+    x = tl.load(q + offsets, mask=in_bounds, other=0.0).to(tl.float32)
     return x * factor[:, None] if KEYS[FOLD] else x
 
 
@@ -90,7 +91,8 @@ def full_query(q, rows, valid_rows, CHANNELS_TILE: tl.constexpr, KEYS: tl.conste
     """Query rows [channels, ROWS] as they are, for keys in full precision."""
     d = tl.arange(0, CHANNELS_TILE)
     in_bounds = valid_rows[None, :] & (d < KEYS[DIM])[:, None]
-    return tl.load(q + rows[None, :] * KEYS[DIM] + d[:, None], mask=in_bounds, other=0.0)
+    offsets = rows[None, :] * KEYS[DIM] + d[:, None]
+    return tl.load(q + offsets, mask=in_bounds, other=0.0)
 
 
 @triton.jit
@@ -151,27 +153,26 @@ def decode_kernel(
     sums = attend_codes(x, keys, values, view, zone, split_range, KEYS, VALUES, LOGITS, TILE, STAGES)
 
     zone = (tl.maximum(v_limit, first), k_limit, first_sink)
-    end = tl.where(split == MIXED_SPLIT, k_limit, 0)
-    sums = attend_mixed(x, keys, v_ring, view, zone, end, sums, KEYS, VALUES, LOGITS, RING, FULL_TILE, FULL_STAGES)
+    active = split == MIXED_SPLIT
+    sums = attend_mixed(x, keys, v_ring, view, zone, active, sums, KEYS, VALUES, LOGITS, RING, FULL_TILE, FULL_STAGES)
 
     last = split == PARTS - 1
     x = full_query(q, query_rows, valid_rows, K_CHANNELS, KEYS)
     in_ring = past_tokens if HAS_NEW else stored
     zone = (tl.maximum(k_limit, first), in_ring, first_sink)
-    end = tl.where(last, in_ring, 0)
-    sums = attend_window(x, k_ring, v_ring, view, zone, end, sums, KEYS, VALUES, LOGITS, RING, FULL_TILE, FULL_STAGES)
+    sums = attend_window(x, k_ring, v_ring, view, zone, last, sums, KEYS, VALUES, LOGITS, RING, FULL_TILE, FULL_STAGES)
     if HAS_NEW:
         k_new += head * (NEW_TOKENS * K_DIM)
         v_new += head * (NEW_TOKENS * V_DIM)
         zone = (past_tokens, stored, first_sink)
-        count = tl.where(last, NEW_TOKENS, 0)
-        sums = attend_new_tokens(x, k_new, v_new, view, zone, count, sums, KEYS, VALUES, LOGITS, FULL_TILE, FULL_STAGES)
+        sums = attend_new_tokens(
+            x, k_new, v_new, view, zone, last, sums, KEYS, VALUES, LOGITS, NEW_TOKENS, FULL_TILE, FULL_STAGES
+        )
     if SINK_TOKENS > 0:
         k_sink += head * ((SINK_TOKENS + 1) * K_DIM)
         v_sink += head * ((SINK_TOKENS + 1) * V_DIM)
         zone = (first_sink, stored, first_sink)
-        count = tl.where(last, SINK_TOKENS, 0)
-        sums = attend_sinks(x, k_sink, v_sink, view, zone, count, sums, KEYS, VALUES, LOGITS, FULL_TILE, FULL_STAGES)
+        sums = attend_sinks(x, k_sink, v_sink, view, zone, last, sums, KEYS, VALUES, LOGITS, FULL_TILE, FULL_STAGES)
     sums = attend_unwritten(mask_rows, stored, split, sums, LOGITS, MAX_LEN, PARTS, TAIL)
     store_part(part, stats, query_rows * PARTS + split, valid_rows, sums, V_DIM)
 

@@ -11,7 +11,7 @@
 A chunk's query rows alone keep a GPU busy, so that the last split of its codes goes on to the other zones.
 
 Each takes and returns sums = (top, total, acc); ``triton_softmax.py`` explains these, ``view`` and ``zone``.
-``end`` and ``count`` say how far a program goes: 0 leaves a zone to others.
+A program that is not ``active`` leaves a zone to others.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from xquant_fx.kernels.decode_attention.triton_codes import (
     code_logits,
     code_values,
     key_scales,
+    key_words,
     product,
     value_scales,
 )
@@ -55,12 +56,12 @@ def attend_codes(
     rows: tl.constexpr = positions.shape[0]
     top = tl.full((rows,), float("-inf"), tl.float32)
     acc = tl.zeros((VALUES[CHANNELS], rows), tl.float32)
-    totals = tl.zeros((TILE, rows), tl.float32)
-    from_zeros = tl.zeros((TILE, rows), tl.float32)
     for_keys = key_scales(keys, low, high, KEYS)
     for_values = value_scales(values, low, high, VALUES, TILE)
     tokens = low + tl.arange(0, TILE)
     bias = load_mask(mask_rows, tokens, tokens < high, LOGITS[MASK])
+    totals = tl.zeros((TILE, rows), tl.float32)
+    from_zeros = tl.zeros((TILE, rows), tl.float32)
     for t0 in tl.range(low, high, TILE, num_stages=STAGES):
         next_tokens = t0 + TILE + tl.arange(0, TILE)
         next_for_keys = key_scales(keys, t0 + TILE, high, KEYS)
@@ -68,7 +69,8 @@ def attend_codes(
         next_bias = load_mask(mask_rows, next_tokens, next_tokens < high, LOGITS[MASK])
         tokens = t0 + tl.arange(0, TILE)
         valid_tokens = in_zone(tokens, zone, LOGITS[SINKS])
-        logits = code_logits(q, keys, for_keys, t0, valid_tokens, LOGITS[SM_SCALE], KEYS, TILE)
+        words = key_words(keys, t0, KEYS, TILE)
+        logits = code_logits(q, words, keys, for_keys, tokens, valid_tokens, LOGITS[SM_SCALE], KEYS)
         logits = finish_logits(logits, bias, tokens, valid_tokens, positions, LOGITS)
         p, alpha, top = online_softmax_step(logits, top)
         out, p_zeros = code_values(p, values, for_values, t0, zone, VALUES, TILE, LOGITS[SINKS])
@@ -90,20 +92,21 @@ def full_values(values, slots, valid_tokens, p, CHANNELS_TILE: tl.constexpr, VAL
 
 @triton.jit
 def attend_mixed(
-    q, keys, v_ring, view, zone, end, sums,
+    q, keys, v_ring, view, zone, active, sums,
     KEYS: tl.constexpr, VALUES: tl.constexpr, LOGITS: tl.constexpr, RING: tl.constexpr, TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of ``zone`` below ``end``, whose keys are in codes and whose values are in the residual window."""
+    """Tokens of ``zone``, whose keys are in codes and whose values are in the residual window."""
     mask_rows, positions = view
     top, total, acc = sums
     low, high, _ = zone
-    # A tile of codes lies in one group, here too.
-    for t0 in tl.range(low // TILE * TILE, end, TILE, num_stages=STAGES):
+    begin = low // TILE * TILE  # a tile of codes lies in one group, here too
+    for t0 in tl.range(begin, tl.where(active, high, begin), TILE, num_stages=STAGES):
         tokens = t0 + tl.arange(0, TILE)
         valid_tokens = in_zone(tokens, zone, LOGITS[SINKS])
+        words = key_words(keys, t0, KEYS, TILE)
         for_keys = key_scales(keys, t0, high, KEYS)
-        logits = code_logits(q, keys, for_keys, t0, valid_tokens, LOGITS[SM_SCALE], KEYS, TILE)
+        logits = code_logits(q, words, keys, for_keys, tokens, valid_tokens, LOGITS[SM_SCALE], KEYS)
         bias = load_mask(mask_rows, tokens, valid_tokens, LOGITS[MASK])
         logits = finish_logits(logits, bias, tokens, valid_tokens, positions, LOGITS)
         p, alpha, top = online_softmax_step(logits, top)
@@ -133,13 +136,13 @@ def attend_rows(
 
 @triton.jit
 def attend_window(
-    q, k_ring, v_ring, view, zone, end, sums,
+    q, k_ring, v_ring, view, zone, active, sums,
     KEYS: tl.constexpr, VALUES: tl.constexpr, LOGITS: tl.constexpr, RING: tl.constexpr, TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of ``zone`` below ``end``, whose keys and values are in the residual window."""
-    low, _, _ = zone
-    for t0 in tl.range(low, end, TILE, num_stages=STAGES):
+    """Tokens of ``zone``, whose keys and values are in the residual window."""
+    low, high, _ = zone
+    for t0 in tl.range(low, tl.where(active, high, low), TILE, num_stages=STAGES):
         tokens = t0 + tl.arange(0, TILE)
         valid_tokens = in_zone(tokens, zone, LOGITS[SINKS])
         slots = tokens % RING
@@ -149,12 +152,13 @@ def attend_window(
 
 @triton.jit
 def attend_new_tokens(
-    q, k_new, v_new, view, zone, count, sums,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, LOGITS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    q, k_new, v_new, view, zone, active, sums,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, LOGITS: tl.constexpr, NEW_TOKENS: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The first ``count`` of a chunk's own tokens, which are those of ``zone``."""
+    """A chunk's own NEW_TOKENS tokens, which are those of ``zone``."""
     past, _, _ = zone
-    for slot in tl.range(0, count, TILE, num_stages=STAGES):
+    for slot in tl.range(0, tl.where(active, NEW_TOKENS, 0), TILE, num_stages=STAGES):
         slots = slot + tl.arange(0, TILE)
         tokens = past + slots
         valid_tokens = in_zone(tokens, zone, LOGITS[SINKS])
@@ -164,12 +168,12 @@ def attend_new_tokens(
 
 @triton.jit
 def attend_sinks(
-    q, k_sink, v_sink, view, zone, count, sums,
+    q, k_sink, v_sink, view, zone, active, sums,
     KEYS: tl.constexpr, VALUES: tl.constexpr, LOGITS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The first ``count`` attention sinks, kept in full precision for good; those of ``zone`` are written."""
+    """The attention sinks, which are kept in full precision for good; those of ``zone`` are written already."""
     first_sink, stored, _ = zone
-    for slot in tl.range(0, count, TILE, num_stages=STAGES):
+    for slot in tl.range(0, tl.where(active, LOGITS[SINKS], 0), TILE, num_stages=STAGES):
         slots = slot + tl.arange(0, TILE)
         tokens = first_sink + slots
         valid_tokens = (slots < LOGITS[SINKS]) & (tokens < stored)
