@@ -34,7 +34,7 @@ def launch(
 
     batch, heads, new, dim = x.shape
     shared = dict(
-        HEADS=heads, NEW=new, NEW_TILE=power_of_two(new), DIM=dim, RING=ring.shape[2], SINKS=sink_tokens,
+        HEADS=heads, NEW_TOKENS=new, NEW_TILE=power_of_two(new), DIM=dim, RING=ring.shape[2], SINK_TOKENS=sink_tokens,
         RESIDUAL=residual_length, GROUP=group_size, BITS=bits, ETA=eta, FIT=fit, MAX_LEN=max_len,
         STEP_TOKENS=STEP_TOKENS, num_warps=4,
     )  # fmt: skip
