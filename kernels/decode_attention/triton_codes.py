@@ -1,4 +1,4 @@
-"""Products of tiles of packed codes: logits of keys, outputs of values.
+"""Products of tiles: logits of keys in codes, outputs of values in codes and in full precision.
 
 Scales and zero points never meet the codes. With one scale per channel and token group, keys give
 
@@ -35,6 +35,7 @@ from xquant_fx.kernels.decode_attention.triton_unpack import (
 LARGEST = tl.constexpr(2.0**14)
 # What turns codes that were taken for float16 numbers (``unpack``) into themselves.
 SUBNORMAL = tl.constexpr(2.0**24)
+
 
 @triton.jit
 def scaled_to_largest(x, largest):
@@ -194,3 +195,12 @@ def code_values(p, values, scales, t0, zone, VALUES: tl.constexpr, TILE: tl.cons
         return folded_values(c, scales, p, t0, zone, VALUES, TILE, SINK_TOKENS)
     else:
         return dequantized_values(c, scale, zero, p, t0, zone, VALUES, TILE, SINK_TOKENS)
+
+
+@triton.jit
+def full_values(values, slots, valid_tokens, p, CHANNELS_TILE: tl.constexpr, VALUES: tl.constexpr):
+    """sum_t p_t v_t [channels, ROWS] of full-precision values in rows ``slots``."""
+    d = tl.arange(0, CHANNELS_TILE)
+    in_bounds = valid_tokens[None, :] & (d < VALUES[DIM])[:, None]
+    v = tl.load(values + slots[None, :] * VALUES[DIM] + d[:, None], mask=in_bounds, other=0.0)
+    return product(v, p * LARGEST, VALUES[MODEL]) * (1.0 / LARGEST)

@@ -87,7 +87,7 @@ class Settings:
     #: Whether codes are taken for float16 numbers as they are, which AMD's matrix units would flush to zero.
     BITCAST: bool
     #: What keys and values in full precision are multiplied in: "fp16", "bf16" or "fp32".
-    MODEL_DTYPE: str
+    MODEL: str
 
 
 def model_dtype(dtype: torch.dtype, interpret: bool) -> str:
@@ -119,7 +119,7 @@ def settings(
         TAIL=256, STAGES=3, FULL_STAGES=1 if hip else 2, CODE_CHANNELS=k_words * 32 // k_bits,
         K_CHANNELS=max(power_of_two(k_dim), 16), V_CHANNELS=max(power_of_two(v_dim), 16),
         K_LANES=min(k_words, 4), V_LANES=min(tile * v_bits // 32, 4), FOLD_K=fold_k, FOLD_V=fold_v, BITCAST=not hip,
-        MODEL_DTYPE=model_dtype(dtype, interpret),
+        MODEL=model_dtype(dtype, interpret),
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@
 A chunk's query rows alone keep a GPU busy, so that the last split of its codes goes on to the other zones.
 
 Each takes and returns sums = (top, total, acc); ``triton_softmax.py`` explains these, ``view`` and ``zone``.
-A program that is not ``active`` leaves a zone to others.
+A program that is not ``active`` leaves a zone to others. ``full`` and ``residual`` are (keys, values) in full
+precision, and TILES is (tokens of a tile, tiles in flight at a time).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import triton
 import triton.language as tl
 
 from xquant_fx.kernels.decode_attention.triton_codes import (
-    LARGEST,
     code_logits,
     code_values,
+    full_values,
     key_scales,
     key_words,
     product,
@@ -43,9 +44,18 @@ from xquant_fx.kernels.decode_attention.triton_unpack import CHANNELS, DIM, MODE
 
 @triton.jit
 def attend_codes(
-    q, keys, values, view, zone, split_range,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, LOGITS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    q,
+    keys,
+    values,
+    view,
+    zone,
+    split_range,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """The part of ``split_range`` = (low, high) of the tokens whose keys and values are in codes: their sums.
 
     Codes are loaded ahead by the compiler's pipelining, which leaves small loads alone: those of scales and mask
@@ -82,26 +92,28 @@ def attend_codes(
 
 
 @triton.jit
-def full_values(values, slots, valid_tokens, p, CHANNELS_TILE: tl.constexpr, VALUES: tl.constexpr):
-    """sum_t p_t v_t [channels, ROWS] of full-precision values in rows ``slots``."""
-    d = tl.arange(0, CHANNELS_TILE)
-    in_bounds = valid_tokens[None, :] & (d < VALUES[DIM])[:, None]
-    v = tl.load(values + slots[None, :] * VALUES[DIM] + d[:, None], mask=in_bounds, other=0.0)
-    return product(v, p * LARGEST, VALUES[MODEL]) * (1.0 / LARGEST)
-
-
-@triton.jit
 def attend_mixed(
-    q, keys, v_ring, view, zone, active, sums,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, LOGITS: tl.constexpr, RING: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
+    q,
+    keys,
+    residual,
+    view,
+    zone,
+    active,
+    sums,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    LOGITS: tl.constexpr,
+    RING: tl.constexpr,
+    TILES: tl.constexpr,
+):
     """Tokens of ``zone``, whose keys are in codes and whose values are in the residual window."""
     mask_rows, positions = view
     top, total, acc = sums
     low, high, _ = zone
+    _, v_ring = residual
+    TILE: tl.constexpr = TILES[0]
     begin = low // TILE * TILE  # a tile of codes lies in one group, here too
-    for t0 in tl.range(begin, tl.where(active, high, begin), TILE, num_stages=STAGES):
+    for t0 in tl.range(begin, tl.where(active, high, begin), TILE, num_stages=TILES[1]):
         tokens = t0 + tl.arange(0, TILE)
         valid_tokens = in_zone(tokens, zone, LOGITS[SINKS])
         words = key_words(keys, t0, KEYS, TILE)
@@ -117,10 +129,19 @@ def attend_mixed(
 
 @triton.jit
 def attend_rows(
-    q, keys, values, slots, tokens, valid_tokens, view, sums,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, LOGITS: tl.constexpr,
-):  # fmt: skip
-    """A tile of ``tokens`` whose keys and values are in rows ``slots`` of two tensors."""
+    q,
+    full,
+    slots,
+    tokens,
+    valid_tokens,
+    view,
+    sums,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    LOGITS: tl.constexpr,
+):
+    """A tile of ``tokens`` whose keys and values are in rows ``slots`` of ``full`` = (keys, values)."""
+    keys, values = full
     mask_rows, positions = view
     top, total, acc = sums
     d = tl.arange(0, q.shape[0])
@@ -136,56 +157,89 @@ def attend_rows(
 
 @triton.jit
 def attend_window(
-    q, k_ring, v_ring, view, zone, active, sums,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, LOGITS: tl.constexpr, RING: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
+    q,
+    full,
+    view,
+    zone,
+    active,
+    sums,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    LOGITS: tl.constexpr,
+    RING: tl.constexpr,
+    TILES: tl.constexpr,
+):
     """Tokens of ``zone``, whose keys and values are in the residual window."""
     low, high, _ = zone
-    for t0 in tl.range(low, tl.where(active, high, low), TILE, num_stages=STAGES):
+    TILE: tl.constexpr = TILES[0]
+    for t0 in tl.range(low, tl.where(active, high, low), TILE, num_stages=TILES[1]):
         tokens = t0 + tl.arange(0, TILE)
         valid_tokens = in_zone(tokens, zone, LOGITS[SINKS])
         slots = tokens % RING
-        sums = attend_rows(q, k_ring, v_ring, slots, tokens, valid_tokens, view, sums, KEYS, VALUES, LOGITS)
+        sums = attend_rows(q, full, slots, tokens, valid_tokens, view, sums, KEYS, VALUES, LOGITS)
     return sums
 
 
 @triton.jit
 def attend_new_tokens(
-    q, k_new, v_new, view, zone, active, sums,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, LOGITS: tl.constexpr, NEW_TOKENS: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
+    q,
+    full,
+    view,
+    zone,
+    active,
+    sums,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    LOGITS: tl.constexpr,
+    NEW_TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+):
     """A chunk's own NEW_TOKENS tokens, which are those of ``zone``."""
     past, _, _ = zone
-    for slot in tl.range(0, tl.where(active, NEW_TOKENS, 0), TILE, num_stages=STAGES):
+    TILE: tl.constexpr = TILES[0]
+    for slot in tl.range(0, tl.where(active, NEW_TOKENS, 0), TILE, num_stages=TILES[1]):
         slots = slot + tl.arange(0, TILE)
         tokens = past + slots
         valid_tokens = in_zone(tokens, zone, LOGITS[SINKS])
-        sums = attend_rows(q, k_new, v_new, slots, tokens, valid_tokens, view, sums, KEYS, VALUES, LOGITS)
+        sums = attend_rows(q, full, slots, tokens, valid_tokens, view, sums, KEYS, VALUES, LOGITS)
     return sums
 
 
 @triton.jit
 def attend_sinks(
-    q, k_sink, v_sink, view, zone, active, sums,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, LOGITS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    q,
+    full,
+    view,
+    zone,
+    active,
+    sums,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TILES: tl.constexpr,
+):
     """The attention sinks, which are kept in full precision for good; those of ``zone`` are written already."""
     first_sink, stored, _ = zone
-    for slot in tl.range(0, tl.where(active, LOGITS[SINKS], 0), TILE, num_stages=STAGES):
+    TILE: tl.constexpr = TILES[0]
+    for slot in tl.range(0, tl.where(active, LOGITS[SINKS], 0), TILE, num_stages=TILES[1]):
         slots = slot + tl.arange(0, TILE)
         tokens = first_sink + slots
         valid_tokens = (slots < LOGITS[SINKS]) & (tokens < stored)
-        sums = attend_rows(q, k_sink, v_sink, slots, tokens, valid_tokens, view, sums, KEYS, VALUES, LOGITS)
+        sums = attend_rows(q, full, slots, tokens, valid_tokens, view, sums, KEYS, VALUES, LOGITS)
     return sums
 
 
 @triton.jit
 def attend_unwritten(
-    mask_rows, stored, split, sums,
-    LOGITS: tl.constexpr, MAX_LEN: tl.constexpr, PARTS: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
+    mask_rows,
+    stored,
+    split,
+    sums,
+    LOGITS: tl.constexpr,
+    MAX_LEN: tl.constexpr,
+    PARTS: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     """Tokens from ``stored`` to MAX_LEN, not written yet: keys and values of zero, to which a mask may add."""
     top, total, acc = sums
     unwritten = tl.maximum(MAX_LEN - stored, 0)

@@ -27,8 +27,16 @@ from xquant_fx.kernels.quantize_store.triton_window import write_step
 
 
 @triton.jit
-def note_step(pos, length, fault, past, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, MAX_LEN: tl.constexpr,
-              STEP_TOKENS: tl.constexpr):  # fmt: skip
+def note_step(
+    pos,
+    length,
+    fault,
+    past,
+    NEW_TOKENS: tl.constexpr,
+    NEW_TILE: tl.constexpr,
+    MAX_LEN: tl.constexpr,
+    STEP_TOKENS: tl.constexpr,
+):
     """Faults and length, as ``fault_code`` and ``advance`` have them; ``past`` is within bounds."""
     j = tl.arange(0, NEW_TILE)
     asked = tl.load(pos)
@@ -48,12 +56,34 @@ def note_step(pos, length, fault, past, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.c
 
 @triton.jit
 def append_keys_kernel(
-    x, pos, codes, scale, zero, ring, sink, start, length, fault,
-    HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
-    SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, ETA: tl.constexpr,
-    FIT: tl.constexpr, MAX_LEN: tl.constexpr, STEP_TOKENS: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    x,
+    pos,
+    codes,
+    scale,
+    zero,
+    ring,
+    sink,
+    start,
+    length,
+    fault,
+    HEADS: tl.constexpr,
+    NEW_TOKENS: tl.constexpr,
+    NEW_TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    SINK_TOKENS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    ETA: tl.constexpr,
+    FIT: tl.constexpr,
+    MAX_LEN: tl.constexpr,
+    STEP_TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Program (batch and head, group of tokens that the step may complete, chunk of channels)."""
     row, part, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head = row.to(tl.int64)
@@ -75,19 +105,54 @@ def append_keys_kernel(
         zero += head * (GROUPS * DIM)
         t0 = past // RESIDUAL * RESIDUAL + part * GROUP
         flush_keys(
-            source, codes, scale, zero, first_token + SINK_TOKENS, t0, chunk * CHUNK, DIM, RING, GROUP, TILE, CHUNK,
-            BITS, TOKENS, ETA, FIT,
-        )  # fmt: skip
+            source,
+            codes,
+            scale,
+            zero,
+            first_token + SINK_TOKENS,
+            t0,
+            chunk * CHUNK,
+            DIM,
+            RING,
+            GROUP,
+            TILE,
+            CHUNK,
+            BITS,
+            TOKENS,
+            ETA,
+            FIT,
+        )
 
 
 @triton.jit
 def append_values_kernel(
-    x, pos, codes, scale, zero, ring, sink, start, length, fault,
-    HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
-    SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, ETA: tl.constexpr,
-    FIT: tl.constexpr, MAX_LEN: tl.constexpr, STEP_TOKENS: tl.constexpr, WORDS: tl.constexpr, STRIDE: tl.constexpr,
+    x,
+    pos,
+    codes,
+    scale,
+    zero,
+    ring,
+    sink,
+    start,
+    length,
+    fault,
+    HEADS: tl.constexpr,
+    NEW_TOKENS: tl.constexpr,
+    NEW_TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    SINK_TOKENS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    ETA: tl.constexpr,
+    FIT: tl.constexpr,
+    MAX_LEN: tl.constexpr,
+    STEP_TOKENS: tl.constexpr,
+    WORDS: tl.constexpr,
+    STRIDE: tl.constexpr,
     CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     """Program (batch and head, group of channels): quantize each token that leaves the window."""
     row, group = tl.program_id(0), tl.program_id(1)
     head = row.to(tl.int64)

@@ -29,8 +29,9 @@ def load_key_codes(codes, tokens, d, in_bounds, BITS: tl.constexpr, TOKENS: tl.c
 
 
 @triton.jit
-def store_key_codes(codes, shifted, tokens, d0, valid_tokens, BITS: tl.constexpr, DIM: tl.constexpr,
-                    TOKENS: tl.constexpr):  # fmt: skip
+def store_key_codes(
+    codes, shifted, tokens, d0, valid_tokens, BITS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr
+):
     """Put codes [tokens, channels], each at its place in a word, together and store the words."""
     per_word: tl.constexpr = 32 // BITS
     count: tl.constexpr = shifted.shape[1] // per_word
@@ -41,8 +42,9 @@ def store_key_codes(codes, shifted, tokens, d0, valid_tokens, BITS: tl.constexpr
 
 
 @triton.jit
-def range_of_keys(source, first_valid, t0, d, DIM: tl.constexpr, RING: tl.constexpr, GROUP: tl.constexpr,
-                  TILE: tl.constexpr):  # fmt: skip
+def range_of_keys(
+    source, first_valid, t0, d, DIM: tl.constexpr, RING: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr
+):
     """(low, high) per channel ``d`` of the group of tokens at ``t0``."""
     low = tl.full(d.shape, float("inf"), tl.float32)
     high = tl.full(d.shape, float("-inf"), tl.float32)
@@ -56,8 +58,20 @@ def range_of_keys(source, first_valid, t0, d, DIM: tl.constexpr, RING: tl.conste
 
 
 @triton.jit
-def encode_keys(source, codes, low, step, t0, d0, DIM: tl.constexpr, RING: tl.constexpr, GROUP: tl.constexpr,
-                TILE: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+def encode_keys(
+    source,
+    codes,
+    low,
+    step,
+    t0,
+    d0,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     """Write the codes of the group of tokens at ``t0``, channels from ``d0`` on."""
     d = d0 + tl.arange(0, low.shape[0])
     for i in range(0, GROUP, TILE):
@@ -70,8 +84,19 @@ def encode_keys(source, codes, low, step, t0, d0, DIM: tl.constexpr, RING: tl.co
 
 
 @triton.jit
-def key_means(source, codes, first_valid, t0, d, DIM: tl.constexpr, RING: tl.constexpr, GROUP: tl.constexpr,
-              TILE: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+def key_means(
+    source,
+    codes,
+    first_valid,
+    t0,
+    d,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     """(mean of keys, mean of codes) per channel ``d`` over the valid tokens of the group at ``t0``."""
     sum_x, sum_c, count = tl.zeros(d.shape, tl.float32), tl.zeros(d.shape, tl.float32), tl.zeros(d.shape, tl.float32)
     for i in range(0, GROUP, TILE):
@@ -89,8 +114,19 @@ def key_means(source, codes, first_valid, t0, d, DIM: tl.constexpr, RING: tl.con
 
 
 @triton.jit
-def fit_keys(source, codes, first_valid, t0, d, DIM: tl.constexpr, RING: tl.constexpr, GROUP: tl.constexpr,
-             TILE: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+def fit_keys(
+    source,
+    codes,
+    first_valid,
+    t0,
+    d,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     """Scale and zero point per channel ``d`` that fit the group of tokens at ``t0`` to borrowed codes."""
     mean_x, mean_c = key_means(source, codes, first_valid, t0, d, DIM, RING, GROUP, TILE, BITS, TOKENS)
     cov, var = tl.zeros(d.shape, tl.float32), tl.zeros(d.shape, tl.float32)
@@ -110,10 +146,23 @@ def fit_keys(source, codes, first_valid, t0, d, DIM: tl.constexpr, RING: tl.cons
 
 @triton.jit
 def flush_keys(
-    source, codes, scale, zero, first_valid, t0, d0, DIM: tl.constexpr, RING: tl.constexpr, GROUP: tl.constexpr,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, ETA: tl.constexpr,
+    source,
+    codes,
+    scale,
+    zero,
+    first_valid,
+    t0,
+    d0,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ETA: tl.constexpr,
     FIT: tl.constexpr,
-):  # fmt: skip
+):
     """Quantize CHUNK channels from ``d0`` on of the group of tokens at ``t0``, or make scales for their codes."""
     d = d0 + tl.arange(0, CHUNK)
     if FIT == "least_squares":

@@ -33,8 +33,9 @@ def fit_values(x, codes, tokens, d, in_bounds, DIM: tl.constexpr, GROUP: tl.cons
 
 
 @triton.jit
-def store_value_codes(codes, c, tokens, due, first_due, d, valid_channels, NEW_TOKENS: tl.constexpr,
-                      DIM: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
+def store_value_codes(
+    codes, c, tokens, due, first_due, d, valid_channels, NEW_TOKENS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr
+):
     """Put codes [tokens, channels] of the ``due`` among ``tokens``, which begin at ``first_due``, into their words.
 
     The tokens of a step are in few words, each of which is read, changed and written once.
@@ -53,10 +54,22 @@ def store_value_codes(codes, c, tokens, due, first_due, d, valid_channels, NEW_T
 
 @triton.jit
 def flush_values(
-    source, codes, scale, zero, d, valid_channels, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr,
-    RING: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, ETA: tl.constexpr,
+    source,
+    codes,
+    scale,
+    zero,
+    d,
+    valid_channels,
+    NEW_TOKENS: tl.constexpr,
+    NEW_TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    ETA: tl.constexpr,
     FIT: tl.constexpr,
-):  # fmt: skip
+):
     """Quantize channels ``d``, one group, of each token that leaves the window, or make scales for their codes."""
     _, _, past = source
     j = tl.arange(0, NEW_TILE)

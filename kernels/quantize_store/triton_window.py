@@ -10,8 +10,19 @@ import triton.language as tl
 
 
 @triton.jit
-def write_step(source, pos, sink, first_token, d, valid_channels, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr,
-               DIM: tl.constexpr, RING: tl.constexpr, SINK_TOKENS: tl.constexpr):  # fmt: skip
+def write_step(
+    source,
+    pos,
+    sink,
+    first_token,
+    d,
+    valid_channels,
+    NEW_TOKENS: tl.constexpr,
+    NEW_TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    SINK_TOKENS: tl.constexpr,
+):
     """Channels ``d`` of the new tokens into the ring and the sinks."""
     x, ring, past = source
     j = tl.arange(0, NEW_TILE)
