@@ -124,7 +124,7 @@ class Source:
 
 
 #: Arguments of our own kernels that they write to.
-OUR_OUTPUTS = "'codes', 'scale', 'zero', 'ring', 'sink', 'length_ptr', 'fault_ptr', 'part_ptr', 'stats_ptr', 'out_ptr'"
+OUR_OUTPUTS = "'codes', 'scale', 'zero', 'ring', 'sink', 'length', 'fault', 'part', 'stats', 'out'"
 
 
 def _numbers(text: str) -> list[int]:

@@ -108,4 +108,4 @@ def test_sources_of_one_problem_are_one_text() -> None:
     setup = Setup()
     a = DecodeArguments(**arguments(setup, inputs(setup)))
     made = {source(problem_of(a), 8)[1] for _ in range(2)}
-    assert len(made) == 1 and cpu_source.text("cpu_simd.h") in made.pop()
+    assert len(made) == 1 and cpu_source.text("cpu/simd.h") in made.pop()

@@ -1,4 +1,4 @@
-"""Decode attention on CUDA: one op, ``xquant::triton_decode_attention``, over the kernels of ``triton_decode``.
+"""Decode attention on CUDA: one op, ``xquant::triton_decode_attention``, over the kernels of ``triton_kernels``.
 
 The op is a ``triton_op``: Inductor takes it apart and puts the two kernels into the code it generates.
 All launch parameters come from shapes, so they are fixed for a graph; how far the tokens go is read on
@@ -7,6 +7,7 @@ the device. Importing this module does not need Triton.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -48,11 +49,61 @@ def tile_tokens(dim: int, row_tile: int, k_group: int, fold_v: bool) -> tuple[in
     return (aligned, True) if aligned >= 32 else (min(most, 64), False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Constants of ``decode_kernel`` that are chosen, not given, under the names that they have there."""
+
+    #: Query rows of a program: columns of its matrix products.
+    ROWS: int
+    #: Programs that share the query rows of one KV head.
+    ROW_BLOCKS: int
+    #: Programs that the tokens whose keys and values are in codes are divided over.
+    SPLITS: int
+    #: The program that takes the tokens whose keys are in codes and whose values are not.
+    MIXED_SPLIT: int
+    #: All programs of one KV head and block of rows; each leaves a part, and the last one takes the windows.
+    PARTS: int
+    #: Tokens of a tile of codes.
+    TILE: int
+    #: Tokens of a tile with values, or keys and values, in full precision.
+    FULL_TILE: int
+    #: Tokens of a tile of which only the mask is read.
+    TAIL: int
+    #: Tiles of codes in flight at a time.
+    STAGES: int
+    #: The same of tiles in full precision.
+    FULL_STAGES: int
+    #: Channels of keys in codes, filled up to whole words and to what a matrix product sums over at least.
+    CODE_CHANNELS: int
+    #: Channels of keys in full precision, filled up likewise.
+    K_CHANNELS: int
+    #: Channels of values, filled up likewise.
+    V_CHANNELS: int
+    #: Words of keys that are unpacked as neighbours.
+    K_LANES: int
+    #: Words of values that are unpacked as neighbours.
+    V_LANES: int
+    #: Whether each tile of keys lies in one group of tokens: then scales go to the query, not to the codes.
+    FOLD_K: bool
+    #: Whether a token of values has one scale: then scales go to the probabilities.
+    FOLD_V: bool
+    #: Whether codes are taken for float16 numbers as they are, which AMD's matrix units would flush to zero.
+    BITCAST: bool
+    #: What keys and values in full precision are multiplied in: "fp16", "bf16" or "fp32".
+    MODEL: str
+
+
+def model_dtype(dtype: torch.dtype, interpret: bool) -> str:
+    """Name of the dtype of products in full precision; the interpreter gets bfloat16 wrong."""
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32")
+    return "fp32" if interpret and name == "bf16" else name
+
+
 def settings(
     *, batch: int, kv_heads: int, rows: int, k_dim: int, v_dim: int, max_len: int, k_bits: int, k_group: int,
     v_bits: int, v_group: int, dtype: torch.dtype, chunk: bool = False, interpret: bool = False, hip: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Constants of ``decode_kernel`` that are chosen, not given."""
+) -> Settings:  # fmt: skip
+    """What ``decode_kernel`` is compiled with for a problem of this shape."""
     # The query rows are the short side of the products: 8 columns are the least of NVIDIA's matrix units.
     dim, fold_v = max(k_dim, v_dim), v_group == v_dim
     folded = fold_v and tile_tokens(dim, MOST_ROWS, k_group, fold_v)[1]
@@ -62,21 +113,16 @@ def settings(
     tile, fold_k = tile_tokens(dim, row_tile, k_group, fold_v)
     k_words = power_of_two(math.ceil(k_dim / codes_per_word(k_bits)))
     k_words = max(k_words, 16 // codes_per_word(k_bits))  # a product sums over at least 16
-    model = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32")
-    if interpret and model == "bf16":  # which the interpreter gets wrong
-        model = "fp32"
     full_tile = (64 if dim <= 128 else 32) if hip else 16 if dtype == torch.float32 else 32
     splits = max(1, min(PROGRAMS // (batch * kv_heads * row_blocks), math.ceil(max_len / (2 * tile)), 128))
-    return dict(
-        ROWS=row_tile, ROW_BLOCKS=row_blocks, TILE=tile,
-        SPLITS=splits, MIXED=splits - 1 if chunk else splits, PARTS=splits if chunk else splits + 2,
-        FULL_TILE=min(full_tile, tile) if fold_k else full_tile,  # a tile of codes lies in one group, here too
-        TAIL=256,
-        STAGES=3, FULL_STAGES=1 if hip else 2, K_WORDS=k_words, K_LANES=min(k_words, 4),
-        V_LANES=min(tile // codes_per_word(v_bits), 4), CODE_CHANNELS=k_words * codes_per_word(k_bits),
+    return Settings(
+        ROWS=row_tile, ROW_BLOCKS=row_blocks,
+        SPLITS=splits, MIXED_SPLIT=splits - 1 if chunk else splits, PARTS=splits if chunk else splits + 2,
+        TILE=tile, FULL_TILE=min(full_tile, tile) if fold_k else full_tile,  # a tile of codes lies in one group
+        TAIL=256, STAGES=3, FULL_STAGES=1 if hip else 2, CODE_CHANNELS=k_words * codes_per_word(k_bits),
         K_CHANNELS=max(power_of_two(k_dim), 16), V_CHANNELS=max(power_of_two(v_dim), 16),
-        FOLD_K=fold_k, FOLD_V=fold_v, BITCAST=not hip,
-        CODE="fp32" if model == "fp32" else "fp16", MODEL=model,
+        K_LANES=min(k_words, 4), V_LANES=min(tile // codes_per_word(v_bits), 4), FOLD_K=fold_k, FOLD_V=fold_v,
+        BITCAST=not hip, MODEL=model_dtype(dtype, interpret),
     )  # fmt: skip
 
 
@@ -105,25 +151,25 @@ def launch(
     )
     a = a.mapped(Tensor.contiguous, ("q", "k_new", "v_new")).mapped(dense_mask, ("mask",))
     mask_shape = (1, 1, 1) if a.mask is None else a.mask.shape[:3]
-    parts = chosen["PARTS"]
+    parts = chosen.PARTS
     part = torch.empty((batch * heads * query, parts, v_dim), dtype=torch.float32, device=a.q.device)
     stats = torch.empty((batch * heads * query, parts, 2), dtype=torch.float32, device=a.q.device)
     out = torch.empty((batch, heads, query, v_dim), dtype=a.q.dtype, device=a.q.device)
-    wrap(decode_kernel)[(parts, kv_heads * chosen["ROW_BLOCKS"], batch)](
+    wrap(decode_kernel)[(parts, kv_heads * chosen.ROW_BLOCKS, batch)](
         *a.positional(without=("sink_logits",)), part, stats,
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, QUERY=query, NEW=a.new_tokens, DK=k_dim, DV=v_dim,
-        MAX_LEN=a.max_len, K_TOKENS=a.k_codes.shape[3], V_TOKENS=a.v_codes.shape[2] * codes_per_word(a.v_bits),
-        V_STRIDE=a.v_scale.shape[3], K_GROUPS=a.k_scale.shape[2], RING=a.k_ring.shape[2],
-        SINKS=0 if a.k_sink is None else a.k_sink.shape[2] - 1, RESIDUAL=a.residual_length, K_BITS=a.k_bits,
-        K_GROUP=a.k_group, V_BITS=a.v_bits, V_GROUP=a.v_group, SM_SCALE=a.scale, SOFTCAP=a.softcap, WINDOW=a.window,
-        MASK="none" if a.mask is None else "bool" if a.mask.dtype == torch.bool else "float",
-        MASK_BATCH=mask_shape[0], MASK_HEADS=mask_shape[1], MASK_QUERY=mask_shape[2],
-        HAS_NEW=a.k_new is not None, num_warps=4, **chosen,
+        KV_HEADS=kv_heads, HEADS_PER_KV=heads // kv_heads, QUERY=query, NEW_TOKENS=a.new_tokens, MAX_LEN=a.max_len,
+        K_DIM=k_dim, K_BITS=a.k_bits, K_GROUP=a.k_group, K_TOKENS=a.k_codes.shape[3], K_GROUPS=a.k_scale.shape[2],
+        V_DIM=v_dim, V_BITS=a.v_bits, V_GROUP=a.v_group, V_TOKENS=a.v_codes.shape[2] * codes_per_word(a.v_bits),
+        V_STRIDE=a.v_scale.shape[3], RING=a.k_ring.shape[2], RESIDUAL=a.residual_length,
+        SINK_TOKENS=0 if a.k_sink is None else a.k_sink.shape[2] - 1, SCALE=a.scale, SOFTCAP=a.softcap,
+        WINDOW=a.window, MASK_KIND="none" if a.mask is None else "bool" if a.mask.dtype == torch.bool else "float",
+        MASK_BATCH=mask_shape[0], MASK_HEADS=mask_shape[1], MASK_QUERY=mask_shape[2], HAS_NEW=a.k_new is not None,
+        num_warps=4, **dataclasses.asdict(chosen),
     )
     wrap(combine_kernel)[(batch * heads * query,)](
-        part, stats, a.sink_logits, out, HEADS=heads, QUERY=query, DV=v_dim, PARTS=parts, ALL=power_of_two(parts),
-        SOME=min(power_of_two(parts), 8), CHANNELS=power_of_two(v_dim), HAS_LOGITS=a.sink_logits is not None,
-        num_warps=4,
+        part, stats, a.sink_logits, out, HEADS=heads, QUERY=query, V_DIM=v_dim, PARTS=parts,
+        PARTS_TILE=power_of_two(parts), PARTS_STEP=min(power_of_two(parts), 8), V_CHANNELS=power_of_two(v_dim),
+        HAS_LOGITS=a.sink_logits is not None, num_warps=4,
     )
     return out
 

@@ -49,9 +49,9 @@ def launch(a: StoreArguments, *, wrap: Callable[[Any], Any]) -> None:
     _, heads, new, dim = a.x.shape
     wrap(kernel)[grid](
         *a.replace(x=a.x.contiguous()).positional(),
-        HEADS=heads, NEW=new, NEW_TILE=power_of_two(new), DIM=dim, RING=a.ring.shape[2], SINKS=a.sink_tokens,
-        RESIDUAL=a.residual_length, GROUP=a.group_size, BITS=a.bits, ETA=a.eta, FIT=a.fit or "own",
-        MAX_LEN=a.max_len, STEP_TOKENS=STEP_TOKENS, num_warps=4, **own,
+        HEADS=heads, NEW_TOKENS=new, NEW_TILE=power_of_two(new), DIM=dim, RING=a.ring.shape[2],
+        SINK_TOKENS=a.sink_tokens, RESIDUAL=a.residual_length, GROUP=a.group_size, BITS=a.bits, ETA=a.eta,
+        FIT=a.fit or "own", MAX_LEN=a.max_len, STEP_TOKENS=STEP_TOKENS, num_warps=4, **own,
     )
 
 

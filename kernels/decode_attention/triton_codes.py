@@ -1,0 +1,206 @@
+"""Products of tiles: logits of keys in codes, outputs of values in codes and in full precision.
+
+Scales and zero points never meet the codes. With one scale per channel and token group, keys give
+
+    sum_d q_d (c_td s_d + z_d) = sum_d (q_d s_d) c_td + sum_d q_d z_d
+
+so a tile needs q * s and one number per row; with one scale per token, values do the same with p * s
+and sum_t p_t z_t. What goes to float16 is divided by its largest number first, so that neither range
+nor precision of float16 depends on the model's scales. Where a tile does not lie in one group (FOLD
+false), codes are dequantized element by element.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from xquant_fx.kernels.decode_attention.triton_softmax import in_zone
+from xquant_fx.kernels.decode_attention.triton_unpack import (
+    BITCAST,
+    BITS,
+    CHANNELS,
+    DIM,
+    FOLD,
+    GROUP,
+    MODEL,
+    STRIDE,
+    TOKENS,
+    to_word_order,
+    unpack,
+    word_order,
+)
+
+# float16 operands are scaled so that their largest number is this.
+LARGEST = tl.constexpr(2.0**14)
+# What turns codes that were taken for float16 numbers (``unpack``) into themselves.
+SUBNORMAL = tl.constexpr(2.0**24)
+
+
+@triton.jit
+def scaled_to_largest(x, largest):
+    """``x`` with ``largest`` brought to LARGEST, and the factor that undoes it."""
+    largest = tl.where(largest > 0, largest, 1.0)
+    return x * (LARGEST / largest), largest * (1.0 / LARGEST)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """``x`` in the dtype that DTYPE names."""
+    if DTYPE == "fp16":
+        return x.to(tl.float16)
+    elif DTYPE == "bf16":
+        return x.to(tl.bfloat16)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def product(a, b, DTYPE: tl.constexpr):
+    """a @ b in float32, from operands of DTYPE: "fp16", "bf16" or "fp32"."""
+    return tl.dot(rounded(a, DTYPE), rounded(b, DTYPE), input_precision="ieee")
+
+
+@triton.jit
+def key_words(keys, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
+    """Words of a tile of keys [TILE, words of a token].
+
+    Masked by the bounds of the storage, which are known here, so that loads stay vectors; what is
+    outside the zone is masked in the logits.
+    """
+    codes, _, _ = keys
+    tokens, w = t0 + tl.arange(0, TILE), tl.arange(0, KEYS[CHANNELS] * KEYS[BITS] // 32)
+    in_bounds = (tokens < KEYS[TOKENS])[:, None] & (w < (KEYS[DIM] * KEYS[BITS] + 31) // 32)[None, :]
+    return tl.load(codes + w[None, :] * KEYS[TOKENS] + tokens[:, None], mask=in_bounds, other=0)
+
+
+@triton.jit
+def key_scales(keys, t0, limit, KEYS: tl.constexpr):
+    """(scales, zeros) [CHANNELS] of a tile that is one group; zeros if ``t0`` is not below ``limit``."""
+    _, scale, zero = keys
+    if KEYS[FOLD]:
+        d = tl.arange(0, KEYS[CHANNELS])
+        in_bounds = (d < KEYS[DIM]) & (t0 + tl.arange(0, 1) < limit)
+        s = tl.load(scale + t0 // KEYS[GROUP] * KEYS[STRIDE] + d, mask=in_bounds, other=0.0)
+        z = tl.load(zero + t0 // KEYS[GROUP] * KEYS[STRIDE] + d, mask=in_bounds, other=0.0)
+    else:
+        s, z = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
+    return s, z
+
+
+@triton.jit
+def folded_logits(c, scales, q, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
+    """Logits of codes ``c`` [TILE, CHANNELS] that have one scale per channel: the query takes the scales."""
+    s, z = scales
+    _d, factor = word_order(KEYS[CHANNELS], KEYS)
+    s = to_word_order(s.to(tl.float32)[:, None], KEYS)
+    z = to_word_order(z.to(tl.float32)[:, None], KEYS) / factor[:, None]
+    from_zeros = tl.sum(q * z, 0)
+    qs = q * s
+    qs, undo = scaled_to_largest(qs, tl.max(tl.abs(qs), 0)[None, :])
+    unit: tl.constexpr = SUBNORMAL if KEYS[BITCAST] else 1.0
+    dtype: tl.constexpr = "fp32" if KEYS[MODEL] == "fp32" else "fp16"
+    return product(c, qs, dtype) * (undo * (unit * SM_SCALE)) + (from_zeros * SM_SCALE)[None, :]
+
+
+@triton.jit
+def dequantized_logits(c, scale, zero, tokens, valid_tokens, q, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
+    """Logits of codes ``c`` [TILE, CHANNELS] of ``tokens``, each dequantized by the scale of its group."""
+    d, factor = word_order(KEYS[CHANNELS], KEYS)
+    offsets = (tokens // KEYS[GROUP] * KEYS[STRIDE])[:, None] + d[None, :]
+    in_bounds = valid_tokens[:, None] & (d < KEYS[DIM])[None, :]
+    s = tl.load(scale + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    z = tl.load(zero + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    unit: tl.constexpr = SUBNORMAL if KEYS[BITCAST] else 1.0
+    k = c.to(tl.float32) * (factor * unit)[None, :] * s + z
+    return product(k, q, KEYS[MODEL]) * SM_SCALE
+
+
+@triton.jit
+def code_logits(q, words, keys, scales, tokens, valid_tokens, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
+    """Scaled logits [TILE, ROWS] of keys in codes. ``q`` [CHANNELS, ROWS] is float32, in word order, with the
+    factors if FOLD; ``words`` and ``scales`` are those of ``key_words`` and ``key_scales``."""
+    _, scale, zero = keys
+    c = unpack(words, KEYS)
+    if KEYS[FOLD]:
+        return folded_logits(c, scales, q, SM_SCALE, KEYS)
+    else:
+        return dequantized_logits(c, scale, zero, tokens, valid_tokens, q, SM_SCALE, KEYS)
+
+
+@triton.jit
+def value_words(codes, t0, VALUES: tl.constexpr, TILE: tl.constexpr):
+    """Words of a tile of values [CHANNELS, TILE * BITS / 32], masked as in ``key_words``."""
+    w = t0 // (32 // VALUES[BITS]) + tl.arange(0, TILE * VALUES[BITS] // 32)
+    d = tl.arange(0, VALUES[CHANNELS])
+    in_bounds = (d < VALUES[DIM])[:, None] & (w < VALUES[TOKENS] * VALUES[BITS] // 32)[None, :]
+    return tl.load(codes + w[None, :] * VALUES[DIM] + d[:, None], mask=in_bounds, other=0)
+
+
+@triton.jit
+def value_scales(values, t0, limit, VALUES: tl.constexpr, TILE: tl.constexpr):
+    """(scales, zeros) [TILE] of a tile with one group per token; zeros if ``t0`` is not below ``limit``."""
+    _, scale, zero = values
+    if VALUES[FOLD]:
+        tokens = t0 + tl.arange(0, TILE)
+        in_bounds = (tokens < VALUES[STRIDE]) & (t0 + tl.arange(0, 1) < limit)
+        s = tl.load(scale + tokens, mask=in_bounds, other=0.0)
+        z = tl.load(zero + tokens, mask=in_bounds, other=0.0)
+    else:
+        s, z = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
+    return s, z
+
+
+@triton.jit
+def folded_values(c, scales, p, t0, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr):
+    """``code_values`` of codes ``c`` that have one scale per token: the probabilities take the scales."""
+    s, z = scales
+    tokens = t0 + tl.arange(0, TILE)
+    valid_tokens = in_zone(tokens, zone, SINK_TOKENS)
+    s = tl.where(valid_tokens, s.to(tl.float32), 0.0)
+    z = tl.where(valid_tokens, z.to(tl.float32), 0.0)
+    from_zeros = p * z[:, None]
+    s, undo = scaled_to_largest(s, tl.max(tl.abs(s), 0))
+    plane = tokens % (32 // VALUES[BITS]) // 4
+    s = s * tl.exp2((-VALUES[BITS] * plane).to(tl.float32))  # the factor of ``word_order``
+    dtype: tl.constexpr = "fp32" if VALUES[MODEL] == "fp32" else "fp16"
+    ps = to_word_order(rounded(p * s[:, None], dtype), VALUES)
+    unit: tl.constexpr = SUBNORMAL if VALUES[BITCAST] else 1.0
+    return product(c, ps, dtype) * (undo * unit), from_zeros
+
+
+@triton.jit
+def dequantized_values(
+    c, scale, zero, p, t0, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr
+):
+    """``code_values`` of codes ``c``, each dequantized by the scale of its group."""
+    place, factor = word_order(TILE, VALUES)
+    tokens, d = t0 + place, tl.arange(0, VALUES[CHANNELS])
+    in_bounds = (d < VALUES[DIM])[:, None] & in_zone(tokens, zone, SINK_TOKENS)[None, :]
+    offsets = (d // VALUES[GROUP] * VALUES[STRIDE])[:, None] + tokens[None, :]
+    s = tl.load(scale + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    z = tl.load(zero + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    unit: tl.constexpr = SUBNORMAL if VALUES[BITCAST] else 1.0
+    v = c.to(tl.float32) * (factor * unit)[None, :] * s + z
+    ps = to_word_order(rounded(p * LARGEST, VALUES[MODEL]), VALUES)
+    return product(v, ps, VALUES[MODEL]) * (1.0 / LARGEST), tl.zeros((1, 1), tl.float32)
+
+
+@triton.jit
+def code_values(p, values, scales, t0, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr):
+    """sum_t p_t v_t of values in codes [CHANNELS, ROWS], and p_t z_t [TILE, ROWS], whose sum goes to every channel."""
+    codes, scale, zero = values
+    c = unpack(value_words(codes, t0, VALUES, TILE), VALUES)
+    if VALUES[FOLD]:
+        return folded_values(c, scales, p, t0, zone, VALUES, TILE, SINK_TOKENS)
+    else:
+        return dequantized_values(c, scale, zero, p, t0, zone, VALUES, TILE, SINK_TOKENS)
+
+
+@triton.jit
+def full_values(values, slots, valid_tokens, p, CHANNELS_TILE: tl.constexpr, VALUES: tl.constexpr):
+    """sum_t p_t v_t [channels, ROWS] of full-precision values in rows ``slots``."""
+    d = tl.arange(0, CHANNELS_TILE)
+    in_bounds = valid_tokens[None, :] & (d < VALUES[DIM])[:, None]
+    v = tl.load(values + slots[None, :] * VALUES[DIM] + d[:, None], mask=in_bounds, other=0.0)
+    return product(v, p * LARGEST, VALUES[MODEL]) * (1.0 / LARGEST)

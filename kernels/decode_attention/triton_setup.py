@@ -1,0 +1,83 @@
+"""Where a program of decode attention begins: its head, its tokens, its query rows and their masks.
+
+A row is one query token of one query head of a KV head; ``rows`` are their numbers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from xquant_fx.kernels.decode_attention.triton_unpack import CHANNELS, DIM, FOLD, word_order
+
+
+@triton.jit
+def codes_of(head, codes, scale, zero, WORDS: tl.constexpr, SCALES: tl.constexpr):
+    """(codes, scale, zero) of one KV head of one sequence, of WORDS words and SCALES scales."""
+    return codes + head * WORDS, scale + head * SCALES, zero + head * SCALES
+
+
+@triton.jit
+def rows_of(head, keys, values, TOKENS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr):
+    """(keys, values) in full precision of one KV head of one sequence, of TOKENS tokens."""
+    return keys + head * (TOKENS * KEYS[DIM]), values + head * (TOKENS * VALUES[DIM])
+
+
+@triton.jit
+def limits_of(past_tokens, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr):
+    """The first token that any row sees, and the tokens below which keys are in codes, and values."""
+    first = tl.maximum(past_tokens - WINDOW + 1, 0) if WINDOW > 0 else past_tokens * 0
+    return first, past_tokens // RESIDUAL * RESIDUAL, tl.maximum(past_tokens - RESIDUAL, 0)
+
+
+@triton.jit
+def range_of_split(split, first, limit, SPLITS: tl.constexpr, TILE: tl.constexpr):
+    """(low, high): the tiles of ``split`` among SPLITS of the tokens from ``first`` to ``limit``."""
+    begin = first // TILE * TILE
+    tiles = tl.cdiv(tl.maximum(limit - begin, 0), TILE)
+    low = begin + split * tl.cdiv(tiles, SPLITS) * TILE
+    return low, tl.where(split < SPLITS, tl.minimum(low + tl.cdiv(tiles, SPLITS) * TILE, limit), low)
+
+
+@triton.jit
+def mask_rows_of(
+    mask,
+    rows,
+    valid_rows,
+    batch,
+    kv_head,
+    HEADS_PER_KV: tl.constexpr,
+    QUERY: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    MASK_SHAPE: tl.constexpr,
+):
+    """Where the mask's row of each query row begins: [ROWS], or [1] if all rows share one."""
+    heads: tl.constexpr = MASK_SHAPE[1]
+    queries: tl.constexpr = MASK_SHAPE[2]
+    b = batch if MASK_SHAPE[0] > 1 else 0
+    if heads * queries == 1:
+        index = tl.zeros((1,), tl.int64) + b
+    else:
+        head = kv_head * HEADS_PER_KV + rows // QUERY if heads > 1 else rows * 0
+        query = rows % QUERY if queries > 1 else rows * 0
+        index = tl.where(valid_rows, (b * heads + head) * queries + query, 0).to(tl.int64)
+    return index if MASK_KIND == "none" else mask + index * MASK_SHAPE[3]
+
+
+@triton.jit
+def code_query(q, rows, valid_rows, KEYS: tl.constexpr):
+    """Query rows as ``code_logits`` wants them: float32 [channels, ROWS] in word order."""
+    d, factor = word_order(KEYS[CHANNELS], KEYS)
+    in_bounds = valid_rows[None, :] & (d < KEYS[DIM])[:, None]
+    offsets = rows[None, :] * KEYS[DIM] + d[:, None]
+    x = tl.load(q + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    return x * factor[:, None] if KEYS[FOLD] else x
+
+
+@triton.jit
+def full_query(q, rows, valid_rows, CHANNELS_TILE: tl.constexpr, KEYS: tl.constexpr):
+    """Query rows [channels, ROWS] as they are, for keys in full precision."""
+    d = tl.arange(0, CHANNELS_TILE)
+    in_bounds = valid_rows[None, :] & (d < KEYS[DIM])[:, None]
+    offsets = rows[None, :] * KEYS[DIM] + d[:, None]
+    return tl.load(q + offsets, mask=in_bounds, other=0.0)

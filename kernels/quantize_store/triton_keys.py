@@ -1,0 +1,176 @@
+"""Quantizing a group of tokens of keys: one scale per channel.
+
+A group that is not complete is not touched. Tokens before ``first_valid`` are padding or attention sinks:
+they take no part in ranges and fits. ``source`` is explained in ``triton_window.py``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from xquant_fx.kernels.quantize_store.triton_quantizer import (
+    code_shift,
+    encode,
+    fitted,
+    range_of,
+    relaxed,
+    step_of_range,
+    store_scales,
+)
+from xquant_fx.kernels.quantize_store.triton_window import full_tokens
+
+
+@triton.jit
+def load_key_codes(codes, tokens, d, in_bounds, BITS: tl.constexpr, TOKENS: tl.constexpr):
+    """Codes [tokens, channels] of keys as float32."""
+    words = tl.load(codes + (d // (32 // BITS))[None, :] * TOKENS + tokens[:, None], mask=in_bounds, other=0)
+    return ((words >> code_shift(d, BITS)[None, :]) & ((1 << BITS) - 1)).to(tl.float32)
+
+
+@triton.jit
+def store_key_codes(
+    codes, shifted, tokens, d0, valid_tokens, BITS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr
+):
+    """Put codes [tokens, channels], each at its place in a word, together and store the words."""
+    per_word: tl.constexpr = 32 // BITS
+    count: tl.constexpr = shifted.shape[1] // per_word
+    words = tl.sum(tl.reshape(shifted, (shifted.shape[0], count, per_word)), 2)
+    w = d0 // per_word + tl.arange(0, count)
+    in_bounds = valid_tokens[:, None] & (w < (DIM + per_word - 1) // per_word)[None, :]
+    tl.store(codes + w[None, :] * TOKENS + tokens[:, None], words, mask=in_bounds)
+
+
+@triton.jit
+def range_of_keys(
+    source, first_valid, t0, d, DIM: tl.constexpr, RING: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr
+):
+    """(low, high) per channel ``d`` of the group of tokens at ``t0``."""
+    low = tl.full(d.shape, float("inf"), tl.float32)
+    high = tl.full(d.shape, float("-inf"), tl.float32)
+    for i in range(0, GROUP, TILE):
+        j = i + tl.arange(0, TILE)
+        tokens = t0 + j
+        in_bounds = (j < GROUP)[:, None] & (d < DIM)[None, :]
+        x = full_tokens(source, tokens, d, in_bounds, DIM, RING)
+        low, high = range_of(x, in_bounds & (tokens >= first_valid)[:, None], low, high, 0)
+    return low, high
+
+
+@triton.jit
+def encode_keys(
+    source,
+    codes,
+    low,
+    step,
+    t0,
+    d0,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Write the codes of the group of tokens at ``t0``, channels from ``d0`` on."""
+    d = d0 + tl.arange(0, low.shape[0])
+    for i in range(0, GROUP, TILE):
+        j = i + tl.arange(0, TILE)
+        tokens = t0 + j
+        in_bounds = (j < GROUP)[:, None] & (d < DIM)[None, :]
+        x = full_tokens(source, tokens, d, in_bounds, DIM, RING)
+        c = tl.where(in_bounds, encode(x, low[None, :], step[None, :], BITS), 0)
+        store_key_codes(codes, c << code_shift(d, BITS)[None, :], tokens, d0, j < GROUP, BITS, DIM, TOKENS)
+
+
+@triton.jit
+def key_means(
+    source,
+    codes,
+    first_valid,
+    t0,
+    d,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """(mean of keys, mean of codes) per channel ``d`` over the valid tokens of the group at ``t0``."""
+    sum_x, sum_c, count = tl.zeros(d.shape, tl.float32), tl.zeros(d.shape, tl.float32), tl.zeros(d.shape, tl.float32)
+    for i in range(0, GROUP, TILE):
+        j = i + tl.arange(0, TILE)
+        tokens = t0 + j
+        in_bounds = (j < GROUP)[:, None] & (d < DIM)[None, :]
+        valid = in_bounds & (tokens >= first_valid)[:, None]
+        x = full_tokens(source, tokens, d, in_bounds, DIM, RING)
+        c = load_key_codes(codes, tokens, d, in_bounds, BITS, TOKENS)
+        sum_x += tl.sum(tl.where(valid, x, 0.0), 0)
+        sum_c += tl.sum(tl.where(valid, c, 0.0), 0)
+        count += tl.sum(valid.to(tl.float32), 0)
+    count = tl.maximum(count, 1.0)
+    return tl.div_rn(sum_x, count), tl.div_rn(sum_c, count)
+
+
+@triton.jit
+def fit_keys(
+    source,
+    codes,
+    first_valid,
+    t0,
+    d,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Scale and zero point per channel ``d`` that fit the group of tokens at ``t0`` to borrowed codes."""
+    mean_x, mean_c = key_means(source, codes, first_valid, t0, d, DIM, RING, GROUP, TILE, BITS, TOKENS)
+    cov, var = tl.zeros(d.shape, tl.float32), tl.zeros(d.shape, tl.float32)
+    for i in range(0, GROUP, TILE):
+        j = i + tl.arange(0, TILE)
+        tokens = t0 + j
+        in_bounds = (j < GROUP)[:, None] & (d < DIM)[None, :]
+        x = full_tokens(source, tokens, d, in_bounds, DIM, RING)
+        valid = in_bounds & (tokens >= first_valid)[:, None]
+        c = load_key_codes(codes, tokens, d, in_bounds, BITS, TOKENS)
+        off_x = tl.where(valid, x - mean_x[None, :], 0.0)
+        off_c = tl.where(valid, c - mean_c[None, :], 0.0)
+        cov += tl.sum(off_c * off_x, 0)
+        var += tl.sum(off_c * off_c, 0)
+    return fitted(cov, var, mean_x, mean_c)
+
+
+@triton.jit
+def flush_keys(
+    source,
+    codes,
+    scale,
+    zero,
+    first_valid,
+    t0,
+    d0,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ETA: tl.constexpr,
+    FIT: tl.constexpr,
+):
+    """Quantize CHUNK channels from ``d0`` on of the group of tokens at ``t0``, or make scales for their codes."""
+    d = d0 + tl.arange(0, CHUNK)
+    if FIT == "least_squares":
+        s, z = fit_keys(source, codes, first_valid, t0, d, DIM, RING, GROUP, TILE, BITS, TOKENS)
+    else:
+        low, high = range_of_keys(source, first_valid, t0, d, DIM, RING, GROUP, TILE)
+        low, step = step_of_range(low, high, BITS)
+        if FIT == "own":
+            encode_keys(source, codes, low, step, t0, d0, DIM, RING, GROUP, TILE, BITS, TOKENS)
+        s, z = relaxed(low, step, BITS, ETA)
+    store_scales(scale, zero, t0 // GROUP * DIM + d, s, z, d < DIM)

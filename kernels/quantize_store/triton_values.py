@@ -1,0 +1,91 @@
+"""Quantizing the tokens of values that leave the residual window: one scale per token and group of channels.
+
+``source`` is explained in ``triton_window.py``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from xquant_fx.kernels.quantize_store.triton_quantizer import (
+    code_shift,
+    encode,
+    fitted,
+    range_of,
+    relaxed,
+    step_of_range,
+    store_scales,
+)
+from xquant_fx.kernels.quantize_store.triton_window import full_tokens
+
+
+@triton.jit
+def fit_values(x, codes, tokens, d, in_bounds, DIM: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr):
+    """Scale and zero point per token that fit values ``x`` [tokens, channels] to borrowed codes."""
+    words = tl.load(codes + (tokens // (32 // BITS))[:, None] * DIM + d[None, :], mask=in_bounds, other=0)
+    c = ((words >> code_shift(tokens, BITS)[:, None]) & ((1 << BITS) - 1)).to(tl.float32)
+    n = tl.full(tokens.shape, GROUP, tl.float32)
+    mean_x, mean_c = tl.div_rn(tl.sum(x, 1), n), tl.div_rn(tl.sum(tl.where(in_bounds, c, 0.0), 1), n)
+    off_x = tl.where(in_bounds, x - mean_x[:, None], 0.0)
+    off_c = tl.where(in_bounds, c - mean_c[:, None], 0.0)
+    return fitted(tl.sum(off_c * off_x, 1), tl.sum(off_c * off_c, 1), mean_x, mean_c)
+
+
+@triton.jit
+def store_value_codes(
+    codes, c, tokens, due, first_due, d, valid_channels, NEW_TOKENS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr
+):
+    """Put codes [tokens, channels] of the ``due`` among ``tokens``, which begin at ``first_due``, into their words.
+
+    The tokens of a step are in few words, each of which is read, changed and written once.
+    """
+    per_word: tl.constexpr = 32 // BITS
+    shift = code_shift(tokens, BITS)
+    for w in tl.static_range((NEW_TOKENS - 1) // per_word + 2):
+        word = tl.maximum(first_due, 0) // per_word + w
+        in_word = due & (tokens // per_word == word)
+        touched = valid_channels & ((word + tl.arange(0, 1)) * per_word < first_due + NEW_TOKENS)
+        old = tl.load(codes + word * DIM + d, mask=touched, other=0)
+        cleared = tl.sum(tl.where(in_word, ((1 << BITS) - 1) << shift, 0), 0)
+        bits = tl.sum(tl.where(in_word[:, None], c << shift[:, None], 0), 0)
+        tl.store(codes + word * DIM + d, (old & ~cleared) | bits, mask=touched)
+
+
+@triton.jit
+def flush_values(
+    source,
+    codes,
+    scale,
+    zero,
+    d,
+    valid_channels,
+    NEW_TOKENS: tl.constexpr,
+    NEW_TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    ETA: tl.constexpr,
+    FIT: tl.constexpr,
+):
+    """Quantize channels ``d``, one group, of each token that leaves the window, or make scales for their codes."""
+    _, _, past = source
+    j = tl.arange(0, NEW_TILE)
+    tokens = past - RESIDUAL + j
+    due = (j < NEW_TOKENS) & (tokens >= 0)
+    tokens = tl.where(due, tokens, 0)
+    in_bounds = due[:, None] & valid_channels[None, :]
+    x = full_tokens(source, tokens, d, in_bounds, DIM, RING)
+    if FIT == "least_squares":
+        s, z = fit_values(x, codes, tokens, d, in_bounds, DIM, GROUP, BITS)
+    else:
+        low = tl.full((NEW_TILE,), float("inf"), tl.float32)
+        low, high = range_of(x, in_bounds, low, tl.full((NEW_TILE,), float("-inf"), tl.float32), 1)
+        low, step = step_of_range(low, high, BITS)
+        s, z = relaxed(low, step, BITS, ETA)
+    store_scales(scale, zero, tokens, s, z, due)
+    if FIT == "own":
+        c = tl.where(in_bounds, encode(x, low[:, None], step[:, None], BITS), 0)
+        store_value_codes(codes, c, tokens, due, past - RESIDUAL, d, valid_channels, NEW_TOKENS, DIM, BITS)

@@ -1,0 +1,46 @@
+"""Tokens in full precision: a step's own, and those of the residual window.
+
+``source`` is (x, ring, past): the step's tokens, which follow ``past`` older ones, and the ring that holds the latest.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def write_step(
+    source,
+    pos,
+    sink,
+    first_token,
+    d,
+    valid_channels,
+    NEW_TOKENS: tl.constexpr,
+    NEW_TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    SINK_TOKENS: tl.constexpr,
+):
+    """Channels ``d`` of the new tokens into the ring and the sinks."""
+    x, ring, past = source
+    j = tl.arange(0, NEW_TILE)
+    in_bounds = (j < NEW_TOKENS)[:, None] & valid_channels[None, :]
+    tokens = tl.load(x + j[:, None] * DIM + d[None, :], mask=in_bounds, other=0.0).to(ring.dtype.element_ty)
+    tl.store(ring + ((past + j) % RING)[:, None] * DIM + d[None, :], tokens, mask=in_bounds)
+    if SINK_TOKENS > 0:
+        slots = tl.load(pos + j, mask=j < NEW_TOKENS, other=0) - first_token
+        is_sink = in_bounds & ((slots >= 0) & (slots < SINK_TOKENS))[:, None]
+        tl.store(sink + slots[:, None] * DIM + d[None, :], tokens, mask=is_sink)
+
+
+@triton.jit
+def full_tokens(source, tokens, d, in_bounds, DIM: tl.constexpr, RING: tl.constexpr):
+    """Full-precision ``tokens`` [tokens, channels] as float32: the step's own from ``x``, others from the ring."""
+    x, ring, past = source
+    is_old = in_bounds & (tokens < past)[:, None]
+    is_new = in_bounds & (tokens >= past)[:, None]
+    old = tl.load(ring + (tokens % RING)[:, None] * DIM + d[None, :], mask=is_old, other=0.0)
+    new = tl.load(x + (tokens - past)[:, None] * DIM + d[None, :], mask=is_new, other=0.0).to(ring.dtype.element_ty)
+    return tl.where(is_old, old.to(tl.float32), new.to(tl.float32))

@@ -1,0 +1,150 @@
+"""The pipeline as data: detection once per graph, counts, dumps, and passes that are switched off."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dynamo_graphs import fresh, tiny
+from rewrites import CONFIG, Rewrites, count, quantized_layers, two_layers
+from torch._dynamo.utils import counters
+
+from xquant_fx import ConfigError, XQuantCache, explain, ops
+from xquant_fx.compiler.options import parse
+from xquant_fx.passes import facts, find_attention, find_writes
+from xquant_fx.passes.pipeline import FAMILIES, MAY_BE_OFF, PASSES
+
+
+def steps(seen: Rewrites, sizes=(5, 1)) -> list[torch.Tensor]:
+    layers, at, out = quantized_layers(), 0, []
+    torch.manual_seed(0)
+    compiled = torch.compile(two_layers, backend=seen, dynamic=False)
+    with torch.no_grad():
+        for tokens in sizes:
+            out.append(compiled(*fresh(tokens), layers, torch.arange(at, at + tokens)))
+            at += tokens
+    return out
+
+
+@pytest.fixture(autouse=True)
+def no_counts():
+    counters.clear()
+
+
+def test_every_pass_is_listed_once():
+    names = [each.name for each in PASSES]
+    assert names == [each.name for family in FAMILIES.values() for each in family] and len(set(names)) == len(names)
+    assert names == ["add_state_inputs", "rewrite", "fuse_decode", "verify"]
+    assert MAY_BE_OFF == ("fuse_decode",)
+
+
+def test_detection_runs_once_per_graph(monkeypatch):
+    """Attentions and writes are looked for once in each graph, whatever is done with it."""
+    calls = []
+    for module, name in ((facts, "find_attention"), (facts, "find_writes")):
+        found = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda graph, f=found, n=name: (calls.append(n), f(graph))[1])
+    steps(seen := Rewrites())
+    assert len(seen.given) == 2 and counters["xquant"]["detect"] == 2
+    assert sorted(calls) == ["find_attention"] * 2 + ["find_writes"] * 2
+    model, ids = tiny("llama"), torch.arange(3, 12)[None]
+    cache = XQuantCache(model.config, 32, CONFIG)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    counters.clear()
+    calls.clear()
+    assert explain(model, ids[:, :1], past_key_values=cache).graphs == 1
+    assert counters["xquant"]["detect"] == 1 and len(calls) == 2
+
+
+def test_nobody_else_looks_for_attention_or_writes():
+    """What is found once is handed on: only ``facts`` calls the finders."""
+    for finder in (find_attention, find_writes):
+        used = [m for n, m in sys.modules.items() if n.startswith("xquant_fx.") and m is not finder]
+        name = finder.__name__.rsplit(".", 1)[1]
+        users = [m.__name__ for m in used if getattr(m, name, None) is getattr(finder, name)]
+        assert users == ["xquant_fx.passes.facts"]
+
+
+def test_counters_say_what_each_pass_did():
+    steps(Rewrites(), sizes=(1,))
+    done = dict(counters["xquant"])
+    # Two layers whose upper keys and values borrow: 4 buffers, 16 tensors of their own, and what they share.
+    assert done["rewrite"] == 4 and done["fuse_decode"] == 2 and done["detect"] == 1
+    states = [state for layer in quantized_layers() for state in (layer[0].live, layer[1].live)]
+    tensors = {id(t) for state in states for t in state.tensors.values() if t is not None}
+    groups = len({id(state.group) for state in states})
+    assert done["add_state_inputs"] == len(tensors) - 2 * (groups - 1)
+
+
+def test_a_graph_without_a_cache_runs_no_pass():
+    with torch.no_grad():
+        torch.compile(lambda x: x + 1, backend=Rewrites())(torch.ones(2))
+    assert dict(counters["xquant"]) == {"normalize": 0, "detect": 1}
+
+
+def test_dump(tmp_path):
+    steps(Rewrites(dump=str(tmp_path / "graphs")), sizes=(1,))
+    files = sorted(p.name for p in (tmp_path / "graphs").iterdir())
+    assert [name.split("-", 1)[1] for name in files] == [
+        "0-detected.txt", "1-after-add_state_inputs.txt", "2-after-rewrite.txt", "3-after-fuse_decode.txt",
+        "4-after-verify.txt",
+    ]  # fmt: skip
+    texts = [(tmp_path / "graphs" / name).read_text() for name in files]
+    assert ["decode_attention" in text for text in texts] == [False, False, False, True, True]
+    assert ["index_copy" in text or "setitem" in text for text in texts] == [True, True, False, False, False]
+    assert "float32[1, 2, 1, 8]" in texts[0]
+
+
+def test_structured_trace(tmp_path):
+    """The same graphs are artifacts of torch's trace, which tlparse shows."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_pipeline import steps\nfrom rewrites import Rewrites\nsteps(Rewrites(), sizes=(1,))\n"
+    )
+    tests = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script, tests], env={**os.environ, "TORCH_TRACE": str(tmp_path)},
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    log = "".join(p.read_text() for p in tmp_path.glob("*.log"))
+    for name in ("detected", *(f"after-{each.name}" for each in PASSES)):
+        assert name in log
+
+
+def test_fusing_switched_off():
+    on, off = Rewrites(), Rewrites(disable=["fuse_decode"])
+    fused, plain = steps(on), steps(off)
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    assert [count(gm, ops.DECODE) for gm in on.made] == [2, 2]
+    assert [(count(gm, ops.DECODE), count(gm, ops.LOAD)) for gm in off.made] == [(0, 4)] * 2
+    assert counters["xquant"]["fuse_decode"] == 4
+
+
+def test_explain_knows_what_is_switched_off():
+    model, ids = tiny("llama"), torch.arange(3, 12)[None]
+    cache = XQuantCache(model.config, 32, CONFIG)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    sites = explain(model, ids[:, :1], past_key_values=copy.deepcopy(cache), options={"disable": ["fuse_decode"]}).sites
+    assert [s.dequantized for s in sites] == ["the pass fuse_decode is switched off"] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"disable": ["rewrite"]}, r"disable must be a list of passes that may be off, \['fuse_decode'\], got"),
+        ({"disable": "fuse_decode"}, "disable must be a list"),
+        ({"disable": 3}, "disable must be a list"),
+        ({"dump": 3}, "dump must be the path of a folder, got 3"),
+    ],
+)
+def test_options_that_make_no_sense(options, words):
+    with pytest.raises(ConfigError, match=words):
+        parse(None, options)
