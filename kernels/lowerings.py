@@ -64,7 +64,7 @@ def decode_attention_cpu(*args: Any, **kwargs: Any) -> Any:
     a = attention.Arguments(*args, **kwargs)
     inputs = {name: ir.ExternKernel.require_contiguous(t) for name, t in a.present.items()}
     a = a._replace(**inputs)
-    types, code = cpu_attention.source(attention.problem_of(a, sizes, dtype), cpu_build.lanes())
+    types, code = cpu_attention.source(attention.problem_of(a, sizes, dtype), cpu_build.isa())
     shape = (*sizes(a.q)[:3], sizes(a.v_ring)[3])
     layout = ir.FixedLayout(a.q.get_device(), a.q.get_dtype(), list(shape), ir.FlexibleLayout.contiguous_strides(shape))
     return ir.TensorBox.create(CppOut(layout, list(inputs.values()), "xquant_decode_attention", types, code))
@@ -112,7 +112,7 @@ def append_cpu(*args: Any, **kwargs: Any) -> None:
     kept = {name: getattr(a, name) for name in (*stored, "start", "codes") if getattr(a, name) is not None}
     kept = {name: ir.ExternKernel.realize_input(x) for name, x in kept.items()}
     a = a._replace(**new, **kept)
-    types, code = cpu_store.source(append.problem_of(a, sizes, dtype), cpu_build.lanes())
+    types, code = cpu_store.source(append.problem_of(a, sizes, dtype), cpu_build.isa())
     CppInPlace(a.tensors, [kept[name] for name in stored if name in kept], "xquant_append", types, code)
 
 

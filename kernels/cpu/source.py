@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
+
+from xquant_fx.kernels.cpu.isa import Isa
 
 CTYPES = {
     torch.float32: "float", torch.bfloat16: "xq::bfloat16", torch.float16: "xq::float16",
     torch.bool: "uint8_t", torch.int32: "int32_t", torch.int64: "int64_t",
 }  # fmt: skip
+
+SIMD = "cpu/simd.h"
+EXAMPLE = "example_problem.h"  # beside each kernel's cpu.cpp
+_INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
 
 
 def sizes_of(x: Tensor) -> tuple[int, ...]:
@@ -42,8 +49,27 @@ def definitions(
     return "namespace xq {\n" + "\n".join(lines) + "\n}  // namespace xq\n"
 
 
-def assemble(lanes: int, fixed: str, file: str, params: Iterable[tuple[str, str]], body: Iterable[str]) -> str:
-    """The whole source of ``kernel(params)``, for vectors of ``lanes`` 32-bit lanes: ``params`` are (type, name)."""
+def with_headers(file: str, isa: Isa) -> str:
+    """A C++ file with its own headers in their places: of the ISAs' headers the one of ``isa``, no example."""
+
+    def header(match: re.Match[str]) -> str:
+        name = match[1]
+        left_out = name.startswith("simd_") and name != isa.header
+        return "" if left_out or name == EXAMPLE else with_headers(str(PurePosixPath(file).parent / name), isa)
+
+    return _INCLUDE.sub(header, text(file).replace("#pragma once\n", ""))
+
+
+def assemble(isa: Isa, fixed: str, file: str, params: Iterable[tuple[str, str]], body: Iterable[str]) -> str:
+    """The whole source of ``kernel(params)`` for the vectors of ``isa``: ``params`` are (type, name)."""
     signature = ", ".join(f"{kind} {name}" for kind, name in params)
     entry = "\n".join(["", f'extern "C" void kernel({signature}) {{', *(f"    {line}" for line in body), "}", ""])
-    return f"#define XQ_LANES {lanes}\n" + text("cpu/simd.h") + fixed + text(file) + entry
+    return f"#define {isa.macro}\n" + with_headers(SIMD, isa) + fixed + with_headers(file, isa) + entry
+
+
+def example(fixed: str) -> str:
+    """A header that stands in front of a kernel's ``cpu.cpp`` where an editor opens it alone."""
+    return (
+        "// One problem's constants, so that editors can read cpu.cpp. Written by tests/test_cpu_source.py.\n"
+        f'#pragma once\n#include "../{SIMD}"\n\n{fixed}'
+    )

@@ -85,7 +85,7 @@ def run_cpu(*args: Any) -> Tensor:
 
     a = Arguments(*args)
     tensors = {name: t.contiguous() for name, t in a.present.items()}
-    types, code = source(problem_of(a), cpu_build.lanes())
+    types, code = source(problem_of(a), cpu_build.isa())
     out = a.q.new_empty((*a.q.shape[:3], a.v_ring.shape[3]))
     cpu_build.load(types, code)(*tensors.values(), out)
     return out

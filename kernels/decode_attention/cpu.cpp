@@ -139,7 +139,7 @@ inline void dots(const int32_t* codes, int64_t stride, int64_t words, const int8
                 for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
                     for (int d = 0; d < DIGITS; d++) {
-                        const vi digit = splat(word_at(digits[r][d] + (w * PLANES + j) * 4));
+                        const vi digit = splat(load_word(digits[r][d] + (w * PLANES + j) * 4));
 #pragma GCC unroll 4
                         for (int v = 0; v < NV; v++) sum[r][d][v] = Dot<BITS>::add(sum[r][d][v], code[v], digit);
                     }
@@ -269,15 +269,10 @@ inline vf cap(vf x) {  // SOFTCAP * tanh(x / SOFTCAP); by its series where the q
     return abs(z) < 0.25f ? series : SOFTCAP * ((1.0f - y) / (1.0f + y));
 }
 
-inline vi lanes() {
-    vi lane;
-    for (int i = 0; i < L; i++) lane[i] = i;
-    return lane;
-}
 // x in the lanes [from, to), elsewhere nothing that attention sees.
 inline vf only(vf x, int64_t from, int64_t to) {
     const int32_t a = (int32_t)std::clamp<int64_t>(from, 0, L), b = (int32_t)std::clamp<int64_t>(to, 0, L);
-    const vi lane = lanes();
+    const vi lane = iota();
     return (lane >= a) & (lane < b) ? x : splat(NONE);
 }
 
@@ -328,7 +323,7 @@ inline void fold_values(Work& w, const Inputs& in, int64_t head, int64_t g, int6
     for (int64_t i = 0; i < n; i += L) {
         const vf s = load_up_to(in.v_scale + at + i, n - i), zeros = load_up_to(in.v_zero + at + i, n - i);
         bad = fma(s, splat(0.0f), bad);
-        const vi here = n - i < L ? lanes() < (int32_t)(n - i) : splat(-1);
+        const vi here = n - i < L ? iota() < (int32_t)(n - i) : splat(-1);
         for (int64_t r = 0; r < ROWS; r++) {
             vf p = load<vf>(w.weight[r] + i);
             p = here ? p : splat(0.0f);
@@ -567,11 +562,11 @@ void attend(Inputs in) {
     in.keys_end = in.past / RESIDUAL * RESIDUAL;
     in.values_end = std::max<int64_t>(in.past - RESIDUAL, 0);
     const int64_t spans = (in.length + SPAN - 1) / SPAN, blocks = B * H * ROW_BLOCKS;
-    const int team = blocks * ROWS * in.length < 8192 ? 1 : threads();
+    const int team = blocks * ROWS * in.length < 8192 ? 1 : max_threads();
     // Tokens are split, too, so that there are pieces enough for threads that are not equally fast.
     const int64_t wanted = team == 1 ? 1 : (16 * team + blocks - 1) / blocks;
     const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(SPAN > 256 ? spans : spans / 2, 1));
-    Scratch parts(blocks * splits * Rows::SIZE);
+    AlignedFloats parts(blocks * splits * Rows::SIZE);
     auto part = [&](int64_t i) { return Rows(parts.data + i * Rows::SIZE); };
     std::unique_ptr<Unwritten[]> rest(new Unwritten[MASK_ROWS]);
 #pragma omp parallel num_threads(team) if (team > 1)

@@ -11,6 +11,7 @@ import functools
 
 import torch
 
+from xquant_fx.kernels.cpu.isa import Isa
 from xquant_fx.kernels.cpu.source import assemble, definitions
 
 MOST_ROWS = 64  # of a block: their scores of a span stay in the cache
@@ -84,8 +85,8 @@ _TENSORS = (
 
 
 @functools.cache
-def source(p: Problem, lanes: int) -> tuple[tuple[str, ...], str]:
-    """(argument types, C++ source of ``kernel``) for vectors of ``lanes`` 32-bit lanes.
+def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
+    """(argument types, C++ source of ``kernel``) for the vectors of ``isa``.
 
     The arguments are the tensors that are present, in the order of the op, and the output.
     """
@@ -107,4 +108,4 @@ def source(p: Problem, lanes: int) -> tuple[tuple[str, ...], str]:
         "in.past = std::clamp<int64_t>(*past, 0, xq::N - xq::Q);",
         "xq::attend(in);",
     ]
-    return tuple(types), assemble(lanes, constants(p), "decode_attention/cpu.cpp", zip(types, names, strict=True), body)
+    return tuple(types), assemble(isa, constants(p), "decode_attention/cpu.cpp", zip(types, names, strict=True), body)

@@ -59,5 +59,5 @@ def run_cpu(*args: Any, **kwargs: Any) -> None:
 
     a = Arguments(*args, **kwargs)
     a = a._replace(x=a.x.contiguous(), pos=a.pos.contiguous())
-    types, code = source(problem_of(a), cpu_build.lanes())
+    types, code = source(problem_of(a), cpu_build.isa())
     cpu_build.load(types, code)(*a.tensors)

@@ -7,6 +7,7 @@ import functools
 
 import torch
 
+from xquant_fx.kernels.cpu.isa import Isa
 from xquant_fx.kernels.cpu.source import assemble, definitions
 from xquant_fx.kernels.layout import STEP_TOKENS
 
@@ -46,7 +47,7 @@ def constants(a: Append) -> str:
 
 
 @functools.cache
-def source(a: Append, lanes: int) -> tuple[tuple[str, ...], str]:
+def source(a: Append, isa: Isa) -> tuple[tuple[str, ...], str]:
     """(argument types, C++ source of ``kernel``); the arguments are the tensors that are present, in order."""
     params = [
         ("const xq::T*", "x"), ("const int64_t*", "pos"), ("const int32_t*" if a.fit else "int32_t*", "codes"),
@@ -59,4 +60,4 @@ def source(a: Append, lanes: int) -> tuple[tuple[str, ...], str]:
         *(f"in.{name} = ({kind.removeprefix('const ')}){name};" for kind, name in params),
         "xq::append(in);",
     ]
-    return tuple(kind for kind, _ in params), assemble(lanes, constants(a), "quantize_store/cpu.cpp", params, body)
+    return tuple(kind for kind, _ in params), assemble(isa, constants(a), "quantize_store/cpu.cpp", params, body)
