@@ -50,7 +50,13 @@ template <int BITS> struct Dot {
 template <int BITS> struct Dot {  // in 16 bits for as long as nothing can overflow them
     static constexpr int64_t WORDS = 32767 / (8 / BITS * 2 * ((1 << BITS) - 1) * 128);
     typedef vs Sum;
-    static vs add(vs sum, vi code, vi digit) { return accumulate_pairs(sum, code, digit); }
+    static vs add(vs sum, vi code, vi digit) {
+        sum += multiply_add_pairs(code, digit);
+#ifdef XQ_FINISH_NOW  // a call of a function would change GCC's order elsewhere
+        XQ_FINISH_NOW(sum);
+#endif
+        return sum;
+    }
     static vi total(vs sum) { return add_pairs(sum); }
 };
 template <> struct Dot<8> {  // a nibble at a time

@@ -17,11 +17,8 @@ template <int BITS> inline vi dot_bytes(vi sum, vi code, vi digit) {
 }
 #else
 inline vs multiply_add_pairs(vi code, vi digit) { return (vs)_mm256_maddubs_epi16((__m256i)code, (__m256i)digit); }
-inline vs accumulate_pairs(vs sum, vi code, vi digit) {
-    sum += multiply_add_pairs(code, digit);
-    asm("" : "+x"(sum));  // or GCC makes all products of a word first and runs out of registers
-    return sum;
-}
+// Or GCC makes all products of a word first and runs out of registers.
+#define XQ_FINISH_NOW(sum) asm("" : "+x"(sum))
 inline vi add_pairs(vs x) { return (vi)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1)); }
 #endif
 

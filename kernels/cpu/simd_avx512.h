@@ -17,7 +17,6 @@ template <int BITS> inline vi dot_bytes(vi sum, vi code, vi digit) {
 }
 #else
 inline vs multiply_add_pairs(vi code, vi digit) { return (vs)_mm512_maddubs_epi16((__m512i)code, (__m512i)digit); }
-inline vs accumulate_pairs(vs sum, vi code, vi digit) { return sum + multiply_add_pairs(code, digit); }
 inline vi add_pairs(vs x) { return (vi)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(1)); }
 #endif
 

@@ -1,7 +1,7 @@
 // NEON of 64-bit ARM: vectors of 4 lanes; dot products of bytes where the processor has them.
 //
 // To add an ISA: copy simd_portable.h, which says what each name means. An ISA that adds four products of bytes to
-// a lane at once defines XQ_DOT_BYTES and dot_bytes instead of the three functions of pairs.
+// a lane at once defines XQ_DOT_BYTES and dot_bytes instead of the two functions of pairs.
 #pragma once
 #include <arm_neon.h>
 #define XQ_LANES 4
@@ -27,7 +27,6 @@ inline vs multiply_add_pairs(vi code, vi digit) {
     const int8x16_t a = (int8x16_t)code, b = (int8x16_t)digit;
     return (vs)vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
 }
-inline vs accumulate_pairs(vs sum, vi code, vi digit) { return sum + multiply_add_pairs(code, digit); }
 inline vi add_pairs(vs x) { return (vi)vpaddlq_s16((int16x8_t)x); }
 #endif
 

@@ -6,7 +6,7 @@
 //
 // What each ISA's header defines:
 //   REGISTERS                 how many vectors the processor holds
-//   multiply_add_pairs, accumulate_pairs, add_pairs
+//   multiply_add_pairs, add_pairs
 //                             for sums of codes times digits; or XQ_DOT_BYTES and dot_bytes, see simd_neon.h
 //   fma, sum, max, any        arithmetic
 //   widen, narrow             between bytes and lanes
@@ -25,7 +25,6 @@ inline vs multiply_add_pairs(vi code, vi digit) {
     const vs even = (vs)(code & 0x00ff00ff), odd = (vs)((code >> 8) & 0x00ff00ff);
     return even * ((vs)(digit << 8) >> 8) + odd * ((vs)digit >> 8);
 }
-inline vs accumulate_pairs(vs sum, vi code, vi digit) { return sum + multiply_add_pairs(code, digit); }
 
 // The two numbers of each lane added.
 inline vi add_pairs(vs x) { return (((vi)x << 16) >> 16) + ((vi)x >> 16); }
