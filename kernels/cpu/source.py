@@ -49,13 +49,16 @@ def definitions(
     return "namespace xq {\n" + "\n".join(lines) + "\n}  // namespace xq\n"
 
 
-def with_headers(file: str, isa: Isa) -> str:
-    """A C++ file with its own headers in their places: of the ISAs' headers the one of ``isa``, no example."""
+def with_headers(file: str, isa: Isa, included: set[str]) -> str:
+    """A C++ file with its own headers in their places, each once: of the ISAs' headers that of ``isa``, no example."""
 
     def header(match: re.Match[str]) -> str:
-        name = match[1]
-        left_out = name.startswith("simd_") and name != isa.header
-        return "" if left_out or name == EXAMPLE else with_headers(str(PurePosixPath(file).parent / name), isa)
+        path = str(PurePosixPath(file).parent / match[1])
+        other_isa = match[1].startswith("simd_") and match[1] != isa.header
+        if other_isa or match[1] == EXAMPLE or path in included:
+            return ""
+        included.add(path)
+        return with_headers(path, isa, included)
 
     return _INCLUDE.sub(header, text(file).replace("#pragma once\n", ""))
 
@@ -64,7 +67,7 @@ def assemble(isa: Isa, fixed: str, file: str, params: Iterable[tuple[str, str]],
     """The whole source of ``kernel(params)`` for the vectors of ``isa``: ``params`` are (type, name)."""
     signature = ", ".join(f"{kind} {name}" for kind, name in params)
     entry = "\n".join(["", f'extern "C" void kernel({signature}) {{', *(f"    {line}" for line in body), "}", ""])
-    return f"#define {isa.macro}\n" + with_headers(SIMD, isa) + fixed + with_headers(file, isa) + entry
+    return f"#define {isa.macro}\n" + with_headers(SIMD, isa, set()) + fixed + with_headers(file, isa, set()) + entry
 
 
 def example(fixed: str) -> str:

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 namespace xq {
 
 constexpr int L = XQ_LANES;
