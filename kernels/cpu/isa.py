@@ -26,8 +26,8 @@ class Isa:
         return f"XQ_ISA_{self.name.upper()}"
 
 
-#: By name. Inductor's names are "avx512", "avx512 avx512_vnni", "avx512 avx512_vnni amx_tile", "avx2" and "asimd" (SVE's,
-#: too). What it has no vectors for, or we have no header for, is portable.
+#: By name. Inductor's names are "avx512", "avx512 avx512_vnni", "avx512 avx512_vnni amx_tile", "avx2" and "asimd"
+#: (which is SVE's, too). What it has no vectors for, or we have no header for, is portable.
 ISAS = {
     isa.name: isa
     for isa in (

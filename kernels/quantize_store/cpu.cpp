@@ -251,7 +251,7 @@ void append(Inputs in) {
     in.past = std::clamp<int64_t>(in.pos[0], 0, N - Q);  // a step past the end is written over the last tokens
     const int64_t heads = B * H;
     const bool flush = IS_KEY && (in.past + Q) / RESIDUAL > in.past / RESIDUAL;
-    const int num_threads = flush ? max_threads() : 1;  // a step's own work is too little to share out
+    [[maybe_unused]] const int num_threads = flush ? max_threads() : 1;  // a step's own work is too little to share out
 #pragma omp parallel for num_threads(num_threads) if (num_threads > 1)
     for (int64_t head = 0; head < heads; head++) store_head(in, head);
     const int64_t stored = in.past + Q;
