@@ -73,4 +73,5 @@ class ThroughArm(ThroughKernel):
 @pytest.mark.parametrize("name", APPENDS)
 def test_append(name: str, processor: str) -> None:
     driver = type("Through" + processor.title(), (ThroughArm,), {"flags": PROCESSORS[processor]})
-    run_steps(Case(**{"residual": 8, "max_len": 60, **APPENDS[name]}), [9, 1, 1, 3, -3, 1, 3, 3, 0, 12, 3, 3, 1], driver)
+    steps = [9, 1, 1, 3, -3, 1, 3, 3, 0, 12, 3, 3, 1]
+    run_steps(Case(**{"residual": 8, "max_len": 60, **APPENDS[name]}), steps, driver)

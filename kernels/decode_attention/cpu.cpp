@@ -64,6 +64,7 @@ inline void load_queries(Scratch& scratch, const Inputs& in, int64_t head, int64
     scratch.group = -1;
 }
 
+// What is in no span, and the division by the sum of weights.
 inline void finish(const Inputs& in, RunningSoftmax& softmax, const UnwrittenTokens* unwritten, int64_t head,
                    int64_t row0) {
     for (int64_t r = 0; r < ROWS; r++) {
@@ -77,6 +78,15 @@ inline void finish(const Inputs& in, RunningSoftmax& softmax, const UnwrittenTok
         T* out = in.out + (head * ALL_ROWS + row0 + r) * DV;
         for (int64_t d = 0; d < DV; d++) out[d] = from_float<T>(softmax.acc[r * DV_PAD + d] * scale);
     }
+}
+
+// Tokens [t0, t1) of one block of rows, from its queries on.
+inline void attend_tokens(Scratch& scratch, const Inputs& in, RunningSoftmax softmax, int64_t block, int64_t t0,
+                          int64_t t1) {
+    const int64_t head = block / ROW_BLOCKS;
+    softmax.clear();
+    load_queries(scratch, in, head, block % ROW_BLOCKS * ROWS);
+    for (int64_t t = t0; t < t1; t += SPAN) attend_span(scratch, in, softmax, head, t, std::min(t1, t + SPAN));
 }
 
 void attend(Inputs in) {
@@ -100,14 +110,9 @@ void attend(Inputs in) {
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < blocks * splits; i++) {
-            const int64_t block = i / splits, split = i % splits, head = block / ROW_BLOCKS;
-            RunningSoftmax softmax = part(i);
-            softmax.clear();
-            load_queries(*scratch, in, head, block % ROW_BLOCKS * ROWS);
+            const int64_t block = i / splits, split = i % splits;
             const int64_t end = std::min(in.length, spans * (split + 1) / splits * SPAN);
-            for (int64_t t = spans * split / splits * SPAN; t < end; t += SPAN) {
-                attend_span(*scratch, in, softmax, head, t, std::min(end, t + SPAN));
-            }
+            attend_tokens(*scratch, in, part(i), block, spans * split / splits * SPAN, end);
         }
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) {

@@ -48,7 +48,7 @@ inline void dot_keys_with_all_rows(Scratch& scratch, const int32_t* codes, int64
 
 constexpr int64_t TOKENS_AT_ONCE = VECTORS_AT_ONCE * L;
 
-// Keys of STRIP tokens are about to be read: fetch keys some way on, and the values of the same tokens,
+// Keys of TOKENS_AT_ONCE tokens are about to be read: fetch keys some way on, and the values of the same tokens,
 // whose turn comes after the span's keys. Spread over the span, as only so many lines can be under way.
 // GCC drops calls of a function that does nothing else, so it must be inlined before GCC looks.
 ALWAYS_INLINE void prefetch(const int32_t* keys, const int32_t* values) {

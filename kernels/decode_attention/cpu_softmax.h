@@ -103,7 +103,7 @@ inline bool all_zero(const uint8_t* x, int64_t n) {
 }
 template <class F> inline bool all_zero(const F*, int64_t) { return false; }
 
-// `mask` is one row of the mask. Often the same row is for all heads, so this is done once a row.
+// `mask` is one row of the mask. Often the same row is for all heads, so this is done once per row.
 inline UnwrittenTokens softmax_of_unwritten(const MASK* mask, int64_t length) {
     UnwrittenTokens u;
     if (all_zero(mask + length, N - length)) return u;

@@ -1,7 +1,7 @@
 """Source of the CPU decode attention: constants of one problem in front of ``cpu.cpp``.
 
 The C++ is compiled by Inductor's own builder, as part of its generated module or, for eager calls,
-by :mod:`xquant_fx.kernels.cpu_build`.
+by :mod:`xquant_fx.kernels.cpu.build`.
 """
 
 from __future__ import annotations
