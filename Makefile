@@ -15,6 +15,8 @@ FAST := -m "not slow and not gpu"
 # tests have a cache of their own, which a clean checkout starts without.
 TESTS := $(ONE_THREAD) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.inductor
 
+CPP := $(wildcard kernels/*/*.h kernels/*/*.cpp tests/*.h)
+
 .PHONY: demo test test-all lint bench compat clean
 
 demo: $(READY)
@@ -28,6 +30,7 @@ test-all: $(READY)
 
 lint: $(READY)
 	.venv/bin/ruff check .
+	.venv/bin/clang-format --dry-run -Werror $(CPP)
 
 bench: $(READY)
 	.venv/bin/pip install --quiet -c requirements.txt -e '.[dev,bench]'
