@@ -67,9 +67,9 @@ ALONE = {  # and the word that the reason must have
     "heads in another order": (
         lambda q, k, v, pos: sdpa(grouped(q), k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))[:, ::2], "keys",
     ),
-    "values that are the keys": (lambda q, k, v, pos: sdpa(q, k, k), "keys are stored per channel and its values per channel"),
-    "keys that are the values": (lambda q, k, v, pos: sdpa(q, v, v), "keys are stored per token and its values per token"),
-    "keys and values exchanged": (lambda q, k, v, pos: softmax_of(q @ v.mT, k), "keys are stored per token and its values per"),
+    "values that are the keys": (lambda q, k, v, pos: sdpa(q, k, k), "values from stored keys"),
+    "keys that are the values": (lambda q, k, v, pos: sdpa(q, v, v), "keys are read from stored values"),
+    "keys and values exchanged": (lambda q, k, v, pos: softmax_of(q @ v.mT, k), "keys are read from stored values"),
     "keys times queries": (lambda q, k, v, pos: softmax_of((k @ q.mT).mT, v), ""),
     "values turned": (lambda q, k, v, pos: sdpa(q, k, v.flip(3)), ""),
     "a part of the keys": (lambda q, k, v, pos: sdpa(q, k[:, :, :24], v[:, :, :24], mask_of(pos)[:, :24]), "keys"),
