@@ -9,7 +9,7 @@ READY := .venv/.ready
 COMPAT_READY := .venv-compat/.ready
 # The models of the demo and the tests are too small for more than one thread.
 ONE_THREAD := OMP_NUM_THREADS=1
-PYTEST_FLAGS := -n $(WORKERS) --dist worksteal
+PYTEST_FLAGS := -n $(WORKERS) --dist worksteal --durations=15
 FAST := -m "not slow and not gpu"
 # A compiler that is killed leaves half a library in Inductor's cache, and every later process crashes on it. So the
 # tests have a cache of their own, which a clean checkout starts without.
