@@ -11,11 +11,13 @@ WORKERS ?= 2
 READY := .venv/.ready
 # The models of the demo and the tests are too small for more than one thread.
 ONE_THREAD := OMP_NUM_THREADS=1
-PYTEST_FLAGS := -n $(WORKERS) --dist worksteal
+PYTEST_FLAGS := -n $(WORKERS) --dist worksteal --durations=15
 FAST := -m "not slow and not gpu"
 # A compiler that is killed leaves half a library in Inductor's cache, and every later process crashes on it. So the
 # tests have a cache of their own, which a clean checkout starts without.
 TESTS := $(ONE_THREAD) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.inductor
+
+CPP := $(wildcard kernels/*/*.h kernels/*/*.cpp tests/*.h)
 
 .PHONY: demo test test-all lint bench compat compat-oldest compat-newest clean
 
@@ -30,6 +32,7 @@ test-all: $(READY)
 
 lint: $(READY)
 	.venv/bin/ruff check .
+	.venv/bin/clang-format --dry-run -Werror $(CPP)
 
 bench: $(READY)
 	.venv/bin/pip install --quiet -c requirements.txt -e '.[dev,bench]'
@@ -59,5 +62,6 @@ $(READY): pyproject.toml requirements.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-compat-oldest .venv-compat-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache .inductor
+	rm -rf .venv .venv-compat-oldest .venv-compat-newest build dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis .mypy_cache .inductor
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

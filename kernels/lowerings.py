@@ -64,7 +64,7 @@ class CppOut(ir.ExternKernelOut):
 def decode_attention_cpu(*args: Any, **kwargs: Any) -> Any:
     """One C++ kernel in the generated module."""
     a = DecodeArguments(*args, **kwargs).mapped(ir.ExternKernel.require_contiguous)
-    types, code = cpu_attention.source(attention.problem_of(a, sizes, dtype), cpu_build.lanes())
+    types, code = cpu_attention.source(attention.problem_of(a, sizes, dtype), cpu_build.isa())
     shape = (*sizes(a.q)[:3], sizes(a.v_ring)[3])
     layout = ir.FixedLayout(a.q.get_device(), a.q.get_dtype(), list(shape), ir.FlexibleLayout.contiguous_strides(shape))
     return ir.TensorBox.create(CppOut(layout, list(a.tensors.values()), "xquant_decode_attention", types, code))
@@ -109,7 +109,7 @@ def append_cpu(*args: Any, **kwargs: Any) -> None:
     new = ("x", "pos")
     a = StoreArguments(*args, **kwargs).mapped(ir.ExternKernel.require_contiguous, new)
     a = a.mapped(ir.ExternKernel.realize_input, set(a.tensor_names()) - set(new))
-    types, code = cpu_store.source(append.problem_of(a, sizes, dtype), cpu_build.lanes())
+    types, code = cpu_store.source(append.problem_of(a, sizes, dtype), cpu_build.isa())
     written = [a.tensors[name] for name in a.written(a.overload) if name in a.tensors]
     CppInPlace(list(a.tensors.values()), written, "xquant_append", types, code)
 

@@ -1,4 +1,4 @@
-"""The quantizer, as the equations read (XQuant, EMNLP 2025; reference/algorithms 1.1).
+"""The quantizer, as the equations read (XQuant, Yang et al., EMNLP 2025, arXiv 2510.11236; Eq. 5: relaxation).
 
 One group of numbers X at B bits, n = 2**B - 1:
 

@@ -3,7 +3,7 @@
     k, v = what the step sees: codes * scale + zero, or full precision from ring and sink; zero for
            tokens not written yet
     logits = scale * q k^T, softcapped; plus a float mask; -inf where a bool mask or the window says so
-    out = softmax(logits, with an extra logit a head in the sum) v; 0 for rows that see nothing
+    out = softmax(logits, with an extra logit per head in the sum) v; 0 for rows that see nothing
 
 In float64 with ``rounded=None`` it is the truth; in float32 with ``rounded`` the model's dtype it is what
 loading the cache in that dtype and attending in float32 gives.

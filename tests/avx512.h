@@ -30,8 +30,7 @@ inline i8 maddubs(i8 a, i8 b) {
 }
 inline i8 madd(i8 a, i8 b) {
     i16 out;
-    for (int i = 0; i < 16; i++)
-        out[i] = ((i32)a)[2 * i] * ((i32)b)[2 * i] + ((i32)a)[2 * i + 1] * ((i32)b)[2 * i + 1];
+    for (int i = 0; i < 16; i++) out[i] = ((i32)a)[2 * i] * ((i32)b)[2 * i] + ((i32)a)[2 * i + 1] * ((i32)b)[2 * i + 1];
     return (i8)out;
 }
 inline i8 all(short x) { return (i8)(i32{} + x); }
@@ -82,7 +81,9 @@ inline f16 from_half(half x) {
     f16 out;
     for (int i = 0; i < 16; i++) {
         const unsigned bits = ((u16)x)[i], e = bits >> 10 & 31, m = bits & 1023;
-        const double size = e == 31 ? (m ? NAN : INFINITY) : e ? std::ldexp(1024.0 + m, (int)e - 25) : std::ldexp(m, -24);
+        const double size = e == 31 ? (m ? NAN : INFINITY)
+                            : e     ? std::ldexp(1024.0 + m, (int)e - 25)
+                                    : std::ldexp(m, -24);
         out[i] = bits & 0x8000 ? -(float)size : (float)size;
     }
     return out;

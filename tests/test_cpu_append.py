@@ -15,6 +15,7 @@ from torch import Tensor
 from xquant_fx import ops
 from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.cpu import build as cpu_build
+from xquant_fx.kernels.cpu.isa import ISAS
 from xquant_fx.kernels.quantize_store import cpu_call as append
 from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
 
@@ -48,11 +49,11 @@ def test_steps(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["keys, minmax", "keys", "values", "values, 4 bits, sinks"])
-@pytest.mark.parametrize("lanes", [4, 8])
-def test_narrower_vectors(name: str, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if lanes > cpu_build.lanes():
-        pytest.skip(f"this machine has vectors of {cpu_build.lanes()} lanes")
-    monkeypatch.setattr(cpu_build, "lanes", lambda: lanes)
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_narrower_vectors(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ISAS[isa].lanes > cpu_build.isa().lanes:
+        pytest.skip(f"this machine has {cpu_build.isa().name} only")
+    monkeypatch.setattr(cpu_build, "isa", lambda: ISAS[isa])
     run(Case(**{"residual": 8, "max_len": 60, **CASES[name]}), STEPS, ThroughCpp)
 
 
@@ -100,5 +101,5 @@ def test_borrowed_codes_are_const() -> None:
     case = Case()
     for state, const in zip(pair_of(case), (False, True), strict=True):
         a = store_arguments(state, case.tokens(1, 0), torch.arange(1))
-        types, _ = cpu_store.source(append.problem_of(a), 8)
+        types, _ = cpu_store.source(append.problem_of(a), ISAS["avx2"])
         assert (types[2] == "const int32_t*") == const

@@ -12,7 +12,7 @@ from attention_runs import Setup, arguments, errors, inputs
 
 from xquant_fx import ops
 from xquant_fx.kernels.cpu import build as cpu_build
-from xquant_fx.kernels.cpu import source as cpu_source
+from xquant_fx.kernels.cpu.isa import ISAS
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.decode_attention.cpu_call import empty_output, problem_of, run_cpu
 from xquant_fx.kernels.decode_attention.cpu_source import source
@@ -37,15 +37,15 @@ def test_against_the_truth(name: str) -> None:
     assert check(setup, ops.DECODE(**arguments(setup, given)), given)["largest"] > 0
 
 
-@pytest.mark.parametrize("lanes", [4, 8])
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in NARROW else pytest.mark.slow) for n in CASES])
-def test_narrower_vectors(name: str, lanes: int) -> None:
-    if lanes > cpu_build.lanes():
-        pytest.skip(f"this machine has vectors of {cpu_build.lanes()} lanes")
+def test_narrower_vectors(name: str, isa: str) -> None:
+    if ISAS[isa].lanes > cpu_build.isa().lanes:
+        pytest.skip(f"this machine has {cpu_build.isa().name} only")
     setup = Setup(**CASES[name])
     given = inputs(setup)
     a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
-    types, code = source(problem_of(a), lanes)
+    types, code = source(problem_of(a), ISAS[isa])
     out = empty_output(**a._asdict())
     cpu_build.load(types, code)(*a.tensors.values(), out)
     check(setup, out, given)
@@ -58,7 +58,7 @@ def test_avx512_without_the_processor(name: str, macro: str) -> None:
     setup = Setup(**CASES[name])
     given = inputs(setup)
     a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
-    types, code = source(problem_of(a), 16)
+    types, code = source(problem_of(a), ISAS["avx512"])
     others = "".join(f"#undef {m}\n" for m in ("__AVX512VNNI__", "__AVX512VL__", "__AVX512BW__"))
     shim = f"{others}#define {macro} 1\n{(Path(__file__).parent / 'avx512.h').read_text()}"
     assert code.count("#include <immintrin.h>") == 1
@@ -107,5 +107,4 @@ def test_opcheck() -> None:
 def test_sources_of_one_problem_are_one_text() -> None:
     setup = Setup()
     a = DecodeArguments(**arguments(setup, inputs(setup)))
-    made = {source(problem_of(a), 8)[1] for _ in range(2)}
-    assert len(made) == 1 and cpu_source.text("cpu/simd.h") in made.pop()
+    assert len({source(problem_of(a), ISAS["avx2"])[1] for _ in range(2)}) == 1

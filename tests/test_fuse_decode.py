@@ -129,6 +129,9 @@ ALONE = {  # and the word that the reason must have
     "keys that are the values": (lambda q, k, v, pos: sdpa(q, v, v), "keys are read from stored values"),
     "keys and values exchanged": (lambda q, k, v, pos: softmax_of(q @ v.mT, k), "keys are read from stored values"),
     "keys times queries": (lambda q, k, v, pos: softmax_of((k @ q.mT).mT, v), ""),
+    "more queries than new tokens": (
+        lambda q, k, v, pos: sdpa(torch.cat([q, q], 2), k, v)[:, :, : q.shape[2]], "another length than the step",
+    ),
     "values turned": (lambda q, k, v, pos: sdpa(q, k, v.flip(3)), ""),
     "a part of the keys": (lambda q, k, v, pos: sdpa(q, k[:, :, :24], v[:, :, :24], mask_of(pos)[:, :24]), "keys"),
     "weights that are returned": (lambda q, k, v, pos: (w := torch.softmax(q @ k.mT, -1)) @ v + w.sum(), "weights"),

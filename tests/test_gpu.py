@@ -73,7 +73,7 @@ def test_compiled_steps_are_the_eager_ones(attention: str, mode: str | None) -> 
 
 @pytest.mark.parametrize("length", [4096, 32768])
 def test_a_step_allocates_next_to_nothing(length: int) -> None:
-    """Less than 16 bytes a token beyond weights and cache."""
+    """Less than 16 bytes per token beyond weights and cache."""
     model = tiny("llama", max_position_embeddings=length, head_dim=64).cuda().to(torch.bfloat16)
     cache, ids = XQuantCache(model.config, length), torch.zeros(1, 1, dtype=torch.long, device="cuda")
     step = torch.compile(model.forward, backend="xquant", dynamic=False)

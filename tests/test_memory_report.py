@@ -1,4 +1,4 @@
-"""memory_report against bytes counted a second way, and the bits an element really takes."""
+"""memory_report against bytes counted a second way, and the bits per element really takes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def reachable_bytes(cache: XQuantCache) -> int:
 
 
 def parts_by_hand(cache: XQuantCache, steps: list[int]) -> MemoryReport:
-    """From the formulas of the layouts alone: bytes a layer of each part, then added up."""
+    """From the formulas of the layouts alone: bytes per layer of each part, then added up."""
     config, tokens = cache.xquant_config, sum(steps)
     count = len(cache.quantized_layers)
     total = dict.fromkeys(("codes", "scales", "residual_windows", "sinks", "other"), 0)

@@ -66,6 +66,13 @@ def test_same_as_the_ops(name: str, interpreter: Interpreter) -> None:
     assert not any(count for tensor, count in found.items() if not (fitted and tensor in ("scale", "zero"))), found
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", ["sinks, padding", "sinks, padding, values"])
+def test_a_cache_filled_by_steps(name: str, shared: bool, interpreter: Interpreter) -> None:
+    """From the first token on, so that groups with padding and sinks among them are quantized by the kernel."""
+    interpreter.call("triton_store_runs:play", script=[8, 7, 3, 8, 6], **{**CASES[name], "shared": shared})
+
+
 @pytest.mark.parametrize("side", ["key", "value"])
 @pytest.mark.parametrize("bad", ["nan", "inf", "large"])
 def test_what_cannot_be_represented(side: str, bad: str, interpreter: Interpreter) -> None:

@@ -43,7 +43,7 @@ class Quantized:
 
 
 def quantize(x: Tensor, *, bits: int, group_size: int, dim: int, eta: float = 0.0) -> Quantized:
-    """Quantize ``x`` in groups by their range (XQuant, EMNLP 2025: reference/algorithms 1.1).
+    """Quantize ``x`` in groups by their range (XQuant, Yang et al., EMNLP 2025, arXiv 2510.11236).
 
     Args:
         x: floating-point tensor with at least two dimensions, the last two being tokens, channels.

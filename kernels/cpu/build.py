@@ -11,16 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from torch._inductor.codecache import CppPythonBindingsCodeCache
-from torch._inductor.cpu_vec_isa import invalid_vec_isa, pick_vec_isa
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+from xquant_fx.kernels.cpu.isa import Isa, named_by_inductor
 
 
 @functools.cache
-def lanes() -> int:
-    """32-bit lanes of the widest vectors that Inductor uses on this machine: 16, 8 or 4."""
-    isa = pick_vec_isa()
-    width = 0 if isa == invalid_vec_isa else isa.bit_width()
-    name = str(isa)
-    return {512: 16, 256: 8}.get(width, 4) if name.startswith(("avx", "amx")) else 4
+def isa() -> Isa:
+    """The instruction set of the widest vectors that Inductor uses on this machine."""
+    return named_by_inductor(str(pick_vec_isa()))
 
 
 @functools.cache

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
 
 from xquant_fx.kernels.arguments import Arguments, Overload
+from xquant_fx.kernels.cpu.isa import Isa
 
 CTYPES = {
     torch.float32: "float", torch.bfloat16: "xq::bfloat16", torch.float16: "xq::float16",
     torch.bool: "uint8_t", torch.int32: "int32_t", torch.int64: "int64_t",
 }  # fmt: skip
+
+SIMD = "cpu/simd.h"
+EXAMPLE = "example_problem.h"  # beside each kernel's cpu.cpp
+_INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
 
 
 def sizes_of(x: Tensor) -> tuple[int, ...]:
@@ -44,6 +50,20 @@ def definitions(
     return "namespace xq {\n" + "\n".join(lines) + "\n}  // namespace xq\n"
 
 
+def with_headers(file: str, isa: Isa, included: set[str]) -> str:
+    """A C++ file with its own headers in their places, each once: of the ISAs' headers that of ``isa``, no example."""
+
+    def header(match: re.Match[str]) -> str:
+        path = str(PurePosixPath(file).parent / match[1])
+        other_isa = match[1].startswith("simd_") and match[1] != isa.header
+        if other_isa or match[1] == EXAMPLE or path in included:
+            return ""
+        included.add(path)
+        return with_headers(path, isa, included)
+
+    return _INCLUDE.sub(header, text(file).replace("#pragma once\n", ""))
+
+
 def pointers(arguments: type[Arguments], overload: Overload) -> dict[str, str]:
     """C++ type of a pointer to each tensor argument, by name; const where the op does not write."""
     found = {}
@@ -61,10 +81,10 @@ def struct(tensors: Mapping[str, str]) -> str:
 
 
 def assemble(
-    lanes: int, fixed: str, file: str, function: str, tensors: Mapping[str, str], absent: Collection[str],
+    isa: Isa, fixed: str, file: str, function: str, tensors: Mapping[str, str], absent: Collection[str],
     outputs: Mapping[str, str],
 ) -> tuple[tuple[str, ...], str]:
-    """(argument types, whole source of ``kernel``), for vectors of ``lanes`` 32-bit lanes.
+    """(argument types, whole source of ``kernel``), for the vectors of ``isa``.
 
     ``kernel`` takes the tensors that are not ``absent`` and the outputs, and calls ``function(Tensors, outputs...)``
     of ``file``, where what is absent is null.
@@ -74,5 +94,13 @@ def assemble(
     members = ", ".join(name if name in given else "nullptr" for name in tensors)
     call = ", ".join([f"{{{members}}}", *outputs])
     entry = f'\nextern "C" void kernel({signature}) {{\n    xq::{function}({call});\n}}\n'
-    code = f"#define XQ_LANES {lanes}\n" + text("cpu/simd.h") + fixed + struct(tensors) + text(file) + entry
-    return tuple(given.values()), code
+    parts = (f"#define {isa.macro}\n", with_headers(SIMD, isa, set()), fixed, struct(tensors))
+    return tuple(given.values()), "".join(parts) + with_headers(file, isa, set()) + entry
+
+
+def example(fixed: str, tensors: Mapping[str, str]) -> str:
+    """A header that stands in front of a kernel's ``cpu.cpp`` where an editor opens it alone."""
+    return (
+        "// One problem's constants, so that editors can read cpu.cpp. Written by tests/test_cpu_source.py.\n"
+        f'#pragma once\n#include "../{SIMD}"\n\n{fixed}\n{struct(tensors)}'
+    )

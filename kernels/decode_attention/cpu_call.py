@@ -42,7 +42,7 @@ def run_cpu(*args: Any, **kwargs: Any) -> Tensor:
     from xquant_fx.kernels.cpu import build as cpu_build
 
     a = DecodeArguments(*args, **kwargs).mapped(Tensor.contiguous)
-    types, code = source(problem_of(a), cpu_build.lanes())
+    types, code = source(problem_of(a), cpu_build.isa())
     out = empty_output(**a._asdict())
     cpu_build.load(types, code)(*a.tensors.values(), out)
     return out

@@ -12,6 +12,7 @@ import functools
 import torch
 
 from xquant_fx.kernels.arguments import Overload
+from xquant_fx.kernels.cpu.isa import Isa
 from xquant_fx.kernels.cpu.source import assemble, definitions, pointers
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 
@@ -77,8 +78,8 @@ def constants(p: Problem) -> str:
 
 
 @functools.cache
-def source(p: Problem, lanes: int) -> tuple[tuple[str, ...], str]:
-    """(argument types, C++ source of ``kernel``) for vectors of ``lanes`` 32-bit lanes.
+def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
+    """(argument types, C++ source of ``kernel``) for the vectors of ``isa``.
 
     The arguments are the tensors that are present, in the order of the op, and the output.
     """
@@ -93,5 +94,5 @@ def source(p: Problem, lanes: int) -> tuple[tuple[str, ...], str]:
         absent.add("sink_logits")
     tensors = pointers(DecodeArguments, Overload())
     return assemble(
-        lanes, constants(p), "decode_attention/cpu.cpp", "attend", tensors, absent, outputs={"out": "xq::T*"}
+        isa, constants(p), "decode_attention/cpu.cpp", "attend", tensors, absent, outputs={"out": "xq::T*"}
     )

@@ -33,5 +33,5 @@ def run_cpu(*args: Any, **kwargs: Any) -> None:
     from xquant_fx.kernels.cpu import build as cpu_build
 
     a = StoreArguments(*args, **kwargs).mapped(Tensor.contiguous, ("x", "pos"))
-    types, code = source(problem_of(a), cpu_build.lanes())
+    types, code = source(problem_of(a), cpu_build.isa())
     cpu_build.load(types, code)(*a.tensors.values())

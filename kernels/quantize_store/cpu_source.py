@@ -7,6 +7,7 @@ import functools
 
 import torch
 
+from xquant_fx.kernels.cpu.isa import Isa
 from xquant_fx.kernels.cpu.source import assemble, definitions, pointers
 from xquant_fx.kernels.faults import Fault
 from xquant_fx.kernels.layout import STEP_TOKENS
@@ -49,8 +50,8 @@ def constants(a: Append) -> str:
 
 
 @functools.cache
-def source(a: Append, lanes: int) -> tuple[tuple[str, ...], str]:
+def source(a: Append, isa: Isa) -> tuple[tuple[str, ...], str]:
     """(argument types, C++ source of ``kernel``); the arguments are the tensors that are present, in order."""
     tensors = pointers(StoreArguments, BORROWED if a.fit else OWN)
     absent = () if a.sinks else ("sink",)
-    return assemble(lanes, constants(a), "quantize_store/cpu.cpp", "append", tensors, absent, outputs={})
+    return assemble(isa, constants(a), "quantize_store/cpu.cpp", "append", tensors, absent, outputs={})

@@ -36,7 +36,7 @@ def decode_attention(
         scale: of the logits; default 1 / sqrt(D).
         softcap: logits become ``softcap * tanh(logits / softcap)``; 0 is off.
         window: tokens a query sees, its own included; 0 is off.
-        sink_logits: [Hq], a logit a head that joins the softmax without a value.
+        sink_logits: [Hq], one logit per head that joins the softmax without a value.
 
     Returns:
         [B, Hq, q, D of the values] in the dtype of ``q``.

@@ -19,7 +19,7 @@ _PART = {"codes": "codes", "scale": "scales", "zero": "zero_points", "ring": "re
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """Bytes of a cache's storages by what they hold, and what they amount to an element."""
+    """Bytes of a cache's storages by what they hold, and what that is per element."""
 
     codes: int
     """Bytes of packed codes (and of 16-bit storage)."""
@@ -65,7 +65,7 @@ class MemoryReport:
         rows.append(["total", f"{self.total_bytes:,}", "100.0%"])
         note = (
             f"full precision {self.full_bytes:,} bytes: {self.ratio:.2f} times as much; "
-            f"{self.bits_per_element:.3f} bits an element at the current length"
+            f"{self.bits_per_element:.3f} bits per element at the current length"
         )
         return render("KV cache memory", ["part", "bytes", "share"], rows, note)
 

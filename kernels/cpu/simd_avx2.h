@@ -1,0 +1,79 @@
+// AVX2: vectors of 8 lanes; FMA, F16C, and VNNI on 256 bits where the processor has them.
+//
+// To add an ISA: copy simd_portable.h, which says what each name means.
+#pragma once
+#include <immintrin.h>
+#define XQ_LANES 8
+#include "vectors.h"
+
+namespace xq {
+
+constexpr int REGISTERS = 16;
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define XQ_DOT_BYTES
+template <int BITS> inline vi dot_bytes(vi sum, vi code, vi digit) {
+    return (vi)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)code, (__m256i)digit);
+}
+#else
+inline vs multiply_add_pairs(vi code, vi digit) { return (vs)_mm256_maddubs_epi16((__m256i)code, (__m256i)digit); }
+// Or GCC makes all products of a word first and runs out of registers.
+#define XQ_FINISH_NOW(sum) asm("" : "+x"(sum))
+inline vi add_pairs(vs x) { return (vi)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1)); }
+#endif
+
+inline vf fma(vf a, vf b, vf c) {  // Inductor compiles with -ffp-contract=off
+#ifdef __FMA__
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+inline float sum(vf x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+
+inline float max(vf x) {
+    for (int half = L / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+    return x[0];
+}
+
+inline vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+inline bool any(vi mask) { return !_mm256_testz_si256((__m256i)mask, (__m256i)mask); }
+
+// Compilers take what __builtin_convertvector says here apart into scalars.
+inline vi widen(vub x) { return (vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)load<int64_t>(&x))); }
+inline vb narrow(vi x) {
+    const __m256i low = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                         -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i bytes = _mm256_shuffle_epi8((__m256i)x, low);
+    const __m128i both = _mm_or_si128(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    const int64_t all = _mm_cvtsi128_si64(both);
+    return load<vb>(&all);
+}
+
+inline vi round_to_int(vf x) { return (vi)_mm256_cvtps_epi32((__m256)x); }
+
+template <bool APPROXIMATE> inline vf exp_negative(vf x) {
+    const vf lowest = splat(-87.0f), y = max(lowest, x), t = y * LOG2_OF_E;
+    const vf n = (vf)_mm256_round_ps((__m256)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vf p = APPROXIMATE ? exp2_of_remainder(t - n) : exp_of_remainder(y, n);
+    const vf scaled = p * (vf)((round_to_int(n) + 127) << 23);
+    return (vf)_mm256_andnot_ps((__m256)(x < lowest), (__m256)scaled);
+}
+
+inline vf load_floats(const float16* p) {
+#ifdef __F16C__
+    return (vf)_mm256_cvtph_ps((__m128i)load<vh>(p));
+#else
+    vf v;
+    for (int i = 0; i < L; i++) v[i] = to_float(p[i]);
+    return v;
+#endif
+}
+
+}  // namespace xq

@@ -1,0 +1,43 @@
+// AVX-512: vectors of 16 lanes. Inductor's has F, DQ, VL and BW; VNNI where the processor has it.
+//
+// To add an ISA: copy simd_portable.h, which says what each name means.
+#pragma once
+#include <immintrin.h>
+#define XQ_LANES 16
+#include "vectors.h"
+
+namespace xq {
+
+constexpr int REGISTERS = 32;
+
+#ifdef __AVX512VNNI__
+#define XQ_DOT_BYTES
+template <int BITS> inline vi dot_bytes(vi sum, vi code, vi digit) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)code, (__m512i)digit);
+}
+#else
+inline vs multiply_add_pairs(vi code, vi digit) { return (vs)_mm512_maddubs_epi16((__m512i)code, (__m512i)digit); }
+inline vi add_pairs(vs x) { return (vi)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(1)); }
+#endif
+
+inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline float sum(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+inline float max(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+inline vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+inline bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
+
+// Compilers take what __builtin_convertvector says here apart into scalars.
+inline vi widen(vub x) { return (vi)_mm512_cvtepu8_epi32((__m128i)x); }
+inline vb narrow(vi x) { return (vb)_mm512_cvtepi32_epi8((__m512i)x); }
+
+inline vi round_to_int(vf x) { return (vi)_mm512_cvtps_epi32((__m512)x); }
+
+template <bool APPROXIMATE> inline vf exp_negative(vf x) {
+    const vf y = max(splat(-104.0f), x), t = y * LOG2_OF_E;
+    const vf n = (vf)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vf)_mm512_scalef_ps((__m512)(APPROXIMATE ? exp2_of_remainder(t - n) : exp_of_remainder(y, n)), (__m512)n);
+}
+
+inline vf load_floats(const float16* p) { return (vf)_mm512_cvtph_ps((__m256i)load<vh>(p)); }
+
+}  // namespace xq

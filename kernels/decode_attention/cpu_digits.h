@@ -1,0 +1,93 @@
+// Integer dot products of packed codes with floating-point numbers, which are split into digits for that.
+#pragma once
+#include "cpu_problem.h"
+
+namespace xq {
+
+// x [n], n a multiple of four, as DIGITS digits to the base 256; returns what the last digit stands
+// for. `largest` holds, over its lanes, the largest |x|. What rounding leaves goes on to a later number
+// of the same lane: many small weights beside a large one must not all be rounded the same way.
+template <int64_t PITCH> inline float to_digits(const float* x, int64_t n, vf largest, int8_t (*digits)[PITCH]) {
+    constexpr float top = DIGITS == 2 ? 32512.0f : 4161536.0f;  // leaves every digit in -128 .. 127
+    constexpr int CHAINS = 4;  // each number waits for the one before it in its chain
+    const float most = max(largest), inverse = most > 0.0f ? top / most : 0.0f;
+    vf lost[CHAINS] = {};
+    for (int64_t first = 0; first < n; first += CHAINS * L) {
+#pragma GCC unroll 4
+        for (int chain = 0; chain < CHAINS; chain++) {
+            const int64_t i = first + chain * L;
+            if (i >= n) break;
+            const vf exact = fma(load<vf>(x + i), splat(inverse), lost[chain]);
+            vi v = round_to_int(exact);
+            lost[chain] = exact - __builtin_convertvector(v, vf);
+            for (int d = DIGITS - 1; d >= 0; d--) {  // a digit is the low byte, taken as signed; the rest is carried
+                store_up_to(digits[d] + i, narrow(v), n - i);
+                if (d) v = (v + 128) >> 8;
+            }
+        }
+    }
+    return most / top;
+}
+
+// 0, or NaN if there was an infinity or a NaN among the scales, whose sum times 0 is `zero_or_nan`: digits cannot
+// say so, and a row that sees such a scale is NaN.
+inline float nan_if_not_finite(vf zero_or_nan) {
+    return any(zero_or_nan != zero_or_nan) ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+}
+
+// Rows and vectors that `dot_codes` takes at once: their sums fill the registers.
+constexpr int ROWS_AT_ONCE = REGISTERS == 32 ? 4 : 2, VECTORS_AT_ONCE = L < 16 && ROWS == 1 ? 4 : 2;
+
+// The sums of each digit as one number.
+template <int NR, int NV> ALWAYS_INLINE void join_digits(const vi (&sum)[NR][DIGITS][NV], vf (&out)[NR][NV]) {
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) {
+            vf total = __builtin_convertvector(sum[r][0][v], vf);
+            for (int d = 1; d < DIGITS; d++)
+                total = fma(total, splat(256.0f), __builtin_convertvector(sum[r][d][v], vf));
+            out[r][v] = total;
+        }
+}
+
+// Sums over `words` words of codes times digits; lanes are the other axis. NV vectors, NR rows at once.
+template <int BITS, int NR, int NV, int64_t PITCH>
+inline void dot_codes(const int32_t* codes, int64_t stride, int64_t words, const int8_t (*digits)[DIGITS][PITCH],
+                      vf (&out)[NR][NV]) {
+    constexpr int PLANES = 8 / BITS;
+    const vi mask = splat((int32_t)(0x01010101u * ((1u << BITS) - 1)));
+    vi acc[NR][DIGITS][NV] = {};
+    for (int64_t first = 0; first < words; first += Dot<BITS>::WORDS) {
+        typename Dot<BITS>::Sum sum[NR][DIGITS][NV] = {};
+        const int64_t end = std::min(words, first + Dot<BITS>::WORDS);
+        for (int64_t w = first; w < end; w++) {
+            vu word[NV];
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) word[v] = load<vu>(codes + w * stride + v * L);
+#pragma GCC unroll 8
+            for (int j = 0; j < PLANES; j++) {
+                vi code[NV];
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v++) code[v] = BITS == 8 ? (vi)word[v] : (vi)(word[v] >> (BITS * j)) & mask;
+#pragma GCC unroll 4
+                for (int r = 0; r < NR; r++)
+#pragma GCC unroll 3
+                    for (int d = 0; d < DIGITS; d++) {
+                        const vi digit = splat(load_word(digits[r][d] + (w * PLANES + j) * 4));
+#pragma GCC unroll 4
+                        for (int v = 0; v < NV; v++) sum[r][d][v] = Dot<BITS>::add(sum[r][d][v], code[v], digit);
+                    }
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++)
+#pragma GCC unroll 3
+            for (int d = 0; d < DIGITS; d++)
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v++) acc[r][d][v] += Dot<BITS>::total(sum[r][d][v]);
+    }
+    join_digits(acc, out);
+}
+
+}  // namespace xq

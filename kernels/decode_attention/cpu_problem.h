@@ -1,0 +1,66 @@
+// One problem of decode attention: constants that follow from those in front of this file, arguments, scratch.
+#pragma once
+#ifndef XQ_LANES  // an editor, which sees no constants
+#include "example_problem.h"
+#endif
+
+namespace xq {
+
+constexpr int64_t ALL_ROWS = HQ / H * Q;  // rows of a KV head; ROWS of them are taken at a time
+constexpr int64_t ROW_BLOCKS = ALL_ROWS / ROWS;
+// Long spans cost less per token; short ones leave pieces for all threads where heads are few.
+constexpr int64_t SPAN = B * H * ROW_BLOCKS >= 8 ? 1024 : 256;
+constexpr int64_t SLACK = SPAN + L;  // a vector may be stored past the span's last token
+static_assert(ALL_ROWS % ROWS == 0, "");
+constexpr int64_t K_CODES_PER_WORD = 32 / K_BITS, V_CODES_PER_WORD = 32 / V_BITS;
+constexpr int64_t K_WORDS = (DK + K_CODES_PER_WORD - 1) / K_CODES_PER_WORD;
+constexpr int64_t DK_PAD = K_WORDS * K_CODES_PER_WORD;
+constexpr int64_t V_GROUPS = DV / V_GROUP;
+constexpr int64_t DV_PAD = (DV + L - 1) / L * L;
+constexpr int64_t RING = RESIDUAL + RING_SLACK;
+constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+constexpr int64_t MASK_ROWS = (MASK_B ? B : 1) * (MASK_H ? HQ : 1) * (MASK_Q ? Q : 1);
+static_assert(SPAN % V_CODES_PER_WORD == 0, "a word of values lies in one span");
+static_assert(V_GROUP % L == 0 ||
+                  (V_TOKENS / V_CODES_PER_WORD - (N + V_CODES_PER_WORD - 1) / V_CODES_PER_WORD) * DV >= L,
+              "loads of whole vectors end in spare rows");
+
+// Tensors holds the op's tensor arguments; kernels/cpu/source.py writes it. `past` is the number in its member of that
+// name.
+struct Inputs : Tensors {
+    T* out;
+    int64_t past, length, keys_end, values_end;  // of the first tokens that are not in the codes
+};
+
+// Running softmax of one KV head's rows over some tokens.
+struct RunningSoftmax {
+    float* m;    // [ROWS] largest logit
+    float* l;    // [ROWS] sum of exponentials
+    float* acc;  // [ROWS, DV_PAD] weighted values
+    void clear() {
+        std::fill(m, m + ROWS, MINUS_INFINITY);
+        std::fill(l, l + ROWS, 0.0f);
+        std::fill(acc, acc + ROWS * DV_PAD, 0.0f);
+    }
+    static constexpr int64_t HEADER = (2 * ROWS + 15) / 16 * 16;
+    static constexpr int64_t SIZE = HEADER + ROWS * DV_PAD + 16;  // floats; apart by a cache line
+    explicit RunningSoftmax(float* data) : m(data), l(data + ROWS), acc(data + HEADER) {}
+};
+
+// Scratch of one thread.
+struct Scratch {
+    float score[ROWS][SLACK];
+    float weight[ROWS][SLACK];
+    float query[ROWS][DK_PAD + L];
+    float folded[ROWS][DK_PAD + L];  // queries times scales; zeros behind them
+    float q_zero[ROWS];  // queries times zero points
+    float q_unit[ROWS];  // what the last digit of q_digits stands for
+    alignas(64) int8_t q_digits[ROWS][DIGITS][DK_PAD];
+    alignas(64) int8_t p_digits[ROWS][DIGITS][SPAN];
+    float p_unit[ROWS];
+    float p_zero[ROWS];
+    int64_t row0;   // first row of this block
+    int64_t group;  // the token group that q_digits and q_zero are for
+};
+
+}  // namespace xq

@@ -1,0 +1,150 @@
+// Tokens in the codes: scores of their keys, weighted sums of their values.
+#pragma once
+#include "cpu_digits.h"
+
+namespace xq {
+
+// Fold the scales of token group g into the queries.
+inline void fold_key_scales(Scratch& scratch, const Inputs& in, int64_t head, int64_t g) {
+    const int64_t row = (head * K_TOKENS / K_GROUP + g) * DK;
+    const S* scale = in.k_scale + row;
+    const S* zero = in.k_zero + row;
+    vf largest[ROWS] = {}, z[ROWS] = {}, zero_or_nan = {};
+    for (int64_t d = 0; d < DK; d += L) {
+        const vf s = load_up_to(scale + d, DK - d), zeros = load_up_to(zero + d, DK - d);
+        zero_or_nan = fma(s, splat(0.0f), zero_or_nan);
+        for (int64_t r = 0; r < ROWS; r++) {
+            const vf q = load<vf>(scratch.query[r] + d), x = q * s;
+            store(scratch.folded[r] + d, x);
+            largest[r] = max(abs(x), largest[r]);
+            z[r] = fma(q, zeros, z[r]);
+        }
+    }
+    const float nan = nan_if_not_finite(zero_or_nan);
+    for (int64_t r = 0; r < ROWS; r++) scratch.q_zero[r] = sum(z[r]);
+    for (int64_t r = 0; r < ROWS; r++)
+        scratch.q_unit[r] = to_digits<DK_PAD>(scratch.folded[r], DK_PAD, largest[r], scratch.q_digits[r]) + nan;
+    scratch.group = g;
+}
+
+// Scores of NV vectors of tokens with NR rows, from `offset` of the span on.
+template <int NR, int NV>
+inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, int64_t row, int64_t offset) {
+    vf out[NR][NV];
+    dot_codes<K_BITS, NR, NV, DK_PAD>(codes, stride, K_WORDS, scratch.q_digits + row, out);
+    for (int r = 0; r < NR; r++)
+        for (int v = 0; v < NV; v++)
+            store(scratch.score[row + r] + offset + v * L,
+                  fma(out[r][v], splat(scratch.q_unit[row + r]), splat(scratch.q_zero[row + r])));
+}
+
+template <int NV>
+inline void dot_keys_with_all_rows(Scratch& scratch, const int32_t* codes, int64_t stride, int64_t offset) {
+    for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
+        dot_keys<ROWS_AT_ONCE, NV>(scratch, codes, stride, r, offset);
+    if constexpr (ROWS % ROWS_AT_ONCE)
+        dot_keys<ROWS % ROWS_AT_ONCE, NV>(scratch, codes, stride, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, offset);
+}
+
+constexpr int64_t TOKENS_AT_ONCE = VECTORS_AT_ONCE * L;
+
+// Keys of TOKENS_AT_ONCE tokens are about to be read: fetch keys some way on, and the values of the same tokens,
+// whose turn comes after the span's keys. Spread over the span, as only so many lines can be under way.
+// GCC drops calls of a function that does nothing else, so it must be inlined before GCC looks.
+ALWAYS_INLINE void prefetch(const int32_t* keys, const int32_t* values) {
+    constexpr int64_t AHEAD = 256, LINE = 16;
+    for (int64_t w = 0; w < K_WORDS; w++)
+        for (int64_t i = 0; i < TOKENS_AT_ONCE; i += LINE) __builtin_prefetch(keys + w * K_TOKENS + AHEAD + i);
+    for (int64_t i = 0; i < TOKENS_AT_ONCE * DV / V_CODES_PER_WORD; i += LINE) __builtin_prefetch(values + i);
+}
+
+// Scores of tokens [t0, t1), all in the codes.
+inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, int64_t t0, int64_t t1) {
+    const int32_t* codes = in.k_codes + head * K_WORDS * K_TOKENS;
+    for (int64_t t = t0; t < t1;) {
+        const int64_t g = t / K_GROUP, end = std::min(t1, (g + 1) * K_GROUP);
+        if (g != scratch.group) fold_key_scales(scratch, in, head, g);
+        for (; t + TOKENS_AT_ONCE <= end; t += TOKENS_AT_ONCE) {
+            prefetch(codes + t, in.v_codes + (head * (V_TOKENS / V_CODES_PER_WORD) + t / V_CODES_PER_WORD) * DV);
+            dot_keys_with_all_rows<VECTORS_AT_ONCE>(scratch, codes + t, K_TOKENS, t - t0);
+        }
+        for (; t < end; t += L) {
+            if (t + L <= K_TOKENS) {
+                dot_keys_with_all_rows<1>(scratch, codes + t, K_TOKENS, t - t0);
+                continue;
+            }
+            int32_t part[K_WORDS][L] = {};  // the buffer ends inside this vector
+            for (int64_t i = 0; i < K_WORDS; i++) std::memcpy(part[i], codes + i * K_TOKENS + t, (K_TOKENS - t) * 4);
+            dot_keys_with_all_rows<1>(scratch, part[0], L, t - t0);
+        }
+        t = end;
+    }
+}
+
+// Fold the scales of channel group g into the weights of n tokens.
+inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, int64_t g, int64_t t0, int64_t n) {
+    const int64_t token = (head * V_GROUPS + g) * V_TOKENS + t0,
+                  padded = (n + V_CODES_PER_WORD - 1) / V_CODES_PER_WORD * V_CODES_PER_WORD;
+    vf largest[ROWS] = {}, z[ROWS] = {}, zero_or_nan = {};
+    for (int64_t i = 0; i < n; i += L) {
+        const vf s = load_up_to(in.v_scale + token + i, n - i), zeros = load_up_to(in.v_zero + token + i, n - i);
+        zero_or_nan = fma(s, splat(0.0f), zero_or_nan);
+        const vi valid = n - i < L ? iota() < (int32_t)(n - i) : splat(-1);
+        for (int64_t r = 0; r < ROWS; r++) {
+            vf p = load<vf>(scratch.weight[r] + i);
+            p = valid ? p : splat(0.0f);
+            const vf x = p * s;
+            store(scratch.score[r] + i, x);  // the scores have become weights
+            largest[r] = max(abs(x), largest[r]);
+            z[r] += p != 0.0f ? p * zeros : p;
+        }
+    }
+    const float nan = nan_if_not_finite(zero_or_nan);
+    for (int64_t r = 0; r < ROWS; r++) {
+        for (int64_t i = (n + L - 1) / L * L; i < padded; i += L) store(scratch.score[r] + i, splat(0.0f));
+        scratch.p_zero[r] = sum(z[r]);
+    }
+    for (int64_t r = 0; r < ROWS; r++)
+        scratch.p_unit[r] = to_digits<SPAN>(scratch.score[r], padded, largest[r], scratch.p_digits[r]) + nan;
+}
+
+// Add NV vectors of channels from d on, of which `left` are left, to NR rows.
+template <int NR, int NV>
+inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const int32_t* codes, int64_t words, int64_t row,
+                       int64_t d, int64_t left) {
+    vf out[NR][NV];
+    dot_codes<V_BITS, NR, NV, SPAN>(codes + d, DV, words, scratch.p_digits + row, out);
+    for (int r = 0; r < NR; r++)
+        for (int v = 0; v < NV; v++) {
+            float* acc = softmax.acc + (row + r) * DV_PAD + d + v * L;
+            const vf added = fma(out[r][v], splat(scratch.p_unit[row + r]), splat(scratch.p_zero[row + r]));
+            store_up_to(acc, load<vf>(acc) + added, left - v * L);
+        }
+}
+
+template <int NV>
+inline void add_values_to_all_rows(Scratch& scratch, RunningSoftmax& softmax, const int32_t* codes, int64_t words,
+                                   int64_t d, int64_t left) {
+    for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
+        add_values<ROWS_AT_ONCE, NV>(scratch, softmax, codes, words, r, d, left);
+    if constexpr (ROWS % ROWS_AT_ONCE)
+        add_values<ROWS % ROWS_AT_ONCE, NV>(scratch, softmax, codes, words, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, d,
+                                            left);
+}
+
+// Weighted values of n tokens from t0, all in the codes.
+inline void quantized_values(Scratch& scratch, const Inputs& in, RunningSoftmax& softmax, int64_t head, int64_t t0,
+                             int64_t n) {
+    const int32_t* codes = in.v_codes + (head * (V_TOKENS / V_CODES_PER_WORD) + t0 / V_CODES_PER_WORD) * DV;
+    const int64_t words = (n + V_CODES_PER_WORD - 1) / V_CODES_PER_WORD;
+    for (int64_t g = 0; g < V_GROUPS; g++) {
+        fold_value_scales(scratch, in, head, g, t0, n);
+        int64_t d = g * V_GROUP;
+        const int64_t end = d + V_GROUP;
+        for (; d + VECTORS_AT_ONCE * L <= end; d += VECTORS_AT_ONCE * L)
+            add_values_to_all_rows<VECTORS_AT_ONCE>(scratch, softmax, codes, words, d, VECTORS_AT_ONCE * L);
+        for (; d < end; d += L) add_values_to_all_rows<1>(scratch, softmax, codes, words, d, end - d);
+    }
+}
+
+}  // namespace xq

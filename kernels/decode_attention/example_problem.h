@@ -1,0 +1,59 @@
+// One problem's constants, so that editors can read cpu.cpp. Written by tests/test_cpu_source.py.
+#pragma once
+#include "../cpu/simd.h"
+
+namespace xq {
+constexpr int64_t B = 1;
+constexpr int64_t H = 2;
+constexpr int64_t HQ = 8;
+constexpr int64_t Q = 1;
+constexpr int64_t DK = 128;
+constexpr int64_t DV = 128;
+constexpr int64_t N = 1024;
+constexpr int64_t K_BITS = 2;
+constexpr int64_t K_GROUP = 32;
+constexpr int64_t K_TOKENS = 1056;
+constexpr int64_t V_BITS = 2;
+constexpr int64_t V_GROUP = 128;
+constexpr int64_t V_TOKENS = 1040;
+constexpr int64_t RESIDUAL = 32;
+constexpr int64_t RING_SLACK = 8;
+constexpr int64_t SINKS = 4;
+constexpr int64_t WINDOW = 0;
+constexpr int64_t MASK_B = 0;
+constexpr int64_t MASK_H = 0;
+constexpr int64_t MASK_Q = 0;
+constexpr int64_t ROWS = 4;
+constexpr int64_t DIGITS = 2;
+constexpr float SCALE = (float)0.08838834764831845;
+constexpr float SOFTCAP = (float)30.0;
+constexpr bool HAS_NEW = 0;
+constexpr bool HAS_MASK = 1;
+constexpr bool HAS_SINK_LOGITS = 0;
+using T = xq::bfloat16;
+using S = xq::float16;
+using MASK = uint8_t;
+using SINK = float;
+}  // namespace xq
+
+namespace xq {
+struct Tensors {
+    const xq::T* q;
+    const int32_t* k_codes;
+    const xq::S* k_scale;
+    const xq::S* k_zero;
+    const xq::T* k_ring;
+    const xq::T* k_sink;
+    const int32_t* v_codes;
+    const xq::S* v_scale;
+    const xq::S* v_zero;
+    const xq::T* v_ring;
+    const xq::T* v_sink;
+    const int64_t* start;
+    const int64_t* past;
+    const xq::MASK* mask;
+    const xq::SINK* sink_logits;
+    const xq::T* k_new;
+    const xq::T* v_new;
+};
+}  // namespace xq

@@ -1,0 +1,129 @@
+"""The texts of the C++ kernels: one instruction set each, no warnings, and readable by editors.
+
+``python tests/test_cpu_source.py`` writes the example headers anew.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from attention_runs import Setup, arguments, inputs
+from store_reference import Case
+from store_runs import pair_of
+
+from xquant_fx.kernels.arguments import Overload
+from xquant_fx.kernels.cpu import source as cpu_source
+from xquant_fx.kernels.cpu.isa import ISAS, named_by_inductor
+from xquant_fx.kernels.decode_attention import cpu_call as attention
+from xquant_fx.kernels.decode_attention import cpu_source as cpu_attention
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.quantize_store import cpu_call as append
+from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
+from xquant_fx.kernels.quantize_store.arguments import OWN, StoreArguments
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+OPS = ("decode_attention", "quantize_store")
+
+
+def decode_problem() -> cpu_attention.Problem:
+    setup = Setup(kv_heads=2, dim=128, max_len=1024, dtype="bfloat16", v_bits=2, sinks=4, softcap=30.0)
+    return attention.problem_of(DecodeArguments(**arguments(setup, inputs(setup))))
+
+
+def append_problem() -> cpu_store.Append:
+    case = Case(dtype=torch.bfloat16, dim=128, residual=128, group=128, max_len=1024, sinks=4)
+    state = pair_of(case)[0]
+    given = dict(x=case.tokens(1, 0), pos=torch.arange(1), **state.tensors, **state.spec.store_constants())
+    return append.problem_of(StoreArguments(**given))
+
+
+def examples() -> dict[str, str]:
+    """Text of the example header of each op."""
+    constants = (cpu_attention.constants(decode_problem()), cpu_store.constants(append_problem()))
+    tensors = (cpu_source.pointers(DecodeArguments, Overload()), cpu_source.pointers(StoreArguments, OWN))
+    return {op: cpu_source.example(*parts) for op, *parts in zip(OPS, constants, tensors, strict=True)}
+
+
+def write_examples() -> None:
+    for op, text in examples().items():
+        (KERNELS / op / cpu_source.EXAMPLE).write_text(text)
+
+
+def whole_sources(isa: str) -> dict[str, str]:
+    """What is compiled, by op."""
+    sources = (cpu_attention.source(decode_problem(), ISAS[isa]), cpu_store.source(append_problem(), ISAS[isa]))
+    return {op: code for op, (_, code) in zip(OPS, sources, strict=True)}
+
+
+def compile_only(*args: str) -> None:
+    gcc = shutil.which("g++")
+    if gcc is None:
+        pytest.skip("no g++")
+    command = [gcc, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *args]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_example_header_is_true(op: str) -> None:
+    assert (KERNELS / op / cpu_source.EXAMPLE).read_text() == examples()[op]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_editors_can_read(op: str) -> None:
+    """The file alone, without a flag of ours, is C++ without a warning."""
+    compile_only("-Wshadow", str(KERNELS / op / "cpu.cpp"))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_one_instruction_set_in_each_source(isa: str) -> None:
+    row = ISAS[isa]
+    for code in whole_sources(isa).values():
+        assert code.startswith(f"#define {row.macro}\n")
+        assert f"defined({row.macro})" in code or isa == "portable"
+        assert [line for line in code.splitlines() if "define XQ_LANES" in line] == [f"#define XQ_LANES {row.lanes}"]
+        assert code.count("inline vf exp_negative(vf x) {") == code.count("inline float sum(vf x) {") == 1
+        assert "#pragma once" not in code
+
+
+@pytest.mark.parametrize("flags", [[], ["-march=haswell"]], ids=["portable", "avx2"])
+def test_no_warnings(flags: list[str], tmp_path: Path) -> None:
+    """GCC's own header of AVX-512 warns, so not that."""
+    isa = "avx2" if flags else "portable"
+    for op, code in whole_sources(isa).items():
+        (tmp_path / f"{op}.cpp").write_text(code)
+        compile_only(*flags, str(tmp_path / f"{op}.cpp"))
+
+
+@pytest.mark.parametrize(
+    ("name", "isa"),
+    [
+        ("avx512 avx512_vnni amx_tile", "avx512"),
+        ("avx512 avx512_vnni", "avx512"),
+        ("avx512", "avx512"),
+        ("avx2", "avx2"),
+        ("asimd", "neon"),
+        ("INVALID_VEC_ISA", "portable"),
+        ("vsx", "portable"),
+    ],
+)
+def test_names_of_inductor(name: str, isa: str) -> None:
+    assert named_by_inductor(name) == ISAS[isa]
+
+
+def test_names_of_inductor_are_its_own() -> None:
+    from torch._inductor import cpu_vec_isa
+
+    known = {str(isa) for isa in (*cpu_vec_isa.supported_vec_isa_list, cpu_vec_isa.invalid_vec_isa)}
+    assert {row.inductor for row in ISAS.values()} <= {word for name in known for word in name.split()}
+
+
+if __name__ == "__main__":
+    write_examples()
