@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "passes.records": ["plan.*"],
     "passes.trace": ["passes.records", "passes.vocabulary"],
     "passes.track_axes": ["passes.trace", "passes.vocabulary"],
-    "passes.forms": ["passes.records", "passes.trace", "passes.vocabulary"],
+    "passes.forms": ["passes.records", "passes.scores", "passes.trace", "passes.vocabulary"],
     # Detection knows nothing of rewriting.
     "passes.find_*": [
         "passes.records", "cache.allocate", "cache.kv_tensor", "passes.trace", "passes.vocabulary", "passes.products",
