@@ -32,6 +32,8 @@ test-all: $(READY)
 
 lint: $(READY)
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror $(CPP)
 
 bench: $(READY)

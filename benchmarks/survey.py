@@ -54,11 +54,16 @@ def look(model: torch.nn.Module, cache: StaticCache) -> dict[str, Any]:
     )
     sites = [
         {
-            "graph": number, "attention": site.attention.kind, "buffer": site.buffer_name, "has_cache": site.has_cache,
-            "write": site.key_write.kind if site.key_write else "", "reason": site.reason,
+            "graph": number,
+            "attention": site.attention.kind,
+            "buffer": site.buffer_name,
+            "has_cache": site.has_cache,
+            "write": site.key_write.kind if site.key_write else "",
+            "reason": site.reason,
             "read": [list(site.key.path), list(site.value.path)],
         }
-        for number, found in enumerate(graphs) for site in found
+        for number, found in enumerate(graphs)
+        for site in found
     ]
     return {"verdict": verdict(sites), "graphs": len(graphs), "sites": sites}
 
@@ -140,8 +145,11 @@ def write(out: Path, records: dict[str, dict[str, Any]]) -> None:
     """Write all records, with the counts that sum them up."""
     rows = [records[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in records]
     head = {
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "prompt": PROMPT, "max_cache_len": MAX_LEN, "sliding_window": WINDOW,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "prompt": PROMPT,
+        "max_cache_len": MAX_LEN,
+        "sliding_window": WINDOW,
         "surveyed": f"{len(rows)} of {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} architectures",
         **{kind: summary(rows, kind) for kind in KINDS},
     }

@@ -37,7 +37,13 @@ SIZES = {
 }
 FIELDS = {name: size for size, names in SIZES.items() for name in names.split()}
 LAYERS = {
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_decoder_layers",
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "num_decoder_layers",
 }
 TOKENS = {"eos_token_id", "bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -56,9 +62,13 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
     "dots3_note_text": dict(num_key_value_heads=4, per_layer_config=None, head_dim=24),
     "falcon_h1": MAMBA,
-    "gemma3n_text": dict(layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-                         num_hidden_layers=4, num_kv_shared_layers=2, intermediate_size=128,
-                         activation_sparsity_pattern=[0.0] * 4),
+    "gemma3n_text": dict(
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        intermediate_size=128,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]], max_position_embeddings=64),
     "granitemoehybrid": dict(MAMBA, layer_types=["linear_attention", "full_attention"]),
     "hunyuan_v1_dense": dict(head_dim=16),

@@ -1,7 +1,7 @@
 """What each preset really takes: fill a cache with random keys and values and count every byte.
 
-    python examples/presets.py
-    python examples/presets.py --tokens 8192 --head-dim 64
+python examples/presets.py
+python examples/presets.py --tokens 8192 --head-dim 64
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ class Parameter(NamedTuple):
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any, overload: Overload) -> Parameter:
-    plain, notes = hint, ()
+    plain: Any = hint
+    notes: list[Any] = []
     if typing.get_origin(hint) is Annotated:
         plain, *notes = typing.get_args(hint)
     optional = typing.get_origin(plain) in (typing.Union, types.UnionType)

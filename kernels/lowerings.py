@@ -15,6 +15,7 @@ from torch._inductor.lowering import register_lowering
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 
+from xquant_fx.errors import ConfigError
 from xquant_fx.kernels.cpu import build as cpu_build
 from xquant_fx.kernels.decode_attention import cpu_call as attention
 from xquant_fx.kernels.decode_attention import cpu_source as cpu_attention
@@ -37,7 +38,7 @@ def dtype(x: Any) -> torch.dtype:
 def define(wrapper: Any, name: str, types: tuple[str, ...], code: str) -> str:
     """Put a kernel's source into the generated module, once; returns what it is called there."""
     if V.graph.cpp_wrapper:
-        raise NotImplementedError("xquant kernels need Inductor's Python wrapper; turn cpp_wrapper off")
+        raise ConfigError("the kernels for quantized KV caches need Inductor's Python wrapper: turn cpp_wrapper off")
     if code not in wrapper.src_to_kernel:
         called = wrapper.src_to_kernel[code] = f"cpp_{name}_{wrapper.next_kernel_suffix()}"
         body = f"async_compile.cpp_pybinding({list(types)!r}, r'''\n{code}''')"
@@ -56,14 +57,15 @@ class CppOut(ir.ExternKernelOut):
     def codegen(self, wrapper: Any) -> None:
         """Define the kernel if it is new, and call it."""
         name = define(wrapper, self.kernel, self.types, self.code)
-        args = [*(x.codegen_reference() for x in self.inputs), self.codegen_reference()]
+        inputs: list[Any] = list(self.inputs)
+        args = [*(x.codegen_reference() for x in inputs), self.codegen_reference()]
         wrapper.writeline(f"{name}({', '.join(args)})")
 
 
 @register_lowering(torch.ops.xquant.decode_attention_cpu.default, type_promotion_kind=None)
 def decode_attention_cpu(*args: Any, **kwargs: Any) -> Any:
     """One C++ kernel in the generated module."""
-    a = DecodeArguments(*args, **kwargs).mapped(ir.ExternKernel.require_contiguous)
+    a: Any = DecodeArguments(*args, **kwargs).mapped(ir.ExternKernel.require_contiguous)  # of Inductor's buffers
     types, code = cpu_attention.source(attention.problem_of(a, sizes, dtype), cpu_build.isa())
     shape = (*sizes(a.q)[:3], sizes(a.v_ring)[3])
     layout = ir.FixedLayout(a.q.get_device(), a.q.get_dtype(), list(shape), ir.FlexibleLayout.contiguous_strides(shape))
@@ -78,7 +80,8 @@ class CppInPlace(ir.ExternKernel):
         none = ir.NoneLayout(device=self.device)
         super().__init__(None, none, self.unwrap_storage(inputs))
         self.kernel, self.types, self.code = name, types, code
-        self.mutation_outputs = [ir.MutationOutput(none, x, self) for x in self.unwrap_storage(mutated)]
+        changed: list[Any] = list(self.unwrap_storage(mutated))
+        self.mutation_outputs = [ir.MutationOutput(none, x, self) for x in changed]
         self.name = V.graph.register_buffer(self)
         V.graph.register_operation(self)
 
@@ -101,7 +104,8 @@ class CppInPlace(ir.ExternKernel):
     def codegen(self, wrapper: Any) -> None:
         """Define the kernel if it is new, and call it."""
         name = define(wrapper, self.kernel, self.types, self.code)
-        wrapper.writeline(f"{name}({', '.join(x.codegen_reference() for x in self.inputs)})")
+        inputs: list[Any] = list(self.inputs)
+        wrapper.writeline(f"{name}({', '.join(x.codegen_reference() for x in inputs)})")
 
 
 def append_cpu(*args: Any, **kwargs: Any) -> None:

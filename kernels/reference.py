@@ -84,7 +84,14 @@ def own_codes(
 
 
 def fit_codes(
-    x: Tensor, codes: Tensor, *, bits: int, eta: float, dim: int, dtype: torch.dtype, fit: str,
+    x: Tensor,
+    codes: Tensor,
+    *,
+    bits: int,
+    eta: float,
+    dim: int,
+    dtype: torch.dtype,
+    fit: str,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero of groups whose int32 ``codes`` belong to another layer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from torch._logging import trace_structured
+from torch._logging import trace_structured  # type: ignore[attr-defined]
 from torch.fx import GraphModule
 
 _numbers = itertools.count()

@@ -7,7 +7,7 @@ from torch.fx import Graph, Node
 
 from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.passes.records import Write
-from xquant_fx.passes.trace import argument, fake
+from xquant_fx.passes.trace import argument, fake, value_of
 from xquant_fx.passes.vocabulary import IN_PLACE_OPERATORS, kind, op_name
 
 
@@ -27,7 +27,7 @@ def written_by(node: Node) -> list[Node]:
     """The operands that ``node`` writes to: by its name, by ``out=`` or by the op's schema."""
     if node.op not in ("call_method", "call_function"):
         return []
-    name, found = op_name(node), [node.kwargs.get("out")]
+    name, found = op_name(node), list[object]([node.kwargs.get("out")])
     if node.args and (node.target in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))):
         found.append(node.args[0])
     target = getattr(node.target, "default", node.target)  # of an op that was called without its overload
@@ -70,8 +70,9 @@ def _setitem(node: Node) -> Write | None:
     if kind(node) != "setitem" or not _is_buffer(node.args[0]):
         return None
     buffer, index, x = node.args
-    positions, value = _token_index(index, fake(buffer).shape), fake(x)
-    if positions is None or value is None or value.dim() < 2:
+    assert isinstance(buffer, Node)
+    positions, value = _token_index(index, value_of(buffer).shape), fake(x)
+    if positions is None or value is None or value.dim() < 2 or not isinstance(x, Node):
         return None
     return _write(node, buffer, x, positions, "indexed assignment")
 
@@ -79,7 +80,7 @@ def _setitem(node: Node) -> Write | None:
 def _write(node: Node, buffer: object, x: Node, positions: Node | slice, name: str) -> Write | None:
     assert isinstance(buffer, Node)
     value = fake(x)
-    shape, tokens = fake(buffer).shape, None
+    shape, tokens = value_of(buffer).shape, None
     if value is not None and value.dim() == 4:
         tokens = value.shape[2]
         if tuple(value.shape[d] for d in (0, 1, 3)) == tuple(shape[d] for d in (0, 1, 3)):
@@ -115,8 +116,8 @@ def _is_whole(part: object, size: object) -> bool:
     bounds = (part.start, part.stop, part.step)
     if bounds == (None, None, None):
         return True
-    known = isinstance(size, int) and all(isinstance(b, int | None) for b in bounds)
-    return known and part.indices(size) == (0, size, 1)
+    known = all(isinstance(b, int | None) for b in bounds)
+    return isinstance(size, int) and known and part.indices(size) == (0, size, 1)
 
 
 def _span(tokens: slice, size: object) -> slice | None:

@@ -21,7 +21,8 @@ _CARRIED = ("_param_name_to_source", "_backend_id", "compile_subgraph_reason", "
 
 def clone(gm: GraphModule) -> GraphModule:
     """A copy whose graph may be changed; the modules and tensors are the same objects."""
-    graph, env = Graph(), {}
+    graph = Graph()
+    env: dict[Node, Node] = {}
     output = graph.graph_copy(gm.graph, env)
     graph.output(output)
     for old, new in env.items():

@@ -36,8 +36,8 @@ def _letters(left: Node, right: Node) -> tuple[str, str, str] | None:
     a, b = fake(left), fake(right)
     if a is None or b is None or a.dim() < 2 or b.dim() < 2:
         return None
-    row, inner, column, *letters = ascii_letters
-    batch = "".join(letters[: max(a.dim(), b.dim()) - 2])
+    row, inner, column = list(ascii_letters[:3])
+    batch = ascii_letters[3 : 1 + max(a.dim(), b.dim())]
     ours, theirs = batch[len(batch) - a.dim() + 2 :], batch[len(batch) - b.dim() + 2 :]
     return ours + row + inner, theirs + inner + column, batch + row + column
 

@@ -7,6 +7,7 @@ significance; axes of size 1 are left out. ``None`` as a result means that a vie
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -53,8 +54,8 @@ def _view(node: Node, axes: Axes, sizes: dict[str, int], shape: tuple[int, ...])
     if what == "mT":
         return (*axes[:-2], axes[-1], axes[-2])
     if what == "permute":
-        first = node.args[1] if len(node.args) > 1 else node.kwargs["dims"]
-        dims = node.args[1:] if isinstance(first, int) else first
+        first: Any = node.args[1] if len(node.args) > 1 else node.kwargs["dims"]
+        dims: Any = node.args[1:] if isinstance(first, int) else first
         return tuple(axes[i % rank] for i in dims)
     if what == "unsqueeze":
         at = _index(node, 1, "dim", rank + 1)
@@ -73,7 +74,8 @@ def _view(node: Node, axes: Axes, sizes: dict[str, int], shape: tuple[int, ...])
 
 def _index(node: Node, index: int, name: str, rank: int) -> int:
     """A dimension that the call names, counted from the front."""
-    return int(argument(node, index, name)) % rank  # type: ignore[call-overload]
+    dim: Any = argument(node, index, name)
+    return int(dim) % rank
 
 
 def _size(dim: tuple[str, ...], sizes: dict[str, int]) -> int:
@@ -86,7 +88,8 @@ def _getitem(index: object, axes: Axes, sizes: dict[str, int]) -> Axes | None:
     if Ellipsis in items:
         at = items.index(Ellipsis)
         items[at : at + 1] = [slice(None)] * (len(axes) - sum(i is not None for i in items) + 1)
-    out, rest = [], list(axes)
+    out: list[tuple[str, ...]] = []
+    rest = list(axes)
     for item in items:
         if item is None:
             out.append(())

@@ -47,9 +47,7 @@ def seen(s: Stored, start: Tensor, past: int, new: int, count: int, dtype: torch
         scale, zero = (t.repeat_interleave(s.group, 2)[:, :, :quantized] for t in (s.scale, s.zero))
     else:
         codes = unpack_words(s.codes, s.bits, 2, quantized)
-        scale, zero = (
-            t[..., :quantized].transpose(2, 3).repeat_interleave(s.group, 3) for t in (s.scale, s.zero)
-        )
+        scale, zero = (t[..., :quantized].transpose(2, 3).repeat_interleave(s.group, 3) for t in (s.scale, s.zero))
     dense = codes.to(dtype) * scale.to(dtype) + zero.to(dtype)
     out[:, :, :quantized] = dense if rounded is None else dense.to(rounded).to(dtype)
     late = torch.arange(quantized, written if s.new is None else past)
@@ -69,9 +67,7 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """[B, heads, query, v_dim] in ``dtype``."""
     repeat = q.shape[1] // key.ring.shape[1]
-    k, v = (
-        seen(s, start, past, new, max_len, dtype, rounded).repeat_interleave(repeat, 1) for s in (key, value)
-    )
+    k, v = (seen(s, start, past, new, max_len, dtype, rounded).repeat_interleave(repeat, 1) for s in (key, value))
     logits = q.to(dtype) @ k.transpose(2, 3) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)

@@ -141,10 +141,24 @@ def arguments(s: Setup, given: dict[str, Any]) -> dict[str, Any]:
     past = torch.tensor([s.past], device=given["q"].device)
     key, value = given["key"].spec, given["value"].spec
     return dict(
-        q=given["q"], **tensors, start=given["start"], past=past, mask=given["mask"], sink_logits=given["sink_logits"],
-        new_tokens=s.query, max_len=s.max_len, k_bits=s.k_bits, k_group=key.group_size, v_bits=s.v_bits,
-        v_group=value.group_size, residual_length=s.residual, scale=s.scale or s.dim**-0.5, softcap=s.softcap,
-        window=s.window, k_new=given["new"]["key"], v_new=given["new"]["value"],
+        q=given["q"],
+        **tensors,
+        start=given["start"],
+        past=past,
+        mask=given["mask"],
+        sink_logits=given["sink_logits"],
+        new_tokens=s.query,
+        max_len=s.max_len,
+        k_bits=s.k_bits,
+        k_group=key.group_size,
+        v_bits=s.v_bits,
+        v_group=value.group_size,
+        residual_length=s.residual,
+        scale=s.scale or s.dim**-0.5,
+        softcap=s.softcap,
+        window=s.window,
+        k_new=given["new"]["key"],
+        v_new=given["new"]["value"],
     )
 
 
@@ -159,8 +173,19 @@ def reference(s: Setup, given: dict[str, Any], dtype: torch.dtype, rounded: torc
         for side in ("key", "value")
     ]  # fmt: skip
     return attention(
-        given["q"], *sides, given["start"], s.past, given["mask"], given["sink_logits"], s.query, s.max_len,
-        s.scale or s.dim**-0.5, s.softcap, s.window, dtype, rounded,
+        given["q"],
+        *sides,
+        given["start"],
+        s.past,
+        given["mask"],
+        given["sink_logits"],
+        s.query,
+        s.max_len,
+        s.scale or s.dim**-0.5,
+        s.softcap,
+        s.window,
+        dtype,
+        rounded,
     )
 
 

@@ -46,9 +46,16 @@ def tiny_llama():
     def make(layers: int = 4, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, dtype=torch.float32, **more):
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=128, hidden_size=heads * head_dim, intermediate_size=96, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=512,
-            initializer_range=0.15, **more,
+            vocab_size=128,
+            hidden_size=heads * head_dim,
+            intermediate_size=96,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=512,
+            initializer_range=0.15,
+            **more,
         )
         model = LlamaForCausalLM(config).eval().to(dtype)
         model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None

@@ -23,18 +23,45 @@ OLD_BLOOM = pytest.mark.skipif(
 )
 SHAPE = (1, 2, 16, 8)  # [B, H, N, D] of the buffers of hand-written steps
 SMALL = dict(
-    vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-    intermediate_size=48, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
 )
 MOE = dict(SMALL, num_local_experts=2, num_experts_per_tok=1)
 MLA = dict(
-    SMALL, head_dim=8, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
-    v_head_dim=8, n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1, moe_intermediate_size=16,
+    SMALL,
+    head_dim=8,
+    num_key_value_heads=4,
+    kv_lora_rank=16,
+    q_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    n_routed_experts=2,
+    num_experts_per_tok=1,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=16,
     first_k_dense_replace=2,
 )
 LINEAR = dict(
-    SMALL, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=2,
-    linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+    SMALL,
+    layer_types=["linear_attention", "full_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=2,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    num_experts=2,
+    num_experts_per_tok=1,
+    moe_intermediate_size=16,
     shared_expert_intermediate_size=16,
 )
 OLD = dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
@@ -50,7 +77,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", dict(SMALL, query_pre_attn_scalar=8, sliding_window=64)),
     "gpt_oss": ("GptOssForCausalLM", dict(MOE, sliding_window=64, layer_types=["full_attention", "full_attention"])),
     "gemma3_text": (
-        "Gemma3ForCausalLM", dict(SMALL, sliding_window=12, layer_types=["sliding_attention", "full_attention"])
+        "Gemma3ForCausalLM",
+        dict(SMALL, sliding_window=12, layer_types=["sliding_attention", "full_attention"]),
     ),
     "deepseek_v3": ("DeepseekV3ForCausalLM", MLA),
     "qwen3_next": ("Qwen3NextForCausalLM", LINEAR),

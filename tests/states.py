@@ -15,14 +15,22 @@ Shape = tuple[int, int, int, int]
 
 
 def layers_of(
-    settings: XQuantConfig | Plan, shape: Shape, dtype: torch.dtype, num_layers: int = 1, *, device: str = "cpu",
+    settings: XQuantConfig | Plan,
+    shape: Shape,
+    dtype: torch.dtype,
+    num_layers: int = 1,
+    *,
+    device: str = "cpu",
     start: Tensor | None = None,
 ) -> list[list[KVState]]:
     """Empty (keys, values) of every layer of one cache, all of one shape [B, H, N, D]."""
     geometry = Geometry(shape, dtype)
     return allocate_layers(
-        make_plan(settings, num_layers), [(geometry, geometry)] * num_layers, batch=shape[0],
-        device=torch.device(device), start=start,
+        make_plan(settings, num_layers),
+        [(geometry, geometry)] * num_layers,
+        batch=shape[0],
+        device=torch.device(device),
+        start=start,
     )
 
 

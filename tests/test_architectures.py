@@ -20,8 +20,17 @@ IDS = torch.randint(1, 128, (1, 61), generator=torch.Generator().manual_seed(1))
 PLAN = [21] + [1] * 40
 
 BASE = dict(
-    vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
 )
 SMALL = dict(vocab_size=128, hidden_size=64, num_attention_heads=4, num_hidden_layers=4, bos_token_id=1, eos_token_id=2)
 FAMILIES = {
@@ -49,8 +58,9 @@ def test_compiled_equals_eager_equals_static(name):
     def run(call, cache):
         return run_steps([(model.forward, 21)] + [(call, 1)] * 40, IDS, cache)
 
-    full, quantized = (lambda: XQuantCache(model.config, 96, XQuantConfig.preset("full"))), (
-        lambda: XQuantCache(model.config, 96, CONFIG)
+    full, quantized = (
+        (lambda: XQuantCache(model.config, 96, XQuantConfig.preset("full"))),
+        (lambda: XQuantCache(model.config, 96, CONFIG)),
     )
     static = run(model.forward, StaticCache(model.config, max_cache_len=96))
     assert relative_error(run(model.forward, full()), static) < 1e-6

@@ -82,8 +82,19 @@ def test_stable_hash_of_a_buffer_follows_what_graphs_rely_on() -> None:
 
 
 OTHER = dict(
-    role="value", scheme="per_token", layer=2, shape=(1, 1, 64, 16), dtype=torch.float16, bits=4, group_size=4,
-    residual_length=16, eta=0.25, sink_tokens=1, scale_dtype=torch.float32, partner=1, fit="minmax",
+    role="value",
+    scheme="per_token",
+    layer=2,
+    shape=(1, 1, 64, 16),
+    dtype=torch.float16,
+    bits=4,
+    group_size=4,
+    residual_length=16,
+    eta=0.25,
+    sink_tokens=1,
+    scale_dtype=torch.float32,
+    partner=1,
+    fit="minmax",
 )
 
 

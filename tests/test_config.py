@@ -114,9 +114,7 @@ def test_bits_and_eta_of_a_layer() -> None:
 
 def plan(config: XQuantConfig, layers: int, role: str = "value", shapes=None, dtypes=None) -> list[KVSpec]:
     """Specs of all layers of one role."""
-    geometry = [
-        Geometry(shapes[i] if shapes else SHAPE, dtypes[i] if dtypes else torch.float16) for i in range(layers)
-    ]
+    geometry = [Geometry(shapes[i] if shapes else SHAPE, dtypes[i] if dtypes else torch.float16) for i in range(layers)]
     return bind_all(make_plan(config, layers), [(i, role, geometry[i]) for i in range(layers)])
 
 

@@ -15,7 +15,7 @@ from numeric import seeded
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
-from xquant_fx import CacheStateError, XQuantCache, XQuantConfig, decode_attention
+from xquant_fx import ArgumentError, CacheStateError, XQuantCache, XQuantConfig, decode_attention
 
 B, HEADS, KV_HEADS, DIM, MAX_LEN, PROMPT = 2, 4, 2, 16, 96, 75
 PADDING = torch.tensor([0, 9])
@@ -119,7 +119,7 @@ def test_a_pair_of_buffers() -> None:
     q, layer = tokens(1, HEADS, 3), loop.cache.layers[1]
     assert torch.equal(decode_attention(q, (layer.keys, layer.values), 1), decode_attention(q, loop.cache, 1))
     assert torch.equal(decode_attention(q, [layer.keys, layer.values], 1), decode_attention(q, loop.cache, 1))
-    with pytest.raises(CacheStateError, match=r"must be \(keys, values\), got \(values, keys\)"):
+    with pytest.raises(ArgumentError, match=r"must be \(keys, values\), got \(values, keys\)"):
         decode_attention(q, (layer.values, layer.keys), 1)
 
 
@@ -151,8 +151,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 def test_errors(name: str) -> None:
     given, message = ERRORS[name]
     given = {"q": tokens(1, HEADS, 3), "cache": Loop().cache, "layer": 0, **given}
-    with pytest.raises(CacheStateError, match=message):
+    expected = CacheStateError if name == "a gradient" else ArgumentError
+    with pytest.raises(expected, match=message) as caught:
         decode_attention(**given)
+    assert isinstance(caught.value, ValueError) == (name != "a gradient")
 
 
 def test_caches_without_codes() -> None:

@@ -53,7 +53,8 @@ def test_xquant_cache(llama, warm):
     lower, upper = found.sites
     assert found.graphs == 1
     assert [(s.layer, s.rewritten, s.k_bits, s.v_bits, s.full_bytes) for s in found.sites] == [
-        (0, True, 2, 1, FULL), (1, True, 2, 1, FULL)
+        (0, True, 2, 1, FULL),
+        (1, True, 2, 1, FULL),
     ]
     assert (lower.partner, lower.key_partner, lower.value_partner, lower.reason) == (None, None, None, "quantized")
     assert (upper.partner, upper.key_partner, upper.value_partner) == (0, None, 0)
@@ -187,7 +188,8 @@ def test_buffers_of_a_module_are_put_back():
     ids, config = torch.arange(3, 20)[None], {"config": CONFIG}
     found = explain(model, ids[:, :9], torch.arange(9), options=config)
     assert [(s.layer, s.write, s.rewritten, s.partner) for s in found.sites] == [
-        (0, "indexed assignment", True, None), (1, "indexed assignment", True, 0)
+        (0, "indexed assignment", True, None),
+        (1, "indexed assignment", True, 0),
     ]
     assert found.sites[0].read == "repeat_interleave > scaled_dot_product_attention"
     assert all(not layer.kv_cache.k_cache.any() for layer in model.layers)

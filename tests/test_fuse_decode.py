@@ -62,10 +62,9 @@ FUSED = {
     "a mask expanded over heads": lambda q, k, v, pos: sdpa(
         q, k, v, mask_of(pos)[None, None].expand(1, HEADS, q.shape[2], COUNT)
     ),
-    "dropout that is off": lambda q, k, v, pos: torch.nn.functional.dropout(
-        torch.softmax(q @ k.mT, -1), p=0.5, training=False
-    )
-    @ v,
+    "dropout that is off": lambda q, k, v, pos: (
+        torch.nn.functional.dropout(torch.softmax(q @ k.mT, -1), p=0.5, training=False) @ v
+    ),
     "sinks": lambda q, k, v, pos: (
         torch.softmax(
             torch.cat([q @ k.mT * SCALE, torch.ones(HEADS).view(1, -1, 1, 1).expand(1, HEADS, q.shape[2], 1)], -1), -1

@@ -61,8 +61,15 @@ MAY_IMPORT = {
     "passes.forms": ["passes.records", "passes.scores", "passes.trace", "passes.vocabulary"],
     # Detection knows nothing of rewriting.
     "passes.find_*": [
-        "passes.records", "cache.allocate", "cache.kv_tensor", "passes.trace", "passes.vocabulary", "passes.products",
-        "passes.facts", "passes.why_left_alone", "passes.find_*",
+        "passes.records",
+        "cache.allocate",
+        "cache.kv_tensor",
+        "passes.trace",
+        "passes.vocabulary",
+        "passes.products",
+        "passes.facts",
+        "passes.why_left_alone",
+        "passes.find_*",
     ],
 }
 
@@ -199,6 +206,15 @@ def test_every_public_name_resolves():
     assert set(xquant_fx.__all__) <= set(dir(xquant_fx))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = xquant_fx.nonsense
+
+
+def test_names_are_told_to_type_checkers_as_they_are_loaded():
+    """The lazy table, ``__all__`` and the imports under TYPE_CHECKING say the same."""
+    tree = ast.parse((ROOT / "xquant_fx" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    told = {name.name: node.module for node in block.body for name in node.names}
+    assert told == {name: f"xquant_fx.{home}" for name, home in xquant_fx._HOMES.items()}
+    assert set(xquant_fx.__all__) == {*told, "__version__"}
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,18 @@ def test_stored_shapes(bits: int, side: str, max_len: int, residual: int, dim: i
     """Keys [B, H, ceil(D / per), tokens], values [B, H, tokens / per, D]; tokens cover max_cache_len."""
     group = 1 if side == "key" else dim // 2
     spec = KVSpec(
-        role=side, scheme=SCHEME_OF_ROLE[side], layer=0, shape=(2, 3, max_len, dim), dtype=torch.float16, bits=bits,
-        group_size=group, residual_length=residual, eta=0.0, sink_tokens=2, scale_dtype=torch.bfloat16, partner=None,
+        role=side,
+        scheme=SCHEME_OF_ROLE[side],
+        layer=0,
+        shape=(2, 3, max_len, dim),
+        dtype=torch.float16,
+        bits=bits,
+        group_size=group,
+        residual_length=residual,
+        eta=0.0,
+        sink_tokens=2,
+        scale_dtype=torch.bfloat16,
+        partner=None,
         fit="minmax",
     )
     shapes, per, tokens = spec.tensor_shapes(), 32 // bits, spec.stored_tokens

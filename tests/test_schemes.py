@@ -27,8 +27,18 @@ DIM, GROUP, RESIDUAL, MAX_LEN = 16, 4, 8, 50
 
 def spec_of(scheme: str, bits: int) -> KVSpec:
     return KVSpec(
-        role="key", scheme=scheme, layer=0, shape=(2, 1, MAX_LEN, DIM), dtype=torch.float32, bits=bits,
-        group_size=GROUP, residual_length=RESIDUAL, eta=0.0, sink_tokens=0, scale_dtype=torch.float32, partner=None,
+        role="key",
+        scheme=scheme,
+        layer=0,
+        shape=(2, 1, MAX_LEN, DIM),
+        dtype=torch.float32,
+        bits=bits,
+        group_size=GROUP,
+        residual_length=RESIDUAL,
+        eta=0.0,
+        sink_tokens=0,
+        scale_dtype=torch.float32,
+        partner=None,
         fit="minmax",
     )
 
@@ -75,8 +85,12 @@ def test_load_reads_what_store_wrote(scheme: str, bits: int, steps: list[int]) -
         store(StoreArguments(x=step, pos=pos, **tensors, **spec.store_constants()))
         seen = load(
             LoadArguments(
-                **{name: tensors[name] for name in ("codes", "scale", "zero", "sink", "start")}, ring=ring,
-                past=torch.tensor([past]), new_tokens=new, n=MAX_LEN, **spec.load_constants(),
+                **{name: tensors[name] for name in ("codes", "scale", "zero", "sink", "start")},
+                ring=ring,
+                past=torch.tensor([past]),
+                new_tokens=new,
+                n=MAX_LEN,
+                **spec.load_constants(),
                 x=step if new > STEP_TOKENS else None,
             )
         )

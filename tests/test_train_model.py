@@ -65,16 +65,12 @@ def test_weights_are_one_small_file() -> None:
     assert weights[0].stat().st_size <= 8 * 2**20
 
 
-@pytest.mark.parametrize(
-    "text", [PASSAGE, "  two  spaces\n\n\ttab ,don't", "caf\u00e9 \u2014 \u00a33 \U0001f600", ""]
-)
+@pytest.mark.parametrize("text", [PASSAGE, "  two  spaces\n\n\ttab ,don't", "caf\u00e9 \u2014 \u00a33 \U0001f600", ""])
 def test_tokenizer_round_trips(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_tokenizer_and_model_agree(
-    tokenizer: PreTrainedTokenizerBase, model: LlamaForCausalLM
-) -> None:
+def test_tokenizer_and_model_agree(tokenizer: PreTrainedTokenizerBase, model: LlamaForCausalLM) -> None:
     assert len(tokenizer) == model.config.vocab_size
     assert tokenizer.eos_token_id == model.generation_config.eos_token_id
     assert tokenizer.pad_token_id == model.generation_config.pad_token_id
@@ -89,9 +85,7 @@ def test_predicts_unseen_english(
     assert 1.0 < bits < 2.6 < uniform
 
 
-def test_predicts_to_the_end_of_its_context(
-    tokenizer: PreTrainedTokenizerBase, model: LlamaForCausalLM
-) -> None:
+def test_predicts_to_the_end_of_its_context(tokenizer: PreTrainedTokenizerBase, model: LlamaForCausalLM) -> None:
     context = model.config.max_position_embeddings
     ids = tokenizer(PASSAGE, return_tensors="pt").input_ids.repeat(1, 8)[:, :context]
     assert ids.shape[1] == context

@@ -14,6 +14,7 @@ from triton_interpreter import Interpreter
 
 pytest.importorskip("triton")
 
+
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Interpreter]:
     process = Interpreter()

@@ -51,11 +51,22 @@ def decode_arguments(
     sides = {f"{side}_{name}": t[name] for side, t in (("k", key), ("v", value)) for name in names}
     chunk = empty(1, kv_heads, query, dim, dtype=dtype) if query > STEP_TOKENS else None
     return DecodeArguments(
-        q=empty(1, kv_heads * group, query, dim, dtype=dtype), **sides, start=empty(1, dtype=torch.int64),
-        past=empty(1, dtype=torch.int64), mask=None if mask is None else empty(1, 1, query, max_len, dtype=mask),
-        sink_logits=empty(kv_heads * group, dtype=dtype) if extra else None, new_tokens=query, max_len=max_len,
-        k_bits=k_bits, v_bits=v_bits, residual_length=residual, scale=dim**-0.5, softcap=softcap, window=window,
-        k_new=chunk, v_new=chunk,
+        q=empty(1, kv_heads * group, query, dim, dtype=dtype),
+        **sides,
+        start=empty(1, dtype=torch.int64),
+        past=empty(1, dtype=torch.int64),
+        mask=None if mask is None else empty(1, 1, query, max_len, dtype=mask),
+        sink_logits=empty(kv_heads * group, dtype=dtype) if extra else None,
+        new_tokens=query,
+        max_len=max_len,
+        k_bits=k_bits,
+        v_bits=v_bits,
+        residual_length=residual,
+        scale=dim**-0.5,
+        softcap=softcap,
+        window=window,
+        k_new=chunk,
+        v_new=chunk,
     )
 
 
@@ -69,9 +80,19 @@ def append_arguments(
     t = stored(side, dtype, config, (1, 8, max_len, dim))
     tensors = {name: t[name] for name in ("codes", "scale", "zero", "ring", "sink", "length")}
     return StoreArguments(
-        x=empty(1, 8, new, dim, dtype=dtype), pos=empty(new, dtype=torch.int64), **tensors,
-        start=empty(1, dtype=torch.int64), fault=empty(1, dtype=torch.int32), scheme=SCHEME_OF_ROLE[side], bits=bits,
-        group_size=group, residual_length=residual, eta=0.045, sink_tokens=sinks, max_len=max_len, fit=fit,
+        x=empty(1, 8, new, dim, dtype=dtype),
+        pos=empty(new, dtype=torch.int64),
+        **tensors,
+        start=empty(1, dtype=torch.int64),
+        fault=empty(1, dtype=torch.int32),
+        scheme=SCHEME_OF_ROLE[side],
+        bits=bits,
+        group_size=group,
+        residual_length=residual,
+        eta=0.045,
+        sink_tokens=sinks,
+        max_len=max_len,
+        fit=fit,
     )
 
 

@@ -3,35 +3,77 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xquant_fx.cache.decode import decode_attention
+    from xquant_fx.cache.huggingface import XQuantCache
+    from xquant_fx.compiler.backend import xquant_backend
+    from xquant_fx.errors import (
+        ArgumentError,
+        CacheStateError,
+        ConfigError,
+        NotRewrittenError,
+        UnsupportedWriteError,
+        XQuantError,
+    )
+    from xquant_fx.plan.config import XQuantConfig
+    from xquant_fx.plan.plan import Plan, make_plan
+    from xquant_fx.plan.presets import PRESETS
+    from xquant_fx.quantizer import quantize
+    from xquant_fx.reports.explanation import explain
+    from xquant_fx.reports.memory import memory_report
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "PRESETS",
+    "ArgumentError",
+    "CacheStateError",
+    "ConfigError",
+    "NotRewrittenError",
+    "Plan",
+    "UnsupportedWriteError",
+    "XQuantCache",
+    "XQuantConfig",
+    "XQuantError",
+    "__version__",
+    "decode_attention",
+    "explain",
+    "make_plan",
+    "memory_report",
+    "quantize",
+    "xquant_backend",
+]
+
 # Loaded when first asked for: importing xquant_fx imports neither transformers nor Inductor.
 _HOMES = {
-    "XQuantCache": "cache.huggingface",
-    "XQuantConfig": "plan.config",
-    "PRESETS": "plan.config",
+    "PRESETS": "plan.presets",
+    "ArgumentError": "errors",
     "CacheStateError": "errors",
     "ConfigError": "errors",
     "NotRewrittenError": "errors",
+    "Plan": "plan.plan",
     "UnsupportedWriteError": "errors",
+    "XQuantCache": "cache.huggingface",
+    "XQuantConfig": "plan.config",
     "XQuantError": "errors",
     "decode_attention": "cache.decode",
     "explain": "reports.explanation",
+    "make_plan": "plan.plan",
     "memory_report": "reports.memory",
     "quantize": "quantizer",
     "xquant_backend": "compiler.backend",
 }
-__all__ = [*sorted(_HOMES), "__version__"]
 
+if not TYPE_CHECKING:  # or an unknown name would be Any in an editor
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

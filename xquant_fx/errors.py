@@ -9,6 +9,10 @@ class ConfigError(XQuantError, ValueError):
     """A configuration field, preset or backend option breaks a rule."""
 
 
+class ArgumentError(XQuantError, ValueError):
+    """An argument of a function breaks the rule that the message states."""
+
+
 class CacheStateError(XQuantError, RuntimeError):
     """The quantized KV cache was asked for something that its contents cannot give."""
 

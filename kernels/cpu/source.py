@@ -81,7 +81,12 @@ def struct(tensors: Mapping[str, str]) -> str:
 
 
 def assemble(
-    isa: Isa, fixed: str, file: str, function: str, tensors: Mapping[str, str], absent: Collection[str],
+    isa: Isa,
+    fixed: str,
+    file: str,
+    function: str,
+    tensors: Mapping[str, str],
+    absent: Collection[str],
     outputs: Mapping[str, str],
 ) -> tuple[tuple[str, ...], str]:
     """(argument types, whole source of ``kernel``), for the vectors of ``isa``.

@@ -93,6 +93,4 @@ def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
     if p.sink_logits_dtype is None:
         absent.add("sink_logits")
     tensors = pointers(DecodeArguments, Overload())
-    return assemble(
-        isa, constants(p), "decode_attention/cpu.cpp", "attend", tensors, absent, outputs={"out": "xq::T*"}
-    )
+    return assemble(isa, constants(p), "decode_attention/cpu.cpp", "attend", tensors, absent, outputs={"out": "xq::T*"})

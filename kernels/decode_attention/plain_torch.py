@@ -17,8 +17,15 @@ def _loaded(a: DecodeArguments) -> tuple[Tensor, Tensor]:
         stored = {name: getattr(a, f"{side}_{name}") for name in ("codes", "scale", "zero", "ring", "sink", "bits")}
         x = load(
             LoadArguments(
-                **stored, start=a.start, past=a.past, new_tokens=a.new_tokens, n=a.max_len, scheme=scheme,
-                group_size=getattr(a, f"{side}_group"), residual_length=a.residual_length, x=getattr(a, f"{side}_new"),
+                **stored,
+                start=a.start,
+                past=a.past,
+                new_tokens=a.new_tokens,
+                n=a.max_len,
+                scheme=scheme,
+                group_size=getattr(a, f"{side}_group"),
+                residual_length=a.residual_length,
+                x=getattr(a, f"{side}_new"),
             )
         )
         loaded.append(x.repeat_interleave(a.q.shape[1] // x.shape[1], 1))

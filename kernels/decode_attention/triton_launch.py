@@ -135,7 +135,10 @@ def dense_mask(mask: Tensor) -> Tensor:
 
 
 def launch(
-    a: DecodeArguments, *, wrap: Callable[[Any], Any], interpret: bool = False,
+    a: DecodeArguments,
+    *,
+    wrap: Callable[[Any], Any],
+    interpret: bool = False,
     hip: bool = torch.version.hip is not None,
 ) -> Tensor:
     """Run both kernels; ``wrap`` is ``wrap_triton``, or nothing in the interpreter."""
@@ -145,9 +148,20 @@ def launch(
     kv_heads, v_dim = a.k_ring.shape[1], a.v_ring.shape[3]
     rows = heads // kv_heads * query
     chosen = settings(
-        batch=batch, kv_heads=kv_heads, rows=rows, k_dim=k_dim, v_dim=v_dim, max_len=a.max_len, k_bits=a.k_bits,
-        k_group=a.k_group, v_bits=a.v_bits, v_group=a.v_group, dtype=a.q.dtype, interpret=interpret,
-        chunk=a.k_new is not None, hip=hip,
+        batch=batch,
+        kv_heads=kv_heads,
+        rows=rows,
+        k_dim=k_dim,
+        v_dim=v_dim,
+        max_len=a.max_len,
+        k_bits=a.k_bits,
+        k_group=a.k_group,
+        v_bits=a.v_bits,
+        v_group=a.v_group,
+        dtype=a.q.dtype,
+        interpret=interpret,
+        chunk=a.k_new is not None,
+        hip=hip,
     )
     a = a.mapped(Tensor.contiguous, ("q", "k_new", "v_new")).mapped(dense_mask, ("mask",))
     mask_shape = (1, 1, 1) if a.mask is None else a.mask.shape[:3]
@@ -156,20 +170,52 @@ def launch(
     stats = torch.empty((batch * heads * query, parts, 2), dtype=torch.float32, device=a.q.device)
     out = torch.empty((batch, heads, query, v_dim), dtype=a.q.dtype, device=a.q.device)
     wrap(decode_kernel)[(parts, kv_heads * chosen.ROW_BLOCKS, batch)](
-        *a.positional(without=("sink_logits",)), part, stats,
-        KV_HEADS=kv_heads, HEADS_PER_KV=heads // kv_heads, QUERY=query, NEW_TOKENS=a.new_tokens, MAX_LEN=a.max_len,
-        K_DIM=k_dim, K_BITS=a.k_bits, K_GROUP=a.k_group, K_TOKENS=a.k_codes.shape[3], K_GROUPS=a.k_scale.shape[2],
-        V_DIM=v_dim, V_BITS=a.v_bits, V_GROUP=a.v_group, V_TOKENS=a.v_codes.shape[2] * codes_per_word(a.v_bits),
-        V_STRIDE=a.v_scale.shape[3], RING=a.k_ring.shape[2], RESIDUAL=a.residual_length,
-        SINK_TOKENS=0 if a.k_sink is None else a.k_sink.shape[2] - 1, SCALE=a.scale, SOFTCAP=a.softcap,
-        WINDOW=a.window, MASK_KIND="none" if a.mask is None else "bool" if a.mask.dtype == torch.bool else "float",
-        MASK_BATCH=mask_shape[0], MASK_HEADS=mask_shape[1], MASK_QUERY=mask_shape[2], HAS_NEW=a.k_new is not None,
-        num_warps=4, **dataclasses.asdict(chosen),
+        *a.positional(without=("sink_logits",)),
+        part,
+        stats,
+        KV_HEADS=kv_heads,
+        HEADS_PER_KV=heads // kv_heads,
+        QUERY=query,
+        NEW_TOKENS=a.new_tokens,
+        MAX_LEN=a.max_len,
+        K_DIM=k_dim,
+        K_BITS=a.k_bits,
+        K_GROUP=a.k_group,
+        K_TOKENS=a.k_codes.shape[3],
+        K_GROUPS=a.k_scale.shape[2],
+        V_DIM=v_dim,
+        V_BITS=a.v_bits,
+        V_GROUP=a.v_group,
+        V_TOKENS=a.v_codes.shape[2] * codes_per_word(a.v_bits),
+        V_STRIDE=a.v_scale.shape[3],
+        RING=a.k_ring.shape[2],
+        RESIDUAL=a.residual_length,
+        SINK_TOKENS=0 if a.k_sink is None else a.k_sink.shape[2] - 1,
+        SCALE=a.scale,
+        SOFTCAP=a.softcap,
+        WINDOW=a.window,
+        MASK_KIND="none" if a.mask is None else "bool" if a.mask.dtype == torch.bool else "float",
+        MASK_BATCH=mask_shape[0],
+        MASK_HEADS=mask_shape[1],
+        MASK_QUERY=mask_shape[2],
+        HAS_NEW=a.k_new is not None,
+        num_warps=4,
+        **dataclasses.asdict(chosen),
     )
     wrap(combine_kernel)[(batch * heads * query,)](
-        part, stats, a.sink_logits, out, HEADS=heads, QUERY=query, V_DIM=v_dim, PARTS=parts,
-        PARTS_TILE=power_of_two(parts), PARTS_STEP=min(power_of_two(parts), 8), V_CHANNELS=power_of_two(v_dim),
-        HAS_LOGITS=a.sink_logits is not None, num_warps=4,
+        part,
+        stats,
+        a.sink_logits,
+        out,
+        HEADS=heads,
+        QUERY=query,
+        V_DIM=v_dim,
+        PARTS=parts,
+        PARTS_TILE=power_of_two(parts),
+        PARTS_STEP=min(power_of_two(parts), 8),
+        V_CHANNELS=power_of_two(v_dim),
+        HAS_LOGITS=a.sink_logits is not None,
+        num_warps=4,
     )
     return out
 

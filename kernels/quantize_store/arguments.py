@@ -43,6 +43,12 @@ class StoreArguments(Arguments):
     """None: the codes are this layer's own; else how scales are fitted to borrowed ones."""
 
     @property
+    def quantized(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(scale, zero, ring) of storage below 16 bits, which has all of them."""
+        assert self.scale is not None and self.zero is not None and self.ring is not None
+        return self.scale, self.zero, self.ring
+
+    @property
     def overload(self) -> Overload:
         """The overload of the op that these arguments are for."""
         return OWN if self.fit is None else BORROWED

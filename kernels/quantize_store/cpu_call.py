@@ -20,9 +20,18 @@ def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) 
     """The kernel for these arguments; ``sizes`` and ``dtype`` read a tensor's shape and dtype."""
     scheme = SCHEMES[a.scheme]
     return Append(
-        dtype=dtype(a.ring), scale_dtype=dtype(a.scale), shape=sizes(a.x), append=scheme.APPEND, bits=a.bits,
-        group=a.group_size, residual=a.residual_length, ring=sizes(a.ring)[2],
-        tokens=scheme.tokens_of(sizes(a.codes), sizes(a.scale)), eta=a.eta, sinks=a.sink_tokens, max_len=a.max_len,
+        dtype=dtype(a.ring),
+        scale_dtype=dtype(a.scale),
+        shape=sizes(a.x),
+        append=scheme.APPEND,
+        bits=a.bits,
+        group=a.group_size,
+        residual=a.residual_length,
+        ring=sizes(a.ring)[2],
+        tokens=scheme.tokens_of(sizes(a.codes), sizes(a.scale)),
+        eta=a.eta,
+        sinks=a.sink_tokens,
+        max_len=a.max_len,
         fit=a.fit,
     )
 

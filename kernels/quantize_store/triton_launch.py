@@ -28,7 +28,7 @@ def blocks(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     groups = math.ceil(new / a.residual_length) * (a.residual_length // a.group_size)
     grid = (batch * heads, groups, math.ceil(dim / 32))
     return grid, dict(
-        TOKENS=a.codes.shape[3], GROUPS=a.scale.shape[2], CHUNK=32, TILE=min(power_of_two(a.group_size), 64)
+        TOKENS=a.codes.shape[3], GROUPS=a.quantized[0].shape[2], CHUNK=32, TILE=min(power_of_two(a.group_size), 64)
     )
 
 
@@ -36,7 +36,7 @@ def tokens(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Grid and constants of ``append_values_kernel``."""
     batch, heads, _, dim = a.x.shape
     grid = (batch * heads, dim // a.group_size)
-    return grid, dict(WORDS=a.codes.shape[2], STRIDE=a.scale.shape[3], CHUNK=power_of_two(a.group_size))
+    return grid, dict(WORDS=a.codes.shape[2], STRIDE=a.quantized[0].shape[3], CHUNK=power_of_two(a.group_size))
 
 
 def launch(a: StoreArguments, *, wrap: Callable[[Any], Any]) -> None:
@@ -49,9 +49,21 @@ def launch(a: StoreArguments, *, wrap: Callable[[Any], Any]) -> None:
     _, heads, new, dim = a.x.shape
     wrap(kernel)[grid](
         *a.replace(x=a.x.contiguous()).positional(),
-        HEADS=heads, NEW_TOKENS=new, NEW_TILE=power_of_two(new), DIM=dim, RING=a.ring.shape[2],
-        SINK_TOKENS=a.sink_tokens, RESIDUAL=a.residual_length, GROUP=a.group_size, BITS=a.bits, ETA=a.eta,
-        FIT=a.fit or "own", MAX_LEN=a.max_len, STEP_TOKENS=STEP_TOKENS, num_warps=4, **own,
+        HEADS=heads,
+        NEW_TOKENS=new,
+        NEW_TILE=power_of_two(new),
+        DIM=dim,
+        RING=a.quantized[2].shape[2],
+        SINK_TOKENS=a.sink_tokens,
+        RESIDUAL=a.residual_length,
+        GROUP=a.group_size,
+        BITS=a.bits,
+        ETA=a.eta,
+        FIT=a.fit or "own",
+        MAX_LEN=a.max_len,
+        STEP_TOKENS=STEP_TOKENS,
+        num_warps=4,
+        **own,
     )
 
 

@@ -39,7 +39,5 @@ class Scheme(Protocol):
         ``in_ring`` says that ``x`` is in the ring already.
         """
 
-    def dequantize(
-        self, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, n: int, dim: int
-    ) -> Tensor:
+    def dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, n: int, dim: int) -> Tensor:
         """The first ``n`` tokens as fp32 [B, H, n, dim]."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
         for j in range(x.shape[2]):
             store_one(a, past + j - a.residual_length)
         return
-    per = codes_per_word(a.bits)
+    per, (_, _, ring) = codes_per_word(a.bits), a.quantized
     new, first = x.shape[2], (past - a.residual_length).clamp_min(0)
     words = (new + 2 * per - 2) // per
     tokens = first // per * per + torch.arange(words * per, device=x.device)
@@ -63,7 +64,7 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
     trash = a.codes.shape[2] - 1
     rows = torch.where(due.any(1), first // per + torch.arange(words, device=x.device), trash)
     old = a.codes.index_select(2, rows)
-    values = full_precision(x, a.ring, tokens, past, False)
+    values = full_precision(x, ring, tokens, past, False)
     codes, scale, zero = quantize(a, values, unpack_words(old, a.bits, 2, words * per))
     if codes is not None:
         ones = torch.where(leaves, 2**a.bits - 1, 0)[:, None]
@@ -74,12 +75,12 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
 
 def store_one(a: StoreArguments, token: Tensor) -> None:
     """Quantize one token (int64 [1]) out of the ring; a negative one goes to padding."""
-    per = codes_per_word(a.bits)
+    per, (_, _, ring) = codes_per_word(a.bits), a.quantized
     due = token >= 0
     row = torch.where(due, token // per, a.codes.shape[2] - 1)
     shift = shifts(a.bits, token.device).index_select(0, token % per)
     old = a.codes.index_select(2, row)
-    value = full_precision(a.ring, a.ring, token, token, True)
+    value = full_precision(ring, ring, token, token, True)
     codes, scale, zero = quantize(a, value, torch.bitwise_right_shift(old, shift) & (2**a.bits - 1))
     if codes is not None:
         mask = torch.bitwise_left_shift(torch.full_like(shift, 2**a.bits - 1), shift)
@@ -90,7 +91,7 @@ def store_one(a: StoreArguments, token: Tensor) -> None:
 def quantize(a: StoreArguments, values: Tensor, stored: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
     """(codes or None if borrowed, scale, zero) of fp32 ``values`` [B, H, tokens, D]."""
     split = (values.shape[3] // a.group_size, a.group_size)
-    stats = dict(bits=a.bits, eta=a.eta, dim=4, dtype=a.scale.dtype)
+    stats: dict[str, Any] = dict(bits=a.bits, eta=a.eta, dim=4, dtype=a.quantized[0].dtype)
     if a.fit is None:
         codes, scale, zero = own_codes(values.unflatten(3, split), **stats)
         return codes.flatten(3, 4), scale, zero
@@ -99,8 +100,8 @@ def quantize(a: StoreArguments, values: Tensor, stored: Tensor) -> tuple[Tensor 
 
 def put_scales(a: StoreArguments, tokens: Tensor, scale: Tensor, zero: Tensor) -> None:
     """Store [B, H, tokens, groups, 1] scales and zeros in their [B, H, groups, N] homes."""
-    a.scale.index_copy_(3, tokens, scale.squeeze(4).transpose(2, 3))
-    a.zero.index_copy_(3, tokens, zero.squeeze(4).transpose(2, 3))
+    for stored, new in zip(a.quantized, (scale, zero), strict=False):
+        stored.index_copy_(3, tokens, new.squeeze(4).transpose(2, 3))
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, n: int, dim: int) -> Tensor:

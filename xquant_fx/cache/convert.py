@@ -21,7 +21,7 @@ def quantize_in_place(buffer: Tensor, state: KVState) -> None:
     static = getattr(buffer, "_dynamo_static_input_type", None)
     new = QuantizedKV(state.spec, state.owned["length"], state)  # a static address only if the buffer's was
     attributes = dict(new.__dict__)
-    buffer.__class__, new.__class__ = QuantizedKV, torch.Tensor
+    buffer.__class__, new.__class__ = QuantizedKV, torch.Tensor  # type: ignore[assignment]
     torch._C._swap_tensor_impl(buffer, new)
     buffer.__dict__.update(attributes)
     if static is not None:

@@ -11,15 +11,22 @@ from torch import Tensor
 from xquant_fx import ops
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import KVState
-from xquant_fx.errors import CacheStateError
-from xquant_fx.kernels.decode_attention.arguments import why_not_fused
+from xquant_fx.errors import ArgumentError, CacheStateError
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.plan.spec import why_not_fused
 
 
 @torch.compiler.disable(reason="xquant_fx.decode_attention is a kernel already")
 def decode_attention(
-    q: Tensor, cache: Any, layer: int, *, mask: Tensor | None = None, scale: float | None = None,
-    softcap: float = 0.0, window: int = 0, sink_logits: Tensor | None = None,
+    q: Tensor,
+    cache: Any,
+    layer: int,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention of the newest tokens' queries to layer ``layer`` of ``cache``, whose keys and values are stored.
 
@@ -42,8 +49,9 @@ def decode_attention(
         [B, Hq, q, D of the values] in the dtype of ``q``.
 
     Raises:
+        ArgumentError: an argument breaks its rule or does not fit the layer.
         CacheStateError: the layer is not quantized or not allocated yet, stores 16 bits, was rolled back
-            too far to know the tokens before the query's, an argument does not fit it, or ``q`` wants a gradient.
+            too far to know the tokens before the query's, or ``q`` wants a gradient.
     """
     key, value = _states(cache, layer)
     _check(q, key, value)
@@ -51,9 +59,8 @@ def decode_attention(
     where = f"layer {spec.layer}: "
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if not (0 <= softcap < math.inf and window >= 0 and math.isfinite(scale)):
-        raise CacheStateError(
-            where + "scale must be finite, softcap and window 0 (off) or more, "
-            f"got {scale}, {softcap} and {window}"
+        raise ArgumentError(
+            where + f"scale must be finite, softcap and window 0 (off) or more, got {scale}, {softcap} and {window}"
         )
     if sink_logits is not None:
         sink_logits = _logits(sink_logits, q, where)
@@ -62,9 +69,21 @@ def decode_attention(
     names = ("codes", "scale", "zero", "ring", "sink")
     tensors = {f"{side}_{name}": s.tensor(name) for side, s in (("k", key), ("v", value)) for name in names}
     return ops.DECODE(
-        q=q, **tensors, start=key.group.start, past=past, mask=mask, sink_logits=sink_logits, new_tokens=new,
-        max_len=spec.shape[2], k_bits=spec.bits, k_group=spec.group_size, v_bits=value.spec.bits,
-        v_group=value.spec.group_size, residual_length=spec.residual_length, scale=scale, softcap=softcap,
+        q=q,
+        **tensors,
+        start=key.group.start,
+        past=past,
+        mask=mask,
+        sink_logits=sink_logits,
+        new_tokens=new,
+        max_len=spec.shape[2],
+        k_bits=spec.bits,
+        k_group=spec.group_size,
+        v_bits=value.spec.bits,
+        v_group=value.spec.group_size,
+        residual_length=spec.residual_length,
+        scale=scale,
+        softcap=softcap,
         window=window,
     )
 
@@ -75,7 +94,7 @@ def _states(cache: Any, layer: int) -> tuple[KVState, KVState]:
     else:
         layers = getattr(cache, "layers", ())
         if not -len(layers) <= layer < len(layers):
-            raise CacheStateError(
+            raise ArgumentError(
                 f"layer must be one of the cache's {len(layers)} layers, got {layer} of a {type(cache).__name__}"
             )
         keys, values = (getattr(layers[layer], name, None) for name in ("keys", "values"))
@@ -83,7 +102,7 @@ def _states(cache: Any, layer: int) -> tuple[KVState, KVState]:
         raise CacheStateError(f"layer {layer} is not quantized, or not allocated yet (that happens at its first step)")
     key, value = keys.live, values.live
     if (key.spec.role, value.spec.role) != ("key", "value"):
-        raise CacheStateError(f"a pair must be (keys, values), got ({key.spec.role}s, {value.spec.role}s)")
+        raise ArgumentError(f"a pair must be (keys, values), got ({key.spec.role}s, {value.spec.role}s)")
     return key, value
 
 
@@ -91,18 +110,17 @@ def _check(q: Tensor, key: KVState, value: KVState) -> None:
     where, (batch, heads, _, dim) = f"layer {key.spec.layer}: ", key.spec.shape
     if not (key.spec.quantized and value.spec.quantized):
         raise CacheStateError(where + "16-bit storage has no codes to attend to; use scaled_dot_product_attention")
-    schemes = key.spec.scheme, key.spec.bits, value.spec.scheme, value.spec.bits
-    if reason := why_not_fused(*schemes):
+    if reason := why_not_fused(key.spec, value.spec):
         raise CacheStateError(where + f"no kernel attends to such a layer: {reason}")
     fits = q.dim() == 4 and q.shape[0] == batch and q.shape[1] and q.shape[1] % heads == 0 and q.shape[3] == dim
     if not fits or q.dtype != key.spec.dtype:
-        raise CacheStateError(
+        raise ArgumentError(
             where + f"q must have shape [{batch}, multiple of {heads}, q, {dim}] and dtype {key.spec.dtype}, "
             f"got {tuple(q.shape)} and {q.dtype}"
         )
     keys, values = key.length, value.length
     if not 1 <= q.shape[2] <= min(STEP_TOKENS, keys):
-        raise CacheStateError(where + f"q must have 1 to {STEP_TOKENS} stored tokens, got {q.shape[2]} of {keys}")
+        raise ArgumentError(where + f"q must have 1 to {STEP_TOKENS} stored tokens, got {q.shape[2]} of {keys}")
     if values != keys:
         raise CacheStateError(where + f"{keys} keys and {values} values are stored")
     lost = max(key.furthest, value.furthest) - (keys - q.shape[2])
@@ -129,7 +147,7 @@ def _fitting(mask: Tensor, shape: tuple[int, ...], where: str) -> Tensor:
     full = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     fits = len(full) == 4 and full[3] == shape[3] and all(a in (1, b) for a, b in zip(full, shape, strict=True))
     if not fits or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
-        raise CacheStateError(
+        raise ArgumentError(
             where + f"the mask must be bool or float and broadcast to {list(shape)} (its last dimension that long), "
             f"got {tuple(mask.shape)} of {mask.dtype}"
         )
@@ -139,5 +157,5 @@ def _fitting(mask: Tensor, shape: tuple[int, ...], where: str) -> Tensor:
 
 def _logits(sink_logits: Tensor, q: Tensor, where: str) -> Tensor:
     if tuple(sink_logits.shape) != (q.shape[1],):
-        raise CacheStateError(where + f"sink_logits must have shape [{q.shape[1]}], got {tuple(sink_logits.shape)}")
+        raise ArgumentError(where + f"sink_logits must have shape [{q.shape[1]}], got {tuple(sink_logits.shape)}")
     return sink_logits.to(torch.float32)

@@ -16,7 +16,7 @@ from transformers.cache_utils import StaticLayer
 from xquant_fx.cache.allocate import Slot, quantized_empty
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import CacheGroup, KVState
-from xquant_fx.errors import CacheStateError, ConfigError
+from xquant_fx.errors import ArgumentError, CacheStateError, ConfigError
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan, make_plan
 
@@ -116,8 +116,13 @@ class XQuantCache(StaticCache):
     """
 
     def __init__(
-        self, model_config: PreTrainedConfig, max_cache_len: int, config: XQuantConfig | Plan | None = None, *,
-        padding_mask: Tensor | None = None, **kwargs: Any,
+        self,
+        model_config: PreTrainedConfig,
+        max_cache_len: int,
+        config: XQuantConfig | Plan | None = None,
+        *,
+        padding_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> None:
         if kwargs:
             raise ConfigError(f"XQuantCache takes no {sorted(kwargs)}")
@@ -132,8 +137,9 @@ class XQuantCache(StaticCache):
         self.plan = make_plan(self.xquant_config, len(full)) if full else None
         for layer_idx, index in enumerate(full):
             assert self.plan is not None
-            self.layers[index] = XQuantLayer(max_cache_len, layer_idx, below, self.plan)
-            below.append(self.layers[index])
+            layer = XQuantLayer(max_cache_len, layer_idx, below, self.plan)
+            self.layers[index] = layer
+            below.append(layer)
         self.quantized_layers = below
         if padding_mask is not None:
             self.set_padding_mask(padding_mask)
@@ -168,7 +174,7 @@ class XQuantCache(StaticCache):
         Raises:
             CacheStateError: more than 8 tokens and not all: those before them are quantized. Or a layer
                 that is not quantized cannot be rolled back.
-            ValueError: a positive number.
+            ArgumentError: a positive number (a ValueError, too).
         """
         _refuse_positive(tokens_to_remove)
         fixed = sorted({type(layer).__name__ for layer in self.layers if not layer.is_croppable})
@@ -180,11 +186,11 @@ class XQuantCache(StaticCache):
             state.check_truncate(length)
         for layer in self.layers:
             if layer.is_croppable:
-                layer.crop(length - stored)
+                layer.crop(length - stored)  # type: ignore[union-attr]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select batch rows in place (beam search)."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.group is not None:
             start = self.group.start
             start.copy_(start.index_select(0, beam_idx.to(start.device)))
@@ -193,7 +199,7 @@ class XQuantCache(StaticCache):
 def _refuse_positive(tokens_to_remove: int) -> None:
     """Positive numbers once meant the length to keep; transformers 5.24 refuses them, too."""
     if tokens_to_remove > 0:
-        raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        raise ArgumentError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
 
 
 def left_padding(padding_mask: Tensor) -> Tensor:

@@ -37,7 +37,9 @@ class QuantizedKV(Dequantized):
     span: tuple[int, int]
 
     @staticmethod
-    def __new__(cls, spec: KVSpec, anchor: Tensor, state: KVState | None = None, span: tuple[int, int] | None = None):
+    def __new__(
+        cls, spec: KVSpec, anchor: Tensor, state: KVState | None = None, span: tuple[int, int] | None = None
+    ) -> QuantizedKV:
         begin, end = span or (0, spec.shape[2])
         shape = (*spec.shape[:2], end - begin, spec.shape[3])
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
@@ -65,7 +67,7 @@ class QuantizedKV(Dequantized):
         """What torch's on-disk caches key on: what compiled code may rely on, never the contents."""
         return hashlib.sha256(repr((self.spec, self.span, self.device)).encode()).hexdigest()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         s = self.spec
         codes = f"codes of layer {s.partner}" if s.borrowed else f"{s.bits} bits"
         return f"QuantizedKV({self.origin}, shape={tuple(self.shape)}, {codes}, device={self.device})"

@@ -18,7 +18,7 @@ from xquant_fx.errors import UnsupportedWriteError
 class Dequantized(torch.Tensor):
     """A tensor that ops read by way of ``dense()``."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def origin(self) -> str:
@@ -41,7 +41,7 @@ class ReadOnlyCopy(Dequantized):
     _origin: str
 
     @staticmethod
-    def __new__(cls, base: Tensor, origin: str):
+    def __new__(cls, base: Tensor, origin: str) -> ReadOnlyCopy:
         return torch.Tensor._make_wrapper_subclass(
             cls, base.shape, strides=base.stride(), storage_offset=0, dtype=base.dtype, device=base.device
         )
@@ -49,7 +49,7 @@ class ReadOnlyCopy(Dequantized):
     def __init__(self, base: Tensor, origin: str):
         self.base, self._origin = base, origin
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ReadOnlyCopy({self.origin}, {self.base})"
 
     @property

@@ -7,6 +7,8 @@ refers to it. ``CacheGroup`` is what the states of one cache have in common.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -111,7 +113,8 @@ class KVState:
             chunk = Chunk(x, past, new, ring.clone() if past else ring)
         self.group.hold(self, chunk)
         fit = self.spec.fit if self.spec.borrowed else None
-        arguments = StoreArguments(x=x, pos=pos, **self.tensors, **self.spec.store_constants(), fit=fit)
+        given: dict[str, Any] = {**self.tensors, **self.spec.store_constants()}
+        arguments = StoreArguments(x=x, pos=pos, **given, fit=fit)
         arguments.call(ops.STORE, ops.STORE_BORROWED)
 
     def load(self, n: int) -> Tensor:
@@ -123,9 +126,7 @@ class KVState:
         tensors = {name: self.tensor(name) for name in ("codes", "scale", "zero", "ring", "sink", "start")}
         if chunk.ring is not None:
             tensors["ring"] = chunk.ring
-        return ops.LOAD(
-            **tensors, past=past, new_tokens=chunk.new, n=n, **self.spec.load_constants(), x=chunk.x
-        )
+        return ops.LOAD(**tensors, past=past, new_tokens=chunk.new, n=n, **self.spec.load_constants(), x=chunk.x)
 
     @property
     def length(self) -> int:

@@ -153,7 +153,8 @@ def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: st
     patches = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
     if settings is not None:
         patches.update(cache_key_patch(settings))
-    return compile_fx(gm, inputs, config_patches=patches or None)
+    compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
+    return compiled
 
 
 def _compile_quantized(

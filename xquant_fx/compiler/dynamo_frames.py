@@ -7,6 +7,7 @@ Relied on: ``gm.compile_subgraph_reason``, ``torch_dynamo_resume`` in the names 
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.utils import orig_code_map
@@ -28,7 +29,7 @@ def forget_compiled_frame() -> bool:
     torch 2.11 does not guard on the class of a module's buffers: it would not notice that they are
     quantized now. Relied on: ``convert_frame.orig_code_map``, ``eval_frame.reset_code``.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = orig_code_map.get(frame.f_code)
         if code is not None:

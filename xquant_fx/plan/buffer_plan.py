@@ -110,12 +110,12 @@ def _check(entry: BufferPlan, where: str) -> None:
         raise ConfigError(f"{where}: scheme must be one of {sorted(SCHEMES)}, got {entry.scheme!r}")
     if entry.fit not in SHARED_FITS:
         raise ConfigError(f"{where}: fit must be one of {SHARED_FITS}, got {entry.fit!r}")
-    sizes = dict(k_group_size=entry.group_size) if entry.role == "key" else dict(v_group_size=entry.group_size)
-    group = entry.group_size if entry.role == "key" else 1
+    of_keys: Any = entry.group_size if entry.role == "key" else 1
+    of_values = entry.group_size if entry.role == "value" else None
     try:
         XQuantConfig(
             k_bits=entry.bits, v_bits=entry.bits, residual_length=entry.residual_length, sink_tokens=entry.sink_tokens,
-            scale_dtype=entry.scale_dtype, eta_1bit=entry.eta, **{"k_group_size": group, **sizes},
+            scale_dtype=entry.scale_dtype, eta_1bit=entry.eta, k_group_size=of_keys, v_group_size=of_values,
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error

@@ -41,7 +41,11 @@ class Explanation:
 
 
 def explain(
-    model: Any, *args: Any, mode: str | None = None, options: dict[str, Any] | None = None, strict: bool = False,
+    model: Any,
+    *args: Any,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    strict: bool = False,
     **kwargs: Any,
 ) -> Explanation:
     """Trace one call of ``model(*args, **kwargs)`` and say what the backend does to each attention.

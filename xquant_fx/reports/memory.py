@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import KVState
-from xquant_fx.errors import CacheStateError
+from xquant_fx.errors import ArgumentError, CacheStateError
 
 _PART = {"codes": "codes", "scale": "scales", "zero": "zero_points", "ring": "residual_windows", "sink": "sinks"}
 
@@ -74,10 +74,11 @@ def memory_report(cache_or_model: Any) -> MemoryReport:
     """Report on an XQuantCache, any Hugging Face cache or a module whose buffers were quantized.
 
     Raises:
+        ArgumentError: it is neither a cache nor a module.
         CacheStateError: no quantized KV buffer is in it (an XQuantCache allocates at its first step).
     """
     if not (hasattr(cache_or_model, "layers") or isinstance(cache_or_model, torch.nn.Module)):
-        raise CacheStateError(f"memory_report takes a cache or a module, got {type(cache_or_model).__name__}")
+        raise ArgumentError(f"memory_report takes a cache or a module, got {type(cache_or_model).__name__}")
     tensors = list(_tensors(cache_or_model))
     states = [t.live for t in tensors if isinstance(t, QuantizedKV)]
     if not states:

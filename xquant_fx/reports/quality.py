@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xquant_fx.errors import ArgumentError
+
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
@@ -22,7 +24,7 @@ class Agreement:
 def agreement(reference: Tensor, other: Tensor) -> Agreement:
     """Compare two texts, token ids of one dimension. Free-running texts part for good at one difference."""
     if reference.dim() != 1 or other.dim() != 1:
-        raise ValueError(f"texts must have one dimension, got {tuple(reference.shape)} and {tuple(other.shape)}")
+        raise ArgumentError(f"texts must have one dimension, got {tuple(reference.shape)} and {tuple(other.shape)}")
     common, longer = sorted((len(reference), len(other)))
     equal = reference[:common] == other[:common].to(reference.device)
     differing = (~equal).nonzero().flatten().tolist() + [common] * (common < longer)
@@ -79,4 +81,4 @@ class _Forced:
 
 def _check_logits(reference: Tensor, other: Tensor) -> None:
     if reference.shape != other.shape:
-        raise ValueError(f"logits must have one shape, got {tuple(reference.shape)} and {tuple(other.shape)}")
+        raise ArgumentError(f"logits must have one shape, got {tuple(reference.shape)} and {tuple(other.shape)}")
