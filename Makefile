@@ -1,12 +1,14 @@
 # Everything runs in .venv, which the first target to need it sets up.
-# `make compat` uses .venv-compat; COMPAT_PYTHON=python3.10 tries the oldest Python, too.
+# `make compat` tests on the oldest supported versions, then on the newest ones tried, in environments of their own;
+# `make compat-oldest` and `make compat-newest` do one of the two. COMPAT_PYTHON=python3.10 tries the oldest Python, too.
+# The newest torch, from PyPI, is a CUDA build: a download of several gigabytes (it runs on a CPU). Not for every day.
+# docs/versions.md says what was run.
 
 PYTHON ?= python3
 COMPAT_PYTHON ?= $(PYTHON)
 WORKERS ?= 2
 
 READY := .venv/.ready
-COMPAT_READY := .venv-compat/.ready
 # The models of the demo and the tests are too small for more than one thread.
 ONE_THREAD := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(WORKERS) --dist worksteal --durations=15
@@ -17,7 +19,7 @@ TESTS := $(ONE_THREAD) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.inductor
 
 CPP := $(wildcard kernels/*/*.h kernels/*/*.cpp tests/*.h)
 
-.PHONY: demo test test-all lint bench compat clean
+.PHONY: demo test test-all lint bench compat compat-oldest compat-newest clean
 
 demo: $(READY)
 	$(ONE_THREAD) .venv/bin/python examples/generate.py
@@ -41,8 +43,11 @@ bench: $(READY)
 		--contexts 32768 --steps 15 --name decode-cpu-2-layers-32k
 	.venv/bin/python benchmarks/store.py
 
-compat: $(COMPAT_READY)
-	$(TESTS) .venv-compat/bin/pytest $(PYTEST_FLAGS) $(FAST)
+compat: compat-oldest
+	$(MAKE) compat-newest
+
+compat-oldest compat-newest: compat-%: .venv-compat-%/.ready
+	$(TESTS) .venv-compat-$*/bin/pytest $(PYTEST_FLAGS) $(FAST)
 
 $(READY): pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv
@@ -50,12 +55,13 @@ $(READY): pyproject.toml requirements.txt
 	.venv/bin/pip install --quiet -c requirements.txt -e '.[dev]'
 	touch $@
 
-$(COMPAT_READY): pyproject.toml requirements-compat.txt
-	$(COMPAT_PYTHON) -m venv .venv-compat
-	.venv-compat/bin/pip install --quiet -r requirements-compat.txt
-	.venv-compat/bin/pip install --quiet -c requirements-compat.txt -e '.[dev]'
+.venv-compat-oldest/.ready .venv-compat-newest/.ready: .venv-compat-%/.ready: pyproject.toml requirements-compat-%.txt
+	$(COMPAT_PYTHON) -m venv .venv-compat-$*
+	.venv-compat-$*/bin/pip install --quiet -r requirements-compat-$*.txt
+	.venv-compat-$*/bin/pip install --quiet -c requirements-compat-$*.txt -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-compat build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache .inductor
+	rm -rf .venv .venv-compat-oldest .venv-compat-newest build dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis .mypy_cache .inductor
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

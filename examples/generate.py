@@ -3,13 +3,15 @@
     python examples/generate.py
     python examples/generate.py --model Qwen/Qwen2.5-0.5B --preset kivi-2 --device cuda
 
-Both go one way: ``model.compile(backend=...)``, then ``model.generate(past_key_values=...)``.
+Both go one way: ``model.compile(backend=...)``, then ``model.generate(past_key_values=...)``. From
+transformers 5.24 on that argument is called ``cache``; ``cache_argument`` takes the right one.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import statistics
 import time
 from collections import Counter
@@ -62,13 +64,19 @@ class Run:
     """Wall time of the first run, compilation included."""
 
 
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """``cache`` by the name that the model has for it: transformers 5.24 renamed it and warns of the old name."""
+    renamed = "cache" in inspect.signature(model.forward).parameters
+    return {"cache" if renamed else "past_key_values": cache}
+
+
 def write(model: Any, ids: Tensor, new_tokens: int, make_cache: Callable[[], Any]) -> Run:
     """Generate greedily: once to compile and for the text, then a few times for the clock."""
 
     def generate(**decoding: Any) -> tuple[Tensor, Any, Clock]:
         cache, clock = make_cache(), Clock()
-        length = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens)
-        out = model.generate(ids, past_key_values=cache, do_sample=False, streamer=clock, **length, **decoding)
+        given = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, **cache_argument(model, cache))
+        out = model.generate(ids, do_sample=False, streamer=clock, **given, **decoding)
         return out[0, ids.shape[1] :], cache, clock
 
     start = time.perf_counter()
@@ -130,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         runs.append(write(model, ids, args.max_new_tokens, make_cache))
         # Both are fed the text that full precision wrote, so that one difference is not the end of it.
         text = torch.cat([ids[0], runs[0].new_ids])[None]
-        logits.append(teacher_forced_logits(model, text, prompt_length, past_key_values=make_cache()))
+        logits.append(teacher_forced_logits(model, text, prompt_length, **cache_argument(model, make_cache())))
 
     full, quantized = runs
     for name, run in zip(caches, runs, strict=True):
@@ -149,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     console.print(table)
     print(memory_report(quantized.cache))
     print()
-    print(summary(explain(model, ids, past_key_values=caches[args.preset]())))
+    print(summary(explain(model, ids, **cache_argument(model, caches[args.preset]()))))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     args = parser.parse_args(argv)
     title = f"{args.tokens} tokens, head_dim {args.head_dim}, bfloat16"
-    table = Table("preset", "bits stored per element", "times smaller", "codes alone", title=title, title_justify="left")
+    table = Table("preset", "bits per element", "times smaller", "codes alone", title=title, title_justify="left")
     for name in PRESETS:
         report = filled(XQuantConfig.preset(name), args.tokens, args.head_dim)
         codes = 8 * report.codes / report.elements

@@ -2,7 +2,7 @@
 
 Private torch APIs, all of them here: ``register_lowering``, ``ir.ExternKernel`` and ``ExternKernelOut``,
 ``ir.MutationOutput``, ``V.graph``, the wrapper's ``define_kernel`` and ``src_to_kernel``. Checked on
-torch 2.11 and 2.13.
+torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Graphs as text, for people: files in a folder, and artifacts of torch's structured trace (``TORCH_TRACE``).
 
-Relied on: ``torch._logging.trace_structured``. Checked on torch 2.11 and 2.13.
+Relied on: ``torch._logging.trace_structured``. Checked on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

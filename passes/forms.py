@@ -7,131 +7,25 @@ belongs to a stage, and stages may only fall:
     BIASED   scores * scale + mask, mask filled in        any number of masks and scales, in any order
     CAPPED   softcap * tanh(scores * scale / softcap)     the softcap, and scales within it
 
-A row's function gets the node, what was found so far and the facts of the attention. It returns the scores'
-next node with what is found now, a sentence that says why the form is none that the op knows, or None where
-the row does not apply. To teach the passes a new form of mask, add a row.
+``walk_scores.py`` has the walk. A row's function gets the node, what was found so far and the facts of the
+attention. It returns the scores' next node with what is found now, a sentence that says why the form is none that
+the op knows, or None where the row does not apply. To teach the passes a new form of mask, add a row.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
-from enum import IntEnum
 
 import torch
 from torch.fx import Node
 
-from xquant_fx.passes.records import Attention, MaskTerm, Product
+from xquant_fx.passes.records import MaskTerm
+from xquant_fx.passes.scores import Row, Scene, Scores, Stage, Taken, shape_of
 from xquant_fx.passes.trace import argument, fake, is_view_like, keeps_numbers, operand, value_of
 from xquant_fx.passes.vocabulary import kind, op_name
 
 #: What programs fill in for "not to be seen" is at most this: beside any score its weight is 0.
 NOT_SEEN = -1e4
-
-
-class Stage(IntEnum):
-    """How far the walk has come; it may only fall."""
-
-    CAPPED = 1
-    BIASED = 2
-    JOINED = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """What was taken off the scores so far, from the softmax back."""
-
-    stage: Stage = Stage.JOINED
-    scale: float = 1.0
-    softcap: float = 0.0
-    terms: tuple[MaskTerm, ...] = ()
-    """Masks in the order of the program."""
-    sinks: Node | None = None
-    largest: Node | None = None
-    """The subtracted largest score, which is allowed to read the scores, too."""
-
-    def replace(self, **changes: object) -> Scores:
-        """A copy with ``changes``."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
-
-
-Taken = tuple[Node, Scores]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One form of what lies between the scores and the softmax."""
-
-    name: str
-    stage: Stage | None
-    """Stage that the row belongs to; None: any."""
-    kinds: frozenset[str]
-    """Kinds of the op that it takes off."""
-    take: Callable[[Node, Scores, Scene], Taken | str | None]
-
-
-class Scene:
-    """One attention that is written out, and which nodes carry its scores."""
-
-    def __init__(self, attention: Attention, heads: int) -> None:
-        assert attention.scores is not None
-        self.attention, self.product, self.heads = attention, attention.scores, heads
-        self.carriers = {self.product.node}
-        queue = [self.product.node]
-        while queue:
-            for user in queue.pop().users:
-                if user not in self.carriers and user is not attention.node:
-                    self.carriers.add(user)
-                    queue.append(user)
-
-    def split(self, node: Node) -> tuple[Node, object] | None:
-        """(scores, other operand) of an op with two operands of which one carries the scores."""
-        if len(node.args) < 2:
-            return None
-        left, right = node.args[:2]
-        if isinstance(left, Node) and left in self.carriers:
-            return None if isinstance(right, Node) and right in self.carriers else (left, right)
-        return (right, left) if isinstance(right, Node) and right in self.carriers else None
-
-
-def walk(scene: Scene, node: object) -> Scores | str:
-    """Take ops off ``node``, the softmax's input, until the product; what was found, or why that fails."""
-    found = Scores()
-    while isinstance(node, Node):
-        others = [user for user in node.users if user is not found.largest]
-        if len(others) != 1:
-            return "the attention scores are used for something else, too"
-        if node is scene.product.node:
-            return _take_product(scene.product, found)
-        taken = _take(node, found, scene)
-        if isinstance(taken, str):
-            return taken
-        if taken is None:
-            break
-        node, found = taken
-    name = op_name(node) if isinstance(node, Node) else repr(node)
-    return f"{name} lies between the scores and the softmax"
-
-
-def _take(node: Node, found: Scores, scene: Scene) -> Taken | str | None:
-    for row in ROWS:
-        if kind(node) not in row.kinds:
-            continue
-        taken = row.take(node, found, scene)
-        if isinstance(taken, str):
-            return taken
-        if taken is None:
-            continue
-        if row.stage is not None and row.stage > found.stage:
-            return f"{op_name(node)} ({row.name}) lies between the scores and the softmax, within the {_last(found)}"
-        after, now = taken
-        return after, now if row.stage is None else now.replace(stage=row.stage)
-    return None
-
-
-def _last(found: Scores) -> str:
-    return "softcap" if found.stage == Stage.CAPPED else "masks and scales"
 
 
 def _number(value: object) -> float | None:
@@ -158,9 +52,12 @@ def _scaled(node: Node) -> tuple[Node, float] | None:
 
 
 def take_largest(node: Node, found: Scores, scene: Scene) -> Taken | None:
-    """``scores - scores.max(-1, keepdim=True)``: the softmax is the same without it."""
+    """``scores - scores.max(-1, keepdim=True)``: the softmax is the same without it.
+
+    Not if sink logits are joined afterwards, from which it is not subtracted.
+    """
     inner, largest = operand(node), operand(node, 1)
-    if found.largest is not None or node.kwargs or inner is None or largest is None:
+    if found.largest is not None or found.sinks is not None or node.kwargs or inner is None or largest is None:
         return None
     chain: Node | None = largest
     while chain is not None and is_view_like(chain):
@@ -205,7 +102,7 @@ def take_added(node: Node, found: Scores, scene: Scene) -> Taken | str | None:
     value = fake(mask)
     if not isinstance(mask, Node) or value is None or not value.dtype.is_floating_point:
         return None  # a bool that is added is a number like any other
-    return scores, _with_term(found, MaskTerm(mask, None, factor=found.scale, scores=_shape(node)))
+    return scores, found.with_term(MaskTerm(mask, None, factor=found.scale, scores=shape_of(node)))
 
 
 def take_filled(node: Node, found: Scores, scene: Scene) -> Taken | str | None:
@@ -219,7 +116,7 @@ def take_filled(node: Node, found: Scores, scene: Scene) -> Taken | str | None:
         return None
     if not number * found.scale <= NOT_SEEN:
         return f"{op_name(node)} fills the scores with {number}, which does not mean that they are not to be seen"
-    return scores, _with_term(found, MaskTerm(condition, number * found.scale, where, scores=_shape(node)))
+    return scores, found.with_term(MaskTerm(condition, number * found.scale, where, scores=shape_of(node)))
 
 
 def _fill_parts(node: Node, scene: Scene) -> tuple[Node, Node, float, bool] | None:
@@ -268,34 +165,13 @@ def take_cast(node: Node, found: Scores, scene: Scene) -> Taken | None:
 def take_view(node: Node, found: Scores, scene: Scene) -> Taken | None:
     """Batch and heads in one dimension or in two: query tokens and keys stay the last two."""
     scores = operand(node)
-    if scores is None or len(_shape(node)) < 3 or _shape(node)[-2:] != _shape(scores)[-2:]:
+    if scores is None or len(shape_of(node)) < 3 or shape_of(node)[-2:] != shape_of(scores)[-2:]:
         return None
     plain = not isinstance(argument(node, 1, "dtype"), torch.dtype)  # view(dtype) reads the same bits anew
     return (scores, found) if plain else None
 
 
-def _take_product(product: Product, found: Scores) -> Scores | str:
-    """What a product brings itself: ``baddbmm`` adds and scales."""
-    if product.added is not None and product.beta:
-        if found.stage < Stage.BIASED:
-            return "baddbmm adds to the scores within the softcap"
-        value = fake(product.added)
-        if value is None or not value.dtype.is_floating_point:
-            return "baddbmm adds something that is no floating-point mask"
-        term = MaskTerm(product.added, None, factor=found.scale * product.beta, scores=_shape(product.node))
-        found = _with_term(found, term)
-    return found.replace(scale=found.scale * product.alpha)
-
-
-def _with_term(found: Scores, term: MaskTerm) -> Scores:
-    return found.replace(terms=(term, *found.terms))
-
-
-def _shape(node: Node) -> tuple[int, ...]:
-    value = fake(node)
-    return () if value is None else tuple(value.shape)
-
-
+#: Tried in this order.
 ROWS = (
     Row("largest subtracted", Stage.JOINED, frozenset({"sub"}), take_largest),
     Row("sink logits", Stage.JOINED, frozenset({"cat"}), take_sinks),

@@ -2,7 +2,7 @@
 
 Dynamo goes on reading its own graph's placeholders after the backend returns, so the passes work on
 a clone. Relied on: ``node._dynamo_source``, ``node.meta["example_value"]`` and ``["tensor_dict"]``,
-``GraphModule._param_name_to_source`` and friends. Checked on torch 2.11 and 2.13.
+``GraphModule._param_name_to_source`` and friends. Checked on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

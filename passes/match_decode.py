@@ -11,12 +11,13 @@ import math
 import torch
 from torch.fx import Node
 
-from xquant_fx.passes.forms import Scene, Scores, walk
 from xquant_fx.passes.layouts import mask_shape, output_layout, query_layout
 from xquant_fx.passes.records import Attention, Decode, Layout, MaskTerm, Source
+from xquant_fx.passes.scores import Scene, Scores
 from xquant_fx.passes.trace import argument, fake, keeps_numbers, operand, value_of
 from xquant_fx.passes.track_axes import Axes, axes_of, expected
 from xquant_fx.passes.vocabulary import kind
+from xquant_fx.passes.walk_scores import walk
 
 
 def match_decode(attention: Attention, key: Source, value: Source) -> Decode | str:

@@ -9,7 +9,7 @@ a device. Needs the ``triton`` package and Linux. What cannot be seen this way: 
 that autotuning makes, and which fused SDPA kernel a CUDA build would take (here it is the plain math).
 
 Private names replaced for the time of the ``with`` block, and nothing else (checked on torch 2.11 with
-Triton 3.6 and torch 2.13 with Triton 3.9):
+Triton 3.6, torch 2.13 with Triton 3.9 and torch 2.14 with Triton 3.8; a CUDA build without a card will do):
 
     c10::impl::device_guard_impl_registry   in libc10.so: the guard of CUDA, missing in a CPU build; the
                                             guard of the meta device, which does nothing, stands in

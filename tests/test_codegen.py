@@ -5,6 +5,7 @@ The same checks run on C++ for the CPU and on Triton for an imaginary GPU (``fak
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import math
@@ -92,6 +93,7 @@ class Source:
         assert body is not None
         self.call = body.group()
         self.inputs = re.search(r"\n +(arg\w+(?:, arg\w+)*),? = args\n", self.call).group(1).split(", ")
+        self.layouts = _asserted_layouts(self.call)
         self.allocated = [
             (math.prod(_numbers(shape)), dtype)
             for shape, dtype in re.findall(r"= empty_strided_\w+\(\((.*?)\), \(.*?\), torch\.(\w+)\)", self.call)
@@ -129,6 +131,19 @@ OUR_OUTPUTS = "'codes', 'scale', 'zero', 'ring', 'sink', 'length', 'fault', 'par
 
 def _numbers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _asserted_layouts(call: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Argument to the shape and strides that the code asserts; torch 2.14 does so for several arguments at once."""
+    found = {}
+    for grouped, text in re.findall(r"\n +assert_size_stride(_grouped)?(\(.*\))(?=\n)", call):
+        names, shapes, strides = ast.parse(f"call{text}", mode="eval").body.args[:3]
+        layouts = [ast.literal_eval(shapes), ast.literal_eval(strides)]
+        if grouped:
+            found.update({name.id: layout for name, *layout in zip(names.elts, *layouts, strict=True)})
+        else:
+            found[names.id] = layouts
+    return {name: tuple(layout) for name, layout in found.items()}
 
 
 def _cpp_kernels(code: str) -> dict[str, list[bool]]:
@@ -193,8 +208,7 @@ class TestStep:
     def test_state_is_passed_as_inputs(self, preset: str, device: str) -> None:
         source = Source(step_code(preset, device))
         for name, (argument, tensor) in state_arguments(source, preset).items():
-            shape, stride = re.search(rf"assert_size_stride\({argument}, \((.*?)\), \((.*?)\)", source.call).groups()
-            assert (tuple(_numbers(shape)), tuple(_numbers(stride))) == (tensor.shape, tensor.stride()), name
+            assert source.layouts[argument] == (tensor.shape, tensor.stride()), name
 
     def test_state_is_written_in_place(self, preset: str, device: str) -> None:
         source = Source(step_code(preset, device))

@@ -12,7 +12,8 @@ import torch
 from xquant_fx import PRESETS, ConfigError, XQuantConfig
 from xquant_fx.cache.allocate import Geometry, bind_all
 from xquant_fx.compiler.options import MODES, parse
-from xquant_fx.plan.plan import SHARED, make_plan
+from xquant_fx.plan.buffer_plan import SHARED
+from xquant_fx.plan.plan import make_plan
 from xquant_fx.plan.spec import KVSpec
 
 SHAPE = (1, 2, 64, 16)

@@ -20,6 +20,7 @@ def run(script: str, *args: str) -> str:
     command = [sys.executable, str(EXAMPLES / script), *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "deprecated" not in done.stderr  # by the versions that are installed
     return done.stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -234,6 +235,14 @@ def test_two_attentions_of_one_buffer_count_it_once():
     assert (first.layer, second.layer) == (0, 0)
     assert first.bytes > 0 and (second.bytes, second.full_bytes) == (0, 0)
     assert not keys.any()
+
+
+def test_either_name_of_the_argument(llama):
+    """transformers 5.24 renamed it and takes the old name, too; the prefix it gives to buffers is not printed."""
+    names = {"past_key_values", *({"cache"} & set(inspect.signature(llama.forward).parameters))}
+    cache = filled(llama, XQuantCache(llama.config, 32, CONFIG))
+    (printed,) = {str(explain(llama, IDS[:, :1], **{name: cache})) for name in names}
+    assert "layers[0].keys" in printed and "2 of 2 attention sites rewritten" in printed
 
 
 def test_compiled_models_and_models_without_a_cache(llama):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from dynamo_graphs import fresh
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from rewrites import SHAPE, Rewrites, assign, count, quantized_layers
 from torch import Tensor
@@ -17,7 +17,8 @@ from torch.fx import GraphModule, Interpreter
 from xquant_fx import ops
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.decode_attention.plain_torch import attend
-from xquant_fx.passes.forms import ROWS, Stage
+from xquant_fx.passes.forms import ROWS
+from xquant_fx.passes.scores import Stage
 
 HEADS, TOKENS = SHAPE[1], SHAPE[2]
 SOFTCAP = 3.0
@@ -61,7 +62,7 @@ def fuses(names: list[str]) -> bool:
     capped = "softcap" not in names or "scale" not in names[names.index("softcap") :]
     # Sink logits are joined before the largest is subtracted, or the softmax would not be the same.
     largest = names.index("largest subtracted") if "largest subtracted" in names else len(names)
-    return ordered and once and joins and capped and set(names[largest + 1 :]) <= {"cast"}
+    return ordered and once and joins and capped and set(names[largest + 1 :]) <= {"cast", "view", "scale"}
 
 
 class InPlainTorch(Interpreter):
@@ -98,8 +99,15 @@ def attention(forms: list[Callable[[Tensor], Tensor]], sinks: bool) -> Callable[
 DRAWN = st.lists(st.sampled_from([(name, i) for name, each in SPELLINGS.items() for i in range(len(each))]), max_size=5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(DRAWN)
+@example([("largest subtracted", 0), ("sink logits", 0)])
+@example([("sink logits", 0), ("largest subtracted", 1)])
+@example([("mask added", 0), ("scale", 0), ("mask filled", 1), ("mask added", 1)])
+@example([("scale", 1), ("softcap", 0), ("mask filled", 0), ("sink logits", 0), ("largest subtracted", 0)])
+@example([("softcap", 1), ("scale", 2)])
+@example([("mask added", 0), ("softcap", 0)])
+@example([("largest subtracted", 0), ("scale", 0)])
 def test_any_sequence(drawn: list[tuple[str, int]]) -> None:
     names = [name for name, _ in drawn]
     after = names[names.index("sink logits") + 1 :] if "sink logits" in names else []

@@ -6,6 +6,7 @@ import pytest
 import torch
 from stepping import interpreted
 from transformers import CompileConfig, StaticCache
+from transformers.cache_utils import StaticLayer
 
 import xquant_fx.compiler.backend
 from xquant_fx import XQuantCache, XQuantConfig
@@ -148,6 +149,25 @@ def test_a_conversation_goes_on_in_the_same_cache(model, graphs):
         turn = torch.cat([turn, PROMPT[1:2, :7]], 1)
         outs.append(model.generate(turn, max_new_tokens=20, do_sample=False, past_key_values=cache, **kwargs))
     assert torch.equal(*outs)
+
+
+@pytest.mark.skipif(not hasattr(StaticLayer, "crop"), reason="assisted decoding takes static caches from 5.24 on")
+@pytest.mark.parametrize("quantized", [True, False])
+def test_assisted_decoding_rolls_the_cache_back(tiny_llama, graphs, monkeypatch, quantized):
+    """Candidates from the prompt itself, up to 8 a step; a 16-bit cache writes what it writes without them."""
+    model, removed = tiny_llama(layers=2), []
+    crop = XQuantCache.crop
+    monkeypatch.setattr(XQuantCache, "crop", lambda cache, tokens: (removed.append(tokens), crop(cache, tokens))[1])
+    config = CONFIG if quantized else XQuantConfig.preset("full")
+    prompt, caches = PROMPT[:1].repeat(1, 2), [XQuantCache(model.config, 128, config) for _ in range(2)]
+    model.compile(backend="xquant")
+    want = generate(model, prompt, past_key_values=caches[0])
+    got = generate(model, prompt, past_key_values=caches[1], prompt_lookup_num_tokens=8)
+    assert got.shape == want.shape
+    assert quantized or torch.equal(got, want)
+    assert -8 <= min(removed) < 0
+    assert {state.length for state in caches[1].states} == {int(caches[1].get_seq_length())}
+    assert graphs
 
 
 def test_own_loop_with_a_counted_backend(model):

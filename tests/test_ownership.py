@@ -15,6 +15,7 @@ import torch
 import torch._dynamo.config as dynamo_config
 from stepping import interpreted, logits_of, relative_error, run_steps
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from xquant_fx import CacheStateError, XQuantCache, XQuantConfig
 from xquant_fx.cache.kv_tensor import QuantizedKV
@@ -203,6 +204,39 @@ def test_crop_rolls_back_exactly_or_refuses(model, step):
     with pytest.raises(CacheStateError, match="at most 8 tokens"):
         cache.crop(-9)
     assert cache.get_seq_length() == 61
+
+
+def test_a_refused_crop_changes_nothing(tiny_llama):
+    """Keys of 16 bits could go back, values of 2 bits not; and Hugging Face's own layers may be unable to."""
+    model = tiny_llama(layers=2)
+    config = CONFIG.replace(k_bits=16, v_bits=2, share_keys_from=None)
+    cache = XQuantCache(model.config, max_cache_len=64, config=config)
+    logits_of(model.forward, IDS[:1, :30], cache)
+    with pytest.raises(ValueError, match="minus the number"):
+        cache.crop(9)
+    for refuse in (lambda: cache.crop(-9), lambda: cache.layers[0].crop(-9)):
+        with pytest.raises(CacheStateError, match="at most 8 tokens"):
+            refuse()
+        assert {state.length for state in cache.states} == {cache.get_seq_length().item()} == {30}
+    cache.layers[0] = StaticSlidingWindowLayer(max_cache_len=64, sliding_window=16)
+    with pytest.raises(CacheStateError, match="StaticSlidingWindowLayer"):
+        cache.crop(-1)
+    cache.crop(0)
+    assert cache.layers[1].states[0].length == 30
+
+
+@pytest.mark.skipif(not hasattr(StaticLayer, "crop"), reason="static caches roll back from transformers 5.24 on")
+def test_a_static_cache_that_was_taken_over_rolls_back(model):
+    step = torch.compile(model.forward, backend=interpreted(config=CONFIG), dynamic=False)
+    cache = StaticCache(model.config, max_cache_len=128)
+    run_steps([(model.forward, 21)] + [(step, 1)] * 20, IDS[:1, :41], cache)
+    logits_of(step, IDS[1:2, 41:46], cache)
+    cache.crop(-5)  # Hugging Face's own: it counts back and does not touch the buffers
+    got = run_steps([(step, 1)] * 20, IDS[:1, 41:61], cache)
+    assert relative_error(got, eager(model, [21] + [1] * 40, IDS[:1])[:, 41:]) < TOLERANCE
+    cache.crop(-9)
+    with pytest.raises(CacheStateError, match="rolled back"):
+        logits_of(step, IDS[:1, 61:62], cache)
 
 
 def test_a_full_cache_and_a_gap_are_errors(model, step):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -57,7 +58,7 @@ MAY_IMPORT = {
     "passes.records": ["plan.*"],
     "passes.trace": ["passes.records", "passes.vocabulary"],
     "passes.track_axes": ["passes.trace", "passes.vocabulary"],
-    "passes.forms": ["passes.records", "passes.trace", "passes.vocabulary"],
+    "passes.forms": ["passes.records", "passes.scores", "passes.trace", "passes.vocabulary"],
     # Detection knows nothing of rewriting.
     "passes.find_*": [
         "passes.records", "cache.allocate", "cache.kv_tensor", "passes.trace", "passes.vocabulary", "passes.products",
@@ -174,6 +175,22 @@ def test_version():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {xquant_fx.__version__}\n" in citation
     assert f"\n## {xquant_fx.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def pins(kind: str) -> dict[str, list[int]]:
+    """Package to [major, minor] that `make compat-KIND` installs."""
+    text = (ROOT / f"requirements-compat-{kind}.txt").read_text()
+    return {name: [int(major), int(minor)] for name, major, minor in re.findall(r"^(\w+)==(\d+)\.(\d+)", text, re.M)}
+
+
+def test_compat_runs_the_ends_of_the_declared_range():
+    oldest, newest = pins("oldest"), pins("newest")
+    (torch,) = (d for d in PYPROJECT["project"]["dependencies"] if d.startswith("torch"))
+    assert torch == "torch>={}.{},<{}.{}".format(*oldest["torch"], newest["torch"][0], newest["torch"][1] + 1)
+    (transformers,) = PYPROJECT["project"]["optional-dependencies"]["hf"]
+    assert transformers == "transformers>={}.{},<{}".format(*oldest["transformers"], newest["transformers"][0] + 1)
+    table = (ROOT / "docs" / "versions.md").read_text()
+    assert all(f"{name} {major}.{minor}" in table for p in (oldest, newest) for name, (major, minor) in p.items())
 
 
 def test_every_public_name_resolves():

@@ -15,7 +15,8 @@ from transformers import StaticCache
 from xquant_fx import PRESETS, ConfigError, XQuantCache, XQuantConfig, explain
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.compiler.options import parse
-from xquant_fx.plan.plan import BufferPlan, LayerPlan, Plan, make_plan
+from xquant_fx.plan.buffer_plan import BufferPlan
+from xquant_fx.plan.plan import LayerPlan, Plan, make_plan
 
 CONFIG = XQuantConfig(k_bits=2, v_bits=1, share_values_from=0, k_group_size=8, residual_length=8)
 IDS = torch.arange(3, 17)[None]

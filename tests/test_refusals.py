@@ -122,9 +122,12 @@ def test_an_append_in_a_region_compiled_by_itself_is_refused(monkeypatch):
     with torch.no_grad():
         model(ids, past_key_values=cache)
         step = torch.compile(model.forward, backend=Rewrites(), dynamic=False)
-        with pytest.raises(BackendCompilerFailed, match=r"layer 0 keys: invoke_subgraph") as error:
+        # torch 2.11 refuses by itself, while it traces: no tensor subclass may go into such a region.
+        refused = r"layer 0 keys: invoke_subgraph|Expected FakeTensor, got <class '.*QuantizedKV'>"
+        with pytest.raises((BackendCompilerFailed, AssertionError), match=refused) as error:
             step(ids[:, :1], past_key_values=cache)
-    assert isinstance(error.value.inner_exception, UnsupportedWriteError)
+    if torch.__version__ >= (2, 13):
+        assert isinstance(error.value.inner_exception, UnsupportedWriteError)
 
 
 def test_copies_may_be_changed():

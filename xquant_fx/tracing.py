@@ -1,4 +1,4 @@
-"""Whether an op is being traced for a compiler. Relied on: FunctionalTensor, FakeTensor (torch 2.11, 2.13)."""
+"""Whether an op is being traced for a compiler. Relied on: FunctionalTensor, FakeTensor (torch 2.11 to 2.14)."""
 
 from __future__ import annotations
 

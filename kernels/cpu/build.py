@@ -1,7 +1,7 @@
 """Compile C++ kernels with Inductor's builder, outside a compiled graph.
 
 Private torch APIs: ``CppPythonBindingsCodeCache.load_pybinding`` and ``pick_vec_isa``. Checked on
-torch 2.11 and 2.13.
+torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import CacheGroup, KVState
 from xquant_fx.errors import CacheStateError
-from xquant_fx.plan.plan import BufferPlan, Plan
+from xquant_fx.plan.buffer_plan import BufferPlan
+from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec, Role
 
 

@@ -4,7 +4,7 @@ The tensor *object* stays the same: a cache, a module's buffer or a local variab
 finds a quantized buffer there afterwards, and the full-precision storage is freed. Uses
 ``torch._C._swap_tensor_impl``, what ``torch.utils.swap_tensors`` uses (that function refuses
 tensors with weak references, which Dynamo's guards and fake-tensor memo hold; ours stay valid, as
-they refer to the object). Checked on torch 2.11 and 2.13.
+they refer to the object). Checked on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

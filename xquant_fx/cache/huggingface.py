@@ -39,7 +39,7 @@ class XQuantLayer(StaticLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate codes, scales and residual windows for keys and values such as these."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = key_states.dtype, key_states.device  # from 5.24 on, static layers keep no dtype
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
         lower, first = self.lower, self.first
@@ -73,17 +73,13 @@ class XQuantLayer(StaticLayer):
             state.reorder(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Roll back ``-tokens_to_remove`` tokens (Hugging Face counts them negative).
-
-        Raises:
-            CacheStateError: more than 8 tokens and not all: those before them are quantized.
-            ValueError: a positive number.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        """Roll back ``-tokens_to_remove`` tokens of this layer; see :meth:`XQuantCache.crop`."""
+        _refuse_positive(tokens_to_remove)
         if not tokens_to_remove or not self.is_initialized:
             return
         length = max(int(self.cumulative_length.item()) + tokens_to_remove, 0)
+        for state in self.states:
+            state.check_truncate(length)
         for state in self.states:
             state.truncate(length)
         self.cumulative_length.fill_(length)
@@ -102,7 +98,7 @@ class XQuantLayer(StaticLayer):
 
 
 class XQuantCache(StaticCache):
-    """KV cache of 1 to 16 bits per element, for ``past_key_values=``.
+    """KV cache of 1 to 16 bits per element, for ``past_key_values=`` (``cache=`` from transformers 5.24 on).
 
     Full-attention layers are quantized; other kinds (sliding window, linear attention) stay as in
     ``StaticCache``. Memory is allocated at the first step and never holds full-precision keys or
@@ -163,12 +159,41 @@ class XQuantCache(StaticCache):
         """States of all quantized layers that are allocated."""
         return [state for layer in self.quantized_layers for state in layer.states]
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Roll back ``-tokens_to_remove`` tokens (Hugging Face counts them negative), in all layers or in none.
+
+        Layers that are not quantized decide by their ``is_croppable``: static ones cannot be rolled
+        back before transformers 5.24, sliding windows from then on if the whole cache fits into them.
+
+        Raises:
+            CacheStateError: more than 8 tokens and not all: those before them are quantized. Or a layer
+                that is not quantized cannot be rolled back.
+            ValueError: a positive number.
+        """
+        _refuse_positive(tokens_to_remove)
+        fixed = sorted({type(layer).__name__ for layer in self.layers if not layer.is_croppable})
+        if tokens_to_remove and fixed:
+            raise CacheStateError(f"a cache is rolled back in all its layers or in none, and cannot be in {fixed}")
+        stored = int(self.get_seq_length())
+        length = max(stored + tokens_to_remove, 0)
+        for state in self.states:
+            state.check_truncate(length)
+        for layer in self.layers:
+            if layer.is_croppable:
+                layer.crop(length - stored)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select batch rows in place (beam search)."""
         super().reorder_cache(beam_idx)
         if self.group is not None:
             start = self.group.start
             start.copy_(start.index_select(0, beam_idx.to(start.device)))
+
+
+def _refuse_positive(tokens_to_remove: int) -> None:
+    """Positive numbers once meant the length to keep; transformers 5.24 refuses them, too."""
+    if tokens_to_remove > 0:
+        raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
 
 
 def left_padding(padding_mask: Tensor) -> Tensor:

@@ -146,8 +146,8 @@ class KVState:
                 tensor.copy_(tensor.index_select(0, index.to(tensor.device)))
         self.group.drop()
 
-    def truncate(self, length: int) -> None:
-        """Forget the tokens from ``length`` on; they can be at most STEP_TOKENS (or all).
+    def check_truncate(self, length: int) -> None:
+        """Whether the tokens from ``length`` on can be forgotten: at most STEP_TOKENS, or all.
 
         Raises:
             CacheStateError: more tokens than that, whose neighbours are already quantized.
@@ -158,6 +158,10 @@ class KVState:
                 f"layer {self.spec.layer}: at most {STEP_TOKENS} tokens can be rolled back exactly "
                 f"(the ones before them are quantized), asked for {furthest - length} of {furthest}"
             )
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from ``length`` on; raises CacheStateError as ``check_truncate`` does."""
+        self.check_truncate(length)
         self.owned["length"][:1].fill_(length)
         self.group.drop()
 

@@ -4,7 +4,7 @@ Both the FX graph cache and AOTAutograd's cache hash the uuid of the custom pass
 configured with, but not the bodies of ops such as ours. So a pass that does nothing carries a hash
 of our sources; passes that the user set run as before and their uuids are part of ours. Relied on:
 Inductor's ``post_grad_custom_pre_pass``, one pass or (from torch 2.13 on) several. Checked on torch
-2.11 and 2.13.
+2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

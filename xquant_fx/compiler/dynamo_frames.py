@@ -1,7 +1,7 @@
 """Dynamo's frames: whether a graph is a part of the user's function, and having it traced anew.
 
 Relied on: ``gm.compile_subgraph_reason``, ``torch_dynamo_resume`` in the names of frames,
-``torch._dynamo.utils.orig_code_map``, ``eval_frame.reset_code``. Checked on torch 2.11 and 2.13.
+``torch._dynamo.utils.orig_code_map``, ``eval_frame.reset_code``. Checked on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

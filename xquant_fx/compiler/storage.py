@@ -1,4 +1,4 @@
-"""Who else sees a tensor's memory. Relied on: ``Tensor._is_view``. Checked on torch 2.11 and 2.13."""
+"""Who else sees a tensor's memory. Relied on: ``Tensor._is_view``. Checked on torch 2.11, 2.13 and 2.14."""
 
 from __future__ import annotations
 

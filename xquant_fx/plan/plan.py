@@ -16,102 +16,10 @@ import json
 from collections.abc import Iterator
 from typing import Any, get_args
 
-import torch
-
 from xquant_fx.errors import ConfigError
-from xquant_fx.plan.config import SHARED_FITS, XQuantConfig
-from xquant_fx.plan.spec import SCHEME_OF_ROLE, KVSpec, Role
-
-SHARED = "reads the codes of the layer below"
-#: Reasons for codes of one's own that are no news: sharing was not asked for there.
-ORDINARY = ("lower layer of its pair", "the last layer has no partner", "sharing is off", "starts sharing at layer")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BufferPlan:
-    """What the keys, or the values, of one layer are stored as."""
-
-    role: Role
-    scheme: str
-    """How groups lie and when they are quantized: a name of ``kernels.schemes.SCHEMES``."""
-    bits: int
-    """Bits per stored element; 16: unquantized."""
-    group_size: int | None
-    """Tokens (keys) or channels (values) per scale and zero point; None: all channels of the head."""
-    residual_length: int
-    """Latest tokens kept in full precision."""
-    eta: float
-    """Relaxation of both ends of the range (XQuant, Eq. 5)."""
-    sink_tokens: int
-    """First tokens of a sequence kept in full precision."""
-    scale_dtype: torch.dtype
-    """dtype of scales and zero points."""
-    fit: str
-    """How scales are fitted to borrowed codes."""
-    partner: int | None = None
-    """Layer whose codes this one reads; None: its own."""
-    reason: str = ""
-    """Why it reads its own codes, or that it does not."""
-
-    def bind(self, layer: int, shape: tuple[int, ...], dtype: torch.dtype, lower: KVSpec | None) -> KVSpec:
-        """The spec of a buffer [B, H, N, D] of ``layer``; ``lower`` is that of the same role of the partner.
-
-        A pair whose shapes turn out to differ does not share; the spec's ``reason`` says so.
-
-        Raises:
-            ConfigError: ``group_size`` does not divide head_dim.
-        """
-        batch, heads, tokens, dim = shape
-        spec = KVSpec(
-            role=self.role, scheme=self.scheme, layer=layer, shape=(batch, heads, tokens, dim), dtype=dtype,
-            bits=self.bits, group_size=self._group_size(dim, layer), residual_length=self.residual_length, eta=self.eta,
-            sink_tokens=self.sink_tokens, scale_dtype=self.scale_dtype, partner=self.partner, fit=self.fit,
-            reason=self.reason,
-        )  # fmt: skip
-        refusal = "" if self.partner is None else _why_not_geometry(spec, lower, self.partner)
-        return dataclasses.replace(spec, partner=None, reason=refusal) if refusal else spec
-
-    def _group_size(self, dim: int, layer: int) -> int:
-        group = self.group_size or dim
-        if self.role == "value" and dim % group:
-            raise ConfigError(
-                f"layer {layer}: v_group_size must divide head_dim, got v_group_size={group} and head_dim={dim}"
-            )
-        return group
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON can hold them; :meth:`from_dict` reads them back."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**fields, "scale_dtype": str(self.scale_dtype).removeprefix("torch.")}
-
-    @classmethod
-    def from_dict(cls, fields: Any, where: str) -> BufferPlan:
-        """The entry that :meth:`to_dict` wrote; ``where`` stands in front of errors.
-
-        Raises:
-            ConfigError: a field is missing, unknown or breaks its rule.
-        """
-        names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or set(fields) != names:
-            found = sorted(fields) if isinstance(fields, dict) else fields
-            raise ConfigError(f"{where}: an entry of a plan must have the fields {sorted(names)}, got {found}")
-        entry = cls(**{**fields, "scale_dtype": getattr(torch, str(fields["scale_dtype"]), None)})
-        _check(entry, where)
-        return entry
-
-
-def is_denied(partner: int | None, reason: str) -> bool:
-    """Whether sharing was asked for and could not be had, by what a plan or a spec says."""
-    return partner is None and bool(reason) and not any(ordinary in reason for ordinary in ORDINARY)
-
-
-def _why_not_geometry(spec: KVSpec, lower: KVSpec | None, partner: int) -> str:
-    if lower is None:
-        return f"layer {partner} is not in reach"
-    ours, theirs = ((s.shape, s.dtype, s.group_size) for s in (spec, lower))
-    if ours != theirs:
-        return f"layers {partner} and {spec.layer} differ in geometry: {theirs} and {ours}"
-    return ""
+from xquant_fx.plan.buffer_plan import SHARED, BufferPlan
+from xquant_fx.plan.config import XQuantConfig
+from xquant_fx.plan.spec import SCHEME_OF_ROLE, Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,25 +107,6 @@ class Plan:
 def _layer_from(layer: Any, index: int) -> LayerPlan:
     fields = layer if isinstance(layer, dict) else {}
     return LayerPlan(*(BufferPlan.from_dict(fields.get(role), f"layer {index} {role}s") for role in get_args(Role)))
-
-
-def _check(entry: BufferPlan, where: str) -> None:
-    """The rules of a config's fields, for an entry that was read from a file."""
-    from xquant_fx.kernels.schemes import SCHEMES
-
-    if entry.role not in get_args(Role) or entry.scheme not in SCHEMES:
-        raise ConfigError(f"{where}: scheme must be one of {sorted(SCHEMES)}, got {entry.scheme!r}")
-    if entry.fit not in SHARED_FITS:
-        raise ConfigError(f"{where}: fit must be one of {SHARED_FITS}, got {entry.fit!r}")
-    sizes = dict(k_group_size=entry.group_size) if entry.role == "key" else dict(v_group_size=entry.group_size)
-    group = entry.group_size if entry.role == "key" else 1
-    try:
-        XQuantConfig(
-            k_bits=entry.bits, v_bits=entry.bits, residual_length=entry.residual_length, sink_tokens=entry.sink_tokens,
-            scale_dtype=entry.scale_dtype, eta_1bit=entry.eta, **{"k_group_size": group, **sizes},
-        )  # fmt: skip
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
 
 
 def make_plan(settings: XQuantConfig | Plan, num_layers: int) -> Plan:

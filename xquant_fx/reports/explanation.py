@@ -17,7 +17,7 @@ from xquant_fx.passes import records
 from xquant_fx.passes.find_sites import buffer_name
 from xquant_fx.passes.records import Detection
 from xquant_fx.passes.trace import fake
-from xquant_fx.plan.plan import is_denied
+from xquant_fx.plan.buffer_plan import is_denied
 from xquant_fx.plan.spec import KVSpec
 from xquant_fx.reports.explain_table import table
 from xquant_fx.reports.sites import Site
