@@ -50,8 +50,8 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "reshape": ("reshape", torch.reshape),
     "view": ("view", "view_as", "flatten", "unflatten", torch.flatten),
     "transpose": ("transpose", "swapaxes", torch.transpose, torch.swapaxes),
-    "mT": ("mT",),
-    "T": ("t",),
+    "mT": ("mT", torch.ops.aten.mT),  # what torch 2.14 makes of ``x.mT``; a ``getattr`` before
+    "T": ("t", torch.ops.aten.numpy_T),
     "permute": ("permute", torch.permute),
     "movedim": ("movedim", torch.movedim),
     "unsqueeze": ("unsqueeze", torch.unsqueeze),
