@@ -13,6 +13,7 @@ from torch import Tensor
 
 COMPILER, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
 FLAGS = ("-O2", "-std=c++17", "-static", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+PROGRAMS = tempfile.TemporaryDirectory(prefix="xquant-arm-")  # removed when Python ends
 
 MAIN = """
 #include <fstream>
@@ -42,7 +43,7 @@ def missing() -> str:
 @functools.cache
 def program(types: tuple[str, ...], code: str, flags: tuple[str, ...]) -> Path:
     """A program that reads the kernel's arguments from files of a folder, and writes them back."""
-    folder = Path(tempfile.mkdtemp(prefix="xquant-arm-"))
+    folder = Path(tempfile.mkdtemp(dir=PROGRAMS.name))
     arguments = ", ".join(f"({kind})tensors[{i}].data()" for i, kind in enumerate(types))
     (folder / "kernel.cpp").write_text(code + MAIN.format(count=len(types), arguments=arguments))
     command = [COMPILER, *FLAGS, *flags, str(folder / "kernel.cpp"), "-o", str(folder / "program")]

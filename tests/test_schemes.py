@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +112,10 @@ def test_why_a_pair_has_no_fused_kernel() -> None:
     assert why_not_fused("per_channel", 2, "per_token", 16) == "16-bit storage"
     crossed = "its keys are stored per token and its values per channel"
     assert why_not_fused("per_token", 2, "per_channel", 2) == crossed
+
+
+def test_passes_know_no_scheme() -> None:
+    """Adding one must not touch them."""
+    folder = Path(__file__).parents[1] / "passes"
+    named = [path.name for path in folder.glob("*.py") if any(name in path.read_text() for name in SCHEMES)]
+    assert named == []
