@@ -224,7 +224,7 @@ def _attend(*args: Any, **kwargs: Any) -> Tensor:
     return launch(DecodeArguments(*args, **kwargs), wrap=torch.library.wrap_triton)
 
 
-# triton_op ignores its parameter ``schema`` (torch 2.11, 2.13) and infers one from the signature.
+# triton_op ignores its parameter ``schema`` (torch 2.11 to 2.13; 2.14 heeds it) and infers one from the signature.
 _attend.__signature__ = DecodeArguments.signature(returns=Tensor)  # type: ignore[attr-defined]
 
 #: Attention of ``q`` [B, heads, q, D] over a quantized cache: [B, heads, q, v_dim]. Rows that see nothing are 0.

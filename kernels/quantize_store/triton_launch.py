@@ -71,7 +71,7 @@ def _op(name: str, overload: Overload) -> Callable[..., None]:
     def append(*args: Any, **kwargs: Any) -> None:
         launch(StoreArguments(*args, **kwargs), wrap=torch.library.wrap_triton)
 
-    # triton_op ignores its parameter ``schema`` (torch 2.11, 2.13) and infers one from the signature.
+    # triton_op ignores its parameter ``schema`` (torch 2.11 to 2.13; 2.14 heeds it) and infers one from the signature.
     append.__signature__ = StoreArguments.signature(overload)  # type: ignore[attr-defined]
     return torch.library.triton_op(f"xquant::{name}", append, mutates_args=StoreArguments.written(overload))
 
