@@ -1,9 +1,11 @@
-"""Three mistakes that an editor must see: a value, a name, an argument."""
+"""Three mistakes, one per line marked so. Not run: type checkers must find these and no other (test_types.py)."""
 
-from transformers import PreTrainedConfig
+from __future__ import annotations
 
-from xquant_fx import Nonsense, XQuantCache, XQuantConfig
+from transformers import LlamaConfig
 
-config = XQuantConfig(k_bits="two")
-cache = XQuantCache(PreTrainedConfig(), "long")
-print(Nonsense, config, cache)
+from xquant_fx import Nonsense, XQuantCache, XQuantConfig  # mistake
+
+XQuantConfig(k_bits="two")  # mistake
+XQuantCache(LlamaConfig(), "long")  # mistake
+print(Nonsense)

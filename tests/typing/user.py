@@ -1,12 +1,15 @@
-"""Every public name as a user writes it: a type checker finds nothing to say."""
+"""Every public name, used as the README does. Not run: type checkers must find nothing wrong (test_types.py)."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typing_extensions import assert_type
 
-import xquant_fx
 from xquant_fx import (
     PRESETS,
     ArgumentError,
@@ -18,6 +21,7 @@ from xquant_fx import (
     XQuantCache,
     XQuantConfig,
     XQuantError,
+    __version__,
     decode_attention,
     explain,
     make_plan,
@@ -25,42 +29,51 @@ from xquant_fx import (
     quantize,
     xquant_backend,
 )
-from xquant_fx.quality import agreement, kl_divergence
+from xquant_fx.quality import agreement, kl_divergence, teacher_forced_logits, top1_agreement
 
 
-def caches(config: PreTrainedConfig) -> list[XQuantCache]:
-    names: list[str] = sorted(PRESETS)
-    settings = XQuantConfig(k_bits=2, v_bits=(2, 1), share_values_from=0.5, scale_dtype=torch.float16)
-    plan: Plan = make_plan(settings.replace(v_bits=1), 4)
-    Path("plan.json").write_text(plan.to_json())
-    again = Plan.from_json(Path("plan.json").read_text())
-    return [
-        XQuantCache(config, max_cache_len=1024, config=XQuantConfig.preset(names[0])),
-        XQuantCache(config, 1024, settings),
-        XQuantCache(config, 1024, config=again, padding_mask=torch.ones(1, 4)),
-    ]
+def first_lines() -> None:
+    tokenizer = AutoTokenizer.from_pretrained("examples/model")
+    # To pyright the class that transformers returns has no ``generate``.
+    model: Any = AutoModelForCausalLM.from_pretrained("examples/model").eval()
+    model.compile(backend="xquant")
+    ids = tokenizer(Path("examples/prompt.txt").read_text(), return_tensors="pt").input_ids
+    cache = XQuantCache(model.config, max_cache_len=1024)
+    model.generate(ids, past_key_values=cache, max_new_tokens=100, do_sample=False)
+    report = memory_report(cache)
+    print(report, report.ratio + report.bits_per_element, sum(report.parts.values()))
+    print(explain(model, ids, past_key_values=XQuantCache(model.config, max_cache_len=1024)))
+    logits = teacher_forced_logits(model, ids, 8, past_key_values=cache)
+    print(kl_divergence(logits, logits), top1_agreement(logits, logits), agreement(ids[0], ids[0]).first_difference)
 
 
-def generate(ids: Tensor) -> None:
-    model = AutoModelForCausalLM.from_pretrained("examples/model").eval()
-    compiled = torch.compile(model, backend=xquant_backend, options={"preset": "kivi-2"})
-    cache = caches(model.config)[0]
-    found = explain(compiled, ids, past_key_values=cache, strict=True)
-    reasons: list[str] = [site.reason for site in found.sites]
-    bits: float = memory_report(cache).bits_per_element
-    out: Tensor = decode_attention(ids.float(), cache, 0, softcap=0.0, window=4)
-    codes: Tensor = quantize(out, bits=2, group_size=4, dim=-1).codes
-    share: float = agreement(ids[0], codes[0]).share
-    print(reasons, bits, share, kl_divergence(out, out), xquant_fx.__version__)
+def loop(q: Tensor, k: Tensor, v: Tensor, cache: XQuantCache) -> Tensor:
+    cache.update(k, v, 0)
+    cache.crop(-1)
+    cache.reset()
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.set_padding_mask(None)
+    out = decode_attention(q, cache, 0, softcap=0.0, mask=None, scale=0.5, window=0, sink_logits=None)
+    assert_type(out, Tensor)
+    return out
 
 
-def careful(ids: Tensor) -> str:
+def settings() -> XQuantConfig:
+    config = XQuantConfig(
+        k_bits=2, v_bits=(2, 2, 1, 1), share_values_from=4, residual_length=64, k_group_size=64, sink_tokens=4
+    )
+    plan = make_plan(config, 4)
+    assert_type(Plan.from_json(plan.to_json()), Plan)
+    print(plan, plan.layers[0].key.bits + 1, sorted(PRESETS), __version__.split("."))
+    assert_type(XQuantConfig.from_json(config.to_json()), XQuantConfig)
+    return XQuantConfig.preset("kivi-2").replace(sink_tokens=4)
+
+
+def errors(model: torch.nn.Module, x: Tensor) -> Tensor:
+    step = torch.compile(model, backend=xquant_backend, options={"preset": "kivi-2"})
     try:
-        generate(ids)
-    except (ArgumentError, ConfigError) as error:
-        value: ValueError = error
-        return str(value)
-    except (CacheStateError, UnsupportedWriteError, NotRewrittenError) as error:
-        base: XQuantError = error
-        return str(base)
-    return ""
+        step(x)
+    except (ArgumentError, CacheStateError, ConfigError, NotRewrittenError, UnsupportedWriteError) as error:
+        caught: XQuantError = error
+        print(caught)
+    return quantize(x, bits=2, group_size=32, dim=-1, eta=0.0).dequantize()

@@ -14,9 +14,10 @@ from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.plan.spec import why_not_fused
+from xquant_fx.tracing import not_traced
 
 
-@torch.compiler.disable(reason="xquant_fx.decode_attention is a kernel already")
+@not_traced("xquant_fx.decode_attention is a kernel already")
 def decode_attention(
     q: Tensor,
     cache: Any,
@@ -120,7 +121,8 @@ def _check(q: Tensor, key: KVState, value: KVState) -> None:
         )
     keys, values = key.length, value.length
     if not 1 <= q.shape[2] <= min(STEP_TOKENS, keys):
-        raise ArgumentError(where + f"q must have 1 to {STEP_TOKENS} stored tokens, got {q.shape[2]} of {keys}")
+        error = CacheStateError if 1 <= q.shape[2] <= STEP_TOKENS else ArgumentError
+        raise error(where + f"q must have 1 to {STEP_TOKENS} stored tokens, got {q.shape[2]} of {keys}")
     if values != keys:
         raise CacheStateError(where + f"{keys} keys and {values} values are stored")
     lost = max(key.furthest, value.furthest) - (keys - q.shape[2])

@@ -165,6 +165,10 @@ class XQuantCache(StaticCache):
         """States of all quantized layers that are allocated."""
         return [state for layer in self.quantized_layers for state in layer.states]
 
+    def reset(self) -> None:
+        """Empty the cache; what is allocated stays, and so does padding."""
+        super().reset()
+
     def crop(self, tokens_to_remove: int) -> None:
         """Roll back ``-tokens_to_remove`` tokens (Hugging Face counts them negative), in all layers or in none.
 
