@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.find_sites import Refusal, find_sites
+from xquant_fx.passes.in_place import why_not_in_place
 from xquant_fx.passes.match_decode import match_decode
 from xquant_fx.passes.normalize import normalize
 from xquant_fx.passes.records import Decode, Detection, Site, Source, Write
@@ -48,7 +49,7 @@ def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str
     reason = unfused or _why_not_specs(site, specs)
     form = reason or match_decode(site.attention, site.key, site.value)
     if isinstance(form, Decode):
-        form = _why_not_step(site, form, facts) or form
+        form = _why_not_step(site, form, facts) or why_not_in_place(site, form, facts) or form
     if isinstance(form, str):
         return dataclasses.replace(site, dequantized=form)
     return dataclasses.replace(site, form=form)

@@ -79,18 +79,20 @@ def _setitem(node: Node) -> Write | None:
 
 def _write(node: Node, buffer: object, x: Node, positions: Node | slice, name: str) -> Write | None:
     assert isinstance(buffer, Node)
-    value = fake(x)
-    shape, tokens = value_of(buffer).shape, None
-    if value is not None and value.dim() == 4:
+    value, tokens = fake(x), _count(positions)
+    # One token may be written to several positions; otherwise what is written says how many there are.
+    if value is not None and value.dim() == 4 and (tokens is None or value.shape[2] != 1):
         tokens = value.shape[2]
-        if tuple(value.shape[d] for d in (0, 1, 3)) == tuple(shape[d] for d in (0, 1, 3)):
-            return Write(node, buffer, x, positions, name, tokens)
+    return Write(node, buffer, x, positions, name, tokens)
+
+
+def _count(positions: Node | slice) -> object:
+    """How many positions there are; None where that is unknown."""
     if isinstance(positions, Node):
         index = fake(positions)
-        tokens = tokens if index is None else index.numel()
-    elif isinstance(positions.start, int) and isinstance(positions.stop, int):
-        tokens = positions.stop - positions.start
-    return Write(node, buffer, x, positions, name, tokens)
+        return None if index is None else index.numel()
+    known = isinstance(positions.start, int) and isinstance(positions.stop, int)
+    return positions.stop - positions.start if known else None
 
 
 def _token_index(index: object, shape: torch.Size) -> Node | slice | None:

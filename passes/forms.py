@@ -29,11 +29,18 @@ NOT_SEEN = -1e4
 
 
 def _number(value: object) -> float | None:
-    """A number, or the one number of a tensor without dimensions that the graph makes of one."""
+    """A number, or the one number of a tensor without dimensions that the graph makes of one.
+
+    Not where the tensor's dtype makes another number of it. ``in_place.py`` sees to it that the tensor stays so.
+    """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, Node) and kind(value) == "factory" and op_name(value) == "full" and value.args[0] in ((), []):
-        return _number(argument(value, 1, "fill_value"))
+        number, tensor = _number(argument(value, 1, "fill_value")), fake(value)
+        if number is None or tensor is None:
+            return None
+        whole = tensor.dtype in (torch.int32, torch.int64) and number.is_integer()
+        return number if whole or tensor.dtype.is_floating_point else None
     return None
 
 
@@ -63,6 +70,8 @@ def take_largest(node: Node, found: Scores, scene: Scene) -> Taken | None:
     while chain is not None and is_view_like(chain):
         chain = operand(chain)
     of_rows = chain is not None and kind(chain) == "max" and argument(chain, 1, "dim") == -1
+    if shape_of(largest)[-1:] != (1,):
+        return None  # turned: no longer one number per row
     if chain is None or not of_rows or operand(chain) is not inner or not argument(chain, 2, "keepdim", False):
         return None
     return inner, found.replace(largest=chain)

@@ -9,6 +9,8 @@ STEP_TOKENS (8) tokens brings its own keys and values. Which attentions, and how
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -24,7 +26,7 @@ OF_SIDE = ("codes", "scale", "zero", "ring", "sink")
 
 def fuse_decode(gm: GraphModule, context: Context) -> int:
     """Fuse every site that has a form; returns how many."""
-    replaced: dict[Node, Node] = {}  # outputs of attentions before: a query may be one
+    replaced: dict[Node, Node] = {}  # outputs of attentions before: a query or a mask may be one
     for site in context.detection.sites:
         if site.form is None or not site.is_quantized:
             continue
@@ -39,8 +41,10 @@ def _replace(graph: Graph, site: Site, form: Decode, key: Node, value: Node, rep
     stored = {f"{side}_{name}": getattr(load, name) for side, load in (("k", k), ("v", v)) for name in OF_SIDE}
     with graph.inserting_before(form.output):
         query = _laid_out(graph, replaced.get(form.query, form.query), form.query_layout)
-        mask = build_mask(graph, form.terms, query.meta["example_value"].shape[0], form.heads)
-        sinks = None if form.sinks is None else call(graph, torch.reshape, (form.sinks, (form.heads,)))
+        terms = tuple(dataclasses.replace(term, node=replaced.get(term.node, term.node)) for term in form.terms)
+        mask = build_mask(graph, terms, query.meta["example_value"].shape[0], form.heads)
+        logits = None if form.sinks is None else replaced.get(form.sinks, form.sinks)
+        sinks = None if logits is None else call(graph, torch.reshape, (logits, (form.heads,)))
         fused = call(graph, ops.DECODE, (), dict(
             q=query, **stored, start=k.start, past=k.past, mask=mask, sink_logits=sinks, new_tokens=k.new_tokens,
             max_len=k.n, k_bits=k.bits, k_group=k.group_size, v_bits=v.bits, v_group=v.group_size,

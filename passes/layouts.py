@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 
+from torch.fx import Node
+
 from xquant_fx.passes.records import Layout, Product
 from xquant_fx.passes.trace import value_of
 from xquant_fx.passes.track_axes import Axes
@@ -31,6 +33,8 @@ def query_layout(product: Product, key_is_right: bool, axes: Axes, batch: int) -
         return "the scores have other dimensions than queries and tokens"
     shape = tuple(value_of(product.left if key_is_right else product.right).shape)
     size = dict(zip(query, shape, strict=True))
+    if _is_broadcast(size, key, product.right if key_is_right else product.left):
+        return "the query is broadcast over batch or heads"
     if not _are_rows(rows, meaning, size):
         return "keys are neither the cache nor its heads repeated"
     permuted = tuple(size[letter] for letter in rows + inner[0])
@@ -55,6 +59,11 @@ def _are_rows(rows: str, meaning: dict[str, tuple[str, ...]], size: dict[str, in
     return bool(rows) and not meaning.get(rows[-1]) and rows[-1] not in meaning and flat == expected
 
 
+def _is_broadcast(size: dict[str, int], letters: str, stored: Node) -> bool:
+    """Whether keys or values have several of what the other operand has one of: the result is larger than it."""
+    return any(size.get(letter) == 1 != length for letter, length in zip(letters, value_of(stored).shape, strict=True))
+
+
 def _layout(order: tuple[int, ...], permuted: tuple[int, ...], shape: tuple[int, ...]) -> Layout:
     identity = order == tuple(range(len(order)))
     return Layout(None if identity else order, None if permuted == shape else shape)
@@ -64,6 +73,8 @@ def output_layout(product: Product, value_is_right: bool, axes: Axes, batch: int
     """How the result [B, Hq, q, Dv] becomes that of the product of weights and values."""
     if product.equation is None:
         return "the product of weights and values is none that is understood"
+    if product.added is not None:
+        return "baddbmm adds to the output"
     left, right, result = product.equation
     weights, value = (left, right) if value_is_right else (right, left)
     meaning = dict(zip(value, axes, strict=True))
@@ -74,7 +85,10 @@ def output_layout(product: Product, value_is_right: bool, axes: Axes, batch: int
     if len(channels) != 1 or meaning[channels[0]] != ("D",) or sorted(rows + channels[0]) != sorted(result):
         return "the output has other dimensions than queries and channels"
     shape = tuple(value_of(product.left if value_is_right else product.right).shape)
-    if not _are_rows(rows, meaning, dict(zip(weights, shape, strict=True))):
+    size = dict(zip(weights, shape, strict=True))
+    if _is_broadcast(size, value, product.right if value_is_right else product.left):
+        return "the weights are broadcast over batch or heads"
+    if not _are_rows(rows, meaning, size):
         return "values are neither the cache nor its heads repeated"
     laid_out = (*shape[:-1], value_of(product.node).shape[result.index(channels[0])])
     order = tuple((rows + channels[0]).index(letter) for letter in result)

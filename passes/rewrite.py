@@ -143,7 +143,8 @@ class BufferRewrite:
         assert isinstance(x, Node)
         batch, heads, dim = self.spec.shape[0], self.spec.shape[1], self.spec.shape[3]
         value = value_of(x)
-        if value.dim() == 4 and tuple(value.shape[d] for d in (0, 1, 3)) == (batch, heads, dim):
+        whole = value.dim() == 4 and (value.shape[2] != 1 or write.tokens == 1 or not isinstance(write.tokens, int))
+        if whole and tuple(value.shape[d] for d in (0, 1, 3)) == (batch, heads, dim):
             return x
         return call(self.graph, torch.Tensor.expand, (x, batch, heads, write.tokens, dim))
 

@@ -74,7 +74,7 @@ def _view(node: Node, axes: Axes, sizes: dict[str, int], shape: tuple[int, ...])
 
 def _index(node: Node, index: int, name: str, rank: int) -> int:
     """A dimension that the call names, counted from the front."""
-    dim: Any = argument(node, index, name)
+    dim: Any = argument(node, index, name, node.kwargs.get(name.replace("dim", "axis")))
     return int(dim) % rank
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch.fx import Node
 
 from xquant_fx.passes.forms import ROWS
@@ -42,6 +44,8 @@ def _take(node: Node, found: Scores, scene: Scene) -> Taken | str | None:
         if row.stage is not None and row.stage > found.stage:
             return f"{op_name(node)} ({row.name}) lies between the scores and the softmax, within the {_last(found)}"
         after, now = taken
+        if now.sinks is found.sinks and math.prod(shape_of(node)) != math.prod(shape_of(after)):
+            return f"{op_name(node)} makes more scores than there are"
         return after, now if row.stage is None else now.replace(stage=row.stage)
     return None
 

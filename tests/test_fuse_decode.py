@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from dynamo_graphs import OLD_BLOOM, tiny
-from rewrites import CONFIG, SHAPE, Rewrites, assign, count, run_both, sdpa
+from rewrites import CONFIG, SHAPE, Rewrites, assign, count, quantized_layers, run_both, sdpa
 
 from xquant_fx import XQuantCache, explain, ops
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
@@ -180,6 +180,60 @@ ALONE = {  # and the word that the reason must have
     "keys cut to integers": (lambda q, k, v, pos: sdpa(q, k.to(torch.int32).to(q.dtype), v), "keys"),
     "values in 8 bits": (lambda q, k, v, pos: sdpa(q, k, v.to(torch.float8_e4m3fn).to(q.dtype)), "values"),
     "the bits of values": (lambda q, k, v, pos: sdpa(q, k, v.view(torch.int32).to(q.dtype)), "values"),
+    "a query that is changed afterwards": (
+        lambda q, k, v, pos: (r := q * 1.0, s := r @ k.mT, r.mul_(2.0), softmax_of(s, v))[-1], "mul_ changes in place",
+    ),
+    "a mask that is changed afterwards": (
+        lambda q, k, v, pos: (
+            m := mask_of(pos, torch.float32), s := q @ k.mT + m, m[:, 2:].fill_(-3.0), softmax_of(s, v))[-1],
+        "fill_ changes in place",
+    ),
+    "a mask that becomes the scores": (
+        lambda q, k, v, pos: (
+            m := BIAS.repeat(1, 1, q.shape[2], 1), o := softmax_of(m.add_(q @ k.mT), v), o + m.sum())[-1],
+        "not the scores",
+    ),
+    "scores written to another tensor": (
+        lambda q, k, v, pos: (
+            m := q.new_zeros(*q.shape[:3], COUNT), o := softmax_of(torch.matmul(q, k.mT, out=m), v), o + m.sum())[-1],
+        "not the scores",
+    ),
+    "an output written to another tensor": (
+        lambda q, k, v, pos: (m := q * 0.0, o := torch.matmul(torch.softmax(q @ k.mT, -1), v, out=m), o + m)[-1],
+        "not the scores",
+    ),
+    "keys copied, then changed": (
+        lambda q, k, v, pos: (t := k.mT.clone(), t.mul_(2.0), softmax_of(q @ t, v))[-1],
+        "keys or values that were read",
+    ),
+    "values copied, then one head changed": (
+        lambda q, k, v, pos: (t := v.clone(), t.select(1, 0).mul_(2.0), softmax_of(q @ k.mT, t))[-1],
+        "mul_ changes in place",
+    ),
+    "positions that are changed afterwards": (
+        lambda q, k, v, pos: (pos.add_(1), o := softmax_of(q @ k.mT, v), pos.sub_(1), o)[-1], "add_ changes in place",
+    ),
+    "a number that is changed": (
+        lambda q, k, v, pos: (f := torch.full([], 2.5), f.mul_(3.0), softmax_of(q @ k.mT * f, v))[-1],
+        "mul_ changes in place",
+    ),
+    "a number cut to an integer": (
+        lambda q, k, v, pos: softmax_of(q @ k.mT * torch.full([], 2.5, dtype=torch.int64), v), "mul lies between",
+    ),
+    "baddbmm with the values": (
+        lambda q, k, v, pos: torch.baddbmm(
+            q.flatten(0, 1), torch.softmax(q @ k.mT, -1).flatten(0, 1), v.flatten(0, 1)).view(q.shape),
+        "baddbmm adds to the output",
+    ),
+    "a mask with more rows than there are queries": (
+        lambda q, k, v, pos: (
+            torch.softmax(q[:, :, :1] @ k.mT + BIAS.mT[0, 0, :5] * q.new_ones(COUNT), -1) @ v)[:, :, :1] + q * 0.0, "",
+    ),
+    "the largest of another row and head": (
+        lambda q, k, v, pos: softmax_of(
+            (s := q @ k.mT) - s.max(-1, keepdim=True).values.transpose(1, 2), v)[:, :, :1] + q * 0.0
+        if q.shape[2] == 1 else q * 1.0, "",
+    ),
     "another cap than it divides by": (lambda q, k, v, pos: softmax_of(torch.tanh(q @ k.mT / 5.0) * 4.0, v), "tanh"),
 }  # fmt: skip
 
@@ -260,6 +314,35 @@ def test_a_store_between_keys_and_values_is_not_crossed():
     mine, theirs = run_both(step, [3, 1], seen := Rewrites())
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     assert all(count(made, ops.DECODE) == 0 for made in seen.made)
+
+
+def test_one_token_at_several_positions():
+    def step(q, k, v, layers, pos):
+        keys, values = layers[0]
+        assign(keys, values, k[:, :, :1], v[:, :, :1], pos)
+        return sdpa(q, keys, values)
+
+    mine, theirs = run_both(step, [3, 1, 5], seen := Rewrites())
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert all(count(made, ops.DECODE) == 1 for made in seen.made)
+
+
+def test_one_query_for_all_sequences():
+    """It is broadcast over the batch of the cache, which the op does not do."""
+
+    def step(q, k, v, layers, pos):
+        keys, values = layers[0]
+        assign(keys, values, k, v, pos)
+        return softmax_of(q @ keys.mT, values)
+
+    shape, seen = (3, *SHAPE[1:]), Rewrites()
+    ours = quantized_layers(shape=shape)
+    theirs, x = copy.deepcopy(ours), torch.randn(3, HEADS, 4, DIM)
+    args = x[:1], x, x * 2
+    with torch.no_grad():
+        got = torch.compile(step, backend=seen, dynamic=False)(*args, ours, torch.arange(4))
+        torch.testing.assert_close(got, step(*args, theirs, torch.arange(4)), rtol=1e-5, atol=1e-5)
+    assert count(seen.made[0], ops.DECODE) == 0
 
 
 def test_alibi_and_mask_of_falcon():

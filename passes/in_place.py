@@ -1,0 +1,67 @@
+"""Why in-place ops keep an attention from being one op.
+
+The op runs where the attention's output is. It reads everything there, and the nodes that it replaces run no more. So
+what it reads must still be what it was where the program reads it, and no other tensor may get its numbers from
+those nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import Node
+
+from xquant_fx.passes.facts import Facts
+from xquant_fx.passes.records import Decode, Site
+from xquant_fx.passes.scores import Scene, shape_of
+from xquant_fx.passes.trace import fake, operand
+from xquant_fx.passes.vocabulary import kind, op_name
+
+
+def why_not_in_place(site: Site, form: Decode, facts: Facts) -> str:
+    """Which in-place op changes what the fused op would read, or is replaced by it; "" if none does."""
+    end, carriers = facts.order[form.output], _carriers(site, form)
+    reads = list(_reads(site, form, facts, carriers))
+    copies = [node for node, root in facts.targets if root in site.buffers]
+    if copies:
+        return f"{op_name(copies[0])} changes keys or values that were read"
+    for node, target in facts.mutations:
+        if node in {*carriers, site.attention.node, form.output} and target not in carriers:
+            return f"{op_name(node)} writes to a tensor that is not the scores"
+        at = facts.order[node]
+        if any(start <= at <= end and _share_memory(target, read, facts) for start, read in reads):
+            return f"{op_name(node)} changes in place what the attention has read"
+    return ""
+
+
+def _carriers(site: Site, form: Decode) -> set[Node]:
+    return set() if site.attention.scores is None else Scene(site.attention, form.heads).carriers
+
+
+def _reads(site: Site, form: Decode, facts: Facts, carriers: set[Node]) -> Iterator[tuple[int, Node]]:
+    """(where the program reads it, tensor) for all that the fused op reads at the attention's output."""
+    yield facts.order[site.attention.key_reader], form.query
+    for node in (*(term.node for term in form.terms), form.sinks):
+        if node is not None:
+            read_at = [facts.order[user] for user in node.users if user in carriers or user is site.attention.node]
+            yield min(read_at, default=0), node
+    for node in (each for carrier in carriers for each in carrier.all_input_nodes):
+        if kind(node) == "factory" and len(shape_of(node)) == 0:
+            yield 0, node  # it is read as the number that it was made of
+    for write in (site.key_write, site.value_write):
+        for node in () if write is None else (write.x, write.positions):
+            if write is not None and isinstance(node, Node):
+                yield facts.order[write.node], node
+    for taken, source in ((site.attention.key, site.key), (site.attention.value, site.value)):
+        node: Node | None = taken
+        while node is not None and node is not source.root:
+            yield 0, node
+            node = operand(node)
+
+
+def _share_memory(a: Node, b: Node, facts: Facts) -> bool:
+    """Whether writing to ``a`` may change ``b``: views of one tensor, by their ops or by their storage."""
+    if facts.source(a).root is facts.source(b).root:
+        return True
+    left, right = fake(a), fake(b)
+    return left is not None and right is not None and left.untyped_storage()._cdata == right.untyped_storage()._cdata
