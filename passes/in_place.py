@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
+from xquant_fx.cache.storage import share_storage
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.records import Decode, Site
 from xquant_fx.passes.scores import Scene, shape_of
@@ -49,14 +50,15 @@ def _reads(site: Site, form: Decode, facts: Facts, carriers: set[Node]) -> Itera
         if kind(node) == "factory" and len(shape_of(node)) == 0:
             yield 0, node  # it is read as the number that it was made of
     for write in (site.key_write, site.value_write):
-        for node in () if write is None else (write.x, write.positions):
-            if write is not None and isinstance(node, Node):
-                yield facts.order[write.node], node
+        if write is not None:
+            yield facts.order[write.node], write.x
+            if isinstance(write.positions, Node):
+                yield facts.order[write.node], write.positions
     for taken, source in ((site.attention.key, site.key), (site.attention.value, site.value)):
-        node: Node | None = taken
-        while node is not None and node is not source.root:
-            yield 0, node
-            node = operand(node)
+        view: Node | None = taken
+        while view is not None and view is not source.root:
+            yield 0, view
+            view = operand(view)
 
 
 def _share_memory(a: Node, b: Node, facts: Facts) -> bool:
@@ -64,4 +66,4 @@ def _share_memory(a: Node, b: Node, facts: Facts) -> bool:
     if facts.source(a).root is facts.source(b).root:
         return True
     left, right = fake(a), fake(b)
-    return left is not None and right is not None and left.untyped_storage()._cdata == right.untyped_storage()._cdata
+    return left is not None and right is not None and share_storage(left, right)

@@ -167,7 +167,7 @@ class XQuantCache(StaticCache):
 
     def reset(self) -> None:
         """Empty the cache; what is allocated stays, and so does padding."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Roll back ``-tokens_to_remove`` tokens (Hugging Face counts them negative), in all layers or in none.

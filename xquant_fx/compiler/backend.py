@@ -20,11 +20,11 @@ from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.storage import is_view, share_storage
 from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, why_not_gradients, why_not_layers
-from xquant_fx.compiler.storage import is_view, share_storage
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.warn_once import warn_once
 from xquant_fx.errors import CacheStateError, ConfigError, NotRewrittenError

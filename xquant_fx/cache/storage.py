@@ -11,5 +11,5 @@ def is_view(tensor: Tensor) -> bool:
 
 
 def share_storage(a: Tensor, b: Tensor) -> bool:
-    """Whether two plain tensors lie in one storage."""
+    """Whether two tensors, or two fake ones, lie in one storage."""
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
