@@ -17,6 +17,7 @@ An instance holds tensors, graph nodes or Inductor's buffers alike.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import types
 import typing
@@ -87,11 +88,12 @@ class Arguments:
     """Base of the descriptions; subclasses are frozen dataclasses."""
 
     @classmethod
-    def parameters(cls, overload: Overload = Overload()) -> list[Parameter]:
+    @functools.cache  # an eager step asks, too, and reading annotations takes longer than its kernel
+    def parameters(cls, overload: Overload = Overload()) -> tuple[Parameter, ...]:
         """The arguments of ``overload``, in order."""
         hints = typing.get_type_hints(cls, include_extras=True)
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-        return [_parameter(f, hints[f.name], overload) for f in fields if f.name not in overload.omit]
+        return tuple(_parameter(f, hints[f.name], overload) for f in fields if f.name not in overload.omit)
 
     @classmethod
     def schema(cls, name: str, overload: Overload = Overload(), returns: str = "()") -> str:
@@ -123,6 +125,7 @@ class Arguments:
         return [p.name for p in cls.parameters(overload) if p.elements is not None and p.elements.written]
 
     @classmethod
+    @functools.cache
     def tensor_names(cls) -> tuple[str, ...]:
         """Names of all tensors, in order."""
         return tuple(p.name for p in cls.parameters() if p.elements is not None)
@@ -140,11 +143,11 @@ class Arguments:
 
     def _asdict(self) -> dict[str, Any]:
         """All arguments by name, in order; nothing is copied."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return dict(vars(self))
 
     def replace(self: A, **changes: Any) -> A:
         """These arguments with ``changes``."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        return type(self)(**{**vars(self), **changes})
 
     def positional(self, *, without: Iterable[str] = ()) -> list[Tensor | None]:
         """All tensors but those called ``without``, in order, None for those that are not there."""

@@ -13,7 +13,10 @@ from xquant_fx.kernels.decode_attention.cpu_source import Problem, source
 
 def empty_output(*args: Any, **kwargs: Any) -> Tensor:
     """An uninitialised result [B, heads, q, D of the values]."""
-    a = DecodeArguments(*args, **kwargs)
+    return _empty(DecodeArguments(*args, **kwargs))
+
+
+def _empty(a: DecodeArguments) -> Tensor:
     return a.q.new_empty((*a.q.shape[:3], a.v_ring.shape[3]))
 
 
@@ -60,6 +63,6 @@ def run_cpu(*args: Any, **kwargs: Any) -> Tensor:
 
     a = DecodeArguments(*args, **kwargs).mapped(Tensor.contiguous)
     types, code = source(problem_of(a), cpu_build.isa())
-    out = empty_output(**a._asdict())
+    out = _empty(a)
     cpu_build.load(types, code)(*a.tensors.values(), out)
     return out
