@@ -34,6 +34,7 @@ def softmax_of(scores, values):
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype) @ values
 
 
+LEAST = torch.finfo(torch.float32).min
 BIAS = -(2.0 ** -torch.arange(1, HEADS + 1))[None, :, None, None] * torch.arange(COUNT)  # ALiBi
 
 
@@ -84,6 +85,10 @@ FUSED = {
     ),
     "a bias and a fill": lambda q, k, v, pos: softmax_of(
         (q @ k.mT / torch.full([], 3.0) + BIAS).masked_fill(~mask_of(pos), -1e9), v
+    ),
+    "a fill and a mask of least numbers, on rows of nothing else": lambda q, k, v, pos: softmax_of(
+        (q @ k.mT).masked_fill(~mask_of(pos), -1e9) + torch.where(pos > pos[0], 0.0, LEAST)[:, None].expand(-1, COUNT),
+        v,
     ),
     "softcap, then two fills": lambda q, k, v, pos: softmax_of(
         (torch.tanh(q @ k.mT / 5.0) * 5.0)
