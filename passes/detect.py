@@ -14,13 +14,14 @@ from xquant_fx.passes.find_sites import Refusal, find_sites
 from xquant_fx.passes.in_place import why_not_in_place
 from xquant_fx.passes.match_decode import match_decode
 from xquant_fx.passes.normalize import normalize
-from xquant_fx.passes.records import Decode, Detection, Site, Source, Write
-from xquant_fx.passes.trace import fake, same_value
+from xquant_fx.passes.products import query_tokens
+from xquant_fx.passes.records import Buffer, Decode, Detection, Site, Source, Write
+from xquant_fx.passes.trace import same_value
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec, why_not_fused
 
-#: What becomes of the ordinary buffers of rewritable sites: the plan, None where there are none, and all specs.
-Planner = Callable[[GraphModule, list[Site]], tuple[Plan | None, dict[Node, KVSpec]]]
+#: The ordinary buffers of rewritable sites, their plan (None where there are none), and the specs of all buffers.
+Planner = Callable[[GraphModule, list[Site]], tuple[tuple[Buffer, ...], Plan | None, dict[Node, KVSpec]]]
 
 
 def detect(gm: GraphModule, refusal: Refusal, planner: Planner, unfused: str = "") -> Detection:
@@ -35,11 +36,11 @@ def detect(gm: GraphModule, refusal: Refusal, planner: Planner, unfused: str = "
     counters["xquant"]["detect"] += 1
     facts = Facts(gm.graph)
     sites = find_sites(facts, refusal)
-    plan, specs = planner(gm, sites)
+    ordinary, plan, specs = planner(gm, sites)
     judged = tuple(_with_form(site, facts, specs, unfused) for site in sites)
-    written = (*(root for _, root in facts.targets), *(w.buffer for w in facts.writes))
+    written = (*(mutation.root for mutation in facts.mutations), *(write.buffer for write in facts.writes))
     inputs = frozenset(node for node in written if node.op == "placeholder")
-    return Detection(gm, judged, tuple(facts.writes), inputs, specs, plan)
+    return Detection(gm, judged, tuple(facts.writes), inputs, specs, ordinary, plan)
 
 
 def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str) -> Site:
@@ -71,24 +72,14 @@ def _why_not_step(site: Site, form: Decode, facts: Facts) -> str:
         return "keys and values are not appended in this graph"
     if key.tokens != value.tokens:
         return "keys and values are not written by one step"
-    query = fake(form.query)
-    if query is None or not isinstance(key.tokens, int):
+    if not isinstance(key.tokens, int):
         return "the number of new tokens is dynamic"
-    if key.tokens != _query_tokens(form):
+    if key.tokens != query_tokens(site.attention):
         return "the query has another length than the step"
     if not same_value(key.positions, value.positions):
         return "keys and values are written at different positions"
     sides = ((site.key, site.attention.key_reader, key), (site.value, site.attention.value_reader, value))
     return next(filter(None, (_why_not_order(*side, form, facts) for side in sides)), "")
-
-
-def _query_tokens(form: Decode) -> object:
-    query = fake(form.query)
-    assert query is not None
-    if form.query_layout.shape is not None:
-        return form.query_layout.shape[2]
-    order = form.query_layout.order or (0, 1, 2, 3)
-    return query.shape[order[2]]
 
 
 def _why_not_order(source: Source, attends: Node, write: Write, form: Decode, facts: Facts) -> str:

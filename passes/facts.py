@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch.fx import Graph, Node
 
 from xquant_fx.cache.allocate import quantized_empty
@@ -16,6 +18,15 @@ from xquant_fx.passes.vocabulary import kind
 NEAR = 64  # nodes to look at, going back from an operand, for a cache that it is computed from
 
 
+class Mutation(NamedTuple):
+    """An in-place op that is no recognised append, and one operand that it writes to."""
+
+    node: Node
+    target: Node
+    root: Node
+    """What ``target`` is a view of."""
+
+
 class Facts:
     """What one graph says about its buffers; nothing is changed."""
 
@@ -24,8 +35,8 @@ class Facts:
         self.writes = find_writes(graph)
         # A prompt that allocates its cache attends to itself: what it appends stands for the buffer.
         self.stand_ins = {w.x: w.buffer for w in self.writes if w.buffer.target is quantized_empty}
-        self.mutations = other_mutations(graph, self.writes)
-        self.targets = [(node, self.source(operand).root) for node, operand in self.mutations]
+        others = other_mutations(graph, self.writes)
+        self.mutations = [Mutation(node, target, self.source(target).root) for node, target in others]
         self.attention = find_attention(graph)
         self.operands = {
             "keys": {attention.key for attention in self.attention},
@@ -44,9 +55,9 @@ class Facts:
         """Recognised appends to ``buffer``."""
         return [w for w in self.writes if w.buffer is buffer]
 
-    def mutated(self, buffer: Node) -> Node | None:
+    def mutated(self, buffer: Node) -> Mutation | None:
         """An in-place op on ``buffer`` or on a view of it that is no recognised append."""
-        return next((node for node, root in self.targets if root is buffer), None)
+        return next((mutation for mutation in self.mutations if mutation.root is buffer), None)
 
     def reads(self, user: Node, operand: Node, role: str) -> bool:
         """Whether ``user`` is an attention (or one of its products) that takes ``operand`` as its keys or values."""
@@ -66,7 +77,7 @@ class Facts:
 
     def stored_in(self, node: Node) -> list[Node]:
         """What unrecognised in-place ops put into ``node``."""
-        return [n for op, root in self.targets if root is node for n in op.all_input_nodes]
+        return [n for mutation in self.mutations if mutation.root is node for n in mutation.node.all_input_nodes]
 
     def grows(self, root: Node) -> Node | None:
         """The old buffer, if ``root`` appends to it by concatenation and is returned, as in DynamicCache."""
@@ -82,7 +93,7 @@ class Facts:
     def overflows(self, root: Node) -> Node | None:
         """The buffer that a part of ``root`` is copied over: a sliding window that this step overflows."""
         for user, _ in readers(root):
-            buffer = next((b for node, b in self.mutations if node is user), None)
+            buffer = next((mutation.target for mutation in self.mutations if mutation.node is user), None)
             if buffer is None or kind(user) != "copy" or buffer is root or self.source(buffer).path:
                 continue
             value = fake(buffer)

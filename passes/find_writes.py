@@ -57,10 +57,15 @@ def _is_buffer(node: object) -> bool:
     return node.op == "placeholder" or node.target is quantized_empty or is_factory(node)
 
 
+def appended(node: Node) -> object:
+    """What the append ``node`` writes, as the graph has it now."""
+    return argument(node, 2, "value") if kind(node) == "setitem" else argument(node, 3, "source")
+
+
 def _index_copy(node: Node) -> Write | None:
     if kind(node) != "index_copy" or not _is_buffer(node.args[0]):
         return None
-    dim, index, x = (argument(node, i, name) for i, name in enumerate(("dim", "index", "source"), start=1))
+    dim, index, x = argument(node, 1, "dim"), argument(node, 2, "index"), appended(node)
     if dim not in (2, -2) or not isinstance(index, Node) or not isinstance(x, Node):
         return None
     return _write(node, node.args[0], x, index, "index_copy_")
@@ -69,7 +74,7 @@ def _index_copy(node: Node) -> Write | None:
 def _setitem(node: Node) -> Write | None:
     if kind(node) != "setitem" or not _is_buffer(node.args[0]):
         return None
-    buffer, index, x = node.args
+    buffer, index, x = node.args[0], node.args[1], appended(node)
     assert isinstance(buffer, Node)
     positions, value = _token_index(index, value_of(buffer).shape), fake(x)
     if positions is None or value is None or value.dim() < 2 or not isinstance(x, Node):

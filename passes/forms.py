@@ -20,7 +20,7 @@ import torch
 from torch.fx import Node
 
 from xquant_fx.passes.records import MaskTerm
-from xquant_fx.passes.scores import Row, Scene, Scores, Stage, Taken, shape_of
+from xquant_fx.passes.scores import Row, Scene, Scores, Stage, Taken, keeps_last_two, shape_of
 from xquant_fx.passes.trace import argument, fake, is_view_like, keeps_numbers, operand, value_of
 from xquant_fx.passes.vocabulary import kind, op_name
 
@@ -174,10 +174,7 @@ def take_cast(node: Node, found: Scores, scene: Scene) -> Taken | None:
 def take_view(node: Node, found: Scores, scene: Scene) -> Taken | None:
     """Batch and heads in one dimension or in two: query tokens and keys stay the last two."""
     scores = operand(node)
-    if scores is None or len(shape_of(node)) < 3 or shape_of(node)[-2:] != shape_of(scores)[-2:]:
-        return None
-    plain = not isinstance(argument(node, 1, "dtype"), torch.dtype)  # view(dtype) reads the same bits anew
-    return (scores, found) if plain else None
+    return (scores, found) if scores is not None and keeps_last_two(node) else None
 
 
 #: Tried in this order.

@@ -10,18 +10,19 @@ STEP_TOKENS (8) tokens brings its own keys and values. Which attentions, and how
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from xquant_fx import ops
+from xquant_fx.kernels.decode_attention.arguments import of_sides
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.masks import build_mask
 from xquant_fx.passes.records import Decode, Layout, Site
-
-OF_SIDE = ("codes", "scale", "zero", "ring", "sink")
 
 
 def fuse_decode(gm: GraphModule, context: Context) -> int:
@@ -30,26 +31,30 @@ def fuse_decode(gm: GraphModule, context: Context) -> int:
     for site in context.detection.sites:
         if site.form is None or not site.is_quantized:
             continue
-        assert site.key_write is not None and site.value_write is not None
-        key, value = (context.loads[write.node] for write in (site.key_write, site.value_write))
-        replaced[site.form.output] = _replace(gm.graph, site, site.form, key, value, replaced)
+        replaced[site.form.output] = _replace(gm.graph, site.form, _stored(site, context), replaced)
     return len(replaced)
 
 
-def _replace(graph: Graph, site: Site, form: Decode, key: Node, value: Node, replaced: dict[Node, Node]) -> Node:
-    k, v = LoadArguments.of(key), LoadArguments.of(value)
-    stored = {f"{side}_{name}": getattr(load, name) for side, load in (("k", k), ("v", v)) for name in OF_SIDE}
+def _stored(site: Site, context: Context) -> dict[str, Any]:
+    """The op's arguments that the cache has: what the two loads read, and what is fixed for the layer."""
+    assert site.key_write is not None and site.value_write is not None
+    k, v = (LoadArguments.of(context.loads[write.node]) for write in (site.key_write, site.value_write))
+    key, value = (context.detection.specs[buffer] for buffer in site.buffers)
+    return dict(
+        of_sides(functools.partial(getattr, k), functools.partial(getattr, v)), start=k.start, past=k.past,
+        new_tokens=k.new_tokens, k_new=k.x, v_new=v.x, **key.decode_constants(value),
+    )  # fmt: skip
+
+
+def _replace(graph: Graph, form: Decode, stored: dict[str, Any], replaced: dict[Node, Node]) -> Node:
     with graph.inserting_before(form.output):
         query = _laid_out(graph, replaced.get(form.query, form.query), form.query_layout)
         terms = tuple(dataclasses.replace(term, node=replaced.get(term.node, term.node)) for term in form.terms)
         mask = build_mask(graph, terms, query.meta["example_value"].shape[0], form.heads)
         logits = None if form.sinks is None else replaced.get(form.sinks, form.sinks)
         sinks = None if logits is None else call(graph, torch.reshape, (logits, (form.heads,)))
-        fused = call(graph, ops.DECODE, (), dict(
-            q=query, **stored, start=k.start, past=k.past, mask=mask, sink_logits=sinks, new_tokens=k.new_tokens,
-            max_len=k.n, k_bits=k.bits, k_group=k.group_size, v_bits=v.bits, v_group=v.group_size,
-            residual_length=k.residual_length, scale=form.scale, softcap=form.softcap, window=0, k_new=k.x, v_new=v.x,
-        ))  # fmt: skip
+        ours = dict(q=query, mask=mask, sink_logits=sinks, scale=form.scale, softcap=form.softcap, window=0)
+        fused = call(graph, ops.DECODE, (), {**ours, **stored})
         output = _put_back(graph, fused, form.output_layout)
     form.output.replace_all_uses_with(output)
     _erase_unused(graph, form.output)

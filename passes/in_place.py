@@ -14,39 +14,36 @@ from torch.fx import Node
 from xquant_fx.cache.storage import share_storage
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.records import Decode, Site
-from xquant_fx.passes.scores import Scene, shape_of
+from xquant_fx.passes.scores import shape_of
 from xquant_fx.passes.trace import fake, operand
 from xquant_fx.passes.vocabulary import kind, op_name
 
 
 def why_not_in_place(site: Site, form: Decode, facts: Facts) -> str:
     """Which in-place op changes what the fused op would read, or is replaced by it; "" if none does."""
-    end, carriers = facts.order[form.output], _carriers(site, form)
-    reads = list(_reads(site, form, facts, carriers))
-    copies = [node for node, root in facts.targets if root in site.buffers]
+    end = facts.order[form.output]
+    reads = [(start, read, facts.source(read).root) for start, read in _reads(site, form, facts)]
+    replaced = {*form.carriers, site.attention.node, form.output}
+    copies = [mutation.node for mutation in facts.mutations if mutation.root in site.buffers]
     if copies:
         return f"{op_name(copies[0])} changes keys or values that were read"
-    for node, target in facts.mutations:
-        if node in {*carriers, site.attention.node, form.output} and target not in carriers:
+    for node, target, root in facts.mutations:
+        if node in replaced and target not in form.carriers:
             return f"{op_name(node)} writes to a tensor that is not the scores"
-        at = facts.order[node]
-        if any(start <= at <= end and _share_memory(target, read, facts) for start, read in reads):
+        seen = [(read, of_read) for start, read, of_read in reads if start <= facts.order[node] <= end]
+        if any(root is of_read or _share_storage(target, read) for read, of_read in seen):
             return f"{op_name(node)} changes in place what the attention has read"
     return ""
 
 
-def _carriers(site: Site, form: Decode) -> set[Node]:
-    return set() if site.attention.scores is None else Scene(site.attention, form.heads).carriers
-
-
-def _reads(site: Site, form: Decode, facts: Facts, carriers: set[Node]) -> Iterator[tuple[int, Node]]:
+def _reads(site: Site, form: Decode, facts: Facts) -> Iterator[tuple[int, Node]]:
     """(where the program reads it, tensor) for all that the fused op reads at the attention's output."""
     yield facts.order[site.attention.key_reader], form.query
     for node in (*(term.node for term in form.terms), form.sinks):
         if node is not None:
-            read_at = [facts.order[user] for user in node.users if user in carriers or user is site.attention.node]
+            read_at = [facts.order[user] for user in node.users if user in form.carriers or user is site.attention.node]
             yield min(read_at, default=0), node
-    for node in (each for carrier in carriers for each in carrier.all_input_nodes):
+    for node in (each for carrier in form.carriers for each in carrier.all_input_nodes):
         if kind(node) == "factory" and len(shape_of(node)) == 0:
             yield 0, node  # it is read as the number that it was made of
     for write in (site.key_write, site.value_write):
@@ -61,9 +58,7 @@ def _reads(site: Site, form: Decode, facts: Facts, carriers: set[Node]) -> Itera
             view = operand(view)
 
 
-def _share_memory(a: Node, b: Node, facts: Facts) -> bool:
-    """Whether writing to ``a`` may change ``b``: views of one tensor, by their ops or by their storage."""
-    if facts.source(a).root is facts.source(b).root:
-        return True
+def _share_storage(a: Node, b: Node) -> bool:
+    """Whether ``a`` and ``b`` are views of one tensor by an op that is not known as a view."""
     left, right = fake(a), fake(b)
     return left is not None and right is not None and share_storage(left, right)

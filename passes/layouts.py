@@ -8,6 +8,7 @@ an einsum may have its dimensions in any order: the op gets a permuted, reshaped
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from torch.fx import Node
 
@@ -16,13 +17,42 @@ from xquant_fx.passes.trace import value_of
 from xquant_fx.passes.track_axes import Axes
 
 
-def query_layout(product: Product, key_is_right: bool, axes: Axes, batch: int) -> tuple[Layout, int] | str:
-    """How to bring the query to [B, Hq, q, D], and Hq; ``axes`` are those of the key operand."""
+class _Sides(NamedTuple):
+    """A product of queries with keys, or of weights with values, by its letters."""
+
+    moving: str
+    """Letters of the query or the weights,"""
+    stored: str
+    """of the keys or the values,"""
+    result: str
+    """and of the result."""
+    meaning: dict[str, tuple[str, ...]]
+    """Axes of the cache that a letter of keys or values stands for."""
+    size: dict[str, int]
+    """Of the letters of the query or the weights."""
+    is_broadcast: bool
+    """Whether keys or values have several of what the other operand has one of: the result is larger than it."""
+
+
+def _sides(product: Product, stored: Node, axes: Axes) -> _Sides | None:
+    """``product`` of something with ``stored``, whose axes are ``axes``; None where that is not understood."""
     if product.equation is None:
+        return None
+    left, right, result = product.equation
+    is_right = product.right is stored
+    ours, theirs = (left, right) if is_right else (right, left)
+    size = dict(zip(ours, value_of(product.left if is_right else product.right).shape, strict=True))
+    lengths = zip(theirs, value_of(stored).shape, strict=True)
+    is_broadcast = any(size.get(letter) == 1 != length for letter, length in lengths)
+    return _Sides(ours, theirs, result, dict(zip(theirs, axes, strict=True)), size, is_broadcast)
+
+
+def query_layout(product: Product, keys: Node, axes: Axes, batch: int) -> tuple[Layout, int] | str:
+    """How to bring the query to [B, Hq, q, D], and Hq; ``axes`` are those of the operand ``keys``."""
+    sides = _sides(product, keys, axes)
+    if sides is None:
         return "the product of queries and keys is none that is understood"
-    left, right, scores = product.equation
-    query, key = (left, right) if key_is_right else (right, left)
-    meaning = dict(zip(key, axes, strict=True))
+    query, key, scores, meaning, size, is_broadcast = sides
     inner = [letter for letter in key if letter not in scores]
     if len(inner) != 1 or meaning[inner[0]] != ("D",) or inner[0] not in query:
         return "queries and keys are not multiplied along the channels"
@@ -31,9 +61,7 @@ def query_layout(product: Product, key_is_right: bool, axes: Axes, batch: int) -
     rows = scores[:-1]
     if sorted(rows + inner[0]) != sorted(query):
         return "the scores have other dimensions than queries and tokens"
-    shape = tuple(value_of(product.left if key_is_right else product.right).shape)
-    size = dict(zip(query, shape, strict=True))
-    if _is_broadcast(size, key, product.right if key_is_right else product.left):
+    if is_broadcast:
         return "the query is broadcast over batch or heads"
     if not _are_rows(rows, meaning, size):
         return "keys are neither the cache nor its heads repeated"
@@ -59,38 +87,30 @@ def _are_rows(rows: str, meaning: dict[str, tuple[str, ...]], size: dict[str, in
     return bool(rows) and not meaning.get(rows[-1]) and rows[-1] not in meaning and flat == expected
 
 
-def _is_broadcast(size: dict[str, int], letters: str, stored: Node) -> bool:
-    """Whether keys or values have several of what the other operand has one of: the result is larger than it."""
-    return any(size.get(letter) == 1 != length for letter, length in zip(letters, value_of(stored).shape, strict=True))
-
-
 def _layout(order: tuple[int, ...], permuted: tuple[int, ...], shape: tuple[int, ...]) -> Layout:
     identity = order == tuple(range(len(order)))
     return Layout(None if identity else order, None if permuted == shape else shape)
 
 
-def output_layout(product: Product, value_is_right: bool, axes: Axes, batch: int, heads: int) -> Layout | str:
-    """How the result [B, Hq, q, Dv] becomes that of the product of weights and values."""
-    if product.equation is None:
+def output_layout(product: Product, values: Node, axes: Axes, batch: int, heads: int) -> Layout | str:
+    """How the result [B, Hq, q, Dv] becomes that of the product of weights and ``values``, whose axes are ``axes``."""
+    sides = _sides(product, values, axes)
+    if sides is None:
         return "the product of weights and values is none that is understood"
     if product.added is not None:
         return "baddbmm adds to the output"
-    left, right, result = product.equation
-    weights, value = (left, right) if value_is_right else (right, left)
-    meaning = dict(zip(value, axes, strict=True))
+    weights, value, result, meaning, size, is_broadcast = sides
     tokens, rows = weights[-1], weights[:-1]
     if tokens not in value or tokens in result or meaning[tokens] != ("N",):
         return "weights and values are not multiplied along the tokens"
     channels = [letter for letter in value if letter not in weights]
     if len(channels) != 1 or meaning[channels[0]] != ("D",) or sorted(rows + channels[0]) != sorted(result):
         return "the output has other dimensions than queries and channels"
-    shape = tuple(value_of(product.left if value_is_right else product.right).shape)
-    size = dict(zip(weights, shape, strict=True))
-    if _is_broadcast(size, value, product.right if value_is_right else product.left):
+    if is_broadcast:
         return "the weights are broadcast over batch or heads"
     if not _are_rows(rows, meaning, size):
         return "values are neither the cache nor its heads repeated"
-    laid_out = (*shape[:-1], value_of(product.node).shape[result.index(channels[0])])
+    laid_out = (*(size[letter] for letter in rows), value_of(product.node).shape[result.index(channels[0])])
     order = tuple((rows + channels[0]).index(letter) for letter in result)
     return _layout(order, (batch, heads, *laid_out[-2:]), laid_out)
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from xquant_fx.passes.layouts import mask_shape, output_layout, query_layout
 from xquant_fx.passes.records import Attention, Decode, Layout, MaskTerm, Source
-from xquant_fx.passes.scores import Scene, Scores
+from xquant_fx.passes.scores import Scene, keeps_last_two
 from xquant_fx.passes.trace import argument, fake, keeps_numbers, operand, value_of
 from xquant_fx.passes.track_axes import Axes, axes_of, expected
 from xquant_fx.passes.vocabulary import kind
@@ -88,7 +88,8 @@ def _written_out(attention: Attention, key: Source, value: Source) -> Decode | s
     if isinstance(laid_out, str):
         return laid_out
     of_query, heads, of_output = laid_out
-    found = walk(Scene(attention, heads), argument(softmax, 0, "input"))
+    scene = Scene(attention, heads)
+    found = walk(scene, argument(softmax, 0, "input"))
     if isinstance(found, str):
         return found
     weights = softmax if found.sinks is None else _without_last(softmax)
@@ -96,7 +97,10 @@ def _written_out(attention: Attention, key: Source, value: Source) -> Decode | s
         return "something is joined to the scores that is not one logit per head"
     if not _reaches(weights, output.node):
         return "the attention weights are used for something else, too"
-    return _decode(attention, found, heads, of_query, of_output)
+    return Decode(
+        output.node, attention.query, found.scale, found.softcap, found.terms, found.sinks, heads, of_query, of_output,
+        scene.carriers,
+    )  # fmt: skip
 
 
 def _lay_out(attention: Attention, key: Source, value: Source) -> tuple[Layout, int, Layout] | str:
@@ -106,24 +110,16 @@ def _lay_out(attention: Attention, key: Source, value: Source) -> tuple[Layout, 
     if key_axes is None or value_axes is None:
         return f"{'keys' if key_axes is None else 'values'} are neither the cache nor its heads repeated"
     shapes = value_of(key.root).shape, value_of(value.root).shape
-    of_query = query_layout(scores, scores.right is attention.key, key_axes, shapes[0][0])
+    of_query = query_layout(scores, attention.key, key_axes, shapes[0][0])
     if isinstance(of_query, str):
         return of_query
     layout, heads = of_query
     if heads % shapes[0][1]:
         return f"{heads} query heads and {shapes[0][1]} KV heads"
-    of_output = output_layout(output, output.right is attention.value, value_axes, shapes[0][0], heads)
+    of_output = output_layout(output, attention.value, value_axes, shapes[0][0], heads)
     if isinstance(of_output, str):
         return of_output
     return layout, heads, of_output
-
-
-def _decode(attention: Attention, found: Scores, heads: int, of_query: Layout, of_output: Layout) -> Decode:
-    assert attention.output is not None
-    return Decode(
-        attention.output.node, attention.query, found.scale, found.softcap, found.terms, found.sinks, heads, of_query,
-        of_output,
-    )  # fmt: skip
 
 
 def _without_last(softmax: Node) -> Node | None:
@@ -142,23 +138,11 @@ def _reaches(weights: Node, output: Node) -> bool:
         if user is output:
             return True
         dropout = kind(user) == "dropout" and _no_dropout(user)
-        if not (dropout or keeps_numbers(user) or _is_plain_view(user)) or operand(user) is not node:
+        view = kind(user) in ("view", "reshape") and keeps_last_two(user)
+        if not (dropout or keeps_numbers(user) or view) or operand(user) is not node:
             return False
         node = user
     return False
-
-
-def _is_plain_view(node: Node) -> bool:
-    """A view of the weights in which query tokens and tokens stay the last two dimensions."""
-    source = operand(node)
-    if kind(node) not in ("view", "reshape") or source is None or fake(node) is None or fake(source) is None:
-        return False
-    shape = value_of(node).shape
-    return len(shape) >= 3 and shape[-2:] == value_of(source).shape[-2:] and not _is_dtype(argument(node, 1, "dtype"))
-
-
-def _is_dtype(value: object) -> bool:
-    return isinstance(value, torch.dtype)
 
 
 def _no_dropout(node: Node) -> bool:

@@ -6,14 +6,14 @@ from string import ascii_letters
 
 from torch.fx import Node
 
-from xquant_fx.passes.records import Product
+from xquant_fx.passes.records import Attention, Product
 from xquant_fx.passes.trace import argument, fake
 from xquant_fx.passes.vocabulary import PRODUCTS, kind
 
 
 def is_product(node: Node) -> bool:
     """Whether ``node`` multiplies matrices."""
-    return kind(node) in PRODUCTS and product_of(node) is not None
+    return product_of(node) is not None
 
 
 def product_of(node: Node) -> Product | None:
@@ -45,15 +45,11 @@ def _letters(left: Node, right: Node) -> tuple[str, str, str] | None:
 def _baddbmm(node: Node) -> Product | None:
     added, left, right = (argument(node, i, name) for i, name in enumerate(("input", "batch1", "batch2")))
     beta, alpha = (argument(node, i, name, 1.0) for i, name in ((3, "beta"), (4, "alpha")))
-    nodes = all(isinstance(part, Node) for part in (added, left, right))
-    numbers = all(isinstance(factor, int | float) for factor in (beta, alpha))
-    if not nodes:
+    if not (isinstance(added, Node) and isinstance(left, Node) and isinstance(right, Node)):
         return None
-    assert isinstance(added, Node) and isinstance(left, Node) and isinstance(right, Node)
-    if not numbers:
+    if not (isinstance(beta, int | float) and isinstance(alpha, int | float)):
         return Product(node, left, right, None, added=added)
-    equation = _letters(left, right)
-    return Product(node, left, right, equation, alpha=float(alpha), added=added, beta=float(beta))  # type: ignore[arg-type]
+    return Product(node, left, right, _letters(left, right), alpha=float(alpha), added=added, beta=float(beta))
 
 
 def _einsum(node: Node) -> Product | None:
@@ -98,6 +94,20 @@ def _ellipses(before: list[str], after: list[str]) -> list[str]:
         for old, new in zip(before, after, strict=True)
         if "..." in old
     ]
+
+
+def query_tokens(attention: Attention) -> object:
+    """Tokens of the query: an int, or symbolic; None where its shape is unknown.
+
+    Of scores that are written out, it is the last dimension that the query has and the keys have not.
+    """
+    query, scores = fake(attention.query), attention.scores
+    if query is None or scores is None or scores.equation is None:
+        return None if query is None or query.dim() < 2 else query.shape[-2]
+    left, right, result = scores.equation
+    ours, theirs = (left, right) if scores.right is attention.key else (right, left)
+    own = [letter for letter in result if letter in ours and letter not in theirs]
+    return query.shape[ours.index(own[-1])] if own else 1
 
 
 def other_operand(product: Product, node: Node) -> Node | None:

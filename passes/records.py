@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from xquant_fx.plan.plan import Plan
-from xquant_fx.plan.spec import KVSpec
+from xquant_fx.plan.spec import KVSpec, Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +131,8 @@ class Decode:
     """Permute, then reshape, the query to [B, Hq, q, D]."""
     output_layout: Layout = Layout()
     """Reshape, then permute, the result [B, Hq, q, Dv] to that of ``output``."""
+    carriers: frozenset[Node] = frozenset()
+    """Nodes that carry the scores, where they are written out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +172,23 @@ class Site:
         """The nodes of the key and the value buffer."""
         return self.key.root, self.value.root
 
+    @property
+    def stays_ordinary(self) -> bool:
+        """Whether the site has a KV cache that stays in full precision."""
+        return self.has_cache and not self.rewritable and not self.allocated_here
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity: a slice of positions has no hash
+class Buffer:
+    """One ordinary KV buffer of a graph, to be taken over."""
+
+    node: Node
+    index: int
+    """Number of the graph's argument."""
+    layer: int
+    role: Role
+    write: Write
+
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
@@ -185,15 +204,7 @@ class Detection:
     """Placeholders that the graph writes to in any way."""
     specs: dict[Node, KVSpec]
     """Of each buffer that is quantized, or is going to be, by node."""
+    ordinary: tuple[Buffer, ...] = ()
+    """Ordinary buffers that can be taken over,"""
     plan: Plan | None = None
-    """What ordinary buffers are going to be; None where there are none."""
-
-    @property
-    def ordinary(self) -> tuple[Site, ...]:
-        """Sites whose buffers are ordinary and can be taken over."""
-        return tuple(s for s in self.sites if s.rewritable and not s.is_quantized)
-
-    @property
-    def left_alone(self) -> tuple[Site, ...]:
-        """Sites with a KV cache that stays in full precision."""
-        return tuple(s for s in self.sites if s.has_cache and not s.rewritable and not s.allocated_here)
+    """and what they are going to be; None where there are none."""

@@ -18,14 +18,14 @@ from torch.fx import GraphModule, Node
 from xquant_fx import ops
 from xquant_fx.errors import UnsupportedWriteError
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.shared_code_load.arguments import STORED
 from xquant_fx.passes.context import Context
-from xquant_fx.passes.find_writes import is_opaque, written_by
+from xquant_fx.passes.find_writes import appended, is_opaque, written_by
 from xquant_fx.passes.graph import call
+from xquant_fx.passes.products import query_tokens
 from xquant_fx.passes.records import Detection, Write
-from xquant_fx.passes.trace import fake, is_shape_query, readers, shares_memory, value_of
+from xquant_fx.passes.trace import is_shape_query, readers, shares_memory, value_of
 from xquant_fx.passes.vocabulary import op_name
-
-OF_LOAD = ("codes", "scale", "zero", "ring", "sink", "start")
 
 
 def rewrite(gm: GraphModule, context: Context) -> int:
@@ -52,11 +52,9 @@ def _step_tokens(writes: list[Write]) -> int | None:
 def _query_length(buffer: Node, detection: Detection) -> int:
     """New tokens of the attention that reads ``buffer``, where a step's window still holds them."""
     for site in detection.sites:
-        query = fake(site.attention.query)
-        if buffer in site.buffers and query is not None and query.dim() > 2:
-            tokens = query.shape[-2]
-            if isinstance(tokens, int) and tokens <= STEP_TOKENS:
-                return tokens
+        tokens = query_tokens(site.attention) if buffer in site.buffers else None
+        if isinstance(tokens, int) and tokens <= STEP_TOKENS:
+            return tokens
     return 0
 
 
@@ -132,14 +130,13 @@ class BufferRewrite:
         user.replace_input_with(self.buffer, self.loaded)
 
     def _load(self, past: Node, new_tokens: Node | int, ring: Node | None, x: Node | None) -> Node:
-        stored = {name: self.tensors[name] for name in OF_LOAD} | {"ring": ring}
+        stored = {name: self.tensors[name] for name in STORED} | {"ring": ring}
         where = dict(past=past, new_tokens=new_tokens, n=self.spec.shape[2], x=x)
         return call(self.graph, ops.LOAD, (), dict(**stored, **where, **self.spec.load_constants()))
 
     def _new_tokens(self, write: Write) -> Node:
         """What is appended, as the graph has it now: what it was detected as may have been replaced since."""
-        index = 2 if write.node.op == "call_function" else 3  # setitem(buffer, index, x), index_copy_(dim, index, x)
-        x = write.node.args[index] if len(write.node.args) > index else write.node.kwargs["source"]
+        x = appended(write.node)
         assert isinstance(x, Node)
         batch, heads, dim = self.spec.shape[0], self.spec.shape[1], self.spec.shape[3]
         value = value_of(x)

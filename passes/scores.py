@@ -7,10 +7,11 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from xquant_fx.passes.records import Attention, MaskTerm
-from xquant_fx.passes.trace import fake
+from xquant_fx.passes.trace import argument, fake, operand
 
 
 class Stage(IntEnum):
@@ -64,13 +65,7 @@ class Scene:
     def __init__(self, attention: Attention, heads: int) -> None:
         assert attention.scores is not None
         self.attention, self.product, self.heads = attention, attention.scores, heads
-        self.carriers = {self.product.node}
-        queue = [self.product.node]
-        while queue:
-            for user in queue.pop().users:
-                if user not in self.carriers and user is not attention.node:
-                    self.carriers.add(user)
-                    queue.append(user)
+        self.carriers = frozenset(_carriers(self.product.node, attention.node))
 
     def split(self, node: Node) -> tuple[Node, object] | None:
         """(scores, other operand) of an op with two operands of which one carries the scores."""
@@ -80,6 +75,23 @@ class Scene:
         if isinstance(left, Node) and left in self.carriers:
             return None if isinstance(right, Node) and right in self.carriers else (left, right)
         return (right, left) if isinstance(right, Node) and right in self.carriers else None
+
+
+def _carriers(product: Node, softmax: Node) -> set[Node]:
+    found, queue = {product}, [product]
+    while queue:
+        new = [user for user in queue.pop().users if user not in found and user is not softmax]
+        found.update(new)
+        queue += new
+    return found
+
+
+def keeps_last_two(node: Node) -> bool:
+    """Whether the view ``node`` leaves the last two dimensions, query tokens and tokens, as they are."""
+    source = operand(node)
+    if source is None or len(shape_of(node)) < 3 or shape_of(node)[-2:] != shape_of(source)[-2:]:
+        return False
+    return not isinstance(argument(node, 1, "dtype"), torch.dtype)  # view(dtype) reads the same bits anew
 
 
 def shape_of(node: Node) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ class _Adding:
 
     def node_of(self, index: int, buffer: QuantizedKV, name: str) -> Node | None:
         """The placeholder of the tensor called ``name`` of ``buffer``, input ``index`` of the graph."""
-        tensor, spec, state = buffer.live.tensors[name], buffer.spec, self.state
+        tensor, spec, state = buffer.live.tensor(name), buffer.spec, self.state
         if tensor is None:
             return None
         if id(tensor) in self.known:

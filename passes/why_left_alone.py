@@ -76,12 +76,12 @@ def _why_not_buffer(value: torch.Tensor | None, what: str) -> str:
 
 
 def _why_not_mutation(buffer: Node, what: str, facts: Facts) -> str:
-    node = facts.mutated(buffer)
-    if node is None:
+    mutation = facts.mutated(buffer)
+    if mutation is None:
         return ""
-    if kind(node) == "copy" and (node, buffer) in facts.mutations:
+    if kind(mutation.node) == "copy" and mutation.target is buffer:
         return f"{what}: the buffer is also written by copy_, which is no append (a sliding window?)"
-    return f"{what}: the buffer is also written by {op_name(node)}, which is no append along dimension 2"
+    return f"{what}: the buffer is also written by {op_name(mutation.node)}, which is no append along dimension 2"
 
 
 def _why_not_uses(buffer: Node, what: str, facts: Facts) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import torch
 from torch import Tensor
 
 from xquant_fx import XQuantConfig
-from xquant_fx.cache.allocate import Geometry, allocate_layers
-from xquant_fx.cache.state import KVState
+from xquant_fx.cache.allocate import Geometry, allocate, bind_all
+from xquant_fx.cache.state import CacheGroup, KVState
 from xquant_fx.plan.plan import Plan, make_plan
-from xquant_fx.plan.spec import KVSpec
+from xquant_fx.plan.spec import KVSpec, Role
 
 Shape = tuple[int, int, int, int]
 
@@ -24,16 +26,20 @@ def layers_of(
     start: Tensor | None = None,
 ) -> list[list[KVState]]:
     """Empty (keys, values) of every layer of one cache, all of one shape [B, H, N, D]."""
-    geometry = Geometry(shape, dtype)
-    return allocate_layers(
-        make_plan(settings, num_layers),
-        [(geometry, geometry)] * num_layers,
-        batch=shape[0],
-        device=torch.device(device),
-        start=start,
-    )
+    plan, roles = make_plan(settings, num_layers), get_args(Role)
+    specs = bind_all(plan, [(layer, role, Geometry(shape, dtype)) for layer in range(num_layers) for role in roles])
+    states = allocate(CacheGroup(plan, shape[0], torch.device(device), start), specs)
+    return [states[i : i + 2] for i in range(0, len(states), 2)]
 
 
 def spec_of(settings: XQuantConfig | Plan, role: str, shape: Shape, dtype: torch.dtype) -> KVSpec:
     """The spec of the only layer's keys or values."""
     return make_plan(settings, 1).layers[0].of(role).bind(0, shape, dtype, None)
+
+
+def bare_spec(**fields: Any) -> KVSpec:
+    """A spec as its fields say, without a plan; those that are not given are something plain."""
+    plain = dict(
+        layer=0, dtype=torch.float32, eta=0.0, sink_tokens=0, scale_dtype=torch.float32, partner=None, fit="minmax"
+    )
+    return KVSpec(**{**plain, **fields})

@@ -24,14 +24,8 @@ def run(script: str, *args: str) -> str:
     return done.stdout
 
 
-@pytest.fixture
-def model():
-    if not (EXAMPLES / "model" / "model.safetensors").exists():
-        pytest.skip("examples/model is not there: python examples/train_model.py --data DIR makes it")
-
-
 @pytest.mark.parametrize("flags", [["--no-compile"], pytest.param([], marks=pytest.mark.slow)])
-def test_generate(model, flags):
+def test_generate(flags):
     out = run("generate.py", "--max-new-tokens", "4", *flags)
     assert re.search(r"\d+ tokens of prompt, 4 new", out)
     assert re.search(r"decode, tokens per second +│ +\d+\.\d +│ +\d+\.\d", out)
@@ -44,13 +38,13 @@ def test_generate(model, flags):
     assert "1 quantized, with the value codes of layer 6" in out
 
 
-def test_generate_in_full_precision_agrees(model):
+def test_generate_in_full_precision_agrees():
     out = run("generate.py", "--no-compile", "--preset", "full", "--max-new-tokens", "4")
     assert re.search(r"first new token that differs +│ +none", out)
     assert re.search(r"mean KL divergence of the next token, nats +│ +0\.0000", out)
 
 
-def test_generate_says_when_the_context_is_exceeded(model):
+def test_generate_says_when_the_context_is_exceeded():
     command = [sys.executable, str(EXAMPLES / "generate.py"), "--max-new-tokens", "1000"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -100,7 +94,7 @@ def test_readme_config_is_valid():
 
 
 @pytest.mark.slow
-def test_readme_code_runs(model):
+def test_readme_code_runs():
     code = "\n".join(b for b in python_blocks() if not b.startswith("XQuantConfig("))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

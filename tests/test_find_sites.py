@@ -20,6 +20,8 @@ from dynamo_graphs import (
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import StaticCache
 
+from xquant_fx.passes.products import query_tokens
+
 sdpa = torch.nn.functional.scaled_dot_product_attention
 B, H, N, D = SHAPE
 MASK = torch.zeros(1, 1, 1, N)
@@ -193,3 +195,22 @@ def test_detection_changes_nothing():
     before = (str(gm.graph), [dict(node.meta) for node in gm.graph.nodes])
     assert [site.reason for site in sites_in(gm)] == ["", ""]
     assert (str(gm.graph), [dict(node.meta) for node in gm.graph.nodes]) == before
+
+
+@pytest.mark.parametrize(
+    "scores, query, tokens",
+    [
+        (lambda q, k: q @ k.transpose(2, 3), (1, 2, 3, 8), 3),
+        (lambda q, k: torch.einsum("bqhd,bhkd->bhqk", q, k), (1, 3, 2, 8), 3),
+        (lambda q, k: torch.einsum("bqhgd,bhkd->bhgqk", q, k), (1, 3, 2, 4, 8), 3),
+        (lambda q, k: torch.einsum("bhd,bhkd->bhk", q, k), (1, 2, 8), 1),
+    ],
+    ids=["matmul", "einsum", "grouped queries", "one token"],
+)
+def test_query_tokens(scores, query, tokens):
+    def step(q, k_buffer, v_buffer):
+        weights = scores(q, k_buffer).softmax(-1)
+        return torch.einsum("bh...k,bhkd->bh...d", weights, v_buffer)
+
+    (site,) = sites_of(step, torch.randn(query), *buffers())
+    assert query_tokens(site.attention) == tokens

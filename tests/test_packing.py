@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from states import bare_spec
 from torch import Tensor
 
 from xquant_fx.kernels.packing import pack_words, shifts, unpack_words
-from xquant_fx.plan.spec import SCHEME_OF_ROLE, KVSpec
+from xquant_fx.plan.spec import SCHEME_OF_ROLE
 
 BITS = (1, 2, 4, 8)
 few = settings(max_examples=50, deadline=None)
@@ -97,21 +98,10 @@ def test_every_word_unpacks_to_codes_that_pack_to_it(bits: int, words: list[int]
 def test_stored_shapes(bits: int, side: str, max_len: int, residual: int, dim: int) -> None:
     """Keys [B, H, ceil(D / per), tokens], values [B, H, tokens / per, D]; tokens cover max_cache_len."""
     group = 1 if side == "key" else dim // 2
-    spec = KVSpec(
-        role=side,
-        scheme=SCHEME_OF_ROLE[side],
-        layer=0,
-        shape=(2, 3, max_len, dim),
-        dtype=torch.float16,
-        bits=bits,
-        group_size=group,
-        residual_length=residual,
-        eta=0.0,
-        sink_tokens=2,
-        scale_dtype=torch.bfloat16,
-        partner=None,
-        fit="minmax",
-    )
+    spec = bare_spec(
+        role=side, scheme=SCHEME_OF_ROLE[side], shape=(2, 3, max_len, dim), dtype=torch.float16, bits=bits,
+        group_size=group, residual_length=residual, sink_tokens=2, scale_dtype=torch.bfloat16,
+    )  # fmt: skip
     shapes, per, tokens = spec.tensor_shapes(), 32 // bits, spec.stored_tokens
     unit = residual if side == "key" else per
     spare = 1 if side == "key" else max(1, math.ceil(16 / dim))  # rows of values hold a vector's last load

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numeric import seeded
+from states import bare_spec
 
 from xquant_fx.kernels.decode_attention.arguments import FUSED_SCHEMES, why_not_fused
 from xquant_fx.kernels.layout import STEP_TOKENS
@@ -27,20 +28,8 @@ DIM, GROUP, RESIDUAL, MAX_LEN = 16, 4, 8, 50
 
 
 def spec_of(scheme: str, bits: int) -> KVSpec:
-    return KVSpec(
-        role="key",
-        scheme=scheme,
-        layer=0,
-        shape=(2, 1, MAX_LEN, DIM),
-        dtype=torch.float32,
-        bits=bits,
-        group_size=GROUP,
-        residual_length=RESIDUAL,
-        eta=0.0,
-        sink_tokens=0,
-        scale_dtype=torch.float32,
-        partner=None,
-        fit="minmax",
+    return bare_spec(
+        role="key", scheme=scheme, shape=(2, 1, MAX_LEN, DIM), bits=bits, group_size=GROUP, residual_length=RESIDUAL
     )
 
 

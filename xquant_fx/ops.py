@@ -24,6 +24,7 @@ from xquant_fx.kernels.quantize_store import triton_launch as triton_store
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.shared_code_load import plain_torch as plain_load
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
+from xquant_fx.kernels.triton_host import has_triton
 from xquant_fx.tracing import is_traced
 
 _lib = torch.library.Library("xquant", "DEF")
@@ -57,12 +58,11 @@ class Kernel(NamedTuple):
 
 
 def _append_cpu(a: StoreArguments) -> None:
-    assert a.ring is not None
-    a.replace(x=a.x.to(a.ring.dtype)).call(APPEND_CPU, APPEND_CPU_BORROWED)
+    a.replace(x=a.x.to(a.quantized.ring.dtype)).call(APPEND_CPU, APPEND_CPU_BORROWED)
 
 
 def _is_triton_here(x: Tensor) -> bool:
-    return triton_attention.has_triton()
+    return has_triton()
 
 
 #: Device type to the kernel that appends a step of up to STEP_TOKENS tokens there. On the CPU only compiled code

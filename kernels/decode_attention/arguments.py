@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from xquant_fx.kernels.arguments import Arguments, Elements
 
 #: The schemes that the kernels read keys and values in.
 FUSED_SCHEMES = ("per_channel", "per_token")
+#: Stored tensors that the op takes twice: as ``k_codes`` of the keys, as ``v_codes`` of the values, ...
+OF_SIDE = ("codes", "scale", "zero", "ring", "sink")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +55,11 @@ class DecodeArguments(Arguments):
     k_new: Annotated[Tensor | None, Elements("T")] = None
     """The step's own keys [B, KV heads, q, D], where they are too many for the ring."""
     v_new: Annotated[Tensor | None, Elements("T")] = None
+
+
+def of_sides(key: Callable[[str], Any], value: Callable[[str], Any]) -> dict[str, Any]:
+    """The arguments of both sides: ``key`` and ``value`` give a side's stored tensor by its name."""
+    return {f"{side}_{name}": tensor(name) for side, tensor in (("k", key), ("v", value)) for name in OF_SIDE}
 
 
 def why_not_fused(k_scheme: str, k_bits: int, v_scheme: str, v_bits: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xquant_fx.kernels.decode_attention.arguments import FUSED_SCHEMES, DecodeArguments
+from xquant_fx.kernels.decode_attention.arguments import FUSED_SCHEMES, OF_SIDE, DecodeArguments
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.kernels.shared_code_load.plain_torch import load
 
@@ -14,7 +14,7 @@ def _loaded(a: DecodeArguments) -> tuple[Tensor, Tensor]:
     """Keys and values [B, heads, max_len, D], each head of them repeated for its query heads."""
     loaded = []
     for side, scheme in zip(("k", "v"), FUSED_SCHEMES, strict=True):
-        stored = {name: getattr(a, f"{side}_{name}") for name in ("codes", "scale", "zero", "ring", "sink", "bits")}
+        stored = {name: getattr(a, f"{side}_{name}") for name in (*OF_SIDE, "bits")}
         x = load(
             LoadArguments(
                 **stored,

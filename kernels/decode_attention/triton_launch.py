@@ -8,8 +8,6 @@ the device. Importing this module does not need Triton.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,23 +17,13 @@ from torch import Tensor
 
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.packing import codes_per_word
+from xquant_fx.kernels.triton_host import power_of_two
 
 #: Programs that keep a large GPU busy: some for each of 132 multiprocessors.
 PROGRAMS = 528
 #: Most query rows (query heads of one KV head, times query tokens) of a program: with twice as many registers run
 #: out, and on NVIDIA's chips with 16 already where operands are float32 or scales are applied element by element.
 MOST_ROWS = 16
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed; it is not imported."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is at least ``n``."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def tile_tokens(dim: int, row_tile: int, k_group: int, fold_v: bool) -> tuple[int, bool]:

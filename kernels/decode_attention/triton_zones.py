@@ -11,8 +11,9 @@
 A chunk's query rows alone keep a GPU busy, so that the last split of its codes goes on to the other zones.
 
 Each takes and returns sums = (top, total, acc); ``triton_softmax.py`` explains these, ``view`` and ``zone``.
-A program that is not ``active`` leaves a zone to others. ``full`` and ``residual`` are (keys, values) in full
-precision, and TILES is (tokens of a tile, tiles in flight at a time).
+``full`` and ``residual`` are (keys, values) in full precision, and TILES is (tokens of a tile, tiles in flight at a
+time). A program that is not ``active`` leaves a zone to others: its loop ends where it starts. Keep it so: with an end
+of 0 in ``attend_window``, Triton 3.9 takes 210 registers a thread in the place of 166 (sm_90, head_dim 128).
 """
 
 from __future__ import annotations

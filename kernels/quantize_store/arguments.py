@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from torch import Tensor
 
 from xquant_fx.kernels.arguments import Arguments, Elements, Overload
+
+
+class Quantized(NamedTuple):
+    """The tensors that only storage below 16 bits has."""
+
+    scale: Tensor
+    zero: Tensor
+    ring: Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,10 +51,10 @@ class StoreArguments(Arguments):
     """None: the codes are this layer's own; else how scales are fitted to borrowed ones."""
 
     @property
-    def quantized(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(scale, zero, ring) of storage below 16 bits, which has all of them."""
+    def quantized(self) -> Quantized:
+        """What storage below 16 bits has, and 16 bits have not."""
         assert self.scale is not None and self.zero is not None and self.ring is not None
-        return self.scale, self.zero, self.ring
+        return Quantized(self.scale, self.zero, self.ring)
 
     @property
     def overload(self) -> Overload:

@@ -73,15 +73,15 @@ def store(a: StoreArguments) -> None:
     A step past the end is a fault and is written over the last tokens: an index out of bounds would
     cost an accelerator its context before the fault is read.
     """
-    assert a.ring is not None
-    x = a.x.to(a.ring.dtype)
+    ring = a.quantized.ring
+    x = a.x.to(ring.dtype)
     a.fault.copy_(torch.maximum(a.fault, fault_code(a.pos, a.length, a.max_len)))
     past, in_ring = a.pos[:1].clamp(max=a.max_len - x.shape[2]).clamp_min(0), x.shape[2] <= STEP_TOKENS
     if in_ring:
-        store_ring(x, a.ring, past)
+        store_ring(x, ring, past)
     SCHEMES[a.scheme].store_due(a, x, past, in_ring)
     if not in_ring:
-        store_ring(x, a.ring, past)
+        store_ring(x, ring, past)
     if a.sink is not None:
         store_sinks(x, a.sink, a.pos, a.start)
     advance(a.length, past, x.shape[2])

@@ -42,6 +42,14 @@ def store_key_codes(
 
 
 @triton.jit
+def tile_of_group(source, i, t0, d, DIM: tl.constexpr, RING: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):
+    """(tokens, where they lie within the group and the head, keys) of TILE tokens from the ``i``-th of a group on."""
+    j = i + tl.arange(0, TILE)
+    in_bounds = (j < GROUP)[:, None] & (d < DIM)[None, :]
+    return t0 + j, in_bounds, full_tokens(source, t0 + j, d, in_bounds, DIM, RING)
+
+
+@triton.jit
 def range_of_keys(
     source, first_valid, t0, d, DIM: tl.constexpr, RING: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr
 ):
@@ -49,10 +57,7 @@ def range_of_keys(
     low = tl.full(d.shape, float("inf"), tl.float32)
     high = tl.full(d.shape, float("-inf"), tl.float32)
     for i in range(0, GROUP, TILE):
-        j = i + tl.arange(0, TILE)
-        tokens = t0 + j
-        in_bounds = (j < GROUP)[:, None] & (d < DIM)[None, :]
-        x = full_tokens(source, tokens, d, in_bounds, DIM, RING)
+        tokens, in_bounds, x = tile_of_group(source, i, t0, d, DIM, RING, GROUP, TILE)
         low, high = range_of(x, in_bounds & (tokens >= first_valid)[:, None], low, high, 0)
     return low, high
 
@@ -75,12 +80,10 @@ def encode_keys(
     """Write the codes of the group of tokens at ``t0``, channels from ``d0`` on."""
     d = d0 + tl.arange(0, low.shape[0])
     for i in range(0, GROUP, TILE):
-        j = i + tl.arange(0, TILE)
-        tokens = t0 + j
-        in_bounds = (j < GROUP)[:, None] & (d < DIM)[None, :]
-        x = full_tokens(source, tokens, d, in_bounds, DIM, RING)
+        tokens, in_bounds, x = tile_of_group(source, i, t0, d, DIM, RING, GROUP, TILE)
         c = tl.where(in_bounds, encode(x, low[None, :], step[None, :], BITS), 0)
-        store_key_codes(codes, c << code_shift(d, BITS)[None, :], tokens, d0, j < GROUP, BITS, DIM, TOKENS)
+        in_group = i + tl.arange(0, TILE) < GROUP
+        store_key_codes(codes, c << code_shift(d, BITS)[None, :], tokens, d0, in_group, BITS, DIM, TOKENS)
 
 
 @triton.jit
@@ -100,11 +103,8 @@ def key_means(
     """(mean of keys, mean of codes) per channel ``d`` over the valid tokens of the group at ``t0``."""
     sum_x, sum_c, count = tl.zeros(d.shape, tl.float32), tl.zeros(d.shape, tl.float32), tl.zeros(d.shape, tl.float32)
     for i in range(0, GROUP, TILE):
-        j = i + tl.arange(0, TILE)
-        tokens = t0 + j
-        in_bounds = (j < GROUP)[:, None] & (d < DIM)[None, :]
+        tokens, in_bounds, x = tile_of_group(source, i, t0, d, DIM, RING, GROUP, TILE)
         valid = in_bounds & (tokens >= first_valid)[:, None]
-        x = full_tokens(source, tokens, d, in_bounds, DIM, RING)
         c = load_key_codes(codes, tokens, d, in_bounds, BITS, TOKENS)
         sum_x += tl.sum(tl.where(valid, x, 0.0), 0)
         sum_c += tl.sum(tl.where(valid, c, 0.0), 0)
@@ -131,10 +131,7 @@ def fit_keys(
     mean_x, mean_c = key_means(source, codes, first_valid, t0, d, DIM, RING, GROUP, TILE, BITS, TOKENS)
     cov, var = tl.zeros(d.shape, tl.float32), tl.zeros(d.shape, tl.float32)
     for i in range(0, GROUP, TILE):
-        j = i + tl.arange(0, TILE)
-        tokens = t0 + j
-        in_bounds = (j < GROUP)[:, None] & (d < DIM)[None, :]
-        x = full_tokens(source, tokens, d, in_bounds, DIM, RING)
+        tokens, in_bounds, x = tile_of_group(source, i, t0, d, DIM, RING, GROUP, TILE)
         valid = in_bounds & (tokens >= first_valid)[:, None]
         c = load_key_codes(codes, tokens, d, in_bounds, BITS, TOKENS)
         off_x = tl.where(valid, x - mean_x[None, :], 0.0)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from xquant_fx.kernels.arguments import Overload
-from xquant_fx.kernels.decode_attention.triton_launch import power_of_two
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.schemes import SCHEMES
+from xquant_fx.kernels.triton_host import power_of_two
 
 
 def blocks(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -28,7 +28,7 @@ def blocks(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     groups = math.ceil(new / a.residual_length) * (a.residual_length // a.group_size)
     grid = (batch * heads, groups, math.ceil(dim / 32))
     return grid, dict(
-        TOKENS=a.codes.shape[3], GROUPS=a.quantized[0].shape[2], CHUNK=32, TILE=min(power_of_two(a.group_size), 64)
+        TOKENS=a.codes.shape[3], GROUPS=a.quantized.scale.shape[2], CHUNK=32, TILE=min(power_of_two(a.group_size), 64)
     )
 
 
@@ -36,7 +36,7 @@ def tokens(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Grid and constants of ``append_values_kernel``."""
     batch, heads, _, dim = a.x.shape
     grid = (batch * heads, dim // a.group_size)
-    return grid, dict(WORDS=a.codes.shape[2], STRIDE=a.quantized[0].shape[3], CHUNK=power_of_two(a.group_size))
+    return grid, dict(WORDS=a.codes.shape[2], STRIDE=a.quantized.scale.shape[3], CHUNK=power_of_two(a.group_size))
 
 
 def launch(a: StoreArguments, *, wrap: Callable[[Any], Any]) -> None:
@@ -53,7 +53,7 @@ def launch(a: StoreArguments, *, wrap: Callable[[Any], Any]) -> None:
         NEW_TOKENS=new,
         NEW_TILE=power_of_two(new),
         DIM=dim,
-        RING=a.quantized[2].shape[2],
+        RING=a.quantized.ring.shape[2],
         SINK_TOKENS=a.sink_tokens,
         RESIDUAL=a.residual_length,
         GROUP=a.group_size,

@@ -51,11 +51,11 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
     count = blocks * a.residual_length
     first = quantized_limit(past, a.residual_length)
     tokens = first + torch.arange(count, device=x.device)
-    groups, (stored_scale, stored_zero, ring) = count // a.group_size, a.quantized
-    grouped = full_precision(x, ring, tokens, past, in_ring).unflatten(2, (groups, a.group_size))
+    groups, stored = count // a.group_size, a.quantized
+    grouped = full_precision(x, stored.ring, tokens, past, in_ring).unflatten(2, (groups, a.group_size))
     valid = tokens >= a.start[:, None] + a.sink_tokens
     valid = valid.unflatten(1, (groups, a.group_size))[:, None, :, :, None]
-    stats: dict[str, Any] = dict(bits=a.bits, eta=a.eta, dim=3, dtype=stored_scale.dtype, valid=valid)
+    stats: dict[str, Any] = dict(bits=a.bits, eta=a.eta, dim=3, dtype=stored.scale.dtype, valid=valid)
     if a.fit is None:
         codes, scale, zero = own_codes(grouped, **stats)
         a.codes.index_copy_(3, tokens, pack_words(codes.flatten(2, 3), a.bits, 3).transpose(2, 3))
@@ -64,8 +64,8 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
         borrowed = unpack_words(words, a.bits, 2, x.shape[3]).transpose(2, 3)
         scale, zero = fit_codes(grouped, borrowed.unflatten(2, (groups, a.group_size)), fit=a.fit, **stats)
     rows = first // a.group_size + torch.arange(groups, device=x.device)
-    stored_scale.index_copy_(2, rows, scale.squeeze(3))
-    stored_zero.index_copy_(2, rows, zero.squeeze(3))
+    stored.scale.index_copy_(2, rows, scale.squeeze(3))
+    stored.zero.index_copy_(2, rows, zero.squeeze(3))
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, n: int, dim: int) -> Tensor:

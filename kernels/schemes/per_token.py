@@ -55,7 +55,7 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
         for j in range(x.shape[2]):
             store_one(a, past + j - a.residual_length)
         return
-    per, (_, _, ring) = codes_per_word(a.bits), a.quantized
+    per, ring = codes_per_word(a.bits), a.quantized.ring
     new, first = x.shape[2], (past - a.residual_length).clamp_min(0)
     words = (new + 2 * per - 2) // per
     tokens = first // per * per + torch.arange(words * per, device=x.device)
@@ -75,7 +75,7 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
 
 def store_one(a: StoreArguments, token: Tensor) -> None:
     """Quantize one token (int64 [1]) out of the ring; a negative one goes to padding."""
-    per, (_, _, ring) = codes_per_word(a.bits), a.quantized
+    per, ring = codes_per_word(a.bits), a.quantized.ring
     due = token >= 0
     row = torch.where(due, token // per, a.codes.shape[2] - 1)
     shift = shifts(a.bits, token.device).index_select(0, token % per)
@@ -91,7 +91,7 @@ def store_one(a: StoreArguments, token: Tensor) -> None:
 def quantize(a: StoreArguments, values: Tensor, stored: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
     """(codes or None if borrowed, scale, zero) of fp32 ``values`` [B, H, tokens, D]."""
     split = (values.shape[3] // a.group_size, a.group_size)
-    stats: dict[str, Any] = dict(bits=a.bits, eta=a.eta, dim=4, dtype=a.quantized[0].dtype)
+    stats: dict[str, Any] = dict(bits=a.bits, eta=a.eta, dim=4, dtype=a.quantized.scale.dtype)
     if a.fit is None:
         codes, scale, zero = own_codes(values.unflatten(3, split), **stats)
         return codes.flatten(3, 4), scale, zero
@@ -100,7 +100,7 @@ def quantize(a: StoreArguments, values: Tensor, stored: Tensor) -> tuple[Tensor 
 
 def put_scales(a: StoreArguments, tokens: Tensor, scale: Tensor, zero: Tensor) -> None:
     """Store [B, H, tokens, groups, 1] scales and zeros in their [B, H, groups, N] homes."""
-    for stored, new in zip(a.quantized, (scale, zero), strict=False):
+    for stored, new in ((a.quantized.scale, scale), (a.quantized.zero, zero)):
         stored.index_copy_(3, tokens, new.squeeze(4).transpose(2, 3))
 
 

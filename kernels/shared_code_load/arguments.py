@@ -32,3 +32,7 @@ class LoadArguments(Arguments):
     residual_length: int
     x: Annotated[Tensor | None, Elements("T")] = None
     """The step's own tokens, where they are too many for the ring; the ring is as it was before them."""
+
+
+#: What the op takes of a layer's stored tensors, by name.
+STORED = tuple(name for name in LoadArguments.tensor_names() if name not in ("past", "x"))

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -120,11 +120,3 @@ def allocate(group: CacheGroup, specs: Sequence[KVSpec]) -> list[KVState]:
         lower = states[cast(int, spec.partner), spec.role] if spec.borrowed else None
         states[spec.layer, spec.role] = KVState(spec, group, lower)
     return list(states.values())
-
-
-def allocate_layers(plan: Plan, geometries: Sequence[tuple[Geometry, Geometry]], **group: Any) -> list[list[KVState]]:
-    """Empty (keys, values) states of every layer; ``group`` are arguments of ``CacheGroup``."""
-    roles: tuple[Role, Role] = ("key", "value")
-    buffers = [(i, role, g) for i, pair in enumerate(geometries) for role, g in zip(roles, pair, strict=True)]
-    states = allocate(CacheGroup(plan, **group), bind_all(plan, buffers))
-    return [states[i : i + 2] for i in range(0, len(states), 2)]

@@ -12,6 +12,7 @@ from xquant_fx import ops
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
+from xquant_fx.kernels.decode_attention.arguments import of_sides
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.plan.spec import why_not_fused
 from xquant_fx.tracing import not_traced
@@ -67,22 +68,15 @@ def decode_attention(
         sink_logits = _logits(sink_logits, q, where)
     past = key.owned["length"][:1] - new
     mask = _causal(key, past, new) if mask is None else _fitting(mask, (*q.shape[:3], spec.shape[2]), where)
-    names = ("codes", "scale", "zero", "ring", "sink")
-    tensors = {f"{side}_{name}": s.tensor(name) for side, s in (("k", key), ("v", value)) for name in names}
     return ops.DECODE(
         q=q,
-        **tensors,
+        **of_sides(key.tensor, value.tensor),
         start=key.group.start,
         past=past,
         mask=mask,
         sink_logits=sink_logits,
         new_tokens=new,
-        max_len=spec.shape[2],
-        k_bits=spec.bits,
-        k_group=spec.group_size,
-        v_bits=value.spec.bits,
-        v_group=value.spec.group_size,
-        residual_length=spec.residual_length,
+        **spec.decode_constants(value.spec),
         scale=scale,
         softcap=softcap,
         window=window,

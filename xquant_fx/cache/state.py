@@ -18,6 +18,7 @@ from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.faults import FAULTS, Fault
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.kernels.shared_code_load.arguments import STORED
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec
 
@@ -123,7 +124,7 @@ class KVState:
         if chunk.x is not None and chunk.past == 0:  # a prompt: nothing quantized is seen
             return torch.nn.functional.pad(chunk.x[:, :, :n], (0, 0, 0, max(n - chunk.new, 0)))
         past = torch.tensor([chunk.past], device=self.group.start.device)
-        tensors = {name: self.tensor(name) for name in ("codes", "scale", "zero", "ring", "sink", "start")}
+        tensors = {name: self.tensor(name) for name in STORED}
         if chunk.ring is not None:
             tensors["ring"] = chunk.ring
         return ops.LOAD(**tensors, past=past, new_tokens=chunk.new, n=n, **self.spec.load_constants(), x=chunk.x)

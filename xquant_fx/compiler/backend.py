@@ -114,7 +114,7 @@ def report_left(sites: tuple[Site, ...], request: Request) -> None:
         log.info("attention %d (%s, %s): %s", number, kind, name, site.reason or "quantized")
         if site.rewritable and site.dequantized:
             log.info("attention %d (%s) reads dequantized keys and values: %s", number, name, site.dequantized)
-    left = [s for s in sites if s.has_cache and not s.rewritable and not s.allocated_here]
+    left = [site for site in sites if site.stays_ordinary]
     if left and request.strict:
         lines = "\n".join(f"  {s.buffer_name}: {s.reason}" for s in left)
         raise NotRewrittenError(f"strict=True: {len(left)} KV cache(s) are not quantized:\n{lines}")
@@ -137,10 +137,11 @@ def _check_config(buffers: list[QuantizedKV], request: Request) -> None:
     if request.config is None:
         return
     for plan in {id(b.live.group): b.live.group.plan for b in buffers}.values():
-        if make_plan(request.config, len(plan.layers)) != plan:
+        meant = make_plan(request.config, len(plan.layers))
+        if meant != plan:
             raise ConfigError(
                 "the backend's options differ from the config of the XQuantCache in use, which decides; leave the "
-                f"options out. The options mean\n{make_plan(request.config, len(plan.layers))}\nthe cache has\n{plan}"
+                f"options out. The options mean\n{meant}\nthe cache has\n{plan}"
             )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import Geometry, Slot, bind_all, quantized_empty
@@ -12,52 +13,47 @@ from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.compiler.dynamo_frames import is_partial
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.warn_once import warn_once
-from xquant_fx.passes.records import Site, Write
+from xquant_fx.passes.records import Buffer, Site
 from xquant_fx.passes.trace import fake, value_of
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan, make_plan
-from xquant_fx.plan.spec import KVSpec, Role
+from xquant_fx.plan.spec import KVSpec
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # a key of dicts, by identity: a slice of positions has no hash
-class Buffer:
-    """One ordinary KV buffer of a graph, to be taken over."""
+def plan_graph(
+    gm: GraphModule, sites: list[Site], request: Request
+) -> tuple[tuple[Buffer, ...], Plan | None, dict[Node, KVSpec]]:
+    """The ordinary buffers of ``sites``, their plan (None: there are none), and the specs of all buffers of ``gm``."""
+    specs = _existing(gm)
+    buffers = _ordinary(gm, sites)
+    if not buffers:
+        return (), None, specs
+    plan = make_plan(_settings(gm, request), 1 + max(buffer.layer for buffer in buffers))
+    bound = bind_buffers(plan, buffers, [value_of(buffer.node) for buffer in buffers])
+    specs.update(zip((buffer.node for buffer in buffers), bound, strict=True))
+    return buffers, plan, specs
 
-    node: Node
-    index: int
-    """Number of the graph's argument."""
-    layer: int
-    role: Role
-    write: Write
+
+def bind_buffers(plan: Plan, buffers: Sequence[Buffer], tensors: Sequence[Tensor]) -> list[KVSpec]:
+    """Specs of ``buffers``, which hold ``tensors`` [B, H, N, D]."""
+    pairs = zip(buffers, tensors, strict=True)
+    return bind_all(plan, [(b.layer, b.role, Geometry(tuple(t.shape), t.dtype)) for b, t in pairs])
 
 
-def buffers_of(gm: GraphModule, sites: list[Site] | tuple[Site, ...]) -> list[Buffer]:
-    """Buffers of the rewritable ordinary ``sites``, numbered in layer order (sites may share a layer's)."""
+def _ordinary(gm: GraphModule, sites: list[Site]) -> tuple[Buffer, ...]:
+    """Ordinary buffers that can be taken over, numbered in layer order (sites may share a layer's)."""
     index = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     found: dict[Node, Buffer] = {}
     layer = 0
     for site in sites:
-        if site.key.root in found:
+        if site.is_quantized or not site.rewritable or site.key.root in found:
             continue
         assert site.key_write is not None and site.value_write is not None
         key, value = site.buffers
         found[key] = Buffer(key, index[key], layer, "key", site.key_write)
         found[value] = Buffer(value, index[value], layer, "value", site.value_write)
         layer += 1
-    return list(found.values())
-
-
-def plan_graph(gm: GraphModule, sites: list[Site], request: Request) -> tuple[Plan | None, dict[Node, KVSpec]]:
-    """The plan for ordinary buffers of ``sites`` (None: there are none), and the specs of all buffers of ``gm``."""
-    specs = _existing(gm)
-    buffers = buffers_of(gm, [site for site in sites if site.rewritable and not site.is_quantized])
-    if not buffers:
-        return None, specs
-    plan = make_plan(_settings(gm, request), 1 + max(buffer.layer for buffer in buffers))
-    values = [value_of(buffer.node) for buffer in buffers]
-    wanted = [(b.layer, b.role, Geometry(tuple(v.shape), v.dtype)) for b, v in zip(buffers, values, strict=True)]
-    specs.update(zip((b.node for b in buffers), bind_all(plan, wanted), strict=True))
-    return plan, specs
+    return tuple(found.values())
 
 
 def _existing(gm: GraphModule) -> dict[Node, KVSpec]:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from xquant_fx.cache.allocate import Geometry, allocate, bind_all
+from xquant_fx.cache.allocate import allocate
 from xquant_fx.cache.convert import quantize_in_place
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import CacheGroup, KVState
 from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
-from xquant_fx.compiler.planning import buffers_of
+from xquant_fx.compiler.planning import bind_buffers
 from xquant_fx.errors import CacheStateError
 from xquant_fx.passes.records import Detection
 
@@ -31,7 +31,7 @@ class Takeover(torch.fx.Interpreter):
         super().__init__(detection.gm)
         assert detection.plan is not None
         self.plan = detection.plan
-        self.buffers = buffers_of(detection.gm, detection.ordinary)
+        self.buffers = detection.ordinary
         self.pending: dict[Node, tuple[Tensor, KVState]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -59,12 +59,8 @@ class Takeover(torch.fx.Interpreter):
         return super().run_node(n)
 
     def _allocate(self, tensors: list[Tensor]) -> dict[Node, tuple[Tensor, KVState]]:
-        wanted = [
-            (buffer.layer, buffer.role, Geometry(tuple(tensor.shape), tensor.dtype))
-            for buffer, tensor in zip(self.buffers, tensors, strict=True)
-        ]
         group = CacheGroup(self.plan, tensors[0].shape[0], tensors[0].device)
-        states = allocate(group, bind_all(self.plan, wanted))
+        states = allocate(group, bind_buffers(self.plan, self.buffers, tensors))
         appends = (buffer.write.node for buffer in self.buffers)
         return dict(zip(appends, zip(tensors, states, strict=True), strict=True))
 

@@ -9,7 +9,7 @@ import torch
 
 from xquant_fx.errors import ConfigError
 from xquant_fx.kernels.schemes import SCHEMES
-from xquant_fx.plan.config import SHARED_FITS, XQuantConfig
+from xquant_fx.plan.config import SHARED_FITS, XQuantConfig, plain_fields
 from xquant_fx.plan.spec import KVSpec, Role
 
 SHARED = "reads the codes of the layer below"
@@ -71,8 +71,7 @@ class BufferPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them; :meth:`from_dict` reads them back."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**fields, "scale_dtype": str(self.scale_dtype).removeprefix("torch.")}
+        return plain_fields(self)
 
     @classmethod
     def from_dict(cls, fields: Any, where: str) -> BufferPlan:

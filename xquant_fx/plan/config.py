@@ -20,6 +20,12 @@ Bits = int | tuple[int, ...]
 ShareFrom = int | float | None
 
 
+def plain_fields(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass of settings as JSON can hold them: a dtype by its name."""
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in fields.items()}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XQuantConfig:
     """Settings of a quantized KV cache. The defaults are the preset ``xquant``.
@@ -77,8 +83,7 @@ class XQuantConfig:
 
     def to_json(self) -> str:
         """All fields as JSON; :meth:`from_json` reads it back."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return json.dumps({**fields, "scale_dtype": str(self.scale_dtype).removeprefix("torch.")})
+        return json.dumps(plain_fields(self))
 
     @classmethod
     def from_json(cls, text: str) -> XQuantConfig:

@@ -88,6 +88,16 @@ class KVSpec:
         more = dict(eta=self.eta, sink_tokens=self.sink_tokens, max_len=self.shape[2])
         return {**self.load_constants(), **more}
 
+    def decode_constants(self, value: KVSpec) -> dict[str, Any]:
+        """What ``xquant::decode_attention`` takes besides tensors and what the attention says; ``self`` is the keys'.
+
+        Only where :func:`why_not_fused` gives no reason: both sides then agree in what it takes once.
+        """
+        return dict(
+            max_len=self.shape[2], residual_length=self.residual_length, k_bits=self.bits, k_group=self.group_size,
+            v_bits=value.bits, v_group=value.group_size,
+        )  # fmt: skip
+
     def tensor_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name to (shape, dtype) of the tensors this side owns; borrowed codes are left out."""
         batch, heads, _, dim = self.shape
