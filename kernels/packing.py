@@ -22,18 +22,18 @@ BITS = (1, 2, 4, 8, 16)
 WORD_BITS = 32
 
 
-def codes_per_word(bits: int) -> int:
-    """Codes in one int32 word; ``bits`` divides 8, so no code crosses a byte."""
-    return WORD_BITS // bits
+def codes_per_word(bits: float) -> int:
+    """Codes in one int32 word; ``bits``, a whole number, divides 8, so no code crosses a byte."""
+    return WORD_BITS // int(bits)
 
 
-def shifts(bits: int, device: torch.device) -> Tensor:
+def shifts(bits: float, device: torch.device) -> Tensor:
     """Left shift, in bits, of each of the ``32 / bits`` codes of a word: int32 [per]."""
     r = torch.arange(codes_per_word(bits), device=device, dtype=torch.int32)
-    return 8 * (r % 4) + bits * (r // 4)
+    return 8 * (r % 4) + int(bits) * (r // 4)
 
 
-def pack_words(codes: Tensor, bits: int, dim: int) -> Tensor:
+def pack_words(codes: Tensor, bits: float, dim: int) -> Tensor:
     """Pack integer ``codes`` (any integer dtype, values below 2**bits) along ``dim`` into int32.
 
     A length that is no multiple of ``32 / bits`` is padded with code 0.
@@ -50,10 +50,10 @@ def pack_words(codes: Tensor, bits: int, dim: int) -> Tensor:
     return torch.bitwise_left_shift(grouped, shift).sum(dim + 1, dtype=torch.int32)
 
 
-def unpack_words(words: Tensor, bits: int, dim: int, length: int) -> Tensor:
+def unpack_words(words: Tensor, bits: float, dim: int, length: int) -> Tensor:
     """Undo :func:`pack_words`: int32 codes, ``length`` of them along ``dim``."""
     dim = dim % words.dim()
     per = codes_per_word(bits)
     shift = shifts(bits, words.device).view(per, *([1] * (words.dim() - 1 - dim)))
-    codes = torch.bitwise_right_shift(words.unsqueeze(dim + 1), shift) & (2**bits - 1)
+    codes = torch.bitwise_right_shift(words.unsqueeze(dim + 1), shift) & (2 ** int(bits) - 1)
     return codes.flatten(dim, dim + 1).narrow(dim, 0, length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -15,7 +15,7 @@ from xquant_fx.kernels.cpu.isa import Isa
 
 CTYPES = {
     torch.float32: "float", torch.bfloat16: "xq::bfloat16", torch.float16: "xq::float16",
-    torch.bool: "uint8_t", torch.int32: "int32_t", torch.int64: "int64_t",
+    torch.bool: "uint8_t", torch.uint8: "uint8_t", torch.int32: "int32_t", torch.int64: "int64_t",
 }  # fmt: skip
 
 SIMD = "cpu/simd.h"
@@ -47,7 +47,17 @@ def definitions(
     lines += [f"constexpr float {name} = (float){float(value)!r};" for name, value in floats.items()]
     lines += [f"constexpr bool {name} = {int(value)};" for name, value in flags.items()]
     lines += [f"using {name} = {CTYPES[dtype]};" for name, dtype in types.items()]
-    return "namespace xq {\n" + "\n".join(lines) + "\n}  // namespace xq\n"
+    return namespace("\n".join(lines) + "\n")
+
+
+def namespace(text: str) -> str:
+    """C++ ``text`` in the kernels' namespace."""
+    return f"namespace xq {{\n{text}}}  // namespace xq\n"
+
+
+def array(kind: str, name: str, values: Sequence[str]) -> str:
+    """The definition of a constant array."""
+    return f"constexpr {kind} {name}[] = {{{', '.join(values)}}};\n"
 
 
 def with_headers(file: str, isa: Isa, included: set[str]) -> str:
@@ -69,7 +79,8 @@ def pointers(arguments: type[Arguments], overload: Overload) -> dict[str, str]:
     found = {}
     for p in arguments.parameters(overload):
         if p.elements is not None:
-            kind = p.elements.kind if p.elements.kind.endswith("_t") else f"xq::{p.elements.kind}"
+            built_in = p.elements.kind == "float" or p.elements.kind.endswith("_t")
+            kind = p.elements.kind if built_in else f"xq::{p.elements.kind}"
             found[p.name] = f"{kind}*" if p.elements.written else f"const {kind}*"
     return found
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from xquant_fx.kernels.arguments import Arguments, Elements
 
-#: The schemes that the kernels read keys and values in.
-FUSED_SCHEMES = ("per_channel", "per_token")
+#: The pairs of schemes that the kernels read keys and values in.
+FUSED_SCHEMES = (("per_channel", "per_token"), ("per_channel_ranked", "per_token_rotated"))
 #: Stored tensors that the op takes twice: as ``k_codes`` of the keys, as ``v_codes`` of the values, ...
 OF_SIDE = ("codes", "scale", "zero", "ring", "sink")
+#: Those of keys alone.
+OF_KEYS = ("order", "center")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,11 +27,13 @@ class DecodeArguments(Arguments):
     k_codes: Annotated[Tensor, Elements("int32_t")]
     k_scale: Annotated[Tensor, Elements("S")]
     k_zero: Annotated[Tensor, Elements("S")]
+    k_order: Annotated[Tensor | None, Elements("int32_t")]
+    k_center: Annotated[Tensor | None, Elements("float")]
     k_ring: Annotated[Tensor, Elements("T")]
     k_sink: Annotated[Tensor | None, Elements("T")]
     v_codes: Annotated[Tensor, Elements("int32_t")]
     v_scale: Annotated[Tensor, Elements("S")]
-    v_zero: Annotated[Tensor, Elements("S")]
+    v_zero: Annotated[Tensor | None, Elements("S")]
     v_ring: Annotated[Tensor, Elements("T")]
     v_sink: Annotated[Tensor | None, Elements("T")]
     start: Annotated[Tensor, Elements("int64_t")]
@@ -42,9 +46,11 @@ class DecodeArguments(Arguments):
     """[heads], a logit per head that joins the softmax without a value."""
     new_tokens: int
     max_len: int
-    k_bits: int
+    k_scheme: str
+    k_bits: float
     k_group: int
-    v_bits: int
+    v_scheme: str
+    v_bits: float
     v_group: int
     residual_length: int
     scale: float
@@ -59,14 +65,15 @@ class DecodeArguments(Arguments):
 
 def of_sides(key: Callable[[str], Any], value: Callable[[str], Any]) -> dict[str, Any]:
     """The arguments of both sides: ``key`` and ``value`` give a side's stored tensor by its name."""
-    return {f"{side}_{name}": tensor(name) for side, tensor in (("k", key), ("v", value)) for name in OF_SIDE}
+    of_keys = {f"k_{name}": key(name) for name in OF_KEYS}
+    return of_keys | {f"{side}_{name}": of(name) for side, of in (("k", key), ("v", value)) for name in OF_SIDE}
 
 
-def why_not_fused(k_scheme: str, k_bits: int, v_scheme: str, v_bits: int) -> str:
+def why_not_fused(k_scheme: str, k_bits: float, v_scheme: str, v_bits: float) -> str:
     """Why no kernel attends to keys and values that are stored so, in words; "" if one does."""
     if 16 in (k_bits, v_bits):
         return "16-bit storage"
-    if (k_scheme, v_scheme) != FUSED_SCHEMES:
+    if (k_scheme, v_scheme) not in FUSED_SCHEMES:
         keys, values = (scheme.replace("_", " ") for scheme in (k_scheme, v_scheme))
         return f"its keys are stored {keys} and its values {values}"
     return ""

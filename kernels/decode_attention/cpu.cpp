@@ -57,11 +57,36 @@ inline void attend_span(Scratch& scratch, const Inputs& in, RunningSoftmax& soft
 inline void load_queries(Scratch& scratch, const Inputs& in, int64_t head, int64_t row0) {
     scratch.row0 = row0;
     std::memset(scratch.query, 0, sizeof(scratch.query));
+    std::memset(scratch.ranked, 0, sizeof(scratch.ranked));
+    std::memset(scratch.scaled, 0, sizeof(scratch.scaled));
     std::memset(scratch.folded, 0, sizeof(scratch.folded));
+    std::fill(scratch.q_center, scratch.q_center + ROWS, 0.0f);
     for (int64_t r = 0; r < ROWS; r++)
         for (int64_t d = 0; d < DK; d += L)
             store(scratch.query[r] + d, load_up_to(in.q + (head * ALL_ROWS + row0 + r) * DK + d, DK - d) * SCALE);
+    if constexpr (RANKED) {
+        const int32_t* order = in.k_order + head * DK;
+        const float* center = in.k_center + head * DK;
+        for (int64_t r = 0; r < ROWS; r++)
+            for (int64_t i = 0; i < DK; i++) {
+                scratch.ranked[r][i] = scratch.query[r][order[i]];
+                scratch.q_center[r] += scratch.ranked[r][i] * center[i];
+            }
+    }
     scratch.group = -1;
+}
+
+// One row's sums of rotated values, rotated back (kernels/rotation.py) and added to those of values as they are.
+inline void rotate_back(float* acc) {
+    float* y = acc + CODES_AT;
+    for (int64_t half = 1; half < ROTATED; half *= 2)
+        for (int64_t i = 0; i < DV; i += 2 * half)
+            for (int64_t j = i; j < i + half; j++) {
+                const float a = y[j], b = y[j + half];
+                y[j] = a + b;
+                y[j + half] = a - b;
+            }
+    for (int64_t d = 0; d < DV; d++) acc[d] += y[d] * ROTATION_SIGNS[d] * ROTATION_SCALE;
 }
 
 // What is in no span, and the division by the sum of weights.
@@ -75,8 +100,9 @@ inline void finish(const Inputs& in, RunningSoftmax& softmax, const UnwrittenTok
         if (HAS_SINK_LOGITS)
             merge(softmax, r, to_float(in.sink_logits[head % H * (HQ / H) + (row0 + r) / Q]), 1.0f, nullptr);
         const float scale = softmax.m[r] == MINUS_INFINITY && softmax.l[r] == 0.0f ? 0.0f : 1.0f / softmax.l[r];
+        if constexpr (ROTATED) rotate_back(softmax.acc + r * ACC);
         T* out = in.out + (head * ALL_ROWS + row0 + r) * DV;
-        for (int64_t d = 0; d < DV; d++) out[d] = from_float<T>(softmax.acc[r * DV_PAD + d] * scale);
+        for (int64_t d = 0; d < DV; d++) out[d] = from_float<T>(softmax.acc[r * ACC + d] * scale);
     }
 }
 
@@ -91,7 +117,8 @@ inline void attend_tokens(Scratch& scratch, const Inputs& in, RunningSoftmax sof
 
 void attend(const Tensors& tensors, T* out) {
     const int64_t past = std::clamp<int64_t>(*tensors.past, 0, N - Q);
-    const Inputs in = {tensors, out, past, past + Q, past / RESIDUAL * RESIDUAL, std::max<int64_t>(past - RESIDUAL, 0)};
+    const int64_t keys = RANKED ? (past - RESIDUAL + K_GROUP) / K_GROUP * K_GROUP : past / RESIDUAL * RESIDUAL;
+    const Inputs in = {tensors, out, past, past + Q, std::max<int64_t>(keys, 0), std::max<int64_t>(past - RESIDUAL, 0)};
     const int64_t spans = (in.length + SPAN - 1) / SPAN, blocks = B * H * ROW_BLOCKS;
     const int num_threads = blocks * ROWS * in.length < 8192 ? 1 : max_threads();
     // Tokens are split, too, so that there are pieces enough for threads that are not equally fast.
@@ -118,7 +145,7 @@ void attend(const Tensors& tensors, T* out) {
             RunningSoftmax softmax = part(block * splits);
             for (int64_t s = 1; s < splits; s++) {
                 RunningSoftmax other = part(block * splits + s);
-                for (int64_t r = 0; r < ROWS; r++) merge(softmax, r, other.m[r], other.l[r], other.acc + r * DV_PAD);
+                for (int64_t r = 0; r < ROWS; r++) merge(softmax, r, other.m[r], other.l[r], other.acc + r * ACC);
             }
             finish(in, softmax, unwritten.get(), block / ROW_BLOCKS, block % ROW_BLOCKS * ROWS);
         }

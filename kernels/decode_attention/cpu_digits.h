@@ -51,15 +51,17 @@ template <int NR, int NV> ALWAYS_INLINE void join_digits(const vi (&sum)[NR][DIG
         }
 }
 
-// Sums over `words` words of codes times digits; lanes are the other axis. NV vectors, NR rows at once.
+// Add to `acc` the sums over `words` words of codes times digits from `element` on; lanes are the other axis.
+// NV vectors, NR rows at once.
 template <int BITS, int NR, int NV, int64_t PITCH>
-inline void dot_codes(const int32_t* codes, int64_t stride, int64_t words, const int8_t (*digits)[DIGITS][PITCH],
-                      vf (&out)[NR][NV]) {
+ALWAYS_INLINE void add_codes(const int32_t* codes, int64_t stride, int64_t words, const int8_t (*digits)[DIGITS][PITCH],
+                             int64_t element, vi (&acc)[NR][DIGITS][NV]) {
     constexpr int PLANES = 8 / BITS;
+    constexpr bool IN_PLACE = std::is_same_v<typename Dot<BITS>::Sum, vi>;  // nothing to empty in between
     const vi mask = splat((int32_t)(0x01010101u * ((1u << BITS) - 1)));
-    vi acc[NR][DIGITS][NV] = {};
     for (int64_t first = 0; first < words; first += Dot<BITS>::WORDS) {
         typename Dot<BITS>::Sum sum[NR][DIGITS][NV] = {};
+        if constexpr (IN_PLACE) std::memcpy(sum, acc, sizeof(acc));
         const int64_t end = std::min(words, first + Dot<BITS>::WORDS);
         for (int64_t w = first; w < end; w++) {
             vu word[NV];
@@ -74,7 +76,7 @@ inline void dot_codes(const int32_t* codes, int64_t stride, int64_t words, const
                 for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
                     for (int d = 0; d < DIGITS; d++) {
-                        const vi digit = splat(load_word(digits[r][d] + (w * PLANES + j) * 4));
+                        const vi digit = splat(load_word(digits[r][d] + element + (w * PLANES + j) * 4));
 #pragma GCC unroll 4
                         for (int v = 0; v < NV; v++) sum[r][d][v] = Dot<BITS>::add(sum[r][d][v], code[v], digit);
                     }
@@ -85,9 +87,10 @@ inline void dot_codes(const int32_t* codes, int64_t stride, int64_t words, const
 #pragma GCC unroll 3
             for (int d = 0; d < DIGITS; d++)
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; v++) acc[r][d][v] += Dot<BITS>::total(sum[r][d][v]);
+                for (int v = 0; v < NV; v++)
+                    if constexpr (IN_PLACE) acc[r][d][v] = sum[r][d][v];
+                    else acc[r][d][v] += Dot<BITS>::total(sum[r][d][v]);
     }
-    join_digits(acc, out);
 }
 
 }  // namespace xq

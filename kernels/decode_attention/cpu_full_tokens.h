@@ -34,7 +34,7 @@ inline void add_tokens(Scratch& scratch, RunningSoftmax& softmax, const T* const
         vf x[NT];
         for (int i = 0; i < NT; i++) x[i] = load_up_to(value[i] + d, DV - d);
         for (int64_t r = 0; r < ROWS; r++) {
-            float* acc = softmax.acc + r * DV_PAD + d;
+            float* acc = softmax.acc + r * ACC + d;
             vf sum = load<vf>(acc);
 #pragma GCC unroll 4
             for (int i = 0; i < NT; i++) sum = fma(splat(scratch.weight[r][offset + i]), x[i], sum);
@@ -57,7 +57,7 @@ template <class Token, class Use> inline void four_tokens_at_a_time(int64_t t0, 
 }
 
 // Many rows (a chunk): full-precision tokens L at a time, so that what is loaded of them serves all rows.
-constexpr bool MANY_ROWS = ROWS >= 16 && SINKS == 0;
+constexpr bool MANY_ROWS = ROWS >= 16;
 
 template <int NR> inline void score_rows(Scratch& scratch, const float (*keys)[L], int64_t row, int64_t offset) {
     vf s[NR] = {};
@@ -87,13 +87,13 @@ template <int NR>
 inline void add_to_rows(Scratch& scratch, RunningSoftmax& softmax, const float (*values)[DV_PAD], int64_t row,
                         int64_t d, int64_t n, int64_t offset) {
     vf sum[NR];
-    for (int r = 0; r < NR; r++) sum[r] = load<vf>(softmax.acc + (row + r) * DV_PAD + d);
+    for (int r = 0; r < NR; r++) sum[r] = load<vf>(softmax.acc + (row + r) * ACC + d);
     for (int64_t i = 0; i < n; i++) {
         const vf v = load<vf>(values[i] + d);
 #pragma GCC unroll 8
         for (int r = 0; r < NR; r++) sum[r] = fma(splat(scratch.weight[row + r][offset + i]), v, sum[r]);
     }
-    for (int r = 0; r < NR; r++) store(softmax.acc + (row + r) * DV_PAD + d, sum[r]);
+    for (int r = 0; r < NR; r++) store(softmax.acc + (row + r) * ACC + d, sum[r]);
 }
 
 inline void add_tokens_to_many_rows(Scratch& scratch, RunningSoftmax& softmax, const Inputs& in, int64_t head,

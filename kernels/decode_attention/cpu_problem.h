@@ -12,12 +12,17 @@ constexpr int64_t ROW_BLOCKS = ALL_ROWS / ROWS;
 constexpr int64_t SPAN = B * H * ROW_BLOCKS >= 8 ? 1024 : 256;
 constexpr int64_t SLACK = SPAN + L;  // a vector may be stored past the span's last token
 static_assert(ALL_ROWS % ROWS == 0, "");
-constexpr int64_t K_CODES_PER_WORD = 32 / K_BITS, V_CODES_PER_WORD = 32 / V_BITS;
-constexpr int64_t K_WORDS = (DK + K_CODES_PER_WORD - 1) / K_CODES_PER_WORD;
-constexpr int64_t DK_PAD = K_WORDS * K_CODES_PER_WORD;
+constexpr int64_t V_CODES_PER_WORD = 32 / V_BITS;
+// The codes of a key are planes of one width each (kernels/widths.py), in this order, whose fields are the elements of
+// a sum. Where channels are not ranked there is one plane, and elements are channels.
+constexpr int64_t K_WORDS = K_WORDS_8 + K_WORDS_4 + K_WORDS_2 + K_WORDS_1;
+constexpr int64_t K_ELEMENTS = 4 * K_WORDS_8 + 8 * K_WORDS_4 + 16 * K_WORDS_2 + 32 * K_WORDS_1;
+constexpr int64_t DK_PAD = std::max<int64_t>(K_ELEMENTS, (DK + L - 1) / L * L);
 constexpr int64_t V_GROUPS = DV / V_GROUP;
 constexpr int64_t DV_PAD = (DV + L - 1) / L * L;
 constexpr int64_t RING = RESIDUAL + RING_SLACK;
+// Where values are rotated, what comes from codes is summed apart, behind the rest, and rotated back in the end.
+constexpr int64_t CODES_AT = ROTATED ? DV_PAD : 0, ACC = DV_PAD + CODES_AT;
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 constexpr int64_t MASK_ROWS = (MASK_B ? B : 1) * (MASK_H ? HQ : 1) * (MASK_Q ? Q : 1);
 static_assert(SPAN % V_CODES_PER_WORD == 0, "a word of values lies in one span");
@@ -36,14 +41,14 @@ struct Inputs : Tensors {
 struct RunningSoftmax {
     float* m;    // [ROWS] largest logit
     float* l;    // [ROWS] sum of exponentials
-    float* acc;  // [ROWS, DV_PAD] weighted values
+    float* acc;  // [ROWS, ACC] weighted values
     void clear() {
         std::fill(m, m + ROWS, MINUS_INFINITY);
         std::fill(l, l + ROWS, 0.0f);
-        std::fill(acc, acc + ROWS * DV_PAD, 0.0f);
+        std::fill(acc, acc + ROWS * ACC, 0.0f);
     }
     static constexpr int64_t HEADER = (2 * ROWS + 15) / 16 * 16;
-    static constexpr int64_t SIZE = HEADER + ROWS * DV_PAD + 16;  // floats; apart by a cache line
+    static constexpr int64_t SIZE = HEADER + ROWS * ACC + 16;  // floats; apart by a cache line
     explicit RunningSoftmax(float* data) : m(data), l(data + ROWS), acc(data + HEADER) {}
 };
 
@@ -52,7 +57,10 @@ struct Scratch {
     float score[ROWS][SLACK];
     float weight[ROWS][SLACK];
     float query[ROWS][DK_PAD + L];
-    float folded[ROWS][DK_PAD + L];  // queries times scales; zeros behind them
+    float ranked[ROWS][DK_PAD + L];  // queries in the order that scales are in
+    float scaled[ROWS][DK_PAD + L];  // the same, times scales
+    float folded[ROWS][DK_PAD + L];  // what each element of a key is multiplied with; zeros behind
+    float q_center[ROWS];            // queries times what is in no zero point
     float q_zero[ROWS];  // queries times zero points
     float q_unit[ROWS];  // what the last digit of q_digits stands for
     alignas(64) int8_t q_digits[ROWS][DIGITS][DK_PAD];

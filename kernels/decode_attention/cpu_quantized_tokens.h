@@ -4,6 +4,28 @@
 
 namespace xq {
 
+// Zero points of up to n channels from d on, whose scales are s.
+template <class Z> inline vf zero_points(const Z* zero, vf, int64_t, int64_t n) { return load_up_to(zero, n); }
+inline vf zero_points(const uint8_t* zero, vf s, int64_t d, int64_t n) {
+    return s * (load_mids(zero, n) - load_up_to(RANK_MIDDLES + d, n));
+}
+
+// The rows' queries times the scales, put where each rank's fields are; `largest` becomes that of the fields. Whole
+// vectors are stored: what is too much of one run, the next overwrites, or it meets codes that are padding, which are 0.
+inline void spread_over_fields(Scratch& scratch, vf (&largest)[ROWS]) {
+    for (int64_t r = 0; r < ROWS; r++) {
+        largest[r] = splat(0.0f);
+#pragma GCC unroll 32
+        for (const Run& run : RUNS)
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < run.count; i += L) {
+                const vf x = load<vf>(scratch.scaled[r] + run.rank + i) * run.weight;
+                store(scratch.folded[r] + run.element + i, x);
+                largest[r] = max(abs(mask_first(x, run.count - i)), largest[r]);
+            }
+    }
+}
+
 // Fold the scales of token group g into the queries.
 inline void fold_key_scales(Scratch& scratch, const Inputs& in, int64_t head, int64_t g) {
     const int64_t row = (head * K_TOKENS / K_GROUP + g) * DK;
@@ -11,27 +33,36 @@ inline void fold_key_scales(Scratch& scratch, const Inputs& in, int64_t head, in
     const S* zero = in.k_zero + row;
     vf largest[ROWS] = {}, z[ROWS] = {}, zero_or_nan = {};
     for (int64_t d = 0; d < DK; d += L) {
-        const vf s = load_up_to(scale + d, DK - d), zeros = load_up_to(zero + d, DK - d);
+        const vf s = load_scales(scale + d, DK - d), zeros = zero_points(zero + d, s, d, DK - d);
         zero_or_nan = fma(s, splat(0.0f), zero_or_nan);
         for (int64_t r = 0; r < ROWS; r++) {
-            const vf q = load<vf>(scratch.query[r] + d), x = q * s;
-            store(scratch.folded[r] + d, x);
+            const vf q = load<vf>((RANKED ? scratch.ranked : scratch.query)[r] + d), x = q * s;
+            store((RANKED ? scratch.scaled : scratch.folded)[r] + d, x);
             largest[r] = max(abs(x), largest[r]);
             z[r] = fma(q, zeros, z[r]);
         }
     }
+    if constexpr (RANKED) spread_over_fields(scratch, largest);
     const float nan = nan_if_not_finite(zero_or_nan);
-    for (int64_t r = 0; r < ROWS; r++) scratch.q_zero[r] = sum(z[r]);
+    for (int64_t r = 0; r < ROWS; r++) scratch.q_zero[r] = sum(z[r]) + scratch.q_center[r];
     for (int64_t r = 0; r < ROWS; r++)
-        scratch.q_unit[r] = to_digits<DK_PAD>(scratch.folded[r], DK_PAD, largest[r], scratch.q_digits[r]) + nan;
+        scratch.q_unit[r] = to_digits<DK_PAD>(scratch.folded[r], K_ELEMENTS, largest[r], scratch.q_digits[r]) + nan;
     scratch.group = g;
 }
 
 // Scores of NV vectors of tokens with NR rows, from `offset` of the span on.
 template <int NR, int NV>
 inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, int64_t row, int64_t offset) {
+    constexpr int64_t TO_4 = K_WORDS_8, TO_2 = TO_4 + K_WORDS_4, TO_1 = TO_2 + K_WORDS_2;
+    constexpr int64_t AT_4 = 4 * K_WORDS_8, AT_2 = AT_4 + 8 * K_WORDS_4, AT_1 = AT_2 + 16 * K_WORDS_2;
+    const auto digits = scratch.q_digits + row;
+    vi acc[NR][DIGITS][NV] = {};
+    if constexpr (K_WORDS_8 > 0) add_codes<8>(codes, stride, K_WORDS_8, digits, 0, acc);
+    if constexpr (K_WORDS_4 > 0) add_codes<4>(codes + TO_4 * stride, stride, K_WORDS_4, digits, AT_4, acc);
+    if constexpr (K_WORDS_2 > 0) add_codes<2>(codes + TO_2 * stride, stride, K_WORDS_2, digits, AT_2, acc);
+    if constexpr (K_WORDS_1 > 0) add_codes<1>(codes + TO_1 * stride, stride, K_WORDS_1, digits, AT_1, acc);
     vf out[NR][NV];
-    dot_codes<K_BITS, NR, NV, DK_PAD>(codes, stride, K_WORDS, scratch.q_digits + row, out);
+    join_digits(acc, out);
     for (int r = 0; r < NR; r++)
         for (int v = 0; v < NV; v++)
             store(scratch.score[row + r] + offset + v * L,
@@ -87,7 +118,9 @@ inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, 
                   padded = (n + V_CODES_PER_WORD - 1) / V_CODES_PER_WORD * V_CODES_PER_WORD;
     vf largest[ROWS] = {}, z[ROWS] = {}, zero_or_nan = {};
     for (int64_t i = 0; i < n; i += L) {
-        const vf s = load_up_to(in.v_scale + token + i, n - i), zeros = load_up_to(in.v_zero + token + i, n - i);
+        const vf s = load_scales(in.v_scale + token + i, n - i);
+        vf zeros = s * (-0.5f * ((1 << V_BITS) - 1));
+        if constexpr (!ROTATED) zeros = load_up_to(in.v_zero + token + i, n - i);
         zero_or_nan = fma(s, splat(0.0f), zero_or_nan);
         const vi valid = n - i < L ? iota() < (int32_t)(n - i) : splat(-1);
         for (int64_t r = 0; r < ROWS; r++) {
@@ -112,11 +145,13 @@ inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, 
 template <int NR, int NV>
 inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const int32_t* codes, int64_t words, int64_t row,
                        int64_t d, int64_t left) {
+    vi sums[NR][DIGITS][NV] = {};
+    add_codes<V_BITS>(codes + d, DV, words, scratch.p_digits + row, 0, sums);
     vf out[NR][NV];
-    dot_codes<V_BITS, NR, NV, SPAN>(codes + d, DV, words, scratch.p_digits + row, out);
+    join_digits(sums, out);
     for (int r = 0; r < NR; r++)
         for (int v = 0; v < NV; v++) {
-            float* acc = softmax.acc + (row + r) * DV_PAD + d + v * L;
+            float* acc = softmax.acc + (row + r) * ACC + CODES_AT + d + v * L;
             const vf added = fma(out[r][v], splat(scratch.p_unit[row + r]), splat(scratch.p_zero[row + r]));
             store_up_to(acc, load<vf>(acc) + added, left - v * L);
         }

@@ -66,9 +66,9 @@ inline void online_softmax(Scratch& scratch, const Inputs& in, RunningSoftmax& s
             store(scratch.weight[r] + i, p);
         }
         softmax.l[r] = softmax.l[r] * rescale + sum(total);
-        float* acc = softmax.acc + r * DV_PAD;
+        float* acc = softmax.acc + r * ACC;
         if (rescale != 1.0f)
-            for (int64_t d = 0; d < DV_PAD; d += L) store(acc + d, load<vf>(acc + d) * rescale);
+            for (int64_t d = 0; d < ACC; d += L) store(acc + d, load<vf>(acc + d) * rescale);
     }
 }
 
@@ -82,9 +82,9 @@ inline void merge(RunningSoftmax& into, int64_t r, float m, float l, const float
     const float a = std::exp(into.m[r] - largest), b = std::exp(m - largest);
     into.m[r] = largest;
     into.l[r] = into.l[r] * a + l * b;
-    for (int64_t d = 0; d < DV_PAD; d += L) {
-        vf x = load<vf>(into.acc + r * DV_PAD + d) * a;
-        store(into.acc + r * DV_PAD + d, acc ? fma(load<vf>(acc + d), splat(b), x) : x);
+    for (int64_t d = 0; d < ACC; d += L) {
+        vf x = load<vf>(into.acc + r * ACC + d) * a;
+        store(into.acc + r * ACC + d, acc ? fma(load<vf>(acc + d), splat(b), x) : x);
     }
 }
 

@@ -13,9 +13,13 @@ import torch
 
 from xquant_fx.kernels.arguments import Overload
 from xquant_fx.kernels.cpu.isa import Isa
-from xquant_fx.kernels.cpu.source import assemble, definitions, pointers
+from xquant_fx.kernels.cpu.source import array, assemble, definitions, namespace, pointers
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.packing import codes_per_word
+from xquant_fx.kernels.rotation import rotated_size, signs
+from xquant_fx.kernels.widths import Run, planes, rank_widths, runs_of
 
+RANKED, ROTATED = "per_channel_ranked", "per_token_rotated"
 MOST_ROWS = 64  # of a block: their scores of a span stay in the cache
 
 
@@ -32,10 +36,12 @@ class Problem:
     k_dim: int
     v_dim: int
     max_len: int
-    k_bits: int
+    k_scheme: str
+    k_bits: float
     k_group: int
     k_tokens: int
-    v_bits: int
+    v_scheme: str
+    v_bits: float
     v_group: int
     v_tokens: int
     residual: int
@@ -57,24 +63,49 @@ class Problem:
         return max(n for n in range(1, min(rows, MOST_ROWS) + 1) if rows % n == 0)
 
 
+def word_counts(p: Problem) -> dict[str, int]:
+    """Words of a key in planes of each width."""
+    if p.k_scheme == RANKED:
+        words = {plane.width: plane.words for plane in planes(p.k_bits, p.k_dim)}
+    else:
+        words = {int(p.k_bits): -(-p.k_dim // codes_per_word(p.k_bits))}
+    return {f"K_WORDS_{width}": words.get(width, 0) for width in (8, 4, 2, 1)}
+
+
 def constants(p: Problem) -> str:
     """The constants that the C++ relies on."""
     numbers = {
         "B": p.batch, "H": p.heads, "HQ": p.query_heads, "Q": p.queries, "DK": p.k_dim, "DV": p.v_dim, "N": p.max_len,
-        "K_BITS": p.k_bits, "K_GROUP": p.k_group, "K_TOKENS": p.k_tokens,
-        "V_BITS": p.v_bits, "V_GROUP": p.v_group, "V_TOKENS": p.v_tokens,
+        **word_counts(p), "K_GROUP": p.k_group, "K_TOKENS": p.k_tokens,
+        "ROTATED": rotated_size(p.v_dim) if p.v_scheme == ROTATED else 0,
+        "V_BITS": int(p.v_bits), "V_GROUP": p.v_group, "V_TOKENS": p.v_tokens,
         "RESIDUAL": p.residual, "RING_SLACK": p.ring - p.residual, "SINKS": p.sinks, "WINDOW": p.window,
         "MASK_B": p.mask_strides[0], "MASK_H": p.mask_strides[1], "MASK_Q": p.mask_strides[2],
         "ROWS": p.row_block, "DIGITS": 3 if p.dtype == torch.float32 else 2,
     }  # fmt: skip
     flags = {
-        "HAS_NEW": p.chunk, "HAS_MASK": p.mask_dtype is not None, "HAS_SINK_LOGITS": p.sink_logits_dtype is not None
+        "RANKED": p.k_scheme == RANKED, "HAS_NEW": p.chunk, "HAS_MASK": p.mask_dtype is not None, "HAS_SINK_LOGITS": p.sink_logits_dtype is not None
     }  # fmt: skip
     types = {
         "T": p.dtype, "S": p.scale_dtype, "MASK": p.mask_dtype or torch.bool,
         "SINK": p.sink_logits_dtype or torch.float32,
     }  # fmt: skip
-    return definitions(numbers, {"SCALE": p.scale, "SOFTCAP": p.softcap}, flags, types)
+    return definitions(numbers, {"SCALE": p.scale, "SOFTCAP": p.softcap}, flags, types) + tables(p)
+
+
+def tables(p: Problem) -> str:
+    """Constants of ranked keys and of rotated values: where fields of ranks are, middles of codes, signs."""
+    runs = runs_of(planes(p.k_bits, p.k_dim)) if p.k_scheme == RANKED else [Run(0, 0, 0, 0.0)]
+    middles = [(2**width - 1) / 2 for width in rank_widths(p.k_bits, p.k_dim)] if p.k_scheme == RANKED else [0.0]
+    turned = p.v_scheme == ROTATED
+    return namespace(
+        "// Fields of `count` ranks from `rank` on are the elements from `element` on, and count `weight` times.\n"
+        "struct Run {\n    int64_t element, rank, count;\n    float weight;\n};\n"
+        + array("Run", "RUNS", [f"{{{r.element}, {r.rank}, {r.count}, {r.weight}f}}" for r in runs])
+        + array("float", "RANK_MIDDLES", [f"{middle}f" for middle in middles])
+        + array("float", "ROTATION_SIGNS", [f"{sign}f" for sign in (signs(p.v_dim) if turned else (0.0,))])
+        + f"constexpr float ROTATION_SCALE = {rotated_size(p.v_dim) ** -0.5!r}f;\n"
+    )
 
 
 @functools.cache
@@ -88,6 +119,10 @@ def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
         absent |= {"k_sink", "v_sink"}
     if not p.chunk:
         absent |= {"k_new", "v_new"}
+    if p.k_scheme != RANKED:
+        absent |= {"k_order", "k_center"}
+    if p.v_scheme == ROTATED:
+        absent.add("v_zero")
     if p.mask_dtype is None:
         absent.add("mask")
     if p.sink_logits_dtype is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xquant_fx.kernels.decode_attention.arguments import FUSED_SCHEMES, OF_SIDE, DecodeArguments
+from xquant_fx.kernels.decode_attention.arguments import OF_KEYS, OF_SIDE, DecodeArguments
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.kernels.shared_code_load.plain_torch import load
 
@@ -13,16 +13,15 @@ from xquant_fx.kernels.shared_code_load.plain_torch import load
 def _loaded(a: DecodeArguments) -> tuple[Tensor, Tensor]:
     """Keys and values [B, heads, max_len, D], each head of them repeated for its query heads."""
     loaded = []
-    for side, scheme in zip(("k", "v"), FUSED_SCHEMES, strict=True):
-        stored = {name: getattr(a, f"{side}_{name}") for name in (*OF_SIDE, "bits")}
+    for side, names in (("k", (*OF_SIDE, *OF_KEYS)), ("v", OF_SIDE)):
+        stored = {name: getattr(a, f"{side}_{name}") for name in (*names, "bits", "scheme")}
         x = load(
             LoadArguments(
-                **stored,
+                **{"order": None, "center": None, **stored},
                 start=a.start,
                 past=a.past,
                 new_tokens=a.new_tokens,
                 n=a.max_len,
-                scheme=scheme,
                 group_size=getattr(a, f"{side}_group"),
                 residual_length=a.residual_length,
                 x=getattr(a, f"{side}_new"),

@@ -15,8 +15,15 @@ class Quantized(NamedTuple):
     """The tensors that only storage below 16 bits has."""
 
     scale: Tensor
-    zero: Tensor
     ring: Tensor
+
+
+class Ranks(NamedTuple):
+    """The tensors that rank channels, which are noted once per sequence."""
+
+    order: Tensor
+    center: Tensor
+    energy: Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +40,12 @@ class StoreArguments(Arguments):
     zero: Annotated[Tensor | None, Elements("S", written=True)]
     ring: Annotated[Tensor | None, Elements("T", written=True)]
     sink: Annotated[Tensor | None, Elements("T", written=True)]
+    order: Annotated[Tensor | None, Elements("int32_t", written=True)]
+    """int32 [B, H, D], the channel of each rank, where channels are ranked."""
+    center: Annotated[Tensor | None, Elements("float", written=True)]
+    """float32 [B, H, D], a constant per rank that is taken out of zero points."""
+    energy: Annotated[Tensor | None, Elements("float")]
+    """float32 [B, H, D], mean square of the queries of each channel, or zeros; read when channels are ranked."""
     start: Annotated[Tensor, Elements("int64_t")]
     """int64 [B], first token of each sequence that is not padding."""
     length: Annotated[Tensor, Elements("int64_t", written=True)]
@@ -41,7 +54,8 @@ class StoreArguments(Arguments):
     """int32 [1], set to a ``Fault`` when positions do not follow."""
     scheme: str
     """Name of a scheme of ``kernels/schemes``."""
-    bits: int
+    bits: float
+    """Bits per element, an average where widths are mixed."""
     group_size: int
     residual_length: int
     eta: float
@@ -53,8 +67,20 @@ class StoreArguments(Arguments):
     @property
     def quantized(self) -> Quantized:
         """What storage below 16 bits has, and 16 bits have not."""
-        assert self.scale is not None and self.zero is not None and self.ring is not None
-        return Quantized(self.scale, self.zero, self.ring)
+        assert self.scale is not None and self.ring is not None
+        return Quantized(self.scale, self.ring)
+
+    @property
+    def zero_points(self) -> Tensor:
+        """Zero points, of schemes that have them."""
+        assert self.zero is not None
+        return self.zero
+
+    @property
+    def ranks(self) -> Ranks:
+        """Ranks, of schemes that have them."""
+        assert self.order is not None and self.center is not None and self.energy is not None
+        return Ranks(self.order, self.center, self.energy)
 
     @property
     def overload(self) -> Overload:

@@ -6,31 +6,48 @@ Each other module of this folder is one scheme, and has these names at its top l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 
 Past = TypeVar("Past", int, Tensor)
+#: Name of a stored tensor to what follows [B, H] in its shape, and its dtype.
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Stored(NamedTuple):
+    """What a scheme dequantizes: stored tensors, None for those that it has not."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    order: Tensor | None
+    center: Tensor | None
 
 
 class Scheme(Protocol):
     """How keys or values are quantized."""
 
     APPEND: str
-    """Which step of the C++ and Triton appends quantizes for it: "blocks" (of tokens, when full) or "tokens"."""
+    """Which step of the C++ and Triton appends quantizes for it: "blocks" (of tokens, when full) or "tokens", and
+    their kin "ranked" and "rotated"."""
 
-    def stored_tokens(self, max_len: int, dim: int, bits: int, residual: int) -> int:
+    BITS: tuple[float, ...]
+    """Bits per element that it can store, averages where widths are mixed."""
+
+    def stored_tokens(self, max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
         """Tokens that the codes have room for: ``max_len`` and some padding that is never read."""
 
-    def shapes(self, tokens: int, dim: int, bits: int, group: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The last two dimensions of the codes and of the scales with room for ``tokens``."""
+    def shapes(self, tokens: int, dim: int, bits: float, group: int, scale_dtype: torch.dtype) -> Shapes:
+        """Codes, scales and what else it stores, with room for ``tokens``."""
 
     def tokens_of(self, codes: Sequence[int], scale: Sequence[int]) -> int:
         """Back from the shapes of codes and scales to the tokens they have room for."""
 
-    def quantized_limit(self, past: Past, residual: int) -> Past:
+    def quantized_limit(self, past: Past, group: int, residual: int) -> Past:
         """Number of quantized tokens when ``past`` tokens are stored (may be negative: none)."""
 
     def store_due(self, a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None:
@@ -39,5 +56,5 @@ class Scheme(Protocol):
         ``in_ring`` says that ``x`` is in the ring already.
         """
 
-    def dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, n: int, dim: int) -> Tensor:
+    def dequantize(self, stored: Stored, bits: float, group: int, n: int, dim: int) -> Tensor:
         """The first ``n`` tokens as fp32 [B, H, n, dim]."""

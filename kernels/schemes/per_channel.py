@@ -20,19 +20,21 @@ from xquant_fx.kernels.layout import full_precision
 from xquant_fx.kernels.packing import codes_per_word, pack_words, unpack_words
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.reference import fit_codes, own_codes
-from xquant_fx.kernels.schemes.base import Past
+from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
 
 APPEND = "blocks"
+BITS = (1, 2, 4, 8)
 
 
-def stored_tokens(max_len: int, dim: int, bits: int, residual: int) -> int:
+def stored_tokens(max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
     """Whole blocks, and one more: where a block that is not full is quantized to."""
     return (math.ceil(max_len / residual) + 1) * residual
 
 
-def shapes(tokens: int, dim: int, bits: int, group: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The last two dimensions of codes and scales."""
-    return (math.ceil(dim / codes_per_word(bits)), tokens), (tokens // group, dim)
+def shapes(tokens: int, dim: int, bits: float, group: int, scale_dtype: torch.dtype) -> Shapes:
+    """What follows [B, H] in the shape of each tensor, and its dtype."""
+    codes, scale = (math.ceil(dim / codes_per_word(bits)), tokens), ((tokens // group, dim), scale_dtype)
+    return {"codes": (codes, torch.int32), "scale": scale, "zero": scale}
 
 
 def tokens_of(codes: Sequence[int], scale: Sequence[int]) -> int:
@@ -40,7 +42,7 @@ def tokens_of(codes: Sequence[int], scale: Sequence[int]) -> int:
     return codes[3]
 
 
-def quantized_limit(past: Past, residual: int) -> Past:
+def quantized_limit(past: Past, group: int, residual: int) -> Past:
     """Full blocks."""
     return past // residual * residual
 
@@ -49,13 +51,13 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
     """Quantize every block of R tokens that the step may have completed."""
     blocks = (x.shape[2] + a.residual_length - 1) // a.residual_length
     count = blocks * a.residual_length
-    first = quantized_limit(past, a.residual_length)
+    first = quantized_limit(past, a.group_size, a.residual_length)
     tokens = first + torch.arange(count, device=x.device)
     groups, stored = count // a.group_size, a.quantized
     grouped = full_precision(x, stored.ring, tokens, past, in_ring).unflatten(2, (groups, a.group_size))
     valid = tokens >= a.start[:, None] + a.sink_tokens
     valid = valid.unflatten(1, (groups, a.group_size))[:, None, :, :, None]
-    stats: dict[str, Any] = dict(bits=a.bits, eta=a.eta, dim=3, dtype=stored.scale.dtype, valid=valid)
+    stats: dict[str, Any] = dict(bits=int(a.bits), eta=a.eta, dim=3, dtype=stored.scale.dtype, valid=valid)
     if a.fit is None:
         codes, scale, zero = own_codes(grouped, **stats)
         a.codes.index_copy_(3, tokens, pack_words(codes.flatten(2, 3), a.bits, 3).transpose(2, 3))
@@ -65,12 +67,13 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
         scale, zero = fit_codes(grouped, borrowed.unflatten(2, (groups, a.group_size)), fit=a.fit, **stats)
     rows = first // a.group_size + torch.arange(groups, device=x.device)
     stored.scale.index_copy_(2, rows, scale.squeeze(3))
-    stored.zero.index_copy_(2, rows, zero.squeeze(3))
+    a.zero_points.index_copy_(2, rows, zero.squeeze(3))
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, n: int, dim: int) -> Tensor:
+def dequantize(stored: Stored, bits: float, group: int, n: int, dim: int) -> Tensor:
     """First ``n`` tokens as fp32 [B, H, n, dim]."""
-    c = unpack_words(codes[..., :n], bits, 2, dim).transpose(-1, -2)
-    token_group = torch.arange(n, device=codes.device) // group
-    s, z = scale.index_select(2, token_group), zero.index_select(2, token_group)
+    assert stored.zero is not None
+    c = unpack_words(stored.codes[..., :n], bits, 2, dim).transpose(-1, -2)
+    token_group = torch.arange(n, device=stored.codes.device) // group
+    s, z = (x.index_select(2, token_group) for x in (stored.scale, stored.zero))
     return c.to(torch.float32) * s.to(torch.float32) + z.to(torch.float32)

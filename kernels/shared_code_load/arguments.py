@@ -19,6 +19,8 @@ class LoadArguments(Arguments):
     zero: Annotated[Tensor | None, Elements("S")]
     ring: Annotated[Tensor | None, Elements("T")]
     sink: Annotated[Tensor | None, Elements("T")]
+    order: Annotated[Tensor | None, Elements("int32_t")]
+    center: Annotated[Tensor | None, Elements("float")]
     start: Annotated[Tensor, Elements("int64_t")]
     past: Annotated[Tensor, Elements("int64_t")]
     """int64 [1], tokens stored before the step."""
@@ -27,7 +29,7 @@ class LoadArguments(Arguments):
     n: Symbolic
     """Tokens to give back."""
     scheme: str
-    bits: int
+    bits: float
     group_size: int
     residual_length: int
     x: Annotated[Tensor | None, Elements("T")] = None

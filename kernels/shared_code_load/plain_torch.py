@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xquant_fx.kernels.layout import ring_slots
 from xquant_fx.kernels.schemes import SCHEMES
+from xquant_fx.kernels.schemes.base import Stored
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 
 
@@ -40,11 +41,12 @@ def load(a: LoadArguments) -> Tensor:
     written = (tokens < a.past + a.new_tokens)[:, None]
     if a.bits == 16:
         return torch.where(written, a.codes[:, :, : a.n], 0.0).contiguous()
-    assert a.scale is not None and a.zero is not None and a.ring is not None
-    scheme = SCHEMES[a.scheme]
-    dense = scheme.dequantize(a.codes, a.scale, a.zero, a.bits, a.group_size, a.n, a.ring.shape[3]).to(a.ring.dtype)
+    assert a.scale is not None and a.ring is not None
+    scheme, stored = SCHEMES[a.scheme], Stored(a.codes, a.scale, a.zero, a.order, a.center)
+    dense = scheme.dequantize(stored, a.bits, a.group_size, a.n, a.ring.shape[3]).to(a.ring.dtype)
     full = residual_tokens(a.ring, tokens, a.past, a.x)
-    out = torch.where((tokens < scheme.quantized_limit(a.past, a.residual_length))[:, None], dense, full)
+    limit = scheme.quantized_limit(a.past, a.group_size, a.residual_length)
+    out = torch.where((tokens < limit)[:, None], dense, full)
     if a.sink is not None:
         out = with_sinks(out, a.sink, tokens, a.start)
     # Contiguous like the buffer it stands for: SDPA kernels are chosen by strides.

@@ -88,7 +88,7 @@ def why_not_layers(gm: GraphModule, request: Request) -> str:
         return ""
     if isinstance(settings, Plan):
         return "a plan names every layer and a graph break hides the number of layers; use an XQuantCache"
-    if not (isinstance(settings.k_bits, int) and isinstance(settings.v_bits, int)):
+    if isinstance(settings.k_bits, tuple) or isinstance(settings.v_bits, tuple):
         return "bits are given per layer and a graph break hides the number of layers; use an XQuantCache"
     return ""
 

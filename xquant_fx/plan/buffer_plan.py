@@ -24,8 +24,8 @@ class BufferPlan:
     role: Role
     scheme: str
     """How groups lie and when they are quantized: a name of ``kernels.schemes.SCHEMES``."""
-    bits: int
-    """Bits per stored element; 16: unquantized."""
+    bits: float
+    """Bits per stored element, an average where widths are mixed; 16: unquantized."""
     group_size: int | None
     """Tokens (keys) or channels (values) per scale and zero point; None: all channels of the head."""
     residual_length: int
@@ -111,10 +111,11 @@ def _check(entry: BufferPlan, where: str) -> None:
         raise ConfigError(f"{where}: fit must be one of {SHARED_FITS}, got {entry.fit!r}")
     of_keys: Any = entry.group_size if entry.role == "key" else 1
     of_values = entry.group_size if entry.role == "value" else None
+    own: Any = {f"{entry.role[0]}_bits": entry.bits, f"{entry.role[0]}_scheme": entry.scheme}
     try:
         XQuantConfig(
-            k_bits=entry.bits, v_bits=entry.bits, residual_length=entry.residual_length, sink_tokens=entry.sink_tokens,
-            scale_dtype=entry.scale_dtype, eta_1bit=entry.eta, k_group_size=of_keys, v_group_size=of_values,
+            residual_length=entry.residual_length, sink_tokens=entry.sink_tokens, scale_dtype=entry.scale_dtype,
+            eta_1bit=entry.eta, k_group_size=of_keys, v_group_size=of_values, **own,
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 
 from xquant_fx.errors import ConfigError
-from xquant_fx.kernels.packing import BITS
+from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.plan.presets import PRESETS
 
 SHARED_FITS = ("least_squares", "minmax")
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-Bits = int | tuple[int, ...]
+Bits = float | tuple[float, ...]
 ShareFrom = int | float | None
 
 
@@ -28,19 +28,25 @@ def plain_fields(settings: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XQuantConfig:
-    """Settings of a quantized KV cache. The defaults are the preset ``xquant``.
+    """Settings of a quantized KV cache. The defaults are the preset ``xquant-2.2``.
 
     Raises:
         ConfigError: a field breaks the rule stated beside it.
     """
 
+    k_scheme: str = "per_channel_ranked"
+    """How keys are quantized: "per_channel_ranked" (mixed widths by channel) or "per_channel" (XQuant, KIVI)."""
+    v_scheme: str = "per_token_rotated"
+    """How values are quantized: "per_token_rotated" (after a Hadamard transform) or "per_token" (XQuant, KIVI)."""
     k_bits: Bits = 2
-    """Bits of a stored key element: 1, 2, 4, 8 or 16 (16: unquantized); one number, or one per layer."""
-    v_bits: Bits = 1
-    """Bits of a stored value element, as ``k_bits``."""
+    """Bits of a stored key element, one number or one per layer: 1, 2, 4 or 8; on average 1 to 4 in quarters where
+    channels are ranked; 16: unquantized."""
+    v_bits: Bits = 2
+    """Bits of a stored value element, one number or one per layer: 1, 2, 4 or 8; 16: unquantized."""
     share_keys_from: ShareFrom = None
-    """First layer whose pair shares key codes: an index (int), a fraction of the depth (float), None."""
-    share_values_from: ShareFrom = 0.5
+    """First layer whose pair shares key codes: an index (int), a fraction of the depth (float), None. Only
+    "per_channel" and "per_token" codes can be shared."""
+    share_values_from: ShareFrom = None
     """First layer whose pair shares value codes, as ``share_keys_from``."""
     shared_fit: Literal["least_squares", "minmax"] = "least_squares"
     """How the upper layer of a pair gets its scales and zero points for the codes it borrows."""
@@ -48,23 +54,25 @@ class XQuantConfig:
     """Tokens that share one key scale (keys are quantized per channel)."""
     v_group_size: int | None = None
     """Channels that share one value scale (values are quantized per token); None: head_dim."""
-    residual_length: int = 128
-    """Latest tokens kept in full precision, R of XQuant; a multiple of ``k_group_size``."""
+    residual_length: int = 256
+    """Latest values kept in full precision, in tokens, R of XQuant; a multiple of ``k_group_size``. Of keys the latest
+    0 to R - 1 ("per_channel": R are quantized at once) or R - ``k_group_size`` to R - 1 ("per_channel_ranked")."""
     eta_1bit: float = 1 / 6
-    """Relaxation of both ends of the range at 1 bit, in [0, 0.5) (XQuant, Eq. 5)."""
+    """Relaxation of both ends of the range at 1 bit, in [0, 0.5) (XQuant, Eq. 5); "per_channel" and "per_token"."""
     eta_2bit: float = 0.045
-    """Relaxation of both ends of the range at 2 bits, in [0, 0.5)."""
-    sink_tokens: int = 0
+    """The same at 2 bits."""
+    sink_tokens: int = 4
     """First tokens of every sequence kept in full precision for good (attention sinks)."""
     scale_dtype: torch.dtype = torch.float16
-    """dtype of stored scales and zero points: float16, bfloat16 or float32."""
+    """dtype of scales and zero points of "per_channel" and "per_token": float16, bfloat16 or float32. The other schemes
+    store them in 8 bits (kernels/small_floats.py)."""
 
     def __post_init__(self) -> None:
         for name in ("k_bits", "v_bits"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-            self._check_bits(name)
+            self._check_bits(name, f"{name[0]}_scheme")
         self._check_share("share_keys_from")
         self._check_share("share_values_from")
         self._check_lengths()
@@ -91,18 +99,24 @@ class XQuantConfig:
         fields = json.loads(text)
         return cls(**{**fields, "scale_dtype": getattr(torch, fields["scale_dtype"])})
 
-    def bits(self, role: str, layer: int, num_layers: int) -> int:
+    def scheme(self, role: str) -> str:
+        """Scheme of ``role`` ("key" or "value")."""
+        return self.k_scheme if role == "key" else self.v_scheme
+
+    def bits(self, role: str, layer: int, num_layers: int) -> float:
         """Bits of ``role`` ("key" or "value") of quantized layer ``layer`` out of ``num_layers``."""
         value = self.k_bits if role == "key" else self.v_bits
-        if isinstance(value, int):
+        if not isinstance(value, tuple):
             return value
         if len(value) != num_layers:
             field = "k_bits" if role == "key" else "v_bits"
             raise ConfigError(f"{field} must hold one number per layer: got {len(value)} for {num_layers} layers")
         return value[layer]
 
-    def eta(self, bits: int) -> float:
-        """Relaxation used at ``bits`` bits; 0 but for 1 and 2 bits."""
+    def eta(self, scheme: str, bits: float) -> float:
+        """Relaxation used by ``scheme`` at ``bits`` bits; 0 but for 1 and 2 bits."""
+        if scheme not in ("per_channel", "per_token"):
+            return 0.0
         return {1: self.eta_1bit, 2: self.eta_2bit}.get(bits, 0.0)
 
     def share_start(self, role: str, num_layers: int) -> int:
@@ -112,11 +126,16 @@ class XQuantConfig:
             return num_layers
         return math.floor(value * num_layers) if isinstance(value, float) else value
 
-    def _check_bits(self, name: str) -> None:
-        value = getattr(self, name)
+    def _check_bits(self, name: str, scheme: str) -> None:
+        value, chosen = getattr(self, name), getattr(self, scheme)
+        if chosen not in SCHEMES:
+            raise ConfigError(f"{scheme} must be one of {sorted(SCHEMES)}, got {chosen!r}")
+        allowed = (*SCHEMES[chosen].BITS, 16)
         for bits in value if isinstance(value, tuple) else (value,):
-            if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
-                raise ConfigError(f"{name} must be one of {BITS} or one of them per layer, got {value!r}")
+            if isinstance(bits, bool) or not isinstance(bits, int | float) or bits not in allowed:
+                raise ConfigError(
+                    f"{name} must be one of {allowed} ({scheme}={chosen!r}) or one of them per layer, got {value!r}"
+                )
         if value == ():
             raise ConfigError(f"{name} must hold one number per layer, got ()")
 

@@ -19,7 +19,11 @@ from typing import Any, get_args
 from xquant_fx.errors import ConfigError
 from xquant_fx.plan.buffer_plan import SHARED, BufferPlan
 from xquant_fx.plan.config import XQuantConfig
-from xquant_fx.plan.spec import SCHEME_OF_ROLE, Role
+from xquant_fx.plan.spec import Role
+
+
+#: Schemes whose codes mean nothing to another layer: their channels are ranked, or have no fit for borrowed codes.
+UNSHARED = ("per_channel_ranked", "per_token_rotated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +65,10 @@ class Plan:
         if index % 2 == 0 or entry.partner != index - 1:
             raise ConfigError(f"{where}only the upper layer of a pair may borrow, of the lower; got {entry.partner}")
         lower = self.layers[entry.partner].of(entry.role)
-        if (lower.bits, lower.scheme) != (entry.bits, entry.scheme) or entry.bits == 16:
+        agree = (lower.bits, lower.scheme) == (entry.bits, entry.scheme)
+        if not agree or entry.bits == 16 or entry.scheme in UNSHARED:
             raise ConfigError(
-                f"{where}layers that share codes must agree in scheme and bits below 16, "
+                f"{where}layers that share codes must agree in bits below 16 and in a scheme that shares, "
                 f"got {lower.scheme}, {lower.bits} and {entry.scheme}, {entry.bits}"
             )
 
@@ -129,9 +134,9 @@ def make_plan(settings: XQuantConfig | Plan, num_layers: int) -> Plan:
 def _entry(config: XQuantConfig, role: Role, layer: int, num_layers: int, below: list[LayerPlan]) -> BufferPlan:
     bits = config.bits(role, layer, num_layers)
     entry = BufferPlan(
-        role=role, scheme=SCHEME_OF_ROLE[role], bits=bits,
+        role=role, scheme=config.scheme(role), bits=bits,
         group_size=config.k_group_size if role == "key" else config.v_group_size,
-        residual_length=config.residual_length, eta=config.eta(bits), sink_tokens=config.sink_tokens,
+        residual_length=config.residual_length, eta=config.eta(config.scheme(role), bits), sink_tokens=config.sink_tokens,
         scale_dtype=config.scale_dtype, fit=config.shared_fit,
     )  # fmt: skip
     reason = _why_own(entry, config, layer, num_layers, below)
@@ -150,6 +155,8 @@ def _why_own(entry: BufferPlan, config: XQuantConfig, layer: int, num_layers: in
     lower = below[layer - 1].of(entry.role)
     if 16 in (entry.bits, lower.bits):
         return "16-bit storage has no codes to share"
+    if entry.scheme in UNSHARED:
+        return f"codes stored {entry.scheme.replace('_', ' ')} cannot be shared"
     if entry.bits != lower.bits:
         return f"layers {layer - 1} and {layer} differ in bits: {lower.bits} and {entry.bits}"
     return ""

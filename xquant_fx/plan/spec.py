@@ -13,10 +13,6 @@ from xquant_fx.kernels.schemes import SCHEMES
 
 Role = Literal["key", "value"]
 
-#: How each is quantized.
-SCHEME_OF_ROLE = {"key": "per_channel", "value": "per_token"}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVSpec:
     """Everything about a quantized KV buffer that a compiled graph may rely on.
@@ -35,8 +31,8 @@ class KVSpec:
     """Logical shape [B, H, N, D]: batch, KV heads, max_cache_len in tokens, head_dim."""
     dtype: torch.dtype
     """dtype of the model's keys and values."""
-    bits: int
-    """Bits of a stored element; 16 means unquantized in ``dtype``."""
+    bits: float
+    """Bits of a stored element, an average where widths are mixed; 16 means unquantized in ``dtype``."""
     group_size: int
     """Tokens (per channel) or channels (per token) that share one scale and zero point."""
     residual_length: int
@@ -75,7 +71,7 @@ class KVSpec:
         _, _, max_len, dim = self.shape
         if not self.quantized:
             return max_len
-        return SCHEMES[self.scheme].stored_tokens(max_len, dim, self.bits, self.residual_length)
+        return SCHEMES[self.scheme].stored_tokens(max_len, dim, self.bits, self.group_size, self.residual_length)
 
     def load_constants(self) -> dict[str, Any]:
         """What ``xquant::shared_code_load`` takes besides tensors and lengths."""
@@ -94,8 +90,9 @@ class KVSpec:
         Only where :func:`why_not_fused` gives no reason: both sides then agree in what it takes once.
         """
         return dict(
-            max_len=self.shape[2], residual_length=self.residual_length, k_bits=self.bits, k_group=self.group_size,
-            v_bits=value.bits, v_group=value.group_size,
+            max_len=self.shape[2], residual_length=self.residual_length,
+            k_scheme=self.scheme, k_bits=self.bits, k_group=self.group_size,
+            v_scheme=value.scheme, v_bits=value.bits, v_group=value.group_size,
         )  # fmt: skip
 
     def tensor_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -105,12 +102,12 @@ class KVSpec:
         length: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"length": ((2,), torch.int64)}
         if not self.quantized:
             return {"codes": ((batch, heads, tokens, dim), self.dtype), **length}
-        scheme = SCHEMES[self.scheme]
-        codes, scale = ((batch, heads, *s) for s in scheme.shapes(tokens, dim, self.bits, self.group_size))
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        if not self.borrowed:
-            shapes["codes"] = (codes, torch.int32)
-        shapes["scale"] = shapes["zero"] = (scale, self.scale_dtype)
+        of_scheme = SCHEMES[self.scheme].shapes(tokens, dim, self.bits, self.group_size, self.scale_dtype)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            name: ((batch, heads, *shape), dtype)
+            for name, (shape, dtype) in of_scheme.items()
+            if not (name == "codes" and self.borrowed)
+        }
         shapes["ring"] = ((batch, heads, self.ring_tokens, dim), self.dtype)
         if self.sink_tokens:
             # One row more than there are sinks: where the writes of later tokens go to be ignored.

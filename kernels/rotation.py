@@ -1,0 +1,64 @@
+"""The rotation of values: a Hadamard transform over head_dim, with fixed signs.
+
+    y = H (signs * v) / sqrt(n)        v = signs * (H y) / sqrt(n)
+
+It makes the channels of a token alike and near Gaussian, whatever they were, so that one scale per token serves all
+of them. H has the size n of the largest power of two that divides head_dim and is applied to head_dim / n pieces.
+Only tokens that leave the residual window are rotated, and the output once per step: (sum p_t y_t) rotated back is
+sum p_t v_t.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+
+def rotated_size(dim: int) -> int:
+    """Channels that one transform mixes: the largest power of two that divides ``dim``."""
+    return dim & -dim
+
+
+def negative(channel: int) -> bool:
+    """Whether the sign of ``channel`` is -1: a bit of a multiplicative hash (Knuth), the same in every kernel."""
+    return bool(channel * 2654435761 >> 16 & 1)
+
+
+@functools.cache
+def signs(dim: int) -> tuple[float, ...]:
+    """+1 or -1 per channel."""
+    return tuple(-1.0 if negative(channel) else 1.0 for channel in range(dim))
+
+
+def _matrix(dim: int, like: Tensor) -> Tensor:
+    """float32 [n, n]: H / sqrt(n), n of ``rotated_size``; entry (i, j) is negative where i & j has an odd bit count."""
+    n = rotated_size(dim)
+    i = torch.arange(n, device=like.device)
+    common = i[:, None] & i
+    for shift in (16, 8, 4, 2, 1):
+        common = common ^ (common >> shift)
+    return (1.0 - 2.0 * (common & 1)) / math.sqrt(n)
+
+
+def _transform(x: Tensor) -> Tensor:
+    n = rotated_size(x.shape[-1])
+    pieces = x.unflatten(-1, (x.shape[-1] // n, n))
+    return (pieces @ _matrix(x.shape[-1], x)).flatten(-2)
+
+
+def _signs(x: Tensor) -> Tensor:
+    channel = torch.arange(x.shape[-1], device=x.device)
+    return 1.0 - 2.0 * (channel * 2654435761 >> 16 & 1)
+
+
+def rotate(v: Tensor) -> Tensor:
+    """float32 [..., dim] rotated."""
+    return _transform(v * _signs(v))
+
+
+def rotate_back(y: Tensor) -> Tensor:
+    """Undo :func:`rotate`."""
+    return _transform(y) * _signs(y)

@@ -1,0 +1,58 @@
+"""Scales and mid points in 8 bits, without a range to be found first.
+
+    scale       5 bits of exponent, 3 of mantissa, no sign: a float16 cut to 8 bits, in units of SCALE_UNIT.
+                From 2**-19 (2**-22 less precisely) to 1920, to within 1/16; 0xFF is NaN.
+    mid point   1 bit of sign, 4 of exponent, 3 of mantissa, in units of the scale it stands beside: |mid| up to
+                480 scales, to within 1/16 of itself or 2**-11 scales.
+
+Both decode by one shift to float16, on any device. (An e4m3 scale would need a power of two per layer, which has to
+be known before the first token is stored; these need nothing.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SCALE_UNIT = 2.0**-5
+MID_UNIT = 256.0
+#: Largest mid point, in scales.
+LARGEST_MID = 480.0
+_NAN = 0xFF
+_DROPPED = 7  # mantissa bits of a float16 that are not kept
+
+
+def _rounded(half: Tensor) -> Tensor:
+    """int32: the bits of float16 ``half`` >= 0 without the last seven, rounded to nearest, halves to even."""
+    bits = half.view(torch.int16).to(torch.int32)
+    half_up = (1 << (_DROPPED - 1)) - 1
+    return (bits + half_up + ((bits >> _DROPPED) & 1)) >> _DROPPED
+
+
+def _half(bits: Tensor) -> Tensor:
+    """float32 of float16 ``bits`` (int32)."""
+    return bits.to(torch.int16).view(torch.float16).to(torch.float32)
+
+
+def encode_scale(scale: Tensor) -> Tensor:
+    """uint8 of float32 ``scale`` >= 0; NaN, infinity and what is too large become NaN."""
+    code = _rounded((scale / SCALE_UNIT).to(torch.float16).nan_to_num(torch.inf))
+    return torch.where(code >= 0xF8, _NAN, code).to(torch.uint8)
+
+
+def decode_scale(code: Tensor) -> Tensor:
+    """float32 of uint8 ``code``."""
+    return _half(code.to(torch.int32) << _DROPPED) * SCALE_UNIT
+
+
+def encode_mid(mid: Tensor) -> Tensor:
+    """uint8 of float32 ``mid``, in scales; beyond LARGEST_MID the largest, NaN is 0 (the scale says NaN)."""
+    code = _rounded((mid.abs().nan_to_num(0.0) / MID_UNIT).clamp_max(LARGEST_MID / MID_UNIT).to(torch.float16))
+    return (code.clamp_max(0x7F) | ((mid < 0).to(torch.int32) << 7)).to(torch.uint8)
+
+
+def decode_mid(code: Tensor) -> Tensor:
+    """float32 of uint8 ``code``, in scales."""
+    code = code.to(torch.int32)
+    magnitude = _half((code & 0x7F) << _DROPPED) * MID_UNIT
+    return torch.where(code >= 0x80, -magnitude, magnitude)

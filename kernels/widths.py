@@ -1,0 +1,117 @@
+"""Mixed widths of key channels: more bits for the channels that move the logits most.
+
+Channels are ranked once per sequence, layer and KV head (``schemes/per_channel_ranked.py``); here is how many bits
+each *rank* gets, which depends on head_dim and the average width alone, so that kernels can be compiled for it. A
+code of b bits is stored as planes whose widths are the binary digits of b (5 = 4 + 1, 3 = 2 + 1), each packed as
+``packing.py`` does it: all fields of 4 bits, then all of 2, then all of 1. A token takes whole int32 words, and the
+widths are chosen so that no bit of them is wasted: what minimizes
+
+    sum over ranks r of importance(r) * D(bits of r)          D(b): error of b bits on a unit Gaussian
+
+where importance falls geometrically with rank, by IMPORTANCE_RANGE from the first to the last. (Water-filling on
+each head's own importances, which would need widths per head, was no better on real models: docs/quality.md.)
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import NamedTuple
+
+from xquant_fx.kernels.packing import WORD_BITS, codes_per_word
+
+#: Widths of planes, widest first.
+PLANE_WIDTHS = (4, 2, 1)
+#: Mean squared error of a uniform quantizer of 0, 1, 2 ... 7 bits on a unit Gaussian.
+DISTORTION = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.00349, 0.00104, 0.0003)
+#: How many times more the first channel matters than the last, typically.
+IMPORTANCE_RANGE = 250.0
+
+
+class Plane(NamedTuple):
+    """One field of the codes of some ranks: ``width`` bits of each, ``shift`` bits from the lowest."""
+
+    width: int
+    ranks: tuple[int, ...]
+    shifts: tuple[int, ...]
+
+    @property
+    def words(self) -> int:
+        """int32 words of a token."""
+        return -(-len(self.ranks) * self.width // WORD_BITS)
+
+
+def words_of(bits: float, dim: int) -> int:
+    """int32 words of a token of ``dim`` channels at ``bits`` bits on average: at least one."""
+    return max(1, round(bits * dim / WORD_BITS))
+
+
+@functools.cache
+def rank_widths(bits: float, dim: int) -> tuple[int, ...]:
+    """Bits of each rank, 0 to 7, falling; together they fill ``words_of(bits, dim)`` words."""
+    words = words_of(bits, dim)
+    splits = [s for s in itertools.product(range(words + 1), repeat=len(PLANE_WIDTHS)) if sum(s) == words]
+    return min((_widths(split, dim) for split in splits), key=_error)
+
+
+def _widths(split: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    """The best widths with ``split`` words of each plane width: each field in turn to whom it helps most."""
+    importance = _importance(dim)
+    widths = [0] * dim
+    for width, words in zip(PLANE_WIDTHS, split, strict=True):
+        gains = [i * (DISTORTION[b] - DISTORTION[b + width]) for i, b in zip(importance, widths, strict=True)]
+        best = sorted(range(dim), key=lambda r: -gains[r])[: words * codes_per_word(width)]
+        for rank in best:
+            widths[rank] += width
+    return tuple(sorted(widths, reverse=True))
+
+
+def _importance(dim: int) -> list[float]:
+    return [float(IMPORTANCE_RANGE ** (-rank / max(dim - 1, 1))) for rank in range(dim)]
+
+
+def _error(widths: tuple[int, ...]) -> float:
+    return sum(i * DISTORTION[b] for i, b in zip(_importance(len(widths)), widths, strict=True))
+
+
+@functools.cache
+def planes(bits: float, dim: int) -> tuple[Plane, ...]:
+    """How the codes of all ranks are stored: the planes that are there, widest first."""
+    widths = rank_widths(bits, dim)
+    found = []
+    for width in PLANE_WIDTHS:
+        ranks = tuple(r for r, b in enumerate(widths) if b & width)
+        # What lies below this field in the code: the narrower fields.
+        shifts = tuple(widths[r] & (width - 1) for r in ranks)
+        if ranks:
+            found.append(Plane(width, ranks, shifts))
+    return tuple(found)
+
+
+class Run(NamedTuple):
+    """Neighbouring fields of a plane that belong to neighbouring ranks and count alike."""
+
+    element: int
+    """Its first field, counted over all planes and the padding between them."""
+    rank: int
+    count: int
+    weight: float
+    """2**shift: what a field's unit stands for."""
+
+
+def runs_of(stored: tuple[Plane, ...]) -> list[Run]:
+    """All fields of ``stored`` in order, as few runs as that takes."""
+    runs: list[Run] = []
+    begin = 0
+    for plane in stored:
+        for place, (rank, shift) in enumerate(zip(plane.ranks, plane.shifts, strict=True)):
+            element, weight = begin + place, 2.0**shift
+            last = runs[-1] if runs else None
+            if last is not None and (last.element + last.count, last.rank + last.count, last.weight) == (
+                element, rank, weight,
+            ):  # fmt: skip
+                runs[-1] = last._replace(count=last.count + 1)
+            else:
+                runs.append(Run(element, rank, 1, weight))
+        begin += plane.words * codes_per_word(plane.width)
+    return runs
