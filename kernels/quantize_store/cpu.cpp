@@ -5,11 +5,12 @@
 #ifndef XQ_LANES  // an editor, which sees no constants
 #include "example_problem.h"
 #endif
+#include "../cpu/hadamard.h"
+#include "../cpu/small_floats.h"
 
 namespace xq {
 
 constexpr int64_t RING = RESIDUAL + RING_SLACK, CODES_PER_WORD = 32 / BITS;
-constexpr int64_t WORDS = (D + CODES_PER_WORD - 1) / CODES_PER_WORD;  // of a key
 constexpr int64_t D_PAD = (D + L - 1) / L * L;
 constexpr int64_t PITCH = D_PAD + CODES_PER_WORD;  // of unpacked codes
 constexpr int32_t MAX_CODE = (1 << BITS) - 1;
@@ -46,20 +47,20 @@ inline void store_relaxed(S* scale, S* zero, vf low, vf step, int64_t n) {
 }
 
 // From a group's least and largest number to its least and its step, lane by lane: (NaN, 0) where it is not finite.
-inline void range_to_step(vf& low, vf high, vi nan, vf& step) {
+inline void range_to_step(vf& low, vf high, vi nan, vf largest, vf& step) {
     const vi empty = low > high;
     low = empty ? splat(0.0f) : low;
     high = empty ? splat(0.0f) : high;
-    step = (high - low) / (float)MAX_CODE;
+    step = (high - low) / largest;
     const vi finite = (abs(step) < INF) & ~nan;
     low = finite ? low : splat(NOT_A_NUMBER);
     step = finite ? step : splat(0.0f);
 }
 
-inline vi encode(vf x, vf low, vf step) {
+inline vi encode(vf x, vf low, vf step, vi largest = splat(MAX_CODE)) {
     const vi used = step > 0.0f;
     const vi c = round_to_int((x - low) / (used ? step : splat(1.0f)));
-    const vi inside = c < 0 ? splat(0) : (c > MAX_CODE ? splat(MAX_CODE) : c);
+    const vi inside = c < 0 ? splat(0) : (c > largest ? largest : c);
     return used ? inside : splat(0);
 }
 
@@ -101,7 +102,7 @@ ALWAYS_INLINE void range_of_channels(const KeyGroup& keys, int64_t d, vf& low, v
         low = x < low ? x : low;
         high = x > high ? x : high;
     }
-    range_to_step(low, high, nan, step);
+    range_to_step(low, high, nan, splat((float)MAX_CODE), step);
 }
 
 ALWAYS_INLINE void encode_channels(const KeyGroup& keys, int64_t d, vf low, vf step, uint8_t* codes) {
@@ -167,7 +168,7 @@ ALWAYS_INLINE void range_of_values(const T* row, float* x, vf& lows, vf& step) {
         high = x[i] > high ? x[i] : high;
     }
     lows = splat(low);
-    range_to_step(lows, splat(high), splat(nan ? -1 : 0), step);
+    range_to_step(lows, splat(high), splat(nan ? -1 : 0), splat((float)MAX_CODE), step);
 }
 
 // Put the group's codes at bit `shift` of its words.
@@ -213,6 +214,15 @@ inline void store_value(const Inputs& in, int64_t head, int64_t t) {
     }
 }
 
+}  // namespace xq
+
+#include "cpu_ranked.h"
+#include "cpu_rotated.h"
+
+namespace xq {
+
+inline int64_t limit_of_ranked(int64_t past) { return std::max<int64_t>((past - RESIDUAL + GROUP) / GROUP, 0) * GROUP; }
+
 inline void store_head(const Inputs& in, int64_t head) {
     const int64_t end = in.past + Q;
     for (int64_t i = 0; i < Q; i++) {
@@ -222,11 +232,16 @@ inline void store_head(const Inputs& in, int64_t head) {
         if (SINKS && slot >= 0 && slot < SINKS)
             std::memcpy((void*)(in.sink + (head * (SINKS + 1) + slot) * D), (const void*)x, D * sizeof(T));
     }
-    if (BLOCKS) {
+    if constexpr (RANKED) {
+        for (int64_t t = limit_of_ranked(in.past); t < limit_of_ranked(end); t += GROUP)
+            store_ranked_group(in, head, t);
+    } else if constexpr (BLOCKS) {
         for (int64_t t = in.past / RESIDUAL * RESIDUAL; t + RESIDUAL <= end; t += RESIDUAL)
             for (int64_t g = 0; g < RESIDUAL; g += GROUP) store_key_group(in, head, t + g);
     } else {
-        for (int64_t t = std::max<int64_t>(in.past - RESIDUAL, 0); t < end - RESIDUAL; t++) store_value(in, head, t);
+        for (int64_t t = std::max<int64_t>(in.past - RESIDUAL, 0); t < end - RESIDUAL; t++)
+            if constexpr (ROTATED) store_rotated(in, head, t);
+            else store_value(in, head, t);
     }
 }
 
@@ -247,7 +262,10 @@ void append(const Tensors& tensors) {
     // A step past the end is written over the last tokens.
     const Inputs in = {tensors, std::clamp<int64_t>(tensors.pos[0], 0, N - Q)};
     const int64_t heads = B * H;
-    const bool flush = BLOCKS && (in.past + Q) / RESIDUAL > in.past / RESIDUAL;
+    const int64_t end = in.past + Q;
+    const bool flush = RANKED   ? limit_of_ranked(end) > limit_of_ranked(in.past)
+                       : BLOCKS ? end / RESIDUAL > in.past / RESIDUAL
+                                : false;
     [[maybe_unused]] const int num_threads = flush ? max_threads() : 1;  // a step's own work is too little to share out
 #pragma omp parallel for num_threads(num_threads) if (num_threads > 1)
     for (int64_t head = 0; head < heads; head++) store_head(in, head);

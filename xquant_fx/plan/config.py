@@ -117,7 +117,7 @@ class XQuantConfig:
         """Relaxation used by ``scheme`` at ``bits`` bits; 0 but for 1 and 2 bits."""
         if scheme not in ("per_channel", "per_token"):
             return 0.0
-        return {1: self.eta_1bit, 2: self.eta_2bit}.get(bits, 0.0)
+        return {1.0: self.eta_1bit, 2.0: self.eta_2bit}.get(bits, 0.0)
 
     def share_start(self, role: str, num_layers: int) -> int:
         """Number of the first layer whose pair shares; ``num_layers`` (none) where sharing is off."""
