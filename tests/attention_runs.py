@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from attention_reference import Stored, attention
 from numeric import seeded
-from states import layers_of
+from states import layers_of, range_config
 from store_runs import poison
 from torch import Tensor
 
-from xquant_fx import XQuantConfig
 from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.layout import STEP_TOKENS
@@ -61,7 +60,7 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
     Of a chunk too long for the ring, its own tokens besides, and the ring is as it was before them.
     """
     dim = s.dim if side == "key" else s.v_dim or s.dim
-    config = XQuantConfig(
+    config = range_config(
         k_bits=s.k_bits, v_bits=s.v_bits, share_values_from=None, k_group_size=s.k_group, v_group_size=s.v_group,
         residual_length=s.residual, sink_tokens=s.sinks, scale_dtype=getattr(torch, s.scale_dtype),
     )  # fmt: skip

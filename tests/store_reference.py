@@ -14,6 +14,7 @@ import math
 
 import torch
 from numeric import U, storage_slack
+from states import range_config
 from torch import Tensor
 
 from xquant_fx import XQuantConfig
@@ -48,7 +49,7 @@ class Case:
     def config(self) -> XQuantConfig:
         share = 0 if self.shared else None
         groups = dict(k_group_size=self.group) if self.side == "key" else dict(k_group_size=1, v_group_size=self.group)
-        return XQuantConfig(
+        return range_config(
             k_bits=self.bits, v_bits=self.bits, share_keys_from=share, share_values_from=share, shared_fit=self.fit,
             residual_length=self.residual, eta_1bit=self.eta, eta_2bit=self.eta, sink_tokens=self.sinks,
             scale_dtype=self.scale_dtype, **groups,

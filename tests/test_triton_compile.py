@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from states import spec_of
+from states import range_config, spec_of
 from torch import Tensor
 from triton_compiled import CHIPS, Needs, compiled, launches
 
@@ -42,7 +42,7 @@ def decode_arguments(
     max_len: int = 32768, kv_heads: int = 8,
 ) -> DecodeArguments:  # fmt: skip
     """Arguments of ``decode_attention`` without data."""
-    config = XQuantConfig(
+    config = range_config(
         k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group, v_group_size=v_group,
         residual_length=residual, sink_tokens=sinks,
     )  # fmt: skip
@@ -76,7 +76,7 @@ def append_arguments(
 ) -> StoreArguments:  # fmt: skip
     """Arguments of ``triton_store.launch`` without data."""
     groups = dict(k_group_size=group) if side == "key" else dict(k_group_size=residual, v_group_size=group)
-    config = XQuantConfig(k_bits=bits, v_bits=bits, residual_length=residual, sink_tokens=sinks, **groups)
+    config = range_config(k_bits=bits, v_bits=bits, residual_length=residual, sink_tokens=sinks, **groups)
     t = stored(side, dtype, config, (1, 8, max_len, dim))
     tensors = {name: t[name] for name in ("codes", "scale", "zero", "ring", "sink", "length")}
     return StoreArguments(
