@@ -71,7 +71,7 @@ def _mean(values: list[float]) -> float:
 
 
 @torch.no_grad()
-def anatomy(model: Any, ids: Tensor, config: XQuantConfig | Plan, *, prompt: int = 1024) -> Anatomy:
+def anatomy_report(model: Any, ids: Tensor, config: XQuantConfig | Plan, *, prompt: int = 1024) -> Anatomy:
     """Errors per layer and head over the decode steps of ``ids`` [B, T] after its first ``prompt`` tokens.
 
     Raises:

@@ -109,12 +109,12 @@ def run_needle(args: argparse.Namespace) -> None:
 
 def run_anatomy(args: argparse.Namespace) -> None:
     """``xquant anatomy``."""
-    from xquant_fx.evaluate.anatomy import anatomy
+    from xquant_fx.evaluate.anatomy import anatomy_report
     from xquant_fx.evaluate.windows import cut_windows
 
     model, tokenizer, text, settings = _load(args)
     ids = cut_windows(tokenizer, text, args.window, 1).to(args.device)
-    found = {setting.name: anatomy(model, ids, setting.config, prompt=args.prompt) for setting in settings}
+    found = {setting.name: anatomy_report(model, ids, setting.config, prompt=args.prompt) for setting in settings}
     for name, each in found.items():
         print(f"{name}\n{each}")
     _write(args.out, {name: each.to_dict() for name, each in found.items()})

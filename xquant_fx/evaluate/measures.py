@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -108,5 +109,5 @@ def _depths(position: list[int], kl: Tensor, top: Tensor, bins: int) -> list[Dep
     edges = [count * i // bins for i in range(bins + 1)]
     return [
         Depth(position[a], position[b - 1], kl[:, a:b].mean().item(), top[:, a:b].mean().item())
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in itertools.pairwise(edges)
     ]

@@ -22,8 +22,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from xquant_fx.errors import ArgumentError
 
 NAME = "xquant_evaluate"
-#: Elements of each parameter that tell one model from another.
-SAMPLE = 4096
 
 
 def load(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, Any]:
@@ -39,15 +37,13 @@ def title(model: Any) -> str:
 
 
 def fingerprint(model: Any) -> str:
-    """Hash of a model's configuration, dtype and weights (up to 4,096 elements of each parameter)."""
+    """Hash of a model's configuration, dtypes and weights."""
     config = model.config.to_dict()
     ours = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(ours, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.state_dict().items()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(flat.numel() // SAMPLE, 1)].to("cpu", torch.float32)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
+        digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

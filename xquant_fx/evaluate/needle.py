@@ -127,9 +127,7 @@ class Haystack:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _answers(
-    model: Any, ids: Tensor, prompt: int, answer: int, settings: list[Setting]
-) -> Iterable[tuple[str, bool]]:
+def _answers(model: Any, ids: Tensor, prompt: int, answer: int, settings: list[Setting]) -> Iterable[tuple[str, bool]]:
     """(name, whether greedy decoding writes the last ``answer`` tokens of ``ids``)."""
     window = Prefilled.of(model, ids, prompt)
     keep = torch.arange(ids.shape[1] - answer - 1, ids.shape[1] - 1, device=ids.device)

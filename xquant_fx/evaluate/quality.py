@@ -18,11 +18,14 @@ from xquant_fx.evaluate.models import fingerprint, title
 from xquant_fx.evaluate.report import Quality, QualityReport
 from xquant_fx.evaluate.results import Record, Results, key_of
 from xquant_fx.evaluate.settings import Setting, check_names
-from xquant_fx.evaluate.simulate import Prefilled, reference_logits, simulated_logits
+from xquant_fx.evaluate.simulate import Prefilled, check_attention, reference_logits, simulated_logits
 from xquant_fx.evaluate.size import size_of
 from xquant_fx.evaluate.steps import step_logits
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan
+
+#: Positions of the first window at which the model's own attention is asked, too.
+CHECKED = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Reading:
     stride: int = 2
     """Every so many of the tokens after them is measured."""
     steps: bool = False
-    """Real decode steps through an ``XQuantCache``; else all of them in one pass, exactly (slow beside fast)."""
+    """Real decode steps through an ``XQuantCache``, one by one; else all of them in one pass, which gives the same."""
     compiled: bool = False
     """Real steps are compiled."""
 
@@ -113,7 +116,7 @@ def _title(model: Any, reading: Reading, windows: Tensor) -> str:
     count, tokens = windows.shape
     return (
         f"{title(model)}, {model.dtype}: {count} window(s) of {tokens:,} tokens, prompt {reading.prompt:,}, "
-        f"every {reading.stride}. position, {way}".replace("torch.", "")
+        f"1 position in {reading.stride}, {way}".replace("torch.", "")
     )
 
 
@@ -123,6 +126,7 @@ class _Run:
     def __init__(self, model: Any, reading: Reading, results: Results, positions: Tensor) -> None:
         self.model, self.reading, self.results, self.positions = model, reading, results, positions
         self.model_key = fingerprint(model)
+        self.is_checked = False
 
     def window(self, ids: Tensor, settings: list[Setting], bar: Any) -> Iterable[tuple[str, Record]]:
         """(setting's name, record) for each setting; the model runs only where a record is missing."""
@@ -132,11 +136,25 @@ class _Run:
             bar.set_postfix_str(setting.name)
             if key not in self.results.records:
                 if prefilled is None or full is None:
-                    prefilled = Prefilled.of(self.model, ids, self.reading.prompt)
-                    full = reference_logits(prefilled, self.positions)[0]
+                    prefilled, full = self._full_precision(ids)
                 self.results.add(key, self._measure(prefilled, full, setting))
             bar.update()
             yield setting.name, dataclasses.replace(self.results.records[key], name=setting.name)
+
+    def _full_precision(self, ids: Tensor) -> tuple[Prefilled, Tensor]:
+        """(the window, its logits [positions, V] in full precision).
+
+        A simulation is compared with the same arithmetic, so that it differs by quantization alone; steps with the
+        model's own attention.
+        """
+        prefilled = Prefilled.of(self.model, ids, self.reading.prompt)
+        if self.reading.steps:
+            return prefilled, prefilled.rest(self.positions)[0]
+        full = reference_logits(prefilled, self.positions)
+        if not self.is_checked:
+            check_attention(prefilled, self.positions[:CHECKED], full[:, :CHECKED])
+            self.is_checked = True
+        return prefilled, full[0]
 
     def _measure(self, window: Prefilled, full: Tensor, setting: Setting) -> Record:
         logits, cache = self._logits(window, setting)

@@ -39,7 +39,7 @@ class QualityReport:
     def __str__(self) -> str:
         names = [quality.name for quality in self.qualities]
         rows = [[row, *(cell(q) for q in self.qualities)] for row, cell in ROWS.items()]
-        tables = [render(self.title, ["next tokens", *names], rows)]
+        tables = [self.title, render("next tokens", ["", *names], rows)]
         depths = zip(*(q.summary.depths for q in self.qualities), strict=True)
         by_depth = [[f"{each[0].first:,} to {each[0].last:,}", *(_number(d.kl) for d in each)] for each in depths]
         tables.append(render("mean KL by position", ["tokens before", *names], by_depth))

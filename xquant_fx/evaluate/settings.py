@@ -35,7 +35,7 @@ class Setting(NamedTuple):
             is_plan = "xquant_plan" in fields
             config = Plan.from_json(path.read_text()) if is_plan else XQuantConfig.from_json(path.read_text())
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} must hold what XQuantConfig.to_json or Plan.to_json writes: {error!r}") from error
+            raise ConfigError(f"{path} must be what XQuantConfig.to_json or Plan.to_json writes: {error!r}") from error
         return cls(path.stem, config)
 
 

@@ -25,6 +25,7 @@ from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.kernels.shared_code_load.arguments import STORED
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan
+from xquant_fx.reports.quality import kl_divergence
 
 
 class Seen(NamedTuple):
@@ -39,6 +40,9 @@ class Seen(NamedTuple):
     out: Tensor
     """[B, Hq, q, D] of the attention that the model goes on with."""
 
+
+#: Mean KL in nats that arithmetic of another order may cause, in 16-bit models.
+ROUNDING = 0.01
 
 Observer = Callable[[Seen], None]
 
@@ -74,6 +78,20 @@ def reference_logits(window: Prefilled, keep: Tensor) -> Tensor:
         return window.rest(keep)
 
 
+def check_attention(window: Prefilled, keep: Tensor, reference: Tensor) -> None:
+    """Whether ``reference``, logits [B, len(keep), V] at ``keep``, are what the model's own attention gives.
+
+    Raises:
+        ArgumentError: they are not: the model does to its scores what :class:`Form` has no field for.
+    """
+    apart = kl_divergence(window.rest(keep), reference)
+    if not apart < ROUNDING:
+        raise ArgumentError(
+            f"the model's attention does something that the simulation does not know (KL {apart:.4f} nats in full "
+            "precision): measure such a model by real steps"
+        )
+
+
 def simulated_logits(
     window: Prefilled, keep: Tensor, config: XQuantConfig | Plan, observer: Observer | None = None
 ) -> tuple[Tensor, XQuantCache]:
@@ -95,8 +113,8 @@ class _Pass:
         self.cache, self.prompt, self.observer = cache, prompt, observer
 
     def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None = None,
-        softcap: float | None = None, s_aux: Tensor | None = None, **rest: Any,
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
+        scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **rest: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         if mask is None:
             raise ArgumentError(f"a model must give its attention a mask, got none from {type(module).__name__}")
