@@ -44,7 +44,6 @@ def tokens(count: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, 128, (1, count), generator=torch.Generator().manual_seed(seed))
 
 
-@torch.no_grad()
 def both(model, ids, prompt: int, config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits in full precision, simulated, and by real steps."""
     keep = torch.arange(prompt, ids.shape[1] - 1)
@@ -73,7 +72,8 @@ def test_simulation_equals_the_independent_reference(tiny_llama):
     """Not by the product's reads and limits: the reference of the tests stores and attends by itself."""
     model, ids, prompt = tiny_llama(layers=2), tokens(70), 29
     config = XQuantConfig(**SHORT, share_values_from=0)
-    reference, logits = ReferenceCache(2, config), []
+    reference: ReferenceCache = ReferenceCache(2, config)
+    logits = []
     for piece in (ids[:, :prompt], *ids[:, prompt:-1].split(1, 1)):
         logits.append(logits_of(model.forward, piece, reference)[:, -1:])
         reference.flush()
@@ -91,9 +91,8 @@ def test_simulation_equals_steps_on_the_embedded_model(trained, name):
 
 def test_compiled_steps(tiny_llama):
     model, ids, keep = tiny_llama(layers=2), tokens(40), torch.arange(29, 39)
-    with torch.no_grad():
-        eager, _ = step_logits(model, ids, 29, keep, XQuantConfig(**SHORT))
-        compiled, _ = step_logits(model, ids, 29, keep, XQuantConfig(**SHORT), compiled=True)
+    eager, _ = step_logits(model, ids, 29, keep, XQuantConfig(**SHORT))
+    compiled, _ = step_logits(model, ids, 29, keep, XQuantConfig(**SHORT), compiled=True)
     assert torch._dynamo.utils.counters["xquant"]["fuse_decode"] > 0
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-3)
 
@@ -136,11 +135,10 @@ def test_blocks_of_queries_do_not_matter(tiny_llama, monkeypatch):
 
 def test_attention_that_is_not_known_is_refused(tiny_llama, monkeypatch):
     window, keep = Prefilled.of(tiny_llama(layers=2), tokens(40), 20), torch.arange(20, 39)
-    with torch.no_grad():
+    simulate.check_attention(window, keep, reference_logits(window, keep))
+    monkeypatch.setattr(simulate, "Form", lambda scale, *rest: attention.Form(scale * 30, *rest))
+    with pytest.raises(ArgumentError, match="the model's attention does something that the simulation does not"):
         simulate.check_attention(window, keep, reference_logits(window, keep))
-        monkeypatch.setattr(simulate, "Form", lambda scale, *rest: attention.Form(scale * 30, *rest))
-        with pytest.raises(ArgumentError, match="the model's attention does something that the simulation does not"):
-            simulate.check_attention(window, keep, reference_logits(window, keep))
 
 
 def test_measure_by_hand():

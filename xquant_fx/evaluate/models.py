@@ -53,6 +53,7 @@ def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     return {"cache" if renamed else "past_key_values": cache}
 
 
+@torch.no_grad()
 def forward(model: Any, ids: Tensor, cache: Any, keep: Tensor) -> Tensor:
     """Logits [B, len(keep), vocabulary] at indices ``keep`` (int64) of new tokens ``ids`` [B, q]; fills ``cache``."""
     given: dict[str, Any] = {**cache_argument(model, cache), "use_cache": True}

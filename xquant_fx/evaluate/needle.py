@@ -119,7 +119,7 @@ class Haystack:
                 f"a depth must be in [0, 1] and a length {len(needle)} (the needle) to {len(self.text)} tokens "
                 f"(the text), got {depth} and {length}"
             )
-        at, self.answer_tokens = round(room * depth), len(answer)
+        at, self.answer_tokens = int(room * depth), len(answer)
         prompt = [*self.begin, *self.text[:at], *needle, *self.text[at:room]]
         return torch.tensor([[*prompt, *question, *answer]], device=self.device), len(prompt)
 

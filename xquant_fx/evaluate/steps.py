@@ -13,6 +13,7 @@ from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan
 
 
+@torch.no_grad()
 def step_logits(
     model: Any, ids: Tensor, prompt: int, keep: Tensor, config: XQuantConfig | Plan, compiled: bool = False
 ) -> tuple[Tensor, XQuantCache]:
