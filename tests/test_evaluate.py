@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from dynamo_graphs import tiny
 from reference_cache import ReferenceCache
 from stepping import logits_of
 
@@ -110,6 +111,31 @@ def test_sliding_windows_stay_in_full_precision():
     full, simulated, steps = both(model, tokens(78), 29, XQuantConfig(**SHORT))
     assert float((simulated - steps).abs().max()) < 1e-3
     assert kl_divergence(full, steps) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [("gpt2", "sdpa"), ("gemma3_text", "sdpa"), ("gpt_oss", "eager"), ("qwen3_next", "sdpa")]
+)
+def test_architectures(name, attention):
+    """Old names, sliding windows, sink logits, linear attention."""
+    model, config = tiny(name, attention), XQuantConfig(residual_length=8, k_group_size=8)
+    full, simulated, steps = both(model, tokens(60) % 64, 21, config)
+    assert float((simulated - steps).abs().max()) < 1e-3
+    assert kl_divergence(full, steps) > 1e3 * kl_divergence(steps, simulated)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("deepseek_v3", "attention must read what its layer stores, and layer 0 reads something else"),
+        ("falcon", "FalconForCausalLM must let its attention be set, and it kept 'sdpa'"),
+    ],
+)
+def test_architectures_that_only_real_steps_measure(name, reason):
+    model, ids, settings = tiny(name), tokens(60) % 64, {"a": XQuantConfig(residual_length=8, k_group_size=8)}
+    with pytest.raises(ArgumentError, match=reason):
+        quality_report(model, ids, settings, reading=Reading(21))
+    assert quality_report(model, ids, settings, reading=Reading(21, steps=True))["a"].summary.kl > 0
 
 
 def test_attention_is_put_back(tiny_llama):

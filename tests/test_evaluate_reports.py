@@ -108,6 +108,8 @@ def test_anatomy(tiny_llama, tokens):
     assert keys_only.output_by_values == [0.0] * 4
     assert 0 < max(keys_only.keys) < 0.02 < min(coarse.keys)
     assert min(both.values) > 0.1
+    assert coarse.output == coarse.output_by_keys
+    assert both.output != both.output_by_keys != coarse.output_by_keys
     assert min(both.output_by_values) > 0
     assert report.worst[0] == 3
     assert report.worst[-1] == 0

@@ -55,7 +55,7 @@ class NeedleReport:
                 [f"{100 * depth:.0f}", *(f"{100 * share:.0f}" for share in row)]
                 for depth, row in zip(self.depths, shares, strict=True)
             ]
-            tables.append(render(f"{name}: {100 * mean:.1f} % of pass keys found", columns, rows))
+            tables += [f"{name}: {100 * mean:.1f} % of pass keys found", render("", columns, rows)]
         return "\n".join([self.title, *tables])
 
 

@@ -74,7 +74,7 @@ class Prefilled(NamedTuple):
 
 def reference_logits(window: Prefilled, keep: Tensor) -> Tensor:
     """Logits [B, len(keep), V] at ``keep`` in full precision, by the arithmetic of :func:`simulated_logits`."""
-    with attending(window.model, _Pass(None, window.prompt)):
+    with attending(window.model, _Pass(window, None)):
         return window.rest(keep)
 
 
@@ -98,19 +98,19 @@ def simulated_logits(
     """(logits [B, len(keep), V] at ``keep`` as decode steps give them, the cache after the last step).
 
     Raises:
-        ArgumentError: the model's attention cannot be exchanged, or several of its layers keep one set of keys.
+        ArgumentError: the model's attention cannot be exchanged, or reads something else than its layer stores.
         ConfigError: ``config`` does not fit the model.
     """
     cache = XQuantCache(window.model.config, max_cache_len=window.ids.shape[1], config=config)
-    with attending(window.model, _Pass(cache, window.prompt, observer)):
+    with attending(window.model, _Pass(window, cache, observer)):
         return window.rest(keep), cache
 
 
 class _Pass:
     """An attention function of transformers: quantizes a layer's window, then attends to what each step sees."""
 
-    def __init__(self, cache: XQuantCache | None, prompt: int, observer: Observer | None = None) -> None:
-        self.cache, self.prompt, self.observer = cache, prompt, observer
+    def __init__(self, window: Prefilled, cache: XQuantCache | None, observer: Observer | None = None) -> None:
+        self.window, self.cache, self.observer = window, cache, observer
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
@@ -120,7 +120,7 @@ class _Pass:
             raise ArgumentError(f"a model must give its attention a mask, got none from {type(module).__name__}")
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         form = Form(scale, mask, softcap, s_aux)
-        layer = self._layer(module)
+        layer = self._layer(module, key, value)
         if layer is None:
             new = query.shape[2]
             return attend(query, plain(key, new), plain(value, new), form).transpose(1, 2).contiguous(), None
@@ -130,26 +130,36 @@ class _Pass:
             self.observer(Seen(layer.layer_idx, query, keys, values, form, out))
         return out.transpose(1, 2).contiguous(), None
 
-    def _layer(self, module: Any) -> XQuantLayer | None:
+    def _layer(self, module: Any, key: Tensor, value: Tensor) -> XQuantLayer | None:
         """The layer of the cache that this attention would store to; None: it is not quantized."""
         if self.cache is None:
             return None
-        if module.layer_idx >= len(self.cache.layers):
+        index = module.layer_idx
+        layer = self.cache.layers[index] if index < len(self.cache.layers) else None
+        if layer is not None and not isinstance(layer, XQuantLayer):
+            return None
+        stored = self.window.cache.layers[index] if layer is not None else None
+        if stored is None or not (_begins_with(key, stored.keys) and _begins_with(value, stored.values)):
             raise ArgumentError(
-                f"every layer must have keys of its own, got layer {module.layer_idx} of a cache for "
-                f"{len(self.cache.layers)}; measure such a model by real steps"
+                f"attention must read what its layer stores, and layer {index} reads something else (latents, or "
+                "another layer's keys); measure such a model by real steps"
             )
-        layer = self.cache.layers[module.layer_idx]
-        return layer if isinstance(layer, XQuantLayer) else None
+        return layer
 
     def _sides(self, layer: XQuantLayer, key: Tensor, value: Tensor, new: int) -> tuple[Side, ...]:
-        split = self.prompt
+        split = self.window.prompt
         layer.update(key[:, :, :split], value[:, :, :split])
         layer.update(key[:, :, split:], value[:, :, split:])
         past = torch.arange(split, split + new, device=key.device)
         sides = tuple(side(s, x, past) for s, x in zip(layer.states, (key, value), strict=True))
         layer.states[0].group.drop()
         return sides
+
+
+def _begins_with(x: Tensor, stored: Tensor) -> bool:
+    """Whether the first token of ``x`` [B, H, T, D] is that of ``stored``."""
+    first, other = x[:, :, :1], stored[:, :, :1]
+    return first.shape == other.shape and torch.equal(first, other)
 
 
 def side(state: KVState, full: Tensor, past: Tensor) -> Side:
