@@ -15,7 +15,7 @@ from stepping import logits_of
 from xquant_fx import PRESETS, ConfigError, XQuantConfig, make_plan, quality_report
 from xquant_fx.errors import ArgumentError
 from xquant_fx.evaluate import attention, models, quality, simulate
-from xquant_fx.evaluate.measures import Measured, measure, summarize
+from xquant_fx.evaluate.measures import Measured, measure, paired, summarize
 from xquant_fx.evaluate.quality import Reading
 from xquant_fx.evaluate.settings import Setting
 from xquant_fx.evaluate.simulate import Prefilled, reference_logits, simulated_logits
@@ -90,6 +90,7 @@ def test_simulation_equals_steps_on_the_embedded_model(trained, name):
     assert kl_divergence(steps, simulated) < 1e-5 * kl_divergence(full, steps) + 1e-9
 
 
+@pytest.mark.slow
 def test_compiled_steps(tiny_llama):
     model, ids, keep = tiny_llama(layers=2), tokens(40), torch.arange(29, 39)
     eager, _ = step_logits(model, ids, 29, keep, XQuantConfig(**SHORT))
@@ -167,6 +168,13 @@ def test_attention_that_is_not_known_is_refused(tiny_llama, monkeypatch):
         simulate.check_attention(window, keep, reference_logits(window, keep))
 
 
+def test_paired_by_hand():
+    windows = [[Measured([1], [kl], [1.0], [1.0], [1]) for kl in each] for each in ((1.0, 5.0), (2.0, 7.0))]
+    first, second = map(summarize, windows)
+    assert paired(second, first) == pytest.approx((1.5, 0.5))  # differences of 1 and 2, where either spreads by more
+    assert paired(summarize(windows[1][:1]), summarize(windows[0][:1])) == (1.0, None)
+
+
 def test_measure_by_hand():
     full = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
     other = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log() + 3
@@ -187,6 +195,7 @@ def test_summary_by_hand():
     found = summarize(windows, bins=2)
     assert (found.windows, found.positions, found.kl, found.kl_max) == (2, 8, 3.5, 7.0)
     assert found.kl_error == pytest.approx(2.0)  # windows of 1.5 and 5.5
+    assert found.kl_windows == [1.5, 5.5]
     assert found.kl_percentiles["50"] == 3.5
     assert found.kl_percentiles["90"] == pytest.approx(6.3)
     assert (found.perplexity_full, found.perplexity) == pytest.approx((math.e, math.e**2))
@@ -218,7 +227,7 @@ def test_windows_are_evenly_spaced():
 
     text = " ".join(str(i) for i in range(1, 101))
     windows = cut_windows(Words(), text, 11, 3)
-    assert windows.tolist() == [[0, *range(a, a + 10)] for a in (1, 46, 91)]
+    assert windows.tolist() == [[0, *range(a, a + 10)] for a in (16, 46, 76)]
     assert cut_windows(Words(), text, 101, 1).shape == (1, 101)
     with pytest.raises(ArgumentError, match="must hold a window of 102 tokens, it has 101"):
         cut_windows(Words(), text, 102, 1)
@@ -249,6 +258,7 @@ def test_report(tiny_llama, tmp_path, monkeypatch):
     text = str(report)
     assert "2 window(s) of 60 tokens, prompt 29, 1 position in 3, simulated steps" in text
     assert "mean KL, nats" in text
+    assert "more than a" in text
     assert "29 to " in text
     assert json.loads(out.read_text())["report"]["qualities"][0]["summary"]["kl"] == report["a"].summary.kl
 

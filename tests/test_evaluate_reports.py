@@ -141,7 +141,7 @@ def report_of(**kl) -> QualityReport:
     depths = [Depth(0, 9, 0.1, 1.0), Depth(10, 19, 0.2, 1.0)]
     percentiles = {p: 0.0 for p in ("50", "90", "99", "99.9")}
     return QualityReport("title", [
-        Quality(name, Summary(2, 20, value, 0.01, percentiles, 1.0, 9.0, 10.0, 0.1, 0.9, 0.0, depths),
+        Quality(name, Summary(2, 20, value, 0.01, [value, value], percentiles, 1.0, 9.0, 10.0, 0.1, 0.9, 0.0, depths),
                 Size(2.0 + i, 3.0, 100, 4.0))
         for i, (name, value) in enumerate(kl.items())
     ])  # fmt: skip

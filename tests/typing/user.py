@@ -76,7 +76,10 @@ def settings() -> XQuantConfig:
 
 def measures(model: Any, tokenizer: Any, text: str) -> float:
     windows = cut_windows(tokenizer, text, tokens=1536, count=4)
-    settings = {"kivi-2": XQuantConfig.preset("kivi-2"), "plan": make_plan(XQuantConfig(), 8)}
+    settings: dict[str, XQuantConfig | Plan] = {
+        "kivi-2": XQuantConfig.preset("kivi-2"),
+        "plan": make_plan(XQuantConfig(), 8),
+    }
     report = quality_report(model, windows, settings, reading=Reading(prompt=1024, stride=2), out="results.json")
     print(report, report["kivi-2"].size.true_bits, report.to_dict())
     print(needle_report(model, tokenizer, text, settings, lengths=[512], depths=[0.5], trials=1).found["kivi-2"])

@@ -66,6 +66,8 @@ class Summary:
     """Mean KL divergence in nats."""
     kl_error: float | None
     """Standard error of the mean, over windows; None for one window."""
+    kl_windows: list[float]
+    """Mean KL of each window."""
     kl_percentiles: dict[str, float]
     """Percent of positions to the KL that they do not exceed."""
     kl_max: float
@@ -91,11 +93,19 @@ def summarize(windows: Sequence[Measured], bins: int = 4) -> Summary:
     change = torch.exp(-nll) - torch.exp(-full)
     return Summary(
         windows=len(windows), positions=kl.numel(), kl=kl.mean().item(), kl_error=_error(kl),
+        kl_windows=kl.mean(1).tolist(),
         kl_percentiles={f"{p:g}": value for p, value in zip(PERCENTILES, reached, strict=True)},
         kl_max=kl.max().item(), perplexity_full=math.exp(full.mean().item()), perplexity=math.exp(nll.mean().item()),
         p_rms=change.square().mean().sqrt().item(), same_top=top.mean().item(), same_top_error=_error(top),
         depths=_depths(windows[0].position, kl, top, bins),
     )  # fmt: skip
+
+
+def paired(ours: Summary, theirs: Summary) -> tuple[float, float | None]:
+    """(how much larger our mean KL is, its standard error): by windows, so that what they have in common falls out."""
+    apart = torch.tensor([ours.kl_windows, theirs.kl_windows], dtype=torch.float64)
+    difference = (apart[0] - apart[1])[:, None]
+    return difference.mean().item(), _error(difference)
 
 
 def _error(values: Tensor) -> float | None:

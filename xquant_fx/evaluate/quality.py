@@ -93,7 +93,8 @@ def quality_report(
     run = _Run(model, reading, Results(out), reading.positions(windows.shape[1]).to(windows.device))
     records: dict[str, list[Record]] = {setting.name: [] for setting in chosen}
     limit = torch._dynamo.config.recompile_limit * len(chosen)  # each setting has graphs of its own
-    with tqdm(total=len(windows) * len(chosen), disable=not progress) as bar, _dynamo(recompile_limit=limit):
+    more_graphs = torch._dynamo.config.patch(recompile_limit=limit)
+    with tqdm(total=len(windows) * len(chosen), disable=not progress) as bar, more_graphs:
         for ids in windows:
             for name, record in run.window(ids[None], chosen, bar):
                 records[name].append(record)
@@ -101,10 +102,6 @@ def quality_report(
     report = QualityReport(_title(model, reading, windows), qualities)
     run.results.write({"report": report.to_dict()})
     return report
-
-
-def _dynamo(**changes: Any) -> Any:
-    return torch._dynamo.config.patch(**changes)
 
 
 def _quality(name: str, records: list[Record]) -> Quality:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from xquant_fx.evaluate.measures import Summary
+from xquant_fx.evaluate.measures import Summary, paired
 from xquant_fx.evaluate.size import Size
 from xquant_fx.tables import render
 
@@ -39,11 +39,17 @@ class QualityReport:
     def __str__(self) -> str:
         names = [quality.name for quality in self.qualities]
         rows = [[row, *(cell(q) for q in self.qualities)] for row, cell in ROWS.items()]
+        if len(names) > 1:
+            rows.insert(1, [f"more than {names[0]}", *(self._more(q) for q in self.qualities)])
         tables = [self.title, render("next tokens", ["", *names], rows)]
         depths = zip(*(q.summary.depths for q in self.qualities), strict=True)
         by_depth = [[f"{each[0].first:,} to {each[0].last:,}", *(_number(d.kl) for d in each)] for each in depths]
         tables.append(render("mean KL by position", ["tokens before", *names], by_depth))
         return "\n".join(tables)
+
+    def _more(self, quality: Quality) -> str:
+        first = self.qualities[0]
+        return "-" if quality is first else _with_error(*paired(quality.summary, first.summary))
 
 
 def _number(value: float) -> str:

@@ -46,7 +46,7 @@ class Results:
         if self.path is None:
             return
         records = {key: dataclasses.asdict(record) for key, record in self.records.items()}
-        text = json.dumps({"xquant_eval": FORMAT, **summary, "records": records}, default=str)
+        text = json.dumps({"xquant_eval": FORMAT, **summary, "records": records})
         part = self.path.with_name(self.path.name + ".part")
         part.write_text(text + "\n")
         os.replace(part, self.path)  # so that a run that is stopped leaves a whole file

@@ -19,7 +19,7 @@ def token_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
 
 
 def cut_windows(tokenizer: Any, text: str, tokens: int, count: int) -> Tensor:
-    """``count`` windows [count, tokens] of a text as int64 ids, from its beginning to its end.
+    """``count`` windows [count, tokens] of a text as int64 ids: from the middle of each of ``count`` equal parts.
 
     Each begins as the tokenizer begins a text (with a BOS token, for many models). Windows of a short text overlap.
 
@@ -33,5 +33,5 @@ def cut_windows(tokenizer: Any, text: str, tokens: int, count: int) -> Tensor:
     if len(ids) < new:
         raise ArgumentError(f"the text must hold a window of {tokens} tokens, it has {len(ids) + len(begin)}")
     spare = len(ids) - new
-    starts = [spare * i // max(count - 1, 1) for i in range(count)]
+    starts = [spare * (2 * i + 1) // (2 * count) for i in range(count)]
     return torch.tensor([[*begin, *ids[start : start + new]] for start in starts])
