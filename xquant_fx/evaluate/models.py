@@ -1,6 +1,6 @@
 """Hugging Face models, from outside: load one, know it again, run it, and take the place of its attention.
 
-Relied on: ``ALL_MASK_ATTENTION_FUNCTIONS._global_mapping`` (transformers 5.17 to 5.23).
+Relied on: ``ALL_MASK_ATTENTION_FUNCTIONS._global_mapping`` (transformers 5.17, 5.23, 5.24).
 """
 
 from __future__ import annotations
