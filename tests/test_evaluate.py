@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from stepping import logits_of
 
 from xquant_fx import PRESETS, ConfigError, XQuantConfig, make_plan, quality_report
 from xquant_fx.errors import ArgumentError
-from xquant_fx.evaluate import attention, models, quality, simulate
+from xquant_fx.evaluate import attention, models, quality, results, simulate
 from xquant_fx.evaluate.measures import Measured, measure, paired, summarize
 from xquant_fx.evaluate.quality import Reading
 from xquant_fx.evaluate.settings import Setting
@@ -274,6 +276,17 @@ def test_report(tiny_llama, tmp_path, monkeypatch):
     model.lm_head.weight.data[5, 5] += 1
     quality_report(model, windows[:1], settings, reading=reading, out=str(out))
     assert len(ran) == 6
+
+
+def test_other_code_measures_again(monkeypatch):
+    key = results.key_of(a=1)
+    assert results.key_of(a=1) == key != results.key_of(a=2)
+    assert re.fullmatch("[0-9a-f]{24}", key)
+    changed = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda p: changed(p) + b"#" * (p.name == "per_channel.py"))
+    results._code.cache_clear()
+    assert results.key_of(a=1) != key
+    results._code.cache_clear()
 
 
 def test_report_of_steps_is_that_of_the_simulation(tiny_llama):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from xquant_fx import __version__
+import xquant_fx
 from xquant_fx.errors import ArgumentError
 from xquant_fx.evaluate.measures import Measured
 from xquant_fx.evaluate.size import Size
@@ -53,9 +54,19 @@ class Results:
 
 
 def key_of(**facts: Any) -> str:
-    """What tells one record from another: a hash of all that its numbers depend on, and of the version of this code."""
-    text = json.dumps({**facts, "version": __version__}, sort_keys=True)
+    """What tells one record from another: a hash of all that its numbers depend on, of this code, too."""
+    text = json.dumps({**facts, "code": _code()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of the sources that numbers come from: who changes a kernel measures again."""
+    root, digest = Path(xquant_fx.__file__).parent, hashlib.sha256()
+    files = (p for folder in ("cache", "evaluate", "kernels") for p in (root / folder).rglob("*"))
+    for path in sorted(p for p in files if p.suffix in (".py", ".cpp", ".h")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> dict[str, Record]:
