@@ -130,8 +130,8 @@ def inputs(s: Setup) -> dict[str, Any]:
     states, new = ({side: pair[i] for side, pair in made.items()} for i in (0, 1))
     if s.spoil:
         side, name = s.spoil.split(".")
-        stored = states[side].owned[name]
-        stored[0, -1, 0, 0] = 0xFF if stored.dtype == torch.uint8 else math.nan
+        stored = states[side].owned[name][0, -1]
+        stored.view(-1)[0] = 0xFF if stored.dtype == torch.uint8 else math.nan
     return dict(
         **states, new=new, q=q.to(s.torch_dtype).transpose(1, 2), start=start, mask=make_mask(s),
         sink_logits=torch.randn(s.kv_heads * s.group, generator=seeded(2)) if s.extra else None,

@@ -53,9 +53,10 @@ def key_words(keys, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
     codes, _, _ = keys
     if KEYS[RANKED]:
         return ranked_words(codes, t0, KEYS, TILE)
-    tokens, w = t0 + tl.arange(0, TILE), tl.arange(0, KEYS[CHANNELS] * KEYS[BITS] // 32)
-    in_bounds = (tokens < KEYS[TOKENS])[:, None] & (w < (KEYS[DIM] * KEYS[BITS] + 31) // 32)[None, :]
-    return tl.load(codes + w[None, :] * KEYS[TOKENS] + tokens[:, None], mask=in_bounds, other=0)
+    else:
+        tokens, w = t0 + tl.arange(0, TILE), tl.arange(0, KEYS[CHANNELS] * KEYS[BITS] // 32)
+        in_bounds = (tokens < KEYS[TOKENS])[:, None] & (w < (KEYS[DIM] * KEYS[BITS] + 31) // 32)[None, :]
+        return tl.load(codes + w[None, :] * KEYS[TOKENS] + tokens[:, None], mask=in_bounds, other=0)
 
 
 @triton.jit
@@ -64,14 +65,14 @@ def key_scales(keys, t0, limit, KEYS: tl.constexpr):
     _, scale, zero = keys
     if KEYS[RANKED]:
         return ranked_scales(scale, zero, t0, limit, KEYS)
-    if KEYS[FOLD]:
+    elif KEYS[FOLD]:
         d = tl.arange(0, KEYS[CHANNELS])
         in_bounds = (d < KEYS[DIM]) & (t0 + tl.arange(0, 1) < limit)
         s = tl.load(scale + t0 // KEYS[GROUP] * KEYS[STRIDE] + d, mask=in_bounds, other=0.0)
         z = tl.load(zero + t0 // KEYS[GROUP] * KEYS[STRIDE] + d, mask=in_bounds, other=0.0)
+        return s, z
     else:
-        s, z = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
-    return s, z
+        return tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
 
 
 @triton.jit
@@ -109,11 +110,10 @@ def code_logits(q, words, keys, scales, tokens, valid_tokens, SM_SCALE: tl.const
     _, scale, zero = keys
     if KEYS[RANKED]:
         return ranked_logits(q, words, scales, tokens.shape[0], SM_SCALE, KEYS)
-    c = unpack(words, KEYS)
-    if KEYS[FOLD]:
-        return folded_logits(c, scales, q, SM_SCALE, KEYS)
+    elif KEYS[FOLD]:
+        return folded_logits(unpack(words, KEYS), scales, q, SM_SCALE, KEYS)
     else:
-        return dequantized_logits(c, scale, zero, tokens, valid_tokens, q, SM_SCALE, KEYS)
+        return dequantized_logits(unpack(words, KEYS), scale, zero, tokens, valid_tokens, q, SM_SCALE, KEYS)
 
 
 @triton.jit
@@ -133,9 +133,7 @@ def value_scales(values, t0, limit, VALUES: tl.constexpr, TILE: tl.constexpr):
         tokens = t0 + tl.arange(0, TILE)
         in_bounds = (tokens < VALUES[STRIDE]) & (t0 + tl.arange(0, 1) < limit)
         s = tl.load(scale + tokens, mask=in_bounds, other=0.0)
-        if VALUES[ROTATION] >= 0:
-            return s, s
-        z = tl.load(zero + tokens, mask=in_bounds, other=0.0)
+        z = s if VALUES[ROTATION] >= 0 else tl.load(zero + tokens, mask=in_bounds, other=0.0)
     else:
         s, z = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
     return s, z
