@@ -25,7 +25,8 @@ PLANES = {"FOUR": 4, "TWO": 2, "ONE": 1}
 #: Programs that keep a large GPU busy: some for each of 132 multiprocessors.
 PROGRAMS = 528
 #: Most query rows (query heads of one KV head, times query tokens) of a program: with twice as many registers run
-#: out, and on NVIDIA's chips with 16 already where operands are float32 or scales are applied element by element.
+#: out, and on NVIDIA's chips with 16 already where operands are float32, scales are applied element by element or
+#: channels are ranked (which takes a query per plane).
 MOST_ROWS = 16
 
 
@@ -100,7 +101,7 @@ def settings(
     # The query rows are the short side of the products: 8 columns are the least of NVIDIA's matrix units.
     dim, fold_v = max(k_dim, v_dim), v_group == v_dim
     folded = fold_v and tile_tokens(dim, MOST_ROWS, k_group, fold_v)[1]
-    most_rows = MOST_ROWS if hip or (folded and dtype != torch.float32) else MOST_ROWS // 2
+    most_rows = MOST_ROWS if hip or (folded and dtype != torch.float32 and not ranked) else MOST_ROWS // 2
     row_tile = min(max(power_of_two(rows), 16 if hip else 8), most_rows)
     row_blocks = math.ceil(rows / row_tile)
     tile, fold_k = tile_tokens(dim, row_tile, k_group, fold_v)

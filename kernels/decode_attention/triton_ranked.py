@@ -52,21 +52,23 @@ def plane_query(q, order, rows, valid_rows, PLANE: tl.constexpr, KEYS: tl.conste
     if PLANE[CHANNELS] == 0:
         return tl.zeros((1, 1), tl.float32)
     else:
-        rank, weight = plane_fields(PLANE, KEYS)
+        rank, _weight = plane_fields(PLANE, KEYS)
         channel = tl.load(order + rank)
-        x = tl.load(q + rows[None, :] * KEYS[DIM] + channel[:, None], mask=valid_rows[None, :], other=0.0)
-        return x.to(tl.float32) * weight[:, None]
+        return tl.load(q + rows[None, :] * KEYS[DIM] + channel[:, None], mask=valid_rows[None, :], other=0.0)
 
 
 @triton.jit
 def ranked_query(q, rows, valid_rows, order, center, KEYS: tl.constexpr):
-    """Query rows for ranked keys: by rank [ranks, ROWS], for each plane, and times what is constant in keys [ROWS]."""
+    """Query rows for ranked keys: by rank [ranks, ROWS], for each plane, and times what is constant in keys [ROWS].
+
+    They stay in their own dtype, which takes half the registers.
+    """
     rank = tl.arange(0, KEYS[CHANNELS])
     in_bounds = rank < KEYS[DIM]
     channel = tl.load(order + rank, mask=in_bounds, other=0)
     offsets = rows[None, :] * KEYS[DIM] + channel[:, None]
-    x = tl.load(q + offsets, mask=in_bounds[:, None] & valid_rows[None, :], other=0.0).to(tl.float32)
-    from_center = tl.sum(x * tl.load(center + rank, mask=in_bounds, other=0.0)[:, None], 0)
+    x = tl.load(q + offsets, mask=in_bounds[:, None] & valid_rows[None, :], other=0.0)
+    from_center = tl.sum(x.to(tl.float32) * tl.load(center + rank, mask=in_bounds, other=0.0)[:, None], 0)
     four = plane_query(q, order, rows, valid_rows, KEYS[PLANES][0], KEYS)
     two = plane_query(q, order, rows, valid_rows, KEYS[PLANES][1], KEYS)
     one = plane_query(q, order, rows, valid_rows, KEYS[PLANES][2], KEYS)
@@ -120,12 +122,13 @@ def ranked_scales(scale, zero, t0, limit, KEYS: tl.constexpr):
 
 
 @triton.jit
-def plane_logits(sums, words, q, s, factor, PLANE: tl.constexpr):
+def plane_logits(sums, words, q, s, factor, PLANE: tl.constexpr, KEYS: tl.constexpr):
     """``sums`` [tokens, ROWS] and the products of the codes of a plane with its query, scaled, times ``factor``."""
     if PLANE[CHANNELS] == 0:
         return sums
     else:
-        qs = q * decode_scale(s)[:, None] * factor[None, :]
+        _rank, weight = plane_fields(PLANE, KEYS)
+        qs = q.to(tl.float32) * (decode_scale(s) * weight)[:, None] * factor[None, :]
         return add_product(sums, unpack(words, PLANE), qs, "fp32" if PLANE[MODEL] == "fp32" else "fp16")
 
 
@@ -136,14 +139,14 @@ def ranked_logits(q, words, scales, TILE: tl.constexpr, SM_SCALE: tl.constexpr, 
     four, two, one = words
     s, mid, s_four, s_two, s_one = scales
     n = (1 << width_of_rank(tl.arange(0, KEYS[CHANNELS]), KEYS[COUNTS])) - 1
-    qs = x * decode_scale(s)[:, None]
+    qs = x.to(tl.float32) * decode_scale(s)[:, None]
     constant = from_center + tl.sum(qs * (decode_mid(mid) - 0.5 * n.to(tl.float32))[:, None], 0)
     largest = tl.max(tl.abs(qs), 0)
     largest = tl.where(largest > 0, largest, 1.0)
     factor = (LARGEST / MOST_WEIGHT) / largest
     sums = tl.zeros((TILE, x.shape[1]), tl.float32)
-    sums = plane_logits(sums, four, q_four, s_four, factor, KEYS[PLANES][0])
-    sums = plane_logits(sums, two, q_two, s_two, factor, KEYS[PLANES][1])
-    sums = plane_logits(sums, one, q_one, s_one, factor, KEYS[PLANES][2])
+    sums = plane_logits(sums, four, q_four, s_four, factor, KEYS[PLANES][0], KEYS)
+    sums = plane_logits(sums, two, q_two, s_two, factor, KEYS[PLANES][1], KEYS)
+    sums = plane_logits(sums, one, q_one, s_one, factor, KEYS[PLANES][2], KEYS)
     unit: tl.constexpr = SUBNORMAL if KEYS[BITCAST] else 1.0
     return sums * (largest * (unit * SM_SCALE * MOST_WEIGHT / LARGEST)) + (constant * SM_SCALE)[None, :]
