@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 
+from xquant_fx.kernels.widths import rank_widths
+
 
 @functools.cache
 def has_triton() -> bool:
@@ -15,3 +17,9 @@ def has_triton() -> bool:
 def power_of_two(n: int) -> int:
     """The least power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def rank_counts(bits: float, dim: int) -> dict[str, int]:
+    """Constants of kernels for ranked channels (``triton_widths.py``): how many ranks have 1, 2, ... 7 bits or more."""
+    widths = rank_widths(bits, dim)
+    return {f"RANKS_{least}": sum(width >= least for width in widths) for least in range(1, 8)}

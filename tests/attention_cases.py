@@ -87,6 +87,59 @@ SPOILED = {
     for what in ("key.zero", "key.scale", "value.zero", "value.scale")
     for k_group, v_group in ((32, None), (8, 16))
 }
+RANKED_SPOILED = {
+    f"ranked, {what}": dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated", spoil=what, kv_heads=2)
+    for what in ("key.scale", "key.center", "value.scale")
+}
+
+
+RANKED: dict[str, Any] = dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated", residual=64)
+#: The same of ranked keys and rotated values.
+RANKED_CASES: dict[str, dict[str, Any]] = {
+    name: {**RANKED, **case}
+    for name, case in {
+        "ranked, float32": dict(dtype="float32"),
+        "ranked, float16": dict(),
+        "ranked, bfloat16": dict(dtype="bfloat16", v_bits=2),
+        **{
+            f"ranked, head_dim {dim}, keys {k}, values {v} bits": dict(dim=dim, k_bits=k, v_bits=v)
+            for dim, k, v in ((64, 1.5, 2), (64, 3, 1), (80, 2, 1), (96, 1.5, 2), (128, 2, 2), (128, 1, 1), (128, 4, 4))
+        },
+        "ranked, head_dim 8": dict(dim=8, k_bits=4, v_bits=8, group=2),
+        "ranked, head_dim 48, values 24": dict(dim=48, v_dim=24, k_bits=2.5, dtype="float32"),
+        "ranked, one query head": dict(group=1, kv_heads=2, dtype="float32", v_bits=2),
+        "ranked, 3 query tokens, padding": dict(query=3, batch=2, kv_heads=2, start=(0, 7), mask="padded"),
+        "ranked, more rows than a program takes": dict(query=6, mask="heads"),
+        "ranked, no mask, softcap, window": dict(mask="none", softcap=2.0, window=100),
+        "ranked, alibi, float32": dict(mask="alibi", batch=2, start=(0, 9), query=2, dtype="float32"),
+        "ranked, window in the ring": dict(window=20, query=3),
+        "ranked, an empty row with sink logits": dict(mask="empty", query=2, extra=True),
+        "ranked, sink tokens": dict(sinks=4, batch=2, start=(0, 5), mask="padded", loud=5.0, dtype="float32"),
+        "ranked, many sink tokens, window": dict(sinks=40, window=130, v_bits=2),
+        "ranked, a chunk": dict(query=20, mask="padded", kv_heads=2, batch=2, start=(0, 5), v_bits=2),
+        "ranked, a chunk, float32, softcap, window": dict(query=33, dtype="float32", softcap=2.0, window=60, k_bits=1.5),
+        "ranked, a prompt": dict(query=30, past=0, mask="padded"),
+        "ranked, nothing before": dict(past=0),
+        "ranked, the first value in codes": dict(past=65),
+        "ranked, the first key in codes": dict(past=32, dtype="float32"),
+        "ranked, full": dict(past=199),
+        "ranked, one group in the window": dict(residual=32),
+        "ranked, several tiles a split": dict(past=470, max_len=480, batch=2, k_group=64, v_bits=2),
+        "ranked, the default lengths": dict(past=500, max_len=520, residual=256, k_group=128, dim=128, v_bits=2),
+        "ranked, groups of 96": dict(past=300, max_len=320, residual=96, k_group=96, dtype="float32"),
+        "ranked, groups of channels": dict(v_group=16, v_bits=2, dim=96, dtype="float32"),
+        "ranked, one token outweighs all others": dict(
+            peak=11.2, past=1500, max_len=1520, k_group=64, v_bits=2, kv_heads=2, group=2
+        ),
+        "ranked, loud channels": dict(loud=100.0, scale=1e-3),
+        "ranked, quiet values": dict(loud=1e-3, scale=3.0, v_bits=2),
+    }.items()
+}
+#: Their large ones.
+RANKED_SLOW = {
+    f"ranked, head_dim 256, keys {k}, values {v} bits": {**RANKED, **dict(dim=256, k_bits=k, v_bits=v, kv_heads=2)}
+    for k, v in ((2, 2), (1.5, 1), (3, 2))
+}
 
 
 def allowed(result: dict[str, Any], dtype: str) -> float:

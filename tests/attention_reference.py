@@ -1,7 +1,7 @@
 """Attention of a decode step over a quantized cache, spelt out in plain torch, in any compute dtype.
 
-    k, v = what the step sees: codes * scale + zero, or full precision from ring and sink; zero for
-           tokens not written yet
+    k, v = what the step sees: codes * scale + zero (ranked and rotated as ``dequantized`` says), or full
+           precision from ring and sink; zero for tokens not written yet
     logits = scale * q k^T, softcapped; plus a float mask; -inf where a bool mask or the window says so
     out = softmax(logits, with an extra logit per head in the sum) v; 0 for rows that see nothing
 
@@ -17,38 +17,78 @@ import torch
 from torch import Tensor
 
 from xquant_fx.kernels.packing import unpack_words
+from xquant_fx.kernels.rotation import rotated_size, signs
+from xquant_fx.kernels.schemes.per_channel_ranked import unpack
+from xquant_fx.kernels.small_floats import decode_mid, decode_scale
+from xquant_fx.kernels.widths import rank_widths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stored:
     """The tensors of one side of one layer, as ``KVState`` names them, and what they mean."""
 
-    side: str
+    scheme: str
     codes: Tensor
     scale: Tensor
-    zero: Tensor
+    zero: Tensor | None
+    order: Tensor | None
+    center: Tensor | None
     ring: Tensor
     sink: Tensor | None
-    bits: int
+    bits: float
     group: int
     residual: int
     new: Tensor | None = None
     """Tokens of a chunk that the ring is too short for; the ring is as it was before them."""
 
 
+def limit_of(s: Stored, past: int) -> int:
+    """Tokens that are in codes in a step after ``past``."""
+    if s.scheme == "per_channel":
+        return past // s.residual * s.residual
+    if s.scheme == "per_channel_ranked":
+        return max((past - s.residual + s.group) // s.group * s.group, 0)
+    return max(past - s.residual, 0)
+
+
+def hadamard(n: int, dtype: torch.dtype) -> Tensor:
+    """The matrix of +1 and -1 by its recursion."""
+    h = torch.ones(1, 1, dtype=dtype)
+    while h.shape[0] < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    return h
+
+
+def dequantized(s: Stored, n: int, dtype: torch.dtype) -> Tensor:
+    """The first ``n`` tokens [B, H, n, D] from codes, in ``dtype``."""
+    dim = s.ring.shape[3]
+    if s.scheme == "per_channel":
+        codes = unpack_words(s.codes[..., :n], s.bits, 2, dim).transpose(2, 3)
+        scale, zero = (t.repeat_interleave(s.group, 2)[:, :, :n] for t in (s.scale, s.zero))
+        return codes.to(dtype) * scale.to(dtype) + zero.to(dtype)
+    if s.scheme == "per_channel_ranked":
+        largest = 2 ** torch.tensor(rank_widths(s.bits, dim)) - 1
+        scale, mid = (t.repeat_interleave(s.group, 2)[:, :, :n] for t in (decode_scale(s.scale), decode_mid(s.zero)))
+        levels = unpack(s.codes[..., :n], s.bits, dim).to(dtype) - largest.to(dtype) / 2 + mid.to(dtype)
+        ranked = levels * scale.to(dtype) + s.center.to(dtype)[:, :, None]
+        return torch.empty_like(ranked).scatter_(3, s.order.long()[:, :, None].expand(ranked.shape), ranked)
+    codes = unpack_words(s.codes, s.bits, 2, n).to(dtype)
+    scale = decode_scale(s.scale) if s.scheme == "per_token_rotated" else s.scale
+    scale = scale[..., :n].transpose(2, 3).repeat_interleave(s.group, 3).to(dtype)
+    if s.scheme == "per_token":
+        return codes * scale + s.zero[..., :n].transpose(2, 3).repeat_interleave(s.group, 3).to(dtype)
+    size = rotated_size(dim)
+    y = ((codes - (2**s.bits - 1) / 2) * scale).unflatten(3, (dim // size, size))
+    return (y @ hadamard(size, dtype)).flatten(3) * (torch.tensor(signs(dim), dtype=dtype) / size**0.5)
+
+
 def seen(s: Stored, start: Tensor, past: int, new: int, count: int, dtype: torch.dtype,
          rounded: torch.dtype | None) -> Tensor:  # fmt: skip
     """Keys or values [B, H, count, D] of tokens 0 .. count - 1 in ``dtype``."""
     written, dim = past + new, s.ring.shape[3]
-    quantized = past // s.residual * s.residual if s.side == "key" else max(past - s.residual, 0)
+    quantized = limit_of(s, past)
     out = torch.zeros(*s.ring.shape[:2], count, dim, dtype=dtype)
-    if s.side == "key":
-        codes = unpack_words(s.codes[..., :quantized], s.bits, 2, dim).transpose(2, 3)
-        scale, zero = (t.repeat_interleave(s.group, 2)[:, :, :quantized] for t in (s.scale, s.zero))
-    else:
-        codes = unpack_words(s.codes, s.bits, 2, quantized)
-        scale, zero = (t[..., :quantized].transpose(2, 3).repeat_interleave(s.group, 3) for t in (s.scale, s.zero))
-    dense = codes.to(dtype) * scale.to(dtype) + zero.to(dtype)
+    dense = dequantized(s, quantized, dtype)
     out[:, :, :quantized] = dense if rounded is None else dense.to(rounded).to(dtype)
     late = torch.arange(quantized, written if s.new is None else past)
     out[:, :, late] = s.ring[:, :, late % s.ring.shape[2]].to(dtype)

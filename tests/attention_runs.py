@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from attention_reference import Stored, attention
 from numeric import seeded
-from states import layers_of, range_config
+from states import layers_of
 from store_runs import poison
 from torch import Tensor
 
+from xquant_fx import XQuantConfig
 from xquant_fx.cache.state import KVState
-from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments, of_sides
 from xquant_fx.kernels.layout import STEP_TOKENS
 
 
@@ -31,7 +32,9 @@ class Setup:
     dim: int = 64
     v_dim: int | None = None
     dtype: str = "float16"
-    k_bits: int = 2
+    k_scheme: str = "per_channel"
+    v_scheme: str = "per_token"
+    k_bits: float = 2
     v_bits: int = 1
     k_group: int = 32
     v_group: int | None = None
@@ -60,9 +63,10 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
     Of a chunk too long for the ring, its own tokens besides, and the ring is as it was before them.
     """
     dim = s.dim if side == "key" else s.v_dim or s.dim
-    config = range_config(
-        k_bits=s.k_bits, v_bits=s.v_bits, share_values_from=None, k_group_size=s.k_group, v_group_size=s.v_group,
-        residual_length=s.residual, sink_tokens=s.sinks, scale_dtype=getattr(torch, s.scale_dtype),
+    config = XQuantConfig(
+        k_scheme=s.k_scheme, v_scheme=s.v_scheme, k_bits=s.k_bits, v_bits=s.v_bits, share_values_from=None, k_group_size=s.k_group, v_group_size=s.v_group,
+        residual_length=s.residual, sink_tokens=s.sinks,
+        scale_dtype=getattr(torch, s.scale_dtype),
     )  # fmt: skip
     shape = (s.batch, s.kv_heads, s.max_len, dim)
     state = layers_of(config, shape, s.torch_dtype, start=start)[0][side == "value"]
@@ -126,7 +130,8 @@ def inputs(s: Setup) -> dict[str, Any]:
     states, new = ({side: pair[i] for side, pair in made.items()} for i in (0, 1))
     if s.spoil:
         side, name = s.spoil.split(".")
-        states[side].owned[name][0, -1, 0, 0] = math.nan
+        stored = states[side].owned[name][0, -1]
+        stored.view(-1)[0] = 0xFF if stored.dtype == torch.uint8 else math.nan
     return dict(
         **states, new=new, q=q.to(s.torch_dtype).transpose(1, 2), start=start, mask=make_mask(s),
         sink_logits=torch.randn(s.kv_heads * s.group, generator=seeded(2)) if s.extra else None,
@@ -135,8 +140,7 @@ def inputs(s: Setup) -> dict[str, Any]:
 
 def arguments(s: Setup, given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of ``decode_attention`` by name."""
-    names = ("codes", "scale", "zero", "ring", "sink")
-    tensors = {f"{side[0]}_{name}": given[side].tensor(name) for side in ("key", "value") for name in names}
+    tensors = of_sides(given["key"].tensor, given["value"].tensor)
     past = torch.tensor([s.past], device=given["q"].device)
     key, value = given["key"].spec, given["value"].spec
     return dict(
@@ -148,8 +152,10 @@ def arguments(s: Setup, given: dict[str, Any]) -> dict[str, Any]:
         sink_logits=given["sink_logits"],
         new_tokens=s.query,
         max_len=s.max_len,
+        k_scheme=s.k_scheme,
         k_bits=s.k_bits,
         k_group=key.group_size,
+        v_scheme=s.v_scheme,
         v_bits=s.v_bits,
         v_group=value.group_size,
         residual_length=s.residual,
@@ -165,9 +171,9 @@ def reference(s: Setup, given: dict[str, Any], dtype: torch.dtype, rounded: torc
     """The step by ``attention_reference``."""
     sides = [
         Stored(
-            side=side, bits=given[side].spec.bits, group=given[side].spec.group_size, residual=s.residual,
-            new=given["new"][side],
-            **{name: given[side].tensor(name) for name in ("codes", "scale", "zero", "ring", "sink")},
+            scheme=given[side].spec.scheme, bits=given[side].spec.bits, group=given[side].spec.group_size,
+            residual=s.residual, new=given["new"][side],
+            **{name: given[side].tensor(name) for name in ("codes", "scale", "zero", "order", "center", "ring", "sink")},
         )
         for side in ("key", "value")
     ]  # fmt: skip

@@ -14,7 +14,6 @@ import math
 
 import torch
 from numeric import U, storage_slack
-from states import range_config
 from torch import Tensor
 
 from xquant_fx import XQuantConfig
@@ -25,7 +24,9 @@ class Case:
     """One configuration of a pair of layers, keys or values."""
 
     side: str = "key"
-    bits: int = 2
+    bits: float = 2
+    ranked: bool = False
+    """Ranked keys or rotated values, which ``Reference`` does not know and pairs do not share."""
     dtype: torch.dtype = torch.float32
     batch: int = 2
     heads: int = 1
@@ -47,12 +48,17 @@ class Case:
 
     @property
     def config(self) -> XQuantConfig:
-        share = 0 if self.shared else None
+        share = 0 if self.shared and not self.ranked else None
+        schemes = dict(k_scheme="per_channel", v_scheme="per_token", k_bits=1, v_bits=1)
+        if self.side == "key":
+            schemes |= dict(k_scheme="per_channel_ranked" if self.ranked else "per_channel", k_bits=self.bits)
+        else:
+            schemes |= dict(v_scheme="per_token_rotated" if self.ranked else "per_token", v_bits=self.bits)
         groups = dict(k_group_size=self.group) if self.side == "key" else dict(k_group_size=1, v_group_size=self.group)
-        return range_config(
-            k_bits=self.bits, v_bits=self.bits, share_keys_from=share, share_values_from=share, shared_fit=self.fit,
+        return XQuantConfig(
+            share_keys_from=share, share_values_from=share, shared_fit=self.fit,
             residual_length=self.residual, eta_1bit=self.eta, eta_2bit=self.eta, sink_tokens=self.sinks,
-            scale_dtype=self.scale_dtype, **groups,
+            scale_dtype=self.scale_dtype, **schemes, **groups,
         )  # fmt: skip
 
     @property

@@ -19,6 +19,7 @@ from xquant_fx import ops
 from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.kernels.shared_code_load.arguments import STORED
 
 
 def pair_of(case: Case) -> list[KVState]:
@@ -52,7 +53,7 @@ def append(state: KVState, x: Tensor, pos: Tensor) -> None:
 
 def load_arguments(state: KVState, past: int, new: int, n: int, **more: Tensor | None) -> dict[str, Any]:
     """Arguments of ``shared_code_load`` by name in a step of ``new`` tokens after ``past``; ``more`` goes first."""
-    tensors = {name: state.tensor(name) for name in ("codes", "scale", "zero", "ring", "sink", "start")}
+    tensors = {name: state.tensor(name) for name in STORED}
     lengths = dict(past=torch.tensor([past]), new_tokens=new, n=n)
     return {**tensors, **lengths, **state.spec.load_constants(), **more}
 

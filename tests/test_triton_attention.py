@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from attention_cases import CASES, SPOILED, allowed
+from attention_cases import CASES, RANKED_CASES, RANKED_SLOW, RANKED_SPOILED, SPOILED, allowed
 from triton_interpreter import Interpreter
 
 pytest.importorskip("triton")
+AMD = ("float16", "float32", "head_dim 256", "odd groups", "ranked, float32", "ranked, head_dim 96, keys 1.5, values 2 bits")
 
 
 @pytest.fixture(scope="module")
@@ -22,25 +23,27 @@ def interpreter() -> Iterator[Interpreter]:
     process.close()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [*CASES, *RANKED_CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in RANKED_SLOW)]
+)
 def test_against_the_truth(name: str, interpreter: Interpreter) -> None:
-    case = CASES[name]
+    case = {**CASES, **RANKED_CASES, **RANKED_SLOW}[name]
     result = interpreter.call("attention_runs:interpret", **case)
     assert result["same_nan"] and result["zeros_are_zero"]
     assert result["largest"] > 0
     assert result["error"] <= allowed(result, case.get("dtype", "float16")), result
 
 
-@pytest.mark.parametrize("name", ["float16", "float32", "groups of 32 in blocks of 64", "head_dim 256", "odd groups"])
+@pytest.mark.parametrize("name", [*AMD, "groups of 32 in blocks of 64"])
 def test_with_the_tiles_of_amd(name: str, interpreter: Interpreter) -> None:
-    case = {**CASES, "groups of 32 in blocks of 64": dict(residual=64, k_group=32)}[name]
+    case = {**CASES, **RANKED_CASES, "groups of 32 in blocks of 64": dict(residual=64, k_group=32)}[name]
     result = interpreter.call("attention_runs:interpret", hip=True, **case)
     assert result["same_nan"] and result["largest"] > 0
     assert result["error"] <= allowed(result, case.get("dtype", "float16")), result
 
 
-@pytest.mark.parametrize("name", SPOILED)
+@pytest.mark.parametrize("name", [*SPOILED, *RANKED_SPOILED])
 def test_nan_propagates(name: str, interpreter: Interpreter) -> None:
-    result = interpreter.call("attention_runs:interpret", **SPOILED[name])
+    result = interpreter.call("attention_runs:interpret", **{**SPOILED, **RANKED_SPOILED}[name])
     assert result["same_nan"] and result["nans"]
     assert result["error"] <= allowed(result, "float16"), result

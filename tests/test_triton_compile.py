@@ -9,19 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from states import range_config, spec_of
+from states import spec_of
 from torch import Tensor
 from triton_compiled import CHIPS, Needs, compiled, launches
 
 from xquant_fx import XQuantConfig
 from xquant_fx.kernels.decode_attention import triton_launch as triton_attention
-from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments, of_sides
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store import triton_launch as triton_store
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
-from xquant_fx.plan.spec import SCHEME_OF_ROLE
 
 triton = pytest.importorskip("triton")
+
+
+FACTS = ("scheme", "bits", "group")
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -29,38 +31,37 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def stored(side: str, dtype: torch.dtype, config: XQuantConfig, shape: tuple[int, int, int, int]) -> dict[str, Any]:
-    """The tensors of one side without data, and its group size under "group"."""
+    """The tensors of one side without data, and what the spec says under "scheme", "bits" and "group"."""
     spec = spec_of(config, side, shape, dtype)
     tensors = {name: empty(*shape, dtype=dtype) for name, (shape, dtype) in spec.tensor_shapes().items()}
-    return {"sink": None, **tensors, "group": spec.group_size}
+    return {**tensors, "scheme": spec.scheme, "bits": spec.bits, "group": spec.group_size}
 
 
 def decode_arguments(
-    *, dim: int = 128, k_bits: int = 2, v_bits: int = 1, dtype: torch.dtype = torch.bfloat16, group: int = 4,
+    *, dim: int = 128, k_bits: float = 2, v_bits: int = 1, ranked: bool = False, dtype: torch.dtype = torch.bfloat16, group: int = 4,
     query: int = 1, mask: torch.dtype | None = torch.bool, k_group: int = 128, v_group: int | None = None,
     residual: int = 128, sinks: int = 0, softcap: float = 0.0, window: int = 0, extra: bool = False,
     max_len: int = 32768, kv_heads: int = 8,
 ) -> DecodeArguments:  # fmt: skip
     """Arguments of ``decode_attention`` without data."""
-    config = range_config(
-        k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group, v_group_size=v_group,
+    config = XQuantConfig(
+        k_scheme="per_channel_ranked" if ranked else "per_channel",
+        v_scheme="per_token_rotated" if ranked else "per_token", k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group, v_group_size=v_group,
         residual_length=residual, sink_tokens=sinks,
     )  # fmt: skip
     key, value = (stored(side, dtype, config, (1, kv_heads, max_len, dim)) for side in ("key", "value"))
-    names = ("codes", "scale", "zero", "ring", "sink", "group")
-    sides = {f"{side}_{name}": t[name] for side, t in (("k", key), ("v", value)) for name in names}
+    facts = {f"{side}_{name}": t[name] for side, t in (("k", key), ("v", value)) for name in FACTS}
     chunk = empty(1, kv_heads, query, dim, dtype=dtype) if query > STEP_TOKENS else None
     return DecodeArguments(
         q=empty(1, kv_heads * group, query, dim, dtype=dtype),
-        **sides,
+        **of_sides(key.get, value.get),
+        **facts,
         start=empty(1, dtype=torch.int64),
         past=empty(1, dtype=torch.int64),
         mask=None if mask is None else empty(1, 1, query, max_len, dtype=mask),
         sink_logits=empty(kv_heads * group, dtype=dtype) if extra else None,
         new_tokens=query,
         max_len=max_len,
-        k_bits=k_bits,
-        v_bits=v_bits,
         residual_length=residual,
         scale=dim**-0.5,
         softcap=softcap,
@@ -71,21 +72,23 @@ def decode_arguments(
 
 
 def append_arguments(
-    *, side: str, new: int = 1, dim: int = 128, bits: int = 2, group: int = 128, residual: int = 128, sinks: int = 0,
-    fit: str | None = None, dtype: torch.dtype = torch.bfloat16, max_len: int = 32768,
+    *, side: str, new: int = 1, dim: int = 128, bits: float = 2, group: int = 128, residual: int = 128, sinks: int = 0,
+    fit: str | None = None, dtype: torch.dtype = torch.bfloat16, max_len: int = 32768, ranked: bool = False,
 ) -> StoreArguments:  # fmt: skip
     """Arguments of ``triton_store.launch`` without data."""
     groups = dict(k_group_size=group) if side == "key" else dict(k_group_size=residual, v_group_size=group)
-    config = range_config(k_bits=bits, v_bits=bits, residual_length=residual, sink_tokens=sinks, **groups)
+    bits_of = dict(k_bits=bits) if side == "key" else dict(v_bits=bits)
+    schemes = dict(k_scheme=f"per_channel{'_ranked' * ranked}", v_scheme=f"per_token{'_rotated' * ranked}")
+    config = XQuantConfig(residual_length=residual, sink_tokens=sinks, **bits_of, **schemes, **groups)
     t = stored(side, dtype, config, (1, 8, max_len, dim))
-    tensors = {name: t[name] for name in ("codes", "scale", "zero", "ring", "sink", "length")}
+    tensors = {name: t.get(name) for name in StoreArguments.tensor_names() if name not in ("x", "pos", "start", "fault")}
     return StoreArguments(
         x=empty(1, 8, new, dim, dtype=dtype),
         pos=empty(new, dtype=torch.int64),
         **tensors,
         start=empty(1, dtype=torch.int64),
         fault=empty(1, dtype=torch.int32),
-        scheme=SCHEME_OF_ROLE[side],
+        scheme=t["scheme"],
         bits=bits,
         group_size=group,
         residual_length=residual,
@@ -102,6 +105,7 @@ FAST = {
     "head_dim 256": dict(dim=256),
     "4 bits": dict(k_bits=4, v_bits=4),
     "a chunk": dict(query=512),
+    "ranked": dict(ranked=True, v_bits=2, residual=256),
 }
 MORE = {
     "small groups, 4 query tokens": dict(k_group=16, v_group=32, query=4),
@@ -126,6 +130,29 @@ MORE = {
     "all of it, head_dim 256": dict(dim=256, query=3, softcap=50.0, window=512, mask=torch.bfloat16, sinks=4),
     "small groups": dict(k_group=16, v_group=32),
     "small groups, head_dim 256": dict(dim=256, k_group=16, v_group=32),
+    **{
+        f"ranked, {name}": dict(ranked=True, residual=256, **case)
+        for name, case in {
+            "1.5 and 2 bits": dict(k_bits=1.5, v_bits=2),
+            "3 and 2 bits": dict(k_bits=3, v_bits=2),
+            "4 and 4 bits": dict(k_bits=4, v_bits=4),
+            "head_dim 64": dict(dim=64, v_bits=2),
+            "head_dim 80": dict(dim=80),
+            "head_dim 96": dict(dim=96, v_bits=2),
+            "head_dim 256": dict(dim=256, v_bits=2),
+            "head_dim 256, 3 bits, float32": dict(dim=256, k_bits=3, v_bits=2, dtype=torch.float32),
+            "float32": dict(dtype=torch.float32),
+            "groups of 32 tokens": dict(k_group=32, v_bits=2),
+            "groups of channels": dict(v_group=32, v_bits=2),
+            "groups of channels, head_dim 256": dict(dim=256, v_group=32, v_bits=2),
+            "8 query tokens": dict(query=8, group=8),
+            "a chunk": dict(query=512, v_bits=2),
+            "a chunk, head_dim 256": dict(query=512, dim=256, v_bits=2),
+            "a chunk, float32": dict(query=512, dtype=torch.float32),
+            "all of it": dict(query=3, softcap=50.0, window=512, mask=torch.bfloat16, sinks=4, extra=True),
+            "one query head": dict(group=1, mask=None, v_bits=2),
+        }.items()
+    },
 }
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
-    torch.bool: "*i1",
+    torch.bool: "*i1", torch.uint8: "*u8",
 }  # fmt: skip
 
 #: name -> (backend, architecture, threads of a warp, most shared memory of a program in bytes)

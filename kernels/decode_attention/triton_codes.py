@@ -1,4 +1,4 @@
-"""Products of tiles: logits of keys in codes, outputs of values in codes and in full precision.
+"""Products of tiles of codes: logits of keys, outputs of values.
 
 Scales and zero points never meet the codes. With one scale per channel and token group, keys give
 
@@ -7,7 +7,7 @@ Scales and zero points never meet the codes. With one scale per channel and toke
 so a tile needs q * s and one number per row; with one scale per token, values do the same with p * s
 and sum_t p_t z_t. What goes to float16 is divided by its largest number first, so that neither range
 nor precision of float16 depends on the model's scales. Where a tile does not lie in one group (FOLD
-false), codes are dequantized element by element.
+false), codes are dequantized element by element. Rotated values have zero point -n / 2 times their scale.
 """
 
 from __future__ import annotations
@@ -15,6 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from xquant_fx.kernels.decode_attention.triton_products import (
+    LARGEST,
+    SUBNORMAL,
+    product,
+    rounded,
+    scaled_to_largest,
+)
+from xquant_fx.kernels.decode_attention.triton_ranked import ranked_logits, ranked_scales, ranked_words
 from xquant_fx.kernels.decode_attention.triton_softmax import in_zone
 from xquant_fx.kernels.decode_attention.triton_unpack import (
     BITCAST,
@@ -24,41 +32,15 @@ from xquant_fx.kernels.decode_attention.triton_unpack import (
     FOLD,
     GROUP,
     MODEL,
+    RANKED,
+    ROTATION,
     STRIDE,
     TOKENS,
     to_word_order,
     unpack,
     word_order,
 )
-
-# float16 operands are scaled so that their largest number is this.
-LARGEST = tl.constexpr(2.0**14)
-# What turns codes that were taken for float16 numbers (``unpack``) into themselves.
-SUBNORMAL = tl.constexpr(2.0**24)
-
-
-@triton.jit
-def scaled_to_largest(x, largest):
-    """``x`` with ``largest`` brought to LARGEST, and the factor that undoes it."""
-    largest = tl.where(largest > 0, largest, 1.0)
-    return x * (LARGEST / largest), largest * (1.0 / LARGEST)
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """``x`` in the dtype that DTYPE names."""
-    if DTYPE == "fp16":
-        return x.to(tl.float16)
-    elif DTYPE == "bf16":
-        return x.to(tl.bfloat16)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def product(a, b, DTYPE: tl.constexpr):
-    """a @ b in float32, from operands of DTYPE: "fp16", "bf16" or "fp32"."""
-    return tl.dot(rounded(a, DTYPE), rounded(b, DTYPE), input_precision="ieee")
+from xquant_fx.kernels.triton_small_floats import decode_scale
 
 
 @triton.jit
@@ -69,23 +51,28 @@ def key_words(keys, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
     outside the zone is masked in the logits.
     """
     codes, _, _ = keys
-    tokens, w = t0 + tl.arange(0, TILE), tl.arange(0, KEYS[CHANNELS] * KEYS[BITS] // 32)
-    in_bounds = (tokens < KEYS[TOKENS])[:, None] & (w < (KEYS[DIM] * KEYS[BITS] + 31) // 32)[None, :]
-    return tl.load(codes + w[None, :] * KEYS[TOKENS] + tokens[:, None], mask=in_bounds, other=0)
+    if KEYS[RANKED]:
+        return ranked_words(codes, t0, KEYS, TILE)
+    else:
+        tokens, w = t0 + tl.arange(0, TILE), tl.arange(0, KEYS[CHANNELS] * KEYS[BITS] // 32)
+        in_bounds = (tokens < KEYS[TOKENS])[:, None] & (w < (KEYS[DIM] * KEYS[BITS] + 31) // 32)[None, :]
+        return tl.load(codes + w[None, :] * KEYS[TOKENS] + tokens[:, None], mask=in_bounds, other=0)
 
 
 @triton.jit
 def key_scales(keys, t0, limit, KEYS: tl.constexpr):
     """(scales, zeros) [CHANNELS] of a tile that is one group; zeros if ``t0`` is not below ``limit``."""
     _, scale, zero = keys
-    if KEYS[FOLD]:
+    if KEYS[RANKED]:
+        return ranked_scales(scale, zero, t0, limit, KEYS)
+    elif KEYS[FOLD]:
         d = tl.arange(0, KEYS[CHANNELS])
         in_bounds = (d < KEYS[DIM]) & (t0 + tl.arange(0, 1) < limit)
         s = tl.load(scale + t0 // KEYS[GROUP] * KEYS[STRIDE] + d, mask=in_bounds, other=0.0)
         z = tl.load(zero + t0 // KEYS[GROUP] * KEYS[STRIDE] + d, mask=in_bounds, other=0.0)
+        return s, z
     else:
-        s, z = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
-    return s, z
+        return tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
 
 
 @triton.jit
@@ -121,11 +108,12 @@ def code_logits(q, words, keys, scales, tokens, valid_tokens, SM_SCALE: tl.const
     """Scaled logits [TILE, ROWS] of keys in codes. ``q`` [CHANNELS, ROWS] is float32, in word order, with the
     factors if FOLD; ``words`` and ``scales`` are those of ``key_words`` and ``key_scales``."""
     _, scale, zero = keys
-    c = unpack(words, KEYS)
-    if KEYS[FOLD]:
-        return folded_logits(c, scales, q, SM_SCALE, KEYS)
+    if KEYS[RANKED]:
+        return ranked_logits(q, words, scales, tokens.shape[0], SM_SCALE, KEYS)
+    elif KEYS[FOLD]:
+        return folded_logits(unpack(words, KEYS), scales, q, SM_SCALE, KEYS)
     else:
-        return dequantized_logits(c, scale, zero, tokens, valid_tokens, q, SM_SCALE, KEYS)
+        return dequantized_logits(unpack(words, KEYS), scale, zero, tokens, valid_tokens, q, SM_SCALE, KEYS)
 
 
 @triton.jit
@@ -145,16 +133,25 @@ def value_scales(values, t0, limit, VALUES: tl.constexpr, TILE: tl.constexpr):
         tokens = t0 + tl.arange(0, TILE)
         in_bounds = (tokens < VALUES[STRIDE]) & (t0 + tl.arange(0, 1) < limit)
         s = tl.load(scale + tokens, mask=in_bounds, other=0.0)
-        z = tl.load(zero + tokens, mask=in_bounds, other=0.0)
+        z = s if VALUES[ROTATION] >= 0 else tl.load(zero + tokens, mask=in_bounds, other=0.0)
     else:
         s, z = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
     return s, z
 
 
 @triton.jit
+def about_zero(s, VALUES: tl.constexpr):
+    """(scales, zero points) in float32 of rotated values."""
+    s = decode_scale(s)
+    return s, s * (-0.5 * ((1 << VALUES[BITS]) - 1))
+
+
+@triton.jit
 def folded_values(c, scales, p, t0, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr):
     """``code_values`` of codes ``c`` that have one scale per token: the probabilities take the scales."""
     s, z = scales
+    if VALUES[ROTATION] >= 0:
+        s, z = about_zero(s, VALUES)
     tokens = t0 + tl.arange(0, TILE)
     valid_tokens = in_zone(tokens, zone, SINK_TOKENS)
     s = tl.where(valid_tokens, s.to(tl.float32), 0.0)
@@ -178,8 +175,11 @@ def dequantized_values(
     tokens, d = t0 + place, tl.arange(0, VALUES[CHANNELS])
     in_bounds = (d < VALUES[DIM])[:, None] & in_zone(tokens, zone, SINK_TOKENS)[None, :]
     offsets = (d // VALUES[GROUP] * VALUES[STRIDE])[:, None] + tokens[None, :]
-    s = tl.load(scale + offsets, mask=in_bounds, other=0.0).to(tl.float32)
-    z = tl.load(zero + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    if VALUES[ROTATION] >= 0:
+        s, z = about_zero(tl.load(scale + offsets, mask=in_bounds, other=0), VALUES)
+    else:
+        s = tl.load(scale + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+        z = tl.load(zero + offsets, mask=in_bounds, other=0.0).to(tl.float32)
     unit: tl.constexpr = SUBNORMAL if VALUES[BITCAST] else 1.0
     v = c.to(tl.float32) * (factor * unit)[None, :] * s + z
     ps = to_word_order(rounded(p * LARGEST, VALUES[MODEL]), VALUES)
@@ -195,12 +195,3 @@ def code_values(p, values, scales, t0, zone, VALUES: tl.constexpr, TILE: tl.cons
         return folded_values(c, scales, p, t0, zone, VALUES, TILE, SINK_TOKENS)
     else:
         return dequantized_values(c, scale, zero, p, t0, zone, VALUES, TILE, SINK_TOKENS)
-
-
-@triton.jit
-def full_values(values, slots, valid_tokens, p, CHANNELS_TILE: tl.constexpr, VALUES: tl.constexpr):
-    """sum_t p_t v_t [channels, ROWS] of full-precision values in rows ``slots``."""
-    d = tl.arange(0, CHANNELS_TILE)
-    in_bounds = valid_tokens[None, :] & (d < VALUES[DIM])[:, None]
-    v = tl.load(values + slots[None, :] * VALUES[DIM] + d[:, None], mask=in_bounds, other=0.0)
-    return product(v, p * LARGEST, VALUES[MODEL]) * (1.0 / LARGEST)

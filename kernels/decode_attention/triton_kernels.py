@@ -8,11 +8,12 @@ and channels, fill the matrix unit and few query rows waste little of it:
     out^T  [channels, ROWS] = V^T [channels, tokens] @ p^T [tokens, ROWS]
 
 ``decode_kernel`` goes through the zones that tokens are stored in, one call each; ``combine_kernel`` merges
-the splits. The pieces:
+the splits. Values that were rotated before they were quantized are rotated back as their sum. The pieces:
 
     triton_setup.py    where a program begins: its head, its tokens, its query rows
     triton_zones.py    a zone: which tokens, where their keys and values are
-    triton_codes.py    logits of keys, outputs of values
+    triton_codes.py    logits of keys, outputs of values, in codes
+    triton_ranked.py   logits of keys whose channels are ranked
     triton_unpack.py   words of codes as operands of the matrix unit
     triton_softmax.py  masks and the online softmax
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from xquant_fx.kernels.decode_attention.triton_ranked import ranked_query
 from xquant_fx.kernels.decode_attention.triton_setup import (
     code_query,
     codes_of,
@@ -39,6 +41,7 @@ from xquant_fx.kernels.decode_attention.triton_zones import (
     attend_unwritten,
     attend_window,
 )
+from xquant_fx.kernels.triton_rotation import rotate_back
 
 
 @triton.jit
@@ -59,6 +62,8 @@ def decode_kernel(
     k_codes,
     k_scale,
     k_zero,
+    k_order,
+    k_center,
     k_ring,
     k_sink,
     v_codes,
@@ -80,6 +85,7 @@ def decode_kernel(
     MAX_LEN: tl.constexpr,
     K_DIM: tl.constexpr,
     K_BITS: tl.constexpr,
+    K_WORDS: tl.constexpr,
     K_GROUP: tl.constexpr,
     K_TOKENS: tl.constexpr,
     K_GROUPS: tl.constexpr,
@@ -118,22 +124,46 @@ def decode_kernel(
     FOLD_V: tl.constexpr,
     BITCAST: tl.constexpr,
     MODEL: tl.constexpr,
+    RANKED: tl.constexpr,
+    K_FOURS: tl.constexpr,
+    K_TWOS: tl.constexpr,
+    K_ONES: tl.constexpr,
+    RANKS_1: tl.constexpr,
+    RANKS_2: tl.constexpr,
+    RANKS_3: tl.constexpr,
+    RANKS_4: tl.constexpr,
+    RANKS_5: tl.constexpr,
+    RANKS_6: tl.constexpr,
+    RANKS_7: tl.constexpr,
+    ROTATION: tl.constexpr,
 ):
     """One split of one KV head (times ROWS query rows): unnormalized output, top and total of each row."""
     # In the order of the fields in triton_unpack.py and triton_softmax.py.
-    KEYS: tl.constexpr = (K_DIM, CODE_CHANNELS, K_BITS, K_LANES, K_TOKENS, K_GROUP, K_DIM, FOLD_K, BITCAST, MODEL)
-    VALUES: tl.constexpr = (V_DIM, V_CHANNELS, V_BITS, V_LANES, V_TOKENS, V_GROUP, V_STRIDE, FOLD_V, BITCAST, MODEL)
+    COUNTS: tl.constexpr = (RANKS_1, RANKS_2, RANKS_3, RANKS_4, RANKS_5, RANKS_6, RANKS_7)
+    TWOS: tl.constexpr = RANKS_6 + RANKS_2 - RANKS_4
+    ONES: tl.constexpr = RANKS_7 + RANKS_5 - RANKS_6 + RANKS_3 - RANKS_4 + RANKS_1 - RANKS_2
+    PLANES: tl.constexpr = (
+        (RANKS_4, K_FOURS, 4, K_FOURS // 8 if K_FOURS < 32 else 4, K_TOKENS, K_GROUP, K_DIM, True, BITCAST, MODEL),
+        (TWOS, K_TWOS, 2, K_TWOS // 16 if K_TWOS < 64 else 4, K_TOKENS, K_GROUP, K_DIM, True, BITCAST, MODEL),
+        (ONES, K_ONES, 1, K_ONES // 32 if K_ONES < 128 else 4, K_TOKENS, K_GROUP, K_DIM, True, BITCAST, MODEL),
+    )
+    KEYS: tl.constexpr = (
+        K_DIM, CODE_CHANNELS, K_BITS, K_LANES, K_TOKENS, K_GROUP, K_DIM, FOLD_K, BITCAST, MODEL, RANKED, PLANES, COUNTS,
+    )  # fmt: skip
+    VALUES: tl.constexpr = (
+        V_DIM, V_CHANNELS, V_BITS, V_LANES, V_TOKENS, V_GROUP, V_STRIDE, FOLD_V, BITCAST, MODEL, ROTATION,
+    )  # fmt: skip
     LOGITS: tl.constexpr = (SCALE, SOFTCAP, WINDOW, MASK_KIND, SINK_TOKENS)
     split = tl.program_id(0)
     kv_head, batch = tl.program_id(1) // ROW_BLOCKS, tl.program_id(2)
     head = (batch * KV_HEADS + kv_head).to(tl.int64)
-    keys = codes_of(head, k_codes, k_scale, k_zero, (K_DIM * K_BITS + 31) // 32 * K_TOKENS, K_GROUPS * K_DIM)
+    keys = codes_of(head, k_codes, k_scale, k_zero, K_WORDS * K_TOKENS, K_GROUPS * K_DIM)
     values = codes_of(head, v_codes, v_scale, v_zero, V_TOKENS * V_BITS // 32 * V_DIM, V_DIM // V_GROUP * V_STRIDE)
     residual = rows_of(head, k_ring, v_ring, RING, KEYS, VALUES)
     past_tokens = tl.load(past).to(tl.int32)
     first_sink = tl.load(start + batch).to(tl.int32) if SINK_TOKENS > 0 else 0
     stored = past_tokens + NEW_TOKENS
-    first, k_limit, v_limit = limits_of(past_tokens, RESIDUAL, WINDOW)
+    first, k_limit, v_limit = limits_of(past_tokens, RESIDUAL, WINDOW, KEYS)
 
     # Row r is query token r % QUERY of query head r // QUERY of this KV head.
     rows = tl.program_id(1) % ROW_BLOCKS * ROWS + tl.arange(0, ROWS)
@@ -143,10 +173,15 @@ def decode_kernel(
     mask_rows = mask_rows_of(mask, rows, valid_rows, batch, kv_head, HEADS_PER_KV, QUERY, MASK_KIND, MASK_SHAPE)
     view = (mask_rows, past_tokens + rows % QUERY)
 
-    x = code_query(q, query_rows, valid_rows, KEYS)
+    if RANKED:
+        x = ranked_query(q, query_rows, valid_rows, k_order + head * K_DIM, k_center + head * K_DIM, KEYS)
+    else:
+        x = code_query(q, query_rows, valid_rows, KEYS)
     zone = (first, v_limit, first_sink)
     split_range = range_of_split(split, first, v_limit, SPLITS, TILE)
     sums = attend_codes(x, keys, values, view, zone, split_range, KEYS, VALUES, LOGITS, TILE, STAGES)
+    if ROTATION >= 0:
+        sums = sums[0], sums[1], rotate_back(sums[2], ROTATION)
     TILES: tl.constexpr = (FULL_TILE, FULL_STAGES)
     zone = (tl.maximum(v_limit, first), k_limit, first_sink)
     sums = attend_mixed(x, keys, residual, view, zone, split == MIXED_SPLIT, sums, KEYS, VALUES, LOGITS, RING, TILES)

@@ -17,12 +17,16 @@ from torch import Tensor
 
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.packing import codes_per_word
-from xquant_fx.kernels.triton_host import power_of_two
+from xquant_fx.kernels.rotation import rotated_size
+from xquant_fx.kernels.triton_host import power_of_two, rank_counts
+from xquant_fx.kernels.widths import planes
 
+PLANES = {"FOUR": 4, "TWO": 2, "ONE": 1}
 #: Programs that keep a large GPU busy: some for each of 132 multiprocessors.
 PROGRAMS = 528
 #: Most query rows (query heads of one KV head, times query tokens) of a program: with twice as many registers run
-#: out, and on NVIDIA's chips with 16 already where operands are float32 or scales are applied element by element.
+#: out, and on NVIDIA's chips with 16 already where operands are float32, scales are applied element by element or
+#: channels are ranked (which takes a query per plane).
 MOST_ROWS = 16
 
 
@@ -61,7 +65,8 @@ class Settings:
     STAGES: int
     #: The same of tiles in full precision.
     FULL_STAGES: int
-    #: Channels of keys in codes, filled up to whole words and to what a matrix product sums over at least.
+    #: Channels of keys in codes, filled up to whole words (ranked: to K_CHANNELS) and to what a matrix product sums over
+    #: at least.
     CODE_CHANNELS: int
     #: Channels of keys in full precision, filled up likewise.
     K_CHANNELS: int
@@ -89,29 +94,40 @@ def model_dtype(dtype: torch.dtype, interpret: bool) -> str:
 
 def settings(
     *, batch: int, kv_heads: int, rows: int, k_dim: int, v_dim: int, max_len: int, k_bits: int, k_group: int,
-    v_bits: int, v_group: int, dtype: torch.dtype, chunk: bool = False, interpret: bool = False, hip: bool = False,
+    v_bits: int, v_group: int, dtype: torch.dtype, ranked: bool = False, chunk: bool = False,
+    interpret: bool = False, hip: bool = False,
 ) -> Settings:  # fmt: skip
     """What ``decode_kernel`` is compiled with for a problem of this shape."""
     # The query rows are the short side of the products: 8 columns are the least of NVIDIA's matrix units.
     dim, fold_v = max(k_dim, v_dim), v_group == v_dim
     folded = fold_v and tile_tokens(dim, MOST_ROWS, k_group, fold_v)[1]
-    most_rows = MOST_ROWS if hip or (folded and dtype != torch.float32) else MOST_ROWS // 2
+    most_rows = MOST_ROWS if hip or (folded and dtype != torch.float32 and not ranked) else MOST_ROWS // 2
     row_tile = min(max(power_of_two(rows), 16 if hip else 8), most_rows)
     row_blocks = math.ceil(rows / row_tile)
     tile, fold_k = tile_tokens(dim, row_tile, k_group, fold_v)
     k_words = power_of_two(math.ceil(k_dim / codes_per_word(k_bits)))
     k_words = max(k_words, 16 // codes_per_word(k_bits))  # a product sums over at least 16
     full_tile = (64 if dim <= 128 else 32) if hip else 16 if dtype == torch.float32 else 32
+    k_channels = max(power_of_two(k_dim), 16)
     splits = max(1, min(PROGRAMS // (batch * kv_heads * row_blocks), math.ceil(max_len / (2 * tile)), 128))
     return Settings(
         ROWS=row_tile, ROW_BLOCKS=row_blocks,
         SPLITS=splits, MIXED_SPLIT=splits - 1 if chunk else splits, PARTS=splits if chunk else splits + 2,
         TILE=tile, FULL_TILE=min(full_tile, tile) if fold_k else full_tile,  # a tile of codes lies in one group
-        TAIL=256, STAGES=3, FULL_STAGES=1 if hip else 2, CODE_CHANNELS=k_words * codes_per_word(k_bits),
-        K_CHANNELS=max(power_of_two(k_dim), 16), V_CHANNELS=max(power_of_two(v_dim), 16),
+        TAIL=256, STAGES=3, FULL_STAGES=1 if hip else 2, CODE_CHANNELS=k_channels if ranked else k_words * codes_per_word(k_bits),
+        K_CHANNELS=k_channels, V_CHANNELS=max(power_of_two(v_dim), 16),
         K_LANES=min(k_words, 4), V_LANES=min(tile // codes_per_word(v_bits), 4), FOLD_K=fold_k, FOLD_V=fold_v,
         BITCAST=not hip, MODEL=model_dtype(dtype, interpret),
     )  # fmt: skip
+
+
+def ranks(k_bits: float, k_dim: int, ranked: bool) -> dict[str, Any]:
+    """Constants of ``decode_kernel`` for keys with ranked channels, zeros for others."""
+    counts = rank_counts(k_bits, k_dim) if ranked else {f"RANKS_{least}": 0 for least in range(1, 8)}
+    words = {plane.width: power_of_two(plane.words) for plane in planes(k_bits, k_dim)} if ranked else {}
+    # A product sums over 16 at least.
+    fields = {f"K_{name}S": max(words[b] * codes_per_word(b), 16) if b in words else 0 for name, b in PLANES.items()}
+    return {"RANKED": ranked, **counts, **fields}
 
 
 def dense_mask(mask: Tensor) -> Tensor:
@@ -142,10 +158,11 @@ def launch(
         k_dim=k_dim,
         v_dim=v_dim,
         max_len=a.max_len,
-        k_bits=a.k_bits,
+        k_bits=int(a.k_bits),
         k_group=a.k_group,
-        v_bits=a.v_bits,
+        v_bits=int(a.v_bits),
         v_group=a.v_group,
+        ranked=a.k_order is not None,
         dtype=a.q.dtype,
         interpret=interpret,
         chunk=a.k_new is not None,
@@ -167,12 +184,13 @@ def launch(
         NEW_TOKENS=a.new_tokens,
         MAX_LEN=a.max_len,
         K_DIM=k_dim,
-        K_BITS=a.k_bits,
+        K_BITS=int(a.k_bits),
+        K_WORDS=a.k_codes.shape[2],
         K_GROUP=a.k_group,
         K_TOKENS=a.k_codes.shape[3],
         K_GROUPS=a.k_scale.shape[2],
         V_DIM=v_dim,
-        V_BITS=a.v_bits,
+        V_BITS=int(a.v_bits),
         V_GROUP=a.v_group,
         V_TOKENS=a.v_codes.shape[2] * codes_per_word(a.v_bits),
         V_STRIDE=a.v_scale.shape[3],
@@ -187,7 +205,9 @@ def launch(
         MASK_HEADS=mask_shape[1],
         MASK_QUERY=mask_shape[2],
         HAS_NEW=a.k_new is not None,
+        ROTATION=rotated_size(v_dim).bit_length() - 1 if a.v_zero is None else -1,
         num_warps=4,
+        **ranks(a.k_bits, k_dim, a.k_order is not None),
         **dataclasses.asdict(chosen),
     )
     wrap(combine_kernel)[(batch * heads * query,)](

@@ -8,13 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.decode_attention.triton_unpack import CHANNELS, DIM, FOLD, word_order
+from xquant_fx.kernels.decode_attention.triton_unpack import CHANNELS, DIM, FOLD, GROUP, RANKED, word_order
 
 
 @triton.jit
 def codes_of(head, codes, scale, zero, WORDS: tl.constexpr, SCALES: tl.constexpr):
     """(codes, scale, zero) of one KV head of one sequence, of WORDS words and SCALES scales."""
-    return codes + head * WORDS, scale + head * SCALES, zero + head * SCALES
+    return codes + head * WORDS, scale + head * SCALES, scale if zero is None else zero + head * SCALES
 
 
 @triton.jit
@@ -24,10 +24,14 @@ def rows_of(head, keys, values, TOKENS: tl.constexpr, KEYS: tl.constexpr, VALUES
 
 
 @triton.jit
-def limits_of(past_tokens, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr):
+def limits_of(past_tokens, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr):
     """The first token that any row sees, and the tokens below which keys are in codes, and values."""
     first = tl.maximum(past_tokens - WINDOW + 1, 0) if WINDOW > 0 else past_tokens * 0
-    return first, past_tokens // RESIDUAL * RESIDUAL, tl.maximum(past_tokens - RESIDUAL, 0)
+    if KEYS[RANKED]:
+        k_limit = tl.maximum(past_tokens - RESIDUAL + KEYS[GROUP], 0) // KEYS[GROUP] * KEYS[GROUP]
+    else:
+        k_limit = past_tokens // RESIDUAL * RESIDUAL
+    return first, k_limit, tl.maximum(past_tokens - RESIDUAL, 0)
 
 
 @triton.jit

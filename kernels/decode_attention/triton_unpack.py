@@ -24,6 +24,12 @@ STRIDE = tl.constexpr(6)  # numbers from one group's scales to those of the next
 FOLD = tl.constexpr(7)  # whether scales go to the other operand
 BITCAST = tl.constexpr(8)  # whether codes are taken for float16 numbers, not converted
 MODEL = tl.constexpr(9)  # what keys and values in full precision are multiplied in: "fp16", "bf16" or "fp32"
+# Of ranked keys (``triton_ranked.py``), whose planes of 4, 2 and 1 bits are such tuples, too, of DIM fields each.
+RANKED = tl.constexpr(10)  # whether channels are ranked; CHANNELS are then DIM, filled up to a power of two
+PLANES = tl.constexpr(11)  # the three planes, of no CHANNELS where there is none
+COUNTS = tl.constexpr(12)  # of ``kernels/triton_widths.py``
+# Of values.
+ROTATION = tl.constexpr(10)  # rotated in pieces of two to this power; -1: not rotated
 
 
 @triton.jit

@@ -24,12 +24,11 @@ import triton.language as tl
 from xquant_fx.kernels.decode_attention.triton_codes import (
     code_logits,
     code_values,
-    full_values,
     key_scales,
     key_words,
-    product,
     value_scales,
 )
+from xquant_fx.kernels.decode_attention.triton_products import full_values, product
 from xquant_fx.kernels.decode_attention.triton_softmax import (
     MASK,
     SINKS,

@@ -17,8 +17,18 @@ import torch
 from xquant_fx.kernels.arguments import Overload
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
+from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.schemes import SCHEMES
-from xquant_fx.kernels.triton_host import power_of_two
+from xquant_fx.kernels.schemes.per_token_rotated import GAUSSIAN_STEP
+from xquant_fx.kernels.triton_host import power_of_two, rank_counts
+
+#: Tensors of ranked keys alone.
+RANKS = ("order", "center", "energy")
+
+
+def uniform(a: StoreArguments) -> dict[str, Any]:
+    """Constants of both kernels of ``triton_kernels``."""
+    return dict(BITS=int(a.bits), ETA=a.eta, FIT=a.fit or "own")
 
 
 def blocks(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -28,7 +38,7 @@ def blocks(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     groups = math.ceil(new / a.residual_length) * (a.residual_length // a.group_size)
     grid = (batch * heads, groups, math.ceil(dim / 32))
     return grid, dict(
-        TOKENS=a.codes.shape[3], GROUPS=a.quantized.scale.shape[2], CHUNK=32, TILE=min(power_of_two(a.group_size), 64)
+        **uniform(a), TOKENS=a.codes.shape[3], GROUPS=a.quantized.scale.shape[2], CHUNK=32, TILE=min(power_of_two(a.group_size), 64)
     )
 
 
@@ -36,19 +46,46 @@ def tokens(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Grid and constants of ``append_values_kernel``."""
     batch, heads, _, dim = a.x.shape
     grid = (batch * heads, dim // a.group_size)
-    return grid, dict(WORDS=a.codes.shape[2], STRIDE=a.quantized.scale.shape[3], CHUNK=power_of_two(a.group_size))
+    return grid, dict(**uniform(a), WORDS=a.codes.shape[2], STRIDE=a.quantized.scale.shape[3], CHUNK=power_of_two(a.group_size))
+
+
+def ranked(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Grid and constants of ``append_ranked_kernel``."""
+    batch, heads, _, dim = a.x.shape
+    channels = power_of_two(dim)
+    return (batch * heads,), dict(
+        TOKENS=a.codes.shape[3], GROUPS=a.quantized.scale.shape[2], WORDS=a.codes.shape[2], CHANNELS=channels,
+        TILE=min(power_of_two(a.group_size), 4096 // channels), num_warps=4 if channels <= 128 else 8,
+        **rank_counts(a.bits, dim),
+    )  # fmt: skip
+
+
+def rotated(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Grid and constants of ``append_rotated_kernel``."""
+    batch, heads, _, dim = a.x.shape
+    return (batch * heads, dim // a.group_size), dict(
+        BITS=int(a.bits), STEP=GAUSSIAN_STEP[int(a.bits)], LEVELS=rotated_size(dim).bit_length() - 1,
+        WORDS=a.codes.shape[2], STRIDE=a.quantized.scale.shape[3], CHANNELS=power_of_two(dim), num_warps=4,
+    )  # fmt: skip
 
 
 def launch(a: StoreArguments, *, wrap: Callable[[Any], Any]) -> None:
     """Append ``x`` [B, H, 1 to STEP_TOKENS, D]; ``wrap`` is ``wrap_triton``, or nothing in the interpreter."""
     from xquant_fx.kernels.quantize_store.triton_kernels import append_keys_kernel, append_values_kernel
+    from xquant_fx.kernels.quantize_store.triton_ranked import append_ranked_kernel
+    from xquant_fx.kernels.quantize_store.triton_rotated import append_rotated_kernel
 
-    kernels = {"blocks": (append_keys_kernel, blocks), "tokens": (append_values_kernel, tokens)}
-    kernel, plan = kernels[SCHEMES[a.scheme].APPEND]
+    kernels = {
+        "blocks": (append_keys_kernel, blocks, RANKS),
+        "tokens": (append_values_kernel, tokens, RANKS),
+        "ranked": (append_ranked_kernel, ranked, ()),
+        "rotated": (append_rotated_kernel, rotated, ("zero", *RANKS)),
+    }
+    kernel, plan, absent = kernels[SCHEMES[a.scheme].APPEND]
     grid, own = plan(a)
     _, heads, new, dim = a.x.shape
     wrap(kernel)[grid](
-        *a.replace(x=a.x.contiguous()).positional(),
+        *a.replace(x=a.x.contiguous()).positional(without=absent),
         HEADS=heads,
         NEW_TOKENS=new,
         NEW_TILE=power_of_two(new),
@@ -57,13 +94,9 @@ def launch(a: StoreArguments, *, wrap: Callable[[Any], Any]) -> None:
         SINK_TOKENS=a.sink_tokens,
         RESIDUAL=a.residual_length,
         GROUP=a.group_size,
-        BITS=a.bits,
-        ETA=a.eta,
-        FIT=a.fit or "own",
         MAX_LEN=a.max_len,
         STEP_TOKENS=STEP_TOKENS,
-        num_warps=4,
-        **own,
+        **{"num_warps": 4, **own},
     )
 
 

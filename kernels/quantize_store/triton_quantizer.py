@@ -11,6 +11,7 @@ import triton.language as tl
 
 # Adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to an integer, halves to even.
 ROUNDER = tl.constexpr(12582912.0)
+LARGEST_FLOAT32 = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -24,20 +25,32 @@ def range_of(x, valid, low, high, AXIS: tl.constexpr):
 
 @triton.jit
 def step_of_range(low, high, BITS: tl.constexpr):
-    """(low, step) of a range as ``reference.minmax_range`` has them."""
+    """(low, step) of a range for codes of BITS bits."""
+    return step_to(low, high, tl.full(low.shape, (1 << BITS) - 1, tl.float32))
+
+
+@triton.jit
+def step_to(low, high, largest):
+    """(low, step) of a range as ``reference.minmax_range`` has them, for codes up to ``largest``."""
     empty = low > high
     low, high = tl.where(empty, 0.0, low), tl.where(empty, 0.0, high)
-    step = tl.div_rn(high - low, tl.full(low.shape, (1 << BITS) - 1, tl.float32))
+    step = tl.div_rn(high - low, largest)
     finite = tl.abs(step) < float("inf")
     return tl.where(finite, low, float("nan")), tl.where(finite, step, 0.0)
 
 
 @triton.jit
 def encode(x, low, step, BITS: tl.constexpr):
-    """Codes as int32; 0 throughout where ``step`` is 0."""
+    """Codes of BITS bits as int32; 0 throughout where ``step`` is 0."""
+    return encode_to(x, low, step, (1 << BITS) - 1.0)
+
+
+@triton.jit
+def encode_to(x, low, step, largest):
+    """The same up to ``largest``."""
     exact = tl.div_rn(x - low, tl.where(step > 0, step, 1.0) + tl.zeros(x.shape, tl.float32))
     encodable = (step > 0) & (exact == exact)
-    clamped = tl.minimum(tl.maximum(tl.where(encodable, exact, 0.0), 0.0), (1 << BITS) - 1.0)
+    clamped = tl.minimum(tl.maximum(tl.where(encodable, exact, 0.0), 0.0), largest)
     return ((clamped + ROUNDER) - ROUNDER).to(tl.int32)
 
 

@@ -1,0 +1,108 @@
+"""Appending values that are rotated before they are quantized (``schemes/per_token_rotated.py``).
+
+A program has a batch row, a head and a group of channels. It rotates whole tokens, few as they are, and quantizes its
+own channels of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from xquant_fx.kernels.quantize_store.triton_kernels import note_step
+from xquant_fx.kernels.quantize_store.triton_values import store_value_codes
+from xquant_fx.kernels.quantize_store.triton_window import full_tokens, write_step
+from xquant_fx.kernels.triton_rotation import rotate
+from xquant_fx.kernels.triton_small_floats import encode_scale
+
+
+@triton.jit
+def encode_about_zero(y, mine, GROUP: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr):
+    """(codes, scale) of the channels ``mine`` of rotated tokens ``y`` [tokens, channels], by a scale without bias."""
+    n: tl.constexpr = (1 << BITS) - 1
+    square = tl.sum(tl.where(mine, y * y, 0.0), 1)
+    step = STEP * tl.sqrt_rn(tl.div_rn(square, tl.full(square.shape, GROUP, tl.float32)))
+    step = tl.where(step > 0, step, 1.0)
+    exact = tl.floor(tl.div_rn(y, step[:, None] + tl.zeros(y.shape, tl.float32)) + (n + 1) * 0.5)
+    c = tl.minimum(tl.maximum(tl.where(mine & (exact == exact), exact, 0.0), 0.0), n * 1.0)
+    aligned = tl.sum(tl.where(mine, y * (c - n * 0.5), 0.0), 1)
+    return c.to(tl.int32), tl.where(square == 0, 0.0, tl.div_rn(square, tl.where(square == 0, 1.0, aligned)))
+
+
+@triton.jit
+def flush_rotated(
+    source,
+    codes,
+    scale,
+    d,
+    in_group,
+    NEW_TOKENS: tl.constexpr,
+    NEW_TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    STEP: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    """Quantize channels ``in_group`` of each token that leaves the window."""
+    _, _, past = source
+    j = tl.arange(0, NEW_TILE)
+    tokens = past - RESIDUAL + j
+    due = (j < NEW_TOKENS) & (tokens >= 0)
+    tokens = tl.where(due, tokens, 0)
+    v = full_tokens(source, tokens, d, due[:, None] & (d < DIM)[None, :], DIM, RING)
+    y = tl.trans(rotate(tl.trans(v), LEVELS))
+    c, s = encode_about_zero(y, due[:, None] & in_group[None, :], GROUP, BITS, STEP)
+    tl.store(scale + tokens, encode_scale(s), mask=due)
+    store_value_codes(codes, c, tokens, due, past - RESIDUAL, d, in_group, NEW_TOKENS, DIM, BITS)
+
+
+@triton.jit
+def append_rotated_kernel(
+    x,
+    pos,
+    codes,
+    scale,
+    ring,
+    sink,
+    start,
+    length,
+    fault,
+    HEADS: tl.constexpr,
+    NEW_TOKENS: tl.constexpr,
+    NEW_TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    SINK_TOKENS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAX_LEN: tl.constexpr,
+    STEP_TOKENS: tl.constexpr,
+    BITS: tl.constexpr,
+    STEP: tl.constexpr,
+    LEVELS: tl.constexpr,
+    WORDS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Program (batch and head, group of channels): quantize each token that leaves the window."""
+    row, group = tl.program_id(0), tl.program_id(1)
+    head = row.to(tl.int64)
+    x += head * (NEW_TOKENS * DIM)
+    ring += head * (RING * DIM)
+    codes += head * (WORDS * DIM)
+    scale += (head * (DIM // GROUP) + group) * STRIDE
+    first_token = tl.load(start + row // HEADS).to(tl.int32)
+    past = tl.maximum(tl.minimum(tl.load(pos), MAX_LEN - NEW_TOKENS), 0).to(tl.int32)
+    source = (x, ring, past)
+    d = tl.arange(0, CHANNELS)
+    in_group = d // GROUP == group
+    sink_rows = sink + head * ((SINK_TOKENS + 1) * DIM) if SINK_TOKENS > 0 else ring
+    write_step(source, pos, sink_rows, first_token, d, in_group, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
+    if row + group == 0:
+        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, STEP_TOKENS)
+    flush_rotated(
+        source, codes, scale, d, in_group, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, GROUP, BITS, STEP, LEVELS
+    )
