@@ -34,7 +34,7 @@ def signs(dim: int) -> tuple[float, ...]:
 
 
 def _matrix(dim: int, like: Tensor) -> Tensor:
-    """[n, n], as ``like``: H / sqrt(n), n of ``rotated_size``; entry (i, j) is negative where i & j has odd bit count."""
+    """[n, n], as ``like``: H / sqrt(n), n of ``rotated_size``; negative where i & j has an odd bit count."""
     n = rotated_size(dim)
     i = torch.arange(n, device=like.device)
     common = i[:, None] & i

@@ -60,7 +60,7 @@ class XQuantLayer(StaticLayer):
         if not cold:
             return stored
         if isinstance(self.keys, QuantizedKV) and not torch.compiler.is_compiling():
-            key_states = PromptKeys.of(key_states, self.keys.live)
+            key_states = PromptKeys.of(key_states, self.keys.live.note_queries)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.state import KVState
-
 _ATTENTIONS = (torch.nn.functional.scaled_dot_product_attention,)
 _PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
 _MT: Any = Tensor.mT
@@ -28,13 +26,13 @@ _VIEWS = (
 class PromptKeys(torch.Tensor):
     """Keys [B, H, q, D] of a prompt, or what views made of them."""
 
-    state: KVState
+    note: Callable[[Tensor], None]
 
     @classmethod
-    def of(cls, keys: Tensor, state: KVState) -> PromptKeys:
-        """``keys`` that tell ``state`` who attends to them."""
+    def of(cls, keys: Tensor, note: Callable[[Tensor], None]) -> PromptKeys:
+        """``keys`` that give ``note`` the query [B, heads, q, D] that attends to them."""
         marked = keys.as_subclass(cls)
-        marked.state = state
+        marked.note = note
         return marked
 
     @classmethod
@@ -44,7 +42,7 @@ class PromptKeys(torch.Tensor):
             result = func(*args, **kwargs)
         keys = args[0] if args else None
         if func in _VIEWS and isinstance(keys, PromptKeys) and isinstance(result, Tensor):
-            return cls.of(result, keys.state)
+            return cls.of(result, keys.note)
         _show_query(func, args, kwargs)
         return result
 
@@ -55,4 +53,4 @@ def _show_query(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> 
     names = ("query", "key") if func in _ATTENTIONS else ("input", "other")
     query, keys = (args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(names))
     if isinstance(keys, PromptKeys) and isinstance(query, Tensor) and not isinstance(query, PromptKeys):
-        keys.state.note_queries(query)
+        keys.note(query)

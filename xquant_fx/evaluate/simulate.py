@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from xquant_fx import ops
 from xquant_fx.cache.huggingface import XQuantCache, XQuantLayer
+from xquant_fx.cache.prompt_keys import PromptKeys
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError
 from xquant_fx.evaluate.attention import Form, Side, attend, plain
@@ -47,6 +48,30 @@ ROUNDING = 0.01
 Observer = Callable[[Seen], None]
 
 
+class WatchedCache(DynamicCache):
+    """A cache in full precision that keeps the queries of a prompt, as an ``XQuantCache`` gets to see them."""
+
+    queries: dict[int, Tensor] | None
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.queries = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append; keys that are read tell who attends to them."""
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        queries = self.queries
+        if queries is None:
+            return keys, values
+
+        def note(q: Tensor) -> None:
+            queries.setdefault(layer_idx, q)
+
+        return PromptKeys.of(keys, note), values
+
+
 class Prefilled(NamedTuple):
     """A window whose prompt a model has read in full precision; several passes start from it."""
 
@@ -55,13 +80,16 @@ class Prefilled(NamedTuple):
     """int64 [B, T]."""
     prompt: int
     cache: Any
+    queries: dict[int, Tensor]
+    """The prompt's queries [B, Hq, q, D] by layer: keys may be ranked by them (``KVState.note_queries``)."""
 
     @classmethod
     def of(cls, model: Any, ids: Tensor, prompt: int) -> Prefilled:
         """Read the first ``prompt`` tokens of ``ids`` with the model's own attention."""
-        cache = DynamicCache(config=model.config)
+        cache = WatchedCache(config=model.config)
         forward(model, ids[:, :prompt], cache, torch.tensor([prompt - 1], device=ids.device))
-        return cls(model, ids, prompt, cache)
+        queries, cache.queries = cache.queries, None
+        return cls(model, ids, prompt, cache, queries or {})
 
     def rest(self, keep: Tensor) -> Tensor:
         """Logits [B, len(keep), V] at the positions ``keep`` (int64, of the window), by one pass after the prompt.
@@ -124,7 +152,7 @@ class _Pass:
         if layer is None:
             new = query.shape[2]
             return attend(query, plain(key, new), plain(value, new), form).transpose(1, 2).contiguous(), None
-        keys, values = self._sides(layer, key, value, query.shape[2])
+        keys, values = self._sides(layer, module.layer_idx, key, value, query.shape[2])
         out = attend(query, keys, values, form)
         if self.observer is not None:
             self.observer(Seen(layer.layer_idx, query, keys, values, form, out))
@@ -146,9 +174,11 @@ class _Pass:
             )
         return layer
 
-    def _sides(self, layer: XQuantLayer, key: Tensor, value: Tensor, new: int) -> tuple[Side, ...]:
+    def _sides(self, layer: XQuantLayer, index: int, key: Tensor, value: Tensor, new: int) -> tuple[Side, ...]:
         split = self.window.prompt
         layer.update(key[:, :, :split], value[:, :, :split])
+        if index in self.window.queries:
+            layer.states[0].note_queries(self.window.queries[index])
         layer.update(key[:, :, split:], value[:, :, split:])
         past = torch.arange(split, split + new, device=key.device)
         sides = tuple(side(s, x, past) for s, x in zip(layer.states, (key, value), strict=True))
@@ -166,7 +196,8 @@ def side(state: KVState, full: Tensor, past: Tensor) -> Side:
     """What queries see of ``full`` [B, H, T, D], all stored, when ``past`` (int64 [q], rising) tokens are stored."""
     if not state.spec.quantized:
         return plain(full, len(past))
-    limits = SCHEMES[state.spec.scheme].quantized_limit(past, state.spec.residual_length)
+    spec = state.spec
+    limits = SCHEMES[spec.scheme].quantized_limit(past, spec.group_size, spec.residual_length)
     return Side(full, read_back(state, max(int(limits[-1]), 0)), limits)
 
 
