@@ -1,5 +1,6 @@
 // The transform of kernels/rotation.py without signs and scale: y [DIM] in pieces of SIZE, a power of two.
 #pragma once
+#include <cstdint>
 
 namespace xq {
 

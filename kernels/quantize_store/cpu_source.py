@@ -56,13 +56,11 @@ def constants(a: Append) -> str:
         "TOKENS": a.tokens, "RESIDUAL": a.residual, "RING_SLACK": a.ring - a.residual, "SINKS": a.sinks,
         "STEP_TOKENS": STEP_TOKENS, **{fault.name: int(fault) for fault in Fault},
     }  # fmt: skip
-    flags = {
-        "BLOCKS": a.append == "blocks", "RANKED": is_ranked(a), "BORROWED": a.fit is not None,
-        "LEAST_SQUARES": a.fit == "least_squares",
-    }  # fmt: skip
+    flags = {"BORROWED": a.fit is not None, "LEAST_SQUARES": a.fit == "least_squares"}
     floats = {"RELAXED_SCALE": 1 - 2 * a.eta, "RELAXED_ZERO": a.eta * (2**a.bits - 1)}
     floats["GAUSSIAN_STEP"] = GAUSSIAN_STEP.get(a.bits, 0.0)
-    return definitions(numbers, floats, flags, {"T": a.dtype, "S": a.scale_dtype}) + tables(a)
+    fixed = definitions(numbers, floats, flags, {"T": a.dtype, "S": a.scale_dtype})
+    return f"#define XQ_APPEND_{a.append.upper()}\n" + fixed + tables(a)
 
 
 def tables(a: Append) -> str:
