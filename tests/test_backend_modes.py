@@ -25,7 +25,7 @@ from xquant_fx.compiler.options import MODES
 
 SHAPE = (1, 1, 32, 16)
 SMALL = range_config(k_group_size=8, residual_length=8)
-OPTIONS = {"k_group_size": 8, "residual_length": 8}
+OPTIONS = {"preset": "xquant", "k_group_size": 8, "residual_length": 8}
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -13,7 +13,14 @@ from attention_cases import CASES, RANKED_CASES, RANKED_SLOW, RANKED_SPOILED, SP
 from triton_interpreter import Interpreter
 
 pytest.importorskip("triton")
-AMD = ("float16", "float32", "head_dim 256", "odd groups", "ranked, float32", "ranked, head_dim 96, keys 1.5, values 2 bits")
+AMD = (
+    "float16",
+    "float32",
+    "head_dim 256",
+    "odd groups",
+    "ranked, float32",
+    "ranked, head_dim 96, keys 1.5, values 2 bits",
+)
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,9 @@ def append_arguments(
     schemes = dict(k_scheme=f"per_channel{'_ranked' * ranked}", v_scheme=f"per_token{'_rotated' * ranked}")
     config = XQuantConfig(residual_length=residual, sink_tokens=sinks, **bits_of, **schemes, **groups)
     t = stored(side, dtype, config, (1, 8, max_len, dim))
-    tensors = {name: t.get(name) for name in StoreArguments.tensor_names() if name not in ("x", "pos", "start", "fault")}
+    tensors = {
+        name: t.get(name) for name in StoreArguments.tensor_names() if name not in ("x", "pos", "start", "fault")
+    }
     return StoreArguments(
         x=empty(1, 8, new, dim, dtype=dtype),
         pos=empty(new, dtype=torch.int64),

@@ -68,11 +68,14 @@ inline void load_queries(Scratch& scratch, const Inputs& in, int64_t head, int64
     if constexpr (RANKED) {
         const int32_t* order = in.k_order + head * DK;
         const float* center = in.k_center + head * DK;
-        for (int64_t r = 0; r < ROWS; r++)
+        for (int64_t r = 0; r < ROWS; r++) {
+            double sum = 0.0;
             for (int64_t i = 0; i < DK; i++) {
                 scratch.ranked[r][i] = scratch.query[r][order[i]];
-                scratch.q_center[r] += scratch.ranked[r][i] * center[i];
+                sum += (double)scratch.ranked[r][i] * center[i];
             }
+            scratch.q_center[r] = (float)sum;
+        }
     }
     scratch.group = -1;
 }

@@ -17,11 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import xquant_fx.kernels.schemes.per_token as per_token
 from xquant_fx.kernels.packing import codes_per_word, unpack_words
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.reference import unbiased
 from xquant_fx.kernels.rotation import rotate, rotate_back
-from xquant_fx.kernels.schemes import per_token
 from xquant_fx.kernels.schemes.base import Shapes, Stored
 from xquant_fx.kernels.small_floats import decode_scale, encode_scale
 
