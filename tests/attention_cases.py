@@ -134,7 +134,7 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
             peak=11.2, past=1500, max_len=1520, k_group=64, v_bits=2, kv_heads=2, group=2
         ),
         "ranked, loud channels": dict(loud=100.0, scale=1e-3),
-        "ranked, quiet values": dict(loud=1e-3, scale=3.0, v_bits=2, dtype="float32"),
+        "ranked, quiet values": dict(loud=1e-3, scale=2.0, v_bits=2),
     }.items()
 }
 #: Their large ones.
