@@ -12,7 +12,9 @@ from xquant_fx import PRESETS, XQuantCache, XQuantConfig
 
 STEPS = 300
 SMALL = dict(k_group_size=16, residual_length=32)
-QUANTIZED = sorted(set(PRESETS) - {"full"})
+#: Range codes, which the independent reference knows; the others have one in attention_reference.py.
+QUANTIZED = sorted(name for name in set(PRESETS) - {"full"} if PRESETS[name].get("k_scheme") == "per_channel")
+RANKED = sorted(set(PRESETS) - {"full", *QUANTIZED})
 
 
 def small(preset: str, **more) -> XQuantConfig:
@@ -50,6 +52,33 @@ def test_compiled_decode_equals_the_reference(trained):
         counts.append(decode_against_reference(model, ids, preset, step))
     taken, compared = (sum(c[i] for c in counts) for i in (0, 1))
     assert compared > 300_000 and taken <= compared / 100_000, counts
+
+
+@pytest.mark.parametrize("preset", RANKED)
+def test_ranked_and_rotated_steps_equal_eager_ones(trained, preset):
+    """The rewritten graph op by op, with the decode kernel; eager steps attend to dequantized keys and values."""
+    model, ids = trained
+    step = torch.compile(model.forward, backend=interpreted(), dynamic=False)
+    caches = [XQuantCache(model.config, max_cache_len=384, config=small(preset)) for _ in range(2)]
+    runs = [
+        run_steps([(model.forward, 45)] + [(call, 1)] * 150, ids[:, :195], cache)
+        for call, cache in zip((step, model.forward), caches, strict=True)
+    ]
+    assert relative_error(*runs) < 1e-4
+    assert any(bool(state.owned["energy"].any()) for state in caches[0].states if "energy" in state.owned)
+
+
+@pytest.mark.parametrize("preset", ["xquant-2.2", pytest.param("xquant-1.4", marks=pytest.mark.slow)])
+def test_compiled_ranked_and_rotated_steps_equal_eager_ones(trained, preset):
+    """The same with Inductor, where the C++ append quantizes, too."""
+    model, ids = trained
+    step = torch.compile(model.forward, backend="xquant", dynamic=False)
+    caches = [XQuantCache(model.config, max_cache_len=384, config=small(preset)) for _ in range(2)]
+    runs = [
+        run_steps([(first, 45)] + [(call, 1)] * 150, ids[:, :195], cache)
+        for first, call, cache in zip((step, model.forward), (step, model.forward), caches, strict=True)
+    ]
+    assert relative_error(*runs) < 1e-3  # a code or a scale may tip over at a tie
 
 
 def test_full_equals_plain_inductor(trained):

@@ -25,7 +25,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 #: The floors of the house, from the ground up: a module imports from its own floor and from those below.
 FLOORS = (
-    ("errors", "tracing", "tables"),
+    ("errors", "tracing", "tables", "warn_once"),
     ("kernels", "kernels.*"),
     ("plan", "plan.*"),
     ("ops", "quantizer"),

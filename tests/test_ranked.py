@@ -40,7 +40,7 @@ def test_widths_follow_importance(bits: float) -> None:
     """A second way to the same: give one bit at a time to whom it helps most. Whole words cost little."""
     dim, ratio = 128, 250.0
     error = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.00349, 0.00104, 0.0003)
-    importance = [ratio ** (-r / (dim - 1)) for r in range(dim)]
+    importance = [ratio ** -((r / (dim - 1)) ** 0.5) for r in range(dim)]
     filled = [0] * dim
     for _ in range(int(bits * dim)):
         best = max(range(dim), key=lambda r: importance[r] * (error[filled[r]] - error[min(filled[r] + 1, 7)]))

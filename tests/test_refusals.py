@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache
 
 from xquant_fx import CacheStateError, ConfigError, NotRewrittenError, UnsupportedWriteError, XQuantCache
-from xquant_fx.compiler import warn_once
+import xquant_fx.warn_once as warn_once
 from xquant_fx.compiler.backend import compile_graph
 from xquant_fx.compiler.options import parse
 

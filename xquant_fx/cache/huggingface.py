@@ -20,6 +20,7 @@ from xquant_fx.cache.state import CacheGroup, KVState
 from xquant_fx.errors import ArgumentError, CacheStateError, ConfigError
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan, make_plan
+from xquant_fx.plan.warnings import warn_of_cost
 
 
 class XQuantLayer(StaticLayer):
@@ -137,6 +138,7 @@ class XQuantCache(StaticCache):
             raise ConfigError(f"max_cache_len must be at least 1 token, got {max_cache_len}")
         super().__init__(config=model_config, max_cache_len=max_cache_len)
         self.xquant_config = config if config is not None else XQuantConfig()
+        warn_of_cost(self.xquant_config)
         full = [i for i, layer in enumerate(self.layers) if type(layer) is StaticLayer]
         below: list[XQuantLayer] = []
         self.plan = make_plan(self.xquant_config, len(full)) if full else None

@@ -27,7 +27,7 @@ from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, why_not_gradients, why_not_layers
 from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.takeover import Takeover
-from xquant_fx.compiler.warn_once import warn_once
+from xquant_fx.warn_once import warn_once
 from xquant_fx.errors import CacheStateError, ConfigError, NotRewrittenError
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.detect import detect

@@ -11,6 +11,7 @@ from xquant_fx.errors import ConfigError
 from xquant_fx.passes.pipeline import MAY_BE_OFF
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan
+from xquant_fx.plan.warnings import warn_of_cost
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -52,7 +53,9 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> Request:
     if not isinstance(strict, bool):
         raise ConfigError(f"strict must be True or False, got {strict!r}")
     dump, disable = _dump(given.pop("dump", None)), _disable(given.pop("disable", ()))
-    return Request(_config(given), strict, mode, dump, disable)
+    config = _config(given)
+    warn_of_cost(config)
+    return Request(config, strict, mode, dump, disable)
 
 
 def _dump(folder: Any) -> Path | None:

@@ -25,3 +25,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 #: Preset name to the fields that differ from the defaults; read-only.
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({k: MappingProxyType(v) for k, v in _PRESETS.items()})
+
+#: Mean KL divergence, in nats per token, of next tokens on SmolLM2-135M-Instruct, as docs/quality.md measures it.
+MEASURED_KL: Mapping[str, float] = MappingProxyType({})
+#: A preset that costs more than this there warns when it is used.
+TOLERABLE_KL = 0.1
