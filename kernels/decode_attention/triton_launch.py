@@ -126,7 +126,7 @@ def ranks(k_bits: float, k_dim: int, ranked: bool) -> dict[str, Any]:
     counts = rank_counts(k_bits, k_dim) if ranked else {f"RANKS_{least}": 0 for least in range(1, 8)}
     words = {plane.width: power_of_two(plane.words) for plane in planes(k_bits, k_dim)} if ranked else {}
     # A product sums over 16 at least.
-    fields = {f"K_{name}S": max(words[b] * codes_per_word(b), 16) if b in words else 0 for name, b in PLANES.items()}
+    fields = {f"K_{name}S": max(words[b], 4) * codes_per_word(b) if b in words else 0 for name, b in PLANES.items()}
     return {"RANKED": ranked, **counts, **fields}
 
 

@@ -55,7 +55,7 @@ def ranked(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     channels = power_of_two(dim)
     return (batch * heads,), dict(
         TOKENS=a.codes.shape[3], GROUPS=a.quantized.scale.shape[2], WORDS=a.codes.shape[2], CHANNELS=channels,
-        TILE=min(power_of_two(a.group_size), 4096 // channels), num_warps=4 if channels <= 128 else 8,
+        TILE=min(power_of_two(a.group_size), 2048 // channels), num_warps=4 if channels <= 64 else 8,
         **rank_counts(a.bits, dim),
     )  # fmt: skip
 
