@@ -28,17 +28,27 @@ PROGRAMS = 528
 #: out, and on NVIDIA's chips with 16 already where operands are float32, scales are applied element by element or
 #: channels are ranked (which takes a query per plane).
 MOST_ROWS = 16
+#: Fewest tokens of a tile that lies in one group: one word of values at 1 bit.
+LEAST_TILE = 32
 
 
-def tile_tokens(dim: int, row_tile: int, k_group: int, fold_v: bool) -> tuple[int, bool]:
+def why_not(a: DecodeArguments) -> str:
+    """Why the kernels do not take these arguments, in words; "" if they do."""
+    if a.k_order is not None and a.k_group % LEAST_TILE:
+        return f"ranked keys in groups of {a.k_group} tokens, which is no multiple of {LEAST_TILE}"
+    return ""
+
+
+def tile_tokens(dim: int, row_tile: int, k_group: int, fold_v: bool, crowded: bool) -> tuple[int, bool]:
     """Tokens of a tile, and whether each tile lies in one group of tokens (then scales go to the query).
 
     As many as registers have room for: the operands of a tile are in registers, and without folded scales
-    the scales of every element, too.
+    the scales of every element, too. ``crowded`` says that there is room for half as many.
     """
     most = (128 if row_tile <= 8 and fold_v else 64) // (1 if dim <= 128 else 2)
+    most = max(most // 2, LEAST_TILE) if crowded else most
     aligned = min(k_group & -k_group, most)
-    return (aligned, True) if aligned >= 32 else (min(most, 64), False)
+    return (aligned, True) if aligned >= LEAST_TILE else (min(most, 64), False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +110,11 @@ def settings(
     """What ``decode_kernel`` is compiled with for a problem of this shape."""
     # The query rows are the short side of the products: 8 columns are the least of NVIDIA's matrix units.
     dim, fold_v = max(k_dim, v_dim), v_group == v_dim
-    folded = fold_v and tile_tokens(dim, MOST_ROWS, k_group, fold_v)[1]
+    folded = fold_v and tile_tokens(dim, MOST_ROWS, k_group, fold_v, False)[1]
     most_rows = MOST_ROWS if hip or (folded and dtype != torch.float32 and not ranked) else MOST_ROWS // 2
     row_tile = min(max(power_of_two(rows), 16 if hip else 8), most_rows)
     row_blocks = math.ceil(rows / row_tile)
-    tile, fold_k = tile_tokens(dim, row_tile, k_group, fold_v)
+    tile, fold_k = tile_tokens(dim, row_tile, k_group, fold_v, ranked and dtype == torch.float32)
     k_words = power_of_two(math.ceil(k_dim / codes_per_word(k_bits)))
     k_words = max(k_words, 16 // codes_per_word(k_bits))  # a product sums over at least 16
     full_tile = (64 if dim <= 128 else 32) if hip else 16 if dtype == torch.float32 else 32

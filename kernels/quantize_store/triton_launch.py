@@ -24,6 +24,15 @@ from xquant_fx.kernels.triton_host import power_of_two, rank_counts
 
 #: Tensors of ranked keys alone.
 RANKS = ("order", "center", "energy")
+#: Channels that one program has registers for.
+MOST_CHANNELS = 256
+
+
+def why_not(a: StoreArguments) -> str:
+    """Why the kernels do not take these arguments, in words; "" if they do."""
+    if SCHEMES[a.scheme].APPEND == "ranked" and a.x.shape[3] > MOST_CHANNELS:
+        return f"channels are ranked up to head_dim {MOST_CHANNELS}"
+    return ""
 
 
 def uniform(a: StoreArguments) -> dict[str, Any]:
