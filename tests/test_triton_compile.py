@@ -5,6 +5,7 @@ What is compiled is what the host code would launch, constants included. Nothing
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -185,8 +186,16 @@ APPEND = {
     "values, 8 tokens, head_dim 256": dict(side="value", bits=1, new=8, dim=256, group=256),
     "values, groups of 32": dict(side="value", new=3, group=32),
     "keys, head_dim 96, 4 bits": dict(side="key", new=8, dim=96, bits=4, group=16),
+    "ranked keys": dict(side="key", ranked=True, residual=256),
+    "rotated values": dict(side="value", ranked=True),
+    "ranked keys, head_dim 256, 8 tokens": dict(side="key", ranked=True, residual=256, dim=256, new=8, sinks=4),
+    "ranked keys, head_dim 80, 1.5 bits": dict(side="key", ranked=True, residual=256, dim=80, bits=1.5, new=4),
+    "ranked keys, head_dim 96, 4 bits": dict(side="key", ranked=True, residual=96, group=32, dim=96, bits=4),
+    "ranked keys, float32, 3 bits": dict(side="key", ranked=True, residual=64, group=32, bits=3, dtype=torch.float32),
+    "rotated values, head_dim 256, 8 tokens": dict(side="value", ranked=True, dim=256, group=256, new=8),
+    "rotated values, head_dim 96, groups of 32": dict(side="value", ranked=True, dim=96, group=32, new=3, bits=1),
 }
-QUICK = ("keys", "values", "fitted values")
+QUICK = ("keys", "values", "fitted values", "ranked keys", "rotated values")
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -196,34 +205,37 @@ def test_append(name: str, chip: str) -> None:
     check(compiled(kernel, chip), chip)
 
 
+@pytest.mark.parametrize("case", ["head_dim 128", "ranked"])
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
-def test_occupancy_at_head_dim_128(chip: str) -> None:
+def test_occupancy_at_head_dim_128(chip: str, case: str) -> None:
     """Two programs fit on a multiprocessor, so that one works while the other waits."""
-    decode, _ = launches(triton_attention.launch, decode_arguments(), hip=False)
+    decode, _ = launches(triton_attention.launch, decode_arguments(**FAST[case]), hip=False)
     needs = compiled(decode, chip)
     assert 2 * 128 * needs.registers <= 65536
     assert 2 * needs.shared <= CHIPS[chip][3]
 
 
-def test_codes_stay_in_registers() -> None:
+@pytest.mark.parametrize("case", ["head_dim 128", "ranked"])
+def test_codes_stay_in_registers(case: str) -> None:
     """Words are brought into the order of the matrix unit, not the codes, which are up to 16 times larger."""
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 8):
         pytest.skip("Triton 3.6 takes the codes through shared memory")
-    decode, _ = launches(triton_attention.launch, decode_arguments(), hip=False)
+    decode, _ = launches(triton_attention.launch, decode_arguments(**FAST[case]), hip=False)
     ttgir = compiled(decode, "sm_90").asm["ttgir"]
     loop = ttgir[ttgir.index("scf.for") :]
     loop = loop[: loop.index("scf.yield")]
     moved = [line for line in loop.splitlines() if "ttg.local_alloc" in line or "ttg.convert_layout" in line]
-    assert moved and not any("128x128x" in line for line in moved), moved
+    assert moved and not any(re.search("128x(32|64|128)x", line) for line in moved), moved
     assert "dot_op<{opIdx = 0" in loop
 
 
-def test_inductor_inlines_the_kernels() -> None:
+@pytest.mark.parametrize("ranked", [False, True])
+def test_inductor_inlines_the_kernels(ranked: bool) -> None:
     """No call back into Python, no copies: partial results and the output are all that is allocated."""
     from fake_cuda import fake_cuda, generated_code
 
     def make_args() -> tuple[Any, ...]:
-        given = decode_arguments(query=2, max_len=4096)
+        given = decode_arguments(query=2, max_len=4096, ranked=ranked)
         return (given.mapped(lambda t: torch.zeros(t.shape, dtype=t.dtype, device="cuda"))._asdict(),)
 
     with fake_cuda():
@@ -232,3 +244,19 @@ def test_inductor_inlines_the_kernels() -> None:
     assert "torch.ops.xquant" not in call and ".clone(" not in call
     assert call.count("decode_kernel_0.run(") == call.count("combine_kernel_1.run(") == 1
     assert call.count("= empty_strided_cuda(") == 3
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_inductor_inlines_appends(side: str) -> None:
+    """Ranked keys and rotated values: no call back into Python, nothing copied, nothing allocated."""
+    from fake_cuda import fake_cuda, generated_code
+
+    def make_args() -> tuple[Any, ...]:
+        given = append_arguments(side=side, ranked=True, max_len=4096)
+        return (given.mapped(lambda t: torch.zeros(t.shape, dtype=t.dtype, device="cuda"))._asdict(),)
+
+    with fake_cuda():
+        code = generated_code(lambda given: triton_store.append(StoreArguments(**given)), make_args, backend="inductor")
+    call = code[code.index("def call(") :]
+    assert "torch.ops.xquant" not in call and ".clone(" not in call and "= empty_strided_cuda(" not in call
+    assert call.count("_kernel_0.run(") == 1
