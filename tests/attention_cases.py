@@ -117,7 +117,9 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
         "ranked, sink tokens": dict(sinks=4, batch=2, start=(0, 5), mask="padded", loud=5.0, dtype="float32"),
         "ranked, many sink tokens, window": dict(sinks=40, window=130, v_bits=2),
         "ranked, a chunk": dict(query=20, mask="padded", kv_heads=2, batch=2, start=(0, 5), v_bits=2),
-        "ranked, a chunk, float32, softcap, window": dict(query=33, dtype="float32", softcap=2.0, window=60, k_bits=1.5),
+        "ranked, a chunk, float32, softcap, window": dict(
+            query=33, dtype="float32", softcap=2.0, window=60, k_bits=1.5
+        ),
         "ranked, a prompt": dict(query=30, past=0, mask="padded"),
         "ranked, nothing before": dict(past=0),
         "ranked, the first value in codes": dict(past=65),

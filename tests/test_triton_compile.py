@@ -38,17 +38,21 @@ def stored(side: str, dtype: torch.dtype, config: XQuantConfig, shape: tuple[int
     return {**tensors, "scheme": spec.scheme, "bits": spec.bits, "group": spec.group_size}
 
 
+def schemes(ranked: bool) -> dict[str, Any]:
+    """Fields of a config: the pair of schemes with ranked keys, or the other one."""
+    return dict(k_scheme=f"per_channel{'_ranked' * ranked}", v_scheme=f"per_token{'_rotated' * ranked}")
+
+
 def decode_arguments(
-    *, dim: int = 128, k_bits: float = 2, v_bits: int = 1, ranked: bool = False, dtype: torch.dtype = torch.bfloat16, group: int = 4,
-    query: int = 1, mask: torch.dtype | None = torch.bool, k_group: int = 128, v_group: int | None = None,
-    residual: int = 128, sinks: int = 0, softcap: float = 0.0, window: int = 0, extra: bool = False,
-    max_len: int = 32768, kv_heads: int = 8,
+    *, dim: int = 128, k_bits: float = 2, v_bits: int = 1, ranked: bool = False, dtype: torch.dtype = torch.bfloat16,
+    group: int = 4, query: int = 1, mask: torch.dtype | None = torch.bool, k_group: int = 128,
+    v_group: int | None = None, residual: int = 128, sinks: int = 0, softcap: float = 0.0, window: int = 0,
+    extra: bool = False, max_len: int = 32768, kv_heads: int = 8,
 ) -> DecodeArguments:  # fmt: skip
     """Arguments of ``decode_attention`` without data."""
     config = XQuantConfig(
-        k_scheme="per_channel_ranked" if ranked else "per_channel",
-        v_scheme="per_token_rotated" if ranked else "per_token", k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group, v_group_size=v_group,
-        residual_length=residual, sink_tokens=sinks,
+        **schemes(ranked), k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group,
+        v_group_size=v_group, residual_length=residual, sink_tokens=sinks,
     )  # fmt: skip
     key, value = (stored(side, dtype, config, (1, kv_heads, max_len, dim)) for side in ("key", "value"))
     facts = {f"{side}_{name}": t[name] for side, t in (("k", key), ("v", value)) for name in FACTS}
@@ -79,10 +83,10 @@ def append_arguments(
     """Arguments of ``triton_store.launch`` without data."""
     groups = dict(k_group_size=group) if side == "key" else dict(k_group_size=residual, v_group_size=group)
     bits_of = dict(k_bits=bits) if side == "key" else dict(v_bits=bits)
-    schemes = dict(k_scheme=f"per_channel{'_ranked' * ranked}", v_scheme=f"per_token{'_rotated' * ranked}")
-    config = XQuantConfig(residual_length=residual, sink_tokens=sinks, **bits_of, **schemes, **groups)
+    config = XQuantConfig(residual_length=residual, sink_tokens=sinks, **bits_of, **schemes(ranked), **groups)
     t = stored(side, dtype, config, (1, 8, max_len, dim))
-    tensors = {name: t.get(name) for name in StoreArguments.tensor_names() if name not in ("x", "pos", "start", "fault")}
+    given = ("x", "pos", "start", "fault")
+    tensors = {name: t.get(name) for name in StoreArguments.tensor_names() if name not in given}
     return StoreArguments(
         x=empty(1, 8, new, dim, dtype=dtype),
         pos=empty(new, dtype=torch.int64),

@@ -120,9 +120,7 @@ def check_ranked(found: dict[str, Any]) -> None:
     assert found.get("center", 0.0) < 1e-4 and found["nans"][0] == found["nans"][1], found
 
 
-@pytest.mark.parametrize(
-    "name", [*RANKED, *(pytest.param(name, marks=pytest.mark.slow) for name in RANKED_SLOW)]
-)
+@pytest.mark.parametrize("name", [*RANKED, *(pytest.param(name, marks=pytest.mark.slow) for name in RANKED_SLOW)])
 def test_ranked_and_rotated_as_the_ops(name: str, interpreter: Interpreter) -> None:
     case = {"script": RANKED_SCRIPT, **{**RANKED, **RANKED_SLOW}[name]}
     check_ranked(interpreter.call("triton_store_runs:ranked_differences", **case))

@@ -66,19 +66,25 @@ def plane_query(q, order, unit, rows, valid_rows, PLANE: tl.constexpr, KEYS: tl.
 
 
 @triton.jit
-def ranked_query(q, rows, valid_rows, order, center, KEYS: tl.constexpr):
-    """Query rows for ranked keys: by rank [ranks, ROWS], those of each plane, their unit, times centers [ROWS].
+def query_unit(x, KEYS: tl.constexpr):
+    """The unit [ROWS] of float16 queries of planes: a power of two above half of the largest number."""
+    if KEYS[MODEL] == "fp32":
+        return tl.full((x.shape[1],), 1.0, tl.float32)
+    else:
+        largest = tl.max(tl.abs(x.to(tl.float32)), 0)
+        exponent = tl.maximum(largest, LEAST_UNIT).to(tl.int32, bitcast=True) & 0x7F800000
+        return exponent.to(tl.float32, bitcast=True)
 
-    Queries of planes are in a unit of a power of two, above half of their largest number, so that they fit float16.
-    """
+
+@triton.jit
+def ranked_query(q, rows, valid_rows, order, center, KEYS: tl.constexpr):
+    """Query rows for ranked keys: by rank [ranks, ROWS], those of each plane, their unit, times centers [ROWS]."""
     rank = tl.arange(0, KEYS[CHANNELS])
     in_bounds = rank < KEYS[DIM]
     channel = tl.load(order + rank, mask=in_bounds, other=0)
     offsets = rows[None, :] * KEYS[DIM] + channel[:, None]
     x = tl.load(q + offsets, mask=in_bounds[:, None] & valid_rows[None, :], other=0.0)
-    largest = tl.max(tl.abs(x.to(tl.float32)), 0)
-    exponent = tl.maximum(largest, LEAST_UNIT).to(tl.int32, bitcast=True) & 0x7F800000
-    unit = exponent.to(tl.float32, bitcast=True)
+    unit = query_unit(x, KEYS)
     from_center = tl.sum(x.to(tl.float32) * tl.load(center + rank, mask=in_bounds, other=0.0)[:, None], 0)
     four = plane_query(q, order, unit, rows, valid_rows, KEYS[PLANES][0], KEYS)
     two = plane_query(q, order, unit, rows, valid_rows, KEYS[PLANES][1], KEYS)

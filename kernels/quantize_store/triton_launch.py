@@ -45,17 +45,18 @@ def blocks(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     batch, heads, new, dim = a.x.shape
     # As many blocks as the step may complete, and 32 channels, which are whole words at any bits.
     groups = math.ceil(new / a.residual_length) * (a.residual_length // a.group_size)
-    grid = (batch * heads, groups, math.ceil(dim / 32))
-    return grid, dict(
-        **uniform(a), TOKENS=a.codes.shape[3], GROUPS=a.quantized.scale.shape[2], CHUNK=32, TILE=min(power_of_two(a.group_size), 64)
-    )
+    return (batch * heads, groups, math.ceil(dim / 32)), dict(
+        **uniform(a), TOKENS=a.codes.shape[3], GROUPS=a.quantized.scale.shape[2], CHUNK=32,
+        TILE=min(power_of_two(a.group_size), 64),
+    )  # fmt: skip
 
 
 def tokens(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Grid and constants of ``append_values_kernel``."""
     batch, heads, _, dim = a.x.shape
-    grid = (batch * heads, dim // a.group_size)
-    return grid, dict(**uniform(a), WORDS=a.codes.shape[2], STRIDE=a.quantized.scale.shape[3], CHUNK=power_of_two(a.group_size))
+    return (batch * heads, dim // a.group_size), dict(
+        **uniform(a), WORDS=a.codes.shape[2], STRIDE=a.quantized.scale.shape[3], CHUNK=power_of_two(a.group_size)
+    )
 
 
 def ranked(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Ranking the channels of keys when the first groups of a sequence are quantized (``schemes/per_channel_ranked.py``).
 
-``source`` is explained in ``triton_window.py``. Tokens before ``first_valid`` are padding or attention sinks and take no
-part.
+``source`` is explained in ``triton_window.py``. Tokens before ``first_valid`` are padding or attention sinks and take
+no part.
 """
 
 from __future__ import annotations
