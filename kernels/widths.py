@@ -94,7 +94,7 @@ class Run(NamedTuple):
     element: int
     """Its first field, counted over all planes and the padding between them."""
     rank: int
-    count: int
+    length: int
     weight: float
     """2**shift: what a field's unit stands for."""
 
@@ -107,11 +107,39 @@ def runs_of(stored: tuple[Plane, ...]) -> list[Run]:
         for place, (rank, shift) in enumerate(zip(plane.ranks, plane.shifts, strict=True)):
             element, weight = begin + place, 2.0**shift
             last = runs[-1] if runs else None
-            if last is not None and (last.element + last.count, last.rank + last.count, last.weight) == (
+            if last is not None and (last.element + last.length, last.rank + last.length, last.weight) == (
                 element, rank, weight,
             ):  # fmt: skip
-                runs[-1] = last._replace(count=last.count + 1)
+                runs[-1] = last._replace(length=last.length + 1)
             else:
                 runs.append(Run(element, rank, 1, weight))
         begin += plane.words * codes_per_word(plane.width)
     return runs
+
+
+class Field(NamedTuple):
+    """Where one field of one rank's code is in a token's words."""
+
+    word: int
+    rank: int
+    shift: int
+    """Bits of the code below it."""
+    mask: int
+    """2**width - 1."""
+    bit: int
+    """Its lowest bit in the word."""
+    first: bool
+    """Whether it is the first field of the word."""
+
+
+def fields_of(stored: tuple[Plane, ...]) -> list[Field]:
+    """All fields of ``stored``, word by word."""
+    fields, begin = [], 0
+    for plane in stored:
+        per = codes_per_word(plane.width)
+        for place, (rank, shift) in enumerate(zip(plane.ranks, plane.shifts, strict=True)):
+            r = place % per
+            bit = 8 * (r % 4) + plane.width * (r // 4)
+            fields.append(Field(begin + place // per, rank, shift, 2**plane.width - 1, bit, r == 0))
+        begin += plane.words
+    return fields

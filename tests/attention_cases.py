@@ -134,7 +134,7 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
             peak=11.2, past=1500, max_len=1520, k_group=64, v_bits=2, kv_heads=2, group=2
         ),
         "ranked, loud channels": dict(loud=100.0, scale=1e-3),
-        "ranked, quiet values": dict(loud=1e-3, scale=3.0, v_bits=2),
+        "ranked, quiet values": dict(loud=1e-3, scale=2.0, v_bits=2),
     }.items()
 }
 #: Their large ones.
@@ -144,12 +144,12 @@ RANKED_SLOW = {
 }
 
 
-def allowed(result: dict[str, Any], dtype: str) -> float:
+def allowed(result: dict[str, Any], dtype: str, roundings: int = 8) -> float:
     """Three times the error of the fp32 reference, and not below what any order of summing may cost.
 
     Two sums of n terms in different orders differ by some roundings of their largest partial sum, and
     the reference's luck in one case is no bound: 8 roundings in float32 of the largest output, and one
-    of the output's own dtype.
+    of the output's own dtype. ``roundings`` is for kernels that round otherwise.
     """
     eps = torch.finfo(getattr(torch, dtype)).eps
-    return 3 * result["usual"] + result["largest"] * (8 * 2.0**-23 + eps / 2)
+    return 3 * result["usual"] + result["largest"] * (roundings * 2.0**-23 + eps / 2)

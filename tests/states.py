@@ -16,6 +16,11 @@ from xquant_fx.plan.spec import KVSpec, Role
 Shape = tuple[int, int, int, int]
 
 
+def range_config(**fields: Any) -> XQuantConfig:
+    """The preset ``xquant`` (range codes, values shared) with ``fields``."""
+    return XQuantConfig.preset("xquant").replace(**fields)
+
+
 def layers_of(
     settings: XQuantConfig | Plan,
     shape: Shape,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from states import layers_of
+from states import layers_of, range_config
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import compile_fx
@@ -24,8 +24,8 @@ from xquant_fx.compiler import backend
 from xquant_fx.compiler.options import MODES
 
 SHAPE = (1, 1, 32, 16)
-SMALL = XQuantConfig(k_group_size=8, residual_length=8)
-OPTIONS = {"k_group_size": 8, "residual_length": 8}
+SMALL = range_config(k_group_size=8, residual_length=8)
+OPTIONS = {"preset": "xquant", "k_group_size": 8, "residual_length": 8}
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, keys: Tensor, values: Tensor) -> Tensor:

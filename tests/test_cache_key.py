@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import generated_code
-from states import layers_of
+from states import layers_of, range_config
 from torch import Tensor
 from torch._inductor import codecache, compile_fx
 from torch._inductor import config as inductor_config
@@ -28,7 +28,7 @@ from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.compiler import cache_key
 from xquant_fx.plan.spec import KVSpec
 
-SMALL = XQuantConfig(k_group_size=8, residual_length=8)
+SMALL = range_config(k_group_size=8, residual_length=8)
 SHAPE = (1, 1, 32, 16)
 
 
@@ -128,7 +128,7 @@ def test_source_hash_covers_every_file(tmp_path: Path, monkeypatch: pytest.Monke
     files = [path for path in package.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
     assert {path.suffix for path in files} == {".py", ".cpp", ".h"}
     folders = {path.relative_to(package).parts[0] for path in files if path.parent != package}
-    assert folders == {"cache", "compiler", "kernels", "passes", "plan", "reports"}
+    assert folders == {"cache", "compiler", "evaluate", "kernels", "passes", "plan", "reports"}
     for path in files:
         path.write_text(path.read_text() + "\n// changed\n")
         seen.add(compute())

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from states import range_config
 
 from xquant_fx import PRESETS, ConfigError, XQuantConfig
 from xquant_fx.cache.allocate import Geometry, bind_all
@@ -22,10 +23,15 @@ SHAPE = (1, 2, 64, 16)
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(k_bits=3), "k_bits must be one of .*1, 2, 4, 8, 16.* got 3"),
+        (dict(k_bits=3, k_scheme="per_channel"), r"k_bits must be one of \(1, 2, 4, 8, 16\) .*per_channel.* got 3"),
+        (dict(k_bits=2.3), r"k_bits must be one of \(1.0, 1.25, .*, 4.0, 16\) .*per_channel_ranked.* got 2.3"),
+        (dict(k_bits=0.75), "k_bits .* got 0.75"),
+        (dict(v_bits=1.5), r"v_bits must be one of \(1, 2, 4, 8, 16\) .*per_token_rotated.* got 1.5"),
+        (dict(k_scheme="per_head"), "k_scheme must be one of .*'per_channel_ranked'.* got 'per_head'"),
+        (dict(v_scheme=None), "v_scheme must be one of .*'per_token_rotated'.* got None"),
         (dict(v_bits=0), "v_bits .* got 0"),
         (dict(k_bits=True), "k_bits .* got True"),
-        (dict(k_bits=2.0), "k_bits .* got 2.0"),
+        (dict(k_bits=math.nan), "k_bits .* got nan"),
         (dict(v_bits=(1, 5)), r"v_bits .* got \(1, 5\)"),
         (dict(v_bits=()), r"v_bits must hold one number per layer, got \(\)"),
         (dict(share_keys_from=-1), "share_keys_from must not be negative, got -1"),
@@ -60,12 +66,17 @@ def test_config_is_frozen_keyword_only_and_a_value() -> None:
     with pytest.raises(TypeError):
         XQuantConfig(4)
     assert config == XQuantConfig(k_bits=4) and hash(config) == hash(XQuantConfig(k_bits=4))
-    assert config.replace(v_bits=8) == XQuantConfig(k_bits=4, v_bits=8) and config.v_bits == 1
+    assert config.replace(v_bits=8) == XQuantConfig(k_bits=4, v_bits=8) and config.v_bits == 2
+    assert repr(XQuantConfig(k_bits=2.0, v_bits=(2.0,))) == repr(XQuantConfig(k_bits=2, v_bits=(2,)))
 
 
 NOTHING_SHARED = dict(share_keys_from=None, share_values_from=None)
 EXPECTED = {
     "full": dict(k_bits=16, v_bits=16, **NOTHING_SHARED),
+    "xquant-2.7": dict(k_bits=3, v_bits=2, **NOTHING_SHARED),
+    "xquant-2.2": dict(k_bits=2, v_bits=2, **NOTHING_SHARED),
+    "xquant-1.7": dict(k_bits=2, v_bits=1, **NOTHING_SHARED),
+    "xquant-1.4": dict(k_bits=1.5, v_bits=1, **NOTHING_SHARED),
     "kivi-4": dict(k_bits=4, v_bits=4, eta_1bit=0, eta_2bit=0, **NOTHING_SHARED),
     "kivi-2": dict(k_bits=2, v_bits=2, eta_1bit=0, eta_2bit=0, **NOTHING_SHARED),
     "asymkv-1.5": dict(k_bits=2, v_bits=1, eta_1bit=0, eta_2bit=0, **NOTHING_SHARED),
@@ -75,18 +86,26 @@ EXPECTED = {
 }
 
 
+#: What keeps its name and its numbers.
+OLDER = ("kivi-4", "kivi-2", "asymkv-1.5", "xquant-paper", "xquant", "xquant-1bit")
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_presets(name: str) -> None:
     config = XQuantConfig.preset(name)
     fields = dict(eta_1bit=1 / 6, eta_2bit=0.045) | EXPECTED[name] if "xquant" in name else EXPECTED[name]
     assert {field: getattr(config, field) for field in fields} == fields
-    rest = dict(k_group_size=128, v_group_size=None, residual_length=128, sink_tokens=0, scale_dtype=torch.float16)
+    rest = dict(k_group_size=128, v_group_size=None, scale_dtype=torch.float16)
+    if name in OLDER:
+        rest |= dict(residual_length=128, sink_tokens=0, k_scheme="per_channel", v_scheme="per_token")
+    else:
+        rest |= dict(residual_length=256, sink_tokens=4, k_scheme="per_channel_ranked", v_scheme="per_token_rotated")
     assert {field: getattr(config, field) for field in rest} == rest
 
 
 def test_preset_names() -> None:
     assert set(PRESETS) == set(EXPECTED)
-    assert XQuantConfig.preset("xquant") == XQuantConfig()
+    assert XQuantConfig.preset("xquant-2.2") == XQuantConfig()
     with pytest.raises(ConfigError, match=r"preset must be one of \[.*'kivi-2'.*\], got 'kivi'"):
         XQuantConfig.preset("kivi")
     with pytest.raises(TypeError):
@@ -104,10 +123,11 @@ def test_json_round_trip(name: str) -> None:
 
 
 def test_bits_and_eta_of_a_layer() -> None:
-    config = XQuantConfig(k_bits=(1, 2, 4), v_bits=8, eta_1bit=0.2, eta_2bit=0.1)
+    config = range_config(k_bits=(1, 2, 4), v_bits=8, eta_1bit=0.2, eta_2bit=0.1)
     assert [config.bits("key", i, 3) for i in range(3)] == [1, 2, 4]
     assert [config.bits("value", i, 3) for i in range(3)] == [8, 8, 8]
-    assert [config.eta(bits) for bits in (1, 2, 4, 8, 16)] == [0.2, 0.1, 0, 0, 0]
+    assert [config.eta("per_token", bits) for bits in (1, 2, 4, 8, 16)] == [0.2, 0.1, 0, 0, 0]
+    assert [config.eta("per_token_rotated", bits) for bits in (1, 2, 4, 8, 16)] == [0, 0, 0, 0, 0]
     with pytest.raises(ConfigError, match="k_bits must hold one number per layer: got 3 for 4 layers"):
         config.bits("key", 0, 4)
 
@@ -128,7 +148,7 @@ def borrowing(specs: list[KVSpec]) -> dict[int, int]:
 def test_which_layers_borrow(layers: int, share: float | None, side: str) -> None:
     """Pairs (2i, 2i + 1), never shifted; an upper layer borrows if its number is at or past the start."""
     field = "share_keys_from" if side == "key" else "share_values_from"
-    config = XQuantConfig(**(NOTHING_SHARED | {field: share}))
+    config = range_config(**(NOTHING_SHARED | {field: share}))
     start = layers if share is None else math.floor(share * layers) if isinstance(share, float) else share
     expected = {i: i - 1 for i in range(layers) if i % 2 == 1 and i >= start}
     plans = plan(config, layers, side)
@@ -151,22 +171,22 @@ def test_which_layers_borrow(layers: int, share: float | None, side: str) -> Non
     ],
 )
 def test_pairs_that_do_not_match_stay_apart(fields: dict, more: dict, reason: str) -> None:
-    plans = plan(XQuantConfig(share_values_from=0, **fields), 4, **more)
+    plans = plan(range_config(share_values_from=0, **fields), 4, **more)
     assert borrowing(plans) == {3: 2}
     assert plans[0].reason == "lower layer of its pair" and re.match(reason, plans[1].reason)
 
 
 def test_a_plan_says_where_sharing_starts_and_what_is_out_of_reach() -> None:
-    reasons = [p.reason for p in plan(XQuantConfig(), 8)]
+    reasons = [p.reason for p in plan(range_config(), 8)]
     assert reasons[1] == reasons[3] == "share_values_from starts sharing at layer 4"
     assert reasons[5] == reasons[7] == SHARED
-    assert plan(XQuantConfig(), 8, "key")[5].reason == "sharing is off"
-    entry = make_plan(XQuantConfig(share_values_from=0), 2).layers[1].value
+    assert plan(range_config(), 8, "key")[5].reason == "sharing is off"
+    entry = make_plan(range_config(share_values_from=0), 2).layers[1].value
     assert entry.partner == 0 and entry.bind(1, SHAPE, torch.float16, None).reason == "layer 0 is not in reach"
 
 
 def test_the_spec_a_plan_makes() -> None:
-    config = XQuantConfig(
+    config = range_config(
         k_group_size=8, residual_length=16, v_group_size=4, eta_1bit=0.3, sink_tokens=2, scale_dtype=torch.float32
     )
     key, value = (plan(config, 2, role)[1] for role in ("key", "value"))
@@ -187,7 +207,7 @@ def test_options() -> None:
     assert parse(None, None).effective == XQuantConfig() and parse(None, None).strict is False
     assert parse(None, {"preset": "kivi-2"}).config == XQuantConfig.preset("kivi-2")
     assert parse(None, {"preset": "kivi-2", "v_bits": 4}).config == XQuantConfig.preset("kivi-2").replace(v_bits=4)
-    assert parse(None, {"k_bits": 8}).effective == XQuantConfig(k_bits=8)
+    assert parse(None, {"k_bits": 4}).effective == XQuantConfig(k_bits=4)
     config = XQuantConfig(sink_tokens=4)
     assert parse(None, {"config": config}).config is config
     request = parse("reduce-overhead", {"strict": True})
@@ -206,7 +226,7 @@ def test_options() -> None:
         (None, {"config": {"k_bits": 2}}, "config must be an XQuantConfig or a Plan, got dict"),
         (None, {"preset": "kivi-3"}, "preset must be one of .* got 'kivi-3'"),
         (None, {"strict": 1}, "strict must be True or False, got 1"),
-        (None, {"k_bits": 3}, "k_bits must be one of .* got 3"),
+        (None, {"k_bits": 7}, "k_bits must be one of .* got 7"),
     ],
 )
 def test_options_that_make_no_sense(mode: str | None, options: dict | None, words: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import CASES, SPOILED, allowed
+from attention_cases import CASES, RANKED_CASES, RANKED_SLOW, RANKED_SPOILED, SPOILED, allowed
 from attention_runs import Setup, arguments, errors, inputs
 
 from xquant_fx import ops
@@ -18,31 +18,35 @@ from xquant_fx.kernels.decode_attention.cpu_call import empty_output, problem_of
 from xquant_fx.kernels.decode_attention.cpu_source import source
 from xquant_fx.kernels.decode_attention.plain_torch import attend
 
+EVERY = {**CASES, **RANKED_CASES}
 NARROW = ("float32", "bfloat16", "keys 8, values 1 bits", "sink tokens", "head_dim 8", "a bias a token", "softcap")
+NARROW += ("ranked, float32", "ranked, head_dim 48, values 24", "ranked, sink tokens")
 
-EMULATED = ("bfloat16", "keys 8, values 1 bits")
+EMULATED = ("bfloat16", "keys 8, values 1 bits", "ranked, float32")
 
 
 def check(setup: Setup, out: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
     result = errors(setup, out, given)
     assert result["same_nan"] and result["zeros_are_zero"]
-    assert result["error"] <= allowed(result, setup.dtype), result
+    # The fields of ranked keys count 1, 2 or 4 times and share one fixed-point unit, which is that much coarser.
+    roundings = 16 if setup.k_scheme == "per_channel_ranked" else 8
+    assert result["error"] <= allowed(result, setup.dtype, roundings), result
     return result
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*EVERY, *(pytest.param(n, marks=pytest.mark.slow) for n in RANKED_SLOW)])
 def test_against_the_truth(name: str) -> None:
-    setup = Setup(**CASES[name])
+    setup = Setup(**{**EVERY, **RANKED_SLOW}[name])
     given = inputs(setup)
     assert check(setup, ops.DECODE(**arguments(setup, given)), given)["largest"] > 0
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in NARROW else pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in NARROW else pytest.mark.slow) for n in EVERY])
 def test_narrower_vectors(name: str, isa: str) -> None:
     if ISAS[isa].lanes > cpu_build.isa().lanes:
         pytest.skip(f"this machine has {cpu_build.isa().name} only")
-    setup = Setup(**CASES[name])
+    setup = Setup(**EVERY[name])
     given = inputs(setup)
     a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
     types, code = source(problem_of(a), ISAS[isa])
@@ -55,7 +59,7 @@ def test_narrower_vectors(name: str, isa: str) -> None:
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in EMULATED else pytest.mark.slow) for n in NARROW])
 def test_avx512_without_the_processor(name: str, macro: str) -> None:
     """The 16-lane code with its intrinsics spelt out (avx512.h), so that no machine leaves it untested."""
-    setup = Setup(**CASES[name])
+    setup = Setup(**EVERY[name])
     given = inputs(setup)
     a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
     types, code = source(problem_of(a), ISAS["avx512"])
@@ -67,9 +71,9 @@ def test_avx512_without_the_processor(name: str, macro: str) -> None:
     check(setup, out, given)
 
 
-@pytest.mark.parametrize("name", [n for n in SPOILED if n.endswith("32 a group")])
+@pytest.mark.parametrize("name", [*(n for n in SPOILED if n.endswith("32 a group")), *RANKED_SPOILED])
 def test_nan_propagates(name: str) -> None:
-    setup = Setup(**SPOILED[name])
+    setup = Setup(**{**SPOILED, **RANKED_SPOILED}[name])
     given = inputs(setup)
     assert check(setup, ops.DECODE(**arguments(setup, given)), given)["nans"]
 
@@ -88,10 +92,10 @@ def test_many_threads_and_splits_give_the_same(kv_heads: int) -> None:
     torch.testing.assert_close(one, many)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EVERY)
 def test_plain_torch_twin(name: str) -> None:
     """What devices without a kernel run."""
-    setup = Setup(**CASES[name])
+    setup = Setup(**EVERY[name])
     given = inputs(setup)
     check(setup, attend(DecodeArguments(**arguments(setup, given))), given)
 

@@ -9,15 +9,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from attention_runs import Setup, arguments, inputs
+from states import layers_of
 from store_reference import Case
 from store_runs import pair_of
 
+from xquant_fx import XQuantConfig
+from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.arguments import Overload
 from xquant_fx.kernels.cpu import source as cpu_source
 from xquant_fx.kernels.cpu.isa import ISAS, named_by_inductor
@@ -32,15 +36,28 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 OPS = ("decode_attention", "quantize_store")
 
 
-def decode_problem() -> cpu_attention.Problem:
-    setup = Setup(kv_heads=2, dim=128, max_len=1024, dtype="bfloat16", v_bits=2, sinks=4, softcap=30.0)
+NEW_PAIR = dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated", residual=64)
+
+
+def decode_problem(**more: Any) -> cpu_attention.Problem:
+    setup = Setup(kv_heads=2, dim=128, max_len=1024, dtype="bfloat16", v_bits=2, sinks=4, softcap=30.0, **more)
     return attention.problem_of(DecodeArguments(**arguments(setup, inputs(setup))))
 
 
 def append_problem() -> cpu_store.Append:
     case = Case(dtype=torch.bfloat16, dim=128, residual=128, group=128, max_len=1024, sinks=4)
-    state = pair_of(case)[0]
-    given = dict(x=case.tokens(1, 0), pos=torch.arange(1), **state.tensors, **state.spec.store_constants())
+    return append_of(pair_of(case)[0])
+
+
+def new_states() -> list[KVState]:
+    """Keys and values of the preset xquant-2.2."""
+    return layers_of(XQuantConfig(), (2, 1, 1024, 128), torch.bfloat16)[0]
+
+
+def append_of(state: KVState) -> cpu_store.Append:
+    batch, heads, _, dim = state.spec.shape
+    x = torch.zeros(batch, heads, 1, dim, dtype=state.spec.dtype)
+    given = dict(x=x, pos=torch.arange(1), **state.tensors, **state.spec.store_constants())
     return append.problem_of(StoreArguments(**given))
 
 
@@ -58,8 +75,13 @@ def write_examples() -> None:
 
 def whole_sources(isa: str) -> dict[str, str]:
     """What is compiled, by op."""
-    sources = (cpu_attention.source(decode_problem(), ISAS[isa]), cpu_store.source(append_problem(), ISAS[isa]))
-    return {op: code for op, (_, code) in zip(OPS, sources, strict=True)}
+    decodes = {"decode": decode_problem(), "decode, ranked": decode_problem(**NEW_PAIR)}
+    appends = {
+        "append": append_problem(),
+        **{f"append {state.spec.scheme}": append_of(state) for state in new_states()},
+    }
+    made = {name: cpu_attention.source(p, ISAS[isa])[1] for name, p in decodes.items()}
+    return made | {name: cpu_store.source(a, ISAS[isa])[1] for name, a in appends.items()}
 
 
 def compile_only(*args: str) -> None:

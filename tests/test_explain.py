@@ -8,14 +8,15 @@ import inspect
 import pytest
 import torch
 from dynamo_graphs import FastModel, tiny
+from states import range_config
 from stepping import interpreted
 from transformers import DynamicCache, StaticCache
 
-from xquant_fx import NotRewrittenError, XQuantCache, XQuantConfig, explain, memory_report, ops
+from xquant_fx import NotRewrittenError, XQuantCache, explain, memory_report, ops
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.compiler import warn_once
 
-CONFIG = XQuantConfig(k_bits=2, v_bits=1, share_values_from=0, k_group_size=8, residual_length=8)
+CONFIG = range_config(k_bits=2, v_bits=1, share_values_from=0, k_group_size=8, residual_length=8)
 IDS = torch.arange(3, 17)[None]
 FULL = 2 * 1 * 2 * 32 * 8 * 4  # bytes of a layer: K and V, [1, 2, 32, 8], fp32
 

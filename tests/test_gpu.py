@@ -9,7 +9,7 @@ import torch
 from attention_cases import CASES, SPOILED, allowed
 from attention_runs import Setup, arguments, errors, inputs
 from dynamo_graphs import tiny
-from states import layers_of
+from states import layers_of, range_config
 
 from xquant_fx import XQuantCache, XQuantConfig, ops
 
@@ -59,7 +59,7 @@ def test_append_is_the_cpus(side: str, dtype: torch.dtype, preset: str) -> None:
 def test_compiled_steps_are_the_eager_ones(attention: str, mode: str | None) -> None:
     """Float32, across flushes, with a chunk among the steps; with CUDA graphs in reduce-overhead."""
     model = tiny("llama", attention, max_position_embeddings=256).cuda()
-    config, outs = XQuantConfig(k_group_size=16, residual_length=32), []
+    config, outs = range_config(k_group_size=16, residual_length=32), []
     ids = torch.randint(3, 60, (2, 200), generator=torch.Generator().manual_seed(0)).cuda()
     for compiled in (False, True):
         cache = XQuantCache(model.config, 256, config)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from dynamo_graphs import tiny
 from numeric import seeded
-from states import layers_of
+from states import layers_of, range_config
 from transformers import DynamicCache, LlamaConfig, Qwen2Config
 
 from xquant_fx import CacheStateError, XQuantCache, XQuantConfig, memory_report
@@ -18,7 +18,7 @@ from xquant_fx.cache.convert import quantize_in_place
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.reports.memory import MemoryReport
 
-SMALL = XQuantConfig(k_group_size=8, residual_length=16)
+SMALL = range_config(k_group_size=8, residual_length=16)
 PRESETS = ("full", "kivi-4", "kivi-2", "asymkv-1.5", "xquant-paper", "xquant", "xquant-1bit")
 
 

@@ -32,21 +32,23 @@ FLOORS = (
     ("cache", "cache.*"),
     ("passes", "passes.*"),
     ("compiler", "compiler.*"),
-    ("reports", "reports.*", "quality", ""),
+    ("reports", "reports.*", "quality"),
+    ("evaluate", "evaluate.*", "__main__", ""),
 )
 
 #: Module pattern to the patterns of those that may import it, at the top of a file or anywhere else.
 MAY_BE_IMPORTED_BY = {
-    "cache.huggingface": [],
+    "cache.huggingface": ["evaluate.*"],
     "reports.explanation": [],
-    "reports.quality": ["quality"],
+    "reports.quality": ["quality", "evaluate.simulate"],
     "compiler.backend": ["reports.explanation"],
     "passes.pipeline": ["compiler.backend", "compiler.options"],
     "passes.rewrite": ["passes.pipeline"],
     "passes.fuse_decode": ["passes.pipeline"],
     "passes.detect": ["compiler.backend"],
     "kernels.lowerings": ["compiler.backend"],
-    "transformers": ["cache.huggingface"],
+    "transformers": ["cache.huggingface", "evaluate.models", "evaluate.simulate"],
+    "matplotlib": ["evaluate.plots"],
     "torch._inductor": ["compiler.backend", "compiler.cache_key", "kernels.lowerings", "kernels.cpu.build"],
 }
 

@@ -12,7 +12,6 @@ from states import bare_spec
 from torch import Tensor
 
 from xquant_fx.kernels.packing import pack_words, shifts, unpack_words
-from xquant_fx.plan.spec import SCHEME_OF_ROLE
 
 BITS = (1, 2, 4, 8)
 few = settings(max_examples=50, deadline=None)
@@ -99,7 +98,8 @@ def test_stored_shapes(bits: int, side: str, max_len: int, residual: int, dim: i
     """Keys [B, H, ceil(D / per), tokens], values [B, H, tokens / per, D]; tokens cover max_cache_len."""
     group = 1 if side == "key" else dim // 2
     spec = bare_spec(
-        role=side, scheme=SCHEME_OF_ROLE[side], shape=(2, 3, max_len, dim), dtype=torch.float16, bits=bits,
+        role=side, scheme="per_channel" if side == "key" else "per_token", shape=(2, 3, max_len, dim),
+        dtype=torch.float16, bits=bits,
         group_size=group, residual_length=residual, sink_tokens=2, scale_dtype=torch.bfloat16,
     )  # fmt: skip
     shapes, per, tokens = spec.tensor_shapes(), 32 // bits, spec.stored_tokens

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dynamo_graphs import tiny
 from rewrites import Rewrites, quantized_layers, two_layers
+from states import range_config
 from stepping import interpreted
 from transformers import StaticCache
 
@@ -18,7 +19,7 @@ from xquant_fx.compiler.options import parse
 from xquant_fx.plan.buffer_plan import BufferPlan
 from xquant_fx.plan.plan import LayerPlan, Plan, make_plan
 
-CONFIG = XQuantConfig(k_bits=2, v_bits=1, share_values_from=0, k_group_size=8, residual_length=8)
+CONFIG = range_config(k_bits=2, v_bits=1, share_values_from=0, k_group_size=8, residual_length=8)
 IDS = torch.arange(3, 17)[None]
 
 

@@ -21,10 +21,14 @@ from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.kernels.schemes.base import Scheme
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.kernels.shared_code_load.plain_torch import load
-from xquant_fx.plan.spec import SCHEME_OF_ROLE, KVSpec
+from xquant_fx.plan.spec import KVSpec
 
 EACH = pytest.mark.parametrize("scheme", SCHEMES)
 DIM, GROUP, RESIDUAL, MAX_LEN = 16, 4, 8, 50
+
+
+#: Mean error of numbers between 0 and 1 that are quantized by other fits than their range: of 1 bit as large as theirs.
+NEAR = {1: 0.45, 2: 0.2, 4: 0.06}
 
 
 def spec_of(scheme: str, bits: int) -> KVSpec:
@@ -40,33 +44,37 @@ def test_a_scheme_has_all_that_the_protocol_names(scheme: str) -> None:
         if inspect.isfunction(declared) and not name.startswith("_"):
             expected = list(inspect.signature(declared).parameters)[1:]
             assert list(inspect.signature(getattr(module, name)).parameters) == expected, name
-    assert module.APPEND in ("blocks", "tokens")
+    assert module.APPEND in ("blocks", "tokens", "ranked", "rotated")
+    assert module.BITS and all(0 < bits < 16 for bits in module.BITS)
     assert module.__doc__
 
 
 @EACH
-@given(max_len=st.integers(1, 300), bits=st.sampled_from((1, 2, 4, 8)), blocks=st.integers(1, 6), wide=st.booleans())
+@given(data=st.data(), max_len=st.integers(1, 300), blocks=st.integers(1, 6), wide=st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_the_layout_has_room_for_all_tokens(scheme: str, max_len: int, bits: int, blocks: int, wide: bool) -> None:
+def test_the_layout_has_room_for_all_tokens(scheme: str, data, max_len: int, blocks: int, wide: bool) -> None:
     s, residual, dim = SCHEMES[scheme], blocks * GROUP, 96 if wide else 8
-    tokens = s.stored_tokens(max_len, dim, bits, residual)
-    codes, scale = (torch.Size((1, 1, *shape)) for shape in s.shapes(tokens, dim, bits, GROUP))
+    bits = data.draw(st.sampled_from(s.BITS))
+    tokens = s.stored_tokens(max_len, dim, bits, GROUP, residual)
+    shapes = s.shapes(tokens, dim, bits, GROUP, torch.float16)
+    codes, scale = (torch.Size((1, 1, *shapes[name][0])) for name in ("codes", "scale"))
     assert tokens >= max_len and s.tokens_of(codes, scale) == tokens
-    assert codes.numel() * 32 // bits >= tokens * dim and scale.numel() * GROUP >= tokens * dim
-    limits = [s.quantized_limit(past, residual) for past in range(max_len + 1)]
+    assert codes.numel() * 32 >= tokens * 32 * round(bits * dim // 32) and scale.numel() * GROUP >= tokens * dim
+    limits = [s.quantized_limit(past, GROUP, residual) for past in range(max_len + 1)]
     assert all(a <= b <= a + residual for a, b in itertools.pairwise(limits)), "it never goes back"
     assert all(past - limit <= 2 * residual and limit <= past for past, limit in enumerate(limits))
 
 
 @EACH
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("steps", [[1] * 30, [5, 8, 3, 8, 1], [40, 1], [13, 20]])
 def test_load_reads_what_store_wrote(scheme: str, bits: int, steps: list[int]) -> None:
-    """What is below the limit is off by half a step at most, everything else is exact; NaN is never read."""
+    """What is below the limit is near, everything else is exact; NaN is never read."""
     spec, past = spec_of(scheme, bits), 0
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in spec.tensor_shapes().items()}
-    for name in ("scale", "zero", "ring"):
-        tensors[name].fill_(torch.nan)
+    for name in {"scale", "zero", "ring"} & set(tensors):
+        tensors[name].fill_(torch.nan if tensors[name].is_floating_point() else 0xFF)
+    tensors = {**dict.fromkeys(("zero", "order", "center", "energy")), **tensors}
     tensors |= {"sink": None, "start": torch.zeros(2, dtype=torch.int64), "fault": torch.zeros(1, dtype=torch.int32)}
     x = torch.rand(2, 1, sum(steps), DIM, generator=seeded(0))
     for new in steps:
@@ -75,7 +83,7 @@ def test_load_reads_what_store_wrote(scheme: str, bits: int, steps: list[int]) -
         store(StoreArguments(x=step, pos=pos, **tensors, **spec.store_constants()))
         seen = load(
             LoadArguments(
-                **{name: tensors[name] for name in ("codes", "scale", "zero", "sink", "start")},
+                **{name: tensors[name] for name in ("codes", "scale", "zero", "sink", "start", "order", "center")},
                 ring=ring,
                 past=torch.tensor([past]),
                 new_tokens=new,
@@ -84,15 +92,19 @@ def test_load_reads_what_store_wrote(scheme: str, bits: int, steps: list[int]) -
                 x=step if new > STEP_TOKENS else None,
             )
         )
-        limit = max(SCHEMES[scheme].quantized_limit(past, RESIDUAL), 0)
+        limit = max(SCHEMES[scheme].quantized_limit(past, GROUP, RESIDUAL), 0)
         past += new
         assert torch.equal(seen[:, :, limit:past], x[:, :, limit:past]) and not seen[:, :, past:].any()
-        assert (seen[:, :, :limit] - x[:, :, :limit]).abs().max().item() <= 0.501 / (2**bits - 1) if limit else True
+        off = (seen[:, :, :limit] - x[:, :, :limit]).abs()
+        if scheme in ("per_channel", "per_token"):  # by half a step at most
+            assert off.max().item() <= 0.501 / (2**bits - 1) if limit else True
+        else:
+            assert off.mean().item() <= NEAR[bits] if limit else True
     assert not tensors["fault"].any() and tensors["length"].tolist() == [past, past]
 
 
-def test_roles_have_schemes_that_are_there() -> None:
-    assert set(SCHEME_OF_ROLE.values()) <= set(SCHEMES) and set(FUSED_SCHEMES) <= set(SCHEMES)
+def test_fused_pairs_are_of_schemes_that_are_there() -> None:
+    assert all(set(pair) <= set(SCHEMES) for pair in FUSED_SCHEMES)
 
 
 def test_why_a_pair_has_no_fused_kernel() -> None:

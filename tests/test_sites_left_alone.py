@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from dynamo_graphs import SHAPE, buffers, decode_sites, fresh, graphs_of, roles, sites_of, tiny
+from states import range_config
 from transformers import DynamicCache, StaticCache
 
-from xquant_fx import XQuantCache, XQuantConfig
+from xquant_fx import XQuantCache
 from xquant_fx.passes.find_attention import find_attention
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -77,7 +78,7 @@ def test_latent_attention(make, attention):
 
 def test_quantized_latents_count_as_quantized():
     model = tiny("deepseek_v3")
-    cache = XQuantCache(model.config, 32, XQuantConfig(k_group_size=8, residual_length=8))
+    cache = XQuantCache(model.config, 32, range_config(k_group_size=8, residual_length=8))
     for site in decode_sites(model, cache):
         assert site.reason == "" and site.has_cache
         # HF keeps the latents of keys and values in "keys" and the rotary part of keys in "values".

@@ -13,8 +13,14 @@ from attention_cases import CASES, RANKED_CASES, RANKED_SLOW, RANKED_SPOILED, SP
 from triton_interpreter import Interpreter
 
 pytest.importorskip("triton")
-AMD = ("float16", "float32", "head_dim 256", "odd groups", "ranked, float32")
-RANKED_AMD = "ranked, head_dim 96, keys 1.5, values 2 bits"
+AMD = (
+    "float16",
+    "float32",
+    "head_dim 256",
+    "odd groups",
+    "ranked, float32",
+    "ranked, head_dim 96, keys 1.5, values 2 bits",
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def test_against_the_truth(name: str, interpreter: Interpreter) -> None:
     assert result["error"] <= allowed(result, case.get("dtype", "float16")), result
 
 
-@pytest.mark.parametrize("name", [*AMD, RANKED_AMD, "groups of 32 in blocks of 64"])
+@pytest.mark.parametrize("name", [*AMD, "groups of 32 in blocks of 64"])
 def test_with_the_tiles_of_amd(name: str, interpreter: Interpreter) -> None:
     case = {**CASES, **RANKED_CASES, "groups of 32 in blocks of 64": dict(residual=64, k_group=32)}[name]
     result = interpreter.call("attention_runs:interpret", hip=True, **case)

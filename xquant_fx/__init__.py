@@ -17,6 +17,9 @@ if TYPE_CHECKING:
         UnsupportedWriteError,
         XQuantError,
     )
+    from xquant_fx.evaluate.anatomy import anatomy_report
+    from xquant_fx.evaluate.needle import needle_report
+    from xquant_fx.evaluate.quality import quality_report
     from xquant_fx.plan.config import XQuantConfig
     from xquant_fx.plan.plan import Plan, make_plan
     from xquant_fx.plan.presets import PRESETS
@@ -38,10 +41,13 @@ __all__ = [
     "XQuantConfig",
     "XQuantError",
     "__version__",
+    "anatomy_report",
     "decode_attention",
     "explain",
     "make_plan",
     "memory_report",
+    "needle_report",
+    "quality_report",
     "quantize",
     "xquant_backend",
 ]
@@ -58,10 +64,13 @@ _HOMES = {
     "XQuantCache": "cache.huggingface",
     "XQuantConfig": "plan.config",
     "XQuantError": "errors",
+    "anatomy_report": "evaluate.anatomy",
     "decode_attention": "cache.decode",
     "explain": "reports.explanation",
     "make_plan": "plan.plan",
     "memory_report": "reports.memory",
+    "needle_report": "evaluate.needle",
+    "quality_report": "evaluate.quality",
     "quantize": "quantizer",
     "xquant_backend": "compiler.backend",
 }

@@ -26,8 +26,6 @@
 
 namespace xq {
 
-constexpr float SCALE_UNIT = 1.0f / 32, MID_UNIT = 256.0f;  // of kernels/small_floats.py
-
 inline int32_t load_word(const int8_t* p) { return load<int32_t>(p); }
 inline float as_float(uint32_t u) {
     float f;
@@ -131,9 +129,7 @@ template <class T> inline vf load_first(const T* p, int64_t n) {
 template <class T> inline vf load_up_to(const T* p, int64_t n) { return n >= L ? load_floats(p) : load_first(p, n); }
 
 // x in the first n lanes, zeros behind.
-inline vf mask_first(vf x, int64_t n) {
-    return n >= L ? x : iota() < (int32_t)n ? x : splat(0.0f);
-}
+inline vf mask_first(vf x, int64_t n) { return n >= L ? x : iota() < (int32_t)n ? x : splat(0.0f); }
 
 inline vub load_bytes(const uint8_t* p, int64_t n) {
     if (n >= L) return load<vub>(p);
@@ -141,19 +137,6 @@ inline vub load_bytes(const uint8_t* p, int64_t n) {
     std::memcpy(&part, p, n);
     return part;
 }
-// Scales and mid points of 8 bits (kernels/small_floats.py), or scales of more.
-inline vf load_scales(const uint8_t* p, int64_t n) {
-    const vi code = widen(load_bytes(p, n));
-    const vf s = (vf)(code << 20) * (5192296858534827628530496329220096.0f * SCALE_UNIT);  // 2**112
-    return code >= 0xf8 ? splat(std::numeric_limits<float>::quiet_NaN()) : s;
-}
-template <class S> inline vf load_scales(const S* p, int64_t n) { return load_up_to(p, n); }
-inline vf load_mids(const uint8_t* p, int64_t n) {
-    const vi code = widen(load_bytes(p, n));
-    const vf magnitude = (vf)((code & 0x7f) << 20) * (5192296858534827628530496329220096.0f * MID_UNIT);
-    return (vf)((vi)magnitude | (code & 0x80) << 24);
-}
-
 template <class T, class V> inline void store_up_to(T* p, V v, int64_t n) {  // the first n lanes
     if (n >= L) store(p, v);
     else std::memcpy(p, &v, n * sizeof(T));

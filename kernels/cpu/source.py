@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xquant_fx.kernels.arguments import Arguments, Overload
 from xquant_fx.kernels.cpu.isa import Isa
+from xquant_fx.kernels.rotation import rotated_size, signs
 
 CTYPES = {
     torch.float32: "float", torch.bfloat16: "xq::bfloat16", torch.float16: "xq::float16",
@@ -53,6 +54,14 @@ def definitions(
 def namespace(text: str) -> str:
     """C++ ``text`` in the kernels' namespace."""
     return f"namespace xq {{\n{text}}}  // namespace xq\n"
+
+
+def sign_table(dim: int) -> str:
+    """Signs and scale of the rotation of ``dim`` channels."""
+    return (
+        array("float", "ROTATION_SIGNS", [f"{sign}f" for sign in signs(dim)])
+        + f"constexpr float ROTATION_SCALE = {rotated_size(dim) ** -0.5!r}f;\n"
+    )
 
 
 def array(kind: str, name: str, values: Sequence[str]) -> str:

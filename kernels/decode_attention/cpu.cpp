@@ -13,6 +13,7 @@
 //
 // A span of SPAN tokens is taken at a time: scores, online softmax, weighted values. All query heads
 // of a KV head (and all queries of the step) are the rows that share one read of the codes.
+#include "../cpu/hadamard.h"
 #include "cpu_problem.h"
 #include "cpu_quantized_tokens.h"
 #include "cpu_full_tokens.h"
@@ -67,11 +68,14 @@ inline void load_queries(Scratch& scratch, const Inputs& in, int64_t head, int64
     if constexpr (RANKED) {
         const int32_t* order = in.k_order + head * DK;
         const float* center = in.k_center + head * DK;
-        for (int64_t r = 0; r < ROWS; r++)
+        for (int64_t r = 0; r < ROWS; r++) {
+            double sum = 0.0;
             for (int64_t i = 0; i < DK; i++) {
                 scratch.ranked[r][i] = scratch.query[r][order[i]];
-                scratch.q_center[r] += scratch.ranked[r][i] * center[i];
+                sum += (double)scratch.ranked[r][i] * center[i];
             }
+            scratch.q_center[r] = (float)sum;
+        }
     }
     scratch.group = -1;
 }
@@ -79,13 +83,7 @@ inline void load_queries(Scratch& scratch, const Inputs& in, int64_t head, int64
 // One row's sums of rotated values, rotated back (kernels/rotation.py) and added to those of values as they are.
 inline void rotate_back(float* acc) {
     float* y = acc + CODES_AT;
-    for (int64_t half = 1; half < ROTATED; half *= 2)
-        for (int64_t i = 0; i < DV; i += 2 * half)
-            for (int64_t j = i; j < i + half; j++) {
-                const float a = y[j], b = y[j + half];
-                y[j] = a + b;
-                y[j + half] = a - b;
-            }
+    hadamard<DV, ROTATED>(y);
     for (int64_t d = 0; d < DV; d++) acc[d] += y[d] * ROTATION_SIGNS[d] * ROTATION_SCALE;
 }
 

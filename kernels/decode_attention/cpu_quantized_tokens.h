@@ -1,5 +1,6 @@
 // Tokens in the codes: scores of their keys, weighted sums of their values.
 #pragma once
+#include "../cpu/small_floats.h"
 #include "cpu_digits.h"
 
 namespace xq {
@@ -11,7 +12,8 @@ inline vf zero_points(const uint8_t* zero, vf s, int64_t d, int64_t n) {
 }
 
 // The rows' queries times the scales, put where each rank's fields are; `largest` becomes that of the fields. Whole
-// vectors are stored: what is too much of one run, the next overwrites, or it meets codes that are padding, which are 0.
+// vectors are stored: what is too much of one run, the next overwrites, or it meets codes that are padding, which are
+// 0.
 inline void spread_over_fields(Scratch& scratch, vf (&largest)[ROWS]) {
     for (int64_t r = 0; r < ROWS; r++) {
         largest[r] = splat(0.0f);

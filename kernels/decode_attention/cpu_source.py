@@ -13,10 +13,10 @@ import torch
 
 from xquant_fx.kernels.arguments import Overload
 from xquant_fx.kernels.cpu.isa import Isa
-from xquant_fx.kernels.cpu.source import array, assemble, definitions, namespace, pointers
+from xquant_fx.kernels.cpu.source import array, assemble, definitions, namespace, pointers, sign_table
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.packing import codes_per_word
-from xquant_fx.kernels.rotation import rotated_size, signs
+from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.widths import Run, planes, rank_widths, runs_of
 
 RANKED, ROTATED = "per_channel_ranked", "per_token_rotated"
@@ -84,7 +84,8 @@ def constants(p: Problem) -> str:
         "ROWS": p.row_block, "DIGITS": 3 if p.dtype == torch.float32 else 2,
     }  # fmt: skip
     flags = {
-        "RANKED": p.k_scheme == RANKED, "HAS_NEW": p.chunk, "HAS_MASK": p.mask_dtype is not None, "HAS_SINK_LOGITS": p.sink_logits_dtype is not None
+        "RANKED": p.k_scheme == RANKED, "HAS_NEW": p.chunk, "HAS_MASK": p.mask_dtype is not None,
+        "HAS_SINK_LOGITS": p.sink_logits_dtype is not None,
     }  # fmt: skip
     types = {
         "T": p.dtype, "S": p.scale_dtype, "MASK": p.mask_dtype or torch.bool,
@@ -97,14 +98,12 @@ def tables(p: Problem) -> str:
     """Constants of ranked keys and of rotated values: where fields of ranks are, middles of codes, signs."""
     runs = runs_of(planes(p.k_bits, p.k_dim)) if p.k_scheme == RANKED else [Run(0, 0, 0, 0.0)]
     middles = [(2**width - 1) / 2 for width in rank_widths(p.k_bits, p.k_dim)] if p.k_scheme == RANKED else [0.0]
-    turned = p.v_scheme == ROTATED
     return namespace(
         "// Fields of `count` ranks from `rank` on are the elements from `element` on, and count `weight` times.\n"
         "struct Run {\n    int64_t element, rank, count;\n    float weight;\n};\n"
-        + array("Run", "RUNS", [f"{{{r.element}, {r.rank}, {r.count}, {r.weight}f}}" for r in runs])
+        + array("Run", "RUNS", [f"{{{r.element}, {r.rank}, {r.length}, {r.weight}f}}" for r in runs])
         + array("float", "RANK_MIDDLES", [f"{middle}f" for middle in middles])
-        + array("float", "ROTATION_SIGNS", [f"{sign}f" for sign in (signs(p.v_dim) if turned else (0.0,))])
-        + f"constexpr float ROTATION_SCALE = {rotated_size(p.v_dim) ** -0.5!r}f;\n"
+        + sign_table(p.v_dim if p.v_scheme == ROTATED else 1)
     )
 
 

@@ -10,9 +10,13 @@ constexpr int64_t Q = 1;
 constexpr int64_t DK = 128;
 constexpr int64_t DV = 128;
 constexpr int64_t N = 1024;
-constexpr int64_t K_BITS = 2;
+constexpr int64_t K_WORDS_8 = 0;
+constexpr int64_t K_WORDS_4 = 0;
+constexpr int64_t K_WORDS_2 = 8;
+constexpr int64_t K_WORDS_1 = 0;
 constexpr int64_t K_GROUP = 32;
 constexpr int64_t K_TOKENS = 1056;
+constexpr int64_t ROTATED = 0;
 constexpr int64_t V_BITS = 2;
 constexpr int64_t V_GROUP = 128;
 constexpr int64_t V_TOKENS = 1040;
@@ -27,6 +31,7 @@ constexpr int64_t ROWS = 4;
 constexpr int64_t DIGITS = 2;
 constexpr float SCALE = (float)0.08838834764831845;
 constexpr float SOFTCAP = (float)30.0;
+constexpr bool RANKED = 0;
 constexpr bool HAS_NEW = 0;
 constexpr bool HAS_MASK = 1;
 constexpr bool HAS_SINK_LOGITS = 0;
@@ -35,6 +40,17 @@ using S = xq::float16;
 using MASK = uint8_t;
 using SINK = float;
 }  // namespace xq
+namespace xq {
+// Fields of `count` ranks from `rank` on are the elements from `element` on, and count `weight` times.
+struct Run {
+    int64_t element, rank, count;
+    float weight;
+};
+constexpr Run RUNS[] = {{0, 0, 0, 0.0f}};
+constexpr float RANK_MIDDLES[] = {0.0f};
+constexpr float ROTATION_SIGNS[] = {1.0f};
+constexpr float ROTATION_SCALE = 1.0f;
+}  // namespace xq
 
 namespace xq {
 struct Tensors {
@@ -42,6 +58,8 @@ struct Tensors {
     const int32_t* k_codes;
     const xq::S* k_scale;
     const xq::S* k_zero;
+    const int32_t* k_order;
+    const float* k_center;
     const xq::T* k_ring;
     const xq::T* k_sink;
     const int32_t* v_codes;

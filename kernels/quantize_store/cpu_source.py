@@ -8,10 +8,14 @@ import functools
 import torch
 
 from xquant_fx.kernels.cpu.isa import Isa
-from xquant_fx.kernels.cpu.source import assemble, definitions, pointers
+from xquant_fx.kernels.cpu.source import array, assemble, definitions, namespace, pointers, sign_table
 from xquant_fx.kernels.faults import Fault
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.packing import codes_per_word
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
+from xquant_fx.kernels.rotation import rotated_size
+from xquant_fx.kernels.schemes.per_token_rotated import GAUSSIAN_STEP
+from xquant_fx.kernels.widths import Field, fields_of, planes, rank_widths, words_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,7 @@ class Append:
     """Shape of the new tokens [B, H, q, D]."""
     append: str
     """Which step quantizes what is due: ``APPEND`` of the scheme."""
-    bits: int
+    bits: float
     group: int
     residual: int
     ring: int
@@ -36,22 +40,48 @@ class Append:
     fit: str | None
 
 
+def is_ranked(a: Append) -> bool:
+    """Whether channels have widths by rank."""
+    return a.append == "ranked"
+
+
 def constants(a: Append) -> str:
     """The constants that the C++ relies on."""
     batch, heads, new, dim = a.shape
     numbers = {
-        "B": batch, "H": heads, "Q": new, "D": dim, "N": a.max_len, "BITS": a.bits, "GROUP": a.group,
+        "B": batch, "H": heads, "Q": new, "D": dim, "N": a.max_len,
+        "BITS": 8 if is_ranked(a) else int(a.bits), "GROUP": a.group,
+        "WORDS": words_of(a.bits, dim) if is_ranked(a) else -(-dim // codes_per_word(a.bits)),
+        "ROTATED": rotated_size(dim) if a.append == "rotated" else 0,
         "TOKENS": a.tokens, "RESIDUAL": a.residual, "RING_SLACK": a.ring - a.residual, "SINKS": a.sinks,
         "STEP_TOKENS": STEP_TOKENS, **{fault.name: int(fault) for fault in Fault},
     }  # fmt: skip
-    flags = {"BLOCKS": a.append == "blocks", "BORROWED": a.fit is not None, "LEAST_SQUARES": a.fit == "least_squares"}
-    relaxed = {"RELAXED_SCALE": 1 - 2 * a.eta, "RELAXED_ZERO": a.eta * (2**a.bits - 1)}
-    return definitions(numbers, relaxed, flags, {"T": a.dtype, "S": a.scale_dtype})
+    flags = {"BORROWED": a.fit is not None, "LEAST_SQUARES": a.fit == "least_squares"}
+    floats = {"RELAXED_SCALE": 1 - 2 * a.eta, "RELAXED_ZERO": a.eta * (2**a.bits - 1)}
+    floats["GAUSSIAN_STEP"] = GAUSSIAN_STEP.get(a.bits, 0.0)
+    fixed = definitions(numbers, floats, flags, {"T": a.dtype, "S": a.scale_dtype})
+    return f"#define XQ_APPEND_{a.append.upper()}\n" + fixed + tables(a)
+
+
+def tables(a: Append) -> str:
+    """Constants of ranked keys and of rotated values: where the fields of ranks are, signs."""
+    dim = a.shape[3]
+    fields = fields_of(planes(a.bits, dim)) if is_ranked(a) else [Field(0, 0, 0, 0, 0, False)]
+    widths = rank_widths(a.bits, dim) if is_ranked(a) else (0,)
+    return namespace(
+        "// Bits `shift` and up of the code of a rank, under `mask`, are at `bit` of a word; `first` in it or not.\n"
+        "struct Field {\n    int64_t word, rank;\n    uint32_t shift, mask, bit;\n    bool first;\n};\n"
+        + array("Field", "FIELDS", ["{" + ", ".join(str(int(x)) for x in field) + "}" for field in fields])
+        + array("int32_t", "LARGEST_CODES", [str(2**width - 1) for width in widths])
+        + sign_table(dim if a.append == "rotated" else 1)
+    )
 
 
 @functools.cache
 def source(a: Append, isa: Isa) -> tuple[tuple[str, ...], str]:
     """(argument types, C++ source of ``kernel``); the arguments are the tensors that are present, in order."""
     tensors = pointers(StoreArguments, BORROWED if a.fit else OWN)
-    absent = () if a.sinks else ("sink",)
+    absent = set() if a.sinks else {"sink"}
+    absent |= set() if is_ranked(a) else {"order", "center", "energy"}
+    absent |= {"zero"} if a.append == "rotated" else set()
     return assemble(isa, constants(a), "quantize_store/cpu.cpp", "append", tensors, absent, outputs={})

@@ -2,6 +2,7 @@
 #pragma once
 #include "../cpu/simd.h"
 
+#define XQ_APPEND_BLOCKS
 namespace xq {
 constexpr int64_t B = 2;
 constexpr int64_t H = 1;
@@ -10,6 +11,8 @@ constexpr int64_t D = 128;
 constexpr int64_t N = 1024;
 constexpr int64_t BITS = 2;
 constexpr int64_t GROUP = 128;
+constexpr int64_t WORDS = 8;
+constexpr int64_t ROTATED = 0;
 constexpr int64_t TOKENS = 1152;
 constexpr int64_t RESIDUAL = 128;
 constexpr int64_t RING_SLACK = 8;
@@ -22,11 +25,23 @@ constexpr int64_t NOT_CONSECUTIVE = 4;
 constexpr int64_t FULL_RESTARTED = 5;
 constexpr float RELAXED_SCALE = (float)1.0;
 constexpr float RELAXED_ZERO = (float)0.0;
-constexpr bool BLOCKS = 1;
+constexpr float GAUSSIAN_STEP = (float)0.9957;
 constexpr bool BORROWED = 0;
 constexpr bool LEAST_SQUARES = 0;
 using T = xq::bfloat16;
 using S = xq::float16;
+}  // namespace xq
+namespace xq {
+// Bits `shift` and up of the code of a rank, under `mask`, are at `bit` of a word; `first` in it or not.
+struct Field {
+    int64_t word, rank;
+    uint32_t shift, mask, bit;
+    bool first;
+};
+constexpr Field FIELDS[] = {{0, 0, 0, 0, 0, 0}};
+constexpr int32_t LARGEST_CODES[] = {0};
+constexpr float ROTATION_SIGNS[] = {1.0f};
+constexpr float ROTATION_SCALE = 1.0f;
 }  // namespace xq
 
 namespace xq {
@@ -38,6 +53,9 @@ struct Tensors {
     xq::S* zero;
     xq::T* ring;
     xq::T* sink;
+    int32_t* order;
+    float* center;
+    const float* energy;
     const int64_t* start;
     int64_t* length;
     int32_t* fault;

@@ -23,7 +23,7 @@ from xquant_fx.kernels.reference import fit_codes, own_codes
 from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
 
 APPEND = "blocks"
-BITS = (1, 2, 4, 8)
+BITS: tuple[float, ...] = (1, 2, 4, 8)
 
 
 def stored_tokens(max_len: int, dim: int, bits: float, group: int, residual: int) -> int:

@@ -40,7 +40,7 @@ from xquant_fx.kernels.small_floats import LARGEST_MID, decode_mid, decode_scale
 from xquant_fx.kernels.widths import planes, rank_widths, words_of
 
 APPEND = "ranked"
-BITS = tuple(quarters / 4 for quarters in range(4, 17))
+BITS: tuple[float, ...] = tuple(quarters / 4 for quarters in range(4, 17))
 
 
 def stored_tokens(max_len: int, dim: int, bits: float, group: int, residual: int) -> int:

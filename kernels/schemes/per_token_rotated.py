@@ -14,23 +14,21 @@ Sources: docs/quality.md; rotation after QuaRot, the gain after EDEN and TurboQu
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+import xquant_fx.kernels.schemes.per_token as per_token
 from xquant_fx.kernels.packing import codes_per_word, unpack_words
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.reference import unbiased
 from xquant_fx.kernels.rotation import rotate, rotate_back
-from xquant_fx.kernels.schemes import per_token
 from xquant_fx.kernels.schemes.base import Shapes, Stored
 from xquant_fx.kernels.small_floats import decode_scale, encode_scale
 
 APPEND = "rotated"
-BITS = (1, 2, 4, 8)
+BITS: tuple[float, ...] = (1, 2, 4, 8)
 #: Best step of a uniform quantizer on a unit Gaussian, by bits.
-GAUSSIAN_STEP = {1: 1.5958, 2: 0.9957, 4: 0.3352, 8: 0.0308}
+GAUSSIAN_STEP: dict[float, float] = {1: 1.5958, 2: 0.9957, 4: 0.3352, 8: 0.0308}
 
 stored_tokens, tokens_of, quantized_limit = per_token.stored_tokens, per_token.tokens_of, per_token.quantized_limit
 

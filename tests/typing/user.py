@@ -22,13 +22,18 @@ from xquant_fx import (
     XQuantConfig,
     XQuantError,
     __version__,
+    anatomy_report,
     decode_attention,
     explain,
     make_plan,
     memory_report,
+    needle_report,
+    quality_report,
     quantize,
     xquant_backend,
 )
+from xquant_fx.evaluate.quality import Reading
+from xquant_fx.evaluate.windows import cut_windows
 from xquant_fx.quality import agreement, kl_divergence, teacher_forced_logits, top1_agreement
 
 
@@ -67,6 +72,19 @@ def settings() -> XQuantConfig:
     print(plan, plan.layers[0].key.bits + 1, sorted(PRESETS), __version__.split("."))
     assert_type(XQuantConfig.from_json(config.to_json()), XQuantConfig)
     return XQuantConfig.preset("kivi-2").replace(sink_tokens=4)
+
+
+def measures(model: Any, tokenizer: Any, text: str) -> float:
+    windows = cut_windows(tokenizer, text, tokens=1536, count=4)
+    settings: dict[str, XQuantConfig | Plan] = {
+        "kivi-2": XQuantConfig.preset("kivi-2"),
+        "plan": make_plan(XQuantConfig(), 8),
+    }
+    report = quality_report(model, windows, settings, reading=Reading(prompt=1024, stride=2), out="results.json")
+    print(report, report["kivi-2"].size.true_bits, report.to_dict())
+    print(needle_report(model, tokenizer, text, settings, lengths=[512], depths=[0.5], trials=1).found["kivi-2"])
+    print(anatomy_report(model, windows[:1], settings["plan"], prompt=1024).worst)
+    return report["kivi-2"].summary.kl
 
 
 def errors(model: torch.nn.Module, x: Tensor) -> Tensor:

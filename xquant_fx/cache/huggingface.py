@@ -15,6 +15,7 @@ from transformers.cache_utils import StaticLayer
 
 from xquant_fx.cache.allocate import Slot, quantized_empty
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.prompt_keys import PromptKeys
 from xquant_fx.cache.state import CacheGroup, KVState
 from xquant_fx.errors import ArgumentError, CacheStateError, ConfigError
 from xquant_fx.plan.config import XQuantConfig
@@ -56,7 +57,11 @@ class XQuantLayer(StaticLayer):
         """Append; returns what attention sees: of a cold prefill the prompt itself, with nothing behind it."""
         cold = not self.is_initialized
         stored = super().update(key_states, value_states, *args, **kwargs)
-        return (key_states, value_states) if cold else stored
+        if not cold:
+            return stored
+        if isinstance(self.keys, QuantizedKV) and not torch.compiler.is_compiling():
+            key_states = PromptKeys.of(key_states, self.keys.live.note_queries)
+        return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(tokens that attention sees, offset of the first): those of ``update``."""

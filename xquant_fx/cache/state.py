@@ -26,6 +26,10 @@ from xquant_fx.plan.spec import KVSpec
 TENSOR_NAMES = tuple(name for name in StoreArguments.tensor_names() if name not in ("x", "pos"))
 
 
+#: Tokens whose queries say enough of a sequence's.
+FEWEST_QUERIES = 16
+
+
 class CacheGroup:
     """Shared by all states of one cache: plan, padding, faults, and the chunk just written.
 
@@ -113,10 +117,35 @@ class KVState:
         if new > STEP_TOKENS and ring is not None:
             chunk = Chunk(x, past, new, ring.clone() if past else ring)
         self.group.hold(self, chunk)
+        self._write(x, pos)
+
+    def _write(self, x: Tensor, pos: Tensor) -> None:
         fit = self.spec.fit if self.spec.borrowed else None
         given: dict[str, Any] = {**self.tensors, **self.spec.store_constants()}
         arguments = StoreArguments(x=x, pos=pos, **given, fit=fit)
         arguments.call(ops.STORE, ops.STORE_BORROWED)
+
+    @property
+    def wants_queries(self) -> bool:
+        """Whether queries decide anything here: channels are ranked, and none was seen."""
+        energy = self.owned.get("energy")
+        return energy is not None and not bool(energy.any())
+
+    def note_queries(self, q: Tensor) -> None:
+        """Note a prompt's queries [B, heads, q, D], by which channels are ranked when the first group is quantized.
+
+        A prompt that was stored just before is stored again. Few queries say little: less than FEWEST_QUERIES tokens
+        are ignored, and so is a query of another shape (latent attention, say).
+        """
+        batch, heads, _, dim = self.spec.shape
+        fits = q.dim() == 4 and (q.shape[0], q.shape[3]) == (batch, dim) and q.shape[1] % heads == 0
+        if not fits or q.shape[2] < FEWEST_QUERIES or not self.wants_queries:
+            return
+        square = q.detach().to(torch.float32).square().mean(2)
+        self.owned["energy"].copy_(square.unflatten(1, (heads, q.shape[1] // heads)).mean(2))
+        held = self.group.chunks.get(self.spec.role) if self.group.chunk_layer == self.spec.layer else None
+        if held is not None and held.x is not None and held.past == 0:
+            self._write(held.x, torch.arange(held.new, device=held.x.device))
 
     def load(self, n: int) -> Tensor:
         """Dequantize the first ``n`` tokens as attention sees them right after the last write."""

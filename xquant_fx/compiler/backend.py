@@ -25,6 +25,7 @@ from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, why_not_gradients, why_not_layers
+from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.warn_once import warn_once
 from xquant_fx.errors import CacheStateError, ConfigError, NotRewrittenError
@@ -69,7 +70,7 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
     _check_gradients(gm, inputs)
     if _allocates(gm):
         log.info("the graph allocates a quantized cache: this first step runs uncompiled")
-        return gm.forward
+        return PromptRun(found)
     if found.ordinary:
         log.info("ordinary KV buffers: the next step runs uncompiled and quantizes what they hold")
         return Takeover(found)

@@ -20,6 +20,7 @@ from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import CacheGroup, KVState
 from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
 from xquant_fx.compiler.planning import bind_buffers
+from xquant_fx.compiler.prompt_queries import queries_of, show_query
 from xquant_fx.errors import CacheStateError
 from xquant_fx.passes.records import Detection
 
@@ -32,6 +33,7 @@ class Takeover(torch.fx.Interpreter):
         assert detection.plan is not None
         self.plan = detection.plan
         self.buffers = detection.ordinary
+        self.queries = queries_of(detection)
         self.pending: dict[Node, tuple[Tensor, KVState]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -47,6 +49,7 @@ class Takeover(torch.fx.Interpreter):
         """Take over the buffer that ``n`` appends to, if it is one, then run ``n``."""
         if n in self.pending:
             buffer, state = self.pending.pop(n)
+            show_query(state, n, self.queries, self.env)
             past = self._past(n)
             if past < 0:
                 raise CacheStateError(

@@ -26,6 +26,11 @@ def plain_fields(settings: Any) -> dict[str, Any]:
     return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in fields.items()}
 
 
+def _plain(bits: Any) -> Any:
+    """A whole number as an int, so that equal settings are written alike."""
+    return int(bits) if isinstance(bits, float) and bits.is_integer() else bits
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XQuantConfig:
     """Settings of a quantized KV cache. The defaults are the preset ``xquant-2.2``.
@@ -71,7 +76,8 @@ class XQuantConfig:
         for name in ("k_bits", "v_bits"):
             value = getattr(self, name)
             if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+                value = tuple(value)
+            object.__setattr__(self, name, tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value))
             self._check_bits(name, f"{name[0]}_scheme")
         self._check_share("share_keys_from")
         self._check_share("share_values_from")
@@ -117,7 +123,7 @@ class XQuantConfig:
         """Relaxation used by ``scheme`` at ``bits`` bits; 0 but for 1 and 2 bits."""
         if scheme not in ("per_channel", "per_token"):
             return 0.0
-        return {1: self.eta_1bit, 2: self.eta_2bit}.get(bits, 0.0)
+        return {1.0: self.eta_1bit, 2.0: self.eta_2bit}.get(bits, 0.0)
 
     def share_start(self, role: str, num_layers: int) -> int:
         """Number of the first layer whose pair shares; ``num_layers`` (none) where sharing is off."""

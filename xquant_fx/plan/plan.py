@@ -21,7 +21,6 @@ from xquant_fx.plan.buffer_plan import SHARED, BufferPlan
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.spec import Role
 
-
 #: Schemes whose codes mean nothing to another layer: their channels are ranked, or have no fit for borrowed codes.
 UNSHARED = ("per_channel_ranked", "per_token_rotated")
 
@@ -136,8 +135,8 @@ def _entry(config: XQuantConfig, role: Role, layer: int, num_layers: int, below:
     entry = BufferPlan(
         role=role, scheme=config.scheme(role), bits=bits,
         group_size=config.k_group_size if role == "key" else config.v_group_size,
-        residual_length=config.residual_length, eta=config.eta(config.scheme(role), bits), sink_tokens=config.sink_tokens,
-        scale_dtype=config.scale_dtype, fit=config.shared_fit,
+        residual_length=config.residual_length, eta=config.eta(config.scheme(role), bits),
+        sink_tokens=config.sink_tokens, scale_dtype=config.scale_dtype, fit=config.shared_fit,
     )  # fmt: skip
     reason = _why_own(entry, config, layer, num_layers, below)
     if reason:

@@ -13,6 +13,7 @@ from xquant_fx.kernels.schemes import SCHEMES
 
 Role = Literal["key", "value"]
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVSpec:
     """Everything about a quantized KV buffer that a compiled graph may rely on.

@@ -9,7 +9,7 @@ from xquant_fx.reports.sites import Site
 from xquant_fx.tables import render
 
 
-def _number(value: int | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 

@@ -24,9 +24,9 @@ class Site:
     """Layer whose key codes this layer reads."""
     value_partner: int | None
     """Layer whose value codes this layer reads."""
-    k_bits: int | None
+    k_bits: float | None
     """Bits of the buffer that the cache calls keys (latent attention may keep something else in it)."""
-    v_bits: int | None
+    v_bits: float | None
     """Bits of the buffer that the cache calls values."""
     bytes: int
     """Bytes stored for this layer's keys and values, without what it borrows; 0 if a site before counts them."""

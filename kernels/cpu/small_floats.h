@@ -1,0 +1,43 @@
+// Scales and mid points of 8 bits (kernels/small_floats.py).
+#pragma once
+
+namespace xq {
+
+constexpr float SCALE_UNIT = 1.0f / 32, MID_UNIT = 256.0f, LARGEST_MID = 480.0f;
+// From the exponent of a float16 to that of a float.
+constexpr float HALF_TO_FLOAT = 5192296858534827628530496329220096.0f;  // 2**112
+
+inline vf load_scales(const uint8_t* p, int64_t n) {
+    const vi code = widen(load_bytes(p, n));
+    const vf s = (vf)(code << 20) * (HALF_TO_FLOAT * SCALE_UNIT);
+    return code >= 0xf8 ? splat(std::numeric_limits<float>::quiet_NaN()) : s;
+}
+template <class S> inline vf load_scales(const S* p, int64_t n) { return load_up_to(p, n); }
+
+inline vf load_mids(const uint8_t* p, int64_t n) {
+    const vi code = widen(load_bytes(p, n));
+    const vf magnitude = (vf)((code & 0x7f) << 20) * (HALF_TO_FLOAT * MID_UNIT);
+    return (vf)((vi)magnitude | (code & 0x80) << 24);
+}
+
+inline float decode_scale(uint8_t code) { return load_scales(&code, 1)[0]; }
+
+// The bits of x >= 0 as a float16 without the last seven, rounded to nearest, halves to even.
+inline uint32_t half_without_seven(float x) {
+    const uint32_t bits = from_float<float16>(x).bits;
+    return (bits + 63 + ((bits >> 7) & 1)) >> 7;
+}
+
+// NaN where it is NaN, infinite or too large.
+inline uint8_t encode_scale(float scale) {
+    const uint32_t code = half_without_seven(scale / SCALE_UNIT);
+    return (uint8_t)(code >= 0xf8 ? 0xff : code);
+}
+
+inline uint8_t encode_mid(float mid) {
+    if (mid != mid) return 0;
+    const uint32_t code = half_without_seven(std::min(std::abs(mid), LARGEST_MID) / MID_UNIT);
+    return (uint8_t)(std::min(code, 0x7fu) | (mid < 0.0f ? 0x80 : 0));
+}
+
+}  // namespace xq

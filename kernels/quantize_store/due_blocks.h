@@ -1,0 +1,99 @@
+// Keys in blocks that are quantized when full (kernels/schemes/per_channel.py).
+#pragma once
+
+namespace xq {
+
+// A block of keys: tokens [t0, t0 + GROUP) of one head. A group runs along tokens, a lane is a channel.
+struct KeyGroup {
+    const Inputs& in;
+    int64_t head, t0;
+    int64_t first;  // padding and sinks before this token of the group do not count
+    vf at(int64_t t, int64_t d) const { return load_up_to(ring_token(in, head, t0 + t) + d, D - d); }
+};
+
+ALWAYS_INLINE void unpack_key_codes(const int32_t* packed, uint8_t* codes) {
+    for (int64_t t = 0; t < GROUP; t++)
+        for (int64_t d = 0; d < D; d++) {
+            const uint32_t word = (uint32_t)packed[d / CODES_PER_WORD * TOKENS + t];
+            codes[t * PITCH + d] = (uint8_t)(word >> shift_of_code(d % CODES_PER_WORD) & MAX_CODE);
+        }
+}
+
+ALWAYS_INLINE void pack_key_codes(const uint8_t* codes, Codes* packed) {
+    for (int64_t t = 0; t < GROUP; t++)
+        for (int64_t w = 0; w < WORDS; w++) {
+            uint32_t word = 0;
+            for (int64_t i = 0; i < CODES_PER_WORD; i++)
+                if (w * CODES_PER_WORD + i < D)
+                    word |= (uint32_t)codes[t * PITCH + w * CODES_PER_WORD + i] << shift_of_code(i);
+            write(packed + w * TOKENS + t, (int32_t)word);
+        }
+}
+
+// Least number and step of the channels from d on.
+ALWAYS_INLINE void range_of_channels(const KeyGroup& keys, int64_t d, vf& low, vf& step) {
+    vf high = splat(-INF), x;
+    vi nan = splat(0);
+    low = splat(INF);
+    for (int64_t t = keys.first; t < GROUP; t++) {
+        x = keys.at(t, d);
+        nan |= x != x;
+        low = x < low ? x : low;
+        high = x > high ? x : high;
+    }
+    range_to_step(low, high, nan, splat((float)MAX_CODE), step);
+}
+
+ALWAYS_INLINE void encode_channels(const KeyGroup& keys, int64_t d, vf low, vf step, uint8_t* codes) {
+    for (int64_t t = 0; t < GROUP; t++) {
+        const vf x = keys.at(t, d);
+        store(codes + t * PITCH + d, narrow(encode(x, low, step)));
+    }
+}
+
+// Scale and zero point of the channels from d on that fit their codes best: a regression of keys on codes.
+ALWAYS_INLINE void fit_channels(const KeyGroup& keys, int64_t d, const uint8_t* codes, S* scale, S* zero) {
+    vf mean_x = splat(0.0f), mean_c = mean_x, cov = mean_x, var = mean_x;
+    const float count = (float)std::max<int64_t>(GROUP - keys.first, 1);
+    for (int64_t t = keys.first; t < GROUP; t++) {
+        mean_x += keys.at(t, d);
+        mean_c += to_floats(load<vub>(codes + t * PITCH + d));
+    }
+    mean_x /= count;
+    mean_c /= count;
+    for (int64_t t = keys.first; t < GROUP; t++) {
+        const vf dc = to_floats(load<vub>(codes + t * PITCH + d)) - mean_c;
+        cov += dc * (keys.at(t, d) - mean_x);
+        var += dc * dc;
+    }
+    const vf s = var > 0.0f ? cov / var : splat(0.0f), z = mean_x - s * mean_c;
+    for (int64_t i = 0; i < std::min<int64_t>(L, D - d); i++)
+        store_scale_and_zero(scale + d + i, zero + d + i, s[i], z[i]);
+}
+
+inline void store_key_group(const Inputs& in, int64_t head, int64_t t0) {
+    const KeyGroup keys = {in, head, t0, std::max<int64_t>(in.start[head / H] + SINKS - t0, 0)};
+    S* scale = in.scale + (head * (TOKENS / GROUP) + t0 / GROUP) * D;
+    S* zero = in.zero + (head * (TOKENS / GROUP) + t0 / GROUP) * D;
+    Codes* packed = in.codes + head * WORDS * TOKENS + t0;
+    std::unique_ptr<uint8_t[]> buffer(new uint8_t[GROUP * PITCH]());
+    uint8_t* codes = buffer.get();
+    if (BORROWED) unpack_key_codes(packed, codes);
+    for (int64_t d = 0; d < D; d += L) {
+        vf low, step;
+        if (!FIT) range_of_channels(keys, d, low, step);
+        if (!BORROWED) encode_channels(keys, d, low, step, codes);
+        if (FIT) fit_channels(keys, d, codes, scale, zero);
+        else store_relaxed(scale + d, zero + d, low, step, D - d);
+    }
+    if (!BORROWED) pack_key_codes(codes, packed);
+}
+
+inline bool any_due(int64_t past, int64_t end) { return end / RESIDUAL > past / RESIDUAL; }
+
+inline void quantize_due(const Inputs& in, int64_t head, int64_t end) {
+    for (int64_t t = in.past / RESIDUAL * RESIDUAL; t + RESIDUAL <= end; t += RESIDUAL)
+        for (int64_t g = 0; g < RESIDUAL; g += GROUP) store_key_group(in, head, t + g);
+}
+
+}  // namespace xq

@@ -1,0 +1,132 @@
+// Quantize a group of keys whose channels are ranked (kernels/schemes/per_channel_ranked.py). A lane is a channel.
+#pragma once
+
+namespace xq {
+
+// Tokens [t0, t0 + GROUP) of one head in float32, and which of them count.
+struct RankedGroup {
+    int64_t first, count;  // tokens from `first` on are neither padding nor sinks
+    std::unique_ptr<float[]> x;  // [GROUP, D_PAD]
+    vf at(int64_t t, int64_t d) const { return load<vf>(x.get() + t * D_PAD + d); }
+};
+
+inline RankedGroup load_group(const Inputs& in, int64_t head, int64_t t0) {
+    RankedGroup keys;
+    keys.first = std::clamp<int64_t>(in.start[head / H] + SINKS - t0, 0, GROUP);
+    keys.count = GROUP - keys.first;
+    keys.x.reset(new float[GROUP * D_PAD]);
+    for (int64_t t = 0; t < GROUP; t++)
+        for (int64_t d = 0; d < D; d += L)
+            store(keys.x.get() + t * D_PAD + d, load_up_to(ring_token(in, head, t0 + t) + d, D - d));
+    return keys;
+}
+
+// Mean and mean squared distance from `around`, or from the mean.
+inline void moments(const RankedGroup& keys, int64_t d, vf& mean, vf& variance) {
+    const float count = (float)std::max<int64_t>(keys.count, 1);
+    mean = variance = splat(0.0f);
+    for (int64_t t = keys.first; t < GROUP; t++) mean += keys.at(t, d);
+    mean /= count;
+    for (int64_t t = keys.first; t < GROUP; t++) {
+        const vf off = keys.at(t, d) - mean;
+        variance += off * off;
+    }
+    variance /= count;
+}
+
+// Rank the channels by variance times the queries' mean square (that of the keys, if no query was seen).
+inline void note_ranks(const Inputs& in, const RankedGroup& keys, int64_t head) {
+    const float* energy = in.energy + head * D;
+    bool seen = false;
+    for (int64_t d = 0; d < D; d++) seen |= energy[d] > 0.0f;
+    float importance[D_PAD], center[D_PAD];
+    for (int64_t d = 0; d < D; d += L) {
+        vf mean, variance, square = splat(0.0f);
+        moments(keys, d, mean, variance);
+        for (int64_t t = keys.first; t < GROUP; t++) square += keys.at(t, d) * keys.at(t, d);
+        square /= (float)keys.count;
+        const vf found = variance * (seen ? load_up_to(energy + d, D - d) : square);
+        store(importance + d, found == found ? found : splat(0.0f));
+        store(center + d, abs(mean) < INF ? mean : splat(0.0f));
+    }
+    int32_t* order = in.order + head * D;
+    for (int64_t r = 0; r < D; r++) order[r] = (int32_t)r;
+    std::stable_sort(order, order + D, [&](int32_t a, int32_t b) { return importance[a] > importance[b]; });
+    for (int64_t r = 0; r < D; r++) in.center[head * D + r] = center[order[r]];
+}
+
+// Codes of the channels from d on, and their scale and mid point as they are stored. `n` is the largest code.
+inline void quantize_ranked(const RankedGroup& keys, int64_t d, vf n, const float* center, uint8_t* codes,
+                            uint8_t* scale, uint8_t* zero) {
+    vf low = splat(INF), high = splat(-INF), step, level = splat(0.0f), spread = level, mean, variance;
+    vi nan = splat(0);
+    for (int64_t t = keys.first; t < GROUP; t++) {
+        const vf x = keys.at(t, d);
+        nan |= x != x;
+        low = x < low ? x : low;
+        high = x > high ? x : high;
+    }
+    range_to_step(low, high, nan, n < 1.0f ? splat(1.0f) : n, step);
+    for (int64_t t = 0; t < GROUP; t++) {
+        const vi code = encode(keys.at(t, d), low, step, __builtin_convertvector(n, vi));
+        store(codes + t * D_PAD + d, narrow(code));
+        if (t >= keys.first) level += __builtin_convertvector(code, vf) - 0.5f * n;
+    }
+    moments(keys, d, mean, variance);
+    level /= (float)std::max<int64_t>(keys.count, 1);
+    for (int64_t t = keys.first; t < GROUP; t++) {
+        const vf off = to_floats(load<vub>(codes + t * D_PAD + d)) - 0.5f * n - level;
+        spread += off * off;
+    }
+    spread /= (float)std::max<int64_t>(keys.count, 1);
+    for (int64_t i = 0; i < std::min<int64_t>(L, D - d); i++) {
+        const float offset = mean[i] - center[d + i];
+        float s = spread[i] > 0.0f ? std::sqrt(variance[i] / spread[i]) : n[i] > 0.0f ? 0.0f : std::sqrt(variance[i]);
+        s = std::max(s, std::abs(offset) / (LARGEST_MID - n[i]));
+        scale[d + i] = encode_scale(low[i] == low[i] ? s : NOT_A_NUMBER);
+        const float stored = decode_scale(scale[d + i]);
+        zero[d + i] = encode_mid(stored > 0.0f ? (offset - stored * level[i]) / stored : 0.0f);
+    }
+}
+
+// Put the codes [GROUP, D_PAD] of channels into the planes of their ranks.
+inline void pack_ranked(const uint8_t* codes, const int32_t* order, int32_t* packed) {
+    for (const Field& field : FIELDS) {
+        int32_t* words = packed + field.word * TOKENS;
+        const uint8_t* code = codes + order[field.rank];
+        for (int64_t t = 0; t < GROUP; t++) {
+            const uint32_t bits = (uint32_t)code[t * D_PAD] >> field.shift & field.mask;
+            words[t] = (int32_t)((field.first ? 0u : (uint32_t)words[t]) | bits << field.bit);
+        }
+    }
+}
+
+inline void store_ranked_group(const Inputs& in, int64_t head, int64_t t0) {
+    const RankedGroup keys = load_group(in, head, t0);
+    if (keys.count && t0 <= (in.start[head / H] + SINKS) / GROUP * GROUP) note_ranks(in, keys, head);
+    const int32_t* order = in.order + head * D;
+    std::unique_ptr<uint8_t[]> buffer(new uint8_t[GROUP * D_PAD]);
+    float n[D_PAD] = {}, center[D_PAD] = {};
+    for (int64_t r = 0; r < D; r++) {
+        n[order[r]] = (float)LARGEST_CODES[r];
+        center[order[r]] = in.center[head * D + r];
+    }
+    uint8_t scale[D_PAD], zero[D_PAD];
+    for (int64_t d = 0; d < D; d += L) quantize_ranked(keys, d, load<vf>(n + d), center, buffer.get(), scale, zero);
+    const int64_t row = (head * (TOKENS / GROUP) + t0 / GROUP) * D;
+    for (int64_t r = 0; r < D; r++) {
+        in.scale[row + r] = scale[order[r]];
+        in.zero[row + r] = zero[order[r]];
+    }
+    pack_ranked(buffer.get(), order, in.codes + head * WORDS * TOKENS + t0);
+}
+
+inline int64_t limit(int64_t past) { return std::max<int64_t>((past - RESIDUAL + GROUP) / GROUP, 0) * GROUP; }
+
+inline bool any_due(int64_t past, int64_t end) { return limit(end) > limit(past); }
+
+inline void quantize_due(const Inputs& in, int64_t head, int64_t end) {
+    for (int64_t t = limit(in.past); t < limit(end); t += GROUP) store_ranked_group(in, head, t);
+}
+
+}  // namespace xq

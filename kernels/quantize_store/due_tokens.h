@@ -1,0 +1,76 @@
+// Values one by one as they leave the window (kernels/schemes/per_token.py).
+#pragma once
+
+namespace xq {
+
+// Values: a group runs along channels of one token.
+inline float sum_of_group(const float* x) {
+    vf s = splat(0.0f);
+    for (int64_t i = 0; i < GROUP; i += L) s += load_up_to(x + i, GROUP - i);
+    return sum(s);
+}
+
+// The group in float32; returns its least number in all lanes, and its step.
+ALWAYS_INLINE void range_of_values(const T* row, float* x, vf& lows, vf& step) {
+    float low = INF, high = -INF;
+    bool nan = false;
+    for (int64_t i = 0; i < GROUP; i++) {
+        x[i] = to_float(row[i]);
+        nan |= x[i] != x[i];
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+    }
+    lows = splat(low);
+    range_to_step(lows, splat(high), splat(nan ? -1 : 0), splat((float)MAX_CODE), step);
+}
+
+// Put the group's codes at bit `shift` of its words.
+ALWAYS_INLINE void encode_values(const float* x, vf lows, vf step, Codes* words, int32_t shift) {
+    const int32_t mask = (int32_t)((uint32_t)MAX_CODE << shift);
+    for (int64_t i = 0; i < GROUP; i += L) {
+        const int64_t n = std::min<int64_t>(L, GROUP - i);
+        const vi code = encode(load_up_to(x + i, n), lows, step);
+        Codes* word = words + i;
+        for (int64_t j = 0; j < n; j++) write(word + j, (word[j] & ~mask) | (int32_t)((uint32_t)code[j] << shift));
+    }
+}
+
+// Scale and zero point that fit the codes best: a regression of values on codes.
+ALWAYS_INLINE void fit_values(const float* x, const int32_t* words, int32_t shift, S* scale, S* zero) {
+    float c[GROUP + L], cov[GROUP + L], var[GROUP + L];
+    for (int64_t i = 0; i < GROUP; i++) c[i] = (float)((uint32_t)words[i] >> shift & MAX_CODE);
+    const float mean_x = sum_of_group(x) / GROUP, mean_c = sum_of_group(c) / GROUP;
+    for (int64_t i = 0; i < GROUP; i++) {
+        const float dc = c[i] - mean_c;
+        cov[i] = dc * (x[i] - mean_x);
+        var[i] = dc * dc;
+    }
+    const float total = sum_of_group(var), s = total > 0.0f ? sum_of_group(cov) / total : 0.0f;
+    store_scale_and_zero(scale, zero, s, mean_x - s * mean_c);
+}
+
+// Values of one token.
+inline void store_value(const Inputs& in, int64_t head, int64_t t) {
+    const T* row = ring_token(in, head, t);
+    Codes* codes = in.codes + (head * (TOKENS / CODES_PER_WORD) + t / CODES_PER_WORD) * D;
+    const int32_t shift = shift_of_code(t % CODES_PER_WORD);
+    for (int64_t g = 0; g < D / GROUP; g++) {
+        S* scale = in.scale + (head * (D / GROUP) + g) * TOKENS + t;
+        S* zero = in.zero + (head * (D / GROUP) + g) * TOKENS + t;
+        Codes* words = codes + g * GROUP;
+        float x[GROUP + L];
+        vf lows, step;
+        range_of_values(row + g * GROUP, x, lows, step);
+        if (!BORROWED) encode_values(x, lows, step, words, shift);
+        if (FIT) fit_values(x, words, shift, scale, zero);
+        else store_relaxed(scale, zero, lows, step, 1);
+    }
+}
+
+inline bool any_due(int64_t, int64_t) { return false; }  // too little to share out
+
+inline void quantize_due(const Inputs& in, int64_t head, int64_t end) {
+    for (int64_t t = std::max<int64_t>(in.past - RESIDUAL, 0); t < end - RESIDUAL; t++) store_value(in, head, t);
+}
+
+}  // namespace xq

@@ -1,0 +1,48 @@
+"""Show a prompt's queries to the keys that it appends: their channels are ranked by what queries make of them.
+
+A prompt's graph runs op by op (``takeover.py``, or a cold prefill that allocates an XQuantCache), and queries are
+computed before keys are appended: just before an append, the query of the attention that reads it is known.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.state import KVState
+from xquant_fx.passes.records import Detection
+
+
+def queries_of(found: Detection) -> dict[Node, Node]:
+    """The query [B, heads, q, D] by the node that appends the keys it attends to."""
+    return {site.key_write.node: site.attention.query for site in found.sites if site.key_write is not None}
+
+
+def show_query(state: KVState, append: Node, queries: dict[Node, Node], env: dict[Node, Any]) -> None:
+    """Note the query that goes with ``append`` in the keys' ``state``, if it is computed already."""
+    query = env.get(queries[append]) if append in queries else None
+    if isinstance(query, torch.Tensor):
+        state.note_queries(query)
+
+
+class PromptRun(torch.fx.Interpreter):
+    """Runs a cold prefill as it stands, and shows its queries to the caches that it allocates."""
+
+    def __init__(self, found: Detection) -> None:
+        super().__init__(found.gm)
+        self.queries = queries_of(found)
+        self.buffers = {write.node: write.buffer for write in found.writes}
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the prefill on these arguments."""
+        return self.run(*args)
+
+    def run_node(self, n: Node) -> Any:
+        """Show the query before an append, then run ``n``."""
+        buffer = self.env.get(self.buffers[n]) if n in self.queries else None
+        if isinstance(buffer, QuantizedKV) and buffer.state is not None:
+            show_query(buffer.state, n, self.queries, self.env)
+        return super().run_node(n)

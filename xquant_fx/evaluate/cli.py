@@ -1,0 +1,125 @@
+"""The command ``xquant``: ``eval``, ``needle`` and ``anatomy`` of a model's quantized cache."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xquant_fx.errors import XQuantError
+from xquant_fx.plan.presets import PRESETS
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="xquant", description="Measure what a quantized KV cache does to a model.")
+    commands = top.add_subparsers(dest="command", required=True)
+    evaluate = _command(commands, "eval", run_eval, "KL, perplexity and top-1 of next tokens against full precision")
+    _add_windows(evaluate)
+    evaluate.add_argument("--stride", type=int, default=2, help="measure every so many positions (default: 2)")
+    evaluate.add_argument("--windows", type=int, default=4, help="evenly spaced over the text (default: 4)")
+    evaluate.add_argument("--steps", action="store_true", help="real decode steps; default: the same in one pass")
+    evaluate.add_argument("--compile", action="store_true", help="compile the real steps")
+    evaluate.add_argument("--plot", metavar="FILE.png", help="KL against bits and against depth")
+    needle = _command(commands, "needle", run_needle, "find a pass key in long text, over lengths and depths")
+    needle.add_argument("--lengths", type=int, nargs="+", default=[512, 1024], help="tokens (default: 512 1024)")
+    needle.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
+    needle.add_argument("--trials", type=int, default=4, help="pass keys per length and depth (default: 4)")
+    needle.add_argument("--plot", metavar="FILE.png", help="heat maps")
+    _add_windows(_command(commands, "anatomy", run_anatomy, "errors of keys, values and attention, by layer and head"))
+    return top
+
+
+def _command(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
+    command.set_defaults(run=run)
+    command.add_argument("model", help="folder or Hub id of a Hugging Face model")
+    command.add_argument("--text", required=True, metavar="FILE", help="plain text to read, UTF-8")
+    command.add_argument("--preset", nargs="+", action="extend", default=[], choices=sorted(PRESETS), metavar="NAME")
+    command.add_argument("--config", nargs="+", action="extend", default=[], metavar="FILE.json",
+                         help="XQuantConfig.to_json or Plan.to_json; default without any: --preset xquant")  # fmt: skip
+    command.add_argument("--dtype", choices=DTYPES, default="float32")
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--out", metavar="FILE.json", help="all numbers; eval goes on with what is in it")
+    return command
+
+
+def _add_windows(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--window", type=int, default=1536, help="tokens read at a time (default: 1536)")
+    command.add_argument("--prompt", type=int, default=1024, help="of them in full precision first (default: 1024)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 2 and a message where its arguments break a rule."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (XQuantError, OSError) as error:
+        print(f"xquant {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any, str, list[Any]]:
+    """(model, tokenizer, text, settings)."""
+    import torch
+
+    from xquant_fx.evaluate.models import load
+    from xquant_fx.evaluate.settings import Setting
+
+    presets = args.preset or ([] if args.config else ["xquant"])
+    settings = [*map(Setting.of_preset, presets), *map(Setting.of_file, args.config)]
+    text = Path(args.text).read_text(encoding="utf-8")
+    return *load(args.model, getattr(torch, args.dtype), args.device), text, settings
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """``xquant eval``."""
+    from xquant_fx.evaluate.plots import plot_quality
+    from xquant_fx.evaluate.quality import Reading, quality_report
+    from xquant_fx.evaluate.windows import cut_windows
+
+    reading = Reading(args.prompt, args.stride, args.steps, args.compile)
+    model, tokenizer, text, settings = _load(args)
+    windows = cut_windows(tokenizer, text, args.window, args.windows).to(args.device)
+    report = quality_report(model, windows, settings, reading=reading, out=args.out, progress=True)
+    print(report)
+    if args.plot:
+        plot_quality(report, args.plot)
+
+
+def run_needle(args: argparse.Namespace) -> None:
+    """``xquant needle``."""
+    from xquant_fx.evaluate.needle import needle_report
+    from xquant_fx.evaluate.plots import plot_needle
+
+    model, tokenizer, text, settings = _load(args)
+    given: dict[str, Any] = dict(lengths=args.lengths, depths=args.depths, trials=args.trials)
+    report = needle_report(model, tokenizer, text, settings, **given, progress=True)
+    print(report)
+    _write(args.out, report.to_dict())
+    if args.plot:
+        plot_needle(report, args.plot)
+
+
+def run_anatomy(args: argparse.Namespace) -> None:
+    """``xquant anatomy``."""
+    from xquant_fx.evaluate.anatomy import anatomy_report
+    from xquant_fx.evaluate.windows import cut_windows
+
+    model, tokenizer, text, settings = _load(args)
+    ids = cut_windows(tokenizer, text, args.window, 1).to(args.device)
+    found = {setting.name: anatomy_report(model, ids, setting.config, prompt=args.prompt) for setting in settings}
+    for name, each in found.items():
+        print(f"{name}\n{each}")
+    _write(args.out, {name: each.to_dict() for name, each in found.items()})
+
+
+def _write(path: str | None, content: dict[str, Any]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")

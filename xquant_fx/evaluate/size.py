@@ -1,0 +1,51 @@
+"""What a quantized cache takes: bits that grow with the text, and all bytes of a window."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import torch
+
+from xquant_fx.cache.huggingface import XQuantCache
+from xquant_fx.plan.spec import KVSpec
+from xquant_fx.reports.memory import memory_report
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Size of the quantized layers of a cache."""
+
+    true_bits: float
+    """Bits per element of codes, scales and zero points: all that grows with the text, so no window and no sink.
+
+    Storage of 16 bits counts as that, whatever dtype the model is measured in.
+    """
+    bits: float
+    """All bits held at the end of the window, divided by the elements stored."""
+    bytes: int
+    """All bytes held at the end of the window."""
+    ratio: float
+    """How many times smaller than in full precision."""
+
+
+def size_of(cache: XQuantCache) -> Size:
+    """The size of a cache that has been written to."""
+    report = memory_report(SimpleNamespace(layers=cache.quantized_layers))
+    bits = true_bits([state.spec for state in cache.states])
+    return Size(bits, report.bits_per_element, report.total_bytes, report.ratio)
+
+
+def true_bits(specs: list[KVSpec]) -> float:
+    """Bits that one more element costs: what all buffers grow by from one long text to another twice as long."""
+    # Whole blocks and whole words of every scheme, so that padding is the same for both.
+    tokens = math.lcm(*(spec.residual_length for spec in specs)) * 32
+    grown = sum(_bits(spec, 2 * tokens) - _bits(spec, tokens) for spec in specs)
+    return grown / sum(tokens * spec.shape[0] * spec.shape[1] * spec.shape[3] for spec in specs)
+
+
+def _bits(spec: KVSpec, tokens: int) -> int:
+    batch, heads, _, dim = spec.shape
+    longer = dataclasses.replace(spec, shape=(batch, heads, tokens, dim), dtype=torch.bfloat16)
+    return sum(8 * math.prod(shape) * dtype.itemsize for shape, dtype in longer.tensor_shapes().values())
