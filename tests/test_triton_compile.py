@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from states import spec_of
 from torch import Tensor
 from triton_compiled import CHIPS, Needs, compiled, launches
 
-from xquant_fx import XQuantConfig
+from xquant_fx import XQuantConfig, ops
 from xquant_fx.kernels.decode_attention import triton_launch as triton_attention
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments, of_sides
 from xquant_fx.kernels.layout import STEP_TOKENS
@@ -264,3 +265,24 @@ def test_inductor_inlines_appends(side: str) -> None:
     call = code[code.index("def call(") :]
     assert "torch.ops.xquant" not in call and ".clone(" not in call and "= empty_strided_cuda(" not in call
     assert call.count("_kernel_0.run(") == 1
+
+
+def never(a: Any) -> None:
+    raise AssertionError("a kernel that does not take these arguments ran")
+
+
+def test_what_kernels_do_not_take_runs_in_plain_torch() -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    given = decode_arguments(ranked=True, k_group=24, residual=48, max_len=480, mask=None)
+    with mock.patch.dict(ops.DECODE_KERNELS, meta=ops.DECODE_KERNELS["cuda"]._replace(run=never)):
+        out = ops.decode_attention(**given._asdict())
+    assert out.shape == given.q.shape
+    step = append_arguments(side="key", ranked=True, dim=512, max_len=480)
+    with mock.patch.dict(ops.STEP_KERNELS, meta=ops.STEP_KERNELS["cuda"]._replace(run=never)):
+        ops.quantize_store(**step._asdict())
+    assert dict(counters["xquant"]) == {
+        "plain torch: ranked keys in groups of 24 tokens, which is no multiple of 32": 1,
+        "plain torch: channels are ranked up to head_dim 256": 1,
+    }
