@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xquant_fx import XQuantConfig
 from xquant_fx.cache.state import KVState
-from xquant_fx.kernels.decode_attention.arguments import DecodeArguments, of_sides
+from xquant_fx.kernels.decode_attention.arguments import OF_KEYS, OF_SIDE, DecodeArguments, of_sides
 from xquant_fx.kernels.layout import STEP_TOKENS
 
 
@@ -64,9 +64,9 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
     """
     dim = s.dim if side == "key" else s.v_dim or s.dim
     config = XQuantConfig(
-        k_scheme=s.k_scheme, v_scheme=s.v_scheme, k_bits=s.k_bits, v_bits=s.v_bits, share_values_from=None, k_group_size=s.k_group, v_group_size=s.v_group,
-        residual_length=s.residual, sink_tokens=s.sinks,
-        scale_dtype=getattr(torch, s.scale_dtype),
+        k_scheme=s.k_scheme, v_scheme=s.v_scheme,
+        k_bits=s.k_bits, v_bits=s.v_bits, share_values_from=None, k_group_size=s.k_group, v_group_size=s.v_group,
+        residual_length=s.residual, sink_tokens=s.sinks, scale_dtype=getattr(torch, s.scale_dtype),
     )  # fmt: skip
     shape = (s.batch, s.kv_heads, s.max_len, dim)
     state = layers_of(config, shape, s.torch_dtype, start=start)[0][side == "value"]
@@ -173,7 +173,7 @@ def reference(s: Setup, given: dict[str, Any], dtype: torch.dtype, rounded: torc
         Stored(
             scheme=given[side].spec.scheme, bits=given[side].spec.bits, group=given[side].spec.group_size,
             residual=s.residual, new=given["new"][side],
-            **{name: given[side].tensor(name) for name in ("codes", "scale", "zero", "order", "center", "ring", "sink")},
+            **{name: given[side].tensor(name) for name in (*OF_SIDE, *OF_KEYS)},
         )
         for side in ("key", "value")
     ]  # fmt: skip

@@ -5,7 +5,9 @@ What is compiled is what the host code would launch, constants included. Nothing
 
 from __future__ import annotations
 
+import re
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from states import spec_of
 from torch import Tensor
 from triton_compiled import CHIPS, Needs, compiled, launches
 
-from xquant_fx import XQuantConfig
+from xquant_fx import XQuantConfig, ops
 from xquant_fx.kernels.decode_attention import triton_launch as triton_attention
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments, of_sides
 from xquant_fx.kernels.layout import STEP_TOKENS
@@ -37,17 +39,21 @@ def stored(side: str, dtype: torch.dtype, config: XQuantConfig, shape: tuple[int
     return {**tensors, "scheme": spec.scheme, "bits": spec.bits, "group": spec.group_size}
 
 
+def schemes(ranked: bool) -> dict[str, Any]:
+    """Fields of a config: the pair of schemes with ranked keys, or the other one."""
+    return dict(k_scheme=f"per_channel{'_ranked' * ranked}", v_scheme=f"per_token{'_rotated' * ranked}")
+
+
 def decode_arguments(
-    *, dim: int = 128, k_bits: float = 2, v_bits: int = 1, ranked: bool = False, dtype: torch.dtype = torch.bfloat16, group: int = 4,
-    query: int = 1, mask: torch.dtype | None = torch.bool, k_group: int = 128, v_group: int | None = None,
-    residual: int = 128, sinks: int = 0, softcap: float = 0.0, window: int = 0, extra: bool = False,
-    max_len: int = 32768, kv_heads: int = 8,
+    *, dim: int = 128, k_bits: float = 2, v_bits: int = 1, ranked: bool = False, dtype: torch.dtype = torch.bfloat16,
+    group: int = 4, query: int = 1, mask: torch.dtype | None = torch.bool, k_group: int = 128,
+    v_group: int | None = None, residual: int = 128, sinks: int = 0, softcap: float = 0.0, window: int = 0,
+    extra: bool = False, max_len: int = 32768, kv_heads: int = 8,
 ) -> DecodeArguments:  # fmt: skip
     """Arguments of ``decode_attention`` without data."""
     config = XQuantConfig(
-        k_scheme="per_channel_ranked" if ranked else "per_channel",
-        v_scheme="per_token_rotated" if ranked else "per_token", k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group, v_group_size=v_group,
-        residual_length=residual, sink_tokens=sinks,
+        **schemes(ranked), k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group,
+        v_group_size=v_group, residual_length=residual, sink_tokens=sinks,
     )  # fmt: skip
     key, value = (stored(side, dtype, config, (1, kv_heads, max_len, dim)) for side in ("key", "value"))
     facts = {f"{side}_{name}": t[name] for side, t in (("k", key), ("v", value)) for name in FACTS}
@@ -78,12 +84,10 @@ def append_arguments(
     """Arguments of ``triton_store.launch`` without data."""
     groups = dict(k_group_size=group) if side == "key" else dict(k_group_size=residual, v_group_size=group)
     bits_of = dict(k_bits=bits) if side == "key" else dict(v_bits=bits)
-    schemes = dict(k_scheme=f"per_channel{'_ranked' * ranked}", v_scheme=f"per_token{'_rotated' * ranked}")
-    config = XQuantConfig(residual_length=residual, sink_tokens=sinks, **bits_of, **schemes, **groups)
+    config = XQuantConfig(residual_length=residual, sink_tokens=sinks, **bits_of, **schemes(ranked), **groups)
     t = stored(side, dtype, config, (1, 8, max_len, dim))
-    tensors = {
-        name: t.get(name) for name in StoreArguments.tensor_names() if name not in ("x", "pos", "start", "fault")
-    }
+    given = ("x", "pos", "start", "fault")
+    tensors = {name: t.get(name) for name in StoreArguments.tensor_names() if name not in given}
     return StoreArguments(
         x=empty(1, 8, new, dim, dtype=dtype),
         pos=empty(new, dtype=torch.int64),
@@ -187,8 +191,16 @@ APPEND = {
     "values, 8 tokens, head_dim 256": dict(side="value", bits=1, new=8, dim=256, group=256),
     "values, groups of 32": dict(side="value", new=3, group=32),
     "keys, head_dim 96, 4 bits": dict(side="key", new=8, dim=96, bits=4, group=16),
+    "ranked keys": dict(side="key", ranked=True, residual=256),
+    "rotated values": dict(side="value", ranked=True),
+    "ranked keys, head_dim 256, 8 tokens": dict(side="key", ranked=True, residual=256, dim=256, new=8, sinks=4),
+    "ranked keys, head_dim 80, 1.5 bits": dict(side="key", ranked=True, residual=256, dim=80, bits=1.5, new=4),
+    "ranked keys, head_dim 96, 4 bits": dict(side="key", ranked=True, residual=96, group=32, dim=96, bits=4),
+    "ranked keys, float32, 3 bits": dict(side="key", ranked=True, residual=64, group=32, bits=3, dtype=torch.float32),
+    "rotated values, head_dim 256, 8 tokens": dict(side="value", ranked=True, dim=256, group=256, new=8),
+    "rotated values, head_dim 96, groups of 32": dict(side="value", ranked=True, dim=96, group=32, new=3, bits=1),
 }
-QUICK = ("keys", "values", "fitted values")
+QUICK = ("keys", "values", "fitted values", "ranked keys", "rotated values")
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -198,34 +210,37 @@ def test_append(name: str, chip: str) -> None:
     check(compiled(kernel, chip), chip)
 
 
+@pytest.mark.parametrize("case", ["head_dim 128", "ranked"])
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
-def test_occupancy_at_head_dim_128(chip: str) -> None:
+def test_occupancy_at_head_dim_128(chip: str, case: str) -> None:
     """Two programs fit on a multiprocessor, so that one works while the other waits."""
-    decode, _ = launches(triton_attention.launch, decode_arguments(), hip=False)
+    decode, _ = launches(triton_attention.launch, decode_arguments(**FAST[case]), hip=False)
     needs = compiled(decode, chip)
     assert 2 * 128 * needs.registers <= 65536
     assert 2 * needs.shared <= CHIPS[chip][3]
 
 
-def test_codes_stay_in_registers() -> None:
+@pytest.mark.parametrize("case", ["head_dim 128", "ranked"])
+def test_codes_stay_in_registers(case: str) -> None:
     """Words are brought into the order of the matrix unit, not the codes, which are up to 16 times larger."""
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 8):
         pytest.skip("Triton 3.6 takes the codes through shared memory")
-    decode, _ = launches(triton_attention.launch, decode_arguments(), hip=False)
+    decode, _ = launches(triton_attention.launch, decode_arguments(**FAST[case]), hip=False)
     ttgir = compiled(decode, "sm_90").asm["ttgir"]
     loop = ttgir[ttgir.index("scf.for") :]
     loop = loop[: loop.index("scf.yield")]
     moved = [line for line in loop.splitlines() if "ttg.local_alloc" in line or "ttg.convert_layout" in line]
-    assert moved and not any("128x128x" in line for line in moved), moved
+    assert moved and not any(re.search("128x(32|64|128)x", line) for line in moved), moved
     assert "dot_op<{opIdx = 0" in loop
 
 
-def test_inductor_inlines_the_kernels() -> None:
+@pytest.mark.parametrize("ranked", [False, True])
+def test_inductor_inlines_the_kernels(ranked: bool) -> None:
     """No call back into Python, no copies: partial results and the output are all that is allocated."""
     from fake_cuda import fake_cuda, generated_code
 
     def make_args() -> tuple[Any, ...]:
-        given = decode_arguments(query=2, max_len=4096)
+        given = decode_arguments(query=2, max_len=4096, ranked=ranked)
         return (given.mapped(lambda t: torch.zeros(t.shape, dtype=t.dtype, device="cuda"))._asdict(),)
 
     with fake_cuda():
@@ -234,3 +249,40 @@ def test_inductor_inlines_the_kernels() -> None:
     assert "torch.ops.xquant" not in call and ".clone(" not in call
     assert call.count("decode_kernel_0.run(") == call.count("combine_kernel_1.run(") == 1
     assert call.count("= empty_strided_cuda(") == 3
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_inductor_inlines_appends(side: str) -> None:
+    """Ranked keys and rotated values: no call back into Python, nothing copied, nothing allocated."""
+    from fake_cuda import fake_cuda, generated_code
+
+    def make_args() -> tuple[Any, ...]:
+        given = append_arguments(side=side, ranked=True, max_len=4096)
+        return (given.mapped(lambda t: torch.zeros(t.shape, dtype=t.dtype, device="cuda"))._asdict(),)
+
+    with fake_cuda():
+        code = generated_code(lambda given: triton_store.append(StoreArguments(**given)), make_args, backend="inductor")
+    call = code[code.index("def call(") :]
+    assert "torch.ops.xquant" not in call and ".clone(" not in call and "= empty_strided_cuda(" not in call
+    assert call.count("_kernel_0.run(") == 1
+
+
+def never(a: Any) -> None:
+    raise AssertionError("a kernel that does not take these arguments ran")
+
+
+def test_what_kernels_do_not_take_runs_in_plain_torch() -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    given = decode_arguments(ranked=True, k_group=24, residual=48, max_len=480, mask=None)
+    with mock.patch.dict(ops.DECODE_KERNELS, meta=ops.DECODE_KERNELS["cuda"]._replace(run=never)):
+        out = ops.decode_attention(**given._asdict())
+    assert out.shape == given.q.shape
+    step = append_arguments(side="key", ranked=True, dim=512, max_len=480)
+    with mock.patch.dict(ops.STEP_KERNELS, meta=ops.STEP_KERNELS["cuda"]._replace(run=never)):
+        ops.quantize_store(**step._asdict())
+    assert dict(counters["xquant"]) == {
+        "plain torch: ranked keys in groups of 24 tokens, which is no multiple of 32": 1,
+        "plain torch: channels are ranked up to head_dim 256": 1,
+    }

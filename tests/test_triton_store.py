@@ -96,7 +96,7 @@ RANKED: dict[str, dict[str, Any]] = {
         for dim, group, bits in ((64, 64, 2), (80, 80, 1), (96, 24, 2), (24, 24, 4), (128, 128, 1), (16, 16, 8))
     },
     "keys, sinks, padding": dict(side="key", sinks=5, padding=[0, 20], **{**RANKED_SHAPE, "batch": 2, "bits": 1.5}),
-    "keys, as the queries say": dict(side="key", energy=True, dtype="float16", **RANKED_SHAPE),
+    "keys, as the queries say": dict(side="key", energy=True, dtype="float16", heads=2, **RANKED_SHAPE),
     "keys, chunks": dict(side="key", script=[50, 3, 8, 8, 0, 8, 8, 8, 8, 8, 8, 4], **RANKED_SHAPE),
     "keys, several groups a step": dict(side="key", **{**RANKED_SHAPE, "residual": 4, "group": 2}),
     "keys, odd groups": dict(side="key", **{**RANKED_SHAPE, "residual": 24, "group": 12}),

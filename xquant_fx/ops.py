@@ -54,7 +54,9 @@ class Kernel(NamedTuple):
     run: Callable[[Any], Any]
     """Takes the op's arguments."""
     applies: Callable[[Tensor], bool]
-    """Whether to take it for this input, which is on the device."""
+    """Whether there is one for this input, which is on the device."""
+    why_not: Callable[[Any], str] = lambda a: ""
+    """Why not for these arguments, in words; "" if it takes them."""
 
 
 def _append_cpu(a: StoreArguments) -> None:
@@ -67,18 +69,31 @@ def _is_triton_here(x: Tensor) -> bool:
 
 #: Device type to the kernel that appends a step of up to STEP_TOKENS tokens there. On the CPU only compiled code
 #: has one: eager code has no compiler to wait for.
-STEP_KERNELS = {"cpu": Kernel(_append_cpu, is_traced), "cuda": Kernel(triton_store.append, _is_triton_here)}
+STEP_KERNELS = {
+    "cpu": Kernel(_append_cpu, is_traced),
+    "cuda": Kernel(triton_store.append, _is_triton_here, triton_store.why_not),
+}
 
 #: Device type to the kernel that attends straight to the codes there.
 DECODE_KERNELS = {
     "cpu": Kernel(lambda a: DECODE_CPU(**a._asdict()), lambda x: True),
-    "cuda": Kernel(lambda a: triton_attention.decode_attention(**a._asdict()), _is_triton_here),
+    "cuda": Kernel(
+        lambda a: triton_attention.decode_attention(**a._asdict()), _is_triton_here, triton_attention.why_not
+    ),
 }
 
 
-def _kernel(kernels: Mapping[str, Kernel], x: Tensor, otherwise: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _run(kernels: Mapping[str, Kernel], x: Tensor, a: Any, otherwise: Callable[[Any], Any]) -> Any:
+    """By the kernel of the device of ``x``, or ``otherwise``; that a kernel does not take ``a`` is counted."""
     kernel = kernels.get(x.device.type)
-    return kernel.run if kernel is not None and kernel.applies(x) else otherwise
+    if kernel is None or not kernel.applies(x):
+        return otherwise(a)
+    reason = kernel.why_not(a)
+    if reason:
+        from torch._dynamo.utils import counters  # imports Dynamo
+
+        counters["xquant"][f"plain torch: {reason}"] += 1
+    return otherwise(a) if reason else kernel.run(a)
 
 
 def quantize_store(*args: Any, **kwargs: Any) -> None:
@@ -89,8 +104,10 @@ def quantize_store(*args: Any, **kwargs: Any) -> None:
         return
     new = a.x.shape[2]
     is_step = isinstance(new, int) and new <= STEP_TOKENS
-    run = _kernel(STEP_KERNELS, a.x, plain_store.store) if is_step else plain_store.store
-    run(a)
+    if is_step:
+        _run(STEP_KERNELS, a.x, a, plain_store.store)
+    else:
+        plain_store.store(a)
 
 
 def shared_code_load(*args: Any, **kwargs: Any) -> Tensor:
@@ -106,7 +123,7 @@ def decode_attention(*args: Any, **kwargs: Any) -> Tensor:
     and the rings as they were before it.
     """
     a = DecodeArguments(*args, **kwargs)
-    return _kernel(DECODE_KERNELS, a.q, plain_attention.attend)(a)
+    return _run(DECODE_KERNELS, a.q, a, plain_attention.attend)
 
 
 _lib.impl("decode_attention", decode_attention, "CompositeImplicitAutograd")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.decode_attention.triton_products import LARGEST, SUBNORMAL, add_product
+from xquant_fx.kernels.decode_attention.triton_products import SUBNORMAL, add_product, rounded
 from xquant_fx.kernels.decode_attention.triton_unpack import (
     BITCAST,
     BITS,
@@ -29,11 +29,18 @@ from xquant_fx.kernels.decode_attention.triton_unpack import (
     unpack,
     word_order,
 )
-from xquant_fx.kernels.triton_small_floats import decode_mid, decode_scale
+from xquant_fx.kernels.triton_small_floats import (
+    UNIT_OF_SCALES,
+    decode_mid,
+    decode_scale,
+    half_of_byte,
+)
 from xquant_fx.kernels.triton_widths import rank_of_field, width_of_rank
 
-# The most that a field's unit stands for, in units of its code: 4 bits above three others.
-MOST_WEIGHT = tl.constexpr(8.0)
+# A query below 2, a scale below 2 * 2**S_EXPONENT and the weight of a field, 8 at most, multiply to a float16.
+S_EXPONENT = tl.constexpr(10)
+# The unit of queries of zeros.
+LEAST_UNIT = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -47,32 +54,42 @@ def plane_fields(PLANE: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def plane_query(q, order, rows, valid_rows, PLANE: tl.constexpr, KEYS: tl.constexpr):
-    """Query rows [fields, ROWS] for the codes of a plane; nothing of use for a plane without words."""
+def plane_query(q, order, unit, rows, valid_rows, PLANE: tl.constexpr, KEYS: tl.constexpr):
+    """Query rows [fields, ROWS] in ``unit`` for the codes of a plane; nothing of use for a plane without words."""
     if PLANE[CHANNELS] == 0:
         return tl.zeros((1, 1), tl.float32)
     else:
         rank, _weight = plane_fields(PLANE, KEYS)
         channel = tl.load(order + rank)
-        return tl.load(q + rows[None, :] * KEYS[DIM] + channel[:, None], mask=valid_rows[None, :], other=0.0)
+        x = tl.load(q + rows[None, :] * KEYS[DIM] + channel[:, None], mask=valid_rows[None, :], other=0.0)
+        return rounded(x.to(tl.float32) / unit[None, :], "fp32" if KEYS[MODEL] == "fp32" else "fp16")
+
+
+@triton.jit
+def query_unit(x, KEYS: tl.constexpr):
+    """The unit [ROWS] of float16 queries of planes: a power of two above half of the largest number."""
+    if KEYS[MODEL] == "fp32":
+        return tl.full((x.shape[1],), 1.0, tl.float32)
+    else:
+        largest = tl.max(tl.abs(x.to(tl.float32)), 0)
+        exponent = tl.maximum(largest, LEAST_UNIT).to(tl.int32, bitcast=True) & 0x7F800000
+        return exponent.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def ranked_query(q, rows, valid_rows, order, center, KEYS: tl.constexpr):
-    """Query rows for ranked keys: by rank [ranks, ROWS], for each plane, and times what is constant in keys [ROWS].
-
-    They stay in their own dtype, which takes half the registers.
-    """
+    """Query rows for ranked keys: by rank [ranks, ROWS], those of each plane, their unit, times centers [ROWS]."""
     rank = tl.arange(0, KEYS[CHANNELS])
     in_bounds = rank < KEYS[DIM]
     channel = tl.load(order + rank, mask=in_bounds, other=0)
     offsets = rows[None, :] * KEYS[DIM] + channel[:, None]
     x = tl.load(q + offsets, mask=in_bounds[:, None] & valid_rows[None, :], other=0.0)
+    unit = query_unit(x, KEYS)
     from_center = tl.sum(x.to(tl.float32) * tl.load(center + rank, mask=in_bounds, other=0.0)[:, None], 0)
-    four = plane_query(q, order, rows, valid_rows, KEYS[PLANES][0], KEYS)
-    two = plane_query(q, order, rows, valid_rows, KEYS[PLANES][1], KEYS)
-    one = plane_query(q, order, rows, valid_rows, KEYS[PLANES][2], KEYS)
-    return x, four, two, one, from_center
+    four = plane_query(q, order, unit, rows, valid_rows, KEYS[PLANES][0], KEYS)
+    two = plane_query(q, order, unit, rows, valid_rows, KEYS[PLANES][1], KEYS)
+    one = plane_query(q, order, unit, rows, valid_rows, KEYS[PLANES][2], KEYS)
+    return x, four, two, one, unit, from_center
 
 
 @triton.jit
@@ -128,25 +145,27 @@ def plane_logits(sums, words, q, s, factor, PLANE: tl.constexpr, KEYS: tl.conste
         return sums
     else:
         _rank, weight = plane_fields(PLANE, KEYS)
-        qs = q.to(tl.float32) * (decode_scale(s) * weight)[:, None] * factor[None, :]
-        return add_product(sums, unpack(words, PLANE), qs, "fp32" if PLANE[MODEL] == "fp32" else "fp16")
+        dtype: tl.constexpr = "fp32" if KEYS[MODEL] == "fp32" else "fp16"
+        qs = q * rounded(half_of_byte(s) * (weight * factor), dtype)[:, None]
+        return add_product(sums, unpack(words, PLANE), qs, dtype)
 
 
 @triton.jit
 def ranked_logits(q, words, scales, TILE: tl.constexpr, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
     """Scaled logits [TILE, ROWS] of a tile of ranked keys."""
-    x, q_four, q_two, q_one, from_center = q
+    x, q_four, q_two, q_one, q_unit, from_center = q
     four, two, one = words
     s, mid, s_four, s_two, s_one = scales
     n = (1 << width_of_rank(tl.arange(0, KEYS[CHANNELS]), KEYS[COUNTS])) - 1
-    qs = x.to(tl.float32) * decode_scale(s)[:, None]
-    constant = from_center + tl.sum(qs * (decode_mid(mid) - 0.5 * n.to(tl.float32))[:, None], 0)
-    largest = tl.max(tl.abs(qs), 0)
-    largest = tl.where(largest > 0, largest, 1.0)
-    factor = (LARGEST / MOST_WEIGHT) / largest
+    offset = decode_scale(s) * (decode_mid(mid) - 0.5 * n.to(tl.float32))
+    constant = from_center + tl.sum(x.to(tl.float32) * offset[:, None], 0)
+    # Scales are brought to the largest one's power of two, times S_UNIT.
+    exponent = tl.max(s.to(tl.int32), 0) >> 3
+    factor = ((-exponent + (127 + 15 + S_EXPONENT)) << 23).to(tl.float32, bitcast=True)
+    undo = ((exponent + (127 - 15 - S_EXPONENT)) << 23).to(tl.float32, bitcast=True)
     sums = tl.zeros((TILE, x.shape[1]), tl.float32)
     sums = plane_logits(sums, four, q_four, s_four, factor, KEYS[PLANES][0], KEYS)
     sums = plane_logits(sums, two, q_two, s_two, factor, KEYS[PLANES][1], KEYS)
     sums = plane_logits(sums, one, q_one, s_one, factor, KEYS[PLANES][2], KEYS)
     unit: tl.constexpr = SUBNORMAL if KEYS[BITCAST] else 1.0
-    return sums * (largest * (unit * SM_SCALE * MOST_WEIGHT / LARGEST)) + (constant * SM_SCALE)[None, :]
+    return sums * (q_unit * (undo * (UNIT_OF_SCALES * unit * SM_SCALE)))[None, :] + (constant * SM_SCALE)[None, :]

@@ -24,6 +24,15 @@ from xquant_fx.kernels.triton_host import power_of_two, rank_counts
 
 #: Tensors of ranked keys alone.
 RANKS = ("order", "center", "energy")
+#: Channels that one program has registers for.
+MOST_CHANNELS = 256
+
+
+def why_not(a: StoreArguments) -> str:
+    """Why the kernels do not take these arguments, in words; "" if they do."""
+    if SCHEMES[a.scheme].APPEND == "ranked" and a.x.shape[3] > MOST_CHANNELS:
+        return f"channels are ranked up to head_dim {MOST_CHANNELS}"
+    return ""
 
 
 def uniform(a: StoreArguments) -> dict[str, Any]:
@@ -36,17 +45,18 @@ def blocks(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     batch, heads, new, dim = a.x.shape
     # As many blocks as the step may complete, and 32 channels, which are whole words at any bits.
     groups = math.ceil(new / a.residual_length) * (a.residual_length // a.group_size)
-    grid = (batch * heads, groups, math.ceil(dim / 32))
-    return grid, dict(
-        **uniform(a), TOKENS=a.codes.shape[3], GROUPS=a.quantized.scale.shape[2], CHUNK=32, TILE=min(power_of_two(a.group_size), 64)
-    )
+    return (batch * heads, groups, math.ceil(dim / 32)), dict(
+        **uniform(a), TOKENS=a.codes.shape[3], GROUPS=a.quantized.scale.shape[2], CHUNK=32,
+        TILE=min(power_of_two(a.group_size), 64),
+    )  # fmt: skip
 
 
 def tokens(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Grid and constants of ``append_values_kernel``."""
     batch, heads, _, dim = a.x.shape
-    grid = (batch * heads, dim // a.group_size)
-    return grid, dict(**uniform(a), WORDS=a.codes.shape[2], STRIDE=a.quantized.scale.shape[3], CHUNK=power_of_two(a.group_size))
+    return (batch * heads, dim // a.group_size), dict(
+        **uniform(a), WORDS=a.codes.shape[2], STRIDE=a.quantized.scale.shape[3], CHUNK=power_of_two(a.group_size)
+    )
 
 
 def ranked(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -55,7 +65,7 @@ def ranked(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     channels = power_of_two(dim)
     return (batch * heads,), dict(
         TOKENS=a.codes.shape[3], GROUPS=a.quantized.scale.shape[2], WORDS=a.codes.shape[2], CHANNELS=channels,
-        TILE=min(power_of_two(a.group_size), 4096 // channels), num_warps=4 if channels <= 128 else 8,
+        TILE=min(power_of_two(a.group_size), 2048 // channels), num_warps=4 if channels <= 64 else 8,
         **rank_counts(a.bits, dim),
     )  # fmt: skip
 

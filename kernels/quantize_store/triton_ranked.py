@@ -128,9 +128,7 @@ def flush_ranked(
     n = ((1 << width_of_rank(rank, COUNTS)) - 1).to(tl.float32)
     low, high = range_of_keys(source, first_valid, t0, d, DIM, RING, GROUP, TILE)
     low, step = step_to(low, high, tl.maximum(n, 1.0))
-    moments = encode_ranked(
-        source, codes, first_valid, t0, d, n, low, step, DIM, RING, GROUP, TILE, TOKENS, COUNTS
-    )
+    moments = encode_ranked(source, codes, first_valid, t0, d, n, low, step, DIM, RING, GROUP, TILE, TOKENS, COUNTS)
     s, mid = fit_ranked(moments, low, n, tl.load(center + rank, mask=rank < DIM, other=0.0))
     tl.store(scale + t0 // GROUP * DIM + rank, s, mask=rank < DIM)
     tl.store(zero + t0 // GROUP * DIM + rank, mid, mask=rank < DIM)
@@ -193,9 +191,7 @@ def append_ranked_kernel(
     first = tl.maximum(past - RESIDUAL + GROUP, 0) // GROUP * GROUP
     end = tl.maximum(past + NEW_TOKENS - RESIDUAL + GROUP, 0) // GROUP * GROUP
     first_valid = first_token + SINK_TOKENS
-    note_ranks(
-        source, order, center, energy + head * DIM, first_valid, first, end, DIM, RING, GROUP, TILE, CHANNELS
-    )
+    note_ranks(source, order, center, energy + head * DIM, first_valid, first, end, DIM, RING, GROUP, TILE, CHANNELS)
     codes += head * (WORDS * TOKENS)
     scale += head * (GROUPS * DIM)
     zero += head * (GROUPS * DIM)

@@ -1,7 +1,7 @@
 """Ranking the channels of keys when the first groups of a sequence are quantized (``schemes/per_channel_ranked.py``).
 
-``source`` is explained in ``triton_window.py``. Tokens before ``first_valid`` are padding or attention sinks and take no
-part.
+``source`` is explained in ``triton_window.py``. Tokens before ``first_valid`` are padding or attention sinks and take
+no part.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import triton.language as tl
 
 from xquant_fx.kernels.quantize_store.triton_keys import tile_of_group
 from xquant_fx.kernels.quantize_store.triton_quantizer import LARGEST_FLOAT32
+
+# Channels that all others are compared with at a time: as many as registers have room for.
+COMPARED = tl.constexpr(16)
 
 
 @triton.jit
@@ -67,6 +70,22 @@ def importances(
 
 
 @triton.jit
+def ranks_of(importance, d, scratch, DIM: tl.constexpr):
+    """How many channels matter more than each of ``d``; the first of equals goes first. ``scratch`` has DIM places."""
+    tl.store(scratch + d, importance, mask=d < DIM)
+    tl.debug_barrier()
+    rank = tl.zeros(d.shape, tl.int32)
+    for begin in range(0, DIM, COMPARED):
+        i = begin + tl.arange(0, COMPARED)
+        other = tl.load(scratch + i, mask=i < DIM, other=-1.0)
+        ahead = other[None, :] > importance[:, None]
+        ahead = ahead | ((other[None, :] == importance[:, None]) & (i[None, :] < d[:, None]))
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    tl.debug_barrier()
+    return rank
+
+
+@triton.jit
 def note_ranks(
     source,
     order,
@@ -87,9 +106,7 @@ def note_ranks(
     if begins:
         d = tl.arange(0, CHANNELS)
         importance, mean = importances(source, energy, first_valid, first, end, d, DIM, RING, GROUP, TILE)
-        ahead = importance[None, :] > importance[:, None]
-        ahead = ahead | ((importance[None, :] == importance[:, None]) & (d[None, :] < d[:, None]))
-        rank = tl.sum(ahead.to(tl.int32), 1)
+        rank = ranks_of(importance, d, center, DIM)
         tl.store(order + rank, d, mask=d < DIM)
         tl.store(center + rank, mean, mask=d < DIM)
         tl.debug_barrier()  # other threads of the program read them
