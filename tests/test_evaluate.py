@@ -12,6 +12,7 @@ import pytest
 import torch
 from dynamo_graphs import tiny
 from reference_cache import ReferenceCache
+from states import range_config
 from stepping import logits_of
 
 from xquant_fx import PRESETS, ConfigError, XQuantConfig, make_plan, quality_report
@@ -33,12 +34,12 @@ LAYERS = 4
 
 def plans() -> dict[str, object]:
     """Every preset in short blocks, and what no preset has."""
-    config = XQuantConfig(**SHORT, k_bits=(2, 4, 16, 1), v_bits=(1, 1, 8, 16), share_values_from=0)
+    config = range_config(**SHORT, k_bits=(2, 4, 16, 1), v_bits=(1, 1, 8, 16), share_values_from=0)
     return {
         **{name: XQuantConfig.preset(name).replace(**SHORT) for name in PRESETS},
-        "sinks": XQuantConfig(**SHORT, sink_tokens=4),
+        "sinks": range_config(**SHORT, sink_tokens=4),
         "bits per layer": make_plan(config, LAYERS),
-        "groups": XQuantConfig(**SHORT, v_group_size=8, eta_1bit=0.0).replace(k_group_size=8),
+        "groups": range_config(**SHORT, v_group_size=8, eta_1bit=0.0).replace(k_group_size=8),
         "long residual": XQuantConfig(residual_length=128),
     }
 
@@ -55,26 +56,31 @@ def both(model, ids, prompt: int, config) -> tuple[torch.Tensor, torch.Tensor, t
     return reference_logits(window, keep), simulated, step_logits(model, ids, prompt, keep, config)[0]
 
 
+def off(config) -> float:
+    """Most that a logit may be off. An 8-bit scale that tips over at a tie changes by a sixteenth."""
+    return 1e-2 if getattr(config, "k_scheme", "") == "per_channel_ranked" else 1e-3
+
+
 @pytest.mark.parametrize("name", plans())
 def test_simulation_equals_steps(tiny_llama, name):
     full, simulated, steps = both(tiny_llama(layers=LAYERS), tokens(78), 29, plans()[name])
-    assert float((simulated - steps).abs().max()) < 1e-3
-    assert kl_divergence(steps, simulated) < 1e-7
+    assert float((simulated - steps).abs().max()) < off(plans()[name])
+    assert kl_divergence(steps, simulated) < 1e-4 * off(plans()[name])
     moved = kl_divergence(full, steps)
     assert moved < 1e-9 if name in ("full", "long residual") else moved > 1e-5
 
 
 @pytest.mark.parametrize("prompt", [1, 5, 16, 32, 70])
 def test_simulation_equals_steps_at_any_prompt(tiny_llama, prompt):
-    config = XQuantConfig(**SHORT, sink_tokens=2)
-    _, simulated, steps = both(tiny_llama(layers=2), tokens(78), prompt, config)
-    assert float((simulated - steps).abs().max()) < 1e-3
+    for config in (range_config(**SHORT, sink_tokens=2), XQuantConfig(**SHORT, sink_tokens=2)):
+        _, simulated, steps = both(tiny_llama(layers=2), tokens(78), prompt, config)
+        assert float((simulated - steps).abs().max()) < off(config)
 
 
 def test_simulation_equals_the_independent_reference(tiny_llama):
     """Not by the product's reads and limits: the reference of the tests stores and attends by itself."""
     model, ids, prompt = tiny_llama(layers=2), tokens(70), 29
-    config = XQuantConfig(**SHORT, share_values_from=0)
+    config = range_config(**SHORT, share_values_from=0)
     reference: ReferenceCache = ReferenceCache(2, config)
     logits = []
     for piece in (ids[:, :prompt], *ids[:, prompt:-1].split(1, 1)):
@@ -84,19 +90,20 @@ def test_simulation_equals_the_independent_reference(tiny_llama):
     assert float((torch.cat(logits[1:], 1) - simulated).abs().max()) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["kivi-2", "xquant"])
+@pytest.mark.parametrize("name", ["kivi-2", "xquant-2.2"])
 def test_simulation_equals_steps_on_the_embedded_model(trained, name):
     model, ids = trained
-    full, simulated, steps = both(model, ids[:, :330], 260, XQuantConfig.preset(name))
-    assert float((simulated - steps).abs().max()) < 2e-3
-    assert kl_divergence(steps, simulated) < 1e-5 * kl_divergence(full, steps) + 1e-9
+    config = XQuantConfig.preset(name)
+    full, simulated, steps = both(model, ids[:, :470], 400, config)
+    assert float((simulated - steps).abs().max()) < 2 * off(config)
+    assert kl_divergence(steps, simulated) < 1e-2 * off(config) * kl_divergence(full, steps) + 1e-9
 
 
 @pytest.mark.slow
 def test_compiled_steps(tiny_llama):
     model, ids, keep = tiny_llama(layers=2), tokens(40), torch.arange(29, 39)
-    eager, _ = step_logits(model, ids, 29, keep, XQuantConfig(**SHORT))
-    compiled, _ = step_logits(model, ids, 29, keep, XQuantConfig(**SHORT), compiled=True)
+    eager, _ = step_logits(model, ids, 29, keep, range_config(**SHORT))
+    compiled, _ = step_logits(model, ids, 29, keep, range_config(**SHORT), compiled=True)
     assert torch._dynamo.utils.counters["xquant"]["fuse_decode"] > 0
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-3)
 
@@ -112,7 +119,7 @@ def test_sliding_windows_stay_in_full_precision():
     # In transformers 5.17 its SDPA leaves the softcap out.
     model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
     assert config.layer_types == ["sliding_attention", "full_attention"]
-    full, simulated, steps = both(model, tokens(78), 29, XQuantConfig(**SHORT))
+    full, simulated, steps = both(model, tokens(78), 29, range_config(**SHORT))
     assert float((simulated - steps).abs().max()) < 1e-3
     assert kl_divergence(full, steps) > 1e-5
 
@@ -122,7 +129,7 @@ def test_sliding_windows_stay_in_full_precision():
 )
 def test_architectures(name, attention):
     """Old names, sliding windows, sink logits, linear attention."""
-    model, config = tiny(name, attention), XQuantConfig(residual_length=8, k_group_size=8)
+    model, config = tiny(name, attention), range_config(residual_length=8, k_group_size=8)
     full, simulated, steps = both(model, tokens(60) % 64, 21, config)
     assert float((simulated - steps).abs().max()) < 1e-3
     assert kl_divergence(full, steps) > 1e3 * kl_divergence(steps, simulated)
@@ -136,7 +143,7 @@ def test_architectures(name, attention):
     ],
 )
 def test_architectures_that_only_real_steps_measure(name, reason):
-    model, ids, settings = tiny(name), tokens(60) % 64, {"a": XQuantConfig(residual_length=8, k_group_size=8)}
+    model, ids, settings = tiny(name), tokens(60) % 64, {"a": range_config(residual_length=8, k_group_size=8)}
     with pytest.raises(ArgumentError, match=reason):
         quality_report(model, ids, settings, reading=Reading(21))
     assert quality_report(model, ids, settings, reading=Reading(21, steps=True))["a"].summary.kl > 0
@@ -156,7 +163,7 @@ def test_attention_is_put_back(tiny_llama):
 
 
 def test_blocks_of_queries_do_not_matter(tiny_llama, monkeypatch):
-    model, config = tiny_llama(layers=2), XQuantConfig(**SHORT)
+    model, config = tiny_llama(layers=2), range_config(**SHORT)
     _, whole, _ = both(model, tokens(78), 29, config)
     monkeypatch.setattr(attention, "BLOCK", 7)
     _, parts, _ = both(model, tokens(78), 29, config)
@@ -252,7 +259,7 @@ def test_settings_from_files(tmp_path):
 def test_report(tiny_llama, tmp_path, monkeypatch):
     model, out = tiny_llama(layers=2), tmp_path / "results.json"
     windows = torch.cat([tokens(60, seed) for seed in (1, 2)])
-    settings = {"a": XQuantConfig(**SHORT), "b": XQuantConfig(**SHORT, k_bits=8, v_bits=8, share_values_from=None)}
+    settings = {"a": range_config(**SHORT), "b": range_config(**SHORT, k_bits=8, v_bits=8, share_values_from=None)}
     reading = Reading(prompt=29, stride=3)
     report = quality_report(model, windows, settings, reading=reading, out=str(out))
     assert report["a"].summary.kl > report["b"].summary.kl > 0
@@ -290,7 +297,7 @@ def test_other_code_measures_again(monkeypatch):
 
 
 def test_report_of_steps_is_that_of_the_simulation(tiny_llama):
-    model, settings = tiny_llama(layers=2), {"a": XQuantConfig(**SHORT)}
+    model, settings = tiny_llama(layers=2), {"a": range_config(**SHORT)}
     reports = [
         quality_report(model, tokens(60), settings, reading=Reading(29, 1, steps=steps)) for steps in (False, True)
     ]

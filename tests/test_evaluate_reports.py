@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from states import range_config
 
 from xquant_fx import PRESETS, XQuantConfig, anatomy_report, needle_report, quality_report
 from xquant_fx.errors import ArgumentError
@@ -72,7 +73,7 @@ def test_needle_report_counts_whole_answers(tiny_llama, monkeypatch):
     monkeypatch.setattr(
         needle, "simulated_logits", lambda window, keep, config: (logits(window, keep, config.k_bits == 8), None)
     )
-    settings = {"good": XQuantConfig(), "bad": XQuantConfig(k_bits=8)}
+    settings = {"good": XQuantConfig(), "bad": range_config(k_bits=8)}
     report = needle_report(
         tiny_llama(layers=1), Letters(), "x" * 300, settings, lengths=[150, 200], depths=[0.0, 1.0], trials=2
     )
@@ -83,7 +84,7 @@ def test_needle_report_counts_whole_answers(tiny_llama, monkeypatch):
 
 def test_greedy_decoding_writes_what_was_counted(tiny_llama, tokens):
     """One pass over the answer tells what greedy decoding does, token by token."""
-    model, config, prompt, answer = tiny_llama(layers=2), XQuantConfig(**SHORT), 60, 4
+    model, config, prompt, answer = tiny_llama(layers=2), range_config(**SHORT), 60, 4
     ids = tokens[:, :70]
     for _ in range(answer):
         keep = torch.tensor([ids.shape[1] - 1])
@@ -97,7 +98,7 @@ def test_greedy_decoding_writes_what_was_counted(tiny_llama, tokens):
 
 def test_anatomy(tiny_llama, tokens):
     model = tiny_llama(layers=4)
-    config = XQuantConfig(**SHORT, k_bits=(16, 8, 2, 2), v_bits=(16, 16, 16, 1), share_values_from=None)
+    config = range_config(**SHORT, k_bits=(16, 8, 2, 2), v_bits=(16, 16, 16, 1), share_values_from=None)
     report = anatomy_report(model, tokens, config, prompt=40)
     assert [each.layer for each in report.layers] == [0, 1, 2, 3]
     exact, keys_only, coarse, both = report.layers
@@ -118,7 +119,7 @@ def test_anatomy(tiny_llama, tokens):
 
 def test_anatomy_is_of_the_pass(tiny_llama, tokens):
     """The errors of the first layer, computed apart from its keys alone."""
-    model, config, seen = tiny_llama(layers=1), XQuantConfig(**SHORT, k_bits=2, v_bits=16), []
+    model, config, seen = tiny_llama(layers=1), range_config(**SHORT, k_bits=2, v_bits=16), []
     simulated_logits(Prefilled.of(model, tokens, 40), torch.tensor([50]), config, seen.append)
     keys = seen[0].keys
     n = keys.read.shape[2]
@@ -166,7 +167,7 @@ EVAL = ("eval", "examples/model", "--text", "LICENSE", "--window", "300", "--pro
 
 def test_command_eval(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
-    (tmp_path / "mine.json").write_text(XQuantConfig(k_bits=8, v_bits=8).to_json())
+    (tmp_path / "mine.json").write_text(range_config(k_bits=8, v_bits=8).to_json())
     out = tmp_path / "results.json"
     args = ["--preset", "kivi-2", "full", "--config", str(tmp_path / "mine.json"), "--out", str(out)]
     assert cli.main([*EVAL, *args]) == 0

@@ -12,9 +12,9 @@ from states import range_config
 from stepping import interpreted
 from transformers import DynamicCache, StaticCache
 
+import xquant_fx.warn_once as warn_once
 from xquant_fx import NotRewrittenError, XQuantCache, explain, memory_report, ops
 from xquant_fx.cache.kv_tensor import QuantizedKV
-import xquant_fx.warn_once as warn_once
 
 CONFIG = range_config(k_bits=2, v_bits=1, share_values_from=0, k_group_size=8, residual_length=8)
 IDS = torch.arange(3, 17)[None]

@@ -14,8 +14,8 @@ from stepping import interpreted
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache
 
-from xquant_fx import CacheStateError, ConfigError, NotRewrittenError, UnsupportedWriteError, XQuantCache
 import xquant_fx.warn_once as warn_once
+from xquant_fx import CacheStateError, ConfigError, NotRewrittenError, UnsupportedWriteError, XQuantCache
 from xquant_fx.compiler.backend import compile_graph
 from xquant_fx.compiler.options import parse
 

@@ -27,7 +27,6 @@ from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, why_not_gradients, why_not_layers
 from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.takeover import Takeover
-from xquant_fx.warn_once import warn_once
 from xquant_fx.errors import CacheStateError, ConfigError, NotRewrittenError
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.detect import detect
@@ -35,6 +34,7 @@ from xquant_fx.passes.graph import clone
 from xquant_fx.passes.pipeline import run_passes
 from xquant_fx.passes.records import Detection, Site
 from xquant_fx.plan.plan import make_plan
+from xquant_fx.warn_once import warn_once
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from xquant_fx.cache.allocate import Geometry, Slot, bind_all, quantized_empty
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.compiler.dynamo_frames import is_partial
 from xquant_fx.compiler.options import Request
-from xquant_fx.warn_once import warn_once
 from xquant_fx.passes.records import Buffer, Site
 from xquant_fx.passes.trace import fake, value_of
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan, make_plan
 from xquant_fx.plan.spec import KVSpec
+from xquant_fx.warn_once import warn_once
 
 
 def plan_graph(

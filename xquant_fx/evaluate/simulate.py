@@ -1,6 +1,6 @@
 """All decode steps of a window in one pass, exactly: each query sees the cache as it was before its step.
 
-The cache is the product's own: the prompt is stored as one chunk and the tokens after it as another, which gives the
+The cache is the product's own: the prompt is stored as one chunk and the tokens after it as a few more, which gives the
 codes that steps would have stored (those of a token do not change once it is quantized). What they give back is read
 by the op that eager steps read by. Which of it a query sees, the scheme's ``quantized_limit`` says.
 """
@@ -8,6 +8,7 @@ by the op that eager steps read by. Which of it a query sees, the scheme's ``qua
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -179,7 +180,10 @@ class _Pass:
         layer.update(key[:, :, :split], value[:, :, :split])
         if index in self.window.queries:
             layer.states[0].note_queries(self.window.queries[index])
-        layer.update(key[:, :, split:], value[:, :, split:])
+        total = key.shape[2]
+        ends = sorted({first_quantized(state, split, total) for state in layer.states} | {total})
+        for begin, end in itertools.pairwise([split, *ends]):
+            layer.update(key[:, :, begin:end], value[:, :, begin:end])
         past = torch.arange(split, split + new, device=key.device)
         sides = tuple(side(s, x, past) for s, x in zip(layer.states, (key, value), strict=True))
         layer.states[0].group.drop()
@@ -199,6 +203,20 @@ def side(state: KVState, full: Tensor, past: Tensor) -> Side:
     spec = state.spec
     limits = SCHEMES[spec.scheme].quantized_limit(past, spec.group_size, spec.residual_length)
     return Side(full, read_back(state, max(int(limits[-1]), 0)), limits)
+
+
+def first_quantized(state: KVState, stored: int, total: int) -> int:
+    """Tokens, from ``stored`` + 1 to ``total``, with which a step first quantizes any; ``total`` if that was before.
+
+    What is quantized first may decide for all that follows (how channels are ranked), so it is stored as steps do.
+    """
+    spec = state.spec
+    if not spec.quantized:
+        return total
+    limits = ((n, SCHEMES[spec.scheme].quantized_limit(n, spec.group_size, spec.residual_length)) for n in
+              range(stored, total))  # fmt: skip
+    first = next((n for n, limit in limits if limit > 0), total)
+    return first if first > stored else total
 
 
 def read_back(state: KVState, n: int) -> Tensor:
