@@ -1,7 +1,10 @@
 """Write the same text with a full-precision KV cache and with XQuant, and compare the two.
 
     python examples/generate.py
-    python examples/generate.py --model Qwen/Qwen2.5-0.5B --preset kivi-2 --device cuda
+    python examples/generate.py --model Qwen/Qwen2.5-0.5B-Instruct --preset kivi-2 --device cuda
+
+The model is SmolLM2-135M-Instruct where ``make models`` has fetched it, else the small one that comes with the project.
+One that follows instructions gets a chapter to read and a question on it; others continue a page.
 
 Both go one way: ``model.compile(backend=...)``, then ``model.generate(past_key_values=...)``. From
 transformers 5.24 on that argument is called ``cache``; ``cache_argument`` takes the right one.
@@ -30,7 +33,9 @@ from xquant_fx import PRESETS, XQuantCache, XQuantConfig, explain, memory_report
 from xquant_fx.quality import agreement, kl_divergence, teacher_forced_logits, top1_agreement
 
 HERE = Path(__file__).resolve().parent
-TIMED_RUNS = 3
+MODELS = (HERE.parent / "models" / "smollm2-135m-instruct", HERE / "model")
+TIMED_RUNS = 2
+QUESTION = "Who came to the inn in this chapter, what did he bring with him, and what was he afraid of? Answer briefly."
 
 
 class Clock:
@@ -75,14 +80,14 @@ def write(model: Any, ids: Tensor, new_tokens: int, make_cache: Callable[[], Any
 
     def generate(**decoding: Any) -> tuple[Tensor, Any, Clock]:
         cache, clock = make_cache(), Clock()
-        given = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, **cache_argument(model, cache))
+        given = dict(max_new_tokens=new_tokens, **cache_argument(model, cache))
         out = model.generate(ids, do_sample=False, streamer=clock, **given, **decoding)
         return out[0, ids.shape[1] :], cache, clock
 
     start = time.perf_counter()
     text, cache, _ = generate(no_repeat_ngram_size=4)  # small models repeat themselves for ever
     first_seconds = time.perf_counter() - start
-    rates = [generate()[2].tokens_per_second for _ in range(TIMED_RUNS)]
+    rates = [generate(min_new_tokens=new_tokens)[2].tokens_per_second for _ in range(TIMED_RUNS)]
     return Run(text, cache, statistics.median(rates), first_seconds)
 
 
@@ -97,9 +102,10 @@ def summary(explanation: Any) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(HERE / "model"), help="folder or Hub id (default: examples/model)")
-    parser.add_argument("--preset", default="xquant", choices=sorted(PRESETS))
-    parser.add_argument("--prompt", help="text to continue (default: the opening page of Treasure Island)")
+    there = next(folder for folder in MODELS if (folder / "config.json").exists())
+    parser.add_argument("--model", default=str(there), help=f"folder or Hub id (default: {there.name})")
+    parser.add_argument("--preset", default="xquant-2.2", choices=sorted(PRESETS))
+    parser.add_argument("--prompt", help="text to continue or to answer (default: from Treasure Island)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", default="cpu")
@@ -109,13 +115,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def prompt_of(tokenizer: Any, prompt: str | None) -> tuple[Tensor, str]:
+    """(token ids [1, T], what is asked): a question on a chapter for a model that chats, else a page to continue."""
+    if not tokenizer.chat_template:
+        text = prompt if prompt is not None else (HERE / "prompt.txt").read_text()
+        return tokenizer(text, return_tensors="pt").input_ids, text
+    asked = prompt if prompt is not None else QUESTION
+    text = asked if prompt is not None else f"{(HERE / 'passage.txt').read_text()}\n{asked}"
+    message = [{"role": "user", "content": text}]
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return ids["input_ids"], asked
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run both caches and print the comparison."""
     args, console = parse_args(argv), Console(highlight=False)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval().to(args.device)
-    prompt = args.prompt if args.prompt is not None else (HERE / "prompt.txt").read_text()
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(args.device)
+    ids, asked = prompt_of(tokenizer, args.prompt)
+    ids = ids.to(args.device)
     config = XQuantConfig.preset(args.preset)
     prompt_length, length = ids.shape[1], ids.shape[1] + args.max_new_tokens
     context = model.config.max_position_embeddings
@@ -141,6 +159,9 @@ def main(argv: list[str] | None = None) -> None:
         logits.append(teacher_forced_logits(model, text, prompt_length, **cache_argument(model, make_cache())))
 
     full, quantized = runs
+    console.print(
+        Panel(asked[-600:], title="asked" if tokenizer.chat_template else "the prompt ends", title_align="left")
+    )
     for name, run in zip(caches, runs, strict=True):
         console.print(Panel(tokenizer.decode(run.new_ids, skip_special_tokens=True), title=name, title_align="left"))
     table = Table("", *caches, title="speed", title_justify="left")

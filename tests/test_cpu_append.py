@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from bad_positions import SHORT
+from ranked_store import BAD, RANKED, RANKED_SCRIPT, RANKED_SHAPE, RANKED_SLOW, check_ranked, differences_by
 from store_reference import Case
 from store_runs import ThroughKernel, pair_of, run, store_arguments
 from store_runs import append as append_by_op
@@ -103,3 +104,16 @@ def test_borrowed_codes_are_const() -> None:
         a = store_arguments(state, case.tokens(1, 0), torch.arange(1))
         types, _ = cpu_store.source(append.problem_of(a), ISAS["avx2"])
         assert (types[2] == "const int32_t*") == const
+
+
+@pytest.mark.parametrize("name", [*RANKED, *(pytest.param(n, marks=pytest.mark.slow) for n in RANKED_SLOW)])
+def test_ranked_and_rotated_as_the_ops(name: str) -> None:
+    case = {"script": RANKED_SCRIPT, **{**RANKED, **RANKED_SLOW}[name]}
+    check_ranked(differences_by(ThroughCpp.append, **case))
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_ranked_what_cannot_be_represented(side: str, bad: str) -> None:
+    shape = {**RANKED_SHAPE, "dim": 16, "residual": 16, "group": 8 if side == "key" else 16}
+    check_ranked(differences_by(ThroughCpp.append, script=[8] * 8, spoil=bad, side=side, **shape))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from bad_positions import STEPS
+from ranked_store import RANKED, RANKED_SCRIPT, RANKED_SHAPE, RANKED_SLOW, check_ranked
 from triton_interpreter import Interpreter
 
 from xquant_fx.kernels.faults import Fault
@@ -80,44 +81,6 @@ def test_what_cannot_be_represented(side: str, bad: str, interpreter: Interprete
         "triton_store_runs:differences", script=[5, 1, 8, 5, 7, 1, 1], spoil=bad, side=side, shared=False, **SHAPE
     )
     assert not any(found.values()), found
-
-
-RANKED_SCRIPT = [8, 8, 3, 5, 8, 1, 7, 8, 8, -5, 8, 8, 8, 1, 1, 8, 8]
-RANKED_SHAPE = dict(residual=32, group=16, max_len=110, batch=1, dim=64)
-RANKED: dict[str, dict[str, Any]] = {
-    **{
-        f"keys, head_dim {dim}, {bits} bits": dict(side="key", **{**RANKED_SHAPE, "dim": dim, "bits": bits})
-        for dim, bits in ((16, 4), (64, 2), (80, 1.5), (96, 1), (128, 3))
-    },
-    **{
-        f"values, head_dim {dim}, groups of {group}, {bits} bits": dict(
-            side="value", **{**RANKED_SHAPE, "dim": dim, "group": group, "bits": bits}
-        )
-        for dim, group, bits in ((64, 64, 2), (80, 80, 1), (96, 24, 2), (24, 24, 4), (128, 128, 1), (16, 16, 8))
-    },
-    "keys, sinks, padding": dict(side="key", sinks=5, padding=[0, 20], **{**RANKED_SHAPE, "batch": 2, "bits": 1.5}),
-    "keys, as the queries say": dict(side="key", energy=True, dtype="float16", heads=2, **RANKED_SHAPE),
-    "keys, chunks": dict(side="key", script=[50, 3, 8, 8, 0, 8, 8, 8, 8, 8, 8, 4], **RANKED_SHAPE),
-    "keys, several groups a step": dict(side="key", **{**RANKED_SHAPE, "residual": 4, "group": 2}),
-    "keys, odd groups": dict(side="key", **{**RANKED_SHAPE, "residual": 24, "group": 12}),
-    "values, sinks": dict(side="value", sinks=5, padding=[3], dtype="float16", **{**RANKED_SHAPE, "group": 32}),
-    "loud values": dict(side="value", scale=64.0, **{**RANKED_SHAPE, "group": 64}),
-    "scales that do not fit": dict(side="key", scale=2.0**14, **RANKED_SHAPE),
-}
-RANKED_SLOW = {
-    "keys, head_dim 256": dict(side="key", **{**RANKED_SHAPE, "dim": 256}),
-    "values, head_dim 256": dict(side="value", **{**RANKED_SHAPE, "dim": 256, "group": 256}),
-}
-
-
-def check_ranked(found: dict[str, Any]) -> None:
-    """Numbers as the ops store them, but for what a sum in another order may change."""
-    assert found["limit"] > 0
-    assert not any(found.get(name) for name in ("order", "ring", "sink", "length")), found
-    # A code lies at a tie, a scale between two codes, where a rounding of a sum decides: rare.
-    assert found["codes"] <= found["numbers"] // 2000 and found["scale"] <= 1 and found.get("zero", 0) <= 1, found
-    assert found["scales"] + found.get("zeros", 0) <= 2 + found["numbers"] // 1000, found
-    assert found.get("center", 0.0) < 1e-4 and found["nans"][0] == found["nans"][1], found
 
 
 @pytest.mark.parametrize("name", [*RANKED, *(pytest.param(name, marks=pytest.mark.slow) for name in RANKED_SLOW)])

@@ -21,7 +21,7 @@ inline RankedGroup load_group(const Inputs& in, int64_t head, int64_t t0) {
     return keys;
 }
 
-// Mean and mean squared distance from `around`, or from the mean.
+// Mean, and mean squared distance from it.
 inline void moments(const RankedGroup& keys, int64_t d, vf& mean, vf& variance) {
     const float count = (float)std::max<int64_t>(keys.count, 1);
     mean = variance = splat(0.0f);
@@ -34,20 +34,44 @@ inline void moments(const RankedGroup& keys, int64_t d, vf& mean, vf& variance) 
     variance /= count;
 }
 
-// Rank the channels by variance times the queries' mean square (that of the keys, if no query was seen).
-inline void note_ranks(const Inputs& in, const RankedGroup& keys, int64_t head) {
+// Sums over the tokens that count of some groups, by channel: of keys, of their squares, and of squared distances from
+// the mean of their group.
+struct Sums {
+    float count = 0.0f;
+    float key[D_PAD] = {}, square[D_PAD] = {}, distance[D_PAD] = {};
+
+    void add(const RankedGroup& keys) {
+        count += (float)keys.count;
+        for (int64_t d = 0; d < D; d += L) {
+            vf mean, variance, total = load<vf>(key + d), squares = load<vf>(square + d);
+            moments(keys, d, mean, variance);
+            for (int64_t t = keys.first; t < GROUP; t++) {
+                const vf x = keys.at(t, d);
+                total += x;
+                squares += x * x;
+            }
+            store(key + d, total);
+            store(square + d, squares);
+            store(distance + d, load<vf>(distance + d) + variance * (float)keys.count);
+        }
+    }
+};
+
+// Rank the channels by what groups [begin, end) of a sequence's first tokens say: variance times the queries' mean
+// square (that of the keys, if no query was seen).
+inline void note_ranks(const Inputs& in, int64_t head, int64_t begin, int64_t end) {
+    std::unique_ptr<Sums> sums(new Sums);
+    for (int64_t t = begin; t < end; t += GROUP) sums->add(load_group(in, head, t));
+    if (sums->count == 0.0f) return;
     const float* energy = in.energy + head * D;
     bool seen = false;
     for (int64_t d = 0; d < D; d++) seen |= energy[d] > 0.0f;
-    float importance[D_PAD], center[D_PAD];
-    for (int64_t d = 0; d < D; d += L) {
-        vf mean, variance, square = splat(0.0f);
-        moments(keys, d, mean, variance);
-        for (int64_t t = keys.first; t < GROUP; t++) square += keys.at(t, d) * keys.at(t, d);
-        square /= (float)keys.count;
-        const vf found = variance * (seen ? load_up_to(energy + d, D - d) : square);
-        store(importance + d, found == found ? found : splat(0.0f));
-        store(center + d, abs(mean) < INF ? mean : splat(0.0f));
+    float importance[D], center[D];
+    for (int64_t d = 0; d < D; d++) {
+        const float found = sums->distance[d] / sums->count * (seen ? energy[d] : sums->square[d] / sums->count);
+        importance[d] = found == found ? found : 0.0f;
+        const float mean = sums->key[d] / sums->count;
+        center[d] = std::abs(mean) < INF ? mean : 0.0f;
     }
     int32_t* order = in.order + head * D;
     for (int64_t r = 0; r < D; r++) order[r] = (int32_t)r;
@@ -103,7 +127,6 @@ inline void pack_ranked(const uint8_t* codes, const int32_t* order, int32_t* pac
 
 inline void store_ranked_group(const Inputs& in, int64_t head, int64_t t0) {
     const RankedGroup keys = load_group(in, head, t0);
-    if (keys.count && t0 <= (in.start[head / H] + SINKS) / GROUP * GROUP) note_ranks(in, keys, head);
     const int32_t* order = in.order + head * D;
     std::unique_ptr<uint8_t[]> buffer(new uint8_t[GROUP * D_PAD]);
     float n[D_PAD] = {}, center[D_PAD] = {};
@@ -126,7 +149,10 @@ inline int64_t limit(int64_t past) { return std::max<int64_t>((past - RESIDUAL +
 inline bool any_due(int64_t past, int64_t end) { return limit(end) > limit(past); }
 
 inline void quantize_due(const Inputs& in, int64_t head, int64_t end) {
-    for (int64_t t = limit(in.past); t < limit(end); t += GROUP) store_ranked_group(in, head, t);
+    const int64_t from = limit(in.past), to = limit(end);
+    // Of a padded sequence the first group that is no padding counts.
+    if (from < to && from <= (in.start[head / H] + SINKS) / GROUP * GROUP) note_ranks(in, head, from, to);
+    for (int64_t t = from; t < to; t += GROUP) store_ranked_group(in, head, t);
 }
 
 }  // namespace xq
