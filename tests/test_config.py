@@ -9,13 +9,16 @@ import re
 import pytest
 import torch
 from states import range_config
+from transformers import LlamaConfig
 
-from xquant_fx import PRESETS, ConfigError, XQuantConfig
+from xquant_fx import PRESETS, ConfigError, XQuantCache, XQuantConfig
 from xquant_fx.cache.allocate import Geometry, bind_all
 from xquant_fx.compiler.options import MODES, parse
 from xquant_fx.plan.buffer_plan import SHARED
 from xquant_fx.plan.plan import make_plan
+from xquant_fx.plan.presets import MEASURED_KL, TOLERABLE_KL
 from xquant_fx.plan.spec import KVSpec
+from xquant_fx.warn_once import forget
 
 SHAPE = (1, 2, 64, 16)
 
@@ -234,3 +237,23 @@ def test_options_that_make_no_sense(mode: str | None, options: dict | None, word
     with pytest.raises(ConfigError, match=words):
         parse(mode, options)
     assert (options or {}) == before
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_that_ruins_real_models_warns_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    forget()
+    for _ in range(2):
+        parse(None, {"preset": name})
+    ruins = name != "full" and MEASURED_KL[name] > TOLERABLE_KL
+    assert len(caplog.messages) == ruins
+    assert not ruins or f"{name!r} costs {MEASURED_KL[name]:.2f} nats" in caplog.messages[0]
+    XQuantCache(LlamaConfig(num_hidden_layers=2), max_cache_len=8, config=XQuantConfig.preset(name))
+    assert len(caplog.messages) == ruins, "once for all ways to use it"
+
+
+def test_every_preset_was_measured_and_changes_of_one_do_not_warn(caplog: pytest.LogCaptureFixture) -> None:
+    forget()
+    assert set(MEASURED_KL) == set(PRESETS) - {"full"}
+    parse(None, {"preset": "kivi-2", "sink_tokens": 4})
+    parse(None, None)
+    assert not caplog.messages
