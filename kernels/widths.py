@@ -27,6 +27,8 @@ PLANE_WIDTHS = (4, 2, 1)
 DISTORTION = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.00349, 0.00104, 0.0003)
 #: How many times more the first channel matters than the last, typically.
 IMPORTANCE_RANGE = 250.0
+#: Fields of a token per channel, at most: a kernel multiplies each field, so that they are what its time goes by.
+MOST_FIELDS = 1.125
 
 
 class Plane(NamedTuple):
@@ -52,7 +54,12 @@ def rank_widths(bits: float, dim: int) -> tuple[int, ...]:
     """Bits of each rank, 0 to 7, falling; together they fill ``words_of(bits, dim)`` words."""
     words = words_of(bits, dim)
     splits = [s for s in itertools.product(range(words + 1), repeat=len(PLANE_WIDTHS)) if sum(s) == words]
-    return min((_widths(split, dim) for split in splits), key=_error)
+    affordable = [s for s in splits if _fields(s) <= MOST_FIELDS * dim]
+    return min((_widths(split, dim) for split in affordable or splits), key=_error)
+
+
+def _fields(split: tuple[int, ...]) -> int:
+    return sum(words * codes_per_word(width) for width, words in zip(PLANE_WIDTHS, split, strict=True))
 
 
 def _widths(split: tuple[int, ...], dim: int) -> tuple[int, ...]:
