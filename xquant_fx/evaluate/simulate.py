@@ -176,6 +176,9 @@ class _Pass:
 
     def _sides(self, layer: XQuantLayer, index: int, key: Tensor, value: Tensor, new: int) -> tuple[Side, ...]:
         split = self.window.prompt
+        if layer.first is not layer and not layer.first.is_initialized:
+            # A pass that begins above the first layer (replay.py), which all others take their group from.
+            layer.first.lazy_initialization(key, value)
         layer.update(key[:, :, :split], value[:, :, :split])
         if index in self.window.queries:
             layer.states[0].note_queries(self.window.queries[index])
