@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, get_args
 
@@ -69,6 +68,8 @@ def auto_report(
         ConfigError: ``config`` leaves nothing to quantize in the windows, or the model has no full attention.
     """
     _check_goal(bits, max_kl)
+    if config is not None and not isinstance(config, XQuantConfig):
+        raise ArgumentError(f"config must be an XQuantConfig, whose bits are chosen anew, got {type(config).__name__}")
     windows = Windows.for_model(model.config)
     ids = calibration_ids(model, text, tokenizer, windows)
     prompt = ids.shape[1] - min(windows.tokens - windows.prompt, ids.shape[1] // 2)
