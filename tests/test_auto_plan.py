@@ -116,15 +116,15 @@ def test_a_pass_from_the_middle_gives_the_same(small):
     model, ids = small
     probe = Probe(model, ids, 48, 1, SHORT)
     assert len(probe.noted.layers) == 4
+    ran = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *a: ran.append(1))
     for item in (Item("key", 0, 1), Item("value", 2, 2), Item("key", 3, 3)):
         plan = probe.plan(lambda role, n, item=item: 1 if role == item.role and n in item.layers else 16)
-        ran = []
-        hooks = [layer.mlp.register_forward_hook(lambda *a: ran.append(1)) for layer in model.model.layers]
+        ran.clear()
         part = probe.item_loss(item, 1)
         assert len(ran) == 4 - item.first
         assert part == probe.loss(plan) > 0
-        for hook in hooks:
-            hook.remove()
     assert not any("forward" in vars(layer) for layer in model.model.layers)
 
 
@@ -199,7 +199,7 @@ def test_arguments_are_checked(small):
         auto_plan(model, bits=2, text=ids[0], config=SHORT)
     with pytest.raises(ArgumentError, match="a text needs the model's tokenizer, and none is found at ''"):
         auto_plan(model, bits=2, config=SHORT)
-    with pytest.raises(ConfigError, match='preset "auto" is chosen on a model .* use xquant_fx.auto_plan'):
+    with pytest.raises(ConfigError, match=r'preset "auto" is chosen on a model .* use xquant_fx.auto_plan'):
         XQuantConfig.preset("auto")
 
 
