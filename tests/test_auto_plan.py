@@ -152,7 +152,7 @@ def test_same_plan_again_within_the_budget(small):
     assert report.predicted_kl == pytest.approx(sum(group.kl for group in report.groups))
     assert f"{report.true_bits:.3f} true bits per element; KL predicted" in str(report)
     assert json.loads(json.dumps(report.to_dict()))["measured_kl"] == report.measured_kl
-    reading = Reading(48, 2)
+    reading = Reading(48, 1)
     both = quality_report(
         model, ids, {"auto": report.plan, "fixed": SHORT.replace(k_bits=2, v_bits=1)}, reading=reading
     )
@@ -259,9 +259,9 @@ def test_sampled_text_is_the_same_each_time(small):
 
 
 def test_windows_fit_the_context():
-    assert Windows.for_model(LlamaConfig(max_position_embeddings=8192)) == Windows(4, 768, 640)
+    assert Windows.for_model(LlamaConfig(max_position_embeddings=8192)) == Windows(4, 1280, 1152)
     assert Windows.for_model(LlamaConfig(max_position_embeddings=200)) == Windows(4, 200, 100)
-    assert Windows(1, 10, 4).positions.tolist() == [4, 6, 8]
+    assert Windows(1, 10, 4, 2).positions.tolist() == [4, 6, 8]
 
 
 # The command.
