@@ -294,6 +294,16 @@ def test_command_eval_of_auto(quick, capsys):
     assert "more than auto" in printed
     assert cli.main([*args, "--preset", "auto"]) == 2
     assert "--preset auto needs a budget: --bits or --max-kl, got neither" in capsys.readouterr().err
+    assert cli.main([*args, "--preset", "kivi-2", "--bits", "2"]) == 2
+    assert "--bits and --max-kl are the budget of --preset auto" in capsys.readouterr().err
+
+
+def test_a_model_that_overflows_is_refused(small):
+    model, ids = small
+    probe = Probe(model, ids, 48, 1, SHORT)
+    model.lm_head.weight.data[5] = torch.nan
+    with pytest.raises(ArgumentError, match=r"must be a finite number of nats, got nan in torch\.float32"):
+        probe.item_loss(Item("key", 0, 1), 1)
 
 
 @pytest.mark.real

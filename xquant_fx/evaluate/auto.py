@@ -22,15 +22,22 @@ from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec, Role
 
 
-def auto_plan(model: Any, *, verbose: bool = True, **given: Any) -> Plan:
-    """The plan that :func:`auto_report` finds, which takes the same arguments.
+def auto_plan(
+    model: Any,
+    *,
+    bits: float | None = None,
+    max_kl: float | None = None,
+    text: str | Tensor | None = None,
+    tokenizer: Any = None,
+    config: XQuantConfig | None = None,
+    verbose: bool = True,
+) -> Plan:
+    """The plan that :func:`auto_report` finds; its arguments and errors are the same.
 
-    Args:
-        model: a Hugging Face model in eval mode.
-        verbose: show a bar, then print the report.
-        given: ``bits`` or ``max_kl``, and what else ``auto_report`` takes.
+    ``verbose`` shows a bar, then prints what was chosen, the KL predicted and the KL measured.
     """
-    report = auto_report(model, progress=verbose, **given)
+    given: dict[str, Any] = dict(bits=bits, max_kl=max_kl, text=text, tokenizer=tokenizer, config=config)
+    report = auto_report(model, **given, progress=verbose)
     if verbose:
         print(report)
     return report.plan
@@ -97,12 +104,12 @@ class _Search:
         options = [self._options(item, loss) for item, loss in losses]
         self.options = options
         self.front = pareto_choices(options)
+        self.cost_of_bit = self.front[0].cost / true_bits(self._specs(self.plan(self.front[0])))
         self.measured: dict[Choice, float] = {}
 
     def within(self, bits: float) -> tuple[Choice, float]:
         """(the choice of least loss within so many true bits, its KL as measured)."""
-        _, elements = self._size(self.front[0])
-        choice = best_within(self.front, bits * elements * (1 + 1e-12))
+        choice = best_within(self.front, bits * self.cost_of_bit * (1 + 1e-12))  # rounding is no overspending
         if choice is None:
             raise ArgumentError(
                 f"bits must be at least {self.true_bits(self.front[0]):.4f} true bits for this model and config, "
@@ -147,7 +154,7 @@ class _Search:
 
     def true_bits(self, choice: Choice) -> float:
         """True bits per element of a choice."""
-        return true_bits(self._specs(self.plan(choice)))
+        return choice.cost / self.cost_of_bit
 
     def report(self, choice: Choice, measured: float, heading: str) -> AutoReport:
         """What was chosen, for people."""
@@ -166,15 +173,9 @@ class _Search:
     def _cost(self, item: Item, bits: float) -> int:
         """Bits that the item's buffers grow by, from one long text to another."""
         plan = self.probe.plan(lambda role, layer: bits if role == item.role else 16)
-        return sum(cost for spec, cost in self._growth(plan) if spec.role == item.role and spec.layer in item.layers)
-
-    def _growth(self, plan: Plan) -> list[tuple[KVSpec, int]]:
         specs = self._specs(plan)
-        return list(zip(specs, growth(specs), strict=True))
-
-    def _size(self, choice: Choice) -> tuple[int, float]:
-        """(cost, elements) of a choice: their quotient is its true bits."""
-        return choice.cost, choice.cost / self.true_bits(choice)
+        costs = zip(specs, growth(specs), strict=True)
+        return sum(cost for spec, cost in costs if spec.role == item.role and spec.layer in item.layers)
 
     def _specs(self, plan: Plan) -> list[KVSpec]:
         roles: tuple[Role, ...] = get_args(Role)

@@ -95,6 +95,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, str, list[Any]]:
     from xquant_fx.evaluate.models import load
     from xquant_fx.evaluate.settings import Setting
 
+    if AUTO not in args.preset and (args.bits, args.max_kl) != (None, None):
+        raise ConfigError("--bits and --max-kl are the budget of --preset auto, which is not among the presets")
     presets = args.preset or ([] if args.config else ["xquant"])
     text = Path(args.text).read_text(encoding="utf-8")
     files = [Setting.of_file(path) for path in args.config]
@@ -164,7 +166,7 @@ def run_plan(args: argparse.Namespace) -> None:
     from xquant_fx.evaluate.models import load
     from xquant_fx.evaluate.settings import Setting
 
-    base = None if args.config is None else Setting.of_file(args.config).config
+    base: Any = None if args.config is None else Setting.of_file(args.config).config
     given = args.text in (None, SAMPLED)
     text = args.text if given else Path(args.text).read_text(encoding="utf-8")
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)

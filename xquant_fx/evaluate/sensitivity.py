@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xquant_fx.cache.huggingface import XQuantCache
-from xquant_fx.errors import ConfigError
+from xquant_fx.errors import ArgumentError, ConfigError
 from xquant_fx.evaluate.replay import Noted
 from xquant_fx.evaluate.simulate import Prefilled, check_attention, reference_logits, simulated_logits
 from xquant_fx.kernels.packing import WORD_BITS
@@ -142,10 +142,19 @@ class Probe:
         return dataclasses.replace(plan, model=ModelFacts.of(self.model.config))
 
     def loss(self, plan: Plan, first: int = 0) -> float:
-        """Mean KL in nats, over all windows, of ``plan``, which leaves quantized layers below ``first`` as they are."""
+        """Mean KL in nats, over all windows, of ``plan``, which leaves quantized layers below ``first`` as they are.
+
+        Raises:
+            ArgumentError: it is no number: the model overflows.
+        """
         with torch.no_grad(), self.noted.from_layer(self.places[first]):
             logits, _ = simulated_logits(self.window, self.keep, plan)
-        return self._kl(logits)
+        kl = self._kl(logits)
+        if not math.isfinite(kl):
+            raise ArgumentError(
+                f"the KL of a quantized cache must be a finite number of nats, got {kl} in {logits.dtype}"
+            )
+        return kl
 
     def item_loss(self, item: Item, bits: float) -> float:
         """Mean KL in nats with ``item`` at ``bits`` and all else in full precision."""
