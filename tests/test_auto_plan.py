@@ -157,7 +157,7 @@ def test_same_plan_again_within_the_budget(small):
         model, ids, {"auto": report.plan, "fixed": SHORT.replace(k_bits=2, v_bits=1)}, reading=reading
     )
     assert both["auto"].size.true_bits == pytest.approx(report.true_bits)
-    assert both["auto"].summary.kl == pytest.approx(report.measured_kl, rel=1e-6)
+    assert both["auto"].summary.kl == pytest.approx(report.measured_kl, rel=1e-4)
     assert both["fixed"].size.true_bits <= 2.6
     assert report.measured_kl < both["fixed"].summary.kl
 
@@ -259,8 +259,8 @@ def test_sampled_text_is_the_same_each_time(small):
 
 
 def test_windows_fit_the_context():
-    assert Windows.for_model(LlamaConfig(max_position_embeddings=8192)) == Windows(4, 1280, 1152)
-    assert Windows.for_model(LlamaConfig(max_position_embeddings=200)) == Windows(4, 200, 100)
+    assert Windows.for_model(LlamaConfig(max_position_embeddings=8192)) == Windows(8, 1216, 1152)
+    assert Windows.for_model(LlamaConfig(max_position_embeddings=200)) == Windows(8, 200, 136)
     assert Windows(1, 10, 4, 2).positions.tolist() == [4, 6, 8]
 
 

@@ -40,7 +40,7 @@ FLOORS = (
 MAY_BE_IMPORTED_BY = {
     "cache.huggingface": ["evaluate.*"],
     "reports.explanation": [],
-    "reports.quality": ["quality", "evaluate.simulate", "evaluate.sensitivity"],
+    "reports.quality": ["quality", "evaluate.simulate"],
     "compiler.backend": ["reports.explanation"],
     "passes.pipeline": ["compiler.backend", "compiler.options"],
     "passes.rewrite": ["passes.pipeline"],

@@ -64,7 +64,7 @@ def auto_report(
         bits: most true bits per element, as reports count them (codes, scales and zero points): the plan of least KL.
         max_kl: largest mean KL in nats on the text: the plan of fewest true bits. Give this or ``bits``.
         text: what to measure on: a text; token ids, int64 [windows, T]; "sampled": what the model writes; None: a
-            built-in text, prose and code. A text is read in 4 windows of up to 1,280 tokens.
+            built-in text, prose and code. A text is read in 8 windows of up to 1,216 tokens.
         tokenizer: for a text; None: the one that lies where the model came from.
         config: all but bits and sharing: schemes, groups, residual window, sinks; default: ``XQuantConfig()``.
         progress: show a bar.

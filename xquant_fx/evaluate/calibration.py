@@ -1,7 +1,7 @@
 """The text that a plan is chosen on: built in, given, or written by the model itself.
 
 The built-in text has four parts of 8 kB: dialogue of two novels (Conan Doyle, The Lost World; Gaskell, Wives and
-Daughters; public domain), technical prose and Python of this project. One window comes from the middle of each.
+Daughters; public domain), technical prose and Python of this project. Windows are evenly spaced over them.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Windows:
 
     @classmethod
     def for_model(cls, config: Any) -> Windows:
-        """Four windows of 1,280 tokens, 128 of them after the prompt; or as long as the model's context is.
+        """Eight windows of 1,216 tokens, 64 of them after the prompt; or as long as the model's context is.
 
         Losses grow with what lies in the cache, and not alike in all layers: short prompts choose other plans.
         """
-        context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 1280
-        tokens = min(1280, context)
-        return cls(4, tokens, tokens - min(128, tokens // 2))
+        context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 1216
+        tokens = min(1216, context)
+        return cls(8, tokens, tokens - min(64, tokens // 2))
 
     @property
     def positions(self) -> Tensor:
