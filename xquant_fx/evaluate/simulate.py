@@ -181,7 +181,7 @@ class _Pass:
                 f"attention must read what its layer stores, and layer {index} reads something else (latents, or "
                 "another layer's keys); measure such a model by real steps"
             )
-        return None if self.lean and _is_full(self.cache, layer) else layer
+        return None if layer is None or (self.lean and _is_full(self.cache, layer)) else layer
 
     def _sides(self, layer: XQuantLayer, index: int, key: Tensor, value: Tensor, new: int) -> tuple[Side, ...]:
         split = self.window.prompt
