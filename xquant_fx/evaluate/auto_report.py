@@ -26,6 +26,11 @@ class Group:
     options: dict[float, float]
     """Each width that was to be had, with what it adds."""
 
+    @property
+    def layers(self) -> str:
+        """Its layers, for people."""
+        return str(self.first) if self.first == self.last else f"{self.first} to {self.last}"
+
 
 @dataclasses.dataclass(frozen=True)
 class AutoReport:
@@ -53,7 +58,7 @@ class AutoReport:
         columns = ["layers", "keys, bits", "KL they add", "values, bits", "KL they add"]
         keys, values = ([g for g in self.groups if g.role == role] for role in ("key", "value"))
         rows = [
-            [f"{k.first} to {k.last}", f"{k.bits:g}", f"{k.kl:.5f}", f"{v.bits:g}", f"{v.kl:.5f}"]
+            [k.layers, f"{k.bits:g}", f"{k.kl:.5f}", f"{v.bits:g}", f"{v.kl:.5f}"]
             for k, v in zip(keys, values, strict=True)
         ]
         return render(f"xquant plan for {self.title}", columns, rows, self._summary())
