@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         XQuantError,
     )
     from xquant_fx.evaluate.anatomy import anatomy_report
+    from xquant_fx.evaluate.auto import auto_plan, auto_report
     from xquant_fx.evaluate.needle import needle_report
     from xquant_fx.evaluate.quality import quality_report
     from xquant_fx.plan.config import XQuantConfig
@@ -42,6 +43,8 @@ __all__ = [
     "XQuantError",
     "__version__",
     "anatomy_report",
+    "auto_plan",
+    "auto_report",
     "decode_attention",
     "explain",
     "make_plan",
@@ -65,6 +68,8 @@ _HOMES = {
     "XQuantConfig": "plan.config",
     "XQuantError": "errors",
     "anatomy_report": "evaluate.anatomy",
+    "auto_plan": "evaluate.auto",
+    "auto_report": "evaluate.auto",
     "decode_attention": "cache.decode",
     "explain": "reports.explanation",
     "make_plan": "plan.plan",

@@ -23,6 +23,8 @@ from xquant_fx import (
     XQuantError,
     __version__,
     anatomy_report,
+    auto_plan,
+    auto_report,
     decode_attention,
     explain,
     make_plan,
@@ -82,6 +84,8 @@ def measures(model: Any, tokenizer: Any, text: str) -> float:
     }
     report = quality_report(model, windows, settings, reading=Reading(prompt=1024, stride=2), out="results.json")
     print(report, report["kivi-2"].size.true_bits, report.to_dict())
+    chosen: Plan = auto_plan(model, bits=1.7, text=text, tokenizer=tokenizer, verbose=False)
+    print(auto_report(model, max_kl=0.02, config=XQuantConfig()).measured_kl, chosen.model)
     print(needle_report(model, tokenizer, text, settings, lengths=[512], depths=[0.5], trials=1).found["kivi-2"])
     print(anatomy_report(model, windows[:1], settings["plan"], prompt=1024).worst)
     return report["kivi-2"].summary.kl

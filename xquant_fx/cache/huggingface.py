@@ -118,7 +118,8 @@ class XQuantCache(StaticCache):
             and fits; without it padding counts as tokens. Kept by ``reset()``.
 
     Raises:
-        ConfigError: a length is not positive, padding is not on the left, or a plan is for another number of layers.
+        ConfigError: a length is not positive, padding is not on the left, or a plan is for another number of layers or
+            another model.
     """
 
     def __init__(
@@ -136,6 +137,8 @@ class XQuantCache(StaticCache):
             raise ConfigError(f"config must be an XQuantConfig or a Plan, got {type(config).__name__}")
         if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
             raise ConfigError(f"max_cache_len must be at least 1 token, got {max_cache_len}")
+        if isinstance(config, Plan):
+            config.check_model(model_config)
         super().__init__(config=model_config, max_cache_len=max_cache_len)
         self.xquant_config = config if config is not None else XQuantConfig()
         warn_of_cost(self.xquant_config)

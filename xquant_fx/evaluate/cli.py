@@ -1,4 +1,4 @@
-"""The command ``xquant``: ``eval``, ``needle`` and ``anatomy`` of a model's quantized cache."""
+"""The command ``xquant``: ``eval``, ``needle`` and ``anatomy`` of a model's quantized cache, and ``plan`` for one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xquant_fx.errors import XQuantError
+from xquant_fx.errors import ConfigError, XQuantError
 from xquant_fx.plan.presets import PRESETS
 
 DTYPES = ("float32", "bfloat16", "float16")
+#: In the place of a preset's name: the plan that is chosen on the model.
+AUTO = "auto"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,21 +34,42 @@ def parser() -> argparse.ArgumentParser:
     needle.add_argument("--trials", type=int, default=4, help="pass keys per length and depth (default: 4)")
     needle.add_argument("--plot", metavar="FILE.png", help="heat maps")
     _add_windows(_command(commands, "anatomy", run_anatomy, "errors of keys, values and attention, by layer and head"))
+    _add_plan(_of_model(commands, "plan", run_plan, "choose the bits of each layer on a model, for a budget"))
     return top
 
 
-def _command(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
+def _of_model(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
     command.set_defaults(run=run)
     command.add_argument("model", help="folder or Hub id of a Hugging Face model")
-    command.add_argument("--text", required=True, metavar="FILE", help="plain text to read, UTF-8")
-    command.add_argument("--preset", nargs="+", action="extend", default=[], choices=sorted(PRESETS), metavar="NAME")
-    command.add_argument("--config", nargs="+", action="extend", default=[], metavar="FILE.json",
-                         help="XQuantConfig.to_json or Plan.to_json; default without any: --preset xquant")  # fmt: skip
     command.add_argument("--dtype", choices=DTYPES, default="float32")
     command.add_argument("--device", default="cpu")
-    command.add_argument("--out", metavar="FILE.json", help="all numbers; eval goes on with what is in it")
     return command
+
+
+def _command(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
+    command = _of_model(commands, name, run, about)
+    command.add_argument("--text", required=True, metavar="FILE", help="plain text to read, UTF-8")
+    command.add_argument("--preset", nargs="+", action="extend", default=[], choices=[*sorted(PRESETS), AUTO],
+                         metavar="NAME", help='a preset, or "auto": the plan for --bits or --max-kl')  # fmt: skip
+    command.add_argument("--config", nargs="+", action="extend", default=[], metavar="FILE.json",
+                         help="XQuantConfig.to_json or Plan.to_json; default without any: --preset xquant")  # fmt: skip
+    command.add_argument("--out", metavar="FILE.json", help="all numbers; eval goes on with what is in it")
+    _add_goal(command, required=False)
+    return command
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    _add_goal(command, required=True)
+    command.add_argument("--text", metavar="FILE", help='plain text, or "sampled": by the model; default: built in')
+    command.add_argument("--config", metavar="FILE.json", help="XQuantConfig.to_json, for all but bits")
+    command.add_argument("-o", "--out", metavar="plan.json", help="where the plan goes; --config reads it")
+
+
+def _add_goal(command: argparse.ArgumentParser, required: bool) -> None:
+    goal = command.add_mutually_exclusive_group(required=required)
+    goal.add_argument("--bits", type=float, help="of a plan: most true bits per element")
+    goal.add_argument("--max-kl", type=float, help="of a plan: largest mean KL in nats")
 
 
 def _add_windows(command: argparse.ArgumentParser) -> None:
@@ -72,10 +95,24 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, str, list[Any]]:
     from xquant_fx.evaluate.models import load
     from xquant_fx.evaluate.settings import Setting
 
+    if AUTO not in args.preset and (args.bits, args.max_kl) != (None, None):
+        raise ConfigError("--bits and --max-kl are the budget of --preset auto, which is not among the presets")
     presets = args.preset or ([] if args.config else ["xquant"])
-    settings = [*map(Setting.of_preset, presets), *map(Setting.of_file, args.config)]
     text = Path(args.text).read_text(encoding="utf-8")
-    return *load(args.model, getattr(torch, args.dtype), args.device), text, settings
+    files = [Setting.of_file(path) for path in args.config]
+    fixed = [None if name == AUTO else Setting.of_preset(name) for name in presets]
+    model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
+    return model, tokenizer, text, [*(each or _chosen(args, model, tokenizer) for each in fixed), *files]
+
+
+def _chosen(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    """The setting "auto", chosen on the built-in text, not on what is measured then."""
+    from xquant_fx.evaluate.auto import auto_plan
+    from xquant_fx.evaluate.settings import Setting
+
+    if args.bits is None and args.max_kl is None:
+        raise ConfigError("--preset auto needs a budget: --bits or --max-kl, got neither")
+    return Setting(AUTO, auto_plan(model, bits=args.bits, max_kl=args.max_kl, tokenizer=tokenizer))
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -118,6 +155,24 @@ def run_anatomy(args: argparse.Namespace) -> None:
     for name, each in found.items():
         print(f"{name}\n{each}")
     _write(args.out, {name: each.to_dict() for name, each in found.items()})
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    """``xquant plan``."""
+    import torch
+
+    from xquant_fx.evaluate.auto import auto_plan
+    from xquant_fx.evaluate.calibration import SAMPLED
+    from xquant_fx.evaluate.models import load
+    from xquant_fx.evaluate.settings import Setting
+
+    base: Any = None if args.config is None else Setting.of_file(args.config).config
+    given = args.text in (None, SAMPLED)
+    text = args.text if given else Path(args.text).read_text(encoding="utf-8")
+    model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
+    plan = auto_plan(model, bits=args.bits, max_kl=args.max_kl, text=text, tokenizer=tokenizer, config=base)
+    if args.out:
+        Path(args.out).write_text(plan.to_json() + "\n", encoding="utf-8")
 
 
 def _write(path: str | None, content: dict[str, Any]) -> None:

@@ -31,6 +31,22 @@ def load(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, Any]:
     return model.eval().to(device), tokenizer
 
 
+def load_tokenizer(model: Any) -> Any:
+    """The tokenizer that lies where ``model`` came from.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    name = str(model.config._name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(
+            f"a text needs the model's tokenizer, and none is found at {name!r}: pass tokenizer=, token ids as text=, "
+            'or text="sampled"'
+        ) from error
+
+
 def title(model: Any) -> str:
     """The last two parts of where a model came from, for people."""
     return "/".join(Path(str(model.config._name_or_path)).parts[-2:]) or type(model).__name__

@@ -122,24 +122,33 @@ def check_attention(window: Prefilled, keep: Tensor, reference: Tensor) -> None:
 
 
 def simulated_logits(
-    window: Prefilled, keep: Tensor, config: XQuantConfig | Plan, observer: Observer | None = None
+    window: Prefilled,
+    keep: Tensor,
+    config: XQuantConfig | Plan,
+    observer: Observer | None = None,
+    *,
+    lean: bool = False,
 ) -> tuple[Tensor, XQuantCache]:
     """(logits [B, len(keep), V] at ``keep`` as decode steps give them, the cache after the last step).
+
+    ``lean`` leaves layers of 16 bits out of the cache, which the logits do not need.
 
     Raises:
         ArgumentError: the model's attention cannot be exchanged, or reads something else than its layer stores.
         ConfigError: ``config`` does not fit the model.
     """
     cache = XQuantCache(window.model.config, max_cache_len=window.ids.shape[1], config=config)
-    with attending(window.model, _Pass(window, cache, observer)):
+    with attending(window.model, _Pass(window, cache, observer, lean)):
         return window.rest(keep), cache
 
 
 class _Pass:
     """An attention function of transformers: quantizes a layer's window, then attends to what each step sees."""
 
-    def __init__(self, window: Prefilled, cache: XQuantCache | None, observer: Observer | None = None) -> None:
-        self.window, self.cache, self.observer = window, cache, observer
+    def __init__(
+        self, window: Prefilled, cache: XQuantCache | None, observer: Observer | None = None, lean: bool = False
+    ) -> None:
+        self.window, self.cache, self.observer, self.lean = window, cache, observer, lean
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
@@ -173,10 +182,13 @@ class _Pass:
                 f"attention must read what its layer stores, and layer {index} reads something else (latents, or "
                 "another layer's keys); measure such a model by real steps"
             )
-        return layer
+        return None if layer is None or (self.lean and _is_full(self.cache, layer)) else layer
 
     def _sides(self, layer: XQuantLayer, index: int, key: Tensor, value: Tensor, new: int) -> tuple[Side, ...]:
         split = self.window.prompt
+        if layer.first is not layer and not layer.first.is_initialized:
+            # A pass that begins above the first layer (replay.py), which all others take their group from.
+            layer.first.lazy_initialization(key, value)
         layer.update(key[:, :, :split], value[:, :, :split])
         if index in self.window.queries:
             layer.states[0].note_queries(self.window.queries[index])
@@ -188,6 +200,12 @@ class _Pass:
         sides = tuple(side(s, x, past) for s, x in zip(layer.states, (key, value), strict=True))
         layer.states[0].group.drop()
         return sides
+
+
+def _is_full(cache: XQuantCache, layer: XQuantLayer) -> bool:
+    """Whether a layer's keys and values are stored as they are."""
+    assert cache.plan is not None
+    return all(entry.bits == 16 for entry in cache.plan.layers[layer.layer_idx])
 
 
 def _begins_with(x: Tensor, stored: Tensor) -> bool:

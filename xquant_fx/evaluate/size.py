@@ -39,10 +39,19 @@ def size_of(cache: XQuantCache) -> Size:
 
 def true_bits(specs: list[KVSpec]) -> float:
     """Bits that one more element costs: what all buffers grow by from one long text to another twice as long."""
-    # Whole blocks and whole words of every scheme, so that padding is the same for both.
-    tokens = math.lcm(*(spec.residual_length for spec in specs)) * 32
-    grown = sum(_bits(spec, 2 * tokens) - _bits(spec, tokens) for spec in specs)
-    return grown / sum(tokens * spec.shape[0] * spec.shape[1] * spec.shape[3] for spec in specs)
+    tokens = _whole_blocks(specs)
+    return sum(growth(specs)) / sum(tokens * spec.shape[0] * spec.shape[1] * spec.shape[3] for spec in specs)
+
+
+def growth(specs: list[KVSpec]) -> list[int]:
+    """Bits that each buffer grows by from one long text to another twice as long, the same for all ``specs``."""
+    tokens = _whole_blocks(specs)
+    return [_bits(spec, 2 * tokens) - _bits(spec, tokens) for spec in specs]
+
+
+def _whole_blocks(specs: list[KVSpec]) -> int:
+    """Tokens that are whole blocks and whole words of every scheme, so that padding is the same for any such text."""
+    return math.lcm(*(spec.residual_length for spec in specs)) * 32
 
 
 def _bits(spec: KVSpec, tokens: int) -> int:

@@ -87,6 +87,11 @@ class XQuantConfig:
     @classmethod
     def preset(cls, name: str) -> XQuantConfig:
         """Return the preset called ``name``; :data:`PRESETS` maps the names to their fields."""
+        if name == "auto":
+            raise ConfigError(
+                'preset "auto" is chosen on a model and has no fields of its own: use xquant_fx.auto_plan(model, '
+                "bits=...), which returns a Plan, in the place of a config"
+            )
         if name not in PRESETS:
             raise ConfigError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
         return cls(**PRESETS[name])

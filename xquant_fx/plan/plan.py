@@ -19,6 +19,7 @@ from typing import Any, get_args
 from xquant_fx.errors import ConfigError
 from xquant_fx.plan.buffer_plan import SHARED, BufferPlan
 from xquant_fx.plan.config import XQuantConfig
+from xquant_fx.plan.model_facts import ModelFacts
 from xquant_fx.plan.spec import Role
 
 #: Schemes whose codes mean nothing to another layer: their channels are ranked, or have no fit for borrowed codes.
@@ -49,6 +50,8 @@ class Plan:
     """
 
     layers: tuple[LayerPlan, ...]
+    model: ModelFacts | None = None
+    """What it was made for, where it was made for one model; ``XQuantCache`` refuses it for others."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -74,7 +77,8 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON; :meth:`from_json` reads it back."""
         layers = [{entry.role: entry.to_dict() for entry in layer} for layer in self.layers]
-        return json.dumps({"xquant_plan": 1, "layers": layers}, indent=1)
+        model = {} if self.model is None else {"model": dataclasses.asdict(self.model)}
+        return json.dumps({"xquant_plan": 1, **model, "layers": layers}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -91,7 +95,13 @@ class Plan:
             raise ConfigError(f"this is no plan as Plan.to_json writes it: {error!r}") from error
         if version != 1:
             raise ConfigError(f"a plan of version {version!r} was written by another xquant_fx; this one reads 1")
-        return cls(tuple(_layer_from(layer, i) for i, layer in enumerate(layers)))
+        model = ModelFacts.from_dict(data["model"]) if data.get("model") is not None else None
+        return cls(tuple(_layer_from(layer, i) for i, layer in enumerate(layers)), model)
+
+    def check_model(self, config: Any) -> None:
+        """Raise ConfigError where the plan says what it was made for, and the Hugging Face ``config`` is of another."""
+        if self.model is not None:
+            self.model.check(config)
 
     def __str__(self) -> str:
         from xquant_fx.tables import render
