@@ -29,10 +29,14 @@ from xquant_fx import XQuantCache, XQuantConfig, decode_attention
 LAYERS = 2
 ROUNDS = 5
 SETTINGS = {
-    "xquant 2 bits": dict(k_bits=2, v_bits=2, share_values_from=None),
-    "xquant K 2, V 1 bit": dict(k_bits=2, v_bits=1, share_values_from=None),
-    "xquant 1 bit": dict(k_bits=1, v_bits=1, share_values_from=None),
-    "xquant 4 bits": dict(k_bits=4, v_bits=4, share_values_from=None),
+    "xquant-2.2": XQuantConfig.preset("xquant-2.2"),
+    "xquant-1.7": XQuantConfig.preset("xquant-1.7"),
+    "xquant-1.4": XQuantConfig.preset("xquant-1.4"),
+    "xquant-2.7": XQuantConfig.preset("xquant-2.7"),
+    **{
+        f"xquant {name}": XQuantConfig.preset("xquant").replace(k_bits=k, v_bits=v, share_values_from=None)
+        for name, k, v in (("2 bits", 2, 2), ("K 2, V 1 bit", 2, 1), ("1 bit", 1, 1), ("4 bits", 4, 4))
+    },
 }
 
 
@@ -109,7 +113,7 @@ def measure(args: argparse.Namespace, batch: int, gqa: int, context: int) -> dic
             num_hidden_layers=LAYERS, num_attention_heads=q.shape[1], num_key_value_heads=args.kv_heads,
             head_dim=args.head_dim, hidden_size=q.shape[1] * args.head_dim,
         )  # fmt: skip
-        cache = XQuantCache(model, max_cache_len=context, config=XQuantConfig(**SETTINGS[name]))
+        cache = XQuantCache(model, max_cache_len=context, config=SETTINGS[name])
         cache.update(k, v, 0)
         ways[name] = lambda cache=cache: decode_attention(q, cache, 0, mask=mask)
     ms = milliseconds(ways, args)

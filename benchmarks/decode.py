@@ -151,7 +151,7 @@ def main() -> None:
     for name, default in {**sizes, "steps": 30}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="xquant")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="xquant-2.2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--mode", default=None, help="of torch.compile, for both sides")

@@ -18,7 +18,7 @@ timeout 50 python benchmarks/attention.py --device cuda --batch 8 --gqa 4 --cont
     --name attention-cuda-bar || status=1
 # Every row is written as soon as it is measured, so that a time-out costs only the rest.
 timeout 140 python benchmarks/attention.py --device cuda --batch 1 8 --gqa 1 4 8 --contexts 512 8192 131072 \
-    --only "xquant 2 bits" "xquant K 2, V 1 bit" || status=1
+    --only "xquant-2.2" "xquant-1.7" "xquant 2 bits" || status=1
 model="--layers 4 --kv-heads 8 --head-dim 128 --hidden 4096 --intermediate 8192 --steps 20"
 # shellcheck disable=SC2086
 timeout 60 python benchmarks/decode.py --device cuda $model --contexts 4096 131072 || status=1

@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("layers", 4), ("kv-heads", 4), ("head-dim", 64), ("prompt", 1024)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="xquant")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="xquant-2.2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     args = parser.parse_args()

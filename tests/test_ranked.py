@@ -217,3 +217,14 @@ def test_the_latest_tokens_and_the_sinks_are_exact() -> None:
     seen = state.load(100)
     assert torch.equal(seen[:, :, :2], x[:, :, :2])
     assert torch.equal(seen[:, :, 80:], x[:, :, 80:]) and not torch.equal(seen[:, :, 79], x[:, :, 79])
+
+
+def test_a_reset_cache_remembers_the_queries() -> None:
+    state, q = keys_state(), torch.rand(1, 4, 100, 64, generator=seeded(6))
+    state.note_queries(q)
+    append(state, keys(100))
+    before = {name: t.clone() for name, t in state.owned.items()}
+    state.reset()
+    assert not state.owned["order"].any() and not state.owned["codes"].any() and state.length == 0
+    append(state, keys(100))
+    assert all(torch.equal(before[name], state.owned[name]) for name in before)
