@@ -306,6 +306,7 @@ def test_a_model_that_overflows_is_refused(small):
         probe.item_loss(Item("key", 0, 1), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_real_plan_is_better_than_presets():
     if not (REAL / "config.json").exists():

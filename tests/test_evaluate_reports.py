@@ -223,8 +223,8 @@ def test_real_simulation_equals_steps(real):
     keep = torch.arange(450, 479)
     simulated, _ = simulated_logits(Prefilled.of(model, ids, 450), keep, XQuantConfig())
     steps, _ = step_logits(model, ids, 450, keep, XQuantConfig())
-    # Scales are stored in 16 bits: what rounds to another number moves a logit a little.
-    assert float((simulated.log_softmax(-1) - steps.log_softmax(-1)).abs().max()) < 5e-3
+    # Scales are stored in 8 bits: one that tips over at a tie moves a logit a little.
+    assert float((simulated.log_softmax(-1) - steps.log_softmax(-1)).abs().max()) < 2e-2
 
 
 @pytest.mark.real
@@ -234,4 +234,6 @@ def test_real_presets_are_in_order(real):
     report = quality_report(model, ids, settings, reading=Reading(400, 4))
     kl = {name: report[name].summary.kl for name in PRESETS}
     assert kl["full"] == 0 < kl["kivi-4"] < 0.1 * kl["kivi-2"]
+    assert kl["xquant-2.7"] < kl["xquant-2.2"] < kl["xquant-1.4"] < 0.2 * kl["kivi-2"]
+    assert kl["xquant-2.2"] < 0.05  # an odd text, and a short one
     assert kl["kivi-2"] < kl["xquant"] < kl["xquant-paper"]
