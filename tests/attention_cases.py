@@ -144,12 +144,19 @@ RANKED_SLOW = {
 }
 
 
-def allowed(result: dict[str, Any], dtype: str, roundings: int = 8) -> float:
+#: Of ranked keys a logit is a sum of five parts (three planes of codes, mid points, the center), each of which rounds at
+#: its own size before they cancel.
+RANKED_ROUNDINGS = 32
+
+
+def allowed(result: dict[str, Any], case: dict[str, Any], roundings: int | None = None) -> float:
     """Three times the error of the fp32 reference, and not below what any order of summing may cost.
 
     Two sums of n terms in different orders differ by some roundings of their largest partial sum, and
     the reference's luck in one case is no bound: 8 roundings in float32 of the largest output, and one
-    of the output's own dtype. ``roundings`` is for kernels that round otherwise.
+    of the output's own dtype. ``roundings`` is for kernels that round otherwise; ``case`` is what ``Setup`` takes.
     """
-    eps = torch.finfo(getattr(torch, dtype)).eps
+    eps = torch.finfo(getattr(torch, case.get("dtype", "float16"))).eps
+    if roundings is None:
+        roundings = RANKED_ROUNDINGS if case.get("k_scheme") == "per_channel_ranked" else 8
     return 3 * result["usual"] + result["largest"] * (roundings * 2.0**-23 + eps / 2)

@@ -30,7 +30,7 @@ def check(setup: Setup, out: torch.Tensor, given: dict[str, Any]) -> dict[str, A
     assert result["same_nan"] and result["zeros_are_zero"]
     # The fields of ranked keys count 1, 2 or 4 times and share one fixed-point unit, which is that much coarser.
     roundings = 16 if setup.k_scheme == "per_channel_ranked" else 8
-    assert result["error"] <= allowed(result, setup.dtype, roundings), result
+    assert result["error"] <= allowed(result, vars(setup), roundings), result
     return result
 
 

@@ -54,7 +54,7 @@ def test_decode_attention(name: str, processor: str) -> None:
     arm.run(types, code, [*a.tensors.values(), out], PROCESSORS[processor])
     result = errors(setup, out, given)
     assert result["same_nan"] and result["zeros_are_zero"] and result["largest"] > 0
-    assert result["error"] <= allowed(result, setup.dtype), result
+    assert result["error"] <= allowed(result, vars(setup)), result
 
 
 class ThroughArm(ThroughKernel):

@@ -32,7 +32,7 @@ def test_attention(name: str, dtype: str) -> None:
     given = inputs(setup)
     result = errors(setup, ops.DECODE(**moved(arguments(setup, given))).cpu(), given)
     assert result["same_nan"] and result["zeros_are_zero"]
-    assert result["error"] <= allowed(result, setup.dtype), result
+    assert result["error"] <= allowed(result, vars(setup)), result
 
 
 @pytest.mark.parametrize("preset", ["xquant", "xquant-paper", "xquant-1bit", "kivi-4", "xquant-2.2", "xquant-1.4"])
