@@ -144,8 +144,8 @@ RANKED_SLOW = {
 }
 
 
-#: Of ranked keys a logit is a sum of five parts (three planes of codes, mid points, the center), each of which rounds at
-#: its own size before they cancel.
+#: Of ranked keys a logit is a sum of five parts (three planes of codes, mid points, the center), each of which rounds
+#: at its own size before they cancel.
 RANKED_ROUNDINGS = 32
 
 
