@@ -36,6 +36,11 @@ def dense_mask(mask: Tensor) -> Tensor:
     return mask.contiguous()
 
 
+def warps_of(a: DecodeArguments, hip: bool) -> int:
+    """Warps of a program that reads ranked keys: more on NVIDIA where float32 or small tiles want more registers."""
+    return 8 if not hip and (a.q.dtype == torch.float32 or a.k_group < 64) else 4
+
+
 def launch(
     a: DecodeArguments,
     *,
@@ -104,7 +109,7 @@ def launch(
         MASK_QUERY=mask_shape[2],
         HAS_NEW=a.k_new is not None,
         ROTATION=rotated_size(v_dim).bit_length() - 1 if a.v_zero is None else -1,
-        num_warps=8 if ranked and a.q.dtype == torch.float32 and not hip else 4,  # more registers together
+        num_warps=warps_of(a, hip) if ranked else 4,
         **ranks(a.k_bits, k_dim, ranked),
         **dataclasses.asdict(chosen),
     )
