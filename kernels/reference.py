@@ -89,9 +89,7 @@ def least_squares(x: Tensor, codes: Tensor, dim: int, valid: Tensor | None = Non
         mean_x, mean_c = x.mean(dim, keepdim=True), codes.mean(dim, keepdim=True)
         dev_x, dev_c = x - mean_x, codes - mean_c
     else:
-        count = valid.to(x.dtype).expand(x.shape).sum(dim, keepdim=True).clamp_min(1.0)
-        mean_x = torch.where(valid, x, 0.0).sum(dim, keepdim=True) / count
-        mean_c = torch.where(valid, codes, 0.0).sum(dim, keepdim=True) / count
+        mean_x, mean_c = masked_mean(x, dim, valid), masked_mean(codes, dim, valid)
         dev_x, dev_c = torch.where(valid, x - mean_x, 0.0), torch.where(valid, codes - mean_c, 0.0)
     var = (dev_c * dev_c).sum(dim, keepdim=True)
     cov = (dev_c * dev_x).sum(dim, keepdim=True)

@@ -11,6 +11,12 @@ import triton.language as tl
 
 
 @triton.jit
+def ranked_limit(past, RESIDUAL: tl.constexpr, GROUP: tl.constexpr):
+    """Tokens whose keys are in codes when ``past`` are stored: ``quantized_limit`` of the scheme, 0 at least."""
+    return tl.maximum(past - RESIDUAL + GROUP, 0) // GROUP * GROUP
+
+
+@triton.jit
 def width_of_rank(rank, COUNTS: tl.constexpr):
     """Bits of the codes of ``rank``."""
     width = rank * 0

@@ -14,6 +14,7 @@
 // A span of SPAN tokens is taken at a time: scores, online softmax, weighted values. All query heads
 // of a KV head (and all queries of the step) are the rows that share one read of the codes.
 #include "../cpu/hadamard.h"
+#include "../cpu/ranked.h"
 #include "cpu_problem.h"
 #include "cpu_quantized_tokens.h"
 #include "cpu_full_tokens.h"
@@ -58,14 +59,14 @@ inline void attend_span(Scratch& scratch, const Inputs& in, RunningSoftmax& soft
 inline void load_queries(Scratch& scratch, const Inputs& in, int64_t head, int64_t row0) {
     scratch.row0 = row0;
     std::memset(scratch.query, 0, sizeof(scratch.query));
-    std::memset(scratch.ranked, 0, sizeof(scratch.ranked));
-    std::memset(scratch.scaled, 0, sizeof(scratch.scaled));
     std::memset(scratch.folded, 0, sizeof(scratch.folded));
     std::fill(scratch.q_center, scratch.q_center + ROWS, 0.0f);
     for (int64_t r = 0; r < ROWS; r++)
         for (int64_t d = 0; d < DK; d += L)
             store(scratch.query[r] + d, load_up_to(in.q + (head * ALL_ROWS + row0 + r) * DK + d, DK - d) * SCALE);
     if constexpr (RANKED) {
+        std::memset(scratch.ranked, 0, sizeof(scratch.ranked));
+        std::memset(scratch.scaled, 0, sizeof(scratch.scaled));
         const int32_t* order = in.k_order + head * DK;
         const float* center = in.k_center + head * DK;
         for (int64_t r = 0; r < ROWS; r++) {
@@ -115,8 +116,8 @@ inline void attend_tokens(Scratch& scratch, const Inputs& in, RunningSoftmax sof
 
 void attend(const Tensors& tensors, T* out) {
     const int64_t past = std::clamp<int64_t>(*tensors.past, 0, N - Q);
-    const int64_t keys = RANKED ? (past - RESIDUAL + K_GROUP) / K_GROUP * K_GROUP : past / RESIDUAL * RESIDUAL;
-    const Inputs in = {tensors, out, past, past + Q, std::max<int64_t>(keys, 0), std::max<int64_t>(past - RESIDUAL, 0)};
+    const int64_t keys = RANKED ? ranked_limit(past, RESIDUAL, K_GROUP) : past / RESIDUAL * RESIDUAL;
+    const Inputs in = {tensors, out, past, past + Q, keys, std::max<int64_t>(past - RESIDUAL, 0)};
     const int64_t spans = (in.length + SPAN - 1) / SPAN, blocks = B * H * ROW_BLOCKS;
     const int num_threads = blocks * ROWS * in.length < 8192 ? 1 : max_threads();
     // Tokens are split, too, so that there are pieces enough for threads that are not equally fast.

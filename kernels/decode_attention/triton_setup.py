@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from xquant_fx.kernels.decode_attention.triton_unpack import CHANNELS, DIM, FOLD, GROUP, RANKED, word_order
+from xquant_fx.kernels.triton_widths import ranked_limit
 
 
 @triton.jit
@@ -27,10 +28,8 @@ def rows_of(head, keys, values, TOKENS: tl.constexpr, KEYS: tl.constexpr, VALUES
 def limits_of(past_tokens, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr):
     """The first token that any row sees, and the tokens below which keys are in codes, and values."""
     first = tl.maximum(past_tokens - WINDOW + 1, 0) if WINDOW > 0 else past_tokens * 0
-    if KEYS[RANKED]:
-        k_limit = tl.maximum(past_tokens - RESIDUAL + KEYS[GROUP], 0) // KEYS[GROUP] * KEYS[GROUP]
-    else:
-        k_limit = past_tokens // RESIDUAL * RESIDUAL
+    ranked: tl.constexpr = KEYS[RANKED]
+    k_limit = ranked_limit(past_tokens, RESIDUAL, KEYS[GROUP]) if ranked else past_tokens // RESIDUAL * RESIDUAL
     return first, k_limit, tl.maximum(past_tokens - RESIDUAL, 0)
 
 

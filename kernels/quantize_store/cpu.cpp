@@ -6,6 +6,7 @@
 #include "example_problem.h"
 #endif
 #include "../cpu/hadamard.h"
+#include "../cpu/ranked.h"
 #include "../cpu/small_floats.h"
 
 namespace xq {

@@ -144,7 +144,7 @@ inline void store_ranked_group(const Inputs& in, int64_t head, int64_t t0) {
     pack_ranked(buffer.get(), order, in.codes + head * WORDS * TOKENS + t0);
 }
 
-inline int64_t limit(int64_t past) { return std::max<int64_t>((past - RESIDUAL + GROUP) / GROUP, 0) * GROUP; }
+inline int64_t limit(int64_t past) { return ranked_limit(past, RESIDUAL, GROUP); }
 
 inline bool any_due(int64_t past, int64_t end) { return limit(end) > limit(past); }
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from xquant_fx.kernels.faults import Fault
 from xquant_fx.kernels.quantize_store.triton_keys import flush_keys
 from xquant_fx.kernels.quantize_store.triton_values import flush_values
-from xquant_fx.kernels.quantize_store.triton_window import write_step
+from xquant_fx.kernels.quantize_store.triton_window import source_of, write_step
 
 NOT_APPENDED = tl.constexpr(int(Fault.NOT_APPENDED))
 FULL = tl.constexpr(int(Fault.FULL))
@@ -94,15 +94,12 @@ def append_keys_kernel(
     """Program (batch and head, group of tokens that the step may complete, chunk of channels)."""
     row, part, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head = row.to(tl.int64)
-    x += head * (NEW_TOKENS * DIM)
-    ring += head * (RING * DIM)
     first_token = tl.load(start + row // HEADS).to(tl.int32)
-    past = tl.maximum(tl.minimum(tl.load(pos), MAX_LEN - NEW_TOKENS), 0).to(tl.int32)
-    source = (x, ring, past)
+    source = source_of(x, ring, pos, head, NEW_TOKENS, DIM, RING, MAX_LEN)
+    _, _, past = source
     d = chunk * CHUNK + tl.arange(0, CHUNK)
     if part == 0:
-        sink_rows = sink + head * ((SINK_TOKENS + 1) * DIM) if SINK_TOKENS > 0 else ring
-        write_step(source, pos, sink_rows, first_token, d, d < DIM, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
+        write_step(source, pos, sink, head, first_token, d, d < DIM, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
     if row + part + chunk == 0:
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, STEP_TOKENS)
     block = past // RESIDUAL * RESIDUAL + part * GROUP // RESIDUAL * RESIDUAL
@@ -163,18 +160,15 @@ def append_values_kernel(
     """Program (batch and head, group of channels): quantize each token that leaves the window."""
     row, group = tl.program_id(0), tl.program_id(1)
     head = row.to(tl.int64)
-    x += head * (NEW_TOKENS * DIM)
-    ring += head * (RING * DIM)
     codes += head * (WORDS * DIM)
     scale += (head * (DIM // GROUP) + group) * STRIDE
     zero += (head * (DIM // GROUP) + group) * STRIDE
     first_token = tl.load(start + row // HEADS).to(tl.int32)
-    past = tl.maximum(tl.minimum(tl.load(pos), MAX_LEN - NEW_TOKENS), 0).to(tl.int32)
-    source = (x, ring, past)
+    source = source_of(x, ring, pos, head, NEW_TOKENS, DIM, RING, MAX_LEN)
+    _, _, past = source
     i = tl.arange(0, CHUNK)
     d, valid_channels = group * GROUP + i, i < GROUP
-    sink_rows = sink + head * ((SINK_TOKENS + 1) * DIM) if SINK_TOKENS > 0 else ring
-    write_step(source, pos, sink_rows, first_token, d, valid_channels, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
+    write_step(source, pos, sink, head, first_token, d, valid_channels, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
     if row + group == 0:
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, STEP_TOKENS)
     flush_values(

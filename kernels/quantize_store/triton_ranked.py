@@ -12,9 +12,9 @@ from xquant_fx.kernels.quantize_store.triton_kernels import note_step
 from xquant_fx.kernels.quantize_store.triton_keys import range_of_keys, tile_of_group
 from xquant_fx.kernels.quantize_store.triton_quantizer import code_shift, encode_to, step_to
 from xquant_fx.kernels.quantize_store.triton_ranks import note_ranks
-from xquant_fx.kernels.quantize_store.triton_window import write_step
+from xquant_fx.kernels.quantize_store.triton_window import source_of, write_step
 from xquant_fx.kernels.triton_small_floats import LARGEST_OF_MIDS, decode_scale, encode_mid, encode_scale
-from xquant_fx.kernels.triton_widths import field_of_rank, width_of_rank
+from xquant_fx.kernels.triton_widths import field_of_rank, ranked_limit, width_of_rank
 
 
 @triton.jit
@@ -176,20 +176,16 @@ def append_ranked_kernel(
     COUNTS: tl.constexpr = (RANKS_1, RANKS_2, RANKS_3, RANKS_4, RANKS_5, RANKS_6, RANKS_7)
     row = tl.program_id(0)
     head = row.to(tl.int64)
-    x += head * (NEW_TOKENS * DIM)
-    ring += head * (RING * DIM)
     order += head * DIM
     center += head * DIM
     first_token = tl.load(start + row // HEADS).to(tl.int32)
-    past = tl.maximum(tl.minimum(tl.load(pos), MAX_LEN - NEW_TOKENS), 0).to(tl.int32)
-    source = (x, ring, past)
+    source = source_of(x, ring, pos, head, NEW_TOKENS, DIM, RING, MAX_LEN)
+    _, _, past = source
     d = tl.arange(0, CHANNELS)
-    sink_rows = sink + head * ((SINK_TOKENS + 1) * DIM) if SINK_TOKENS > 0 else ring
-    write_step(source, pos, sink_rows, first_token, d, d < DIM, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
+    write_step(source, pos, sink, head, first_token, d, d < DIM, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
     if row == 0:
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, STEP_TOKENS)
-    first = tl.maximum(past - RESIDUAL + GROUP, 0) // GROUP * GROUP
-    end = tl.maximum(past + NEW_TOKENS - RESIDUAL + GROUP, 0) // GROUP * GROUP
+    first, end = ranked_limit(past, RESIDUAL, GROUP), ranked_limit(past + NEW_TOKENS, RESIDUAL, GROUP)
     first_valid = first_token + SINK_TOKENS
     note_ranks(source, order, center, energy + head * DIM, first_valid, first, end, DIM, RING, GROUP, TILE, CHANNELS)
     codes += head * (WORDS * TOKENS)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from xquant_fx.kernels.quantize_store.triton_kernels import note_step
-from xquant_fx.kernels.quantize_store.triton_values import store_value_codes
-from xquant_fx.kernels.quantize_store.triton_window import full_tokens, write_step
+from xquant_fx.kernels.quantize_store.triton_values import leaving_tokens, store_value_codes
+from xquant_fx.kernels.quantize_store.triton_window import full_tokens, source_of, write_step
 from xquant_fx.kernels.triton_rotation import rotate
 from xquant_fx.kernels.triton_small_floats import encode_scale
 
@@ -48,10 +48,7 @@ def flush_rotated(
 ):
     """Quantize channels ``in_group`` of each token that leaves the window."""
     _, _, past = source
-    j = tl.arange(0, NEW_TILE)
-    tokens = past - RESIDUAL + j
-    due = (j < NEW_TOKENS) & (tokens >= 0)
-    tokens = tl.where(due, tokens, 0)
+    tokens, due = leaving_tokens(past, NEW_TOKENS, NEW_TILE, RESIDUAL)
     v = full_tokens(source, tokens, d, due[:, None] & (d < DIM)[None, :], DIM, RING)
     y = tl.trans(rotate(tl.trans(v), LEVELS))
     c, s = encode_about_zero(y, due[:, None] & in_group[None, :], GROUP, BITS, STEP)
@@ -90,17 +87,14 @@ def append_rotated_kernel(
     """Program (batch and head, group of channels): quantize each token that leaves the window."""
     row, group = tl.program_id(0), tl.program_id(1)
     head = row.to(tl.int64)
-    x += head * (NEW_TOKENS * DIM)
-    ring += head * (RING * DIM)
     codes += head * (WORDS * DIM)
     scale += (head * (DIM // GROUP) + group) * STRIDE
     first_token = tl.load(start + row // HEADS).to(tl.int32)
-    past = tl.maximum(tl.minimum(tl.load(pos), MAX_LEN - NEW_TOKENS), 0).to(tl.int32)
-    source = (x, ring, past)
+    source = source_of(x, ring, pos, head, NEW_TOKENS, DIM, RING, MAX_LEN)
+    _, _, past = source
     d = tl.arange(0, CHANNELS)
     in_group = d // GROUP == group
-    sink_rows = sink + head * ((SINK_TOKENS + 1) * DIM) if SINK_TOKENS > 0 else ring
-    write_step(source, pos, sink_rows, first_token, d, in_group, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
+    write_step(source, pos, sink, head, first_token, d, in_group, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
     if row + group == 0:
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, STEP_TOKENS)
     flush_rotated(

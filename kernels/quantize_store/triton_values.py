@@ -53,6 +53,15 @@ def store_value_codes(
 
 
 @triton.jit
+def leaving_tokens(past, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, RESIDUAL: tl.constexpr):
+    """(tokens, which of them a step pushes out of the window): NEW_TILE of them, 0 for those that it does not."""
+    j = tl.arange(0, NEW_TILE)
+    tokens = past - RESIDUAL + j
+    due = (j < NEW_TOKENS) & (tokens >= 0)
+    return tl.where(due, tokens, 0), due
+
+
+@triton.jit
 def flush_values(
     source,
     codes,
@@ -72,10 +81,7 @@ def flush_values(
 ):
     """Quantize channels ``d``, one group, of each token that leaves the window, or make scales for their codes."""
     _, _, past = source
-    j = tl.arange(0, NEW_TILE)
-    tokens = past - RESIDUAL + j
-    due = (j < NEW_TOKENS) & (tokens >= 0)
-    tokens = tl.where(due, tokens, 0)
+    tokens, due = leaving_tokens(past, NEW_TOKENS, NEW_TILE, RESIDUAL)
     in_bounds = due[:, None] & valid_channels[None, :]
     x = full_tokens(source, tokens, d, in_bounds, DIM, RING)
     if FIT == "least_squares":

@@ -10,10 +10,20 @@ import triton.language as tl
 
 
 @triton.jit
+def source_of(
+    x, ring, pos, head, NEW_TOKENS: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr, MAX_LEN: tl.constexpr
+):
+    """The ``source`` of one ``head`` of a batch row; ``past`` is within bounds, wherever the step was asked for."""
+    past = tl.maximum(tl.minimum(tl.load(pos), MAX_LEN - NEW_TOKENS), 0).to(tl.int32)
+    return x + head * (NEW_TOKENS * DIM), ring + head * (RING * DIM), past
+
+
+@triton.jit
 def write_step(
     source,
     pos,
     sink,
+    head,
     first_token,
     d,
     valid_channels,
@@ -23,7 +33,7 @@ def write_step(
     RING: tl.constexpr,
     SINK_TOKENS: tl.constexpr,
 ):
-    """Channels ``d`` of the new tokens into the ring and the sinks."""
+    """Channels ``d`` of the new tokens of ``head`` into the ring and the sinks."""
     x, ring, past = source
     j = tl.arange(0, NEW_TILE)
     in_bounds = (j < NEW_TOKENS)[:, None] & valid_channels[None, :]
@@ -32,7 +42,8 @@ def write_step(
     if SINK_TOKENS > 0:
         slots = tl.load(pos + j, mask=j < NEW_TOKENS, other=0) - first_token
         is_sink = in_bounds & ((slots >= 0) & (slots < SINK_TOKENS))[:, None]
-        tl.store(sink + slots[:, None] * DIM + d[None, :], tokens, mask=is_sink)
+        rows = sink + head * ((SINK_TOKENS + 1) * DIM)
+        tl.store(rows + slots[:, None] * DIM + d[None, :], tokens, mask=is_sink)
 
 
 @triton.jit

@@ -38,6 +38,9 @@ class Scheme(Protocol):
     BITS: tuple[float, ...]
     """Bits per element that it can store, averages where widths are mixed."""
 
+    RANGE_CODES: bool
+    """Whether a group's range alone makes its codes: then eta relaxes it, and scales can be fitted to borrowed ones."""
+
     def stored_tokens(self, max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
         """Tokens that the codes have room for: ``max_len`` and some padding that is never read."""
 

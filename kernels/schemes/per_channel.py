@@ -24,6 +24,7 @@ from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
 
 APPEND = "blocks"
 BITS: tuple[float, ...] = (1, 2, 4, 8)
+RANGE_CODES = True
 
 
 def stored_tokens(max_len: int, dim: int, bits: float, group: int, residual: int) -> int:

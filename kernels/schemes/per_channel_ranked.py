@@ -41,6 +41,7 @@ from xquant_fx.kernels.widths import planes, rank_widths, words_of
 
 APPEND = "ranked"
 BITS: tuple[float, ...] = tuple(quarters / 4 for quarters in range(4, 17))
+RANGE_CODES = False
 
 
 def stored_tokens(max_len: int, dim: int, bits: float, group: int, residual: int) -> int:

@@ -24,6 +24,7 @@ from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
 
 APPEND = "tokens"
 BITS: tuple[float, ...] = (1, 2, 4, 8)
+RANGE_CODES = True
 
 #: Makes (codes or None if borrowed, scale, zero or None) of fp32 values [B, H, tokens, D] and the codes stored there.
 Quantize = Callable[[StoreArguments, Tensor, Tensor], tuple[Tensor | None, Tensor, Tensor | None]]

@@ -27,6 +27,7 @@ from xquant_fx.kernels.small_floats import decode_scale, encode_scale
 
 APPEND = "rotated"
 BITS: tuple[float, ...] = (1, 2, 4, 8)
+RANGE_CODES = False
 #: Best step of a uniform quantizer on a unit Gaussian, by bits.
 GAUSSIAN_STEP: dict[float, float] = {1: 1.5958, 2: 0.9957, 4: 0.3352, 8: 0.0308}
 

@@ -126,7 +126,7 @@ class XQuantConfig:
 
     def eta(self, scheme: str, bits: float) -> float:
         """Relaxation used by ``scheme`` at ``bits`` bits; 0 but for 1 and 2 bits."""
-        if scheme not in ("per_channel", "per_token"):
+        if not SCHEMES[scheme].RANGE_CODES:
             return 0.0
         return {1.0: self.eta_1bit, 2.0: self.eta_2bit}.get(bits, 0.0)
 

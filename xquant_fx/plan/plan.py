@@ -17,13 +17,11 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from xquant_fx.errors import ConfigError
+from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.plan.buffer_plan import SHARED, BufferPlan
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.model_facts import ModelFacts
 from xquant_fx.plan.spec import Role
-
-#: Schemes whose codes mean nothing to another layer: their channels are ranked, or have no fit for borrowed codes.
-UNSHARED = ("per_channel_ranked", "per_token_rotated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Plan:
             raise ConfigError(f"{where}only the upper layer of a pair may borrow, of the lower; got {entry.partner}")
         lower = self.layers[entry.partner].of(entry.role)
         agree = (lower.bits, lower.scheme) == (entry.bits, entry.scheme)
-        if not agree or entry.bits == 16 or entry.scheme in UNSHARED:
+        if not agree or entry.bits == 16 or not SCHEMES[entry.scheme].RANGE_CODES:
             raise ConfigError(
                 f"{where}layers that share codes must agree in bits below 16 and in a scheme that shares, "
                 f"got {lower.scheme}, {lower.bits} and {entry.scheme}, {entry.bits}"
@@ -164,7 +162,7 @@ def _why_own(entry: BufferPlan, config: XQuantConfig, layer: int, num_layers: in
     lower = below[layer - 1].of(entry.role)
     if 16 in (entry.bits, lower.bits):
         return "16-bit storage has no codes to share"
-    if entry.scheme in UNSHARED:
+    if not SCHEMES[entry.scheme].RANGE_CODES:
         return f"codes stored {entry.scheme.replace('_', ' ')} cannot be shared"
     if entry.bits != lower.bits:
         return f"layers {layer - 1} and {layer} differ in bits: {lower.bits} and {entry.bits}"
