@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import enum
 
-from xquant_fx.kernels.layout import STEP_TOKENS
-
 
 class Fault(enum.IntEnum):
     """One member per rule; of several broken rules the one checked last is told."""
@@ -24,7 +22,7 @@ class Fault(enum.IntEnum):
 FAULTS = {
     Fault.NOT_APPENDED: "tokens must be appended: the first position was past the number of tokens stored",
     Fault.FULL: "positions must be below max_cache_len: the cache is full",
-    Fault.ROLLED_BACK_TOO_FAR: f"at most {STEP_TOKENS} tokens can be rolled back (or all: position 0); more were",
+    Fault.ROLLED_BACK_TOO_FAR: "more tokens were rolled back than rollback_tokens of the config (or all: position 0)",
     Fault.NOT_CONSECUTIVE: "the positions of one step must be consecutive",
     Fault.FULL_RESTARTED: "the cache is full: position 0 starts a sequence anew only after reset() "
     "(or is this a ring buffer?)",

@@ -76,7 +76,7 @@ def append_rotated_kernel(
     RESIDUAL: tl.constexpr,
     GROUP: tl.constexpr,
     MAX_LEN: tl.constexpr,
-    STEP_TOKENS: tl.constexpr,
+    ROLLBACK: tl.constexpr,
     BITS: tl.constexpr,
     STEP: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -96,7 +96,7 @@ def append_rotated_kernel(
     in_group = d // GROUP == group
     write_step(source, pos, sink, head, first_token, d, in_group, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
     if row + group == 0:
-        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, STEP_TOKENS)
+        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     flush_rotated(
         source, codes, scale, d, in_group, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, GROUP, BITS, STEP, LEVELS
     )

@@ -65,6 +65,7 @@ def xquant_backend(
 
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
     """Decide what becomes of a graph; ``compiler`` gets what is to be compiled."""
+    _check_frozen(gm)
     found = detect_graph(gm, inputs, request)
     report_left(found.sites, request)
     _check_gradients(gm, inputs)
@@ -127,6 +128,17 @@ def _allocates(gm: GraphModule) -> bool:
     return any(node.target is quantized_empty for node in gm.graph.nodes)
 
 
+def _check_frozen(gm: GraphModule) -> None:
+    """Inductor's freezing makes constants of all that has a static address, caches included."""
+    held = [t for t in vars(gm).values() if isinstance(t, QuantizedKV)]
+    held += [t for t in gm._buffers.values() if isinstance(t, QuantizedKV)]
+    if held:
+        raise CacheStateError(
+            f"{held[0].origin}: freezing makes the cache a constant of the graph, so that one graph would serve one "
+            "cache alone: switch torch._inductor.config.freezing (TORCHINDUCTOR_FREEZING) off"
+        )
+
+
 def _check_gradients(gm: GraphModule, inputs: list[Any]) -> None:
     if torch.is_grad_enabled() and (_allocates(gm) or any(isinstance(t, QuantizedKV) for t in inputs)):
         raise CacheStateError(
@@ -164,7 +176,10 @@ def _compile_quantized(
 ) -> Callable[..., Any]:
     settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
     context = Context(found, inputs)
+    buffers = {write.buffer for write in found.writes}
+    placeholders = [node for node in found.gm.graph.nodes if node.op == "placeholder"]
+    written = frozenset(i for i in quantized if placeholders[i] in buffers)
     run_passes(found.gm, context, request.disable, request.dump)
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
     compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.tensors], request, settings)
-    return CompiledStep(compiled, keep, quantized, context.state)
+    return CompiledStep(compiled, keep, quantized, written, context.state)

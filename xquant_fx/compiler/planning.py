@@ -64,7 +64,7 @@ def _existing(gm: GraphModule) -> dict[Node, KVSpec]:
         if node.op == "placeholder" and isinstance(value, QuantizedKV):
             specs[node] = value.spec
         elif node.target is quantized_empty:
-            like, _, lower, _, slot, _ = node.args
+            like, _, lower, _, slot = node.args[:5]
             below = specs.get(lower) if isinstance(lower, Node) else None
             specs[node] = Slot.from_json(slot).bind(value_of(like), below)
     return specs
