@@ -79,7 +79,7 @@ class XQuantLayer(StaticLayer):
         if not cold:
             return stored
         if isinstance(self.keys, QuantizedKV) and not torch.compiler.is_compiling():
-            key_states = PromptKeys.of(key_states, self.keys.live.note_queries)
+            key_states = PromptKeys.of(key_states, self.keys.live.note_queries, self.max_cache_len)
         return key_states, value_states
 
     def _check(self, key_states: Tensor, value_states: Tensor, cold: bool) -> None:

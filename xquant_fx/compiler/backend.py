@@ -24,7 +24,7 @@ from xquant_fx.cache.storage import is_view, share_storage
 from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.options import Request, parse
-from xquant_fx.compiler.planning import plan_graph, why_not_gradients, why_not_layers
+from xquant_fx.compiler.planning import plan_graph, warn_of_lengths, why_not_gradients, why_not_layers
 from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.errors import CacheStateError, ConfigError, NotRewrittenError
@@ -174,6 +174,7 @@ def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: st
 def _compile_quantized(
     found: Detection, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
 ) -> Callable[..., Any]:
+    warn_of_lengths([inputs[i].spec for i in quantized])
     settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
     context = Context(found, inputs)
     buffers = {write.buffer for write in found.writes}

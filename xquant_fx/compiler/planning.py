@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,9 @@ from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan, make_plan
 from xquant_fx.plan.spec import KVSpec
 from xquant_fx.warn_once import warn_once
+
+#: Lengths of caches that are many, if each is compiled for.
+MANY_LENGTHS = 3
 
 
 def plan_graph(
@@ -79,6 +83,22 @@ def _settings(gm: GraphModule, request: Request) -> XQuantConfig | Plan:
     if alone != settings:
         warn_once("a graph break hides the other layers: no layer reads another's codes; an XQuantCache pairs them")
     return alone
+
+
+_lengths: dict[str, set[int]] = {}
+
+
+def warn_of_lengths(specs: Sequence[KVSpec]) -> None:
+    """Warn where caches that differ in nothing but their length are compiled for again and again."""
+    alike = repr([dataclasses.replace(spec, shape=(*spec.shape[:2], 0, spec.shape[3])) for spec in specs])
+    lengths = _lengths.setdefault(alike, set())
+    lengths.update(spec.shape[2] for spec in specs)
+    if len(lengths) >= MANY_LENGTHS:
+        warn_once(
+            f"caches of {len(lengths)} lengths, {sorted(lengths)}: every max_cache_len is compiled anew, and Dynamo "
+            "stops compiling after some; make caches of one length, or reset() one cache",
+            key="lengths of caches",
+        )
 
 
 def why_not_layers(gm: GraphModule, request: Request) -> str:
