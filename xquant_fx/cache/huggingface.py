@@ -16,12 +16,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from xquant_fx.cache.group import CacheGroup
-from xquant_fx.cache.huggingface_layer import XQuantLayer, refuse_positive
+from xquant_fx.cache.huggingface_layer import XQuantLayer, minus_tokens
 from xquant_fx.cache.padding import Padding
 from xquant_fx.cache.remake import move, select_rows
 from xquant_fx.cache.saving import load, save
 from xquant_fx.cache.state import KVState
-from xquant_fx.errors import CacheStateError, ConfigError
+from xquant_fx.errors import ArgumentError, CacheStateError, ConfigError
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan, make_plan
 from xquant_fx.plan.warnings import warn_of_cost
@@ -128,7 +128,7 @@ class XQuantCache(StaticCache):
                 quantized. Or a layer that is not quantized cannot be rolled back.
             ArgumentError: a positive number (a ValueError, too).
         """
-        refuse_positive(tokens_to_remove)
+        tokens_to_remove = minus_tokens(tokens_to_remove)
         fixed = sorted({type(layer).__name__ for layer in self.layers if not layer.is_croppable})
         if tokens_to_remove and fixed:
             raise CacheStateError(f"a cache is rolled back in all its layers or in none, and cannot be in {fixed}")
@@ -169,6 +169,8 @@ class XQuantCache(StaticCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch ``repeats`` times."""
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise ArgumentError(f"rows are repeated at least once, got {repeats!r}")
         batch = next((layer.batch_size for layer in self.quantized_layers if layer.is_initialized), 0)
         select_rows(self.layers, torch.arange(batch).repeat_interleave(repeats))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class XQuantLayer(StaticLayer):
     def _check_step(self, new: int, cold: bool) -> None:
         """The same of a whole step, by the cache's first layer."""
         left = [layer.layer_idx for layer in self.siblings if not layer.is_initialized]
-        if not cold and left:
+        if not cold and left and self.masked:
             raise CacheStateError(
                 f"layer {left[0]} holds no tokens, layer 0 does: the first step was interrupted between them; reset() "
                 "empties the cache"
@@ -159,7 +160,7 @@ class XQuantLayer(StaticLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Roll back ``-tokens_to_remove`` tokens of this layer; see :meth:`XQuantCache.crop`."""
-        refuse_positive(tokens_to_remove)
+        tokens_to_remove = minus_tokens(tokens_to_remove)
         if not tokens_to_remove or not self.is_initialized:
             return
         length = max(int(self.cumulative_length.item()) + tokens_to_remove, 0)
@@ -186,7 +187,12 @@ class XQuantLayer(StaticLayer):
         raise CacheStateError(f"layer {self.layer_idx}: rows are selected in the whole cache: batch_select_indices")
 
 
-def refuse_positive(tokens_to_remove: int) -> None:
-    """Positive numbers once meant the length to keep; transformers 5.24 refuses them, too."""
-    if tokens_to_remove > 0:
+def minus_tokens(tokens_to_remove: Any) -> int:
+    """What ``crop`` is given. Positive numbers once meant the length to keep; transformers 5.24 refuses them, too."""
+    try:
+        tokens = operator.index(tokens_to_remove)
+    except (TypeError, RuntimeError) as error:
+        raise ArgumentError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove!r}") from error
+    if tokens > 0:
         raise ArgumentError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+    return tokens

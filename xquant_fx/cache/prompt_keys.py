@@ -52,7 +52,7 @@ class PromptKeys(torch.Tensor):
 
     @classmethod
     def of(cls, keys: Tensor, note: Callable[[Tensor], None], width: int = 0) -> PromptKeys:
-        """``keys`` that give ``note`` the query [B, heads, q, D] that attends to them, of a cache of ``width`` tokens."""
+        """``keys`` that give ``note`` the query [B, heads, q, D] that reads them, in a cache of ``width`` tokens."""
         return cls._marked(keys, Prompt(note, keys.shape[2], width))
 
     @classmethod

@@ -16,11 +16,14 @@ from xquant_fx.errors import ArgumentError, CacheStateError
 Copy = Callable[[KVState, CacheGroup, "KVState | None"], KVState]
 
 
-def select_rows(layers: Iterable[Any], index: Tensor) -> None:
-    """Let each of these Hugging Face layers hold the rows ``index`` (int64 [n]) of its batch."""
-    layers, index = _in_use(layers), index.reshape(-1)
-    if index.dtype == torch.bool:
-        index = index.nonzero()[:, 0]
+def select_rows(layers: Iterable[Any], rows_to_keep: Any) -> None:
+    """Let each of these Hugging Face layers hold these rows of its batch: int64 [n], or bool [B]."""
+    try:
+        index = torch.as_tensor(rows_to_keep).reshape(-1)
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.to(torch.int64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"rows of the batch are whole numbers, got {rows_to_keep!r}") from error
+    layers = _in_use(layers)
     rows = layers[0].batch_size if layers else 0
     if layers and (not index.numel() or int(index.min()) < -rows or int(index.max()) >= rows):
         raise ArgumentError(f"rows must be some of the cache's {rows}, got {index.tolist()}")

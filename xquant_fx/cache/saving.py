@@ -126,6 +126,8 @@ def _static(tensor: Tensor) -> Tensor:
 
 def _about(tensors: dict[str, Tensor]) -> dict[str, Any]:
     try:
+        if not isinstance(tensors, dict):
+            raise TypeError(f"a dict of tensors is needed, not a {type(tensors).__name__}")
         about = json.loads(bytes(tensors["about"].tolist()))
         if about["xquant_cache"] != VERSION:
             raise ValueError(f"it is of version {about['xquant_cache']!r}, this xquant_fx reads {VERSION}")

@@ -72,8 +72,8 @@ class KVState:
         Raises:
             CacheStateError: the positions do not follow what is stored, or ``x`` does not fit; nothing is changed.
         """
+        self.group.enter((self.name,), x.shape[2])
         past, new = self._checked_past(x, pos), x.shape[2]
-        self.group.enter((self.name,), new)
         x, pos = x.to(self.spec.dtype), pos.to(torch.int64)
         ring = self.owned.get("ring")
         chunk = Chunk(None, past, new, None)

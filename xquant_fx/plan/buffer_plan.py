@@ -120,6 +120,8 @@ def _check(entry: BufferPlan, where: str) -> None:
         raise ConfigError(f"{where}: bits of one layer are a number, got {entry.bits!r}")
     if isinstance(entry.partner, bool) or not isinstance(entry.partner, int | None):
         raise ConfigError(f"{where}: partner must be the number of a layer or None, got {entry.partner!r}")
+    if not isinstance(entry.reason, str):
+        raise ConfigError(f"{where}: reason must be text, got {entry.reason!r}")
     of_keys: Any = entry.group_size if entry.role == "key" else 1
     of_values = entry.group_size if entry.role == "value" else None
     own: Any = {f"{entry.role[0]}_bits": entry.bits, f"{entry.role[0]}_scheme": entry.scheme}

@@ -95,7 +95,7 @@ class XQuantConfig:
     @classmethod
     def preset(cls, name: str) -> XQuantConfig:
         """Return the preset called ``name``; :data:`PRESETS` maps the names to their fields."""
-        if name == "auto":
+        if isinstance(name, str) and name == "auto":
             raise ConfigError(
                 'preset "auto" is chosen on a model and has no fields of its own: use xquant_fx.auto_plan(model, '
                 "bits=...), which returns a Plan, in the place of a config"

@@ -19,7 +19,7 @@ from typing import Any, get_args
 from xquant_fx.errors import ConfigError
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.plan.buffer_plan import SHARED, BufferPlan
-from xquant_fx.plan.config import XQuantConfig
+from xquant_fx.plan.config import LONGEST, XQuantConfig
 from xquant_fx.plan.model_facts import ModelFacts
 from xquant_fx.plan.spec import Role
 
@@ -58,6 +58,10 @@ class Plan:
             raise ConfigError("a plan needs one layer at least, got none")
         for index, layer in enumerate(self.layers):
             for entry in layer:
+                if not isinstance(entry, BufferPlan):
+                    raise ConfigError(
+                        f"layer {index}: keys and values must be a BufferPlan, got {type(entry).__name__}"
+                    )
                 self._check_partner(index, entry)
 
     def _check_partner(self, index: int, entry: BufferPlan) -> None:
@@ -133,6 +137,8 @@ def make_plan(settings: XQuantConfig | Plan, num_layers: int) -> Plan:
     """
     if not isinstance(settings, XQuantConfig | Plan):
         raise ConfigError(f"settings must be an XQuantConfig or a Plan, got {type(settings).__name__}")
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or not 1 <= num_layers <= LONGEST:
+        raise ConfigError(f"num_layers must be an integer of at least 1, got {num_layers!r}")
     if isinstance(settings, Plan):
         if len(settings.layers) != num_layers:
             raise ConfigError(f"the plan is for {len(settings.layers)} quantized layers, the model has {num_layers}")
