@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from xquant_fx.evaluate.auto import auto_plan, auto_report
     from xquant_fx.evaluate.needle import needle_report
     from xquant_fx.evaluate.quality import quality_report
+    from xquant_fx.evaluate.sweep_report import sweep_report
     from xquant_fx.plan.config import XQuantConfig
     from xquant_fx.plan.plan import Plan, make_plan
     from xquant_fx.plan.presets import PRESETS
@@ -52,6 +53,7 @@ __all__ = [
     "needle_report",
     "quality_report",
     "quantize",
+    "sweep_report",
     "xquant_backend",
 ]
 
@@ -77,6 +79,7 @@ _HOMES = {
     "needle_report": "evaluate.needle",
     "quality_report": "evaluate.quality",
     "quantize": "quantizer",
+    "sweep_report": "evaluate.sweep_report",
     "xquant_backend": "compiler.backend",
 }
 

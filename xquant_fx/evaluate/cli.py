@@ -15,6 +15,8 @@ from xquant_fx.plan.presets import PRESETS
 DTYPES = ("float32", "bfloat16", "float16")
 #: In the place of a preset's name: the plan that is chosen on the model.
 AUTO = "auto"
+#: What is measured where neither a preset nor a file is named: the default of ``XQuantConfig``.
+DEFAULT = "xquant-2.2"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,7 +29,12 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--windows", type=int, default=4, help="evenly spaced over the text (default: 4)")
     evaluate.add_argument("--steps", action="store_true", help="real decode steps; default: the same in one pass")
     evaluate.add_argument("--compile", action="store_true", help="compile the real steps")
-    evaluate.add_argument("--plot", metavar="FILE.png", help="KL against bits and against depth")
+    evaluate.add_argument("--sweep", nargs="+", action="append", default=[], metavar="FIELD=V,V,...",
+                          help="other values for fields of the preset or config: all combinations of the fields after "
+                          "one --sweep; several --sweep one after the other")  # fmt: skip
+    evaluate.add_argument(
+        "--plot", metavar="FILE.png", help="KL against bits, and against depth or (--sweep) all bytes"
+    )
     needle = _command(commands, "needle", run_needle, "find a pass key in long text, over lengths and depths")
     needle.add_argument("--lengths", type=int, nargs="+", default=[512, 1024], help="tokens (default: 512 1024)")
     needle.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
@@ -53,7 +60,7 @@ def _command(commands: Any, name: str, run: Any, about: str) -> argparse.Argumen
     command.add_argument("--preset", nargs="+", action="extend", default=[], choices=[*sorted(PRESETS), AUTO],
                          metavar="NAME", help='a preset, or "auto": the plan for --bits or --max-kl')  # fmt: skip
     command.add_argument("--config", nargs="+", action="extend", default=[], metavar="FILE.json",
-                         help="XQuantConfig.to_json or Plan.to_json; default without any: --preset xquant")  # fmt: skip
+                         help=f"XQuantConfig.to_json or Plan.to_json; default without any: --preset {DEFAULT}")  # fmt: skip
     command.add_argument("--out", metavar="FILE.json", help="all numbers; eval goes on with what is in it")
     _add_goal(command, required=False)
     return command
@@ -97,7 +104,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, str, list[Any]]:
 
     if AUTO not in args.preset and (args.bits, args.max_kl) != (None, None):
         raise ConfigError("--bits and --max-kl are the budget of --preset auto, which is not among the presets")
-    presets = args.preset or ([] if args.config else ["xquant"])
+    presets = args.preset or ([] if args.config else [DEFAULT])
     text = Path(args.text).read_text(encoding="utf-8")
     files = [Setting.of_file(path) for path in args.config]
     fixed = [None if name == AUTO else Setting.of_preset(name) for name in presets]
@@ -119,15 +126,33 @@ def run_eval(args: argparse.Namespace) -> None:
     """``xquant eval``."""
     from xquant_fx.evaluate.plots import plot_quality
     from xquant_fx.evaluate.quality import Reading, quality_report
+    from xquant_fx.evaluate.sweep import parse_grid
     from xquant_fx.evaluate.windows import cut_windows
 
     reading = Reading(args.prompt, args.stride, args.steps, args.compile)
+    grids = [parse_grid(words) for words in args.sweep]
     model, tokenizer, text, settings = _load(args)
     windows = cut_windows(tokenizer, text, args.window, args.windows).to(args.device)
+    if grids:
+        return _run_sweep(args, model, windows, settings, reading, grids)
     report = quality_report(model, windows, settings, reading=reading, out=args.out, progress=True)
     print(report)
     if args.plot:
         plot_quality(report, args.plot)
+
+
+def _run_sweep(
+    args: argparse.Namespace, model: Any, windows: Any, settings: list[Any], reading: Any, grids: list[Any]
+) -> None:
+    from xquant_fx.evaluate.plots import plot_sweep
+    from xquant_fx.evaluate.sweep_report import sweep_report
+
+    if len(settings) != 1:
+        raise ConfigError(f"a sweep starts from one preset or config, got {[setting.name for setting in settings]}")
+    report = sweep_report(model, windows, settings[0], *grids, reading=reading, out=args.out, progress=True)
+    print(report)
+    if args.plot:
+        plot_sweep(report, args.plot)
 
 
 def run_needle(args: argparse.Namespace) -> None:
