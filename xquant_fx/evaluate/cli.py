@@ -1,4 +1,7 @@
-"""The command ``xquant``: ``eval``, ``needle`` and ``anatomy`` of a model's quantized cache, and ``plan`` for one."""
+"""The command ``xquant``: ``eval``, ``needle`` and ``anatomy`` of a model's quantized cache, and ``plan`` for one.
+
+``tasks`` and ``longbench`` are in ``tasks/cli.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from xquant_fx.errors import ConfigError, XQuantError
-from xquant_fx.plan.presets import PRESETS
-
-DTYPES = ("float32", "bfloat16", "float16")
-#: In the place of a preset's name: the plan that is chosen on the model.
-AUTO = "auto"
-#: What is measured where neither a preset nor a file is named: the default of ``XQuantConfig``.
-DEFAULT = "xquant-2.2"
+from xquant_fx.evaluate.arguments import add_goal, add_settings, load_model, load_settings, of_model
+from xquant_fx.evaluate.tasks.cli import add_tasks
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,42 +39,24 @@ def parser() -> argparse.ArgumentParser:
     needle.add_argument("--trials", type=int, default=4, help="pass keys per length and depth (default: 4)")
     needle.add_argument("--plot", metavar="FILE.png", help="heat maps")
     _add_windows(_command(commands, "anatomy", run_anatomy, "errors of keys, values and attention, by layer and head"))
-    _add_plan(_of_model(commands, "plan", run_plan, "choose the bits of each layer on a model, for a budget"))
+    _add_plan(of_model(commands, "plan", run_plan, "choose the bits of each layer on a model, for a budget"))
+    add_tasks(commands)
     return top
 
 
-def _of_model(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
-    command.set_defaults(run=run)
-    command.add_argument("model", help="folder or Hub id of a Hugging Face model")
-    command.add_argument("--dtype", choices=DTYPES, default="float32")
-    command.add_argument("--device", default="cpu")
-    return command
-
-
 def _command(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
-    command = _of_model(commands, name, run, about)
+    command = of_model(commands, name, run, about)
     command.add_argument("--text", required=True, metavar="FILE", help="plain text to read, UTF-8")
-    command.add_argument("--preset", nargs="+", action="extend", default=[], choices=[*sorted(PRESETS), AUTO],
-                         metavar="NAME", help='a preset, or "auto": the plan for --bits or --max-kl')  # fmt: skip
-    command.add_argument("--config", nargs="+", action="extend", default=[], metavar="FILE.json",
-                         help=f"XQuantConfig.to_json or Plan.to_json; default without any: --preset {DEFAULT}")  # fmt: skip
     command.add_argument("--out", metavar="FILE.json", help="all numbers; eval goes on with what is in it")
-    _add_goal(command, required=False)
+    add_settings(command)
     return command
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
-    _add_goal(command, required=True)
+    add_goal(command, required=True)
     command.add_argument("--text", metavar="FILE", help='plain text, or "sampled": by the model; default: built in')
     command.add_argument("--config", metavar="FILE.json", help="XQuantConfig.to_json, for all but bits")
     command.add_argument("-o", "--out", metavar="plan.json", help="where the plan goes; --config reads it")
-
-
-def _add_goal(command: argparse.ArgumentParser, required: bool) -> None:
-    goal = command.add_mutually_exclusive_group(required=required)
-    goal.add_argument("--bits", type=float, help="of a plan: most true bits per element")
-    goal.add_argument("--max-kl", type=float, help="of a plan: largest mean KL in nats")
 
 
 def _add_windows(command: argparse.ArgumentParser) -> None:
@@ -97,29 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any, str, list[Any]]:
     """(model, tokenizer, text, settings)."""
-    import torch
-
-    from xquant_fx.evaluate.models import load
-    from xquant_fx.evaluate.settings import Setting
-
-    if AUTO not in args.preset and (args.bits, args.max_kl) != (None, None):
-        raise ConfigError("--bits and --max-kl are the budget of --preset auto, which is not among the presets")
-    presets = args.preset or ([] if args.config else [DEFAULT])
     text = Path(args.text).read_text(encoding="utf-8")
-    files = [Setting.of_file(path) for path in args.config]
-    fixed = [None if name == AUTO else Setting.of_preset(name) for name in presets]
-    model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
-    return model, tokenizer, text, [*(each or _chosen(args, model, tokenizer) for each in fixed), *files]
-
-
-def _chosen(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
-    """The setting "auto", chosen on the built-in text, not on what is measured then."""
-    from xquant_fx.evaluate.auto import auto_plan
-    from xquant_fx.evaluate.settings import Setting
-
-    if args.bits is None and args.max_kl is None:
-        raise ConfigError("--preset auto needs a budget: --bits or --max-kl, got neither")
-    return Setting(AUTO, auto_plan(model, bits=args.bits, max_kl=args.max_kl, tokenizer=tokenizer))
+    model, tokenizer, settings = load_settings(args)
+    return model, tokenizer, text, settings
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -184,17 +144,14 @@ def run_anatomy(args: argparse.Namespace) -> None:
 
 def run_plan(args: argparse.Namespace) -> None:
     """``xquant plan``."""
-    import torch
-
     from xquant_fx.evaluate.auto import auto_plan
     from xquant_fx.evaluate.calibration import SAMPLED
-    from xquant_fx.evaluate.models import load
     from xquant_fx.evaluate.settings import Setting
 
     base: Any = None if args.config is None else Setting.of_file(args.config).config
     given = args.text in (None, SAMPLED)
     text = args.text if given else Path(args.text).read_text(encoding="utf-8")
-    model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
+    model, tokenizer = load_model(args)
     plan = auto_plan(model, bits=args.bits, max_kl=args.max_kl, text=text, tokenizer=tokenizer, config=base)
     if args.out:
         Path(args.out).write_text(plan.to_json() + "\n", encoding="utf-8")
