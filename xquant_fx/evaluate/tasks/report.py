@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from xquant_fx.errors import ArgumentError
 from xquant_fx.evaluate.models import fingerprint, title
 from xquant_fx.evaluate.results import key_of
 from xquant_fx.evaluate.settings import Setting, check_names
+from xquant_fx.evaluate.tasks.kvpress import file_name
 from xquant_fx.evaluate.tasks.local_data import local_datasets
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan
@@ -183,11 +183,6 @@ class _Store:
         """Write ``tasks.json``."""
         if self.folder is not None:
             (self.folder / "tasks.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-
-
-def file_name(name: str) -> str:
-    """A setting's name with what may not be in a file's name left out."""
-    return re.sub(r"[^\w.=-]+", "-", name)
 
 
 def _title(model: Any, running: Running) -> str:
