@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     needle.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
     needle.add_argument("--trials", type=int, default=4, help="pass keys per length and depth (default: 4)")
     needle.add_argument("--plot", metavar="FILE.png", help="heat maps")
+    needle.add_argument("--results", metavar="FOLDER", help="all answers, in the file layout of kvpress")
     _add_windows(_command(commands, "anatomy", run_anatomy, "errors of keys, values and attention, by layer and head"))
     _add_plan(of_model(commands, "plan", run_plan, "choose the bits of each layer on a model, for a budget"))
     add_tasks(commands)
@@ -122,7 +123,7 @@ def run_needle(args: argparse.Namespace) -> None:
 
     model, tokenizer, text, settings = _load(args)
     given: dict[str, Any] = dict(lengths=args.lengths, depths=args.depths, trials=args.trials)
-    report = needle_report(model, tokenizer, text, settings, **given, progress=True)
+    report = needle_report(model, tokenizer, text, settings, **given, results=args.results, progress=True)
     print(report)
     _write(args.out, report.to_dict())
     if args.plot:

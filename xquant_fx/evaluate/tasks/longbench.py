@@ -13,15 +13,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from xquant_fx.cache.huggingface import XQuantCache
-from xquant_fx.evaluate.models import fingerprint, forward, title
+from xquant_fx.evaluate.models import fingerprint, title
 from xquant_fx.evaluate.results import key_of
 from xquant_fx.evaluate.settings import Setting, check_names
-from xquant_fx.evaluate.size import size_of
-from xquant_fx.evaluate.tasks.answers import write_answer
+from xquant_fx.evaluate.tasks.answers import nominal_ratio, write_answer
 from xquant_fx.evaluate.tasks.kvpress import Evaluation, Results
 from xquant_fx.evaluate.tasks.longbench_data import EVEN, Prompts, read_items, task_of
 from xquant_fx.evaluate.tasks.report import FULL, QUANTIZED, SAME
@@ -171,22 +168,12 @@ class _Run:
         facts["items"] = hashlib.sha256(json.dumps(items).encode()).hexdigest()
         return Evaluation(
             dataset="longbench-e" if even else "longbench", data_dir=task.removesuffix(EVEN), model=title(self.model),
-            press_name="no_press" if config is None else name, compression_ratio=self._ratio(config),
+            press_name="no_press" if config is None else name, compression_ratio=nominal_ratio(self.model, config),
             key=key_of(model=self.model_key, task=task, setting=chosen, **facts), settings=chosen,
             device=str(self.model.device), dtype=str(self.model.dtype).removeprefix("torch."),
             fraction=self.count(items) / max(len(items), 1), max_context_length=self.reading.max_length,
             query_aware=self.reading.whole_prompt,
         )  # fmt: skip
-
-    @torch.no_grad()
-    def _ratio(self, config: Any) -> float:
-        """What a setting saves of 16 bits, by its true bits."""
-        if config is None:
-            return 0.0
-        cache = XQuantCache(self.model.config, max_cache_len=2, config=config)
-        one = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
-        forward(self.model, one, cache, one[0])
-        return 1 - size_of(cache).true_bits / 16
 
 
 def _mark(item: Any) -> str:
