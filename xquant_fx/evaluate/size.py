@@ -37,6 +37,14 @@ def size_of(cache: XQuantCache) -> Size:
     return Size(bits, report.bits_per_element, report.total_bytes, report.ratio)
 
 
+def saved(cache: XQuantCache) -> float:
+    """Share of 16 bits per stored element that a cache saves, by all bytes it holds, windows counted at 16 bits."""
+    tokens = int(cache.get_seq_length())
+    held = sum(_bits(spec, spec.shape[2]) for spec in (state.spec for state in cache.states))
+    elements = sum(tokens * s.spec.shape[0] * s.spec.shape[1] * s.spec.shape[3] for s in cache.states)
+    return 1 - held / (16 * elements)
+
+
 def true_bits(specs: list[KVSpec]) -> float:
     """Bits that one more element costs: what all buffers grow by from one long text to another twice as long."""
     tokens = _whole_blocks(specs)

@@ -10,7 +10,7 @@ import torch
 from xquant_fx.cache.huggingface import XQuantCache
 from xquant_fx.evaluate.models import cache_argument, forward
 from xquant_fx.evaluate.simulate import WatchedCache
-from xquant_fx.evaluate.size import size_of
+from xquant_fx.evaluate.size import saved, size_of
 from xquant_fx.evaluate.tasks.continuations import Share
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan
@@ -24,7 +24,7 @@ class Answer(NamedTuple):
 
     ids: list[int]
     compression_ratio: float
-    """Share of the bytes that the cache saved at the end, 0 to 1: of all that it held."""
+    """Share of 16 bits per element that the cache saved at the end, by all that it held."""
     quantized: float
     """Share of the tokens that were read quantized, 0 to 1."""
 
@@ -65,7 +65,7 @@ def write_answer(
         return Answer(out, 0.0, 0.0)
     share = Share()
     share.add(cache, torch.arange(min(context, n - 1), n + len(out) - 1))
-    return Answer(out, 1 - 1 / size_of(cache).ratio, share.mean or 0.0)
+    return Answer(out, saved(cache), share.mean or 0.0)
 
 
 @torch.no_grad()

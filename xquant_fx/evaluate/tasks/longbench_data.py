@@ -137,11 +137,17 @@ class Prompts:
             message = [{"role": "user", "content": text}]
             text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
-        question = form.split("{context}")[1].format(**item)
-        at = text.rfind(question) if question else len(text)
-        before = self.tokenizer(text[:at], add_special_tokens=not chat, verbose=False)["input_ids"] if at > 0 else []
         # At least one token is left to be read by the cache, so that the answer's first token comes from it.
-        return Prompt(ids, max(1, min(_common(ids, before), len(ids) - 1)))
+        return Prompt(ids, max(1, min(self._context(text, form, item, ids, chat), len(ids) - 1)))
+
+    def _context(self, text: str, form: str, item: dict[str, Any], ids: list[int], chat: bool) -> int:
+        """Tokens before the question; all, if the cut went through it or the prompt has none."""
+        question = form.split("{context}")[1].format(**item)
+        at = text.rfind(question) if question else -1
+        if at < 0:
+            return len(ids)
+        before = self.tokenizer(text[:at], add_special_tokens=not chat, verbose=False)["input_ids"]
+        return _common(ids, before)
 
     def _cut(self, text: str) -> str:
         """The first and the last half of ``max_length`` tokens of a text that has more, as text."""

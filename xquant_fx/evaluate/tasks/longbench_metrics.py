@@ -77,8 +77,6 @@ def code_sim(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
     """Similarity of the first line that is no comment and no fence, in whole percent, as fuzzywuzzy's ratio."""
     lines = answer.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
-    if not line or not truth:
-        return 0.0
     return round(100 * difflib.SequenceMatcher(None, line, truth).ratio()) / 100
 
 

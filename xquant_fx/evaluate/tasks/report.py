@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -113,7 +115,7 @@ def task_report(
         out: folder for ``tasks.json`` and for all answers, with which a later run goes on.
 
     Raises:
-        ArgumentError: lm-eval is not installed, or a dataset is not in the folder.
+        ArgumentError: lm-eval is not installed or knows no such task, or a dataset is not in the folder.
         ConfigError: no settings, or one that does not fit the model.
     """
     running = running or Running()
@@ -135,20 +137,31 @@ def _run(
 ) -> tuple[Any, float | None]:
     """(what the harness returns, share of tokens read quantized) of one setting."""
     try:
-        import lm_eval
+        from lm_eval import simple_evaluate
 
         from xquant_fx.evaluate.tasks.harness import XQuantLM
     except ImportError as error:
         raise ArgumentError(f"tasks need lm-eval: pip install 'xquant-fx[tasks]' ({error})") from error
+    if unknown := [task for task in tasks if task not in _known_tasks().task_index and not Path(task).is_file()]:
+        near = [near for task in unknown for near in difflib.get_close_matches(task, _known_tasks().all_tasks, 5)]
+        raise ArgumentError(f"a task must be one that lm-eval knows, got {unknown}; alike are {near}")
     lm = XQuantLM(
         model, tokenizer=tokenizer, config=config, batch_size=running.batch_size, steps=running.steps,
         context_steps=running.context_steps, compiled=running.compiled,
     )  # fmt: skip
-    given: dict[str, Any] = dict(
-        limit=running.limit, num_fewshot=running.num_fewshot, use_cache=store.answers(name, config)
-    )
-    found = lm_eval.simple_evaluate(lm, tasks=list(tasks), apply_chat_template=running.chat_template, **given)
+    found = simple_evaluate(
+        lm, tasks=list(tasks), limit=running.limit, num_fewshot=running.num_fewshot, task_manager=_known_tasks(),
+        apply_chat_template=running.chat_template, use_cache=store.answers(name, config),
+    )  # fmt: skip
     return found, store.share(name, config, lm.share.mean)
+
+
+@functools.cache
+def _known_tasks() -> Any:
+    """The harness's tasks: it reads some ten thousand files to know them, once for all settings."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 class _Store:
