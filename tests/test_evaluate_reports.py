@@ -96,6 +96,13 @@ def test_greedy_decoding_writes_what_was_counted(tiny_llama, tokens):
     assert dict(needle._answers(model, ids, prompt, answer, settings))["a"] != ids[0, -answer:].tolist()
 
 
+def test_what_follows_a_wrong_token_is_not_an_answer():
+    """After it the right answer was read on, so the most likely tokens are those of a hint."""
+    assert needle._written([1, 2, 3], [1, 2, 3]) == [1, 2, 3]
+    assert needle._written([9, 2, 3], [1, 2, 3]) == [9]
+    assert needle._written([1, 9, 3], [1, 2, 3]) == [1, 9]
+
+
 def test_anatomy(tiny_llama, tokens):
     model = tiny_llama(layers=4)
     config = range_config(**SHORT, k_bits=(16, 8, 2, 2), v_bits=(16, 16, 16, 1), share_values_from=None)

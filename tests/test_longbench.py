@@ -16,7 +16,7 @@ from xquant_fx import longbench_report
 from xquant_fx.errors import ArgumentError
 from xquant_fx.evaluate import cli
 from xquant_fx.evaluate.tasks import longbench, longbench_data, longbench_metrics
-from xquant_fx.evaluate.tasks.kvpress import Evaluation, Results
+from xquant_fx.evaluate.tasks.kvpress import Evaluation, ResultFolder
 from xquant_fx.evaluate.tasks.longbench import Reading, score
 from xquant_fx.evaluate.tasks.longbench_data import TASKS, Prompts, prompts, read_items, task_of
 
@@ -208,7 +208,7 @@ def test_report(run, monkeypatch):
 
 def test_a_folder_of_another_run_is_left_alone(tmp_path):
     def results(key):
-        return Results(tmp_path, Evaluation("d", "", "a/b", "x y", 0.5, key, "{}"))
+        return ResultFolder(tmp_path, Evaluation("d", "", "a/b", "x y", 0.5, key, "{}"))
 
     first = results("1")
     assert first.folder == tmp_path / "d__a--b__x-y__0.50"
@@ -218,7 +218,7 @@ def test_a_folder_of_another_run_is_left_alone(tmp_path):
     again = results("1")
     assert again.folder == first.folder and again.rows == first.rows
     assert again.find("i")["answers"] == '["a"]' and again.find("j") is None
-    assert Results(None, Evaluation("d", "", "m", "p", 0.5, "1", "{}")).folder is None
+    assert ResultFolder(None, Evaluation("d", "", "m", "p", 0.5, "1", "{}")).folder is None
 
 
 def test_commands(monkeypatch, capsys, tmp_path):

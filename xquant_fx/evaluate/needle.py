@@ -100,7 +100,9 @@ def needle_report(
         wanted = ids[0, ids.shape[1] - hay.answer_tokens :].tolist()
         for name, given in _answers(model, ids, prompt, hay.answer_tokens, chosen):
             found[name][i, j] += (given == wanted) / trials
-            texts = [tokenizer.decode(each).strip() for each in (wanted, given)] if results else ["", ""]
+            texts = (
+                [tokenizer.decode(each).strip() for each in (wanted, _written(given, wanted))] if results else ["", ""]
+            )
             answers.append(Found(name, lengths[j], depths[i], trial, *texts))
     if results:
         write_results(results, model, {FULL: None, **dict(chosen)}, answers)
@@ -134,6 +136,12 @@ class Haystack:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _written(given: list[int], wanted: list[int]) -> list[int]:
+    """What greedy decoding writes of ``given``: up to the first token that is not the wanted one."""
+    wrong = (i for i, (ours, theirs) in enumerate(zip(given, wanted, strict=True)) if ours != theirs)
+    return given[: next(wrong, len(given)) + 1]
 
 
 def _answers(

@@ -61,7 +61,8 @@ class XQuantLM(HFLM):
     ) -> None:
         if preset is not None and config is not None:
             raise ArgumentError(f"a cache has one setting: preset or config, got {preset!r} and {config!r}")
-        super().__init__(pretrained, **{"device": "cpu", **arguments})
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        super().__init__(pretrained, **{"device": device, **arguments})
         if not str(self.batch_size).isdigit():
             raise ArgumentError(f"batch_size must be a number, got {self.batch_size!r}")
         if preset is not None:

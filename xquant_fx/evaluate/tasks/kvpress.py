@@ -66,7 +66,7 @@ class Evaluation:
         return {**fields, **dict.fromkeys(unused), **rest, "seed": 42, "fp8": False, **ours}
 
 
-class Results:
+class ResultFolder:
     """The folder of one evaluation under ``root``, with the rows that are in it; None: rows are kept in memory."""
 
     def __init__(self, root: str | Path | None, evaluation: Evaluation) -> None:

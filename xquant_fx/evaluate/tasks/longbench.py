@@ -19,7 +19,7 @@ from xquant_fx.evaluate.models import fingerprint, title
 from xquant_fx.evaluate.results import key_of
 from xquant_fx.evaluate.settings import Setting, check_names
 from xquant_fx.evaluate.tasks.answers import nominal_ratio, write_answer
-from xquant_fx.evaluate.tasks.kvpress import Evaluation, Results
+from xquant_fx.evaluate.tasks.kvpress import Evaluation, ResultFolder
 from xquant_fx.evaluate.tasks.longbench_data import EVEN, Prompts, read_items, task_of
 from xquant_fx.evaluate.tasks.report import FULL, QUANTIZED, SAME
 from xquant_fx.plan.config import XQuantConfig
@@ -125,7 +125,7 @@ class _Run:
     def task(self, name: str, config: Any, task: str, items: list[Any], bar: Any) -> list[Any]:
         """Rows of the items of a task, as they are in predictions.csv."""
         prompts = Prompts(self.tokenizer, self._max_length(task), self.reading.chat)
-        results = Results(self.out, self._evaluation(name, config, task, items))
+        results = ResultFolder(self.out, self._evaluation(name, config, task, items))
         rows = []
         for item in items[: self.count(items)]:
             mark = _mark(item)

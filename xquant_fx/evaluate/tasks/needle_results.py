@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from xquant_fx.evaluate.models import fingerprint, title
 from xquant_fx.evaluate.results import key_of
 from xquant_fx.evaluate.tasks.answers import nominal_ratio
-from xquant_fx.evaluate.tasks.kvpress import Evaluation, Results
+from xquant_fx.evaluate.tasks.kvpress import Evaluation, ResultFolder
 
 DATASET = "passkey"
 
@@ -26,7 +26,7 @@ class Found(NamedTuple):
     trial: int
     answer: str
     predicted: str
-    """The most likely tokens, those of greedy decoding up to the first wrong one."""
+    """What greedy decoding writes, up to the first wrong token."""
 
 
 def write_results(root: str, model: Any, settings: Mapping[str, Any], answers: Sequence[Found]) -> None:
@@ -43,7 +43,7 @@ def write_results(root: str, model: Any, settings: Mapping[str, Any], answers: S
                 key=key_of(model=model_key, setting=chosen, rows=[[row["_id"], row["answer"]] for row in rows]),
                 device=str(model.device), dtype=str(model.dtype).removeprefix("torch."),
             )  # fmt: skip
-            _write(Results(root, evaluation), rows)
+            _write(ResultFolder(root, evaluation), rows)
 
 
 def _row(found: Found) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _row(found: Found) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write(results: Results, rows: Sequence[dict[str, Any]]) -> None:
+def _write(results: ResultFolder, rows: Sequence[dict[str, Any]]) -> None:
     results.rows.clear()
     for row in rows:
         results.add(row)
