@@ -8,7 +8,7 @@ from states import range_config
 
 from xquant_fx import XQuantCache, XQuantConfig
 from xquant_fx.errors import ArgumentError
-from xquant_fx.evaluate.tasks.answers import nominal_ratio, write_answer
+from xquant_fx.evaluate.tasks.answers import compiling, nominal_ratio, write_answer
 from xquant_fx.evaluate.tasks.continuations import Share, Through, continuation_logits, quantized
 
 SHORT = range_config(residual_length=16, k_group_size=16)
@@ -115,3 +115,13 @@ def test_answers_end(tiny_llama):
     first, second, *_ = write_answer(model, CONTEXT, 30, SHORT, 12).ids
     assert write_answer(model, CONTEXT, 30, SHORT, 12, end=[second]).ids == [first, second]
     assert write_answer(model, CONTEXT, 30, SHORT, 12, end=[first]).ids[0] != first
+
+
+@pytest.mark.slow
+def test_compiled_answers(tiny_llama):
+    model = tiny_llama(layers=2)
+    with compiling(model):
+        compiled = write_answer(model, CONTEXT, 30, SHORT, 6)
+    assert torch._dynamo.utils.counters["xquant"]["fuse_decode"] > 0
+    assert model._compiled_call_impl is None
+    assert compiled == write_answer(model, CONTEXT, 30, SHORT, 6)

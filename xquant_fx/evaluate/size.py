@@ -38,11 +38,13 @@ def size_of(cache: XQuantCache) -> Size:
 
 
 def saved(cache: XQuantCache) -> float:
-    """Share of 16 bits per stored element that a cache saves, by all bytes it holds, windows counted at 16 bits."""
-    tokens = int(cache.get_seq_length())
-    held = sum(_bits(spec, spec.shape[2]) for spec in (state.spec for state in cache.states))
-    elements = sum(tokens * s.spec.shape[0] * s.spec.shape[1] * s.spec.shape[3] for s in cache.states)
-    return 1 - held / (16 * elements)
+    """Share of 16 bits per element that a cache made for as many tokens as are stored saves, windows and all.
+
+    Windows are counted at 16 bits, whatever dtype the model is measured in.
+    """
+    tokens, specs = int(cache.get_seq_length()), [state.spec for state in cache.states]
+    elements = sum(tokens * spec.shape[0] * spec.shape[1] * spec.shape[3] for spec in specs)
+    return 1 - sum(_bits(spec, tokens) for spec in specs) / (16 * elements)
 
 
 def true_bits(specs: list[KVSpec]) -> float:

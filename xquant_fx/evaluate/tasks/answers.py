@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +20,31 @@ from xquant_fx.plan.plan import Plan
 ROOM = 256
 
 
+#: Compiled graphs of a model's forward: one or two for each setting and length of a cache.
+GRAPHS = 256
+
+
+@contextmanager
+def compiling(model: Any, on: bool = True) -> Iterator[None]:
+    """Compile a model's steps with the backend "xquant" while the block runs, if ``on``."""
+    if not on:
+        yield
+        return
+    before = model._compiled_call_impl
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS):
+        model.compile(backend="xquant")
+        try:
+            yield
+        finally:
+            model._compiled_call_impl = before
+
+
 class Answer(NamedTuple):
     """What was written."""
 
     ids: list[int]
     compression_ratio: float
-    """Share of 16 bits per element that the cache saved at the end, by all that it held."""
+    """Share of 16 bits per element that the cache saved at the end, windows and all; less than 0 where it was short."""
     quantized: float
     """Share of the tokens that were read quantized, 0 to 1."""
 

@@ -21,14 +21,13 @@ from xquant_fx.cache.huggingface import XQuantCache
 from xquant_fx.errors import ArgumentError
 from xquant_fx.evaluate.models import cache_argument
 from xquant_fx.evaluate.settings import Setting
+from xquant_fx.evaluate.tasks.answers import ROOM, compiling
 from xquant_fx.evaluate.tasks.continuations import Share, Through, continuation_logits
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan
 
 #: (the strings that the harness keeps answers by, or None; context; continuation), the last two as token ids.
 Request = tuple[Any, list[int], list[int]]
-#: Caches are made for multiples of this many tokens, so that compiled steps serve many lengths.
-ROOM = 256
 
 
 @register_model("xquant")
@@ -70,8 +69,7 @@ class XQuantLM(HFLM):
         setting = Setting.of_file(config).config if isinstance(config, str) else config
         self.through = Through(setting, None if context_steps in ("all", None) else int(context_steps), steps)
         self.share = Share()
-        if compiled and setting is not None:
-            self.model.compile(backend="xquant")
+        self.compiled = compiled
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -118,7 +116,8 @@ class XQuantLM(HFLM):
         mask = kwargs.get("attention_mask")
         cache = XQuantCache(self.model.config, max_cache_len=room, config=self.through.config, padding_mask=mask)
         given = {**cache_argument(self.model, cache), "disable_compile": True, **kwargs}
-        out: Tensor = super()._model_generate(context, max_length, stop, **given)
+        with compiling(self.model, self.compiled):
+            out: Tensor = super()._model_generate(context, max_length, stop, **given)
         for row in range(len(out)):
             padding = 0 if mask is None else int((mask[row] == 0).sum())
             self.share.add(cache, torch.arange(context.shape[1], out.shape[1] - 1) - padding)

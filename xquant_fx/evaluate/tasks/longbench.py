@@ -18,7 +18,7 @@ from tqdm import tqdm
 from xquant_fx.evaluate.models import fingerprint, title
 from xquant_fx.evaluate.results import key_of
 from xquant_fx.evaluate.settings import Setting, check_names
-from xquant_fx.evaluate.tasks.answers import nominal_ratio, write_answer
+from xquant_fx.evaluate.tasks.answers import compiling, nominal_ratio, write_answer
 from xquant_fx.evaluate.tasks.kvpress import Evaluation, ResultFolder
 from xquant_fx.evaluate.tasks.longbench_data import EVEN, Prompts, read_items, task_of
 from xquant_fx.evaluate.tasks.report import FULL, QUANTIZED, SAME
@@ -115,8 +115,6 @@ class _Run:
         self.model_key = fingerprint(model)
         items = "all items" if reading.limit is None else f"{reading.limit} items of each"
         self.title = f"{title(model)}, {model.dtype}: {items}".replace("torch.", "")
-        if reading.compiled:
-            model.compile(backend="xquant")
 
     def count(self, items: list[Any]) -> int:
         """How many of the items are read."""
@@ -131,7 +129,8 @@ class _Run:
             mark = _mark(item)
             bar.set_postfix_str(f"{name}, {task}")
             if results.find(mark) is None:
-                results.add(self._answered(config, task, item, mark, prompts))
+                with compiling(self.model, self.reading.compiled and config is not None):
+                    results.add(self._answered(config, task, item, mark, prompts))
             rows.append(results.find(mark))
             bar.update()
         results.finish(score(task, rows))
