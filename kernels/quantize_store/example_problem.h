@@ -17,7 +17,6 @@ constexpr int64_t TOKENS = 1152;
 constexpr int64_t RESIDUAL = 128;
 constexpr int64_t RING_SLACK = 8;
 constexpr int64_t SINKS = 4;
-constexpr int64_t STEP_TOKENS = 8;
 constexpr int64_t NOT_APPENDED = 1;
 constexpr int64_t FULL = 2;
 constexpr int64_t ROLLED_BACK_TOO_FAR = 3;
