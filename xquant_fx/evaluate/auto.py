@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from xquant_fx.cache.allocate import Geometry, bind_all
-from xquant_fx.errors import ArgumentError, ConfigError
+from xquant_fx.errors import ArgumentError
 from xquant_fx.evaluate.allocation import Choice, Option, best_within, cheapest_within, pareto_choices
 from xquant_fx.evaluate.auto_report import AutoReport, Group
 from xquant_fx.evaluate.calibration import Windows, calibration_ids
 from xquant_fx.evaluate.models import title
-from xquant_fx.evaluate.sensitivity import Item, Probe, items_of, measured_losses
-from xquant_fx.evaluate.size import growth, true_bits
+from xquant_fx.evaluate.probe import FULL, Probe, Width
+from xquant_fx.evaluate.sensitivity import Losses, all_losses
+from xquant_fx.evaluate.sharing import Block, SharingTrial, blocks_of, layers_of, shared_widths, try_sharing
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan
-from xquant_fx.plan.spec import KVSpec, Role
+from xquant_fx.plan.spec import Role, why_not_fused
 
 
 def auto_plan(
@@ -30,13 +31,16 @@ def auto_plan(
     text: str | Tensor | None = None,
     tokenizer: Any = None,
     config: XQuantConfig | None = None,
+    sharing: bool = True,
     verbose: bool = True,
 ) -> Plan:
     """The plan that :func:`auto_report` finds; its arguments and errors are the same.
 
     ``verbose`` shows a bar, then prints what was chosen, the KL predicted and the KL measured.
     """
-    given: dict[str, Any] = dict(bits=bits, max_kl=max_kl, text=text, tokenizer=tokenizer, config=config)
+    given: dict[str, Any] = dict(
+        bits=bits, max_kl=max_kl, text=text, tokenizer=tokenizer, config=config, sharing=sharing
+    )
     report = auto_report(model, **given, progress=verbose)
     if verbose:
         print(report)
@@ -52,12 +56,13 @@ def auto_report(
     text: str | Tensor | None = None,
     tokenizer: Any = None,
     config: XQuantConfig | None = None,
+    sharing: bool = True,
     progress: bool = False,
 ) -> AutoReport:
     """Measure what each group of layers loses at each width, choose widths by it, and measure the choice.
 
-    The same model, text and arguments give the same plan. No layers share codes: that was never free where it was
-    measured, and the default schemes cannot.
+    The same model, text and arguments give the same plan. Layers share codes only where that measures free
+    (``sharing.py`` has the rule); one side of single layers may stay in full precision where that pays.
 
     Args:
         model: a Hugging Face model in eval mode; its full-attention layers are quantized.
@@ -67,6 +72,8 @@ def auto_report(
             built-in text, prose and code. A text is read in 8 windows of up to 1,216 tokens.
         tokenizer: for a text; None: the one that lies where the model came from.
         config: all but bits and sharing: schemes, groups, residual window, sinks; default: ``XQuantConfig()``.
+        sharing: try whether pairs of layers may share codes. No kernel reads shared codes beside those of the default
+            schemes: such layers are read dequantized, more slowly, and the report names them.
         progress: show a bar.
 
     Raises:
@@ -81,7 +88,7 @@ def auto_report(
     ids = calibration_ids(model, text, tokenizer, windows)
     prompt = ids.shape[1] - min(windows.tokens - windows.prompt, ids.shape[1] // 2)
     probe = Probe(model, ids, prompt, windows.stride, config or XQuantConfig())
-    search = _Search(probe, progress)
+    search = _Search(probe, sharing, progress)
     choice, measured = search.within(bits) if bits is not None else search.down_to(float(max_kl or 0))
     return search.report(choice, measured, f"{title(model)}: {len(ids)} window(s) of {ids.shape[1]:,} tokens")
 
@@ -98,13 +105,20 @@ def _check_goal(bits: float | None, max_kl: float | None) -> None:
 class _Search:
     """The choices that a model leaves, and what was measured of them."""
 
-    def __init__(self, probe: Probe, progress: bool) -> None:
-        self.probe, self.items = probe, items_of(probe.layers)
-        losses = tqdm(measured_losses(probe, self.items), total=len(self.items), desc="layers", disable=not progress)
-        options = [self._options(item, loss) for item, loss in losses]
-        self.options = options
-        self.front = pareto_choices(options)
-        self.cost_of_bit = self.front[0].cost / true_bits(self._specs(self.plan(self.front[0])))
+    def __init__(self, probe: Probe, sharing: bool, show: bool) -> None:
+        self.probe = probe
+        with tqdm(desc="passes", disable=not show) as bar:
+            self.blocks = blocks_of(all_losses(probe, bar.update))
+            trials = []
+            for block in self.blocks if sharing else []:
+                trials.append(try_sharing(probe, block))
+                bar.update()
+        self.trials = [trial for trial in trials if trial is not None]
+        free = {(trial.role, trial.first): trial for trial in self.trials if trial.is_free}
+        self.options = [self._options(block, free.get(_place(block))) for block in self.blocks]
+        self.front = [choice for choice in pareto_choices(self.options) if self._quantizes(choice)]
+        full = (probe.cost(b[0].item.role, dict.fromkeys(layers_of(b), Width(FULL))) for b in self.blocks)
+        self.cost_of_bit = sum(full) / FULL
         self.measured: dict[Choice, float] = {}
 
     def within(self, bits: float) -> tuple[Choice, float]:
@@ -133,8 +147,8 @@ class _Search:
         if high == len(self.front):
             best = min(self.measured, key=lambda choice: self.measured[choice])
             raise ArgumentError(
-                f"max_kl must be at least {self.measured[best]:.6f} nats, the least that was found (at "
-                f"{self.true_bits(best):.3f} true bits), got {max_kl!r}"
+                f"max_kl must be at least {self.measured[best]:.6f} nats, the least that was found with anything "
+                f"quantized (at {self.true_bits(best):.3f} true bits), got {max_kl!r}"
             )
         return self.front[high], self.measured[self.front[high]]
 
@@ -145,12 +159,8 @@ class _Search:
 
     def plan(self, choice: Choice) -> Plan:
         """The plan that a choice stands for."""
-        bits = {
-            (item.role, layer): options[pick].bits
-            for item, options, pick in zip(self.items, self.options, choice.picks, strict=True)
-            for layer in item.layers
-        }
-        return self.probe.plan(lambda role, layer: bits[role, layer])
+        chosen = self._widths(choice)
+        return self.probe.plan(lambda role, layer: chosen[role, layer])
 
     def true_bits(self, choice: Choice) -> float:
         """True bits per element of a choice."""
@@ -158,30 +168,61 @@ class _Search:
 
     def report(self, choice: Choice, measured: float, heading: str) -> AutoReport:
         """What was chosen, for people."""
-        groups = [
-            Group(item.role, item.first, item.last, options[pick].bits, options[pick].loss,
-                  {option.bits: option.loss for option in options})
-            for item, options, pick in zip(self.items, self.options, choice.picks, strict=True)
-        ]  # fmt: skip
-        return AutoReport(heading, self.plan(choice), self.true_bits(choice), choice.loss, measured, groups)
+        widths, plan = self._widths(choice), self.plan(choice)
+        groups: list[Group] = []
+        for block, options, pick in zip(self.blocks, self.options, choice.picks, strict=True):
+            (role, first), last = _place(block), layers_of(block)[-1]
+            chosen = [widths[role, each.item.first] for each in block]
+            if any(width.shared for width in options[pick].what.values()):
+                groups.append(Group(role, first, last, chosen[0].bits, options[pick].loss, {}, shared=True))
+                continue
+            groups += [
+                Group(role, each.item.first, each.item.last, width.bits, each.means[width.bits], each.means)
+                for each, width in zip(block, chosen, strict=True)
+            ]
+        return AutoReport(
+            heading, plan, self.true_bits(choice), choice.loss, measured, groups, self.trials, self._unfused(plan)
+        )
 
-    def _options(self, item: Item, losses: dict[float, float]) -> list[Option]:
-        if not losses:
-            raise ConfigError(f"no width fills whole words for the {item.role}s of layers {item.first} to {item.last}")
-        return [Option(bits, self._cost(item, bits), loss) for bits, loss in losses.items()]
-
-    def _cost(self, item: Item, bits: float) -> int:
-        """Bits that the item's buffers grow by, from one long text to another."""
-        plan = self.probe.plan(lambda role, layer: bits if role == item.role else 16)
-        specs = self._specs(plan)
-        costs = zip(specs, growth(specs), strict=True)
-        return sum(cost for spec, cost in costs if spec.role == item.role and spec.layer in item.layers)
-
-    def _specs(self, plan: Plan) -> list[KVSpec]:
-        roles: tuple[Role, ...] = get_args(Role)
-        buffers = [
-            (layer, role, Geometry(self.probe.shape(layer, role), torch.bfloat16))
-            for layer in range(self.probe.layers)
-            for role in roles
+    def _options(self, block: Block, free: SharingTrial | None) -> list[Option]:
+        """All ways of least loss for their cost that the layers of ``block`` may be stored in."""
+        items = [self._own(each) for each in block]
+        options = [
+            Option(_joined(ways[pick].what for ways, pick in zip(items, choice.picks, strict=True)), *choice[:2])
+            for choice in pareto_choices(items)
         ]
-        return bind_all(plan, buffers)
+        if free is not None:
+            widths = shared_widths(block)
+            options.append(Option(widths, self.probe.cost(free.role, widths), free.kl or 0.0))
+        return options
+
+    def _own(self, losses: Losses) -> list[Option]:
+        item = losses.item
+        ways = [(dict.fromkeys(item.layers, Width(bits)), kl) for bits, kl in losses.means.items()]
+        return [Option(widths, self.probe.cost(item.role, widths), kl) for widths, kl in ways]
+
+    def _widths(self, choice: Choice) -> dict[tuple[Role, int], Width]:
+        return {
+            (block[0].item.role, layer): width
+            for block, options, pick in zip(self.blocks, self.options, choice.picks, strict=True)
+            for layer, width in options[pick].what.items()
+        }
+
+    def _quantizes(self, choice: Choice) -> bool:
+        """Whether anything is: a plan that leaves all as it is would be none."""
+        return any(width.bits < FULL for width in self._widths(choice).values())
+
+    def _unfused(self, plan: Plan) -> dict[int, str]:
+        """Layers whose keys and values are read dequantized, as no kernel reads them, and why."""
+        specs = self.probe.specs(plan)
+        pairs = zip(specs[::2], specs[1::2], strict=True)
+        reasons = {k.layer: why_not_fused(k, v) for k, v in pairs if k.quantized or v.quantized}
+        return {layer: reason for layer, reason in reasons.items() if reason}
+
+
+def _place(block: Block) -> tuple[Role, int]:
+    return block[0].item.role, block[0].item.first
+
+
+def _joined(ways: Iterable[dict[int, Width]]) -> dict[int, Width]:
+    return {layer: width for way in ways for layer, width in way.items()}

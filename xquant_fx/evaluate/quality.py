@@ -17,7 +17,7 @@ from xquant_fx.evaluate.measures import measure, summarize
 from xquant_fx.evaluate.models import fingerprint, title
 from xquant_fx.evaluate.report import Quality, QualityReport
 from xquant_fx.evaluate.results import Record, Results, key_of
-from xquant_fx.evaluate.settings import Setting, check_names
+from xquant_fx.evaluate.settings import Setting, check_settings
 from xquant_fx.evaluate.simulate import Prefilled, check_attention, reference_logits, simulated_logits
 from xquant_fx.evaluate.size import size_of
 from xquant_fx.evaluate.steps import step_logits
@@ -89,7 +89,7 @@ def quality_report(
     """
     reading = reading or Reading()
     chosen = [Setting(*s) for s in (settings.items() if isinstance(settings, Mapping) else settings)]
-    check_names(chosen)
+    check_settings(chosen, model)
     run = _Run(model, reading, Results(out), reading.positions(windows.shape[1]).to(windows.device))
     records: dict[str, list[Record]] = {setting.name: [] for setting in chosen}
     limit = torch._dynamo.config.recompile_limit * len(chosen)  # each setting has graphs of its own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from xquant_fx.errors import ConfigError
 from xquant_fx.plan.config import XQuantConfig
@@ -39,8 +39,11 @@ class Setting(NamedTuple):
         return cls(path.stem, config)
 
 
-def check_names(settings: list[Setting]) -> None:
-    """Raise ConfigError unless there is a setting and no two of one name, which stand for rows of one table."""
+def check_settings(settings: list[Setting], model: Any) -> None:
+    """Raise ConfigError unless there is a setting, no two of one name, and no plan for another model than ``model``."""
     names = [setting.name for setting in settings]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"settings must be one or more, each with a name of its own, got {names}")
+    for setting in settings:
+        if isinstance(setting.config, Plan):
+            setting.config.check_model(model)
