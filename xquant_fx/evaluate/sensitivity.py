@@ -127,17 +127,30 @@ def widths_of_item(probe: Probe, item: Item) -> tuple[float, ...]:
     return tuple(sorted(set.intersection(*map(set, every))))
 
 
+def measured_widths(item: Item, widths: tuple[float, ...]) -> list[float]:
+    """Those of ``widths`` that are measured, one at least.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not widths:
+        raise ConfigError(f"no width fills whole words for the {item.role}s of layers {item.first} to {item.last}")
+    return [bits for bits in MEASURED[item.role] if bits in widths] or [widths[0]]
+
+
+def groups_passes(probe: Probe) -> int:
+    """Passes that measuring all groups takes, before any is taken apart."""
+    return sum(len(measured_widths(item, widths_of_item(probe, item))) for item in items_of(probe.layers))
+
+
 def item_losses(probe: Probe, item: Item, progress: Progress) -> Losses:
     """Measure ``item`` at the widths of ``MEASURED``, and derive the others.
 
     Raises:
         ConfigError: no width is to be had.
     """
-    widths = widths_of_item(probe, item)
-    if not widths:
-        raise ConfigError(f"no width fills whole words for the {item.role}s of layers {item.first} to {item.last}")
-    measured = {}
-    for bits in [b for b in MEASURED[item.role] if b in widths] or widths[:1]:
+    measured, widths = {}, widths_of_item(probe, item)
+    for bits in measured_widths(item, widths):
         measured[bits] = probe.losses(probe.alone(item.role, dict.fromkeys(item.layers, Width(bits))), item.first)
         progress(1)
     means = filled_in({bits: float(kl.mean()) for bits, kl in measured.items()}, widths)
