@@ -229,6 +229,26 @@ def test_more_bits_are_not_worse_and_a_budget_is_met_exactly(small):
         auto_plan(model, bits=1.5, text=ids, config=SHORT, verbose=False)
 
 
+def test_full_precision_goes_where_it_pays(small):
+    model, ids = small
+    report = auto_report(model, bits=8, text=ids, config=SHORT)
+    widths = bits_of(report.plan)
+    assert {4, FULL} <= {bits for layer in widths for bits in layer}
+    assert 7 < report.true_bits <= 8
+    fixed = auto_report(model, bits=4.7, text=ids, config=SHORT)  # all at 4 bits, or a little less
+    assert report.measured_kl < fixed.measured_kl
+    # Groups that kept more were those that lose more at 4 bits.
+    kept = [group.options[4] for group in report.groups if group.bits == FULL]
+    assert min(kept) > min(group.options[4] for group in report.groups if group.bits < FULL)
+    steps = quality_report(model, ids, {"auto": report.plan}, reading=Reading(48, 1, steps=True))["auto"]
+    assert steps.summary.kl == pytest.approx(report.measured_kl, rel=1e-3)
+    assert steps.size.true_bits == pytest.approx(report.true_bits)
+    one_sided = [n for n, (k, v) in enumerate(widths) if (k == FULL) != (v == FULL)]
+    assert one_sided == sorted(report.unfused)
+    if one_sided:
+        assert f"{one_sided[0]}" in str(report) and "are read dequantized, slower: 16-bit storage" in str(report)
+
+
 def test_largest_kl(small):
     model, ids = small
     middle = auto_report(model, bits=2.6, text=ids, config=SHORT).measured_kl
