@@ -80,6 +80,8 @@ def test_a_merged_adapter_makes_another_model(model, plan, share):
     ):
         with pytest.raises(ConfigError, match=message):
             use(other)
+    skipped = quality_report(other, ids, {"mine": plan, "any": SHORT}, reading=Reading(40), skip_invalid=True)
+    assert list(skipped.refused) == ["mine"]
     # A config knows no weights; and there is the way out that the message names.
     XQuantCache(other.config, max_cache_len=32, config=plan)
     free = plan.for_any_model()
