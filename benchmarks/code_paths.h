@@ -193,7 +193,7 @@ inline void trellis_values(Scratch& scratch, RunningSoftmax& softmax, const uint
 // Scores of keys that were quantized before RoPE, n tokens from t0 on: codes of 2 bits (all channels alike, where the
 // product has ranks), dequantized, turned by cos and sin [n, DK / 2] (lanes are tokens: [DK / 2][pitch]), multiplied.
 inline void turned_scores(Scratch& scratch, const Inputs& in, const float* cosines, const float* sines,
-                          const int32_t* order, int64_t pitch, int64_t t0, int64_t n) {
+                          const int32_t* order, int64_t pitch, int64_t t0, int64_t n, int64_t offset) {
     constexpr int64_t WORDS = DK / 16;
     alignas(64) float key[DK][L];
     for (int64_t t = t0; t < t0 + n; t += L) {
@@ -216,67 +216,124 @@ inline void turned_scores(Scratch& scratch, const Inputs& in, const float* cosin
             for (int r = 0; r < ROWS; r++)
                 sum[r] = fma(splat(scratch.query[r][d + DK / 2]), y, fma(splat(scratch.query[r][d]), x, sum[r]));
         }
-        for (int r = 0; r < ROWS; r++) store(scratch.score[r] + t - t0, sum[r]);
+        for (int r = 0; r < ROWS; r++) store(scratch.score[r] + offset + t - t0, sum[r]);
     }
+}
+
+// What a run reads, by pointers into numpy arrays.
+struct Data {
+    const int32_t* codes;
+    const uint8_t *scales, *bytes;
+    const uint64_t* planes;
+    const Book* book;
+    const float* weights;
+    const int32_t* k_codes;
+    const uint8_t *k_scale, *k_zero;
+    const float *cosines, *sines;
+    const int32_t* order;
+};
+
+enum Values { PRESENT, TABLE, IN_REGISTERS, TRELLIS_1, TRELLIS_2 };
+
+// Values of the span from t on, by one of the ways; false: not on this machine.
+inline bool add_span(int way, Scratch& scratch, RunningSoftmax& softmax, const Inputs& in, const Data& data, int64_t t,
+                     int64_t tokens) {
+    if (way == PRESENT) {
+        quantized_values(scratch, in, softmax, 0, t, SPAN);
+        return true;
+    }
+    fold_value_scales(scratch, in, 0, 0, t, SPAN);
+    if (way == TABLE) {
+        table_values<L == 16 ? 2 : 1>(scratch, softmax, *data.book, data.bytes + t, tokens, SPAN);
+        return true;
+    }
+#ifdef __AVX512VBMI__
+    const uint64_t* planes = data.planes + t / 64;
+    const uint8_t* table = data.book->of_channel[0];
+    if (way == IN_REGISTERS) register_values(scratch, softmax, *data.book, data.bytes + t, tokens, SPAN);
+    else if (way == TRELLIS_1) trellis_values<1>(scratch, softmax, table, planes, tokens, SPAN);
+    else trellis_values<2>(scratch, softmax, table, planes, tokens, SPAN);
+    return true;
+#else
+    return false;
+#endif
+}
+
+// Scores of the span from t on, by keys that are turned as they are read.
+inline void turned_span(Scratch& scratch, const Inputs& in, const Data& data, int64_t t, int64_t tokens) {
+    for (int64_t i = 0; i < SPAN; i += K_GROUP) {
+        const int64_t row = (t + i) / K_GROUP * DK;
+        for (int64_t d = 0; d < DK; d += L) {
+            const vf s = load_scales(data.k_scale + row + d, L);
+            store(scratch.scaled[0] + d, s);
+            store(scratch.scaled[1] + d, s * (load_mids(data.k_zero + row + d, L) - 1.5f));
+        }
+        turned_scores(scratch, in, data.cosines, data.sines, data.order, tokens, t + i, K_GROUP, i);
+    }
+}
+
+inline void load_problem(Scratch& scratch, Inputs& in, const Data& data, float query_scale) {
+    in.v_codes = data.codes, in.v_scale = data.scales;
+    in.k_codes = data.k_codes, in.k_scale = data.k_scale, in.k_zero = data.k_zero;
+    for (int64_t r = 0; r < ROWS; r++) {
+        std::memcpy(scratch.weight[r], data.weights + r * SPAN, SPAN * sizeof(float));
+        for (int64_t d = 0; d < DK; d++) {
+            scratch.query[r][d] = query_scale * data.weights[r * SPAN + d];
+            scratch.ranked[r][d] = query_scale * data.weights[r * SPAN + data.order[d]];
+        }
+    }
+    scratch.group = -1;
 }
 
 }  // namespace xq
 
-// One pass over `tokens` tokens of one KV head, by `way`. `weights` [ROWS, SPAN] are those of every span; `out`
-// [ROWS, DV], float, is what values give, or the sums of the scores.
-enum Way { PRESENT, TABLE, REGISTERS_, TRELLIS_1, TRELLIS_2, KEYS, KEYS_TURNED };
+// One pass over `tokens` tokens of one KV head, with the same `weights` [ROWS, SPAN] in every span.
 
-extern "C" int run(int way, const int32_t* codes, const uint8_t* scales, const uint8_t* bytes, const uint64_t* planes,
-                   const xq::Book* book, const float* weights, const int32_t* k_codes, const uint8_t* k_scale,
-                   const uint8_t* k_zero, const float* cosines, const float* sines, const int32_t* order, float* out,
-                   int64_t tokens) {
+// Weighted values: out [ROWS, DV].
+extern "C" int values(int way, const xq::Data* data, float* out, int64_t tokens) {
     using namespace xq;
     static Scratch scratch;
-    alignas(64) static float data[RunningSoftmax::SIZE];
-    RunningSoftmax softmax(data);
+    alignas(64) static float sums[RunningSoftmax::SIZE];
+    RunningSoftmax softmax(sums);
     softmax.clear();
     Inputs in{};
-    in.v_codes = codes, in.v_scale = scales, in.k_codes = k_codes, in.k_scale = k_scale, in.k_zero = k_zero;
-    for (int64_t r = 0; r < ROWS; r++) std::memcpy(scratch.weight[r], weights + r * SPAN, SPAN * sizeof(float));
-    float score[ROWS] = {};
-    if (way >= KEYS)
-        for (int64_t r = 0; r < ROWS; r++)
-            for (int64_t d = 0; d < DK; d++)
-                scratch.query[r][d] = weights[r * SPAN + d], scratch.ranked[r][d] = weights[r * SPAN + order[d]];
-    scratch.group = -1;
+    load_problem(scratch, in, *data, 1.0f);
+    for (int64_t t = 0; t < tokens; t += SPAN)
+        if (!add_span(way, scratch, softmax, in, *data, t, tokens)) return 1;
+    for (int64_t r = 0; r < ROWS; r++) std::memcpy(out + r * DV, output(softmax, r), DV * sizeof(float));
+    return 0;
+}
+
+// Scores: out [ROWS], the sum over every 64th token.
+extern "C" int keys(int turned, const xq::Data* data, float* out, int64_t tokens) {
+    using namespace xq;
+    static Scratch scratch;
+    Inputs in{};
+    load_problem(scratch, in, *data, 1.0f);
+    std::fill(out, out + ROWS, 0.0f);
     for (int64_t t = 0; t < tokens; t += SPAN) {
-        if (way == PRESENT) quantized_values(scratch, in, softmax, 0, t, SPAN);
-        else if (way == KEYS) quantized_scores(scratch, in, 0, t, t + SPAN);
-        else if (way == KEYS_TURNED)
-            for (int64_t g = t; g < t + SPAN; g += K_GROUP) {
-                for (int64_t d = 0; d < DK; d += L) {
-                    const vf s = load_scales(k_scale + g / K_GROUP * DK + d, L);
-                    store(scratch.scaled[0] + d, s);
-                    store(scratch.scaled[1] + d, s * (load_mids(k_zero + g / K_GROUP * DK + d, L) - 1.5f));
-                }
-                turned_scores(scratch, in, cosines, sines, order, tokens, g, K_GROUP);
-                for (int64_t r = 0; r < ROWS; r++)  // as a span's scores lie
-                    std::memmove(scratch.weight[r] + g - t, scratch.score[r], K_GROUP * sizeof(float));
-            }
-        else {
-            fold_value_scales(scratch, in, 0, 0, t, SPAN);
-            constexpr int NV = L == 16 ? 2 : 1;
-            if (way == TABLE) table_values<NV>(scratch, softmax, *book, bytes + t, tokens, SPAN);
-#ifdef __AVX512VBMI__
-            else if (way == REGISTERS_) register_values(scratch, softmax, *book, bytes + t, tokens, SPAN);
-            else if (way == TRELLIS_1)
-                trellis_values<1>(scratch, softmax, book->of_channel[0], planes + t / 64, tokens, SPAN);
-            else if (way == TRELLIS_2)
-                trellis_values<2>(scratch, softmax, book->of_channel[0], planes + t / 64, tokens, SPAN);
-#endif
-            else return 1;
-        }
-        if (way >= KEYS)
-            for (int64_t r = 0; r < ROWS; r++)
-                for (int64_t i = 0; i < SPAN; i += 64) score[r] += (way == KEYS ? scratch.score : scratch.weight)[r][i];
+        if (turned) turned_span(scratch, in, *data, t, tokens);
+        else quantized_scores(scratch, in, 0, t, t + SPAN);
+        for (int64_t r = 0; r < ROWS; r++)
+            for (int64_t i = 0; i < SPAN; i += 64) out[r] += scratch.score[r][i];
     }
-    for (int64_t r = 0; r < ROWS; r++)
-        if (way >= KEYS) out[r] = score[r];
-        else std::memcpy(out + r * DV, output(softmax, r), DV * sizeof(float));
+    return 0;
+}
+
+// Scores, softmax and values: `way` / 8 says whether keys are turned, `way` % 8 which values. Nothing comes out.
+extern "C" int decode(int way, const xq::Data* data, float*, int64_t tokens) {
+    using namespace xq;
+    static Scratch scratch;
+    alignas(64) static float sums[RunningSoftmax::SIZE];
+    RunningSoftmax softmax(sums);
+    softmax.clear();
+    Inputs in{};
+    load_problem(scratch, in, *data, 1e-3f);
+    for (int64_t t = 0; t < tokens; t += SPAN) {
+        if (way / 8) turned_span(scratch, in, *data, t, tokens);
+        else quantized_scores(scratch, in, 0, t, t + SPAN);
+        online_softmax(scratch, in, softmax, 0, t, SPAN);
+        if (!add_span(way % 8, scratch, softmax, in, *data, t, tokens)) return 1;
+    }
     return 0;
 }

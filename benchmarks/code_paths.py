@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import statistics
 import subprocess
 import tempfile
 import time
@@ -43,10 +42,15 @@ MACHINES = {
 FLAGS = (
     "-O3 -std=c++17 -ffast-math -fno-finite-math-only -fno-unsafe-math-optimizations -ffp-contract=off -shared -fPIC"
 )
-WAYS = [
-    "values: product, 1 bit", "values: vectors of 8, table in memory", "values: vectors of 8, tables in registers",
-    "values: trellis, 1 bit", "values: trellis, 2 bits", "keys: product, 2 bits", "keys: turned as they are read",
-]  # fmt: skip
+#: Name to (function of code_paths.h, way).
+WAYS = {
+    "values: product, 1 bit": ("values", 0), "values: vectors of 8, table in memory": ("values", 1),
+    "values: vectors of 8, tables in registers": ("values", 2), "values: trellis, 1 bit": ("values", 3),
+    "values: trellis, 2 bits": ("values", 4), "keys: product, 2 bits": ("keys", 0),
+    "keys: turned as they are read": ("keys", 1), "decode: product": ("decode", 0),
+    "decode: vectors of 8, table in memory": ("decode", 1), "decode: vectors of 8, tables in registers": ("decode", 2),
+    "decode: trellis, 1 bit": ("decode", 3), "decode: keys turned as they are read": ("decode", 8),
+}  # fmt: skip
 
 
 def problem(tokens: int) -> Problem:
@@ -93,34 +97,27 @@ def inputs(tokens: int, bias: int) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
+#: Members of ``Data`` in code_paths.h.
 POINTERS = (
-    "codes",
-    "scales",
-    "bytes",
-    "planes",
-    "book",
-    "weights",
-    "k_codes",
-    "k_scale",
-    "k_zero",
-    "cos",
-    "sin",
-    "order",
-)
+    "codes", "scales", "bytes", "planes", "book", "weights", "k_codes", "k_scale", "k_zero", "cos", "sin", "order",
+)  # fmt: skip
+Run = Callable[[str], np.ndarray | None]
 
 
-def caller(library: ctypes.CDLL, data: dict[str, np.ndarray], tokens: int) -> Callable[[int], np.ndarray | None]:
+def caller(library: ctypes.CDLL, data: dict[str, np.ndarray], tokens: int) -> Run:
     """A function that runs one of ``WAYS``: its output; None where this machine has none."""
-    book = np.zeros(len(data["book"]) + 64, np.uint8)  # aligned to a cache line
-    begin = -book.ctypes.data % 64
+    book = np.zeros(len(data["book"]) + 64, np.uint8)
+    begin = -book.ctypes.data % 64  # of a cache line
     book = book[begin : begin + len(data["book"])]
     book[:] = data["book"]
     given = {**data, "book": book}
-    pointers = [given[name].ctypes.data_as(ctypes.c_void_p) for name in POINTERS]
+    pointers = (ctypes.c_void_p * len(POINTERS))(*(given[name].ctypes.data for name in POINTERS))
     out = np.zeros((ROWS, DIM), np.float32)
+    target, count = ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(tokens)
 
-    def run(way: int) -> np.ndarray | None:
-        failed = library.run(way, *pointers, out.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(tokens))
+    def run(name: str) -> np.ndarray | None:
+        function, way = WAYS[name]
+        failed = getattr(library, function)(way, pointers, target, count)
         return None if failed else out
 
     run.keep = given  # type: ignore[attr-defined]  # what the pointers point to
@@ -162,21 +159,20 @@ def expected_scores(data: dict[str, np.ndarray]) -> np.ndarray:
     return data["weights"][:, :DIM] @ np.concatenate([a * c - b * s, b * c + a * s], 1).sum(0)
 
 
-def check(run: Callable[[int], np.ndarray | None], data: dict[str, np.ndarray], bias: int) -> list[int]:
-    """The ways that this machine has, each compared with numpy."""
+def check(run: Run, data: dict[str, np.ndarray], bias: int) -> list[str]:
+    """The ways that this machine has; values and turned keys compared with numpy (the product has tests)."""
     there = []
-    for way in range(len(WAYS)):
-        found = run(way)
+    for name, (function, way) in WAYS.items():
+        found = run(name)
         if found is None:
             continue
-        there.append(way)
-        if way == len(WAYS) - 2:
-            continue  # the product's own scores: its tests hold them
-        wanted = expected_scores(data) if way == len(WAYS) - 1 else expected(way, data, bias)
-        found = found.ravel()[: wanted.size].reshape(wanted.shape)
-        off = np.abs(found - wanted).max() / np.abs(wanted).max()
+        there.append(name)
+        if function == "decode" or (function, way) == ("keys", 0):
+            continue
+        wanted = expected_scores(data) if function == "keys" else expected(way, data, bias)
+        off = np.abs(found.ravel()[: wanted.size].reshape(wanted.shape) - wanted).max() / np.abs(wanted).max()
         if not off < 1e-3:
-            raise SystemExit(f"{WAYS[way]}: off by {off:.2e} of the largest")
+            raise SystemExit(f"{name}: off by {off:.2e} of the largest")
     return there
 
 
@@ -184,23 +180,20 @@ def measure(machine: str, args: argparse.Namespace) -> dict[str, Any]:
     """Microseconds of each way, and how many times the product's that is."""
     bias = 32 if machine == "avx2" else 128
     data = inputs(args.tokens, bias)
+    times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         run = caller(compiled(machine, args.tokens, folder), data, args.tokens)
         there = check(run, data, bias)
-        times: dict[int, list[float]] = {way: [] for way in there}
         for _ in range(args.rounds):
-            for way in there:
+            for name in there:
                 begin = time.perf_counter()
-                run(way)
-                times[way].append(time.perf_counter() - begin)
+                run(name)
+                times.setdefault(name, []).append(time.perf_counter() - begin)
+    product = {name.split(":")[0]: name for name in there if "product" in name}
     rows = {}
-    for way in there:
-        product = 0 if way < 5 else 5
-        ratios = [a / b for a, b in zip(times[way], times[product], strict=True)]
-        rows[WAYS[way]] = {
-            "us": 1e6 * min(times[way]), "times": min(times[way]) / min(times[product]),
-            "times_median": statistics.median(ratios),
-        }  # fmt: skip
+    for name in there:
+        base = times[product[name.split(":")[0]]]
+        rows[name] = {"us": 1e6 * min(times[name]), "times": min(times[name]) / min(base)}
     return rows
 
 
@@ -209,17 +202,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isa", nargs="+", choices=MACHINES, default=list(MACHINES))
     parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(1)
     result = {machine: measure(machine, args) for machine in args.isa}
     made = Table(title=f"one KV head, {ROWS} query heads, head_dim {DIM}, {args.tokens:,} tokens, one thread")
-    for column in ("", "microseconds", "times the product's", "median of pairs"):
+    for column in ("", "microseconds", "times the product's"):
         made.add_column(column, justify="left" if not column else "right")
     for machine, rows in result.items():
         made.add_row(machine)
         for name, row in rows.items():
-            made.add_row(f"  {name}", f"{row['us']:.0f}", f"{row['times']:.2f}", f"{row['times_median']:.2f}")
+            made.add_row(f"  {name}", f"{row['us']:.0f}", f"{row['times']:.2f}")
     Console(width=120).print(made)
     args.device = "cpu"
     write("code-paths-cpu", {"rows": result, **where(args)})
