@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import platform
 import sys
 from pathlib import Path
 
@@ -168,3 +169,18 @@ def test_rotated_vectors_are_near_what_they_stand_for(quick) -> None:
     signs = rotate_back(rotate(x).sign())
     scale = (x * x).sum(3, keepdim=True) / (x * signs).sum(3, keepdim=True)
     assert error(x, read) < error(x, signs * scale)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="loops of x86 processors")
+def test_other_loops_read_what_numpy_reads(tmp_path) -> None:
+    """Those of benchmarks/code_paths.h that any x86 processor with AVX2 has."""
+    import code_paths
+
+    data = code_paths.inputs(2048, 32)
+    run = code_paths.caller(code_paths.compiled("avx2", 2048, str(tmp_path)), data, 2048)
+    there = code_paths.check(run, data, 32)
+    assert "values: vectors of 8, table in memory" in there and "keys: turned as they are read" in there
+    data["byte"] = data["byte"] + 1
+    with pytest.raises(SystemExit, match="off by"):
+        code_paths.check(run, data, 32)
