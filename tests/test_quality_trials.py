@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from xquant_fx import XQuantConfig
 from xquant_fx.evaluate.simulate import Prefilled, simulated_logits
@@ -119,6 +120,7 @@ def test_keys_before_rope_are_those_that_rope_turned() -> None:
     angle = torch.arange(20)[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
     rope, x = (angle.cos(), angle.sin()), gaussian(1, 2, 20, 4)
     torch.testing.assert_close(turned(turned(x, rope, -1), rope, 1), x)
+    torch.testing.assert_close(turned(x, rope, 1), apply_rotary_pos_emb(x, x, *(each[None] for each in rope))[1])
     assert over_pairs(torch.tensor([[[1.0, 2.0, 3.0, 6.0]]])).tolist() == [[[2.0, 4.0, 2.0, 4.0]]]
 
 
