@@ -11,8 +11,8 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from xquant_fx.cache.group import CacheGroup
@@ -38,7 +38,8 @@ class XQuantCache(StaticCache):
     values but for the residual windows.
 
     Args:
-        model_config: the model's ``config``, or the model; ``config=`` takes it, too, as in other caches.
+        model_config: the model's ``config``; or the model, with whose weights a plan made for one model is compared.
+            ``config=`` takes a model's config, too, as other caches do.
         max_cache_len: tokens the cache can hold.
         config: settings, or a plan for as many layers as the model has quantized ones; default: ``XQuantConfig()``.
         padding_mask: int or bool [B, S], 0 for left padding of the first prompt. Padding then takes no part in scales
@@ -51,7 +52,7 @@ class XQuantCache(StaticCache):
 
     def __init__(
         self,
-        model_config: PreTrainedConfig | PreTrainedModel | None = None,
+        model_config: PreTrainedConfig | nn.Module | None = None,
         max_cache_len: int = 0,
         config: XQuantConfig | Plan | None = None,
         *,
@@ -62,8 +63,8 @@ class XQuantCache(StaticCache):
             raise ConfigError(f"XQuantCache takes no {sorted(kwargs)}")
         if model_config is None and isinstance(config, PreTrainedConfig):
             model_config, config = config, None
-        model_config = getattr(model_config, "config", model_config)
-        if not isinstance(model_config, PreTrainedConfig):
+        of_model: Any = getattr(model_config, "config", None) if isinstance(model_config, nn.Module) else model_config
+        if not isinstance(of_model, PreTrainedConfig):
             raise ConfigError(
                 "write XQuantCache(model.config, max_cache_len, config=XQuantConfig(...)): the model's config must "
                 f"come first, got {type(model_config).__name__}"
@@ -74,7 +75,7 @@ class XQuantCache(StaticCache):
         if isinstance(config, Plan):
             config.check_model(model_config)
         with torch.inference_mode(False):  # or only inference mode could write to the counters
-            super().__init__(config=model_config, max_cache_len=max_cache_len)
+            super().__init__(config=of_model, max_cache_len=max_cache_len)
         self.xquant_config = config if config is not None else XQuantConfig()
         warn_of_cost(self.xquant_config)
         full = [i for i, layer in enumerate(self.layers) if type(layer) is StaticLayer]
