@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import GraphModule, Node
 
-from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.state import TENSOR_NAMES
 from xquant_fx.passes.context import Context, StateInputs
 from xquant_fx.passes.graph import add_input
@@ -17,8 +19,8 @@ def add_state_inputs(gm: GraphModule, context: Context) -> int:
     adding = _Adding(gm, placeholders[-1], context.state)
     for index, node in enumerate(placeholders):
         buffer = context.inputs[index]
-        if isinstance(fake(node), QuantizedKV):
-            assert isinstance(buffer, QuantizedKV)
+        if isinstance(fake(node), STORED_KV):
+            assert isinstance(buffer, STORED_KV)
             context.state.nodes[node] = {name: adding.node_of(index, buffer, name) for name in TENSOR_NAMES}
     return len(context.state.slots)
 
@@ -30,7 +32,7 @@ class _Adding:
         self.gm, self.last, self.state = gm, last, state
         self.known: dict[int, tuple[Node, int]] = {}
 
-    def node_of(self, index: int, buffer: QuantizedKV, name: str) -> Node | None:
+    def node_of(self, index: int, buffer: Any, name: str) -> Node | None:
         """The placeholder of the tensor called ``name`` of ``buffer``, input ``index`` of the graph."""
         tensor, spec, state = buffer.live.tensor(name), buffer.spec, self.state
         if tensor is None:

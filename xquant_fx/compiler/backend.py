@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import quantized_empty
+from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.storage import is_view, share_storage
 from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.compiled_step import CompiledStep
+from xquant_fx.compiler.growing_step import GrowingStep
+from xquant_fx.compiler.growing_takeover import GrowingTakeover
 from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, why_not_gradients, why_not_layers
 from xquant_fx.compiler.prompt_queries import PromptRun
@@ -73,12 +76,13 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
         return PromptRun(found)
     if found.ordinary:
         log.info("ordinary KV buffers: the next step runs uncompiled and quantizes what they hold")
-        return Takeover(found)
-    quantized = [i for i, t in enumerate(inputs) if isinstance(t, QuantizedKV)]
+        grows = [buffer.write.past is not None for buffer in found.ordinary]
+        return GrowingTakeover(found) if all(grows) else Takeover(found)
+    quantized = [i for i, t in enumerate(inputs) if isinstance(t, STORED_KV)]
     if not quantized:
         return compiler(gm, inputs, request, None)
     _check_config([inputs[i] for i in quantized], request)
-    return _compile_quantized(found, inputs, quantized, request, compiler)
+    return _compile_quantized(gm, found, inputs, quantized, request, compiler)
 
 
 def detect_graph(gm: GraphModule, inputs: list[Any], request: Request) -> Detection:
@@ -128,13 +132,13 @@ def _allocates(gm: GraphModule) -> bool:
 
 
 def _check_gradients(gm: GraphModule, inputs: list[Any]) -> None:
-    if torch.is_grad_enabled() and (_allocates(gm) or any(isinstance(t, QuantizedKV) for t in inputs)):
+    if torch.is_grad_enabled() and (_allocates(gm) or any(isinstance(t, STORED_KV) for t in inputs)):
         raise CacheStateError(
             "a quantized KV cache has no gradient; run the model under torch.no_grad() or torch.inference_mode()"
         )
 
 
-def _check_config(buffers: list[QuantizedKV], request: Request) -> None:
+def _check_config(buffers: list[QuantizedKV | GrowingKV], request: Request) -> None:
     if request.config is None:
         return
     for plan in {id(b.live.group): b.live.group.plan for b in buffers}.values():
@@ -160,11 +164,13 @@ def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: st
 
 
 def _compile_quantized(
-    found: Detection, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
+    gm: GraphModule, found: Detection, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
 ) -> Callable[..., Any]:
     settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
+    uncompiled = clone(gm)
     context = Context(found, inputs)
     run_passes(found.gm, context, request.disable, request.dump)
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
-    compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.tensors], request, settings)
-    return CompiledStep(compiled, keep, quantized, context.state)
+    compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
+    step = CompiledStep(compiled, keep, quantized, context.state)
+    return GrowingStep(step, uncompiled, context.grown) if context.grown else step

@@ -23,7 +23,8 @@ class CompiledStep:
         known = states[0].group.collected.get(self)
         if known is None or known[0] != states:
             known = states[0].group.collected[self] = (states, self.inputs.collect(args))
-        out = self.compiled(*[args[i] for i in self.keep], *known[1])
+        lengths = [args[i].shape[2] for i, _ in self.inputs.lengths]
+        out = self.compiled(*[args[i] for i in self.keep], *known[1], *lengths)
         for group in {id(s.group): s.group for s in states}.values():
             if self.inputs.step_tokens is not None:
                 group.stepped(self.inputs.step_tokens)

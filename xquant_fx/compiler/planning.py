@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import Geometry, Slot, bind_all, quantized_empty
-from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.growing import STORED_KV, room_for
 from xquant_fx.compiler.dynamo_frames import is_partial
 from xquant_fx.compiler.options import Request
+from xquant_fx.passes.facts import is_quantized_growth
+from xquant_fx.passes.find_writes import concatenation
 from xquant_fx.passes.records import Buffer, Site
 from xquant_fx.passes.trace import fake, value_of
 from xquant_fx.plan.config import XQuantConfig
@@ -37,7 +39,15 @@ def plan_graph(
 def bind_buffers(plan: Plan, buffers: Sequence[Buffer], tensors: Sequence[Tensor]) -> list[KVSpec]:
     """Specs of ``buffers``, which hold ``tensors`` [B, H, N, D]."""
     pairs = zip(buffers, tensors, strict=True)
-    return bind_all(plan, [(b.layer, b.role, Geometry(tuple(t.shape), t.dtype)) for b, t in pairs])
+    return bind_all(plan, [(b.layer, b.role, _geometry(b, t)) for b, t in pairs])
+
+
+def _geometry(buffer: Buffer, tensor: Tensor) -> Geometry:
+    """Of the stored tensors; what grows by concatenation gets room to grow."""
+    batch, heads, tokens, dim = tensor.shape
+    if buffer.write.past is not None:
+        tokens = room_for(tokens if isinstance(tokens, int) else tokens.node.hint)
+    return Geometry((batch, heads, tokens, dim), tensor.dtype)
 
 
 def _ordinary(gm: GraphModule, sites: list[Site]) -> tuple[Buffer, ...]:
@@ -50,8 +60,8 @@ def _ordinary(gm: GraphModule, sites: list[Site]) -> tuple[Buffer, ...]:
             continue
         assert site.key_write is not None and site.value_write is not None
         key, value = site.buffers
-        found[key] = Buffer(key, index[key], layer, "key", site.key_write)
-        found[value] = Buffer(value, index[value], layer, "value", site.value_write)
+        found[key] = Buffer(key, index.get(key), layer, "key", site.key_write)
+        found[value] = Buffer(value, index.get(value), layer, "value", site.value_write)
         layer += 1
     return tuple(found.values())
 
@@ -61,8 +71,11 @@ def _existing(gm: GraphModule) -> dict[Node, KVSpec]:
     specs: dict[Node, KVSpec] = {}
     for node in gm.graph.nodes:
         value = fake(node)
-        if node.op == "placeholder" and isinstance(value, QuantizedKV):
+        if node.op == "placeholder" and isinstance(value, STORED_KV):
             specs[node] = value.spec
+        elif is_quantized_growth(node):
+            past = concatenation(node).past  # type: ignore[union-attr]  # it is one
+            specs[node] = value_of(past).spec  # type: ignore[attr-defined,arg-type]
         elif node.target is quantized_empty:
             like, _, lower, _, slot, _ = node.args
             below = specs.get(lower) if isinstance(lower, Node) else None
