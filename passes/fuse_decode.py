@@ -83,7 +83,7 @@ def _put_back(graph: Graph, node: Node, layout: Layout) -> Node:
 
 def _erase_unused(graph: Graph, node: Node) -> None:
     """Erase ``node`` and what only it needed, down to inputs."""
-    if node.users or node.op == "placeholder":
+    if node.users or node.op == "placeholder" or node._erased:  # two inputs may need the same node
         return
     inputs = node.all_input_nodes
     graph.erase_node(node)

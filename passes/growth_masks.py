@@ -40,4 +40,8 @@ def widened(graph: Graph, mask: Node, room: int) -> Node:
         tokens = call(graph, torch.ops.aten.sym_size.int, (mask, value.dim() - 1))
     beyond = call(graph, operator.sub, (room, tokens))
     hidden = False if value.dtype == torch.bool else -math.inf
-    return call(graph, torch.nn.functional.pad, (mask, (0, beyond)), {"value": hidden})
+    # Not torch.nn.functional.pad: a symbolic width is an error of its bool kernel (torch 2.13).
+    options = {"dtype": value.dtype, "device": value.device}
+    rows = (int(size) for size in value.shape[:-1])  # batch, heads and queries are numbers by now, if as symbols
+    rest = call(graph, torch.full, ((*rows, beyond), hidden), options)
+    return call(graph, torch.cat, ([mask, rest], -1))

@@ -24,7 +24,7 @@ from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.storage import is_view, share_storage
 from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.compiled_step import CompiledStep
-from xquant_fx.compiler.growing_step import GrowingStep
+from xquant_fx.compiler.growing_step import GrowingStep, has_room
 from xquant_fx.compiler.growing_takeover import GrowingTakeover
 from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, why_not_gradients, why_not_layers
@@ -168,6 +168,9 @@ def _compile_quantized(
 ) -> Callable[..., Any]:
     settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
     uncompiled = clone(gm)
+    if not has_room(found, inputs):
+        log.info("a cache that grows has no room for this step, which runs uncompiled")
+        return uncompiled
     context = Context(found, inputs)
     run_passes(found.gm, context, request.disable, request.dump)
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.fx import GraphModule
@@ -9,6 +10,18 @@ from torch.fx import GraphModule
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.passes.context import Grown
+from xquant_fx.passes.records import Detection
+
+
+def has_room(found: Detection, inputs: Sequence[Any]) -> bool:
+    """Whether the step of these example inputs fits into the tensors that its growing caches have."""
+    index = {node: i for i, node in enumerate(n for n in found.gm.graph.nodes if n.op == "placeholder")}
+    for write in found.writes:
+        past = None if write.past is None else inputs[index[write.past]]
+        new = write.tokens if isinstance(write.tokens, int) else write.tokens.node.hint
+        if isinstance(past, GrowingKV) and not past.has_room(new):
+            return False
+    return True
 
 
 class GrowingStep:
