@@ -128,6 +128,11 @@ def is_quantized(node: Node) -> bool:
     return is_input or node.target is quantized_empty or is_quantized_growth(node)
 
 
+def is_growing(node: Node) -> bool:
+    """Whether ``node`` is a quantized input that grows by concatenation."""
+    return node.op == "placeholder" and isinstance(fake(node), GrowingKV)
+
+
 def is_quantized_growth(node: Node) -> bool:
     """Whether ``node`` puts new tokens behind quantized ones that grow."""
     write = concatenation(node)

@@ -20,11 +20,12 @@ from xquant_fx.errors import UnsupportedWriteError
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.shared_code_load.arguments import STORED
 from xquant_fx.passes.context import Context
+from xquant_fx.passes.facts import is_growing
 from xquant_fx.passes.find_writes import appended, is_opaque, written_by
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.products import query_tokens
 from xquant_fx.passes.records import Detection, Write
-from xquant_fx.passes.trace import is_growing, is_shape_query, readers, shares_memory, value_of
+from xquant_fx.passes.trace import is_shape_query, readers, shares_memory, value_of
 from xquant_fx.passes.vocabulary import op_name
 
 

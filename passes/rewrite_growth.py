@@ -17,11 +17,12 @@ from torch.fx import GraphModule, Node
 
 from xquant_fx.errors import UnsupportedWriteError
 from xquant_fx.passes.context import Context, Grown
+from xquant_fx.passes.facts import is_growing
 from xquant_fx.passes.find_writes import written_by
 from xquant_fx.passes.graph import call, input_of_size, size_among_inputs
 from xquant_fx.passes.records import Write
 from xquant_fx.passes.rewrite import BufferRewrite
-from xquant_fx.passes.trace import is_growing, is_shape_query, value_of
+from xquant_fx.passes.trace import is_shape_query, value_of
 
 
 def rewrite_growth(gm: GraphModule, context: Context) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch.fx import Node
 
-from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.passes.records import Source
 from xquant_fx.passes.vocabulary import COPIES, VIEWS, kind, op_name
 
@@ -34,11 +33,6 @@ def value_of(node: Node) -> torch.Tensor:
 def argument(node: Node, index: int, name: str, default: object = None) -> object:
     """A call's argument, however it was passed."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
-def is_growing(node: Node) -> bool:
-    """Whether ``node`` is a quantized input that grows by concatenation."""
-    return node.op == "placeholder" and isinstance(fake(node), GrowingKV)
 
 
 def operand(node: Node, index: int = 0) -> Node | None:

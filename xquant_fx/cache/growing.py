@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.kv_tensor import QuantizedKV, _refuse_aot, _sdp_choice
+from xquant_fx.cache.kv_tensor import QuantizedKV, _refuse_aot
 from xquant_fx.cache.reads import Dequantized, read
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError, UnsupportedWriteError
@@ -75,7 +75,7 @@ class Growth:
             self.state.enlarge(room_for(tokens))
 
     def grown(self, new: int) -> GrowingKV:
-        """The tensor after ``new`` tokens were appended to the state."""
+        """The tensor after a compiled step appended ``new`` tokens to the state; there is room for the next step."""
         self.tokens += new
         self.reserve(self.tokens + STEP_TOKENS)
         return GrowingKV.of(self)
@@ -158,6 +158,10 @@ class GrowingKV(Dequantized):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.growth, self.shape[2], self.since)
 
+    def _is_view(self) -> bool:
+        """False, also where autograd takes ``kv[:, :, :n]`` for a view: Dynamo would look for a base with strides."""
+        return False
+
     def refuse_write(self, func: Any) -> None:
         """Codes have no elements to write to."""
         raise UnsupportedWriteError(f"{self!r}: {func} is not a way to append tokens; nothing was written")
@@ -187,7 +191,9 @@ class GrowingKV(Dequantized):
         self.growth.reserve(tokens + x.shape[2])
         x = x.dense() if isinstance(x, Dequantized) else x
         self.growth.state.store(x, torch.arange(tokens, tokens + x.shape[2], device=x.device))
-        return self.growth.grown(x.shape[2])
+        # No room is made for what comes next: a layer that borrows these codes makes room at its own append.
+        self.growth.tokens += x.shape[2]
+        return GrowingKV.of(self.growth)
 
     @classmethod
     @torch._dynamo.disable
