@@ -65,8 +65,8 @@ class Growth:
         if least < tokens:
             spec = self.state.spec
             raise CacheStateError(
-                f"layer {spec.layer} {spec.role}s: this tensor has {tokens} tokens, of which those from {least} on were "
-                "overwritten when a shorter one was continued; continue copies (copy.deepcopy of the cache)"
+                f"layer {spec.layer} {spec.role}s: this tensor has {tokens} tokens, of which those from {least} on "
+                "were overwritten when a shorter one was continued; continue copies (copy.deepcopy of the cache)"
             )
 
     def reserve(self, tokens: int) -> None:
@@ -213,8 +213,9 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     if len(tensors) != 2 or dim not in (2, -2):
         return NotImplemented
     past, x = tensors
-    traced = not isinstance(past, GrowingKV) or past.growth is None
-    if traced or x.dim() != 4 or any(x.shape[d] != past.shape[d] for d in (0, 1, 3)) or x.dtype != past.dtype:
+    if not isinstance(past, GrowingKV) or past.growth is None:
+        return NotImplemented
+    if x.dim() != 4 or any(x.shape[d] != past.shape[d] for d in (0, 1, 3)) or x.dtype != past.dtype:
         return NotImplemented
     return past.append(x) if x.shape[2] else past
 
