@@ -108,10 +108,10 @@ class GrowthRewrite(BufferRewrite):
         return node
 
     def _positions(self, write: Write) -> Node:
-        device = value_of(self.buffer).device
-        length = call(self.graph, operator.getitem, (self.tensors["length"], slice(None, 1)))
-        steps = call(self.graph, torch.arange, (_new(self.graph, write),), {"device": device})
-        return call(self.graph, torch.add, (steps, length))
+        # From the length that the input has, not from the stored one: that may be longer, where a step was interrupted.
+        begin, device = self._tokens(), value_of(self.buffer).device
+        end = call(self.graph, operator.add, (begin, _new(self.graph, write)))
+        return call(self.graph, torch.arange, (begin, end), {"device": device})
 
 
 def _new(graph: Any, write: Write) -> Any:
