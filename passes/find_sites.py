@@ -9,15 +9,15 @@ from torch.fx import Node
 from xquant_fx.cache.allocate import Slot, quantized_empty
 from xquant_fx.passes.facts import Facts, is_quantized
 from xquant_fx.passes.find_writes import is_factory
-from xquant_fx.passes.records import Attention, Site, Source, Write
+from xquant_fx.passes.records import Attention, Refused, Site, Source, Write
 from xquant_fx.passes.vocabulary import op_name
 from xquant_fx.passes.why_left_alone import why_not_length, why_not_operand, why_not_pair
 
-#: Why the surroundings of a graph keep the buffer ``node`` of a site ("keys" or "values") as it is, or "".
-Refusal = Callable[[Node, str], str]
+#: Why the surroundings of a graph, or the tensors of a call, keep the buffer ``node`` ("keys" or "values") as it is.
+Refusal = Callable[[Node, str, Facts], Refused]
 
 
-def find_sites(facts: Facts, refusal: Refusal = lambda node, what: "") -> list[Site]:
+def find_sites(facts: Facts, refusal: Refusal = lambda node, what, facts: Refused("")) -> list[Site]:
     """One record per attention op, in program order. Nothing is changed."""
     return [_site(attention, facts, refusal) for attention in facts.attention]
 
@@ -36,13 +36,15 @@ def _site(attention: Attention, facts: Facts, refusal: Refusal) -> Site:
     value = _from_cache(value, behind_value, facts)
     key = _from_cache(key, [n for n in behind_key if n is not value.root] or behind_key, facts)
     quantized = is_quantized(key.root) or is_quantized(value.root)
+    of_call = False
     if not reason and not quantized:
-        reason = refusal(key.root, "keys") or refusal(value.root, "values")
+        refused = refusal(key.root, "keys", facts), refusal(value.root, "values", facts)
+        reason, of_call = next((each for each in refused if each.reason), refused[0])
     writes = _write(key, attention.key_reader, facts), _write(value, attention.value_reader, facts)
     return Site(
         attention, key, value, *writes, name,
         has_cache=bool(caches), is_quantized=quantized, is_latent=is_latent, allocated_here=allocated_here,
-        reason=reason,
+        reason=reason, of_call=of_call,
     )  # fmt: skip
 
 

@@ -20,21 +20,24 @@ from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.storage import is_view, share_storage
 from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.compiled_step import CompiledStep
+from xquant_fx.compiler.give_back import GiveBack, groups_of
+from xquant_fx.compiler.left_alone import report_left
 from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, why_not_gradients, why_not_layers
 from xquant_fx.compiler.prompt_queries import PromptRun
+from xquant_fx.compiler.proof import Call
 from xquant_fx.compiler.takeover import Takeover
-from xquant_fx.errors import CacheStateError, ConfigError, NotRewrittenError
+from xquant_fx.compiler.watch import Watch
+from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.detect import detect
+from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.graph import clone
 from xquant_fx.passes.pipeline import run_passes
-from xquant_fx.passes.records import Detection, Site
+from xquant_fx.passes.records import Detection, Refused
 from xquant_fx.plan.plan import make_plan
-from xquant_fx.warn_once import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -73,54 +76,38 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
         return PromptRun(found)
     if found.ordinary:
         log.info("ordinary KV buffers: the next step runs uncompiled and quantizes what they hold")
-        return Takeover(found)
+        return Takeover(found, request)
     quantized = [i for i, t in enumerate(inputs) if isinstance(t, QuantizedKV)]
     if not quantized:
-        return compiler(gm, inputs, request, None)
+        compiled = compiler(gm, inputs, request, None)
+        return Watch(compiled, gm, found, request, detect_graph) if found.left_for_now else compiled
     _check_config([inputs[i] for i in quantized], request)
-    return _compile_quantized(found, inputs, quantized, request, compiler)
+    try:
+        return _compile_quantized(found, inputs, quantized, request, compiler)
+    except UnsupportedWriteError as error:
+        if not all(group.taken_over for group in groups_of(inputs)):
+            raise
+        return GiveBack(gm.forward, quantized, str(error), request)
 
 
-def detect_graph(gm: GraphModule, inputs: list[Any], request: Request) -> Detection:
-    """All that is decided about ``gm``, on a clone of it."""
+def detect_graph(
+    gm: GraphModule, inputs: list[Any], request: Request, originals: Mapping[int, Tensor] | None = None
+) -> Detection:
+    """All that is decided about ``gm``, on a clone of it.
+
+    ``originals`` are tensors whose copies are among the inputs, by the ids of the copies: who sees a buffer is asked
+    of the original.
+    """
     copy = clone(gm)
     given = dict(zip((n for n in copy.graph.nodes if n.op == "placeholder"), inputs, strict=True))
     surroundings = why_not_gradients() or why_not_layers(gm, request)
     unfused = "the pass fuse_decode is switched off" if "fuse_decode" in request.disable else ""
-    return detect(
-        copy,
-        refusal=lambda node, what: surroundings or _why_not_storage(given, node, what),
-        planner=lambda graph, sites: plan_graph(graph, sites, request),
-        unfused=unfused,
-    )
+    call = Call(copy, given, originals=originals)
 
+    def refusal(node: Node, what: str, facts: Facts) -> Refused:
+        return Refused(surroundings) if surroundings else Refused(call.refuse(node, what, facts), of_call=True)
 
-def _why_not_storage(given: dict[Node, Any], node: Node, what: str) -> str:
-    """A buffer that another tensor shares memory with: that one would never see what is appended."""
-    buffer = given.get(node)
-    if not isinstance(buffer, Tensor):
-        return ""
-    if is_view(buffer):
-        return f"{what}: the buffer is a view of another tensor, which would not see what is appended"
-    others = [t for t in given.values() if type(t) is Tensor and t is not buffer]
-    if any(share_storage(t, buffer) for t in others):
-        return f"{what}: another input shares the buffer's memory and would not see what is appended"
-    return ""
-
-
-def report_left(sites: tuple[Site, ...], request: Request) -> None:
-    """Log every site; warn once per reason, or raise under strict, where a KV cache is left alone."""
-    for number, site in enumerate(sites):
-        kind, name = site.attention.kind, site.buffer_name
-        log.info("attention %d (%s, %s): %s", number, kind, name, site.reason or "quantized")
-        if site.rewritable and site.dequantized:
-            log.info("attention %d (%s) reads dequantized keys and values: %s", number, name, site.dequantized)
-    left = [site for site in sites if site.stays_ordinary]
-    if left and request.strict:
-        lines = "\n".join(f"  {s.buffer_name}: {s.reason}" for s in left)
-        raise NotRewrittenError(f"strict=True: {len(left)} KV cache(s) are not quantized:\n{lines}")
-    for site in left:
-        warn_once(f"KV cache {site.buffer_name} stays in full precision: {site.reason}", key=site.reason)
+    return detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
 
 
 def _allocates(gm: GraphModule) -> bool:
