@@ -57,6 +57,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "unsqueeze": ("unsqueeze", torch.unsqueeze),
     "squeeze": ("squeeze", torch.squeeze),
     "narrow": ("narrow", torch.narrow),
+    "select": ("select", torch.select),
     "split": ("chunk", "split", torch.chunk, torch.split, torch.functional.split),
     "getitem": (operator.getitem,),
     "cast": ("to", "type", "type_as", "float", "half", "bfloat16"),

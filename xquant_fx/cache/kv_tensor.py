@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.reads import Dequantized, read
+from xquant_fx.cache.reads import Dequantized, Token, read
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError, UnsupportedWriteError
 from xquant_fx.plan.spec import KVSpec
@@ -186,6 +186,15 @@ def _slice(kv: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, st
     return QuantizedKV(kv.spec, kv.anchor, kv.state, (base + begin, base + max(begin, stop)))
 
 
+def _select(kv: QuantizedKV, dim: int, index: int) -> Any:
+    """``buffer[:, :, p] = x`` arrives as a copy into the token p."""
+    if dim not in (2, -2) or kv.state is None or not -kv.shape[2] <= index < kv.shape[2]:
+        return NotImplemented
+    at = kv.span[0] + index % kv.shape[2]
+    part = QuantizedKV(kv.spec, kv.anchor, kv.state, (at, at + 1))
+    return Token(part, lambda x: kv._append(torch.tensor([at], device=kv.device), x))
+
+
 def _copy(kv: QuantizedKV, source: Tensor, non_blocking: bool = False) -> Any:
     """``buffer[:, :, a:b] = x`` arrives as a copy into a view of tokens a to b."""
     if kv.span == (0, kv.spec.shape[2]):
@@ -210,6 +219,7 @@ _HANDLERS: dict[Any, Any] = {
     aten.index_put_.default: _index_put,
     aten.zero_.default: _zero,
     aten.slice.Tensor: _slice,
+    aten.select.int: _select,
     aten.copy_.default: _copy,
     aten.detach.default: _alias,
     aten.alias.default: _alias,
