@@ -35,9 +35,12 @@ def rewrite(gm: GraphModule, context: Context) -> int:
         UnsupportedWriteError: something other than an append writes to one of them.
     """
     buffers = context.state.nodes
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     for buffer in buffers:
         BufferRewrite(gm, buffer, context).run()
-    context.state.step_tokens = _step_tokens([w for w in context.detection.writes if w.buffer in buffers])
+    places = {node: i for i, node in enumerate(placeholders)}
+    for part in context.state.parts:
+        part.step_tokens = _step_tokens([w for w in context.detection.writes if places.get(w.buffer) in part.buffers])
     return len(buffers)
 
 

@@ -28,6 +28,7 @@ from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, why_not_gradients, why_not_layers
 from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.proof import Call
+from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.watch import Watch
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
@@ -83,7 +84,7 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
         return Watch(compiled, gm, found, request, detect_graph) if found.left_for_now else compiled
     _check_config([inputs[i] for i in quantized], request)
     try:
-        return _compile_quantized(found, inputs, quantized, request, compiler)
+        return _compile_quantized(gm, found, inputs, quantized, request, compiler)
     except UnsupportedWriteError as error:
         if not all(group.taken_over for group in groups_of(inputs)):
             raise
@@ -147,11 +148,12 @@ def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: st
 
 
 def _compile_quantized(
-    found: Detection, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
+    gm: GraphModule, found: Detection, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
 ) -> Callable[..., Any]:
     settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
     context = Context(found, inputs)
+    restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
     run_passes(found.gm, context, request.disable, request.dump)
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
     compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.tensors], request, settings)
-    return CompiledStep(compiled, keep, quantized, context.state)
+    return CompiledStep(compiled, keep, context.state, restarts)

@@ -17,8 +17,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from xquant_fx.cache.left import why_left
 from xquant_fx.cache.storage import share_storage, why_not_alone
 from xquant_fx.passes.facts import Facts
-from xquant_fx.passes.foresight import foresee
-from xquant_fx.passes.records import Foresight, Write
+from xquant_fx.passes.foresight import foresee, foresee_value
+from xquant_fx.passes.forms import NOT_SEEN
+from xquant_fx.passes.records import Decode, Foresight, Write
 
 
 class Call:
@@ -73,6 +74,22 @@ class Call:
         """The first position of ``write``; None where the arguments are no real ones."""
         is_real = type(self.given.get(write.buffer)) is Tensor
         return self.positions(write)[0] if is_real and not self.foresight_of(write).reason else None
+
+    def hides_the_rest(self, form: Decode, write: Write | None, facts: Facts) -> bool:
+        """Whether a mask of ``form`` hides all tokens but the first, which ``write`` brings at position 0."""
+        tokens = None if write is None else write.tokens
+        if not isinstance(tokens, int):
+            return False
+        for term in form.terms:
+            foresight = foresee_value(term.node, form.output, facts)
+            if foresight.reason:
+                continue
+            (mask,) = _computed(self.gm, foresight, self.given)
+            rest = mask[..., tokens:]
+            hidden = rest * term.factor <= NOT_SEEN if term.fill is None else rest == term.where
+            if bool(hidden.all()):
+                return True
+        return False
 
     def positions(self, write: Write) -> list[int]:
         """The positions that ``write`` is going to write to, computed on copies of the arguments."""
