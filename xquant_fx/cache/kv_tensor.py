@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xquant_fx.cache.left import leave
 from xquant_fx.cache.reads import Dequantized, Token, read
+from xquant_fx.cache.select import select
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError, UnsupportedWriteError
 from xquant_fx.plan.spec import KVSpec
@@ -131,7 +134,16 @@ class QuantizedKV(Dequantized):
                 return result
         if func is aten._fused_sdp_choice.default:
             return _sdp_choice(args, kwargs or {})
-        return read(func, args, kwargs or {})
+        return _noted(read(func, args, kwargs or {}), args)
+
+
+def _noted(out: Any, args: Any) -> Any:
+    """``out``, and if it may stand for a whole buffer among ``args``, that it was quantized once."""
+    if type(out) is Tensor and out.dim() == 4:
+        for arg in args:
+            if isinstance(arg, QuantizedKV) and arg.shape[1:] == out.shape[1:]:
+                leave(out, f"it was dequantized from {arg.origin}, and quantizing it again would add to the error")
+    return out
 
 
 def _rebuild(state: KVState) -> QuantizedKV:
@@ -195,6 +207,22 @@ def _select(kv: QuantizedKV, dim: int, index: int) -> Any:
     return Token(part, lambda x: kv._append(torch.tensor([at], device=kv.device), x))
 
 
+def _index_select(kv: QuantizedKV, dim: int, index: Tensor) -> Any:
+    """Rows of the batch, as beam search selects them: the codes themselves are selected."""
+    if dim not in (0, -4) or kv.state is None or kv.span != (0, kv.spec.shape[2]):
+        return NotImplemented
+    chosen = QuantizedKV.of(select(kv.state, index.reshape(-1)))
+    if kv.state.group.taken_over:
+        chosen.live.group.taken_over.append(weakref.ref(chosen))
+    return chosen
+
+
+def _index(kv: QuantizedKV, indices: Any) -> Any:
+    if len(indices) != 1 or indices[0].dim() != 1 or indices[0].dtype not in (torch.int64, torch.int32):
+        return NotImplemented
+    return _index_select(kv, 0, indices[0].remainder(kv.shape[0]))
+
+
 def _copy(kv: QuantizedKV, source: Tensor, non_blocking: bool = False) -> Any:
     """``buffer[:, :, a:b] = x`` arrives as a copy into a view of tokens a to b."""
     if kv.span == (0, kv.spec.shape[2]):
@@ -220,6 +248,8 @@ _HANDLERS: dict[Any, Any] = {
     aten.zero_.default: _zero,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
     aten.copy_.default: _copy,
     aten.detach.default: _alias,
     aten.alias.default: _alias,

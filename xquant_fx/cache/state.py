@@ -50,13 +50,15 @@ class CacheGroup:
         self.chunks: dict[tuple[int, str], Chunk] = {}
         self.holds_all = False
         self.step_tokens = 0
+        self.selection: object = None
+        """What ``select.py`` makes of it, buffer by buffer."""
         self.taken_over: list[weakref.ref[Tensor]] = []
         """The buffers that were ordinary ones once, of a cache that was taken over."""
         self.collected: dict[object, tuple[list[KVState], list[Tensor]]] = {}
         """Tensors that a compiled step takes of this cache, by step."""
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "collected": {}, "taken_over": []}
+        return {**self.__dict__, "collected": {}, "taken_over": [], "selection": None}
 
     def stepped(self, tokens: int) -> None:
         """A compiled graph appended ``tokens``; eager code that reads next sees the state before its flush."""
