@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.passes.facts import Facts
-from xquant_fx.passes.find_sites import Refusal, find_sites
+from xquant_fx.passes.find_sites import NOT_RECOGNISED, Refusal, find_sites
 from xquant_fx.passes.in_place import why_not_in_place
 from xquant_fx.passes.match_decode import match_decode
 from xquant_fx.passes.normalize import normalize
@@ -48,6 +48,8 @@ def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str
     if not site.rewritable or any(node.target is quantized_empty for node in site.buffers):
         return site
     reason = unfused or _why_not_specs(site, specs)
+    if not site.attention.is_recognised:
+        reason = f"it is appended to, {NOT_RECOGNISED}"
     form = reason or match_decode(site.attention, site.key, site.value)
     if isinstance(form, Decode):
         form = _why_not_step(site, form, facts) or why_not_in_place(site, form, facts) or form

@@ -6,6 +6,7 @@
     buffer[:, :, p] = k[:, :, 0]                =>  buffer[:, :, p : p + 1] = k[:, :, 0].unsqueeze(-2)
     buffer.narrow(2, p, n).copy_(k)             =>  buffer[:, :, p : p + n] = k
     buffer[:, :, p - N : p - N + n] = k         =>  buffer[:, :, p : p + n] = k, where p is no number
+    buffer.data[:, :, pos] = k                  =>  buffer[:, :, pos] = k
 
 ``index_copy_`` returns the buffer itself, so that who reads its result after it reads the buffer.
 """
@@ -13,6 +14,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -27,6 +29,8 @@ def normalize(graph: Graph) -> int:
     """Normalize ``graph`` in place; returns how many results and writes were replaced."""
     replaced = 0
     for node in list(graph.nodes):
+        replaced += _write_to_itself(graph, node)
+    for node in list(graph.nodes):
         buffer = node.args[0] if node.args else None
         if kind(node) == "index_copy" and node.users and isinstance(buffer, Node):
             node.replace_all_uses_with(buffer)
@@ -35,6 +39,19 @@ def normalize(graph: Graph) -> int:
     for node in list(graph.nodes):
         replaced += _assign_to_tokens(graph, node)
     return replaced
+
+
+def _write_to_itself(graph: Graph, node: Node) -> bool:
+    """What is assigned to ``x.data`` or ``x.detach()`` is assigned to ``x``; only gradients could tell."""
+    x = node.args[0] if node.args else None
+    if kind(node) != "detach" or not isinstance(x, Node) or torch.is_grad_enabled():
+        return False
+    writers = [user for user in node.users if kind(user) in ("setitem", "index_copy") and user.args[0] is node]
+    for user in writers:
+        user.replace_input_with(node, x)
+    if writers and not node.users:
+        graph.erase_node(node)
+    return bool(writers)
 
 
 def _copy_into_part(graph: Graph, node: Node) -> bool:
@@ -46,7 +63,7 @@ def _copy_into_part(graph: Graph, node: Node) -> bool:
     if index is None or not isinstance(buffer, Node) or fake(buffer) is None:
         return False
     with graph.inserting_before(node):
-        graph.call_function(operator.setitem, (buffer, index, x))
+        graph.call_function(operator.setitem, cast(Any, (buffer, index, x)))
     graph.erase_node(node)
     graph.erase_node(part)
     return True

@@ -63,6 +63,8 @@ class Attention:
     """The product of queries and keys, where it is written out."""
     output: Product | None = None
     """The product of weights and values, where it is written out."""
+    is_recognised: bool = True
+    """False where buffers are appended to and no attention is seen to read them: ``query`` is what is appended then."""
 
     @property
     def key_reader(self) -> Node:

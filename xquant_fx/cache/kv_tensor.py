@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.left import leave
+from xquant_fx.cache.left import ONCE, leave
 from xquant_fx.cache.reads import Dequantized, Token, read
 from xquant_fx.cache.select import select
 from xquant_fx.cache.state import KVState
@@ -142,7 +142,7 @@ def _noted(out: Any, args: Any) -> Any:
     if type(out) is Tensor and out.dim() == 4:
         for arg in args:
             if isinstance(arg, QuantizedKV) and arg.shape[1:] == out.shape[1:]:
-                leave(out, f"it was dequantized from {arg.origin}, and quantizing it again would add to the error")
+                leave(out, ONCE)
     return out
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+ONCE = "it was dequantized from a quantized buffer, and quantizing it again would add to the error"
+
 _left: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 

@@ -43,8 +43,8 @@ def why_not_alone(tensor: Tensor) -> str:
 
 def _counts(tensor: Tensor) -> tuple[int, int, int]:
     """How many tensors hold the storage, how many Python objects do, and what holds the tensor beside its object."""
-    storage = tensor.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage), tensor._use_count()
+    storage, holders = tensor.untyped_storage(), int(tensor._use_count())  # type: ignore[attr-defined]
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage), holders
 
 
 @functools.cache

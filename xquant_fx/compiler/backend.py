@@ -38,6 +38,7 @@ from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.graph import clone
 from xquant_fx.passes.pipeline import run_passes
 from xquant_fx.passes.records import Detection, Refused
+from xquant_fx.passes.trace import fake
 from xquant_fx.plan.plan import make_plan
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,9 @@ def _compile_quantized(
     context = Context(found, inputs)
     restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
     run_passes(found.gm, context, request.disable, request.dump)
+    shapes = {tuple(inputs[i].shape[1:]) for i in quantized}
+    results = next(node for node in found.gm.graph.nodes if node.op == "output").args[0]
+    whole = [i for i, node in enumerate(results) if (x := fake(node)) is not None and tuple(x.shape[1:]) in shapes]
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
     compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.tensors], request, settings)
-    return CompiledStep(compiled, keep, context.state, restarts)
+    return CompiledStep(compiled, keep, context.state, restarts, whole)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from xquant_fx.cache.left import ONCE, leave
 from xquant_fx.cache.state import CacheGroup
 from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.errors import CacheStateError
@@ -14,16 +15,25 @@ from xquant_fx.passes.context import Part, StateInputs
 
 
 class CompiledStep:
-    """Calls the compiled graph with the stored tensors of whatever caches are passed in."""
+    """Calls the compiled graph with the stored tensors of whatever caches are passed in.
+
+    ``dequantized`` are the outputs that may take a buffer's place: they must not be quantized a second time.
+    """
 
     def __init__(
-        self, compiled: Callable[..., Any], keep: list[int], inputs: StateInputs, restarts: Restarts | None = None
+        self,
+        compiled: Callable[..., Any],
+        keep: list[int],
+        inputs: StateInputs,
+        restarts: Restarts,
+        dequantized: Sequence[int] = (),
     ) -> None:
         self.compiled, self.keep, self.inputs, self.restarts = compiled, keep, inputs, restarts
+        self.dequantized = dequantized
 
     def __call__(self, *args: Any) -> Any:
         """One step; raises CacheStateError if its positions did not follow what is stored."""
-        if self.restarts is not None and self.restarts.give_back(args):
+        if self.restarts.give_back(args):
             return self.restarts.graph(*args)
         parts = self.inputs.parts
         found = [self._collected(number, part, args) for number, part in enumerate(parts)]
@@ -35,6 +45,10 @@ class CompiledStep:
             if len({id(group) for group in groups}) < len(parts):
                 raise CacheStateError("this graph was compiled for several caches, and was given one for two of them")
         out = self.compiled(*[args[i] for i in self.keep], *tensors)
+        for place in self.dequantized:
+            leave(
+                out[place], "it was dequantized from a quantized buffer, and quantizing it again would add to the error"
+            )
         for group, part in zip(groups, parts, strict=True):
             if part.step_tokens is not None:
                 group.stepped(part.step_tokens)

@@ -6,7 +6,7 @@ tells them apart. What does: where the program keeps the buffers, and the positi
 
 from __future__ import annotations
 
-import os
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -20,7 +20,8 @@ def stack_of(key: str, value: str) -> str:
     ``cache.layers[3].keys`` and ``cache.layers[3].values`` are of ``cache.layers[*].keys``. Buffers without a number
     are a cache by themselves: nothing says that they belong to others.
     """
-    numbers = list(_NUMBER.finditer(os.path.commonprefix([key, value]))) or list(_NUMBER.finditer(key))
+    same = itertools.takewhile(lambda letters: letters[0] == letters[1], zip(key, value, strict=False))
+    numbers = list(_NUMBER.finditer("".join(letter for letter, _ in same))) or list(_NUMBER.finditer(key))
     if not numbers:
         return key
     return f"{key[: numbers[-1].start()]}*{key[numbers[-1].end() :]}"

@@ -35,7 +35,7 @@ class Takeover(torch.fx.Interpreter):
 
     def __init__(self, detection: Detection, request: Request) -> None:
         super().__init__(detection.gm)
-        self.request = request
+        self.gm, self.request = detection.gm, request
         self.plans = detection.plans
         self.buffers = detection.ordinary
         self.queries = queries_of(detection)
@@ -56,9 +56,9 @@ class Takeover(torch.fx.Interpreter):
         return _Step(self, call, tensors).take_over(*args)
 
     def _call(self, args: tuple[Any, ...]) -> Call:
-        placeholders = (node for node in self.module.graph.nodes if node.op == "placeholder")
+        placeholders = (node for node in self.gm.graph.nodes if node.op == "placeholder")
         foresights = {buffer.write.node: buffer.foresight for buffer in self.buffers}
-        return Call(self.module, dict(zip(placeholders, args, strict=True)), foresights)
+        return Call(self.gm, dict(zip(placeholders, args, strict=True)), foresights)
 
     def _apart(self, call: Call) -> list[tuple[Buffer, str]]:
         """Buffers of one cache, as it seemed when the graph was judged, that are appended at different positions."""
@@ -75,7 +75,7 @@ class _Step(torch.fx.Interpreter):
     """One step that takes over ``tensors``, whose positions ``call`` knows."""
 
     def __init__(self, takeover: Takeover, call: Call, tensors: list[Tensor]) -> None:
-        super().__init__(takeover.module)
+        super().__init__(takeover.gm)
         self.queries = takeover.queries
         self.groups: list[CacheGroup] = []
         self.pending: dict[Node, tuple[Tensor, KVState, int]] = {}
