@@ -15,41 +15,50 @@ from xquant_fx.passes.records import Detection
 
 
 @dataclasses.dataclass
-class StateInputs:
-    """New placeholders, and how to find their tensors among the run-time arguments.
+class Part:
+    """What a graph takes of one cache; most graphs meet one cache only."""
 
-    ``slots`` holds one (argument index, tensor name) an added input. ``shared`` holds the (argument
-    index, name, slot) of tensors that several buffers have in common, such as a pair's codes.
-    """
-
-    nodes: dict[Node, dict[str, Node | None]] = dataclasses.field(default_factory=dict)
-    slots: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    buffers: list[int] = dataclasses.field(default_factory=list)
+    """Argument indices of its quantized buffers."""
+    slots: list[tuple[int, int, str]] = dataclasses.field(default_factory=list)
+    """(place among the added inputs, argument index, tensor name) of each stored tensor."""
     shared: list[tuple[int, str, int]] = dataclasses.field(default_factory=list)
-    tensors: list[Tensor] = dataclasses.field(default_factory=list)
-    lengths: list[tuple[int, Any]] = dataclasses.field(default_factory=list)
-    """Arguments whose length in tokens is an added input, too, after the tensors, and that length as a symbol."""
+    """(argument index, tensor name, place) of those that several buffers have in common, such as a pair's codes."""
     step_tokens: int | None = None
     """Tokens the rewritten graph appends (0: more than the windows can give back; None: none)."""
+
+    def collect(self, args: tuple[object, ...]) -> list[Tensor]:
+        """The stored tensors of these arguments, in the order of ``slots``.
+
+        Raises:
+            CacheStateError: the buffers share tensors in another way than when this was compiled.
+        """
+        tensors = {place: _stored(args[index], name) for place, index, name in self.slots}
+        for index, name, place in self.shared:
+            if _stored(args[index], name) is not tensors[place]:
+                raise CacheStateError(
+                    f"{args[index]!r}: {name} is shared in another way than when this graph was compiled "
+                    "(buffers of several caches in one call?)"
+                )
+        return list(tensors.values())
+
+
+@dataclasses.dataclass
+class StateInputs:
+    """New placeholders, and how to find their tensors among the run-time arguments."""
+
+    nodes: dict[Node, dict[str, Node | None]] = dataclasses.field(default_factory=dict)
+    tensors: list[Tensor] = dataclasses.field(default_factory=list)
+    """The example of each added input that is a tensor."""
+    parts: list[Part] = dataclasses.field(default_factory=list)
+    """One per cache."""
+    lengths: list[tuple[int, Any]] = dataclasses.field(default_factory=list)
+    """Arguments whose length in tokens is an added input, too, after the tensors, and that length as a symbol."""
 
     @property
     def example_inputs(self) -> list[Any]:
         """Examples of the added inputs."""
         return [*self.tensors, *(length for _, length in self.lengths)]
-
-    def collect(self, args: tuple[object, ...]) -> list[Tensor]:
-        """The stored tensors of these arguments, in the order of the added inputs.
-
-        Raises:
-            CacheStateError: the buffers share tensors in another way than when this was compiled.
-        """
-        tensors = [_stored(args[index], name) for index, name in self.slots]
-        for index, name, slot in self.shared:
-            if _stored(args[index], name) is not tensors[slot]:
-                raise CacheStateError(
-                    f"{args[index]!r}: {name} is shared in another way than when this graph was compiled "
-                    "(buffers of several caches in one call?)"
-                )
-        return tensors
 
 
 def _stored(buffer: object, name: str) -> Tensor:

@@ -12,7 +12,7 @@ from xquant_fx.passes.find_attention import find_attention
 from xquant_fx.passes.find_writes import concatenation, find_writes, other_mutations
 from xquant_fx.passes.products import is_product
 from xquant_fx.passes.records import Source, Write
-from xquant_fx.passes.trace import argument, fake, readers, source_of
+from xquant_fx.passes.trace import argument, fake, memory_of, readers, source_of
 from xquant_fx.passes.vocabulary import kind
 
 NEAR = 64  # nodes to look at, going back from an operand, for a cache that it is computed from
@@ -36,7 +36,7 @@ class Facts:
         # A prompt that allocates its cache attends to itself: what it appends stands for the buffer.
         self.stand_ins = {w.x: w.buffer for w in self.writes if w.buffer.target is quantized_empty}
         others = other_mutations(graph, self.writes)
-        self.mutations = [Mutation(node, target, self.source(target).root) for node, target in others]
+        self.mutations = [Mutation(node, target, memory_of(target)) for node, target in others]
         self.attention = find_attention(graph)
         self.operands = {
             "keys": {attention.key for attention in self.attention},

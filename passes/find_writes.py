@@ -108,7 +108,7 @@ def _write(node: Node, buffer: object, x: Node, positions: Node | slice, name: s
     assert isinstance(buffer, Node)
     value, tokens = fake(x), _count(positions)
     # One token may be written to several positions; otherwise what is written says how many there are.
-    if value is not None and value.dim() == 4 and (tokens is None or value.shape[2] != 1):
+    if value is not None and value.dim() == 4 and (not isinstance(tokens, int) or value.shape[2] != 1):
         tokens = value.shape[2]
     return Write(node, buffer, x, positions, name, tokens)
 
@@ -118,8 +118,11 @@ def _count(positions: Node | slice) -> object:
     if isinstance(positions, Node):
         index = fake(positions)
         return None if index is None else index.numel()
-    known = isinstance(positions.start, int) and isinstance(positions.stop, int)
-    return positions.stop - positions.start if known else None
+    start, stop = (b.meta.get("example_value") if isinstance(b, Node) else b for b in (positions.start, positions.stop))
+    if not (isinstance(start, int | torch.SymInt) and isinstance(stop, int | torch.SymInt)):
+        return None
+    count = stop - start
+    return count if isinstance(count, int) or (known := count.node.maybe_as_int()) is None else known
 
 
 def _token_index(index: object, shape: torch.Size) -> Node | slice | None:

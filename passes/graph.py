@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
@@ -97,6 +98,6 @@ def call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     node = graph.call_function(target, args, kwargs or {})
     values = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     mode = fake_mode(graph)
-    with mode or contextlib.nullcontext(), torch.no_grad():
+    with mode or contextlib.nullcontext(), enable_python_dispatcher(), torch.no_grad():  # which symbolic sizes need
         node.meta["example_value"] = target(*values[0], **values[1])
     return node

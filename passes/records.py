@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -72,6 +72,8 @@ class Attention:
     """The product of queries and keys, where it is written out."""
     output: Product | None = None
     """The product of weights and values, where it is written out."""
+    is_recognised: bool = True
+    """False where buffers are appended to and no attention is seen to read them: ``query`` is what is appended then."""
 
     @property
     def key_reader(self) -> Node:
@@ -144,6 +146,27 @@ class Decode:
     """Nodes that carry the scores, where they are written out."""
 
 
+class Refused(NamedTuple):
+    """Why a buffer stays as it is."""
+
+    reason: str
+    """"" if it does not."""
+    of_call: bool = False
+    """Whether that is so of the tensors of this call, and may be otherwise of others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Foresight:
+    """The part of a graph that computes the positions of one append."""
+
+    nodes: tuple[Node, ...]
+    """In program order: inputs, ops, and what changes any of them in place before the append."""
+    bounds: tuple[object, ...]
+    """The node of the positions, or both ends of a slice: nodes or numbers."""
+    reason: str = ""
+    """Why they cannot be known ahead; "" if they can."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Site:
     """One attention with its KV cache, if it has one: all that was decided, and why."""
@@ -166,6 +189,8 @@ class Site:
     """Whether ordinary buffers are allocated in this graph, so that the next step takes them over."""
     reason: str = ""
     """Why the site is left alone; empty where it is rewritten."""
+    of_call: bool = False
+    """Whether that reason is true of this call's buffers, and others of the same graph may be taken over."""
     form: Decode | None = None
     """How the fused op is called; None where it reads dequantized keys and values."""
     dequantized: str = ""
@@ -197,6 +222,10 @@ class Buffer:
     layer: int
     role: Role
     write: Write
+    group: int
+    """Which cache of the graph it belongs to, if there are several: number of its plan."""
+    foresight: Foresight
+    """How to know the positions of ``write`` ahead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,5 +244,12 @@ class Detection:
     """Of each buffer that is quantized, or is going to be, by node."""
     ordinary: tuple[Buffer, ...] = ()
     """Ordinary buffers that can be taken over,"""
-    plan: Plan | None = None
-    """and what they are going to be; None where there are none."""
+    plans: tuple[Plan, ...] = ()
+    """and what they are going to be, one plan for each cache."""
+
+    @property
+    def left_for_now(self) -> tuple[int, ...]:
+        """Numbers of the arguments that stay as they are for what they are in this call; others might not."""
+        inputs = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        left = {node for site in self.sites if site.of_call for node in site.buffers}
+        return tuple(i for i, node in enumerate(inputs) if node in left)

@@ -39,8 +39,10 @@ def rewrite(gm: GraphModule, context: Context) -> int:
     buffers = [node for node in stored if not is_growing(node)]
     for buffer in buffers:
         BufferRewrite(gm, buffer, context).run()
-    writes = [w for w in context.detection.writes if w.buffer in stored or w.past in stored]
-    context.state.step_tokens = _step_tokens(writes)
+    places = context.placeholders
+    for part in context.state.parts:
+        writes = [w for w in context.detection.writes if places.get(w.past or w.buffer) in part.buffers]
+        part.step_tokens = _step_tokens(writes)
     return len(buffers)
 
 

@@ -11,6 +11,9 @@ from xquant_fx.passes.records import Source, Write
 from xquant_fx.passes.trace import fake, is_shape_query, readers
 from xquant_fx.passes.vocabulary import kind, op_name
 
+#: Types of buffers that the ops store.
+STORABLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
 
 def why_not_operand(source: Source, what: str, facts: Facts) -> str:
     """Why the buffer behind one operand (``what``: "keys" or "values") stays as it is."""
@@ -73,11 +76,13 @@ def _why_not_computed(root: Node, what: str, facts: Facts) -> str:
 
 
 def _why_not_buffer(value: torch.Tensor | None, what: str) -> str:
-    if value is None or value.dim() != 4 or not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+    if value is None or value.dim() != 4 or value.dtype not in STORABLE:
         found = "unknown" if value is None else f"shape {tuple(value.shape)}, {value.dtype}"
         return f"{what} come from an input that is no [B, H, N, D] buffer of 16 or 32 bit floats ({found})"
-    if isinstance(value, torch.nn.Parameter) or value.requires_grad:
+    if isinstance(value, torch.nn.Parameter) or (value.requires_grad and value.is_leaf):
         return f"{what} come from a parameter"
+    if value.requires_grad:
+        return f"{what} carry gradients: run every step that writes to the cache under torch.no_grad()"
     return ""
 
 

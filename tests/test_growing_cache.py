@@ -237,3 +237,22 @@ def test_a_chat(models):
         step(prompt(length=1, seed=8))
         results.append(torch.stack(logits))
     torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+def test_rows_of_the_batch_stay_codes():
+    """Selected, repeated, dropped: the same codes, in a cache of its own, and the old one goes on."""
+    k = GrowingKV.of(Growth(layers_of(CONFIG, (2, *SHAPE[1:]), torch.float32)[0][0]))
+    x = torch.randn(2, 2, 200, 16, generator=torch.Generator().manual_seed(0))
+    k = torch.cat([k, x[:, :, :150]], dim=2)
+    k.live.group.drop()  # a chunk just written is read in full precision until then
+    before = k + 0
+    for rows, made in (
+        ([1, 0], k.index_select(0, torch.tensor([1, 0]))),
+        ([1], k[torch.tensor([1]), ...]),
+        ([1], k[torch.tensor([False, True])]),
+        ([0, 0, 1, 1], k.repeat_interleave(2, dim=0)),
+    ):
+        assert isinstance(made, GrowingKV) and torch.equal(made + 0, before[rows])
+        longer = torch.cat([made, x[rows, :, 150:]], dim=2)
+        assert torch.equal(longer + 0, (torch.cat([copy.deepcopy(k), x[:, :, 150:]], dim=2) + 0)[rows])
+    assert torch.equal(k + 0, before)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from xquant_fx.cache.kv_tensor import QuantizedKV, _refuse_aot
 from xquant_fx.cache.reads import Dequantized, read
+from xquant_fx.cache.select import select
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError, UnsupportedWriteError
 from xquant_fx.kernels.layout import STEP_TOKENS
@@ -232,14 +233,25 @@ def _slice(kv: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: i
 
 
 def _select_rows(kv: Tensor, dim: int, index: Tensor) -> Any:
-    """Beam search reorders the rows of a cache, and has no use for the order before."""
-    if not isinstance(kv, GrowingKV) or kv.growth is None or dim != 0 or index.numel() != kv.shape[0]:
+    """Rows of the batch stay codes: beam search, and requests that are done and leave."""
+    if not isinstance(kv, GrowingKV) or kv.growth is None or dim != 0 or index.dim() != 1:
         return NotImplemented
-    growth = kv.growth
-    kv.resume()
-    growth.state.reorder(index)
-    growth.overwritten.append(0)
-    return GrowingKV.of(growth)
+    kv.growth.check(kv.shape[2], kv.since)
+    return GrowingKV.of(Growth(select(kv.live, index), kv.growth.tokens), kv.shape[2])
+
+
+def _index_rows(kv: Tensor, indices: list[Tensor | None]) -> Any:
+    """``kv[rows, ...]``, rows as numbers or as a mask."""
+    if len(indices) != 1 or indices[0] is None or indices[0].dim() != 1:
+        return NotImplemented
+    rows = indices[0]
+    return _select_rows(kv, 0, rows.nonzero().reshape(-1) if rows.dtype == torch.bool else rows)
+
+
+def _repeat_rows(kv: Tensor, repeats: int, dim: int | None = None, output_size: int | None = None) -> Any:
+    if dim != 0:
+        return NotImplemented
+    return _select_rows(kv, 0, torch.arange(kv.shape[0], device=kv.device).repeat_interleave(repeats))
 
 
 def _alias(kv: Tensor) -> Any:
@@ -254,6 +266,8 @@ _HANDLERS: dict[Any, Any] = {
     aten.cat.default: _cat,
     aten.slice.Tensor: _slice,
     aten.index_select.default: _select_rows,
+    aten.index.Tensor: _index_rows,
+    aten.repeat_interleave.self_int: _repeat_rows,
     aten.detach.default: _alias,
     aten.alias.default: _alias,
 }

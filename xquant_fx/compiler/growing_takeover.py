@@ -26,16 +26,15 @@ class GrowingTakeover(torch.fx.Interpreter):
 
     def __init__(self, detection: Detection) -> None:
         super().__init__(detection.gm)
-        assert detection.plan is not None
-        self.plan = detection.plan
+        self.plans = detection.plans
         self.queries = queries_of(detection)
         self.quantizing = {_behind_attention(detection, buffer): buffer for buffer in detection.ordinary}
         detection.gm.recompile()
-        self.cache: _NewCache | None = None
+        self.caches: dict[int, _NewCache] = {}
 
     def __call__(self, *args: Any) -> Any:
         """Run the step on these arguments, which hold a cache that was not seen before."""
-        self.cache = None
+        self.caches = {}
         return self.run(*args)
 
     def run_node(self, n: Node) -> Any:
@@ -44,9 +43,9 @@ class GrowingTakeover(torch.fx.Interpreter):
         if buffer is None:
             return super().run_node(n)
         whole = self.env[buffer.node]
-        if self.cache is None:
-            self.cache = _NewCache(self.plan, whole)
-        state = self.cache.allocate(buffer, whole)
+        if buffer.group not in self.caches:
+            self.caches[buffer.group] = _NewCache(self.plans[buffer.group], whole)
+        state = self.caches[buffer.group].allocate(buffer, whole)
         show_query(state, buffer.write.node, self.queries, self.env)
         state.store(whole, torch.arange(whole.shape[2], device=whole.device))
         state.group.drop()  # nobody reads the prompt in full precision any more
