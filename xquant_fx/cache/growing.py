@@ -248,12 +248,6 @@ def _index_rows(kv: Tensor, indices: list[Tensor | None]) -> Any:
     return _select_rows(kv, 0, rows.nonzero().reshape(-1) if rows.dtype == torch.bool else rows)
 
 
-def _repeat_rows(kv: Tensor, repeats: int, dim: int | None = None, output_size: int | None = None) -> Any:
-    if dim != 0:
-        return NotImplemented
-    return _select_rows(kv, 0, torch.arange(kv.shape[0], device=kv.device).repeat_interleave(repeats))
-
-
 def _alias(kv: Tensor) -> Any:
     if not isinstance(kv, GrowingKV):
         return NotImplemented
@@ -267,7 +261,6 @@ _HANDLERS: dict[Any, Any] = {
     aten.slice.Tensor: _slice,
     aten.index_select.default: _select_rows,
     aten.index.Tensor: _index_rows,
-    aten.repeat_interleave.self_int: _repeat_rows,
     aten.detach.default: _alias,
     aten.alias.default: _alias,
 }
