@@ -57,6 +57,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     add_goal(command, required=True)
     command.add_argument("--text", metavar="FILE", help='plain text, or "sampled": by the model; default: built in')
     command.add_argument("--config", metavar="FILE.json", help="XQuantConfig.to_json, for all but bits")
+    command.add_argument("--no-sharing", action="store_true", help="do not try whether layers may share codes")
     command.add_argument("-o", "--out", metavar="plan.json", help="where the plan goes; --config reads it")
 
 
@@ -150,10 +151,10 @@ def run_plan(args: argparse.Namespace) -> None:
     from xquant_fx.evaluate.settings import Setting
 
     base: Any = None if args.config is None else Setting.of_file(args.config).config
-    given = args.text in (None, SAMPLED)
-    text = args.text if given else Path(args.text).read_text(encoding="utf-8")
+    text = args.text if args.text in (None, SAMPLED) else Path(args.text).read_text(encoding="utf-8")
     model, tokenizer = load_model(args)
-    plan = auto_plan(model, bits=args.bits, max_kl=args.max_kl, text=text, tokenizer=tokenizer, config=base)
+    given: dict[str, Any] = dict(text=text, tokenizer=tokenizer, config=base, sharing=not args.no_sharing)
+    plan = auto_plan(model, bits=args.bits, max_kl=args.max_kl, **given)
     if args.out:
         Path(args.out).write_text(plan.to_json() + "\n", encoding="utf-8")
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from xquant_fx.errors import ArgumentError
 from xquant_fx.evaluate.models import title
-from xquant_fx.evaluate.settings import Setting, check_names
+from xquant_fx.evaluate.settings import Setting, check_settings
 from xquant_fx.evaluate.simulate import Prefilled, reference_logits, simulated_logits
 from xquant_fx.evaluate.tasks.needle_results import Found, write_results
 from xquant_fx.evaluate.windows import token_ids
@@ -87,9 +87,10 @@ def needle_report(
 
     Raises:
         ArgumentError: the text is too short for a length, a length for the needle, or a depth not in [0, 1].
+        ConfigError: no settings, or one that does not fit the model.
     """
     chosen = [Setting(*s) for s in (settings.items() if isinstance(settings, Mapping) else settings)]
-    check_names(chosen)
+    check_settings(chosen, model)
     hay = Haystack(tokenizer, text, model.device)
     names = [FULL, *(setting.name for setting in chosen)]
     found = {name: torch.zeros(len(depths), len(lengths)) for name in names}

@@ -170,6 +170,7 @@ class _Run:
         return prefilled, full[0]
 
     def _measure(self, window: Prefilled, full: Tensor, setting: Setting) -> Record:
+        setting.check_model(self.model)
         logits, cache = self._logits(window, setting)
         targets = window.ids[0, self.positions + 1]
         return Record(setting.name, measure(full, logits[0], targets, self.positions), size_of(cache))

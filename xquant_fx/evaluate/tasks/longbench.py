@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from xquant_fx.evaluate.models import fingerprint, title
 from xquant_fx.evaluate.results import key_of
-from xquant_fx.evaluate.settings import Setting, check_names
+from xquant_fx.evaluate.settings import Setting, check_settings
 from xquant_fx.evaluate.tasks.answers import compiling, nominal_ratio, write_answer
 from xquant_fx.evaluate.tasks.kvpress import Evaluation, ResultFolder
 from xquant_fx.evaluate.tasks.longbench_data import EVEN, Prompts, read_items, task_of
@@ -97,7 +97,7 @@ def longbench_report(
         ConfigError: no settings, or one that does not fit the model.
     """
     chosen = [Setting(*s) for s in (settings.items() if isinstance(settings, Mapping) else settings)]
-    check_names(chosen)
+    check_settings(chosen, model)
     items = {task: read_items(data, task) for task in tasks if task_of(task)}
     run = _Run(model, tokenizer, reading or Reading(), out)
     rows: dict[str, dict[str, list[Any]]] = {}

@@ -13,7 +13,7 @@ from typing import Any
 from xquant_fx.errors import ArgumentError
 from xquant_fx.evaluate.models import fingerprint, title
 from xquant_fx.evaluate.results import key_of
-from xquant_fx.evaluate.settings import Setting, check_names
+from xquant_fx.evaluate.settings import Setting, check_settings
 from xquant_fx.evaluate.tasks.kvpress import file_name
 from xquant_fx.evaluate.tasks.local_data import local_datasets
 from xquant_fx.plan.config import XQuantConfig
@@ -120,7 +120,7 @@ def task_report(
     """
     running = running or Running()
     chosen = [Setting(*s) for s in (settings.items() if isinstance(settings, Mapping) else settings)]
-    check_names(chosen)
+    check_settings(chosen, model)
     store, runs = _Store(out, model, running), {}
     with local_datasets(data):
         for name, config in [(FULL, None), *chosen]:
