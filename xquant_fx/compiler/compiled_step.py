@@ -46,9 +46,7 @@ class CompiledStep:
                 raise CacheStateError("this graph was compiled for several caches, and was given one for two of them")
         out = self.compiled(*[args[i] for i in self.keep], *tensors)
         for place in self.dequantized:
-            leave(
-                out[place], "it was dequantized from a quantized buffer, and quantizing it again would add to the error"
-            )
+            leave(out[place], ONCE)
         for group, part in zip(groups, parts, strict=True):
             if part.step_tokens is not None:
                 group.stepped(part.step_tokens)
