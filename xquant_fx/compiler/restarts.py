@@ -1,9 +1,9 @@
 """Steps that write over tokens of a cache that was taken over.
 
 A new sequence may begin at position 0, without anything having emptied the buffers, or the last tokens are taken back.
-Or the buffer rotates, or its tokens are slots in any order, and the old ones are still meant to be seen. The masks tell:
-those of a sequence hide all that lies behind its new tokens. Where they do not, or where there is none, the buffers are
-given back, before anything is written.
+Or the buffer rotates, or its tokens are slots in any order, and the old ones are still meant to be seen. The masks
+tell: those of a sequence hide all that lies behind its new tokens. Where they do not, or where there is none, the
+buffers are given back, before anything is written.
 
 Positions that the program passes in on the CPU are looked at before each step. Others are not: computed ones, and those
 on a device that would have to be waited for. There the kernels find the fault (``Fault.RESTARTED``).
