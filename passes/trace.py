@@ -71,7 +71,7 @@ def shares_memory(node: Node) -> bool:
 
 @functools.cache
 def _returns_alias(name: str) -> bool:
-    """Whether the op ``name`` of torch may return a view of what it is given, by its schemas: ``select``, ``unbind``."""
+    """Whether the op ``name`` of torch may return a view of its input, by its schemas: ``select``, ``unbind``."""
     packet = getattr(torch.ops.aten, name, None)
     schemas = (getattr(packet, overload)._schema for overload in packet.overloads()) if packet is not None else ()
     returns = (result.alias_info for schema in schemas for result in schema.returns)

@@ -153,6 +153,12 @@ def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: st
     return compiled
 
 
+def _whole_numbers(value: Tensor | None) -> tuple[int, ...]:
+    """The shape without the batch; () where a size is symbolic."""
+    shape = () if value is None else tuple(value.shape[1:])
+    return shape if all(isinstance(size, int) for size in shape) else ()
+
+
 def _compile_quantized(
     gm: GraphModule, found: Detection, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
 ) -> Callable[..., Any]:
@@ -164,15 +170,10 @@ def _compile_quantized(
     context = Context(found, inputs)
     restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
     run_passes(found.gm, context, request.disable, request.dump)
-    shapes = {tuple(inputs[i].shape[1:]) for i in quantized if isinstance(inputs[i], QuantizedKV)}
+    shapes = [tuple(inputs[i].shape[1:]) for i in quantized if isinstance(inputs[i], QuantizedKV)]
     results = next(node for node in found.gm.graph.nodes if node.op == "output").args[0]
-    whole = [i for i, node in enumerate(results) if (x := fake(node)) is not None and _shape(x)[1:] in shapes]
+    whole = [i for i, node in enumerate(results) if _whole_numbers(fake(node)) in shapes]
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
     compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
     step = CompiledStep(compiled, keep, context.state, restarts, whole)
     return GrowingStep(step, uncompiled, context.grown) if context.grown else step
-
-
-def _shape(x: Tensor) -> tuple[int | None, ...]:
-    """The shape, None for symbols: a comparison would fix them."""
-    return tuple(size if isinstance(size, int) else None for size in x.shape)

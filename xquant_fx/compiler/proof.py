@@ -1,8 +1,8 @@
 """What must be proven of an ordinary buffer before it is taken over, at every call: a graph serves many buffers.
 
 The quantized buffer holds the tokens before the first new one and nothing else. So nobody else may see the buffer, what
-lies at the first new position and behind it must be zeros, and the new tokens must follow one another. A rotating
-buffer, memory slots, or a cache that was not emptied break one of these rules.
+lies at the first new position and behind it must be zeros, what lies before it must not, and the new tokens must follow
+one another. A rotating buffer, memory slots, or a cache that was not emptied break one of these rules.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from xquant_fx.cache.storage import share_storage, why_not_alone
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.foresight import foresee, foresee_value
 from xquant_fx.passes.forms import NOT_SEEN
-from xquant_fx.passes.records import Decode, Foresight, Write
+from xquant_fx.passes.match_decode import masks_of
+from xquant_fx.passes.records import Foresight, Site, Write
+from xquant_fx.passes.trace import value_of
 
 
 class Call:
@@ -75,17 +77,19 @@ class Call:
         is_real = type(self.given.get(write.buffer)) is Tensor
         return self.positions(write)[0] if is_real and not self.foresight_of(write).reason else None
 
-    def hides_the_rest(self, form: Decode, write: Write | None, facts: Facts) -> bool:
-        """Whether a mask of ``form`` hides all tokens but the first, which ``write`` brings at position 0."""
-        tokens = None if write is None else write.tokens
-        if not isinstance(tokens, int):
+    def hides_the_rest(self, site: Site, facts: Facts) -> bool:
+        """Whether a mask of ``site`` hides all tokens behind those that the site's append of keys brings."""
+        write = site.key_write
+        if write is None:
             return False
-        for term in form.terms:
-            foresight = foresee_value(term.node, form.output, facts)
-            if foresight.reason:
+        self.foresights[write.node] = foresee(write, facts)
+        after, length = self.positions(write)[-1] + 1, value_of(write.buffer).shape[2]
+        for term in masks_of(site.attention, site.key, site.value):
+            foresight = foresee_value(term.node, site.attention.value_reader, facts)
+            mask = None if foresight.reason else _computed(self.gm, foresight, self.given)[0]
+            if mask is None or mask.dim() == 0 or mask.shape[-1] != length:
                 continue
-            (mask,) = _computed(self.gm, foresight, self.given)
-            rest = mask[..., tokens:]
+            rest = mask[..., after:]
             hidden = rest * term.factor <= NOT_SEEN if term.fill is None else rest == term.where
             if bool(hidden.all()):
                 return True
@@ -122,6 +126,10 @@ def why_not_appended(buffer: Tensor, positions: list[int]) -> str:
         return f"positions {_short(positions)} are no tokens that follow one another"
     if positions[-1] >= length:
         return f"positions {_short(positions)} are past the end of a buffer of {length} tokens"
+    written = (buffer[:, :, :first] != 0).any(3).any(1).any(0)
+    if not bool(written.all()):
+        gap = int(written.logical_not().nonzero()[0, 0])
+        return f"the buffer is empty at position {gap}, before the first that is written, {first} (memory slots?)"
     if bool(buffer[:, :, first:].any()):
         return (
             f"the buffer holds numbers at or behind position {first}, the first that is written (a rotating buffer, "

@@ -1,8 +1,9 @@
-"""Steps that write to position 0 of a cache that was taken over and holds tokens.
+"""Steps that write over tokens of a cache that was taken over.
 
-A new sequence may begin so, without anything having emptied the buffers. Or the buffer rotates, and its old tokens are
-still meant to be seen. The masks tell: those of a new sequence hide all that it has not written. Where they do not, or
-where there is none, the buffers are given back, before anything is written.
+A new sequence may begin at position 0, without anything having emptied the buffers, or the last tokens are taken back.
+Or the buffer rotates, or its tokens are slots in any order, and the old ones are still meant to be seen. The masks
+tell: those of a sequence hide all that lies behind its new tokens. Where they do not, or where there is none, the
+buffers are given back, before anything is written.
 
 Positions that the program passes in on the CPU are looked at before each step. Others are not: computed ones, and those
 on a device that would have to be waited for. There the kernels find the fault (``Fault.RESTARTED``).
@@ -13,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -27,7 +27,7 @@ from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.records import Detection
 
 Judge = Callable[[GraphModule, list[Any], Request], Detection]
-REASON = "position 0 was written to anew while tokens behind it are attended to (a rotating buffer?)"
+REASON = "a position was written to anew while tokens behind it are attended to (a rotating buffer, or slots?)"
 
 
 class Restarts:
@@ -51,37 +51,38 @@ class Restarts:
         return forward
 
     def give_back(self, args: tuple[Any, ...]) -> bool:
-        """Whether the step goes on with old tokens at position 0; then the buffers are ordinary ones again.
+        """Whether the step goes on with old tokens behind its own; then the buffers are ordinary ones again.
 
         Where a new sequence begins the cache is emptied.
         """
-        states: list[KVState] = []
+        back: dict[int, list[KVState]] = {}
         for place, buffers in self.written.items():
-            if place is not None and not _is_zero(args[place]):
-                continue
-            found = [args[i] for i in buffers if i >= 0 and isinstance(args[i], QuantizedKV)]
-            states += [buffer.live for buffer in found if buffer.live.group.taken_over and buffer.live.length]
-        if not states:
+            first = 0 if place is None else _first(args[place])
+            states = [args[i].live for i in buffers if i >= 0 and isinstance(args[i], QuantizedKV)]
+            if first is not None and states and states[0].group.taken_over and first < states[0].length:
+                back.setdefault(first, []).extend(states)
+        if not back:
             return False
-        if self._begins(args):
-            for state in states:
+        if self._hides_old(args):
+            for state in back.get(0, ()):
                 state.reset()
             return False
         give_back(groups_of(args), REASON, self.request)
         forget_compiled_frame()
         return True
 
-    def _begins(self, args: tuple[Any, ...]) -> bool:
+    def _hides_old(self, args: tuple[Any, ...]) -> bool:
         """Whether the masks of all attentions hide all tokens behind the new ones."""
         found = self.judge(self.gm, list(args), self.request)
         graph = found.gm.graph
         given = dict(zip((n for n in graph.nodes if n.op == "placeholder"), args, strict=True))
         call, facts = Call(found.gm, given), Facts(graph)
         sites = [site for site in found.sites if site.is_quantized]
-        return all(site.form is not None and call.hides_the_rest(site.form, site.key_write, facts) for site in sites)
+        return all(call.hides_the_rest(site, facts) for site in sites)
 
 
-def _is_zero(first: Any) -> bool:
-    if isinstance(first, Tensor):
-        return first.device.type == "cpu" and bool(first.reshape(-1)[:1].eq(0).all()) and first.dtype != torch.bool
-    return isinstance(first, int) and first == 0
+def _first(positions: Any) -> int | None:
+    """The first position; None where it is on a device that would have to be waited for."""
+    if isinstance(positions, Tensor):
+        return int(positions.reshape(-1)[0]) if positions.device.type == "cpu" else None
+    return positions if isinstance(positions, int) else None
