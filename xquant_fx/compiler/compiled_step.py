@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xquant_fx.cache.left import leave
+from xquant_fx.cache.left import ONCE, leave
 from xquant_fx.cache.state import CacheGroup
 from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.errors import CacheStateError
