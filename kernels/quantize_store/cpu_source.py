@@ -10,6 +10,7 @@ import torch
 from xquant_fx.kernels.cpu.isa import Isa
 from xquant_fx.kernels.cpu.source import array, assemble, definitions, namespace, pointers, sign_table
 from xquant_fx.kernels.faults import Fault
+from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.packing import codes_per_word
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.rotation import rotated_size
@@ -53,7 +54,7 @@ def constants(a: Append) -> str:
         "WORDS": words_of(a.bits, dim) if is_ranked(a) else -(-dim // codes_per_word(a.bits)),
         "ROTATED": rotated_size(dim) if a.append == "rotated" else 0,
         "TOKENS": a.tokens, "RESIDUAL": a.residual, "RING_SLACK": a.ring - a.residual, "SINKS": a.sinks,
-        **{fault.name: int(fault) for fault in Fault},
+        "STEP_TOKENS": STEP_TOKENS, **{fault.name: int(fault) for fault in Fault},
     }  # fmt: skip
     flags = {"BORROWED": a.fit is not None, "LEAST_SQUARES": a.fit == "least_squares"}
     floats = {"RELAXED_SCALE": 1 - 2 * a.eta, "RELAXED_ZERO": a.eta * (2**a.bits - 1)}

@@ -65,6 +65,10 @@ class CacheGroup:
         self.chunks: dict[BufferName, Chunk] = {}
         self.holds_all = False
         self.step_tokens = 0
+        self.selection: object = None
+        """What ``select.py`` makes of it, buffer by buffer."""
+        self.taken_over: list[weakref.ref[Tensor]] = []
+        """The buffers that were ordinary ones once, of a cache that was taken over."""
         self.collected: dict[object, Any] = {}
         """What compiled steps take of this cache, by step."""
         self.members: list[weakref.ref[Member]] = []
@@ -77,7 +81,7 @@ class CacheGroup:
         self.uncompiled = 0
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "collected": {}, "members": []}
+        return {**self.__dict__, "collected": {}, "members": [], "taken_over": [], "selection": None}
 
     def with_start(self, start: Tensor) -> CacheGroup:
         """An empty group of another batch or device, with ``start`` int64 [B]."""
@@ -103,6 +107,11 @@ class CacheGroup:
     def held(self, state: Member) -> Chunk | None:
         """The chunk that ``state`` wrote last, if it is kept."""
         return self.chunks.get((state.spec.layer, state.spec.role))
+
+    def hold_one_layer(self) -> None:
+        """From now on, as before a takeover: let go of all chunks but those of the layer written last."""
+        self.holds_all = False
+        self.chunks = {key: chunk for key, chunk in self.chunks.items() if key[0] == self.chunk_layer}
 
     def forget(self, state: Member) -> None:
         """Let go of the chunk of ``state``, and of no other's."""

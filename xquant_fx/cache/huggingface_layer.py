@@ -17,6 +17,7 @@ from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import why_not_tokens
+from xquant_fx.tracing import not_traced
 
 
 class XQuantLayer(StaticLayer):
@@ -122,6 +123,7 @@ class XQuantLayer(StaticLayer):
             padding.check_chunk(new, self.chunk, self.prompt_left)
             self.prompt_left -= new
 
+    @not_traced("what runs uncompiled here stays so: Dynamo would split it at the first length")
     def _update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The same, uncompiled: what breaks off in this layer is taken back."""
         length, cold = int(self.cumulative_length), not self.is_initialized

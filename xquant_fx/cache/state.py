@@ -16,7 +16,7 @@ from torch import Tensor
 from xquant_fx import ops
 from xquant_fx.cache.group import CacheGroup, Chunk
 from xquant_fx.errors import CacheStateError
-from xquant_fx.kernels.faults import FAULTS, Fault
+from xquant_fx.kernels.faults import FAULTS, Fault, may_wrap
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.shared_code_load.arguments import STORED
@@ -139,6 +139,17 @@ class KVState:
         self.group.faults.clear()
         self.group.mended()
 
+    def enlarge(self, max_len: int) -> None:
+        """Move to tensors with room for ``max_len`` tokens; what is stored stays as it is."""
+        batch, heads, _, dim = self.spec.shape
+        self.spec = dataclasses.replace(self.spec, shape=(batch, heads, max_len, dim))
+        for name, (shape, dtype) in self.spec.tensor_shapes().items():
+            old = self.owned[name]
+            if tuple(old.shape) != shape:
+                self.owned[name] = old.new_zeros(shape, dtype=dtype)
+                self.owned[name][tuple(slice(0, size) for size in old.shape)] = old
+        self.group.collected.clear()
+
     def reorder(self, index: Tensor) -> None:
         """Select batch rows in place (beam search); the layer below brings its own codes."""
         for name, tensor in self.owned.items():
@@ -222,8 +233,8 @@ class KVState:
             raise CacheStateError(where + FAULTS[Fault.NOT_APPENDED] + seen)
         if self.spec.quantized and past and self.furthest - past > self.spec.rollback_tokens:
             raise CacheStateError(where + FAULTS[Fault.ROLLED_BACK_TOO_FAR] + seen)
-        if past == 0 and new <= STEP_TOKENS and length == self.spec.shape[2]:
-            raise CacheStateError(where + FAULTS[Fault.FULL_RESTARTED] + seen)
+        if past == 0 and may_wrap(length, new, self.spec.shape[2]):
+            raise CacheStateError(where + FAULTS[Fault.RESTARTED] + seen)
         if not torch.equal(pos, torch.arange(past, past + new, device=pos.device)):
             raise CacheStateError(where + FAULTS[Fault.NOT_CONSECUTIVE] + seen)
         if self.lower is not None and self.lower.length < past + new:
