@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.packing import code_planes
 
 Append = Callable[[KVState, Tensor, Tensor], None]
 
@@ -32,7 +33,15 @@ RANKED: dict[str, dict[str, Any]] = {
         f"values, head_dim {dim}, groups of {group}, {bits} bits": dict(
             side="value", **{**RANKED_SHAPE, "dim": dim, "group": group, "bits": bits}
         )
-        for dim, group, bits in ((64, 64, 2), (80, 80, 1), (96, 24, 2), (24, 24, 4), (128, 128, 1), (16, 16, 8))
+        for dim, group, bits in (
+            (64, 64, 2),
+            (80, 80, 1),
+            (96, 24, 2),
+            (24, 24, 4),
+            (128, 128, 1),
+            (16, 16, 8),
+            (64, 32, 3),
+        )
     },
     "keys, sinks, padding": dict(side="key", sinks=5, padding=[0, 20], **{**RANKED_SHAPE, "batch": 2, "bits": 1.5}),
     "keys, as the queries say": dict(side="key", energy=True, dtype="float16", heads=2, **RANKED_SHAPE),
@@ -129,4 +138,9 @@ def read(case: Case, name: str, tensor: Tensor, limit: int) -> Tensor:
         return tensor
     if case.side == "key":
         return tensor[..., :limit] if name == "codes" else tensor[:, :, : limit // case.group]
-    return tensor[:, :, : limit * int(case.bits) // 32] if name == "codes" else tensor[..., :limit]
+    if name == "codes":  # whole words of each plane
+        parts = [
+            tensor[:, :, p.first :][:, :, : limit * p.width // 32] for p in code_planes(case.bits, tensor.shape[2])
+        ]
+        return torch.cat(parts, 2)
+    return tensor[..., :limit]

@@ -144,8 +144,16 @@ class Reference:
         self.values, self.allowed = (t.flatten(split[0], split[0] + 1) for t in (values, allowed))
 
     def read_codes(self, words: Tensor, limit: int) -> Tensor:
-        """[B, H, limit, D]: code r of a word is in byte r % 4, at bit ``bits * (r // 4)`` of it."""
-        bits, key = self.case.bits, self.case.side == "key"
+        """[B, H, limit, D]; 3 bits: the upper two of all codes, then the lowest of all."""
+        if self.case.bits != 3:
+            return self.read_plane(words, limit, self.case.bits)
+        first = math.ceil(self.case.dim / 16) if self.case.side == "key" else words.shape[2] * 2 // 3
+        high, low = words[:, :, :first], words[:, :, first:]
+        return 2 * self.read_plane(high, limit, 2) + self.read_plane(low, limit, 1)
+
+    def read_plane(self, words: Tensor, limit: int, bits: int) -> Tensor:
+        """[B, H, limit, D]: field r of a word is in byte r % 4, at bit ``bits * (r // 4)`` of it."""
+        key = self.case.side == "key"
         r = torch.arange(self.case.dim if key else limit)
         words = words.long().transpose(2, 3) if key else words.long()
         at = 8 * (r % (32 // bits) % 4) + bits * (r % (32 // bits) // 4)

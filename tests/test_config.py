@@ -26,10 +26,10 @@ SHAPE = (1, 2, 64, 16)
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(k_bits=3, k_scheme="per_channel"), r"k_bits must be one of \(1, 2, 4, 8, 16\) .*per_channel.* got 3"),
+        (dict(k_bits=5, k_scheme="per_channel"), r"k_bits must be one of \(1, 2, 3, 4, 8, 16\) .*per_channel.* got 5"),
         (dict(k_bits=2.3), r"k_bits must be one of \(1.0, 1.25, .*, 4.0, 16\) .*per_channel_ranked.* got 2.3"),
         (dict(k_bits=0.75), "k_bits .* got 0.75"),
-        (dict(v_bits=1.5), r"v_bits must be one of \(1, 2, 4, 8, 16\) .*per_token_rotated.* got 1.5"),
+        (dict(v_bits=1.5), r"v_bits must be one of \(1, 2, 3, 4, 8, 16\) .*per_token_rotated.* got 1.5"),
         (dict(k_scheme="per_head"), "k_scheme must be one of .*'per_channel_ranked'.* got 'per_head'"),
         (dict(v_scheme=None), "v_scheme must be one of .*'per_token_rotated'.* got None"),
         (dict(v_bits=0), "v_bits .* got 0"),
@@ -129,7 +129,7 @@ def test_bits_and_eta_of_a_layer() -> None:
     config = range_config(k_bits=(1, 2, 4), v_bits=8, eta_1bit=0.2, eta_2bit=0.1)
     assert [config.bits("key", i, 3) for i in range(3)] == [1, 2, 4]
     assert [config.bits("value", i, 3) for i in range(3)] == [8, 8, 8]
-    assert [config.eta("per_token", bits) for bits in (1, 2, 4, 8, 16)] == [0.2, 0.1, 0, 0, 0]
+    assert [config.eta("per_token", bits) for bits in (1, 2, 3, 4, 8, 16)] == [0.2, 0.1, 0, 0, 0, 0]
     assert [config.eta("per_token_rotated", bits) for bits in (1, 2, 4, 8, 16)] == [0, 0, 0, 0, 0]
     with pytest.raises(ConfigError, match="k_bits must hold one number per layer: got 3 for 4 layers"):
         config.bits("key", 0, 4)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.decode_attention.triton_settings import LEAST_TILE, ranks, settings
-from xquant_fx.kernels.packing import codes_per_word
+from xquant_fx.kernels.packing import WORD_BITS, high_and_low
 from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.triton_host import power_of_two
 
@@ -88,14 +88,16 @@ def launch(
         MAX_LEN=a.max_len,
         K_DIM=k_dim,
         K_BITS=int(a.k_bits),
+        K_LOW=0 if ranked else high_and_low(a.k_bits)[1],
         K_WORDS=a.k_codes.shape[2],
         K_GROUP=a.k_group,
         K_TOKENS=a.k_codes.shape[3],
         K_GROUPS=a.k_scale.shape[2],
         V_DIM=v_dim,
         V_BITS=int(a.v_bits),
+        V_LOW=high_and_low(a.v_bits)[1],
         V_GROUP=a.v_group,
-        V_TOKENS=a.v_codes.shape[2] * codes_per_word(a.v_bits),
+        V_TOKENS=a.v_codes.shape[2] * WORD_BITS // int(a.v_bits),
         V_STRIDE=a.v_scale.shape[3],
         RING=a.k_ring.shape[2],
         RESIDUAL=a.residual_length,

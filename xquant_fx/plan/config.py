@@ -44,10 +44,10 @@ class XQuantConfig:
     v_scheme: str = "per_token_rotated"
     """How values are quantized: "per_token_rotated" (after a Hadamard transform) or "per_token" (XQuant, KIVI)."""
     k_bits: Bits = 2
-    """Bits of a stored key element, one number or one per layer: 1, 2, 4 or 8; on average 1 to 4 in quarters where
-    channels are ranked; 16: unquantized."""
+    """Bits of a stored key element, one number or one per layer: 1, 2, 3, 4 or 8; on average 1 to 4 in quarters
+    where channels are ranked; 16: unquantized."""
     v_bits: Bits = 2
-    """Bits of a stored value element, one number or one per layer: 1, 2, 4 or 8; 16: unquantized."""
+    """Bits of a stored value element, one number or one per layer: 1, 2, 3, 4 or 8; 16: unquantized."""
     share_keys_from: ShareFrom = None
     """First layer whose pair shares key codes: an index (int), a fraction of the depth (float), None. Only
     "per_channel" and "per_token" codes can be shared."""
