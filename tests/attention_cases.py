@@ -96,6 +96,9 @@ RANKED_SPOILED = {
     f"ranked, {what}": dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated", spoil=what, kv_heads=2)
     for what in ("key.scale", "key.center", "value.scale")
 }
+RANKED_SPOILED |= {
+    f"{name}, float16 scales": dict(case, scale_dtype="float16") for name, case in RANKED_SPOILED.items()
+}
 
 
 RANKED: dict[str, Any] = dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated", residual=64)
@@ -148,6 +151,9 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
             peak=11.2, past=1500, max_len=1520, k_group=64, v_bits=2, kv_heads=2, group=2
         ),
         "ranked, values of 3 bits, groups of channels, float32": dict(v_group=16, v_bits=3, dtype="float32", sinks=4),
+        "ranked, float16 scales": dict(scale_dtype="float16", v_bits=2, batch=2, start=(0, 9), mask="padded"),
+        "ranked, float16 scales, float32": dict(scale_dtype="float16", v_bits=3, k_bits=1.5, dtype="float32"),
+        "ranked, float16 scales, groups of channels": dict(scale_dtype="float16", v_group=16, v_bits=2, loud=100.0),
         "ranked, loud channels": dict(loud=100.0, scale=1e-3),
         "ranked, quiet values": dict(loud=1e-3, scale=2.0, v_bits=2),
     }.items()

@@ -85,7 +85,7 @@ class Side:
         else:
             eta = {1: self.config.eta_1bit, 2: self.config.eta_2bit}.get(self.bits, 0.0)
             scale, zero = (1 - 2 * eta) * step, low + eta * step * n
-        scale, zero = (t.to(self.config.scale_dtype).float() for t in (scale, zero))
+        scale, zero = (t.to(self.config.scale_dtype or torch.float16).float() for t in (scale, zero))
         return codes, codes * scale + zero
 
     def _fit(self, x, c, valid, dim):

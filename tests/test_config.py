@@ -53,6 +53,12 @@ SHAPE = (1, 2, 64, 16)
         (dict(eta_2bit=-0.1), r"eta_2bit must be in \[0, 0.5\), got -0.1"),
         (dict(eta_2bit=math.nan), "eta_2bit .* got nan"),
         (dict(scale_dtype=torch.float64), "scale_dtype must be one of .*float16.* got torch.float64"),
+        (dict(scale_dtype=torch.bfloat16), "scale_dtype must be one of .*uint8.*k_scheme='per_channel_ranked'.* got"),
+        (
+            dict(scale_dtype=torch.uint8, k_scheme="per_channel"),
+            "scale_dtype .*k_scheme='per_channel'.* got torch.u",
+        ),
+        (dict(scale_dtype=torch.uint8, v_scheme="per_token"), "scale_dtype .*v_scheme='per_token'.* got torch.u"),
     ],
 )
 def test_a_field_that_breaks_its_rule(fields: dict, words: str) -> None:
@@ -98,7 +104,7 @@ def test_presets(name: str) -> None:
     config = XQuantConfig.preset(name)
     fields = dict(eta_1bit=1 / 6, eta_2bit=0.045) | EXPECTED[name] if "xquant" in name else EXPECTED[name]
     assert {field: getattr(config, field) for field in fields} == fields
-    rest = dict(k_group_size=128, v_group_size=None, scale_dtype=torch.float16)
+    rest = dict(k_group_size=128, v_group_size=None, scale_dtype=None)
     if name in OLDER:
         rest |= dict(residual_length=128, sink_tokens=0, k_scheme="per_channel", v_scheme="per_token")
     else:
@@ -119,7 +125,7 @@ def test_preset_names() -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_json_round_trip(name: str) -> None:
-    config = XQuantConfig.preset(name).replace(v_bits=[1, 2, 16], scale_dtype=torch.bfloat16, v_group_size=32)
+    config = XQuantConfig.preset(name).replace(v_bits=[1, 2, 16], scale_dtype=torch.float16, v_group_size=32)
     assert config.v_bits == (1, 2, 16)
     again = XQuantConfig.from_json(config.to_json())
     assert again == config and hash(again) == hash(config)

@@ -61,6 +61,14 @@ def test_small_floats_round_to_the_nearest(exponent: float, sign: float) -> None
     assert off <= (decode_mid(EVERY) - mid).abs().min() + x * 2**-11
 
 
+def test_scales_and_mid_points_of_16_bits() -> None:
+    x = torch.tensor([0.0, 2.0**-24, 0.1, 65504.0, 1e5, torch.inf, torch.nan])
+    seen = decode_scale(encode_scale(x, torch.float16))
+    assert torch.equal(seen[:4], x[:4].half().float()) and seen[4:].isnan().all()
+    mids = torch.tensor([-0.3, 1e9, -torch.inf, torch.nan])
+    assert decode_mid(encode_mid(mids, torch.float16)).tolist() == [float(mids[0].half()), 480.0, -480.0, 0.0]
+
+
 def test_scales_that_do_not_fit() -> None:
     bad = torch.tensor([torch.nan, torch.inf, 2000.0, 1e9])
     assert decode_scale(encode_scale(bad)).isnan().all()

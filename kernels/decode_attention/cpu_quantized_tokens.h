@@ -6,9 +6,9 @@
 namespace xq {
 
 // Zero points of up to n channels from d on, whose scales are s.
-template <class Z> inline vf zero_points(const Z* zero, vf, int64_t, int64_t n) { return load_up_to(zero, n); }
-inline vf zero_points(const uint8_t* zero, vf s, int64_t d, int64_t n) {
-    return s * (load_mids(zero, n) - load_up_to(RANK_MIDDLES + d, n));
+template <class Z> inline vf zero_points(const Z* zero, [[maybe_unused]] vf s, [[maybe_unused]] int64_t d, int64_t n) {
+    if constexpr (RANKED) return s * (load_mids(zero, n) - load_up_to(RANK_MIDDLES + d, n));
+    else return load_up_to(zero, n);
 }
 
 // The rows' queries times the scales, put where each rank's fields are; `largest` becomes that of the fields. Whole

@@ -28,7 +28,7 @@ inline void store_rotated(const Inputs& in, int64_t head, int64_t t) {
             store_up_to(codes + g * GROUP + i, narrow(whole), GROUP - i);
         }
         const float aligned = sum(products);
-        in.scale[(head * (D / GROUP) + g) * TOKENS + t] = encode_scale(square == 0.0f ? 0.0f : square / aligned);
+        encode_scale(square == 0.0f ? 0.0f : square / aligned, in.scale + (head * (D / GROUP) + g) * TOKENS + t);
     }
     put_codes(in.codes + head * CODE_ROWS * D, t, D, codes);
 }

@@ -54,7 +54,7 @@ def flush_rotated(
     v = full_tokens(source, tokens, d, due[:, None] & (d < DIM)[None, :], DIM, RING)
     y = tl.trans(rotate(tl.trans(v), LEVELS))
     c, s = encode_about_zero(y, due[:, None] & in_group[None, :], GROUP, BITS, STEP)
-    tl.store(scale + tokens, encode_scale(s), mask=due)
+    tl.store(scale + tokens, encode_scale(s, scale.dtype.element_ty), mask=due)
     store_value_planes(codes, low_codes, c, tokens, due, past - RESIDUAL, d, in_group, NEW_TOKENS, DIM, BITS, LOW)
 
 

@@ -24,6 +24,7 @@ from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
 
 APPEND = "blocks"
 BITS: tuple[float, ...] = (1, 2, 3, 4, 8)
+SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
 RANGE_CODES = True
 
 

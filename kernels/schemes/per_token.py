@@ -33,6 +33,7 @@ from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
 
 APPEND = "tokens"
 BITS: tuple[float, ...] = (1, 2, 3, 4, 8)
+SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
 RANGE_CODES = True
 
 #: Makes (codes or None if borrowed, scale, zero or None) of fp32 values [B, H, tokens, D] and the codes stored there.
