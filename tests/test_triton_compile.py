@@ -48,12 +48,12 @@ def decode_arguments(
     *, dim: int = 128, k_bits: float = 2, v_bits: int = 1, ranked: bool = False, dtype: torch.dtype = torch.bfloat16,
     group: int = 4, query: int = 1, mask: torch.dtype | None = torch.bool, k_group: int = 128,
     v_group: int | None = None, residual: int = 128, sinks: int = 0, softcap: float = 0.0, window: int = 0,
-    extra: bool = False, max_len: int = 32768, kv_heads: int = 8,
+    extra: bool = False, max_len: int = 32768, kv_heads: int = 8, scales: torch.dtype | None = None,
 ) -> DecodeArguments:  # fmt: skip
     """Arguments of ``decode_attention`` without data."""
     config = XQuantConfig(
         **schemes(ranked), k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group,
-        v_group_size=v_group, residual_length=residual, sink_tokens=sinks,
+        v_group_size=v_group, residual_length=residual, sink_tokens=sinks, scale_dtype=scales,
     )  # fmt: skip
     key, value = (stored(side, dtype, config, (1, kv_heads, max_len, dim)) for side in ("key", "value"))
     facts = {f"{side}_{name}": t[name] for side, t in (("k", key), ("v", value)) for name in FACTS}
@@ -80,14 +80,16 @@ def decode_arguments(
 def append_arguments(
     *, side: str, new: int = 1, dim: int = 128, bits: float = 2, group: int = 128, residual: int = 128, sinks: int = 0,
     fit: str | None = None, dtype: torch.dtype = torch.bfloat16, max_len: int = 32768, ranked: bool = False,
+    scales: torch.dtype | None = None,
 ) -> StoreArguments:  # fmt: skip
     """Arguments of ``triton_store.launch`` without data."""
     groups = dict(k_group_size=group) if side == "key" else dict(k_group_size=residual, v_group_size=group)
     bits_of = dict(k_bits=bits) if side == "key" else dict(v_bits=bits)
-    config = XQuantConfig(residual_length=residual, sink_tokens=sinks, **bits_of, **schemes(ranked), **groups)
+    fields: dict[str, Any] = dict(residual_length=residual, sink_tokens=sinks, scale_dtype=scales)
+    config = XQuantConfig(**fields, **bits_of, **schemes(ranked), **groups)
     t = stored(side, dtype, config, (1, 8, max_len, dim))
-    given = ("x", "pos", "start", "fault")
-    tensors = {name: t.get(name) for name in StoreArguments.tensor_names() if name not in given}
+    step = ("x", "pos", "start", "fault")
+    tensors = {name: t.get(name) for name in StoreArguments.tensor_names() if name not in step}
     return StoreArguments(
         x=empty(1, 8, new, dim, dtype=dtype),
         pos=empty(new, dtype=torch.int64),
@@ -153,6 +155,8 @@ MORE = {
             "3 and 2 bits": dict(k_bits=3, v_bits=2),
             "4 and 4 bits": dict(k_bits=4, v_bits=4),
             "3 and 3 bits": dict(k_bits=3, v_bits=3),
+            "float16 scales": dict(v_bits=2, scales=torch.float16),
+            "float16 scales, 3 and 3 bits, head_dim 256": dict(dim=256, k_bits=3, v_bits=3, scales=torch.float16),
             "values of 3 bits, head_dim 64": dict(dim=64, v_bits=3),
             "values of 3 bits, head_dim 256": dict(dim=256, v_bits=3),
             "values of 3 bits, float32": dict(v_bits=3, dtype=torch.float32),
@@ -213,6 +217,8 @@ APPEND = {
     "fitted keys, 3 bits, head_dim 96": dict(side="key", fit="least_squares", bits=3, dim=96, new=8),
     "values, 3 bits, 8 tokens": dict(side="value", bits=3, new=8),
     "fitted values, 3 bits": dict(side="value", fit="least_squares", bits=3, new=8, sinks=4),
+    "ranked keys, float16 scales": dict(side="key", ranked=True, residual=256, scales=torch.float16),
+    "rotated values, float16 scales": dict(side="value", ranked=True, new=8, scales=torch.float16),
     "rotated values, 3 bits, 8 tokens": dict(side="value", ranked=True, bits=3, new=8),
     "values, groups of 32": dict(side="value", new=3, group=32),
     "keys, head_dim 96, 4 bits": dict(side="key", new=8, dim=96, bits=4, group=16),

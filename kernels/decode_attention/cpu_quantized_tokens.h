@@ -71,9 +71,9 @@ inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, int
     vi acc[NR][DIGITS][NV] = {};
     if constexpr (K_WORDS_8 > 0) add_codes<8>(codes, stride, K_WORDS_8, digits, 0, acc);
     if constexpr (K_WORDS_4 > 0) add_codes<4>(codes + TO_4 * stride, stride, K_WORDS_4, digits, 0, acc);
-    if constexpr (!RANKED && K_WORDS_4 > 0 && K_WORDS_2 > 0) make_room<2>(acc);
+    if constexpr (!RANKED && TO_2 > 0 && K_WORDS_2 > 0) make_room<2>(acc);
     if constexpr (K_WORDS_2 > 0) add_codes<2>(codes + TO_2 * stride, stride, K_WORDS_2, digits, AT_2, acc);
-    if constexpr (!RANKED && K_WORDS_2 > 0 && K_WORDS_1 > 0) make_room<1>(acc);
+    if constexpr (!RANKED && TO_1 > 0 && K_WORDS_1 > 0) make_room<1>(acc);
     if constexpr (K_WORDS_1 > 0) add_codes<1>(codes + TO_1 * stride, stride, K_WORDS_1, digits, AT_1, acc);
     vf out[NR][NV];
     join_digits(acc, out);
