@@ -37,8 +37,11 @@ def dense_mask(mask: Tensor) -> Tensor:
 
 
 def warps_of(a: DecodeArguments, hip: bool) -> int:
-    """Warps of a program that reads ranked keys: more on NVIDIA where float32 or small tiles want more registers."""
-    return 8 if not hip and (a.q.dtype == torch.float32 or a.k_group < 64) else 4
+    """Warps of a program: more on NVIDIA where ranked keys or two planes of codes leave it without registers."""
+    ranked = a.k_order is not None
+    planes = not ranked and high_and_low(a.k_bits)[1] > 0
+    short = a.q.dtype == torch.float32 or (ranked and a.k_group < 64) or (planes and a.q.shape[3] > 128)
+    return 8 if not hip and (ranked or planes) and short else 4
 
 
 def launch(
@@ -111,7 +114,7 @@ def launch(
         MASK_QUERY=mask_shape[2],
         HAS_NEW=a.k_new is not None,
         ROTATION=rotated_size(v_dim).bit_length() - 1 if a.v_zero is None else -1,
-        num_warps=warps_of(a, hip) if ranked else 4,
+        num_warps=warps_of(a, hip),
         **ranks(a.k_bits, k_dim, ranked),
         **dataclasses.asdict(chosen),
     )

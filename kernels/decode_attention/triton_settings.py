@@ -20,8 +20,8 @@ PLANES = {4: "K_FOURS", 2: "K_TWOS", 1: "K_ONES"}
 #: Programs that keep a large GPU busy: some for each of 132 multiprocessors.
 PROGRAMS = 528
 #: Most query rows (query heads of one KV head, times query tokens) of a program: with twice as many registers run
-#: out, and on NVIDIA's chips with 16 already where operands are float32, scales are applied element by element or
-#: channels are ranked (which takes a query per plane).
+#: out, and on NVIDIA's chips with 16 already where operands are float32, scales are applied element by element,
+#: channels are ranked (which takes a query per plane) or codes have two planes.
 MOST_ROWS = 16
 #: Fewest tokens of a tile that lies in one group: one word of values at 1 bit.
 LEAST_TILE = 32
@@ -106,12 +106,13 @@ def settings(
     """What ``decode_kernel`` is compiled with for a problem of this shape."""
     # The query rows are the short side of the products: 8 columns are the least of NVIDIA's matrix units.
     dim, fold_v = max(k_dim, v_dim), v_group == v_dim
+    (k_high, k_low), (v_high, v_low) = high_and_low(k_bits), high_and_low(v_bits)
     folded = fold_v and tile_tokens(dim, MOST_ROWS, k_group, fold_v)[1]
-    most_rows = MOST_ROWS if hip or (folded and dtype != torch.float32 and not ranked) else MOST_ROWS // 2
+    plain = folded and dtype != torch.float32 and not ranked and not k_low and not v_low
+    most_rows = MOST_ROWS if hip or plain else MOST_ROWS // 2
     row_tile = min(max(power_of_two(rows), 16 if hip else 8), most_rows)
     row_blocks = math.ceil(rows / row_tile)
     tile, fold_k = tile_tokens(dim, row_tile, k_group, fold_v)
-    (k_high, k_low), (v_high, v_low) = high_and_low(k_bits), high_and_low(v_bits)
     k_words, k_low_words = key_words(k_dim, k_high), key_words(k_dim, k_low or k_high)
     full_tile = (64 if dim <= 128 else 32) if hip else 16 if dtype == torch.float32 else 32
     k_channels = max(power_of_two(k_dim), 16)
