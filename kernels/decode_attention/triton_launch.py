@@ -38,10 +38,13 @@ def dense_mask(mask: Tensor) -> Tensor:
 
 def warps_of(a: DecodeArguments, hip: bool) -> int:
     """Warps of a program: more on NVIDIA where ranked keys or two planes of codes leave it without registers."""
-    ranked = a.k_order is not None
-    planes = not ranked and high_and_low(a.k_bits)[1] > 0
-    short = a.q.dtype == torch.float32 or (ranked and a.k_group < 64) or (planes and a.q.shape[3] > 128)
-    return 8 if not hip and (ranked or planes) and short else 4
+    ranked, wide = a.k_order is not None, a.q.shape[3] > 128
+    k_planes, v_planes = not ranked and high_and_low(a.k_bits)[1] > 0, high_and_low(a.v_bits)[1] > 0
+    if hip or not (ranked or k_planes or v_planes):
+        return 4
+    small = (ranked and a.k_group < 64) or (v_planes and a.v_group < a.v_ring.shape[3])
+    large = wide and (k_planes or v_planes or a.k_scale.dtype == torch.float16)
+    return 8 if a.q.dtype == torch.float32 or small or large else 4
 
 
 def launch(

@@ -113,6 +113,8 @@ def settings(
     row_tile = min(max(power_of_two(rows), 16 if hip else 8), most_rows)
     row_blocks = math.ceil(rows / row_tile)
     tile, fold_k = tile_tokens(dim, row_tile, k_group, fold_v)
+    if k_low and not ranked and not fold_k:  # scales of both planes' elements are in registers, too
+        tile = LEAST_TILE
     k_words, k_low_words = key_words(k_dim, k_high), key_words(k_dim, k_low or k_high)
     full_tile = (64 if dim <= 128 else 32) if hip else 16 if dtype == torch.float32 else 32
     k_channels = max(power_of_two(k_dim), 16)
