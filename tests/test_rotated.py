@@ -55,10 +55,11 @@ def test_small_floats_round_to_the_nearest(exponent: float, sign: float) -> None
     x = torch.tensor([2.0**exponent])
     every = decode_scale(EVERY[:248])
     off = (decode_scale(encode_scale(x)) - x).abs()
-    assert off <= (every - x).abs().min() + x * 2**-11 and off <= x * (1 / 16 + 2**-11)
+    # Rounded to float16 first, by half of 2**-10 at most: what is near a tie may go the other way, twice that off.
+    assert off <= (every - x).abs().min() + x * 2**-10 and off <= x * (1 / 16 + 2**-10)
     mid = sign * x.clamp_max(LARGEST_MID)
     off = (decode_mid(encode_mid(mid)) - mid).abs()
-    assert off <= (decode_mid(EVERY) - mid).abs().min() + x * 2**-11
+    assert off <= (decode_mid(EVERY) - mid).abs().min() + x * 2**-10
 
 
 def test_scales_and_mid_points_of_16_bits() -> None:

@@ -32,9 +32,11 @@ NEAR = {1: 0.45, 2: 0.2, 3: 0.11, 4: 0.06}
 
 
 def spec_of(scheme: str, bits: int) -> KVSpec:
+    allowed = SCHEMES[scheme].SCALE_DTYPES
     return bare_spec(
-        role="key", scheme=scheme, shape=(2, 1, MAX_LEN, DIM), bits=bits, group_size=GROUP, residual_length=RESIDUAL
-    )
+        role="key", scheme=scheme, shape=(2, 1, MAX_LEN, DIM), bits=bits, group_size=GROUP, residual_length=RESIDUAL,
+        scale_dtype=torch.float32 if torch.float32 in allowed else allowed[0],
+    )  # fmt: skip
 
 
 @EACH
@@ -45,7 +47,7 @@ def test_a_scheme_has_all_that_the_protocol_names(scheme: str) -> None:
             expected = list(inspect.signature(declared).parameters)[1:]
             assert list(inspect.signature(getattr(module, name)).parameters) == expected, name
     assert module.APPEND in ("blocks", "tokens", "ranked", "rotated")
-    assert module.BITS and all(0 < bits < 16 for bits in module.BITS)
+    assert module.BITS and all(0 < bits < 16 for bits in module.BITS) and module.SCALE_DTYPES
     assert module.__doc__
 
 
