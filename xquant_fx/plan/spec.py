@@ -46,7 +46,7 @@ class KVSpec:
     rollback_tokens: int = STEP_TOKENS
     """Latest tokens that can be taken back exactly: room in the window beyond ``residual_length``."""
     scale_dtype: torch.dtype
-    """dtype of scales and zero points."""
+    """dtype of scales and zero points; uint8: 8-bit floats (``kernels/small_floats.py``)."""
     partner: int | None
     """Layer whose codes this one reads (upper layer of a sharing pair), else None."""
     fit: str
