@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 
-from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.errors import CacheStateError
 from xquant_fx.passes.records import Detection
 
@@ -47,16 +49,39 @@ class StateInputs:
 
     nodes: dict[Node, dict[str, Node | None]] = dataclasses.field(default_factory=dict)
     tensors: list[Tensor] = dataclasses.field(default_factory=list)
-    """The example of each added input."""
+    """The example of each added input that is a tensor."""
     parts: list[Part] = dataclasses.field(default_factory=list)
     """One per cache."""
+    lengths: list[tuple[int, Any]] = dataclasses.field(default_factory=list)
+    """Arguments whose length in tokens is an added input, too, after the tensors, and that length as a symbol."""
+
+    @property
+    def example_inputs(self) -> list[Any]:
+        """Examples of the added inputs."""
+        return [*self.tensors, *(length for _, length in self.lengths)]
 
 
 def _stored(buffer: object, name: str) -> Tensor:
-    assert isinstance(buffer, QuantizedKV)
+    assert isinstance(buffer, STORED_KV)
     tensor = buffer.live.tensor(name)
     assert tensor is not None
     return tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Grown:
+    """One input that grows by concatenation, and where the graph is to return the longer one."""
+
+    index: int
+    """Number of the graph's argument."""
+    outputs: tuple[int, ...]
+    """Positions among the results."""
+    tokens: int | tuple[int, int]
+    """How many tokens are new, or the argument and its dimension that say so."""
+
+    def tokens_of(self, args: tuple[Any, ...]) -> int:
+        """New tokens in a step with these arguments."""
+        return self.tokens if isinstance(self.tokens, int) else int(args[self.tokens[0]].shape[self.tokens[1]])
 
 
 @dataclasses.dataclass
@@ -68,5 +93,18 @@ class Context:
     """Example inputs of the graph as Dynamo made it."""
     state: StateInputs = dataclasses.field(default_factory=StateInputs)
     """The inputs that were added for stored tensors."""
+    ends: dict[object, Node] = dataclasses.field(default_factory=dict)
+    """Masks of what lies beyond the last token, by cache and step."""
+    grown: list[Grown] = dataclasses.field(default_factory=list)
+    """Inputs that grow; the graph itself does not return the longer ones."""
     loads: dict[Node, Node] = dataclasses.field(default_factory=dict)
     """Append of the old graph to the ``shared_code_load`` that reads after it."""
+
+    def index_of(self, placeholder: Node) -> int:
+        """The number of the argument that was ``placeholder`` in the graph as Dynamo made it."""
+        return self.placeholders[placeholder]
+
+    @functools.cached_property
+    def placeholders(self) -> dict[Node, int]:
+        """Inputs of the graph as Dynamo made it, by node."""
+        return {node: i for i, node in enumerate(n for n in self.detection.gm.graph.nodes if n.op == "placeholder")}

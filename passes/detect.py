@@ -45,7 +45,7 @@ def detect(gm: GraphModule, refusal: Refusal, planner: Planner, unfused: str = "
 
 def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str) -> Site:
     """``site`` with the call that it becomes, or why it reads dequantized keys and values."""
-    if not site.rewritable or any(node.target is quantized_empty for node in site.buffers):
+    if not site.rewritable or any(node.target is quantized_empty for node in site.buffers) or _begins(site):
         return site
     reason = unfused or _why_not_specs(site, specs)
     if not site.attention.is_recognised:
@@ -56,6 +56,11 @@ def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str
     if isinstance(form, str):
         return dataclasses.replace(site, dequantized=form)
     return dataclasses.replace(site, form=form)
+
+
+def _begins(site: Site) -> bool:
+    """Whether the site is a prompt's, behind which a cache begins to grow: it runs as it stands."""
+    return any(write is not None and write.begins for write in (site.key_write, site.value_write))
 
 
 def _why_not_specs(site: Site, specs: dict[Node, KVSpec]) -> str:

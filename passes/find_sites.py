@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from xquant_fx.cache.allocate import Slot, quantized_empty
 from xquant_fx.passes.facts import Facts, is_quantized
-from xquant_fx.passes.find_writes import is_factory
+from xquant_fx.passes.find_writes import concatenation, is_factory
 from xquant_fx.passes.records import Attention, Refused, Site, Source, Write
 from xquant_fx.passes.trace import is_shape_query, same_value
 from xquant_fx.passes.vocabulary import op_name
@@ -96,7 +96,8 @@ def buffer_name(node: Node) -> str:
     """What a buffer is called in the user's program."""
     if node.target is quantized_empty:
         return Slot.from_json(str(node.args[4])).name
-    source = getattr(node, "_dynamo_source", None)
+    write = concatenation(node)
+    source = getattr(node if write is None else write.past, "_dynamo_source", None)
     try:
         return source.name if isinstance(source.name, str) else source.name()  # type: ignore[union-attr]
     except AttributeError:

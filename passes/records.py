@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx.plan.plan import Plan
@@ -13,20 +14,28 @@ from xquant_fx.plan.spec import KVSpec, Role
 
 @dataclasses.dataclass(frozen=True)
 class Write:
-    """An append to a KV buffer: ``buffer[:, :, positions] = x``."""
+    """An append to a KV buffer: ``buffer[:, :, positions] = x``, or ``cat([past, x], dim=2)``."""
 
     node: Node
     """The node that writes."""
     buffer: Node
-    """Placeholder of the buffer [B, H, N, D], or the node that allocates it."""
+    """Placeholder of the buffer [B, H, N, D], or the node that allocates it; of a concatenation its result."""
     x: Node
     """New tokens, broadcastable to [B, H, q, D]."""
     positions: Node | slice
-    """int64 [q], or a slice of tokens."""
+    """int64 [q], or a slice of tokens (of a concatenation: without bounds)."""
     kind: str
-    """For people: ``index_copy_`` or ``indexed assignment``."""
+    """For people: ``index_copy_``, ``indexed assignment`` or ``concatenation``."""
     tokens: Any
     """Number of new tokens q: an int, or symbolic."""
+    past: Node | None = None
+    """Of a concatenation: what ``x`` is put behind, an input or an empty tensor."""
+
+    @property
+    def begins(self) -> bool:
+        """Whether it is a concatenation with nothing: a prompt's first step."""
+        value = None if self.past is None else self.past.meta.get("example_value")
+        return isinstance(value, Tensor) and value.numel() == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +217,8 @@ class Buffer:
     """One ordinary KV buffer of a graph, to be taken over."""
 
     node: Node
-    index: int
-    """Number of the graph's argument."""
+    index: int | None
+    """Number of the graph's argument; None for what grows by concatenation."""
     layer: int
     role: Role
     write: Write

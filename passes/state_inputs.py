@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import GraphModule, Node
 
-from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.state import TENSOR_NAMES
 from xquant_fx.passes.context import Context, Part, StateInputs
 from xquant_fx.passes.graph import add_input
@@ -17,8 +19,8 @@ def add_state_inputs(gm: GraphModule, context: Context) -> int:
     adding = _Adding(gm, placeholders[-1], context.state)
     for index, node in enumerate(placeholders):
         buffer = context.inputs[index]
-        if isinstance(fake(node), QuantizedKV):
-            assert isinstance(buffer, QuantizedKV)
+        if isinstance(fake(node), STORED_KV):
+            assert isinstance(buffer, STORED_KV)
             context.state.nodes[node] = adding.nodes_of(index, buffer)
     return len(context.state.tensors)
 
@@ -31,7 +33,7 @@ class _Adding:
         self.known: dict[int, tuple[Node, int]] = {}
         self.parts: dict[int, Part] = {}
 
-    def nodes_of(self, index: int, buffer: QuantizedKV) -> dict[str, Node | None]:
+    def nodes_of(self, index: int, buffer: Any) -> dict[str, Node | None]:
         """The placeholders of all tensors of ``buffer``, input ``index`` of the graph."""
         group = id(buffer.live.group)
         if group not in self.parts:
@@ -41,7 +43,7 @@ class _Adding:
         part.buffers.append(index)
         return {name: self._node_of(index, buffer, name, part) for name in TENSOR_NAMES}
 
-    def _node_of(self, index: int, buffer: QuantizedKV, name: str, part: Part) -> Node | None:
+    def _node_of(self, index: int, buffer: Any, name: str, part: Part) -> Node | None:
         tensor, spec, state = buffer.live.tensor(name), buffer.spec, self.state
         if tensor is None:
             return None

@@ -7,6 +7,7 @@ refers to it. ``CacheGroup`` is what the states of one cache have in common.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Any
 
@@ -194,6 +195,17 @@ class KVState:
                 tensor.zero_()
         self.group.drop()
         self.group.faults.clear()
+
+    def enlarge(self, max_len: int) -> None:
+        """Move to tensors with room for ``max_len`` tokens; what is stored stays as it is."""
+        batch, heads, _, dim = self.spec.shape
+        self.spec = dataclasses.replace(self.spec, shape=(batch, heads, max_len, dim))
+        for name, (shape, dtype) in self.spec.tensor_shapes().items():
+            old = self.owned[name]
+            if tuple(old.shape) != shape:
+                self.owned[name] = old.new_zeros(shape, dtype=dtype)
+                self.owned[name][tuple(slice(0, size) for size in old.shape)] = old
+        self.group.collected.clear()
 
     def reorder(self, index: Tensor) -> None:
         """Select batch rows in place (beam search); the layer below brings its own codes."""

@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import quantized_empty
+from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.give_back import GiveBack, groups_of
+from xquant_fx.compiler.growing_step import GrowingStep, has_room
+from xquant_fx.compiler.growing_takeover import GrowingTakeover
 from xquant_fx.compiler.left_alone import report_left
 from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, why_not_gradients, why_not_layers
@@ -78,8 +81,9 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
         return PromptRun(found)
     if found.ordinary:
         log.info("ordinary KV buffers: the next step runs uncompiled and quantizes what they hold")
-        return Takeover(found, request)
-    quantized = [i for i, t in enumerate(inputs) if isinstance(t, QuantizedKV)]
+        grows = [buffer.write.past is not None for buffer in found.ordinary]
+        return GrowingTakeover(found) if all(grows) else Takeover(found, request)
+    quantized = [i for i, t in enumerate(inputs) if isinstance(t, STORED_KV)]
     if not quantized:
         compiled = compiler(gm, inputs, request, None)
         return Watch(compiled, gm, found, request, detect_graph) if found.left_for_now else compiled
@@ -87,7 +91,8 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
     try:
         return _compile_quantized(gm, found, inputs, quantized, request, compiler)
     except UnsupportedWriteError as error:
-        if not all(group.taken_over for group in groups_of(inputs)):
+        groups = groups_of(inputs)
+        if not groups or not all(group.taken_over for group in groups):
             raise
         return GiveBack(gm.forward, quantized, str(error), request)
 
@@ -117,13 +122,13 @@ def _allocates(gm: GraphModule) -> bool:
 
 
 def _check_gradients(gm: GraphModule, inputs: list[Any]) -> None:
-    if torch.is_grad_enabled() and (_allocates(gm) or any(isinstance(t, QuantizedKV) for t in inputs)):
+    if torch.is_grad_enabled() and (_allocates(gm) or any(isinstance(t, STORED_KV) for t in inputs)):
         raise CacheStateError(
             "a quantized KV cache has no gradient; run the model under torch.no_grad() or torch.inference_mode()"
         )
 
 
-def _check_config(buffers: list[QuantizedKV], request: Request) -> None:
+def _check_config(buffers: list[QuantizedKV | GrowingKV], request: Request) -> None:
     if request.config is None:
         return
     for plan in {id(b.live.group): b.live.group.plan for b in buffers}.values():
@@ -158,12 +163,17 @@ def _compile_quantized(
     gm: GraphModule, found: Detection, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
 ) -> Callable[..., Any]:
     settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
+    uncompiled = clone(gm)
+    if not has_room(found, inputs):
+        log.info("a cache that grows has no room for this step, which runs uncompiled")
+        return uncompiled
     context = Context(found, inputs)
     restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
     run_passes(found.gm, context, request.disable, request.dump)
-    shapes = [tuple(inputs[i].shape[1:]) for i in quantized]
+    shapes = [tuple(inputs[i].shape[1:]) for i in quantized if isinstance(inputs[i], QuantizedKV)]
     results = next(node for node in found.gm.graph.nodes if node.op == "output").args[0]
     whole = [i for i, node in enumerate(results) if _whole_numbers(fake(node)) in shapes]
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
-    compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.tensors], request, settings)
-    return CompiledStep(compiled, keep, context.state, restarts, whole)
+    compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
+    step = CompiledStep(compiled, keep, context.state, restarts, whole)
+    return GrowingStep(step, uncompiled, context.grown) if context.grown else step

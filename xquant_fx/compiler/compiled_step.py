@@ -44,7 +44,8 @@ class CompiledStep:
             tensors = self._merged([each for _, each in found])
             if len({id(group) for group in groups}) < len(parts):
                 raise CacheStateError("this graph was compiled for several caches, and was given one for two of them")
-        out = self.compiled(*[args[i] for i in self.keep], *tensors)
+        lengths = [args[i].shape[2] for i, _ in self.inputs.lengths]
+        out = self.compiled(*[args[i] for i in self.keep], *tensors, *lengths)
         for place in self.dequantized:
             leave(out[place], ONCE)
         for group, part in zip(groups, parts, strict=True):

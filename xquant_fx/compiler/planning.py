@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import Geometry, Slot, bind_all, quantized_empty
-from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.growing import STORED_KV, room_for
 from xquant_fx.compiler.dynamo_frames import is_partial
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.proof import Call
 from xquant_fx.compiler.stacks import numbered, stack_of
+from xquant_fx.passes.facts import is_quantized_growth
 from xquant_fx.passes.find_sites import buffer_name
-from xquant_fx.passes.records import Buffer, Site
+from xquant_fx.passes.find_writes import concatenation
+from xquant_fx.passes.records import Buffer, Site, Write
 from xquant_fx.passes.trace import fake, value_of
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan, make_plan
@@ -42,7 +44,15 @@ def plan_graph(
 def bind_buffers(plan: Plan, buffers: Sequence[Buffer], tensors: Sequence[Tensor]) -> list[KVSpec]:
     """Specs of ``buffers``, which hold ``tensors`` [B, H, N, D]."""
     pairs = zip(buffers, tensors, strict=True)
-    return bind_all(plan, [(b.layer, b.role, Geometry(tuple(t.shape), t.dtype)) for b, t in pairs])
+    return bind_all(plan, [(b.layer, b.role, _geometry(b, t)) for b, t in pairs])
+
+
+def _geometry(buffer: Buffer, tensor: Tensor) -> Geometry:
+    """Of the stored tensors; what grows by concatenation gets room to grow."""
+    batch, heads, tokens, dim = tensor.shape
+    if buffer.write.past is not None:
+        tokens = room_for(tokens if isinstance(tokens, int) else tokens.node.hint)
+    return Geometry((batch, heads, tokens, dim), tensor.dtype)
 
 
 def _ordinary(gm: GraphModule, sites: list[Site], call: Call, is_together: bool) -> tuple[Buffer, ...]:
@@ -54,16 +64,27 @@ def _ordinary(gm: GraphModule, sites: list[Site], call: Call, is_together: bool)
     layers = list(dict.fromkeys(site.buffers for site in sites if site.rewritable and not site.is_quantized))
     layers = [pair for i, pair in enumerate(layers) if pair[0] not in {key for key, _ in layers[:i]}]
     writes = {w.buffer: w for site in sites for w in (site.key_write, site.value_write) if w is not None}
-    firsts = [call.first_position(writes[key]) for key, _ in layers]
-    names = ["" if is_together else stack_of(*map(buffer_name, pair)) for pair in layers]
-    groups = numbered(zip(names, firsts, strict=True))
+    groups = numbered((_stack(pair, writes[pair[0]], is_together), _begin(writes[pair[0]], call)) for pair in layers)
     found = []
     for number, ((key, value), group) in enumerate(zip(layers, groups, strict=True)):
         layer = groups[:number].count(group)
         for node, role in ((key, "key"), (value, "value")):
             foresight = call.foresight_of(writes[node])
-            found.append(Buffer(node, index[node], layer, cast(Role, role), writes[node], group, foresight))
+            found.append(Buffer(node, index.get(node), layer, cast(Role, role), writes[node], group, foresight))
     return tuple(found)
+
+
+def _stack(layer: tuple[Node, Node], write: Write, is_together: bool) -> str:
+    """What the program keeps the buffers of a layer in. A prompt's are kept nowhere yet, and taken for one cache's."""
+    return "" if is_together or write.begins else stack_of(*map(buffer_name, layer))
+
+
+def _begin(write: Write, call: Call) -> object:
+    """Where the layers of one cache append, all of them."""
+    if write.past is None:
+        return call.first_position(write)
+    past = value_of(write.past)
+    return f"behind {0 if write.begins else past.shape[2]} tokens, {write.tokens} of them"
 
 
 def _names_layers(settings: XQuantConfig | Plan) -> bool:
@@ -76,8 +97,11 @@ def _existing(gm: GraphModule) -> dict[Node, KVSpec]:
     specs: dict[Node, KVSpec] = {}
     for node in gm.graph.nodes:
         value = fake(node)
-        if node.op == "placeholder" and isinstance(value, QuantizedKV):
+        if node.op == "placeholder" and isinstance(value, STORED_KV):
             specs[node] = value.spec
+        elif is_quantized_growth(node):
+            past = concatenation(node).past  # type: ignore[union-attr]  # it is one
+            specs[node] = value_of(past).spec  # type: ignore[attr-defined,arg-type]
         elif node.target is quantized_empty:
             like, _, lower, _, slot, _ = node.args
             below = specs.get(lower) if isinstance(lower, Node) else None

@@ -42,7 +42,7 @@ class Takeover(torch.fx.Interpreter):
 
     def __call__(self, *args: Any) -> Any:
         """Run the step on these arguments, which hold a cache that was not seen before."""
-        tensors = [args[b.index] for b in self.buffers]
+        tensors = [args[b.index] for b in self.buffers if b.index is not None]
         if any(isinstance(t, QuantizedKV) for t in tensors):  # Dynamo took the buffers of a module for the same ones
             forget_compiled_frame()
             return self.run(*args)
