@@ -15,7 +15,7 @@ from xquant_fx.kernels.arguments import Overload
 from xquant_fx.kernels.cpu.isa import Isa
 from xquant_fx.kernels.cpu.source import array, assemble, definitions, namespace, pointers, sign_table
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
-from xquant_fx.kernels.packing import codes_per_word
+from xquant_fx.kernels.packing import codes_per_word, high_and_low, plane_widths
 from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.widths import Run, planes, rank_widths, runs_of
 
@@ -68,17 +68,18 @@ def word_counts(p: Problem) -> dict[str, int]:
     if p.k_scheme == RANKED:
         words = {plane.width: plane.words for plane in planes(p.k_bits, p.k_dim)}
     else:
-        words = {int(p.k_bits): -(-p.k_dim // codes_per_word(p.k_bits))}
+        words = {width: -(-p.k_dim // codes_per_word(width)) for width in plane_widths(p.k_bits)}
     return {f"K_WORDS_{width}": words.get(width, 0) for width in (8, 4, 2, 1)}
 
 
 def constants(p: Problem) -> str:
     """The constants that the C++ relies on."""
+    v_high, v_low = high_and_low(p.v_bits)
     numbers = {
         "B": p.batch, "H": p.heads, "HQ": p.query_heads, "Q": p.queries, "DK": p.k_dim, "DV": p.v_dim, "N": p.max_len,
         **word_counts(p), "K_GROUP": p.k_group, "K_TOKENS": p.k_tokens,
         "ROTATED": rotated_size(p.v_dim) if p.v_scheme == ROTATED else 0,
-        "V_BITS": int(p.v_bits), "V_GROUP": p.v_group, "V_TOKENS": p.v_tokens,
+        "V_HIGH": v_high, "V_LOW": v_low, "V_GROUP": p.v_group, "V_TOKENS": p.v_tokens,
         "RESIDUAL": p.residual, "RING_SLACK": p.ring - p.residual, "SINKS": p.sinks, "WINDOW": p.window,
         "MASK_B": p.mask_strides[0], "MASK_H": p.mask_strides[1], "MASK_Q": p.mask_strides[2],
         "ROWS": p.row_block, "DIGITS": 3 if p.dtype == torch.float32 else 2,
