@@ -38,6 +38,8 @@ def _unrecognised(facts: Facts, read: set[Node]) -> Iterator[Attention]:
         writes = [w for w in writes if w.buffer not in (write.buffer, other.buffer)]
         readers = [user for user in write.buffer.users if user is not write.node and not is_shape_query(user)]
         node = (readers or [write.node])[0]
+        if is_quantized(write.buffer) and not readers:
+            continue  # they are read in another graph
         yield Attention(node, "nothing recognised", write.x, write.buffer, other.buffer, is_recognised=False)
 
 

@@ -213,7 +213,7 @@ ALONE = {  # and the word that the reason must have
     ),
     "values copied, then one head changed": (
         lambda q, k, v, pos: (t := v.clone(), t.select(1, 0).mul_(2.0), softmax_of(q @ k.mT, t))[-1],
-        "mul_ changes in place",
+        "keys or values that were read",
     ),
     "positions that are changed afterwards": (
         lambda q, k, v, pos: (pos.add_(1), o := softmax_of(q @ k.mT, v), pos.sub_(1), o)[-1], "add_ changes in place",

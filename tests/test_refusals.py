@@ -191,7 +191,7 @@ def test_ordinary_buffers_stay_under_gradients(monkeypatch):
         assign(keys, values, k, v, pos)
         return sdpa(q, keys, values)
 
-    gm, inputs = first_graph(step, *fresh(), *buffers(), torch.tensor([3]))
+    gm, inputs = first_graph(step, *fresh(), *buffers(), torch.tensor([0]))
     seen = Rewrites()
     with torch.enable_grad():
         seen(gm, inputs)
@@ -201,6 +201,21 @@ def test_ordinary_buffers_stay_under_gradients(monkeypatch):
     with torch.no_grad():
         seen(gm, inputs)
     assert seen.made == [gm]  # taken over instead
+
+
+def test_buffers_that_carry_gradients_say_so():
+    """A step without no_grad has written to them; and gradients are off now."""
+
+    def step(q, k, v, keys, values, pos):
+        assign(keys, values, k, v, pos)
+        return sdpa(q, keys, values)
+
+    q, k, v = fresh()
+    keys, values = buffers()
+    step(q, k.requires_grad_(), v, keys, values, torch.tensor([0]))
+    gm, inputs = first_graph(step, q, k.detach(), v, keys, values, torch.tensor([1]))
+    with torch.no_grad(), pytest.raises(NotRewrittenError, match=r"keys carry gradients: .*torch\.no_grad"):
+        Rewrites(strict=True)(gm, inputs)
 
 
 def shared_step(q, k, v, keys, values, other, pos):

@@ -222,7 +222,7 @@ def test_buffers_left_alone(step, has_cache, reason):
     assert site.has_cache == has_cache and not site.allocated_here
 
 
-@pytest.mark.parametrize("kind", ["rank 3", "int", "float8", "gradient"])
+@pytest.mark.parametrize("kind", ["rank 3", "int", "float8", "float64", "gradient"])
 def test_inputs_that_are_no_buffers(kind):
     def step(q, k, v, keys, values, pos):
         keys[..., pos, :] = k.to(keys.dtype)
@@ -230,7 +230,8 @@ def test_inputs_that_are_no_buffers(kind):
         return sdpa(q, keys.to(q.dtype), values.to(q.dtype))
 
     q, k, v = fresh()
-    keys, values = buffers(dtype={"int": torch.int32, "float8": torch.float8_e5m2}.get(kind, torch.float32))
+    types = {"int": torch.int32, "float8": torch.float8_e5m2, "float64": torch.float64}
+    keys, values = buffers(dtype=types.get(kind, torch.float32))
     if kind == "rank 3":
         q, k, v, keys, values = (t[0] for t in (q, k, v, keys, values))
     if kind == "gradient":
