@@ -25,7 +25,7 @@ class Fault(enum.IntEnum):
 FAULTS = {
     Fault.NOT_APPENDED: "tokens must be appended: the first position was past the number of tokens stored",
     Fault.FULL: "positions must be below max_cache_len: the cache is full",
-    Fault.ROLLED_BACK_TOO_FAR: f"at most {STEP_TOKENS} tokens can be rolled back (or all: position 0); more were",
+    Fault.ROLLED_BACK_TOO_FAR: "more tokens were rolled back than rollback_tokens of the config (or all: position 0)",
     Fault.NOT_CONSECUTIVE: "the positions of one step must be consecutive",
     Fault.RESTARTED: "position 0 starts a sequence anew only after reset(), or zero_() on all buffers; without, "
     f"a prompt of more than {STEP_TOKENS} tokens may where the cache is not full (or is this a rotating buffer?)",

@@ -2,8 +2,9 @@
 
 Token t of a sequence sits in ring slot ``t % ring_tokens`` until that slot is needed again. What is quantized at
 which length is the scheme's affair (``kernels/schemes``); its limit is that *before* the step: a step attends first
-and flushes afterwards. The rings hold STEP_TOKENS tokens more than the residual length, so that after a store of up
-to that many tokens every token that was in full precision before the step still is, and load may come after store.
+and flushes afterwards. The rings hold ``rollback_tokens`` more than the residual length, STEP_TOKENS at least, so that
+after a store of up to STEP_TOKENS tokens every token that was in full precision before the step still is, and load may
+come after store; and so that as many tokens can be rolled back exactly.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import torch
 from torch import Tensor
 
 #: How many new tokens one decode step may bring and still find every token that was in full
-#: precision before the step. The residual windows hold this many tokens more than
-#: ``residual_length``, which also makes rolling back that many tokens exact.
+#: precision before the step: what the rings hold at least beyond ``residual_length``.
 STEP_TOKENS = 8
 
 

@@ -28,7 +28,7 @@ BAD = {
     "far past the end": Bad(53, [200], Fault.FULL),
     "a step across the end": Bad(53, list(range(53, 61)), Fault.FULL),
     "a chunk across the end": Bad(53, list(range(53, 83)), Fault.FULL),
-    "rolled back by 9": Bad(STORED, [STORED - STEP_TOKENS - 1], Fault.ROLLED_BACK_TOO_FAR),
+    "rolled back by 9": Bad(STORED, [STORED - 9], Fault.ROLLED_BACK_TOO_FAR),
     "rolled back to 1": Bad(STORED, list(range(1, 20)), Fault.ROLLED_BACK_TOO_FAR),
     "swapped": Bad(STORED, [20, 22, 21, 23], Fault.NOT_CONSECUTIVE),
     "repeated": Bad(STORED, [20, 20], Fault.NOT_CONSECUTIVE),

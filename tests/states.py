@@ -9,7 +9,8 @@ from torch import Tensor
 
 from xquant_fx import XQuantConfig
 from xquant_fx.cache.allocate import Geometry, allocate, bind_all
-from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.cache.group import CacheGroup
+from xquant_fx.cache.state import KVState
 from xquant_fx.plan.plan import Plan, make_plan
 from xquant_fx.plan.spec import KVSpec, Role
 

@@ -38,6 +38,7 @@ class Case:
     fit: str = "least_squares"
     shared: bool = True
     sinks: int = 0
+    rollback: int = 8
     padding: tuple[int, ...] = ()
     scale_dtype: torch.dtype | None = None
     scale: float = 1.0
@@ -60,7 +61,7 @@ class Case:
         return XQuantConfig(
             share_keys_from=share, share_values_from=share, shared_fit=self.fit,
             residual_length=self.residual, eta_1bit=self.eta, eta_2bit=self.eta, sink_tokens=self.sinks,
-            scale_dtype=self.scale_dtype, **schemes, **groups,
+            rollback_tokens=self.rollback, scale_dtype=self.scale_dtype, **schemes, **groups,
         )  # fmt: skip
 
     @property

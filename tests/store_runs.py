@@ -130,7 +130,7 @@ class ThroughKernel(ThroughOps):
 def run(case: Case, script: list[int], driver: type[ThroughState]) -> list[KVState]:
     """Play ``script`` on both layers: n > 0 is a step of n tokens, n < 0 rolls n tokens back, 0 starts anew.
 
-    Steps are cut to the room that is left, rollbacks to STEP_TOKENS behind the furthest token written.
+    Steps are cut to the room that is left, rollbacks to ``case.rollback`` behind the furthest token written.
     """
     layers = driver(case)
     lower = Reference(case)
@@ -139,7 +139,7 @@ def run(case: Case, script: list[int], driver: type[ThroughState]) -> list[KVSta
     for number, move in enumerate(script):
         past = length
         if move <= 0:
-            length = max(length + move, furthest - STEP_TOKENS, 0) if move else 0
+            length = max(length + move, furthest - case.rollback, 0) if move else 0
             furthest = furthest if length else 0
             for layer, ref in enumerate(refs):
                 layers.rollback(layer, length)

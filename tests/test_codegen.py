@@ -25,8 +25,9 @@ from torch.utils._triton import has_triton
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from xquant_fx import XQuantCache, XQuantConfig
+from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.state import TENSOR_NAMES, CacheGroup, KVState
+from xquant_fx.cache.state import TENSOR_NAMES, KVState
 
 LENGTH = 48
 HEADS, KV_HEADS, DIM = 4, 2, 32

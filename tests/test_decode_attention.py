@@ -20,7 +20,7 @@ from xquant_fx import ArgumentError, CacheStateError, XQuantCache, XQuantConfig,
 
 B, HEADS, KV_HEADS, DIM, MAX_LEN, PROMPT = 2, 4, 2, 16, 96, 75
 PADDING = torch.tensor([0, 9])
-CONFIG = range_config(k_bits=2, v_bits=2, k_group_size=16, residual_length=32)
+CONFIG = range_config(k_bits=2, v_bits=2, k_group_size=16, residual_length=32, rollback_tokens=8)
 
 
 def model_config() -> LlamaConfig:
@@ -193,7 +193,7 @@ def test_after_a_rollback(back: int, new: int, fits: bool) -> None:
     if fits:
         assert torch.equal(decode_attention(q, loop.cache, 0), decode_attention(q, fresh.cache, 0))
         return
-    with pytest.raises(CacheStateError, match=f"layer 0: after a rollback .* at most 8, got {back + new}"):
+    with pytest.raises(CacheStateError, match=f"layer 0: after a rollback .* at most .*, 8, got {back + new}"):
         decode_attention(q, loop.cache, 0)
 
 

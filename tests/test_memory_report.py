@@ -85,7 +85,7 @@ def parts_by_hand(cache: XQuantCache, steps: list[int]) -> MemoryReport:
                 words = math.ceil(dim * bits / 32) * padded if side == "key" else padded * bits // 32 * dim
                 total["codes"] += 4 * batch * heads * words
             total["scales"] += 2 * batch * heads * groups
-            total["residual_windows"] += batch * heads * (r + 8) * dim * size
+            total["residual_windows"] += batch * heads * (r + config.rollback_tokens) * dim * size
             total["sinks"] += bool(config.sink_tokens) * batch * heads * (config.sink_tokens + 1) * dim * size
     total["other"] += 8 * batch + 4 + 8 * count  # padding, the fault flag, and Hugging Face's token counters
     elements = 2 * count * batch * heads * dim

@@ -20,7 +20,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from xquant_fx import CacheStateError, XQuantCache, XQuantConfig
 from xquant_fx.cache.kv_tensor import QuantizedKV
 
-CONFIG = XQuantConfig.preset("xquant-1bit").replace(k_group_size=8, residual_length=16)
+CONFIG = XQuantConfig.preset("xquant-1bit").replace(k_group_size=8, residual_length=16, rollback_tokens=8)
 IDS = torch.randint(1, 128, (3, 160), generator=torch.Generator().manual_seed(3))
 TOLERANCE = 1e-5
 

@@ -44,6 +44,7 @@ def test_every_field_is_saved_and_compared(field):
     other = {
         "role": "value", "scheme": "per_token", "bits": 4, "group_size": 4, "residual_length": 16, "eta": 0.3,
         "sink_tokens": 2, "scale_dtype": torch.float32, "fit": "minmax", "partner": 0, "reason": "because",
+        "rollback_tokens": 30,
     }  # fmt: skip
     plan = make_plan(CONFIG, 3)
     entry = dataclasses.replace(plan.layers[2].key, **{field.name: other[field.name]})

@@ -14,7 +14,7 @@ from store_runs import ThroughOps, ThroughState, run
 
 from xquant_fx.kernels.layout import STEP_TOKENS
 
-MOVES = st.integers(-STEP_TOKENS, STEP_TOKENS) | st.integers(1, 3) | st.integers(9, 45)
+MOVES = st.integers(-20, STEP_TOKENS) | st.integers(1, 3) | st.integers(9, 45)
 
 
 @st.composite
@@ -28,7 +28,7 @@ def cases(draw) -> Case:
         batch=batch, heads=draw(st.integers(1, 2)), max_len=max_len, dim=dim, residual=residual,
         group=draw(st.sampled_from(groups)), eta=draw(st.sampled_from((0.0, 1 / 6))),
         fit=draw(st.sampled_from(("least_squares", "minmax"))), shared=draw(st.booleans()),
-        sinks=draw(st.sampled_from((0, 0, 1, 5))),
+        sinks=draw(st.sampled_from((0, 0, 1, 5))), rollback=draw(st.sampled_from((8, 8, 20))),
         padding=tuple(draw(st.lists(st.integers(0, 12), max_size=batch))) if draw(st.booleans()) else (),
         scale_dtype=draw(st.sampled_from(DTYPES)), scale=2.0 ** draw(st.integers(-6, 6)),
     )  # fmt: skip

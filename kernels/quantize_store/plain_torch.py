@@ -33,16 +33,16 @@ def store_sinks(x: Tensor, sink: Tensor, pos: Tensor, start: Tensor) -> None:
     sink.scatter_(2, slot[:, None, :, None].expand(x.shape), x)
 
 
-def fault_code(pos: Tensor, length: Tensor, max_len: int, rollback: bool = True) -> Tensor:
+def fault_code(pos: Tensor, length: Tensor, max_len: int, rollback: int | None) -> Tensor:
     """0, or the ``Fault`` by which tokens at ``pos`` cannot follow ``length`` stored ones: int32 [1].
 
-    ``rollback`` says that only STEP_TOKENS tokens can be rolled back.
+    ``rollback`` tokens can be rolled back (None: any number).
     """
     past, new = pos[:1], pos.shape[0]
     code = torch.where((past > length[:1]) | (past < 0), int(Fault.NOT_APPENDED), 0)
     code = torch.where(past + new > max_len, int(Fault.FULL), code)
-    if rollback:
-        too_far = (past > 0) & (length[1:] - past > STEP_TOKENS)
+    if rollback is not None:
+        too_far = (past > 0) & (length[1:] - past > rollback)
         code = torch.where(too_far, int(Fault.ROLLED_BACK_TOO_FAR), code)
     code = torch.where((past == 0) & may_wrap(length[:1], new, max_len), int(Fault.RESTARTED), code)
     jump = (pos != past + torch.arange(new, device=pos.device)).any()
@@ -61,7 +61,7 @@ def advance(length: Tensor, past: Tensor, new: int) -> None:
 
 def store_full(a: StoreArguments) -> None:
     """Write ``x`` to 16-bit storage; what is past the end overwrites the last token, and is a fault."""
-    a.fault.copy_(torch.maximum(a.fault, fault_code(a.pos, a.length, a.max_len, rollback=False)))
+    a.fault.copy_(torch.maximum(a.fault, fault_code(a.pos, a.length, a.max_len, rollback=None)))
     a.codes.index_copy_(2, a.pos.clamp(0, a.max_len - 1), a.x.to(a.codes.dtype))
     advance(a.length, a.pos[:1], a.x.shape[2])
 
@@ -74,7 +74,7 @@ def store(a: StoreArguments) -> None:
     """
     ring = a.quantized.ring
     x = a.x.to(ring.dtype)
-    a.fault.copy_(torch.maximum(a.fault, fault_code(a.pos, a.length, a.max_len)))
+    a.fault.copy_(torch.maximum(a.fault, fault_code(a.pos, a.length, a.max_len, ring.shape[2] - a.residual_length)))
     past, in_ring = a.pos[:1].clamp(max=a.max_len - x.shape[2]).clamp_min(0), x.shape[2] <= STEP_TOKENS
     if in_ring:
         store_ring(x, ring, past)

@@ -4,7 +4,7 @@ A program has a batch row, a head, some channels and, for keys, one group of tok
 channels of the new tokens to the ring and to the sinks. Then it quantizes what the step makes due, and
 most steps make nothing due for keys: one comparison with the position, on the device. Programs do not
 wait for each other: new tokens are read from the step's own tensor, older ones from ring slots that
-the step does not write (the ring has STEP_TOKENS slots more than the window). The first program also
+the step does not write (the ring has STEP_TOKENS slots more than the window, or more). The first program also
 checks the positions and notes the new length.
 
 FIT is "own" where a layer has codes of its own; else it borrows codes, and FIT says how its scales are
@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from xquant_fx.kernels.faults import Fault
+from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.triton_keys import flush_keys
 from xquant_fx.kernels.quantize_store.triton_values import flush_values
 from xquant_fx.kernels.quantize_store.triton_window import source_of, write_step
@@ -30,6 +31,7 @@ NOT_APPENDED = tl.constexpr(int(Fault.NOT_APPENDED))
 FULL = tl.constexpr(int(Fault.FULL))
 ROLLED_BACK_TOO_FAR = tl.constexpr(int(Fault.ROLLED_BACK_TOO_FAR))
 NOT_CONSECUTIVE = tl.constexpr(int(Fault.NOT_CONSECUTIVE))
+STEP = tl.constexpr(STEP_TOKENS)
 RESTARTED = tl.constexpr(int(Fault.RESTARTED))
 
 
@@ -42,7 +44,7 @@ def note_step(
     NEW_TOKENS: tl.constexpr,
     NEW_TILE: tl.constexpr,
     MAX_LEN: tl.constexpr,
-    STEP_TOKENS: tl.constexpr,
+    ROLLBACK: tl.constexpr,
 ):
     """Faults and length, as ``fault_code`` and ``advance`` have them; ``past`` is within bounds."""
     j = tl.arange(0, NEW_TILE)
@@ -50,8 +52,8 @@ def note_step(
     stored, furthest = tl.load(length), tl.load(length + 1)
     code = tl.where((asked > stored) | (asked < 0), NOT_APPENDED, 0)
     code = tl.where(asked + NEW_TOKENS > MAX_LEN, FULL, code)
-    code = tl.where((asked > 0) & (furthest - asked > STEP_TOKENS), ROLLED_BACK_TOO_FAR, code)
-    code = tl.where((asked == 0) & ((stored == MAX_LEN) | (stored > STEP_TOKENS)), RESTARTED, code)
+    code = tl.where((asked > 0) & (furthest - asked > ROLLBACK), ROLLED_BACK_TOO_FAR, code)
+    code = tl.where((asked == 0) & ((stored == MAX_LEN) | (stored > STEP)), RESTARTED, code)
     in_step = j < NEW_TOKENS
     jumps = tl.sum(((tl.load(pos + j, mask=in_step, other=0) != asked + j) & in_step).to(tl.int32), 0)
     code = tl.where(jumps > 0, NOT_CONSECUTIVE, code)
@@ -86,7 +88,7 @@ def append_keys_kernel(
     ETA: tl.constexpr,
     FIT: tl.constexpr,
     MAX_LEN: tl.constexpr,
-    STEP_TOKENS: tl.constexpr,
+    ROLLBACK: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -102,7 +104,7 @@ def append_keys_kernel(
     if part == 0:
         write_step(source, pos, sink, head, first_token, d, d < DIM, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
     if row + part + chunk == 0:
-        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, STEP_TOKENS)
+        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     block = past // RESIDUAL * RESIDUAL + part * GROUP // RESIDUAL * RESIDUAL
     if past + NEW_TOKENS >= block + RESIDUAL:
         HIGH_WORDS: tl.constexpr = (DIM * (BITS - LOW) + 31) // 32
@@ -157,7 +159,7 @@ def append_values_kernel(
     ETA: tl.constexpr,
     FIT: tl.constexpr,
     MAX_LEN: tl.constexpr,
-    STEP_TOKENS: tl.constexpr,
+    ROLLBACK: tl.constexpr,
     WORDS: tl.constexpr,
     STRIDE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -175,7 +177,7 @@ def append_values_kernel(
     d, valid_channels = group * GROUP + i, i < GROUP
     write_step(source, pos, sink, head, first_token, d, valid_channels, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
     if row + group == 0:
-        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, STEP_TOKENS)
+        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     flush_values(
         source,
         codes,

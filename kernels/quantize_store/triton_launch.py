@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from xquant_fx.kernels.arguments import Overload
-from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.packing import high_and_low
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.rotation import rotated_size
@@ -107,7 +106,7 @@ def launch(a: StoreArguments, *, wrap: Callable[[Any], Any]) -> None:
         RESIDUAL=a.residual_length,
         GROUP=a.group_size,
         MAX_LEN=a.max_len,
-        STEP_TOKENS=STEP_TOKENS,
+        ROLLBACK=a.quantized.ring.shape[2] - a.residual_length,
         **{"num_warps": 4, **own},
     )
 

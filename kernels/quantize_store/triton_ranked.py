@@ -159,7 +159,7 @@ def append_ranked_kernel(
     RESIDUAL: tl.constexpr,
     GROUP: tl.constexpr,
     MAX_LEN: tl.constexpr,
-    STEP_TOKENS: tl.constexpr,
+    ROLLBACK: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -185,7 +185,7 @@ def append_ranked_kernel(
     d = tl.arange(0, CHANNELS)
     write_step(source, pos, sink, head, first_token, d, d < DIM, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
     if row == 0:
-        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, STEP_TOKENS)
+        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     first, end = ranked_limit(past, RESIDUAL, GROUP), ranked_limit(past + NEW_TOKENS, RESIDUAL, GROUP)
     first_valid = first_token + SINK_TOKENS
     note_ranks(source, order, center, energy + head * DIM, first_valid, first, end, DIM, RING, GROUP, TILE, CHANNELS)

@@ -78,7 +78,7 @@ def append_rotated_kernel(
     RESIDUAL: tl.constexpr,
     GROUP: tl.constexpr,
     MAX_LEN: tl.constexpr,
-    STEP_TOKENS: tl.constexpr,
+    ROLLBACK: tl.constexpr,
     BITS: tl.constexpr,
     LOW: tl.constexpr,
     STEP: tl.constexpr,
@@ -99,7 +99,7 @@ def append_rotated_kernel(
     in_group = d // GROUP == group
     write_step(source, pos, sink, head, first_token, d, in_group, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
     if row + group == 0:
-        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, STEP_TOKENS)
+        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     low_codes = codes + STRIDE * (BITS - LOW) // 32 * DIM
     flush_rotated(
         source,

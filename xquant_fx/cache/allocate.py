@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 import xquant_fx.cache.flex  # noqa: F401  (registers how flex attention reads the buffers made here)
+from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError
 from xquant_fx.plan.buffer_plan import BufferPlan
 from xquant_fx.plan.plan import Plan
@@ -72,7 +73,14 @@ class Slot:
 
 
 def quantized_empty(
-    like: Tensor, first: Tensor | None, lower: Tensor | None, start: Tensor | None, slot: str, plan: str
+    like: Tensor,
+    first: Tensor | None,
+    lower: Tensor | None,
+    start: Tensor | None,
+    slot: str,
+    plan: str,
+    spare: Tensor | None = None,
+    lockstep: bool = False,
 ) -> Tensor:
     """An empty quantized buffer [B, H, max_len, D].
 
@@ -83,6 +91,8 @@ def quantized_empty(
         start: int64 [B], padding tokens in front of each sequence; None: none.
         slot: which buffer this is (``Slot.to_json``).
         plan: the cache's plan (``Plan.to_json``); "" where ``first`` is given.
+        spare: the buffer that this one replaces after ``reset()``; it is taken again where it fits.
+        lockstep: whether each step writes all buffers of the cache (``CacheGroup``).
     """
     if isinstance(like, FunctionalTensor):
         raise CacheStateError(
@@ -92,13 +102,26 @@ def quantized_empty(
     wanted = Slot.from_json(slot)
     if isinstance(like, FakeTensor):
         return like.new_empty((*like.shape[:2], wanted.max_len, like.shape[3]))
-    if isinstance(first, QuantizedKV):
-        group = first.live.group
-    else:
-        group = CacheGroup(Plan.from_json(plan), like.shape[0], like.device, start)
     below = lower.live if isinstance(lower, QuantizedKV) else None
     spec = wanted.bind(like, below.spec if below is not None else None)
-    return QuantizedKV.of(KVState(spec, group, below if spec.borrowed else None))
+    old = spare.live if isinstance(spare, QuantizedKV) else None
+    if old is not None and (old.spec != spec or old.group.start.device != like.device):
+        old = None
+    group = first.live.group if isinstance(first, QuantizedKV) else _group(old, plan, like, start, lockstep)
+    below = below if spec.borrowed else None
+    if old is not None and old.group is group and old.lower is below:
+        assert spare is not None
+        return spare
+    return QuantizedKV.of(KVState(spec, group, below))
+
+
+def _group(old: KVState | None, plan: str, like: Tensor, start: Tensor | None, lockstep: bool) -> CacheGroup:
+    """The group of the first buffer's ``old`` state, emptied, or a new one."""
+    if old is None:
+        return CacheGroup(Plan.from_json(plan), like.shape[0], like.device, start, lockstep=lockstep)
+    old.group.start.zero_() if start is None else old.group.start.copy_(start)
+    old.group.lockstep = lockstep
+    return old.group
 
 
 torch.compiler.allow_in_graph(quantized_empty)

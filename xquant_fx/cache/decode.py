@@ -120,9 +120,11 @@ def _check(q: Tensor, key: KVState, value: KVState) -> None:
     if values != keys:
         raise CacheStateError(where + f"{keys} keys and {values} values are stored")
     lost = max(key.furthest, value.furthest) - (keys - q.shape[2])
-    if lost > STEP_TOKENS:
+    if lost > key.spec.rollback_tokens:
         raise CacheStateError(
-            where + f"after a rollback the query and the tokens taken back must be at most {STEP_TOKENS}, got {lost}: "
+            where
+            + "after a rollback the query and the tokens taken back must be at most rollback_tokens of the config, "
+            f"{key.spec.rollback_tokens}, got {lost}: "
             "older ones are quantized already"
         )
     if torch.is_grad_enabled() and q.requires_grad:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 
 from xquant_fx.cache.left import ONCE, leave
 from xquant_fx.cache.reads import Dequantized, Token, read
@@ -45,7 +46,10 @@ class QuantizedKV(Dequantized):
     ) -> QuantizedKV:
         begin, end = span or (0, spec.shape[2])
         shape = (*spec.shape[:2], end - begin, spec.shape[3])
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
+        with torch.inference_mode(False):  # or only inference mode could write to it
+            buffer = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
+        torch._C._set_throw_on_mutable_data_ptr(buffer)  # C++ code that asks for memory gets an error, not address 0
+        return buffer
 
     def __init__(self, spec: KVSpec, anchor: Tensor, state: KVState | None = None, span: tuple[int, int] | None = None):
         self.spec, self.anchor, self.state = spec, anchor, state
@@ -76,7 +80,8 @@ class QuantizedKV(Dequantized):
         return f"QuantizedKV({self.origin}, shape={tuple(self.shape)}, {codes}, device={self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedKV:
-        new = QuantizedKV.of(copy.deepcopy(self.live, memo))
+        with torch.inference_mode(False):
+            new = QuantizedKV.of(copy.deepcopy(self.live, memo))
         memo[id(self)] = new
         return new
 
@@ -114,6 +119,8 @@ class QuantizedKV(Dequantized):
 
     def _append(self, pos: Tensor, x: Tensor) -> None:
         if self.state is None:
+            if reason := self.spec.why_not(x):  # Dynamo leaves the step to eager code, which raises the same
+                raise UnsupportedFakeTensorException(reason)
             return
         if torch.is_grad_enabled() and x.requires_grad:
             raise CacheStateError(
@@ -176,8 +183,9 @@ def _index_put(kv: QuantizedKV, indices: Any, x: Tensor, accumulate: bool = Fals
         return NotImplemented
     if indices[2].dim() != 1 or indices[2].dtype not in (torch.int64, torch.int32):  # a mask is no positions
         return NotImplemented
-    if kv.state is not None:
-        kv._append(indices[2], x.expand(*kv.shape[:2], indices[2].shape[0], kv.shape[3]))
+    if x.dim() < 4 or 1 in x.shape:  # what torch would broadcast
+        x = x.expand(*kv.shape[:2], indices[2].shape[0], kv.shape[3])
+    kv._append(indices[2], x)
     return kv
 
 
@@ -228,7 +236,7 @@ def _copy(kv: QuantizedKV, source: Tensor, non_blocking: bool = False) -> Any:
     if kv.span == (0, kv.spec.shape[2]):
         return NotImplemented
     if kv.state is not None:
-        kv._append(torch.arange(*kv.span, device=kv.device), source.expand(kv.shape))
+        kv._append(torch.arange(*kv.span, device=kv.device), source.expand(kv.shape).to(kv.dtype))
     return kv
 
 

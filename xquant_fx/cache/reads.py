@@ -1,25 +1,41 @@
 """Eager reads of quantized buffers by any op of torch: on dequantized values, never through a view.
 
-An op that torch means to return a view gets a copy, on which writes are refused: they would be lost.
+An op that torch means to return a view gets a copy, on which writes are refused: they would be lost. What goes past ops
+to a tensor's memory (pointers, DLPack, NumPy, shared memory) is refused, too: there is none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_any, tree_map
 
-from xquant_fx.errors import UnsupportedWriteError
+from xquant_fx.errors import CacheStateError, UnsupportedWriteError
 
 
 class Dequantized(torch.Tensor):
     """A tensor that ops read by way of ``dense()``."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """For Dynamo alone, which describes every input by its storage; there is nothing in it."""
+        if torch._guards.TracingContext.try_get() is None:
+            _refuse_memory(self, "untyped_storage")
+        return super().untyped_storage()
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        """Reads as the tensor itself; cannot be set."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        _refuse_memory(self, ".data = ...")
 
     @property
     def origin(self) -> str:
@@ -30,9 +46,45 @@ class Dequantized(torch.Tensor):
         """The values as an ordinary tensor."""
         raise NotImplementedError
 
+    def dequantize(self) -> Tensor:
+        """The values as an ordinary tensor of the same dtype, a copy."""
+        return self.dense().clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.dequantize()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dequantize().__reduce_ex__(protocol)
+
     def refuse_write(self, func: Any) -> None:
         """Raise UnsupportedWriteError, as ``func`` writes to this."""
         raise NotImplementedError
+
+
+#: Methods that reach for memory.
+ESCAPES = (
+    "data_ptr", "storage", "__dlpack__", "__dlpack_device__", "share_memory_", "pin_memory", "numpy",
+    "__array__", "tolist", "apply_", "map_",
+)  # fmt: skip
+
+
+def _refuse_memory(tensor: Dequantized, what: str) -> NoReturn:
+    raise CacheStateError(
+        f"{tensor.origin}: codes are stored, so there is no memory of keys or values for {what}; dequantize() gives a "
+        "full-precision copy, the cache's state_dict() what is stored"
+    )
+
+
+def _escape(name: str) -> Any:
+    def refuse(self: Dequantized, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_memory(self, name)
+
+    refuse.__name__ = name
+    return refuse
+
+
+for _name in ESCAPES:
+    setattr(Dequantized, _name, _escape(_name))
 
 
 class ReadOnlyCopy(Dequantized):
@@ -43,9 +95,11 @@ class ReadOnlyCopy(Dequantized):
 
     @staticmethod
     def __new__(cls, base: Tensor, origin: str) -> ReadOnlyCopy:
-        return torch.Tensor._make_wrapper_subclass(
+        copied = torch.Tensor._make_wrapper_subclass(
             cls, base.shape, strides=base.stride(), storage_offset=0, dtype=base.dtype, device=base.device
         )
+        torch._C._set_throw_on_mutable_data_ptr(copied)
+        return copied
 
     def __init__(self, base: Tensor, origin: str):
         self.base, self._origin = base, origin

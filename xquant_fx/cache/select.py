@@ -12,7 +12,8 @@ import weakref
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.cache.group import CacheGroup
+from xquant_fx.cache.state import KVState
 
 
 class Selection:

@@ -2,26 +2,24 @@
 
 ``KVState`` is one side (keys or values) of one layer. The upper layer of a sharing pair holds a
 reference to the lower one and reads its codes; there is one codes tensor per pair and nothing else
-refers to it. ``CacheGroup`` is what the states of one cache have in common.
+refers to it. ``CacheGroup`` (``group.py``) is what the states of one cache have in common.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xquant_fx import ops
-from xquant_fx.cache.faults import FaultMonitor
+from xquant_fx.cache.group import CacheGroup, Chunk
 from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.faults import FAULTS, Fault, may_wrap
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.shared_code_load.arguments import STORED
-from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec
 
 #: All tensors of a state, in the order of the op that writes them.
@@ -32,83 +30,26 @@ TENSOR_NAMES = tuple(name for name in StoreArguments.tensor_names() if name not 
 FEWEST_QUERIES = 16
 
 
-class CacheGroup:
-    """Shared by all states of one cache: plan, padding, faults, and the chunk just written.
-
-    ``chunk`` keeps the full-precision keys and values of the layer written last, if the chunk was
-    longer than the residual windows can give back: an eager prefill attends to its own tokens
-    unquantized. It holds one layer at a time, but for the step that takes buffers over, whose layers may be appended
-    to before any of them is read.
-    """
-
-    def __init__(self, plan: Plan, batch: int, device: torch.device, start: Tensor | None = None) -> None:
-        self.plan = plan
-        self.start = torch.zeros(batch, dtype=torch.int64, device=device)
-        if start is not None:
-            self.start.copy_(start)
-        self.faults = FaultMonitor(device)
-        self.chunk_layer: int | None = None
-        self.chunks: dict[tuple[int, str], Chunk] = {}
-        self.holds_all = False
-        self.step_tokens = 0
-        self.selection: object = None
-        """What ``select.py`` makes of it, buffer by buffer."""
-        self.taken_over: list[weakref.ref[Tensor]] = []
-        """The buffers that were ordinary ones once, of a cache that was taken over."""
-        self.collected: dict[object, tuple[list[KVState], list[Tensor]]] = {}
-        """Tensors that a compiled step takes of this cache, by step."""
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "collected": {}, "taken_over": [], "selection": None}
-
-    def stepped(self, tokens: int) -> None:
-        """A compiled graph appended ``tokens``; eager code that reads next sees the state before its flush."""
-        self.drop()
-        self.step_tokens = tokens
-
-    def hold(self, state: KVState, chunk: Chunk) -> None:
-        """Keep ``chunk`` until another layer, or the same side of this one, is written."""
-        if self.chunk_layer != state.spec.layer and not self.holds_all:
-            self.drop()
-        self.chunk_layer = state.spec.layer
-        self.chunks[state.spec.layer, state.spec.role] = chunk
-
-    def held(self, state: KVState) -> Chunk | None:
-        """The chunk that ``state`` wrote last, if it is kept."""
-        return self.chunks.get((state.spec.layer, state.spec.role))
-
-    def hold_one_layer(self) -> None:
-        """From now on, as before a takeover: let go of all chunks but those of the layer written last."""
-        self.holds_all = False
-        self.chunks = {key: chunk for key, chunk in self.chunks.items() if key[0] == self.chunk_layer}
-
-    def forget(self, state: KVState) -> None:
-        """Let go of the chunk of ``state``, and of no other's."""
-        self.chunks.pop((state.spec.layer, state.spec.role), None)
-
-    def drop(self) -> None:
-        """Let go of the chunk."""
-        self.chunk_layer = None
-        self.chunks = {}
-        self.step_tokens = 0
-
-
-class Chunk:
-    """The last eager write: ``x`` [B, H, q, D] after ``past`` tokens, and the ring before it."""
-
-    def __init__(self, x: Tensor | None, past: int, new: int, ring: Tensor | None) -> None:
-        self.x, self.past, self.new, self.ring = x, past, new, ring
-
-
 class KVState:
     """Stored tensors of one side of one layer; ``lower`` owns the codes where they are borrowed."""
 
     def __init__(self, spec: KVSpec, group: CacheGroup, lower: KVState | None = None) -> None:
         self.spec, self.group, self.lower = spec, group, lower
-        self.owned = {
-            name: torch.zeros(shape, dtype=dtype, device=group.start.device)
-            for name, (shape, dtype) in spec.tensor_shapes().items()
-        }
+        with torch.inference_mode(False):  # or only inference mode could write to them
+            self.owned = {
+                name: torch.zeros(shape, dtype=dtype, device=group.start.device)
+                for name, (shape, dtype) in spec.tensor_shapes().items()
+            }
+        group.join(self)
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update(fields)
+        self.group.join(self)
+
+    @property
+    def name(self) -> tuple[int, str]:
+        """Layer and role."""
+        return self.spec.layer, self.spec.role
 
     def tensor(self, name: str) -> Tensor | None:
         """The tensor called ``name`` (of ``TENSOR_NAMES``), borrowed or shared ones too."""
@@ -129,8 +70,9 @@ class KVState:
         """Append ``x`` [B, H, q, D] at consecutive positions ``pos`` [q], eagerly.
 
         Raises:
-            CacheStateError: the positions do not follow what is stored; nothing is changed.
+            CacheStateError: the positions do not follow what is stored, or ``x`` does not fit; nothing is changed.
         """
+        self.group.enter((self.name,), x.shape[2])
         past, new = self._checked_past(x, pos), x.shape[2]
         x, pos = x.to(self.spec.dtype), pos.to(torch.int64)
         ring = self.owned.get("ring")
@@ -185,7 +127,7 @@ class KVState:
         return self.owned["length"].tolist()[0]
 
     def reset(self) -> None:
-        """Back to an empty cache; padding stays as it was given, and so does what is known of the model's queries.
+        """Back to an empty cache; padding is the group's, and what is known of the model's queries stays.
 
         The mean squares of a model's queries hardly differ between texts (docs/quality.md), and prompts after the
         first are not seen.
@@ -195,6 +137,7 @@ class KVState:
                 tensor.zero_()
         self.group.drop()
         self.group.faults.clear()
+        self.group.mended()
 
     def enlarge(self, max_len: int) -> None:
         """Move to tensors with room for ``max_len`` tokens; what is stored stays as it is."""
@@ -214,23 +157,57 @@ class KVState:
                 tensor.copy_(tensor.index_select(0, index.to(tensor.device)))
         self.group.drop()
 
+    def selected(self, index: Tensor, group: CacheGroup, lower: KVState | None) -> KVState:
+        """A copy in ``group`` that holds the batch rows ``index``."""
+        spec = dataclasses.replace(self.spec, shape=(index.shape[0], *self.spec.shape[1:]))
+        new = KVState(spec, group, lower)
+        for name, tensor in new.owned.items():
+            rows = self.owned[name]
+            tensor.copy_(rows if name == "length" else rows.index_select(0, index.to(rows.device)))
+        return new
+
+    def moved(self, group: CacheGroup, lower: KVState | None) -> KVState:
+        """A copy in ``group``, on the group's device."""
+        new = KVState(self.spec, group, lower)
+        for name, tensor in new.owned.items():
+            tensor.copy_(self.owned[name])
+        return new
+
     def check_truncate(self, length: int) -> None:
-        """Whether the tokens from ``length`` on can be forgotten: at most STEP_TOKENS, or all.
+        """Whether the tokens from ``length`` on can be forgotten: at most ``rollback_tokens``, or all.
 
         Raises:
-            CacheStateError: more tokens than that, whose neighbours are already quantized.
+            CacheStateError: more tokens than that, whose neighbours are already quantized; or fewer are stored.
         """
-        furthest = self.furthest
-        if self.spec.quantized and length and furthest - length > STEP_TOKENS:
+        stored, furthest = self.owned["length"].tolist()
+        most = self.spec.rollback_tokens
+        if self.spec.quantized and length and furthest - length > most:
             raise CacheStateError(
-                f"layer {self.spec.layer}: at most {STEP_TOKENS} tokens can be rolled back exactly "
-                f"(the ones before them are quantized), asked for {furthest - length} of {furthest}"
+                f"layer {self.spec.layer}: at most {most} tokens can be rolled back exactly (the ones before them are "
+                f"quantized), asked for {furthest - length} of {furthest}: set num_assistant_tokens or "
+                f"prompt_lookup_num_tokens to {most} or less, or rollback_tokens of the cache's config to more"
+            )
+        if length > stored:
+            raise CacheStateError(
+                f"layer {self.spec.layer} holds {stored} {self.spec.role}s, fewer than the {length} tokens to keep: a "
+                f"step was interrupted between layers; crop {length - stored} more, or reset()"
             )
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from ``length`` on; raises CacheStateError as ``check_truncate`` does."""
         self.check_truncate(length)
         self.owned["length"][:1].fill_(length)
+        self.group.drop()
+        self.group.mended()
+
+    def undo(self, length: int) -> None:
+        """Take back what a step that broke off stored after ``length`` tokens, if the window still can: if not, the
+        next step finds that lengths differ."""
+        stored, furthest = self.owned["length"].tolist()
+        if stored > length and (
+            not self.spec.quantized or not length or furthest - length <= self.spec.rollback_tokens
+        ):
+            self.owned["length"][:1].fill_(length)
         self.group.drop()
 
     @property
@@ -239,6 +216,8 @@ class KVState:
         return self.owned["length"].tolist()[1]
 
     def _checked_past(self, x: Tensor, pos: Tensor) -> int:
+        if reason := self.spec.why_not(x):
+            raise CacheStateError(reason)
         if pos.shape[0] == 0 or pos.shape[0] != x.shape[2]:
             raise CacheStateError(
                 f"layer {self.spec.layer} {self.spec.role}s: a step needs one position per token and at least one, "
@@ -252,7 +231,7 @@ class KVState:
             raise CacheStateError(where + FAULTS[Fault.FULL] + seen)
         if past > length or past < 0:
             raise CacheStateError(where + FAULTS[Fault.NOT_APPENDED] + seen)
-        if self.spec.quantized and past and self.furthest - past > STEP_TOKENS:
+        if self.spec.quantized and past and self.furthest - past > self.spec.rollback_tokens:
             raise CacheStateError(where + FAULTS[Fault.ROLLED_BACK_TOO_FAR] + seen)
         if past == 0 and may_wrap(length, new, self.spec.shape[2]):
             raise CacheStateError(where + FAULTS[Fault.RESTARTED] + seen)

@@ -28,7 +28,7 @@ from xquant_fx.compiler.growing_step import GrowingStep, has_room
 from xquant_fx.compiler.growing_takeover import GrowingTakeover
 from xquant_fx.compiler.left_alone import report_left
 from xquant_fx.compiler.options import Request, parse
-from xquant_fx.compiler.planning import plan_graph, why_not_gradients, why_not_layers
+from xquant_fx.compiler.planning import plan_graph, warn_of_lengths, why_not_gradients, why_not_layers
 from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.proof import Call
 from xquant_fx.compiler.restarts import Restarts
@@ -73,6 +73,7 @@ def xquant_backend(
 
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
     """Decide what becomes of a graph; ``compiler`` gets what is to be compiled."""
+    _check_frozen(gm)
     found = detect_graph(gm, inputs, request)
     report_left(found.sites, request)
     _check_gradients(gm, inputs)
@@ -121,6 +122,17 @@ def _allocates(gm: GraphModule) -> bool:
     return any(node.target is quantized_empty for node in gm.graph.nodes)
 
 
+def _check_frozen(gm: GraphModule) -> None:
+    """Inductor's freezing makes constants of all that has a static address, caches included."""
+    held = [t for t in vars(gm).values() if isinstance(t, QuantizedKV)]
+    held += [t for t in gm._buffers.values() if isinstance(t, QuantizedKV)]
+    if held:
+        raise CacheStateError(
+            f"{held[0].origin}: freezing makes the cache a constant of the graph, so that one graph would serve one "
+            "cache alone: switch torch._inductor.config.freezing (TORCHINDUCTOR_FREEZING) off"
+        )
+
+
 def _check_gradients(gm: GraphModule, inputs: list[Any]) -> None:
     if torch.is_grad_enabled() and (_allocates(gm) or any(isinstance(t, STORED_KV) for t in inputs)):
         raise CacheStateError(
@@ -162,12 +174,16 @@ def _whole_numbers(value: Tensor | None) -> tuple[int, ...]:
 def _compile_quantized(
     gm: GraphModule, found: Detection, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
 ) -> Callable[..., Any]:
+    warn_of_lengths([inputs[i].spec for i in quantized if isinstance(inputs[i], QuantizedKV)])
     settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
     uncompiled = clone(gm)
     if not has_room(found, inputs):
         log.info("a cache that grows has no room for this step, which runs uncompiled")
         return uncompiled
     context = Context(found, inputs)
+    buffers = {write.buffer for write in found.writes}
+    placeholders = [node for node in found.gm.graph.nodes if node.op == "placeholder"]
+    written = frozenset(i for i in quantized if placeholders[i] in buffers)
     restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
     run_passes(found.gm, context, request.disable, request.dump)
     shapes = [tuple(inputs[i].shape[1:]) for i in quantized if isinstance(inputs[i], QuantizedKV)]
@@ -175,5 +191,5 @@ def _compile_quantized(
     whole = [i for i, node in enumerate(results) if _whole_numbers(fake(node)) in shapes]
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
     compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
-    step = CompiledStep(compiled, keep, context.state, restarts, whole)
+    step = CompiledStep(compiled, keep, written, context.state, restarts, whole)
     return GrowingStep(step, uncompiled, context.grown) if context.grown else step

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from xquant_fx.cache.group import BufferName, CacheGroup
 from xquant_fx.cache.left import ONCE, leave
-from xquant_fx.cache.state import CacheGroup
 from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.errors import CacheStateError
 from xquant_fx.passes.context import Part, StateInputs
@@ -24,28 +24,39 @@ class CompiledStep:
         self,
         compiled: Callable[..., Any],
         keep: list[int],
+        written: frozenset[int],
         inputs: StateInputs,
         restarts: Restarts,
         dequantized: Sequence[int] = (),
     ) -> None:
         self.compiled, self.keep, self.inputs, self.restarts = compiled, keep, inputs, restarts
         self.dequantized = dequantized
+        self.written = written
+        """Arguments that the graph appends to."""
 
     def __call__(self, *args: Any) -> Any:
-        """One step; raises CacheStateError if its positions did not follow what is stored."""
+        """One step; raises CacheStateError if its positions did not follow what is stored, or the last broke off."""
         if self.restarts.give_back(args):
             return self.restarts.graph(*args)
         parts = self.inputs.parts
         found = [self._collected(number, part, args) for number, part in enumerate(parts)]
-        groups = [group for group, _ in found]
+        groups = [group for group, _, _ in found]
         if len(parts) == 1:
             tensors = found[0][1]
         else:
-            tensors = self._merged([each for _, each in found])
+            tensors = self._merged([each for _, each, _ in found])
             if len({id(group) for group in groups}) < len(parts):
                 raise CacheStateError("this graph was compiled for several caches, and was given one for two of them")
         lengths = [args[i].shape[2] for i, _ in self.inputs.lengths]
-        out = self.compiled(*[args[i] for i in self.keep], *tensors, *lengths)
+        entered = [(group, names) for group, _, names in found if names]
+        for group, names in entered:
+            group.enter(names)
+        try:
+            out = self.compiled(*[args[i] for i in self.keep], *tensors, *lengths)
+        except BaseException:  # Ctrl-C, too
+            for group, _ in entered:
+                group.interrupted = True
+            raise
         for place in self.dequantized:
             leave(out[place], ONCE)
         for group, part in zip(groups, parts, strict=True):
@@ -53,10 +64,14 @@ class CompiledStep:
                 group.stepped(part.step_tokens)
         for group in groups:
             group.faults.check()
+        for group, names in entered:
+            group.leave(names)
         return out
 
-    def _collected(self, number: int, part: Part, args: tuple[Any, ...]) -> tuple[CacheGroup, list[Tensor]]:
-        """The cache of one part, and the tensors that the graph takes of it.
+    def _collected(
+        self, number: int, part: Part, args: tuple[Any, ...]
+    ) -> tuple[CacheGroup, list[Tensor], frozenset[BufferName]]:
+        """The cache of one part, the tensors that the graph takes of it, and the buffers that it appends to.
 
         They are kept with the cache: each thread may have its own, and a cache that is dropped must be free to go.
         """
@@ -64,8 +79,9 @@ class CompiledStep:
         group = states[0].group
         known = group.collected.get((self, number))
         if known is None or known[0] != states:
-            known = group.collected[self, number] = (states, part.collect(args))
-        return group, known[1]
+            names = frozenset(args[i].state.name for i in part.buffers if i in self.written)
+            known = group.collected[self, number] = (states, part.collect(args), names)
+        return group, known[1], known[2]
 
     def _merged(self, found: list[list[Tensor]]) -> list[Tensor]:
         """The tensors of all parts in the order of the graph's inputs."""

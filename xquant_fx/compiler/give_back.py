@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from xquant_fx.cache.convert import dequantize_in_place
+from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.left import leave
-from xquant_fx.cache.state import CacheGroup
 from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
 from xquant_fx.compiler.left_alone import report_buffers
 from xquant_fx.compiler.options import Request

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.growing import GrowingKV, Growth, room_for
-from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.cache.state import KVState
 from xquant_fx.compiler.prompt_queries import queries_of, show_query
 from xquant_fx.passes.records import Buffer, Detection
 from xquant_fx.plan.plan import Plan

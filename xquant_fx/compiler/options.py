@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,14 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> Request:
         ConfigError: an unknown option or mode (the message lists the valid ones), or two options
             that contradict each other.
     """
-    if mode is not None and mode not in MODES:
+    if mode is not None and (not isinstance(mode, str) or mode not in MODES):
         raise ConfigError(f"mode must be one of {MODES}, got {mode!r}")
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigError(f"options must be a dict, got {type(options).__name__}")
     given = dict(options or {})
     fields = {f.name for f in dataclasses.fields(XQuantConfig)}
     valid = sorted(fields | {"preset", "config", "strict", "dump", "disable"})
-    unknown = sorted(set(given) - set(valid))
+    unknown = sorted((name for name in given if name not in valid), key=str)
     if unknown:
         raise ConfigError(f"unknown option{'s' * (len(unknown) > 1)} {unknown}; valid options are {valid}")
     strict = given.pop("strict", False)
@@ -65,7 +67,8 @@ def _dump(folder: Any) -> Path | None:
 
 
 def _disable(names: Any) -> frozenset[str]:
-    if isinstance(names, str) or not isinstance(names, Collection) or not set(names) <= set(MAY_BE_OFF):
+    known = isinstance(names, list | tuple | set | frozenset) and all(name in MAY_BE_OFF for name in names)
+    if not known:
         raise ConfigError(f"disable must be a list of passes that may be off, {list(MAY_BE_OFF)}, got {names!r}")
     return frozenset(names)
 

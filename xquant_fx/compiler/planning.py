@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import cast
 
@@ -24,6 +25,9 @@ from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan, make_plan
 from xquant_fx.plan.spec import KVSpec, Role
 from xquant_fx.warn_once import warn_once
+
+#: Lengths of caches that are many, if each is compiled for.
+MANY_LENGTHS = 3
 
 
 def plan_graph(
@@ -103,7 +107,7 @@ def _existing(gm: GraphModule) -> dict[Node, KVSpec]:
             past = concatenation(node).past  # type: ignore[union-attr]  # it is one
             specs[node] = value_of(past).spec  # type: ignore[attr-defined,arg-type]
         elif node.target is quantized_empty:
-            like, _, lower, _, slot, _ = node.args
+            like, _, lower, _, slot = node.args[:5]
             below = specs.get(lower) if isinstance(lower, Node) else None
             specs[node] = Slot.from_json(slot).bind(value_of(like), below)
     return specs
@@ -118,6 +122,22 @@ def _settings(gm: GraphModule, request: Request) -> XQuantConfig | Plan:
     if alone != settings:
         warn_once("a graph break hides the other layers: no layer reads another's codes; an XQuantCache pairs them")
     return alone
+
+
+_lengths: dict[str, set[int]] = {}
+
+
+def warn_of_lengths(specs: Sequence[KVSpec]) -> None:
+    """Warn where caches that differ in nothing but their length are compiled for again and again."""
+    alike = repr([dataclasses.replace(spec, shape=(*spec.shape[:2], 0, spec.shape[3])) for spec in specs])
+    lengths = _lengths.setdefault(alike, set())
+    lengths.update(spec.shape[2] for spec in specs)
+    if len(lengths) >= MANY_LENGTHS:
+        warn_once(
+            f"caches of {len(lengths)} lengths, {sorted(lengths)}: every max_cache_len is compiled anew, and Dynamo "
+            "stops compiling after some; make caches of one length, or reset() one cache",
+            key="lengths of caches",
+        )
 
 
 def why_not_layers(gm: GraphModule, request: Request) -> str:

@@ -29,17 +29,26 @@ def show_query(state: KVState, append: Node, queries: dict[Node, Node], env: dic
         state.note_queries(query)
 
 
-class PromptRun(torch.fx.Interpreter):
+class PromptRun:
     """Runs a cold prefill as it stands, and shows its queries to the caches that it allocates."""
 
     def __init__(self, found: Detection) -> None:
-        super().__init__(found.gm)
+        self.gm = found.gm
         self.queries = queries_of(found)
         self.buffers = {write.node: write.buffer for write in found.writes}
 
     def __call__(self, *args: Any) -> Any:
-        """Run the prefill on these arguments."""
-        return self.run(*args)
+        """Run the prefill on these arguments; several threads may, each with a cache of its own."""
+        return _Run(self).run(*args)
+
+
+class _Run(torch.fx.Interpreter):
+    """One run of a cold prefill."""
+
+    def __init__(self, prompt: PromptRun) -> None:
+        super().__init__(prompt.gm)
+        self.extra_traceback = False  # errors say what is wrong; which node of a graph found it is of no use
+        self.queries, self.buffers = prompt.queries, prompt.buffers
 
     def run_node(self, n: Node) -> Any:
         """Show the query before an append, then run ``n``."""

@@ -18,8 +18,9 @@ from torch.fx import Node
 
 from xquant_fx.cache.allocate import allocate
 from xquant_fx.cache.convert import quantize_in_place
+from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.cache.state import KVState
 from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
 from xquant_fx.compiler.left_alone import report_buffers
 from xquant_fx.compiler.options import Request

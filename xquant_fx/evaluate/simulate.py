@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from xquant_fx import ops
-from xquant_fx.cache.huggingface import XQuantCache, XQuantLayer
+from xquant_fx.cache.huggingface import XQuantCache
+from xquant_fx.cache.huggingface_layer import XQuantLayer
 from xquant_fx.cache.prompt_keys import PromptKeys
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError

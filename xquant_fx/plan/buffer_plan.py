@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 
 from xquant_fx.errors import ConfigError
+from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.relaxation import spread_eta, unbiased_eta
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.plan.config import SHARED_FITS, Eta, XQuantConfig, check_scale_dtype, plain_fields
@@ -39,6 +40,8 @@ class BufferPlan:
     """dtype of scales and zero points; uint8: 8-bit floats."""
     fit: str
     """How scales are fitted to borrowed codes."""
+    rollback_tokens: int = STEP_TOKENS
+    """Latest tokens that can be taken back exactly."""
     partner: int | None = None
     """Layer whose codes this one reads; None: its own."""
     reason: str = ""
@@ -57,8 +60,8 @@ class BufferPlan:
         spec = KVSpec(
             role=self.role, scheme=self.scheme, layer=layer, shape=(batch, heads, tokens, dim), dtype=dtype,
             bits=self.bits, group_size=group, residual_length=self.residual_length, eta=self.eta_of(group),
-            sink_tokens=self.sink_tokens, scale_dtype=self.scale_dtype, partner=self.partner, fit=self.fit,
-            reason=self.reason,
+            sink_tokens=self.sink_tokens, rollback_tokens=self.rollback_tokens, scale_dtype=self.scale_dtype,
+            partner=self.partner, fit=self.fit, reason=self.reason,
         )  # fmt: skip
         refusal = "" if self.partner is None else _why_not_geometry(spec, lower, self.partner)
         return dataclasses.replace(spec, partner=None, reason=refusal) if refusal else spec
@@ -99,6 +102,8 @@ class BufferPlan:
             ConfigError: a field is missing, unknown or breaks its rule.
         """
         names = {f.name for f in dataclasses.fields(cls)}
+        if isinstance(fields, dict):  # plans that were written before there was this field
+            fields = {"rollback_tokens": STEP_TOKENS, **fields}
         if not isinstance(fields, dict) or set(fields) != names:
             found = sorted(fields) if isinstance(fields, dict) else fields
             raise ConfigError(f"{where}: an entry of a plan must have the fields {sorted(names)}, got {found}")
@@ -123,17 +128,26 @@ def _why_not_geometry(spec: KVSpec, lower: KVSpec | None, partner: int) -> str:
 
 def _check(entry: BufferPlan, where: str) -> None:
     """The rules of a config's fields, for an entry that was read from a file."""
-    if entry.role not in get_args(Role) or entry.scheme not in SCHEMES:
+    if entry.role not in get_args(Role):
+        raise ConfigError(f"{where}: role must be one of {get_args(Role)}, got {entry.role!r}")
+    if not isinstance(entry.scheme, str) or entry.scheme not in SCHEMES:
         raise ConfigError(f"{where}: scheme must be one of {sorted(SCHEMES)}, got {entry.scheme!r}")
     if entry.fit not in SHARED_FITS:
         raise ConfigError(f"{where}: fit must be one of {SHARED_FITS}, got {entry.fit!r}")
+    if isinstance(entry.bits, list | tuple):
+        raise ConfigError(f"{where}: bits of one layer are a number, got {entry.bits!r}")
+    if isinstance(entry.partner, bool) or not isinstance(entry.partner, int | None):
+        raise ConfigError(f"{where}: partner must be the number of a layer or None, got {entry.partner!r}")
+    if not isinstance(entry.reason, str):
+        raise ConfigError(f"{where}: reason must be text, got {entry.reason!r}")
     of_keys: Any = entry.group_size if entry.role == "key" else 1
     of_values = entry.group_size if entry.role == "value" else None
     own: Any = {f"{entry.role[0]}_bits": entry.bits, f"{entry.role[0]}_scheme": entry.scheme}
     try:
         XQuantConfig(
             residual_length=entry.residual_length, sink_tokens=entry.sink_tokens,
-            eta_1bit=entry.eta, k_group_size=of_keys, v_group_size=of_values, **own,
+            rollback_tokens=entry.rollback_tokens, eta_1bit=entry.eta, k_group_size=of_keys, v_group_size=of_values,
+            **own,
         )  # fmt: skip
         check_scale_dtype(entry.scale_dtype, entry.scheme, "scheme")
     except ConfigError as error:

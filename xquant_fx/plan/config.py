@@ -10,10 +10,15 @@ from typing import Any, Literal
 import torch
 
 from xquant_fx.errors import ConfigError
+from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.plan.presets import PRESETS
 
 SHARED_FITS = ("least_squares", "minmax")
+#: Tokens or channels that a length may count at most: what lies above is a slip, and would be allocated.
+LONGEST = 2**20
+#: Least value of each length.
+LENGTHS = {"k_group_size": 1, "v_group_size": 1, "residual_length": 1, "sink_tokens": 0, "rollback_tokens": STEP_TOKENS}
 
 Bits = float | tuple[float, ...]
 ShareFrom = int | float | None
@@ -76,6 +81,9 @@ class XQuantConfig:
     """The same at 2 bits."""
     sink_tokens: int = 4
     """First tokens of every sequence kept in full precision for good (attention sinks)."""
+    rollback_tokens: int = 20
+    """Latest tokens that can be taken back exactly (``crop``, assisted decoding, prompt lookup), at least 8: the
+    windows hold as many tokens more than ``residual_length``."""
     scale_dtype: torch.dtype | None = None
     """dtype of scales and zero points: of "per_channel" and "per_token" float16, bfloat16 or float32, of the other
     schemes uint8 (8-bit floats, kernels/small_floats.py) or float16. None: the one named first."""
@@ -95,17 +103,18 @@ class XQuantConfig:
     @classmethod
     def preset(cls, name: str) -> XQuantConfig:
         """Return the preset called ``name``; :data:`PRESETS` maps the names to their fields."""
-        if name == "auto":
+        if isinstance(name, str) and name == "auto":
             raise ConfigError(
                 'preset "auto" is chosen on a model and has no fields of its own: use xquant_fx.auto_plan(model, '
                 "bits=...), which returns a Plan, in the place of a config"
             )
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
         return cls(**PRESETS[name])
 
     def replace(self, **changes: Any) -> XQuantConfig:
         """Return a copy with ``changes`` applied and validated."""
+        _check_names(changes)
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
@@ -114,10 +123,21 @@ class XQuantConfig:
 
     @classmethod
     def from_json(cls, text: str) -> XQuantConfig:
-        """The config that :meth:`to_json` wrote."""
-        fields = json.loads(text)
-        dtype = fields["scale_dtype"]
-        return cls(**{**fields, "scale_dtype": None if dtype is None else getattr(torch, dtype)})
+        """The config that :meth:`to_json` wrote; fields that it lacks are the defaults.
+
+        Raises:
+            ConfigError: the text is no config, or a field of it is unknown or breaks its rule.
+        """
+        try:
+            fields = json.loads(text)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ConfigError(f"this is no config as XQuantConfig.to_json writes it: {error!r}") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(f"a config is a JSON object of fields, got {type(fields).__name__}")
+        _check_names(fields)
+        if fields.get("scale_dtype") is not None:
+            fields["scale_dtype"] = getattr(torch, str(fields["scale_dtype"]), fields["scale_dtype"])
+        return cls(**fields)
 
     def scheme(self, role: str) -> str:
         """Scheme of ``role`` ("key" or "value")."""
@@ -152,7 +172,7 @@ class XQuantConfig:
 
     def _check_bits(self, name: str, scheme: str) -> None:
         value, chosen = getattr(self, name), getattr(self, scheme)
-        if chosen not in SCHEMES:
+        if not isinstance(chosen, str) or chosen not in SCHEMES:
             raise ConfigError(f"{scheme} must be one of {sorted(SCHEMES)}, got {chosen!r}")
         allowed = (*SCHEMES[chosen].BITS, 16)
         for bits in value if isinstance(value, tuple) else (value,):
@@ -173,14 +193,18 @@ class XQuantConfig:
             raise ConfigError(f"{name} as a fraction must be in [0, 1], got {value!r}")
         if value < 0:
             raise ConfigError(f"{name} must not be negative, got {value!r}")
+        if value > LONGEST:
+            raise ConfigError(f"{name} must be a layer of the model, got {value!r}")
 
     def _check_lengths(self) -> None:
-        for name, least in (("k_group_size", 1), ("v_group_size", 1), ("residual_length", 1), ("sink_tokens", 0)):
+        for name, least in LENGTHS.items():
             value = getattr(self, name)
             if name == "v_group_size" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+            if value > LONGEST:
+                raise ConfigError(f"{name} must be at most {LONGEST}, got {value!r}")
         if self.residual_length % self.k_group_size:
             raise ConfigError(
                 "residual_length must be a multiple of k_group_size, got "
@@ -190,10 +214,17 @@ class XQuantConfig:
     def _check_rest(self) -> None:
         for name in ("eta_1bit", "eta_2bit"):
             value = getattr(self, name)
-            if value != "auto" and (not isinstance(value, int | float) or not 0 <= value < 0.5):
+            known = isinstance(value, str) and value == "auto"
+            if not known and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 0.5):
                 raise ConfigError(f'{name} must be in [0, 0.5) or "auto", got {value!r}')
-        if self.shared_fit not in SHARED_FITS:
+        if not isinstance(self.shared_fit, str) or self.shared_fit not in SHARED_FITS:
             raise ConfigError(f"shared_fit must be one of {SHARED_FITS}, got {self.shared_fit!r}")
         if self.scale_dtype is not None:
             for name in ("k_scheme", "v_scheme"):
                 check_scale_dtype(self.scale_dtype, getattr(self, name), name)
+
+
+def _check_names(fields: Any) -> None:
+    names = {field.name for field in dataclasses.fields(XQuantConfig)}
+    if unknown := sorted(map(repr, set(fields) - names)):
+        raise ConfigError(f"a config has no fields {', '.join(unknown)}; it has {sorted(names)}")

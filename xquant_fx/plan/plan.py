@@ -19,7 +19,7 @@ from typing import Any, get_args
 from xquant_fx.errors import ConfigError
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.plan.buffer_plan import SHARED, BufferPlan
-from xquant_fx.plan.config import XQuantConfig
+from xquant_fx.plan.config import LONGEST, XQuantConfig
 from xquant_fx.plan.model_facts import ModelFacts
 from xquant_fx.plan.spec import Role
 
@@ -52,10 +52,16 @@ class Plan:
     """What it was made for, where it was made for one model; it is refused for others."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layers, tuple) or not all(isinstance(layer, LayerPlan) for layer in self.layers):
+            raise ConfigError(f"a plan's layers must be a tuple of LayerPlan, got {type(self.layers).__name__}")
         if not self.layers:
             raise ConfigError("a plan needs one layer at least, got none")
         for index, layer in enumerate(self.layers):
             for entry in layer:
+                if not isinstance(entry, BufferPlan):
+                    raise ConfigError(
+                        f"layer {index}: keys and values must be a BufferPlan, got {type(entry).__name__}"
+                    )
                 self._check_partner(index, entry)
 
     def _check_partner(self, index: int, entry: BufferPlan) -> None:
@@ -93,6 +99,8 @@ class Plan:
             raise ConfigError(f"this is no plan as Plan.to_json writes it: {error!r}") from error
         if version != 1:
             raise ConfigError(f"a plan of version {version!r} was written by another xquant_fx; this one reads 1")
+        if not isinstance(layers, list):
+            raise ConfigError(f"the layers of a plan must be a list, got {type(layers).__name__}")
         model = ModelFacts.from_dict(data["model"]) if data.get("model") is not None else None
         return cls(tuple(_layer_from(layer, i) for i, layer in enumerate(layers)), model)
 
@@ -135,6 +143,10 @@ def make_plan(settings: XQuantConfig | Plan, num_layers: int) -> Plan:
     Raises:
         ConfigError: a plan, or bits given per layer, are for another number of layers.
     """
+    if not isinstance(settings, XQuantConfig | Plan):
+        raise ConfigError(f"settings must be an XQuantConfig or a Plan, got {type(settings).__name__}")
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or not 1 <= num_layers <= LONGEST:
+        raise ConfigError(f"num_layers must be an integer of at least 1, got {num_layers!r}")
     if isinstance(settings, Plan):
         if len(settings.layers) != num_layers:
             raise ConfigError(f"the plan is for {len(settings.layers)} quantized layers, the model has {num_layers}")
@@ -152,7 +164,8 @@ def _entry(config: XQuantConfig, role: Role, layer: int, num_layers: int, below:
         role=role, scheme=config.scheme(role), bits=bits,
         group_size=config.k_group_size if role == "key" else config.v_group_size,
         residual_length=config.residual_length, eta=config.eta(config.scheme(role), bits),
-        sink_tokens=config.sink_tokens, scale_dtype=config.scales_of(role), fit=config.shared_fit,
+        sink_tokens=config.sink_tokens, rollback_tokens=config.rollback_tokens, scale_dtype=config.scales_of(role),
+        fit=config.shared_fit,
     )  # fmt: skip
     reason = _why_own(entry, config, layer, num_layers, below)
     if reason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,8 @@ class KVSpec:
     """Relaxation of both ends of the range."""
     sink_tokens: int
     """First tokens of a sequence kept in full precision."""
+    rollback_tokens: int = STEP_TOKENS
+    """Latest tokens that can be taken back exactly: room in the window beyond ``residual_length``."""
     scale_dtype: torch.dtype
     """dtype of scales and zero points; uint8: 8-bit floats (``kernels/small_floats.py``)."""
     partner: int | None
@@ -64,7 +67,7 @@ class KVSpec:
     @property
     def ring_tokens(self) -> int:
         """Tokens the residual window can hold."""
-        return self.residual_length + STEP_TOKENS
+        return self.residual_length + self.rollback_tokens
 
     @property
     def stored_tokens(self) -> int:
@@ -73,6 +76,11 @@ class KVSpec:
         if not self.quantized:
             return max_len
         return SCHEMES[self.scheme].stored_tokens(max_len, dim, self.bits, self.group_size, self.residual_length)
+
+    def why_not(self, x: torch.Tensor) -> str:
+        """Why ``x`` [B, H, q, D] cannot be tokens of this buffer, in words; "" if it can."""
+        reason = why_not_tokens(x, self.shape, self.dtype)
+        return f"layer {self.layer} {self.role}s: {reason}" if reason else ""
 
     def load_constants(self) -> dict[str, Any]:
         """What ``xquant::shared_code_load`` takes besides tensors and lengths."""
@@ -116,12 +124,30 @@ class KVSpec:
         return {**shapes, **length}
 
 
+def why_not_tokens(x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> str:
+    """Why ``x`` [B, H, q, D] cannot be tokens of a buffer of ``shape`` [B, H, N, D] and ``dtype``, or ""."""
+    batch, heads, _, dim = shape
+    if x.dim() != 4 or (x.shape[1], x.shape[3]) != (heads, dim):
+        return f"this cache is for [{batch}, {heads}, tokens, {dim}], the step has {list(x.shape)}"
+    if x.shape[0] != batch:
+        return (
+            f"this cache holds {batch} row{'s' if batch > 1 else ''}, the step has {x.shape[0]}: make a cache for "
+            f"{x.shape[0]}, or reset() an XQuantCache and give the prompts again"
+        )
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        return (
+            f"this cache holds {dtype}, the step has {x.dtype}: make the cache after the model's dtype was changed, or "
+            "reset() an XQuantCache and give the prompt again"
+        )
+    return ""
+
+
 def why_not_fused(key: KVSpec, value: KVSpec) -> str:
     """Why no kernel attends to keys and values that are stored so, in words; "" if one does."""
     reason = why_no_kernel(key.scheme, key.bits, value.scheme, value.bits)
     if reason:
         return reason
-    for name in ("residual_length", "sink_tokens", "scale_dtype"):
+    for name in ("residual_length", "sink_tokens", "rollback_tokens", "scale_dtype"):
         ours, theirs = getattr(key, name), getattr(value, name)
         if ours != theirs:
             return f"keys and values differ in {name}: {ours} and {theirs}"

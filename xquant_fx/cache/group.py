@@ -1,0 +1,175 @@
+"""What the buffers of one cache have in common: plan, padding, faults, the chunk just written, and steps.
+
+A step writes every buffer once. When a buffer is written again, a step begins: then all must hold as many tokens, or
+the step before was interrupted between two of them (an exception, Ctrl-C), and positions would no longer mean the same
+in all layers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from xquant_fx.cache.faults import FaultMonitor
+from xquant_fx.errors import CacheStateError
+from xquant_fx.plan.plan import Plan
+from xquant_fx.plan.spec import KVSpec
+from xquant_fx.warn_once import warn_once
+
+#: Layer and role of a buffer.
+BufferName = tuple[int, str]
+#: Uncompiled steps in a row after which one is told that nothing is compiled.
+MANY_STEPS = 64
+
+
+class Member(Protocol):
+    """A ``KVState``."""
+
+    spec: KVSpec
+    owned: dict[str, Tensor]
+
+
+class Chunk:
+    """The last eager write: ``x`` [B, H, q, D] after ``past`` tokens, and the ring before it."""
+
+    def __init__(self, x: Tensor | None, past: int, new: int, ring: Tensor | None) -> None:
+        self.x, self.past, self.new, self.ring = x, past, new, ring
+
+
+class CacheGroup:
+    """Shared by all states of one cache.
+
+    ``chunks`` keeps the full-precision keys and values of the layer written last, if the chunk was
+    longer than the residual windows can give back: an eager prefill attends to its own tokens
+    unquantized. It holds one layer at a time, but for the step that takes buffers over, whose layers may be appended
+    to before any of them is read.
+
+    ``lockstep`` says that each step writes every buffer, as in an ``XQuantCache``: buffers of different length are an
+    interrupted step. Buffers that were taken over may belong to several sequences.
+    """
+
+    def __init__(
+        self, plan: Plan, batch: int, device: torch.device, start: Tensor | None = None, *, lockstep: bool = False
+    ) -> None:
+        self.plan, self.lockstep = plan, lockstep
+        with torch.inference_mode(False):
+            self.start = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.faults = FaultMonitor(device)
+        if start is not None:
+            self.start.copy_(start)
+        self.chunk_layer: int | None = None
+        self.chunks: dict[BufferName, Chunk] = {}
+        self.holds_all = False
+        self.step_tokens = 0
+        self.selection: object = None
+        """What ``select.py`` makes of it, buffer by buffer."""
+        self.taken_over: list[weakref.ref[Tensor]] = []
+        """The buffers that were ordinary ones once, of a cache that was taken over."""
+        self.collected: dict[object, Any] = {}
+        """What compiled steps take of this cache, by step."""
+        self.members: list[weakref.ref[Member]] = []
+        self.written: set[BufferName] = set()
+        """Buffers that the step has written so far."""
+        self.doubtful = False
+        """Whether the step that wrote them may have ended before its end."""
+        self.interrupted = False
+        """Whether a compiled step did."""
+        self.uncompiled = 0
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "collected": {}, "members": [], "taken_over": [], "selection": None}
+
+    def with_start(self, start: Tensor) -> CacheGroup:
+        """An empty group of another batch or device, with ``start`` int64 [B]."""
+        return CacheGroup(self.plan, start.shape[0], start.device, start, lockstep=self.lockstep)
+
+    def join(self, state: Member) -> None:
+        """Count ``state`` among the buffers of this cache, which does not keep it alive."""
+        self.members.append(weakref.ref(state))
+
+    def stepped(self, tokens: int) -> None:
+        """A compiled graph appended ``tokens``; eager code that reads next sees the state before its flush."""
+        self.drop()
+        self.step_tokens = tokens
+        self.uncompiled = 0
+
+    def hold(self, state: Member, chunk: Chunk) -> None:
+        """Keep ``chunk`` until another layer, or the same side of this one, is written."""
+        if self.chunk_layer != state.spec.layer and not self.holds_all:
+            self.drop()
+        self.chunk_layer = state.spec.layer
+        self.chunks[state.spec.layer, state.spec.role] = chunk
+
+    def held(self, state: Member) -> Chunk | None:
+        """The chunk that ``state`` wrote last, if it is kept."""
+        return self.chunks.get((state.spec.layer, state.spec.role))
+
+    def hold_one_layer(self) -> None:
+        """From now on, as before a takeover: let go of all chunks but those of the layer written last."""
+        self.holds_all = False
+        self.chunks = {key: chunk for key, chunk in self.chunks.items() if key[0] == self.chunk_layer}
+
+    def forget(self, state: Member) -> None:
+        """Let go of the chunk of ``state``, and of no other's."""
+        self.chunks.pop((state.spec.layer, state.spec.role), None)
+
+    def drop(self) -> None:
+        """Let go of the chunk."""
+        self.chunk_layer = None
+        self.chunks = {}
+        self.step_tokens = 0
+
+    def enter(self, names: Iterable[BufferName], tokens: int | None = None) -> None:
+        """Buffers are about to be written, by uncompiled code if ``tokens`` (how many) is given.
+
+        Raises:
+            CacheStateError: with them a step begins, and the one before was interrupted.
+        """
+        if not self.written.isdisjoint(names):
+            if self.doubtful or self.interrupted:
+                self._check_whole()
+            self.written = set()
+            self.uncompiled += tokens == 1
+            if self.uncompiled >= MANY_STEPS:
+                warn_once(
+                    f"{MANY_STEPS} steps of a quantized cache ran uncompiled, which is slow: compile the model that "
+                    'generate() calls, by model.compile(backend="xquant") (with PEFT: model.get_base_model())',
+                    key="uncompiled steps",
+                )
+        self.written.update(names)
+        self.doubtful = self.lockstep
+
+    def leave(self, names: frozenset[BufferName]) -> None:
+        """A compiled graph has written these to its end."""
+        if len(names) == len(self._alive()):
+            self.doubtful = False
+
+    def mended(self) -> None:
+        """All buffers hold the same tokens again."""
+        self.interrupted = False
+
+    def lengths(self) -> dict[BufferName, int]:
+        """Tokens that each buffer holds (waits for the device, once)."""
+        members = self._alive()
+        stored = torch.stack([m.owned["length"] for m in members])[:, 0].tolist()
+        return {(m.spec.layer, m.spec.role): n for m, n in zip(members, stored, strict=True)}
+
+    def _alive(self) -> list[Member]:
+        return [state for ref in self.members if (state := ref()) is not None]
+
+    def _check_whole(self) -> None:
+        lengths = self.lengths()
+        least, most = min(lengths, key=lambda name: lengths[name]), max(lengths, key=lambda name: lengths[name])
+        low, high = lengths[least], lengths[most]
+        if self.interrupted:
+            mend = f"crop({low} - cache.get_seq_length()) keeps {low}, reset() none" if self.lockstep else "reset() it"
+            raise CacheStateError(f"a compiled step was interrupted; all layers hold {low} tokens at least: {mend}")
+        if low != high:
+            raise CacheStateError(
+                f"layer {most[0]} holds {high} {most[1]}s, layer {least[0]} {low}: a step was interrupted in between; "
+                f"crop({low - high}) takes back what it stored, reset() empties the cache"
+            )

@@ -1,0 +1,200 @@
+"""``XQuantLayer``: one layer of an ``XQuantCache``, a static layer of Hugging Face whose buffers are quantized."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+from xquant_fx.cache.allocate import Slot, quantized_empty
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.padding import Padding
+from xquant_fx.cache.prompt_keys import PromptKeys
+from xquant_fx.cache.state import KVState
+from xquant_fx.errors import ArgumentError, CacheStateError
+from xquant_fx.plan.plan import Plan
+from xquant_fx.plan.spec import why_not_tokens
+from xquant_fx.tracing import not_traced
+
+
+class XQuantLayer(StaticLayer):
+    """A static layer whose ``keys`` and ``values`` are quantized buffers, allocated at first use.
+
+    ``is_initialized`` says that they are in use: ``reset()`` keeps them, and a prompt that fits takes them again.
+    """
+
+    is_croppable = True
+
+    def __init__(self, max_cache_len: int, layer_idx: int, siblings: list[XQuantLayer], plan: Plan) -> None:
+        with torch.inference_mode(False):
+            super().__init__(max_cache_len=max_cache_len)
+        self.layer_idx = layer_idx
+        self.lower = siblings[-1] if siblings and layer_idx % 2 else None
+        self.first = siblings[0] if siblings else self
+        self.siblings = siblings
+        """All quantized layers of the cache, once it is made."""
+        # As text, which Dynamo can put into a graph. The first buffer brings the plan of the whole cache.
+        self.key_slot = Slot.of(plan, layer_idx, "key", max_cache_len).to_json()
+        self.value_slot = Slot.of(plan, layer_idx, "value", max_cache_len).to_json()
+        self.plan_text = "" if siblings else plan.to_json()
+        self.masked = False
+        """Whether masks were made for this cache: a model steps through all layers, not someone's code through one."""
+        self.padding: Padding | None = None
+        self.chunk = 0
+        self.prompt_left = 0
+        """Tokens of a padded prompt that are still to come, of the first layer."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate codes, scales and residual windows for keys and values such as these."""
+        self.dtype, self.device = key_states.dtype, key_states.device  # from 5.24 on, static layers keep no dtype
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        lower, padding = self.lower, self.first.padding
+        first = None if self.first is self else self.first.keys
+        start = None if padding is None else padding.rows(self.batch_size)
+        below = (None, None) if lower is None else (lower.keys, lower.values)
+        masked = self.first.masked
+        keys = quantized_empty(key_states, first, below[0], start, self.key_slot, self.plan_text, self.keys, masked)
+        first = keys if first is None else first
+        values = quantized_empty(value_states, first, below[1], start, self.value_slot, "", self.values, masked)
+        self.keys, self.values = keys, values
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.cumulative_length)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append; returns what attention sees: of a cold prefill the prompt itself, with nothing behind it.
+
+        Raises:
+            CacheStateError: the tokens do not fit the cache; nothing is changed.
+        """
+        cold = not self.is_initialized
+        self._check(key_states, value_states, cold)
+        if torch.compiler.is_compiling():
+            stored = super().update(key_states, value_states, *args, **kwargs)
+        else:
+            stored = self._update(key_states, value_states, *args, **kwargs)
+        if not cold:
+            return stored
+        if isinstance(self.keys, QuantizedKV) and not torch.compiler.is_compiling():
+            key_states = PromptKeys.of(key_states, self.keys.live.note_queries, self.max_cache_len)
+        return key_states, value_states
+
+    def _check(self, key_states: Tensor, value_states: Tensor, cold: bool) -> None:
+        """Whatever can be known before anything is written; Dynamo traces this, and leaves what is refused to eager."""
+        new, where = key_states.shape[2], f"layer {self.layer_idx}: "
+        if new > self.max_cache_len:
+            raise CacheStateError(
+                f"{where}a step of {new} tokens does not fit into a cache of {self.max_cache_len} (max_cache_len)"
+            )
+        if not cold:
+            for buffer, x in ((self.keys, key_states), (self.values, value_states)):
+                if buffer is None:
+                    continue
+                if reason := why_not_tokens(x, buffer.shape, buffer.dtype):
+                    raise CacheStateError(where + reason)
+                if buffer.device != x.device:
+                    raise CacheStateError(
+                        f"{where}this cache is on {buffer.device}, the step on {x.device}: make the cache after the "
+                        "model was moved, or move the cache (cache.to(device))"
+                    )
+        if self.first is self:
+            self._check_step(new, cold)
+
+    def _check_step(self, new: int, cold: bool) -> None:
+        """The same of a whole step, by the cache's first layer."""
+        left = [layer.layer_idx for layer in self.siblings if not layer.is_initialized]
+        if not cold and left and self.masked:
+            raise CacheStateError(
+                f"layer {left[0]} holds no tokens, layer 0 does: the first step was interrupted between them; reset() "
+                "empties the cache"
+            )
+        padding = self.padding
+        if padding is None:
+            return
+        if cold:
+            padding.check_prompt(new)
+            self.chunk, self.prompt_left = new, max(padding.width - new, 0)
+        elif self.prompt_left:
+            padding.check_chunk(new, self.chunk, self.prompt_left)
+            self.prompt_left -= new
+
+    @not_traced("what runs uncompiled here stays so: Dynamo would split it at the first length")
+    def _update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The same, uncompiled: what breaks off in this layer is taken back."""
+        length, cold = int(self.cumulative_length), not self.is_initialized
+        try:
+            return super().update(key_states, value_states, *args, **kwargs)
+        except BaseException:  # Ctrl-C, too
+            self.cumulative_length.fill_(length)
+            for state in self.states:
+                state.undo(length)
+            self.is_initialized = not cold
+            raise
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(tokens that attention sees, offset of the first): those of ``update``."""
+        self.first.masked = True
+        if isinstance(self.keys, QuantizedKV) and not torch.compiler.is_compiling():
+            self.keys.live.group.lockstep = True
+        return super().get_mask_sizes(query_length) if self.is_initialized else (query_length, 0)
+
+    @property
+    def states(self) -> list[KVState]:
+        """Key and value state; empty before the first use."""
+        return [t.state for t in (self.keys, self.values) if isinstance(t, QuantizedKV) and t.state is not None]
+
+    def reset(self) -> None:
+        """Empty the layer; its memory is kept."""
+        for state in self.states:
+            state.reset()
+        self.cumulative_length.zero_()
+        self.is_initialized, self.padding, self.prompt_left = False, None, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select batch rows in place, codes once per pair."""
+        for state in self.states:
+            state.reorder(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Roll back ``-tokens_to_remove`` tokens of this layer; see :meth:`XQuantCache.crop`."""
+        tokens_to_remove = minus_tokens(tokens_to_remove)
+        if not tokens_to_remove or not self.is_initialized:
+            return
+        length = max(int(self.cumulative_length.item()) + tokens_to_remove, 0)
+        for state in self.states:
+            state.check_truncate(length)
+        self.truncate(length)
+
+    def truncate(self, length: int) -> None:
+        """Keep ``length`` tokens."""
+        for state in self.states:
+            state.truncate(length)
+        self.cumulative_length.fill_(length)
+
+    def offload(self) -> None:
+        """Not supported: raises CacheStateError."""
+        raise CacheStateError(f"layer {self.layer_idx}: a quantized KV cache is moved as a whole: cache.to(device)")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Not supported: raises CacheStateError."""
+        raise CacheStateError(f"layer {self.layer_idx}: rows are repeated in the whole cache: batch_repeat_interleave")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Not supported: raises CacheStateError."""
+        raise CacheStateError(f"layer {self.layer_idx}: rows are selected in the whole cache: batch_select_indices")
+
+
+def minus_tokens(tokens_to_remove: Any) -> int:
+    """What ``crop`` is given. Positive numbers once meant the length to keep; transformers 5.24 refuses them, too."""
+    try:
+        tokens = operator.index(tokens_to_remove)
+    except (TypeError, RuntimeError) as error:
+        raise ArgumentError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove!r}") from error
+    if tokens > 0:
+        raise ArgumentError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+    return tokens

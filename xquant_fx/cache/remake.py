@@ -1,0 +1,93 @@
+"""The layers of a cache with other rows of the batch, or on another device: new buffers, old contents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xquant_fx.cache.group import CacheGroup
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.state import KVState
+from xquant_fx.errors import ArgumentError, CacheStateError
+
+Copy = Callable[[KVState, CacheGroup, "KVState | None"], KVState]
+
+
+def select_rows(layers: Iterable[Any], rows_to_keep: Any) -> None:
+    """Let each of these Hugging Face layers hold these rows of its batch: int64 [n], or bool [B]."""
+    try:
+        index = torch.as_tensor(rows_to_keep).reshape(-1)
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.to(torch.int64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"rows of the batch are whole numbers, got {rows_to_keep!r}") from error
+    layers = _in_use(layers)
+    rows = layers[0].batch_size if layers else 0
+    if layers and (not index.numel() or int(index.min()) < -rows or int(index.max()) >= rows):
+        raise ArgumentError(f"rows must be some of the cache's {rows}, got {index.tolist()}")
+    index = index % max(rows, 1)
+    _remake(
+        layers,
+        lambda group: group.with_start(group.start.index_select(0, index.to(group.start.device))),
+        lambda state, group, lower: state.selected(index, group, lower),
+        lambda tensor: tensor.index_select(0, index.to(tensor.device)) if tensor.dim() == 4 else tensor,
+    )
+    for layer in layers:
+        layer.batch_size = index.shape[0]
+
+
+def move(layers: Iterable[Any], device: torch.device) -> None:
+    """Move what each of these Hugging Face layers holds."""
+    layers = _in_use(layers)
+    if layers and layers[0].device == device:
+        return
+    _remake(
+        layers,
+        lambda group: group.with_start(group.start.to(device)),
+        lambda state, group, lower: state.moved(group, lower),
+        lambda tensor: tensor.to(device),
+    )
+    for layer in layers:
+        layer.device = device
+
+
+def _in_use(layers: Iterable[Any]) -> list[Any]:
+    """Layers that hold something; those that are kept for later are let go."""
+    for layer in layers:
+        if not layer.is_initialized and isinstance(getattr(layer, "keys", None), QuantizedKV):
+            layer.keys = layer.values = None
+    used = [layer for layer in layers if layer.is_initialized]
+    other = sorted({type(layer).__name__ for layer in used if not isinstance(getattr(layer, "keys", None), Tensor)})
+    if other:
+        raise CacheStateError(f"only layers of keys and values can be changed so, and this cache has {other}")
+    return used
+
+
+@torch.inference_mode(False)
+def _remake(
+    layers: list[Any],
+    regroup: Callable[[CacheGroup], CacheGroup],
+    copy: Copy,
+    change: Callable[[Tensor], Tensor],
+) -> None:
+    groups: dict[int, CacheGroup] = {}
+    states: dict[int, KVState] = {}
+    for layer in layers:
+        for name, held in list(vars(layer).items()):
+            if isinstance(held, QuantizedKV):
+                old = held.live
+                group = groups.setdefault(id(old.group), groups.get(id(old.group)) or regroup(old.group))
+                lower = None if old.lower is None else states[id(old.lower)]
+                states[id(old)] = copy(old, group, lower)
+                setattr(layer, name, QuantizedKV.of(states[id(old)]))
+            elif isinstance(held, Tensor):
+                setattr(layer, name, _static(change(held), held))
+
+
+def _static(new: Tensor, old: Tensor) -> Tensor:
+    """``new``, whose address is as static as that of ``old``."""
+    if new is not old and hasattr(old, "_dynamo_static_input_type"):
+        torch._dynamo.mark_static_address(new)
+    return new
