@@ -13,10 +13,7 @@ constexpr int64_t SPAN = B * H * ROW_BLOCKS >= 8 ? 1024 : 256;
 constexpr int64_t SLACK = SPAN + L;  // a vector may be stored past the span's last token
 static_assert(ALL_ROWS % ROWS == 0, "");
 constexpr int64_t V_CODES_PER_WORD = 32 / V_BITS;
-// The codes of a key are planes of one width each (kernels/widths.py), in this order, whose fields are the elements of
-// a sum. Where channels are not ranked there is one plane, and elements are channels.
-constexpr int64_t K_WORDS = K_WORDS_8 + K_WORDS_4 + K_WORDS_2 + K_WORDS_1;
-constexpr int64_t K_ELEMENTS = 4 * K_WORDS_8 + 8 * K_WORDS_4 + 16 * K_WORDS_2 + 32 * K_WORDS_1;
+// Where channels are ranked, the K_ELEMENTS first ranks have codes, of mixed widths (kernels/widths.py).
 constexpr int64_t DK_PAD = std::max<int64_t>(K_ELEMENTS, (DK + L - 1) / L * L);
 constexpr int64_t V_GROUPS = DV / V_GROUP;
 constexpr int64_t DV_PAD = (DV + L - 1) / L * L;
@@ -58,8 +55,7 @@ struct Scratch {
     float weight[ROWS][SLACK];
     float query[ROWS][DK_PAD + L];
     float ranked[ROWS][DK_PAD + L];  // queries in the order that scales are in
-    float scaled[ROWS][DK_PAD + L];  // the same, times scales
-    float folded[ROWS][DK_PAD + L];  // what each element of a key is multiplied with; zeros behind
+    float folded[ROWS][DK_PAD + L];  // the same, times scales: what codes are multiplied with; zeros behind
     float q_center[ROWS];            // queries times what is in no zero point
     float q_zero[ROWS];  // queries times zero points
     float q_unit[ROWS];  // what the last digit of q_digits stands for
