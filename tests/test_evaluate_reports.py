@@ -91,9 +91,16 @@ def test_greedy_decoding_writes_what_was_counted(tiny_llama, tokens):
         logits, _ = step_logits(model, torch.nn.functional.pad(ids, (0, 1)), prompt, keep, config)
         ids = torch.cat([ids, logits.argmax(-1)], 1)
     settings = [Setting("a", config)]
-    assert dict(needle._answers(model, ids, prompt, answer, settings))["a"]
+    assert dict(needle._answers(model, ids, prompt, answer, settings))["a"] == ids[0, -answer:].tolist()
     ids[0, -2] = (ids[0, -2] + 1) % 128
-    assert not dict(needle._answers(model, ids, prompt, answer, settings))["a"]
+    assert dict(needle._answers(model, ids, prompt, answer, settings))["a"] != ids[0, -answer:].tolist()
+
+
+def test_what_follows_a_wrong_token_is_not_an_answer():
+    """After it the right answer was read on, so the most likely tokens are those of a hint."""
+    assert needle._written([1, 2, 3], [1, 2, 3]) == [1, 2, 3]
+    assert needle._written([9, 2, 3], [1, 2, 3]) == [9]
+    assert needle._written([1, 9, 3], [1, 2, 3]) == [1, 9]
 
 
 def test_anatomy(tiny_llama, tokens):

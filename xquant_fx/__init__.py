@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from xquant_fx.evaluate.auto import auto_plan, auto_report
     from xquant_fx.evaluate.needle import needle_report
     from xquant_fx.evaluate.quality import quality_report
+    from xquant_fx.evaluate.sweep_report import sweep_report
+    from xquant_fx.evaluate.tasks.longbench import longbench_report
+    from xquant_fx.evaluate.tasks.report import task_report
     from xquant_fx.plan.config import XQuantConfig
     from xquant_fx.plan.plan import Plan, make_plan
     from xquant_fx.plan.presets import PRESETS
@@ -47,11 +50,14 @@ __all__ = [
     "auto_report",
     "decode_attention",
     "explain",
+    "longbench_report",
     "make_plan",
     "memory_report",
     "needle_report",
     "quality_report",
     "quantize",
+    "sweep_report",
+    "task_report",
     "xquant_backend",
 ]
 
@@ -72,11 +78,14 @@ _HOMES = {
     "auto_report": "evaluate.auto",
     "decode_attention": "cache.decode",
     "explain": "reports.explanation",
+    "longbench_report": "evaluate.tasks.longbench",
     "make_plan": "plan.plan",
     "memory_report": "reports.memory",
     "needle_report": "evaluate.needle",
     "quality_report": "evaluate.quality",
     "quantize": "quantizer",
+    "sweep_report": "evaluate.sweep_report",
+    "task_report": "evaluate.tasks.report",
     "xquant_backend": "compiler.backend",
 }
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from xquant_fx.errors import ConfigError
 from xquant_fx.kernels.packing import BITS, pack_words, unpack_words
 from xquant_fx.kernels.reference import own_codes
+from xquant_fx.kernels.relaxation import unbiased_eta
+from xquant_fx.plan.config import Eta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Quantized:
         return x.flatten(axis, axis + 1).to(self.dtype)
 
 
-def quantize(x: Tensor, *, bits: int, group_size: int, dim: int, eta: float = 0.0) -> Quantized:
+def quantize(x: Tensor, *, bits: int, group_size: int, dim: int, eta: Eta = 0.0) -> Quantized:
     """Quantize ``x`` in groups by their range (XQuant, Yang et al., EMNLP 2025, arXiv 2510.11236).
 
     Args:
@@ -50,7 +52,7 @@ def quantize(x: Tensor, *, bits: int, group_size: int, dim: int, eta: float = 0.
         bits: 1, 2, 4 or 8.
         group_size: elements of a group; divides ``x.shape[dim]``.
         dim: -2 groups along tokens (keys, per channel), -1 along channels (values, per token).
-        eta: relaxation of both ends of the range, in [0, 0.5) (Eq. 5).
+        eta: relaxation of both ends of the range, in [0, 0.5) (Eq. 5); "auto": by ``group_size``, without bias.
 
     Raises:
         ConfigError: an argument breaks its rule.
@@ -65,8 +67,10 @@ def quantize(x: Tensor, *, bits: int, group_size: int, dim: int, eta: float = 0.
         raise ConfigError(f"x must be floating point with two dimensions or more, got {x.dtype} {tuple(x.shape)}")
     if group_size < 1 or x.shape[dim] % group_size:
         raise ConfigError(f"group_size must divide x.shape[{dim}] = {x.shape[dim]}, got {group_size}")
-    if not 0 <= eta < 0.5:
-        raise ConfigError(f"eta must be in [0, 0.5), got {eta}")
+    if isinstance(eta, str) and eta == "auto":
+        eta = unbiased_eta(group_size, bits) if bits <= 2 else 0.0
+    if not isinstance(eta, int | float) or not 0 <= eta < 0.5:
+        raise ConfigError(f'eta must be in [0, 0.5) or "auto", got {eta!r}')
     axis = dim % x.dim()
     grouped = x.to(torch.float32).unflatten(axis, (x.shape[axis] // group_size, group_size))
     codes, scale, zero = own_codes(grouped, bits=bits, eta=eta, dim=axis + 1, dtype=torch.float32)

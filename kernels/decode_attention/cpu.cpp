@@ -13,12 +13,13 @@
 //
 // A span of SPAN tokens is taken at a time: scores, online softmax, weighted values. All query heads
 // of a KV head (and all queries of the step) are the rows that share one read of the codes.
-#include "../cpu/hadamard.h"
 #include "../cpu/ranked.h"
 #include "cpu_problem.h"
 #include "cpu_quantized_tokens.h"
 #include "cpu_full_tokens.h"
 #include "cpu_softmax.h"
+
+#include "../cpu/hadamard.h"
 
 namespace xq {
 

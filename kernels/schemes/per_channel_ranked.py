@@ -110,7 +110,11 @@ def note_ranks(a: StoreArguments, grouped: Tensor, valid: Tensor, first: Tensor)
 
 def quantize(x: Tensor, valid: Tensor, center: Tensor, bits: float) -> tuple[Tensor, Tensor, Tensor]:
     """(codes int32, scale, zero uint8) of float32 groups [B, H, groups, group, D] in the order of ranks."""
-    n = largest_codes(bits, x.shape[4], x.device)
+    return quantize_up_to(x, valid, center, largest_codes(bits, x.shape[4], x.device))
+
+
+def quantize_up_to(x: Tensor, valid: Tensor, center: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for channels in any order, whose largest codes are ``n``: float32, broadcast to the groups."""
     low, step = minmax_range(x, n.clamp_min(1), 3, valid)
     codes = encode(x, low, step, n)
     scale, mean, level = kept_spread(x, codes - n / 2, 3, valid)

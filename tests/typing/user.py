@@ -27,14 +27,18 @@ from xquant_fx import (
     auto_report,
     decode_attention,
     explain,
+    longbench_report,
     make_plan,
     memory_report,
     needle_report,
     quality_report,
     quantize,
+    sweep_report,
+    task_report,
     xquant_backend,
 )
 from xquant_fx.evaluate.quality import Reading
+from xquant_fx.evaluate.tasks.report import Running
 from xquant_fx.evaluate.windows import cut_windows
 from xquant_fx.quality import agreement, kl_divergence, teacher_forced_logits, top1_agreement
 
@@ -88,6 +92,11 @@ def measures(model: Any, tokenizer: Any, text: str) -> float:
     print(auto_report(model, max_kl=0.02, config=XQuantConfig()).measured_kl, chosen.model)
     print(needle_report(model, tokenizer, text, settings, lengths=[512], depths=[0.5], trials=1).found["kivi-2"])
     print(anatomy_report(model, windows[:1], settings["plan"], prompt=1024).worst)
+    swept = sweep_report(model, windows, XQuantConfig(), {"residual_length": [128, 256], "sink_tokens": [0, 4]})
+    print(swept, swept.front, swept.refused, swept.report.qualities[0].summary.kl)
+    tasks = task_report(model, tokenizer, ["gsm8k"], settings, running=Running(limit=10), data="datasets")
+    print(tasks["kivi-2"].scores, tasks["kivi-2"].quantized)
+    print(longbench_report(model, tokenizer, ["hotpotqa"], settings, data="data.zip", out="results").scores)
     return report["kivi-2"].summary.kl
 
 

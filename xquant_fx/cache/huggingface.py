@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
@@ -111,7 +111,7 @@ class XQuantCache(StaticCache):
     values but for the residual windows.
 
     Args:
-        model_config: the model's ``config``.
+        model_config: the model's ``config``; or the model, with whose weights a plan made for one model is compared.
         max_cache_len: tokens the cache can hold.
         config: settings, or a plan for as many layers as the model has quantized ones; default: ``XQuantConfig()``.
         padding_mask: int or bool [B, S], 0 for left padding. Padding then takes no part in scales
@@ -124,7 +124,7 @@ class XQuantCache(StaticCache):
 
     def __init__(
         self,
-        model_config: PreTrainedConfig,
+        model_config: PreTrainedConfig | nn.Module,
         max_cache_len: int,
         config: XQuantConfig | Plan | None = None,
         *,
@@ -139,7 +139,8 @@ class XQuantCache(StaticCache):
             raise ConfigError(f"max_cache_len must be at least 1 token, got {max_cache_len}")
         if isinstance(config, Plan):
             config.check_model(model_config)
-        super().__init__(config=model_config, max_cache_len=max_cache_len)
+        of_model: Any = model_config.config if isinstance(model_config, nn.Module) else model_config
+        super().__init__(config=of_model, max_cache_len=max_cache_len)
         self.xquant_config = config if config is not None else XQuantConfig()
         warn_of_cost(self.xquant_config)
         full = [i for i, layer in enumerate(self.layers) if type(layer) is StaticLayer]

@@ -1,19 +1,20 @@
-"""Which width each item gets: all choices of least loss for their cost, found exactly.
+"""Which option each item gets: all choices of least loss for their cost, found exactly.
 
-An item is a group of layers and a side of it; its options are widths. Losses add up over items, as costs do, and costs
+An item is a side of some layers; its options say how they are stored. Losses add up over items, as costs do, and costs
 are whole numbers, so few sums of costs differ and dynamic programming over them is exact and quick.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Option(NamedTuple):
-    """One width that an item may have."""
+    """One way to store an item."""
 
-    bits: float
+    what: Any
+    """Whatever it stands for."""
     cost: int
     """Of all elements of the item, in any unit that all items share."""
     loss: float

@@ -78,6 +78,8 @@ def anatomy_report(model: Any, ids: Tensor, config: XQuantConfig | Plan, *, prom
         ArgumentError: the model's attention cannot be exchanged.
         ConfigError: ``config`` does not fit the model.
     """
+    if isinstance(config, Plan):
+        config.check_model(model)
     layers: list[LayerErrors] = []
     window = Prefilled.of(model, ids, prompt)
     last = torch.tensor([ids.shape[1] - 2], device=ids.device)

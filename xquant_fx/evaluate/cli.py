@@ -1,4 +1,7 @@
-"""The command ``xquant``: ``eval``, ``needle`` and ``anatomy`` of a model's quantized cache, and ``plan`` for one."""
+"""The command ``xquant``: ``eval``, ``needle`` and ``anatomy`` of a model's quantized cache, and ``plan`` for one.
+
+``tasks`` and ``longbench`` are in ``tasks/cli.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from xquant_fx.errors import ConfigError, XQuantError
-from xquant_fx.plan.presets import PRESETS
-
-DTYPES = ("float32", "bfloat16", "float16")
-#: In the place of a preset's name: the plan that is chosen on the model.
-AUTO = "auto"
+from xquant_fx.evaluate.arguments import add_goal, add_settings, load_model, load_settings, of_model
+from xquant_fx.evaluate.tasks.cli import add_tasks
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,49 +27,38 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--windows", type=int, default=4, help="evenly spaced over the text (default: 4)")
     evaluate.add_argument("--steps", action="store_true", help="real decode steps; default: the same in one pass")
     evaluate.add_argument("--compile", action="store_true", help="compile the real steps")
-    evaluate.add_argument("--plot", metavar="FILE.png", help="KL against bits and against depth")
+    evaluate.add_argument("--sweep", nargs="+", action="append", default=[], metavar="FIELD=V,V,...",
+                          help="other values for fields of the preset or config: all combinations of the fields after "
+                          "one --sweep; several --sweep one after the other")  # fmt: skip
+    evaluate.add_argument(
+        "--plot", metavar="FILE.png", help="KL against bits, and against depth or (--sweep) all bytes"
+    )
     needle = _command(commands, "needle", run_needle, "find a pass key in long text, over lengths and depths")
     needle.add_argument("--lengths", type=int, nargs="+", default=[512, 1024], help="tokens (default: 512 1024)")
     needle.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
     needle.add_argument("--trials", type=int, default=4, help="pass keys per length and depth (default: 4)")
     needle.add_argument("--plot", metavar="FILE.png", help="heat maps")
+    needle.add_argument("--results", metavar="FOLDER", help="all answers, in the file layout of kvpress")
     _add_windows(_command(commands, "anatomy", run_anatomy, "errors of keys, values and attention, by layer and head"))
-    _add_plan(_of_model(commands, "plan", run_plan, "choose the bits of each layer on a model, for a budget"))
+    _add_plan(of_model(commands, "plan", run_plan, "choose the bits of each layer on a model, for a budget"))
+    add_tasks(commands)
     return top
 
 
-def _of_model(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
-    command.set_defaults(run=run)
-    command.add_argument("model", help="folder or Hub id of a Hugging Face model")
-    command.add_argument("--dtype", choices=DTYPES, default="float32")
-    command.add_argument("--device", default="cpu")
-    return command
-
-
 def _command(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
-    command = _of_model(commands, name, run, about)
+    command = of_model(commands, name, run, about)
     command.add_argument("--text", required=True, metavar="FILE", help="plain text to read, UTF-8")
-    command.add_argument("--preset", nargs="+", action="extend", default=[], choices=[*sorted(PRESETS), AUTO],
-                         metavar="NAME", help='a preset, or "auto": the plan for --bits or --max-kl')  # fmt: skip
-    command.add_argument("--config", nargs="+", action="extend", default=[], metavar="FILE.json",
-                         help="XQuantConfig.to_json or Plan.to_json; default without any: --preset xquant")  # fmt: skip
     command.add_argument("--out", metavar="FILE.json", help="all numbers; eval goes on with what is in it")
-    _add_goal(command, required=False)
+    add_settings(command)
     return command
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
-    _add_goal(command, required=True)
+    add_goal(command, required=True)
     command.add_argument("--text", metavar="FILE", help='plain text, or "sampled": by the model; default: built in')
     command.add_argument("--config", metavar="FILE.json", help="XQuantConfig.to_json, for all but bits")
+    command.add_argument("--no-sharing", action="store_true", help="do not try whether layers may share codes")
     command.add_argument("-o", "--out", metavar="plan.json", help="where the plan goes; --config reads it")
-
-
-def _add_goal(command: argparse.ArgumentParser, required: bool) -> None:
-    goal = command.add_mutually_exclusive_group(required=required)
-    goal.add_argument("--bits", type=float, help="of a plan: most true bits per element")
-    goal.add_argument("--max-kl", type=float, help="of a plan: largest mean KL in nats")
 
 
 def _add_windows(command: argparse.ArgumentParser) -> None:
@@ -90,44 +79,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any, str, list[Any]]:
     """(model, tokenizer, text, settings)."""
-    import torch
-
-    from xquant_fx.evaluate.models import load
-    from xquant_fx.evaluate.settings import Setting
-
-    if AUTO not in args.preset and (args.bits, args.max_kl) != (None, None):
-        raise ConfigError("--bits and --max-kl are the budget of --preset auto, which is not among the presets")
-    presets = args.preset or ([] if args.config else ["xquant"])
     text = Path(args.text).read_text(encoding="utf-8")
-    files = [Setting.of_file(path) for path in args.config]
-    fixed = [None if name == AUTO else Setting.of_preset(name) for name in presets]
-    model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
-    return model, tokenizer, text, [*(each or _chosen(args, model, tokenizer) for each in fixed), *files]
-
-
-def _chosen(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
-    """The setting "auto", chosen on the built-in text, not on what is measured then."""
-    from xquant_fx.evaluate.auto import auto_plan
-    from xquant_fx.evaluate.settings import Setting
-
-    if args.bits is None and args.max_kl is None:
-        raise ConfigError("--preset auto needs a budget: --bits or --max-kl, got neither")
-    return Setting(AUTO, auto_plan(model, bits=args.bits, max_kl=args.max_kl, tokenizer=tokenizer))
+    model, tokenizer, settings = load_settings(args)
+    return model, tokenizer, text, settings
 
 
 def run_eval(args: argparse.Namespace) -> None:
     """``xquant eval``."""
     from xquant_fx.evaluate.plots import plot_quality
     from xquant_fx.evaluate.quality import Reading, quality_report
+    from xquant_fx.evaluate.sweep import parse_grid
     from xquant_fx.evaluate.windows import cut_windows
 
     reading = Reading(args.prompt, args.stride, args.steps, args.compile)
+    grids = [parse_grid(words) for words in args.sweep]
     model, tokenizer, text, settings = _load(args)
     windows = cut_windows(tokenizer, text, args.window, args.windows).to(args.device)
+    if grids:
+        return _run_sweep(args, model, windows, settings, reading, grids)
     report = quality_report(model, windows, settings, reading=reading, out=args.out, progress=True)
     print(report)
     if args.plot:
         plot_quality(report, args.plot)
+
+
+def _run_sweep(
+    args: argparse.Namespace, model: Any, windows: Any, settings: list[Any], reading: Any, grids: list[Any]
+) -> None:
+    from xquant_fx.evaluate.plots import plot_sweep
+    from xquant_fx.evaluate.sweep_report import sweep_report
+
+    if len(settings) != 1:
+        raise ConfigError(f"a sweep starts from one preset or config, got {[setting.name for setting in settings]}")
+    report = sweep_report(model, windows, settings[0], *grids, reading=reading, out=args.out, progress=True)
+    print(report)
+    if args.plot:
+        plot_sweep(report, args.plot)
 
 
 def run_needle(args: argparse.Namespace) -> None:
@@ -137,7 +124,7 @@ def run_needle(args: argparse.Namespace) -> None:
 
     model, tokenizer, text, settings = _load(args)
     given: dict[str, Any] = dict(lengths=args.lengths, depths=args.depths, trials=args.trials)
-    report = needle_report(model, tokenizer, text, settings, **given, progress=True)
+    report = needle_report(model, tokenizer, text, settings, **given, results=args.results, progress=True)
     print(report)
     _write(args.out, report.to_dict())
     if args.plot:
@@ -159,18 +146,15 @@ def run_anatomy(args: argparse.Namespace) -> None:
 
 def run_plan(args: argparse.Namespace) -> None:
     """``xquant plan``."""
-    import torch
-
     from xquant_fx.evaluate.auto import auto_plan
     from xquant_fx.evaluate.calibration import SAMPLED
-    from xquant_fx.evaluate.models import load
     from xquant_fx.evaluate.settings import Setting
 
     base: Any = None if args.config is None else Setting.of_file(args.config).config
-    given = args.text in (None, SAMPLED)
-    text = args.text if given else Path(args.text).read_text(encoding="utf-8")
-    model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
-    plan = auto_plan(model, bits=args.bits, max_kl=args.max_kl, text=text, tokenizer=tokenizer, config=base)
+    text = args.text if args.text in (None, SAMPLED) else Path(args.text).read_text(encoding="utf-8")
+    model, tokenizer = load_model(args)
+    given: dict[str, Any] = dict(text=text, tokenizer=tokenizer, config=base, sharing=not args.no_sharing)
+    plan = auto_plan(model, bits=args.bits, max_kl=args.max_kl, **given)
     if args.out:
         Path(args.out).write_text(plan.to_json() + "\n", encoding="utf-8")
 

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from xquant_fx.errors import ArgumentError
 from xquant_fx.evaluate.models import title
-from xquant_fx.evaluate.settings import Setting, check_names
+from xquant_fx.evaluate.settings import Setting, check_settings
 from xquant_fx.evaluate.simulate import Prefilled, reference_logits, simulated_logits
+from xquant_fx.evaluate.tasks.needle_results import Found, write_results
 from xquant_fx.evaluate.windows import token_ids
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan
@@ -70,6 +71,7 @@ def needle_report(
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     trials: int = 4,
     progress: bool = False,
+    results: str | None = None,
 ) -> NeedleReport:
     """Hide pass keys of five digits in ``text`` and ask for them.
 
@@ -81,20 +83,30 @@ def needle_report(
         depths: places of the key, 0 to 1.
         trials: keys for each length and depth, the same for every setting.
         progress: show a bar.
+        results: folder for the answers in the layout of kvpress (``tasks/needle_results.py``).
 
     Raises:
         ArgumentError: the text is too short for a length, a length for the needle, or a depth not in [0, 1].
+        ConfigError: no settings, or one that does not fit the model.
     """
     chosen = [Setting(*s) for s in (settings.items() if isinstance(settings, Mapping) else settings)]
-    check_names(chosen)
+    check_settings(chosen, model)
     hay = Haystack(tokenizer, text, model.device)
     names = [FULL, *(setting.name for setting in chosen)]
     found = {name: torch.zeros(len(depths), len(lengths)) for name in names}
     cells = [(i, j, trial) for i in range(len(depths)) for j in range(len(lengths)) for trial in range(trials)]
+    answers: list[Found] = []
     for i, j, trial in tqdm(cells, disable=not progress):
         ids, prompt = hay.window(lengths[j], depths[i], trial)
-        for name, hit in _answers(model, ids, prompt, hay.answer_tokens, chosen):
-            found[name][i, j] += hit / trials
+        wanted = ids[0, ids.shape[1] - hay.answer_tokens :].tolist()
+        for name, given in _answers(model, ids, prompt, hay.answer_tokens, chosen):
+            found[name][i, j] += (given == wanted) / trials
+            texts = (
+                [tokenizer.decode(each).strip() for each in (wanted, _written(given, wanted))] if results else ["", ""]
+            )
+            answers.append(Found(name, lengths[j], depths[i], trial, *texts))
+    if results:
+        write_results(results, model, {FULL: None, **dict(chosen)}, answers)
     heading = f"{title(model)}, {model.dtype}: {trials} pass keys per cell, found in simulated steps, %"
     shares = {name: each.tolist() for name, each in found.items()}
     return NeedleReport(heading.replace("torch.", ""), list(lengths), list(depths), shares)
@@ -127,12 +139,22 @@ class Haystack:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _answers(model: Any, ids: Tensor, prompt: int, answer: int, settings: list[Setting]) -> Iterable[tuple[str, bool]]:
-    """(name, whether greedy decoding writes the last ``answer`` tokens of ``ids``)."""
+def _written(given: list[int], wanted: list[int]) -> list[int]:
+    """What greedy decoding writes of ``given``: up to the first token that is not the wanted one."""
+    wrong = (i for i, (ours, theirs) in enumerate(zip(given, wanted, strict=True)) if ours != theirs)
+    return given[: next(wrong, len(given)) + 1]
+
+
+def _answers(
+    model: Any, ids: Tensor, prompt: int, answer: int, settings: list[Setting]
+) -> Iterable[tuple[str, list[int]]]:
+    """(name, the most likely token at each of the last ``answer`` tokens of ``ids``).
+
+    They are those tokens exactly if greedy decoding writes them; after a wrong one they follow the right answer.
+    """
     window = Prefilled.of(model, ids, prompt)
     keep = torch.arange(ids.shape[1] - answer - 1, ids.shape[1] - 1, device=ids.device)
-    wanted = ids[0, keep + 1]
-    yield FULL, torch.equal(reference_logits(window, keep)[0].argmax(-1), wanted)
+    yield FULL, reference_logits(window, keep)[0].argmax(-1).tolist()
     for setting in settings:
         logits, _ = simulated_logits(window, keep, setting.config)
-        yield setting.name, torch.equal(logits[0].argmax(-1), wanted)
+        yield setting.name, logits[0].argmax(-1).tolist()

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xquant_fx.errors import ArgumentError
+from xquant_fx.evaluate.pareto import pareto_front
 from xquant_fx.evaluate.report import Quality, QualityReport
+from xquant_fx.evaluate.size import Size
 
 if TYPE_CHECKING:
     from xquant_fx.evaluate.needle import NeedleReport
+    from xquant_fx.evaluate.sweep_report import SweepReport
 
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other one equals or beats in both coordinates, by rising first coordinate."""
-    front: list[int] = []
-    for index in sorted(range(len(points)), key=lambda i: points[i]):
-        if not front or points[index][1] < points[front[-1]][1]:
-            front.append(index)
-    return front
+TRUE_BITS, ALL_BYTES = "true bits per element", "bits per element, all bytes"
+BITS: dict[str, Callable[[Size], float]] = {TRUE_BITS: lambda size: size.true_bits, ALL_BYTES: lambda size: size.bits}
 
 
 def plot_quality(report: QualityReport, path: str | Path) -> None:
@@ -29,7 +26,7 @@ def plot_quality(report: QualityReport, path: str | Path) -> None:
         ArgumentError: matplotlib is not installed.
     """
     figure, (by_bits, by_depth) = _subplots(2)
-    _by_bits(by_bits, report.qualities)
+    _by_bits(by_bits, report.qualities, TRUE_BITS)
     for quality in report.qualities:
         depths = quality.summary.depths
         by_depth.plot([(d.first + d.last) / 2 for d in depths], [d.kl for d in depths], "o-", label=quality.name)
@@ -39,15 +36,31 @@ def plot_quality(report: QualityReport, path: str | Path) -> None:
     figure.savefig(path)
 
 
-def _by_bits(axes: Any, qualities: Sequence[Quality]) -> None:
-    points = [(q.size.true_bits, q.summary.kl) for q in qualities]
+def plot_sweep(report: SweepReport, path: str | Path) -> None:
+    """KL against true bits, and against the bits that all bytes come to, each with its front, to an image file.
+
+    Raises:
+        ArgumentError: matplotlib is not installed.
+    """
+    figure, panels = _subplots(2)
+    for axes, label in zip(panels, (TRUE_BITS, ALL_BYTES), strict=True):
+        _by_bits(axes, report.report.qualities, label, names=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+    figure.suptitle(report.report.title, fontsize="small")
+    figure.savefig(path)
+
+
+def _by_bits(axes: Any, qualities: Sequence[Quality], label: str, names: bool = True) -> None:
+    """Points with their front; ``names`` beside them, or else for a legend."""
+    points = [(BITS[label](q.size), q.summary.kl) for q in qualities]
     for quality, (bits, kl) in zip(qualities, points, strict=True):
-        axes.errorbar(bits, kl, yerr=quality.summary.kl_error, fmt="o")
-        axes.annotate(quality.name, (bits, kl), textcoords="offset points", xytext=(5, 5), fontsize="small")
+        axes.errorbar(bits, kl, yerr=quality.summary.kl_error, fmt="o", label=quality.name)
+        if names:
+            axes.annotate(quality.name, (bits, kl), textcoords="offset points", xytext=(5, 5), fontsize="small")
     axes.step(*zip(*(points[i] for i in pareto_front(points)), strict=True), "--", where="post", color="grey")
     if all(kl > 0 for _, kl in points):
         axes.set_yscale("log")
-    axes.set(xlabel="true bits per element", ylabel="mean KL, nats")
+    axes.set(xlabel=label, ylabel="mean KL, nats")
 
 
 def plot_needle(report: NeedleReport, path: str | Path) -> None:

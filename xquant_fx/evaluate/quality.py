@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xquant_fx.cache.huggingface import XQuantCache
-from xquant_fx.errors import ArgumentError
+from xquant_fx.errors import ArgumentError, ConfigError
 from xquant_fx.evaluate.measures import measure, summarize
 from xquant_fx.evaluate.models import fingerprint, title
 from xquant_fx.evaluate.report import Quality, QualityReport
@@ -71,6 +71,7 @@ def quality_report(
     reading: Reading | None = None,
     out: str | None = None,
     progress: bool = False,
+    skip_invalid: bool = False,
 ) -> QualityReport:
     """Measure what quantized caches do to a model's next tokens, on windows of text.
 
@@ -82,6 +83,7 @@ def quality_report(
         out: JSON file for all numbers. Windows that it holds already, of the same model, tokens and settings, are not
             run again.
         progress: show a bar.
+        skip_invalid: leave a setting out that does not fit the model; ``refused`` of the report says why.
 
     Raises:
         ArgumentError: windows are too short, or ``out`` is another kind of file.
@@ -90,7 +92,7 @@ def quality_report(
     reading = reading or Reading()
     chosen = [Setting(*s) for s in (settings.items() if isinstance(settings, Mapping) else settings)]
     check_names(chosen)
-    run = _Run(model, reading, Results(out), reading.positions(windows.shape[1]).to(windows.device))
+    run = _Run(model, reading, Results(out), reading.positions(windows.shape[1]).to(windows.device), skip_invalid)
     records: dict[str, list[Record]] = {setting.name: [] for setting in chosen}
     limit = torch._dynamo.config.recompile_limit * len(chosen)  # each setting has graphs of its own
     more_graphs = torch._dynamo.config.patch(recompile_limit=limit)
@@ -98,8 +100,8 @@ def quality_report(
         for ids in windows:
             for name, record in run.window(ids[None], chosen, bar):
                 records[name].append(record)
-    qualities = [_quality(name, of_windows) for name, of_windows in records.items()]
-    report = QualityReport(_title(model, reading, windows), qualities)
+    qualities = [_quality(name, of_windows) for name, of_windows in records.items() if name not in run.refused]
+    report = QualityReport(_title(model, reading, windows), qualities, run.refused)
     run.results.write({"report": report.to_dict()})
     return report
 
@@ -120,8 +122,12 @@ def _title(model: Any, reading: Reading, windows: Tensor) -> str:
 class _Run:
     """Measures windows one by one and keeps what was found."""
 
-    def __init__(self, model: Any, reading: Reading, results: Results, positions: Tensor) -> None:
+    def __init__(
+        self, model: Any, reading: Reading, results: Results, positions: Tensor, skip_invalid: bool = False
+    ) -> None:
         self.model, self.reading, self.results, self.positions = model, reading, results, positions
+        self.skip_invalid = skip_invalid
+        self.refused: dict[str, str] = {}
         self.model_key = fingerprint(model)
         self.is_checked = False
 
@@ -131,12 +137,22 @@ class _Run:
         for setting in settings:
             key = self._key(ids, setting)
             bar.set_postfix_str(setting.name)
-            if key not in self.results.records:
+            if key not in self.results.records and setting.name not in self.refused:
                 if prefilled is None or full is None:
                     prefilled, full = self._full_precision(ids)
-                self.results.add(key, self._measure(prefilled, full, setting))
+                self._add(key, prefilled, full, setting)
             bar.update()
-            yield setting.name, dataclasses.replace(self.results.records[key], name=setting.name)
+            if key in self.results.records:
+                yield setting.name, dataclasses.replace(self.results.records[key], name=setting.name)
+
+    def _add(self, key: str, prefilled: Prefilled, full: Tensor, setting: Setting) -> None:
+        """Measure and keep, or note why the model cannot be run so."""
+        try:
+            self.results.add(key, self._measure(prefilled, full, setting))
+        except ConfigError as error:
+            if not self.skip_invalid:
+                raise
+            self.refused[setting.name] = str(error)
 
     def _full_precision(self, ids: Tensor) -> tuple[Prefilled, Tensor]:
         """(the window, its logits [positions, V] in full precision).
@@ -154,6 +170,7 @@ class _Run:
         return prefilled, full[0]
 
     def _measure(self, window: Prefilled, full: Tensor, setting: Setting) -> Record:
+        setting.check_model(self.model)
         logits, cache = self._logits(window, setting)
         targets = window.ids[0, self.positions + 1]
         return Record(setting.name, measure(full, logits[0], targets, self.positions), size_of(cache))

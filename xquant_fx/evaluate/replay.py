@@ -10,14 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """The layers of a Hugging Face decoder, lowest first; none where they cannot be told."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    return list(lists[0]) if lists else []
+from xquant_fx.plan.model_weights import decoder_layers
 
 
 class Noted:

@@ -27,6 +27,8 @@ class QualityReport:
     title: str
     """Model, windows and way of measuring, for people."""
     qualities: list[Quality]
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Settings that the model cannot be run with, where these were to be left out, and why."""
 
     def __getitem__(self, name: str) -> Quality:
         """The setting called ``name``; raises KeyError where there is none."""
@@ -49,14 +51,15 @@ class QualityReport:
 
     def _more(self, quality: Quality) -> str:
         first = self.qualities[0]
-        return "-" if quality is first else _with_error(*paired(quality.summary, first.summary))
+        return "-" if quality is first else with_error(*paired(quality.summary, first.summary))
 
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if value < 10 else f"{value:.2f}"
 
 
-def _with_error(value: float, error: float | None, scale: float = 1.0, digits: int = 4) -> str:
+def with_error(value: float, error: float | None, scale: float = 1.0, digits: int = 4) -> str:
+    """``value ± error``, both times ``scale``."""
     spread = "" if error is None else f" ± {error * scale:.{digits}f}"
     return f"{value * scale:.{digits}f}{spread}"
 
@@ -67,7 +70,7 @@ def _kl(percent: str) -> Callable[[Quality], str]:
 
 #: Heading of a row to what stands in it, for one setting. A new row is a new entry.
 ROWS: dict[str, Callable[[Quality], str]] = {
-    "mean KL, nats": lambda q: _with_error(q.summary.kl, q.summary.kl_error),
+    "mean KL, nats": lambda q: with_error(q.summary.kl, q.summary.kl_error),
     "maximum KL": lambda q: _number(q.summary.kl_max),
     "99.9% KL": _kl("99.9"),
     "99% KL": _kl("99"),
@@ -77,7 +80,7 @@ ROWS: dict[str, Callable[[Quality], str]] = {
     "perplexity": lambda q: _number(q.summary.perplexity),
     "perplexity ratio": lambda q: f"{q.summary.perplexity / q.summary.perplexity_full:.4f}",
     "RMS change of p, %": lambda q: f"{100 * q.summary.p_rms:.3f}",
-    "same top token, %": lambda q: _with_error(q.summary.same_top, q.summary.same_top_error, 100, 2),
+    "same top token, %": lambda q: with_error(q.summary.same_top, q.summary.same_top_error, 100, 2),
     "true bits per element": lambda q: f"{q.size.true_bits:.3f}",
     "bits per element, all bytes": lambda q: f"{q.size.bits:.3f}",
     "bytes at the end": lambda q: f"{q.size.bytes:,}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from xquant_fx.errors import ConfigError
 from xquant_fx.plan.config import XQuantConfig
@@ -38,9 +38,21 @@ class Setting(NamedTuple):
             raise ConfigError(f"{path} must be what XQuantConfig.to_json or Plan.to_json writes: {error!r}") from error
         return cls(path.stem, config)
 
+    def check_model(self, model: Any) -> None:
+        """Raise ConfigError where this is a plan for another model than ``model``."""
+        if isinstance(self.config, Plan):
+            self.config.check_model(model)
+
 
 def check_names(settings: list[Setting]) -> None:
     """Raise ConfigError unless there is a setting and no two of one name, which stand for rows of one table."""
     names = [setting.name for setting in settings]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"settings must be one or more, each with a name of its own, got {names}")
+
+
+def check_settings(settings: list[Setting], model: Any) -> None:
+    """The same, and no plan for another model than ``model``."""
+    check_names(settings)
+    for setting in settings:
+        setting.check_model(model)

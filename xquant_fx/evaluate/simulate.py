@@ -83,14 +83,16 @@ class Prefilled(NamedTuple):
     cache: Any
     queries: dict[int, Tensor]
     """The prompt's queries [B, Hq, q, D] by layer: keys may be ranked by them (``KVState.note_queries``)."""
+    last: Tensor
+    """Logits [B, 1, V] at the prompt's last token."""
 
     @classmethod
     def of(cls, model: Any, ids: Tensor, prompt: int) -> Prefilled:
         """Read the first ``prompt`` tokens of ``ids`` with the model's own attention."""
         cache = WatchedCache(config=model.config)
-        forward(model, ids[:, :prompt], cache, torch.tensor([prompt - 1], device=ids.device))
+        last = forward(model, ids[:, :prompt], cache, torch.tensor([prompt - 1], device=ids.device))
         queries, cache.queries = cache.queries, None
-        return cls(model, ids, prompt, cache, queries or {})
+        return cls(model, ids, prompt, cache, queries or {}, last)
 
     def rest(self, keep: Tensor) -> Tensor:
         """Logits [B, len(keep), V] at the positions ``keep`` (int64, of the window), by one pass after the prompt.

@@ -37,6 +37,16 @@ def size_of(cache: XQuantCache) -> Size:
     return Size(bits, report.bits_per_element, report.total_bytes, report.ratio)
 
 
+def saved(cache: XQuantCache) -> float:
+    """Share of 16 bits per element that a cache made for as many tokens as are stored saves, windows and all.
+
+    Windows are counted at 16 bits, whatever dtype the model is measured in.
+    """
+    tokens, specs = int(cache.get_seq_length()), [state.spec for state in cache.states]
+    elements = sum(tokens * spec.shape[0] * spec.shape[1] * spec.shape[3] for spec in specs)
+    return 1 - sum(_bits(spec, tokens) for spec in specs) / (16 * elements)
+
+
 def true_bits(specs: list[KVSpec]) -> float:
     """Bits that one more element costs: what all buffers grow by from one long text to another twice as long."""
     tokens = _whole_blocks(specs)

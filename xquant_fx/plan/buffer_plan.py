@@ -8,8 +8,9 @@ from typing import Any, get_args
 import torch
 
 from xquant_fx.errors import ConfigError
+from xquant_fx.kernels.relaxation import spread_eta, unbiased_eta
 from xquant_fx.kernels.schemes import SCHEMES
-from xquant_fx.plan.config import SHARED_FITS, XQuantConfig, plain_fields
+from xquant_fx.plan.config import SHARED_FITS, Eta, XQuantConfig, plain_fields
 from xquant_fx.plan.spec import KVSpec, Role
 
 SHARED = "reads the codes of the layer below"
@@ -30,8 +31,8 @@ class BufferPlan:
     """Tokens (keys) or channels (values) per scale and zero point; None: all channels of the head."""
     residual_length: int
     """Latest tokens kept in full precision."""
-    eta: float
-    """Relaxation of both ends of the range (XQuant, Eq. 5)."""
+    eta: Eta
+    """Relaxation of both ends of the range (XQuant, Eq. 5); "auto": that of the group's size (``eta_of``)."""
     sink_tokens: int
     """First tokens of a sequence kept in full precision."""
     scale_dtype: torch.dtype
@@ -52,14 +53,31 @@ class BufferPlan:
             ConfigError: ``group_size`` does not divide head_dim.
         """
         batch, heads, tokens, dim = shape
+        group = self._group_size(dim, layer)
         spec = KVSpec(
             role=self.role, scheme=self.scheme, layer=layer, shape=(batch, heads, tokens, dim), dtype=dtype,
-            bits=self.bits, group_size=self._group_size(dim, layer), residual_length=self.residual_length, eta=self.eta,
+            bits=self.bits, group_size=group, residual_length=self.residual_length, eta=self.eta_of(group),
             sink_tokens=self.sink_tokens, scale_dtype=self.scale_dtype, partner=self.partner, fit=self.fit,
             reason=self.reason,
         )  # fmt: skip
         refusal = "" if self.partner is None else _why_not_geometry(spec, lower, self.partner)
         return dataclasses.replace(spec, partner=None, reason=refusal) if refusal else spec
+
+    def eta_of(self, group: int) -> float:
+        """The relaxation of groups of ``group`` elements: values without bias, keys as they spread."""
+        if not isinstance(self.eta, str):
+            return self.eta
+        return (spread_eta if self.role == "key" else unbiased_eta)(group, int(self.bits))
+
+    @property
+    def eta_text(self) -> str:
+        """The relaxation for people: "-" where there is none, "auto" where head_dim decides."""
+        is_fitted = self.partner is not None and self.fit == "least_squares"
+        if not SCHEMES[self.scheme].RANGE_CODES or self.bits == 16 or is_fitted:
+            return "-"
+        if not isinstance(self.eta, str):
+            return f"{self.eta:.3f}"
+        return "auto" if self.group_size is None else f"{self.eta_of(self.group_size):.3f} (auto)"
 
     def _group_size(self, dim: int, layer: int) -> int:
         group = self.group_size or dim

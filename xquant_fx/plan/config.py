@@ -18,6 +18,7 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 Bits = float | tuple[float, ...]
 ShareFrom = int | float | None
+Eta = float | Literal["auto"]
 
 
 def plain_fields(settings: Any) -> dict[str, Any]:
@@ -62,9 +63,10 @@ class XQuantConfig:
     residual_length: int = 256
     """Latest values kept in full precision, in tokens, R of XQuant; a multiple of ``k_group_size``. Of keys the latest
     0 to R - 1 ("per_channel": R are quantized at once) or R - ``k_group_size`` to R - 1 ("per_channel_ranked")."""
-    eta_1bit: float = 1 / 6
-    """Relaxation of both ends of the range at 1 bit, in [0, 0.5) (XQuant, Eq. 5); "per_channel" and "per_token"."""
-    eta_2bit: float = 0.045
+    eta_1bit: Eta = 1 / 6
+    """Relaxation of both ends of the range at 1 bit, in [0, 0.5) (XQuant, Eq. 5); "per_channel" and "per_token". Or
+    "auto": what the size of the group asks for (kernels/relaxation.py), values without bias, keys as they spread."""
+    eta_2bit: Eta = 0.045
     """The same at 2 bits."""
     sink_tokens: int = 4
     """First tokens of every sequence kept in full precision for good (attention sinks)."""
@@ -124,8 +126,8 @@ class XQuantConfig:
             raise ConfigError(f"{field} must hold one number per layer: got {len(value)} for {num_layers} layers")
         return value[layer]
 
-    def eta(self, scheme: str, bits: float) -> float:
-        """Relaxation used by ``scheme`` at ``bits`` bits; 0 but for 1 and 2 bits."""
+    def eta(self, scheme: str, bits: float) -> Eta:
+        """Relaxation used by ``scheme`` at ``bits`` bits; 0 but for 1 and 2 bits. "auto": the group's size decides."""
         if not SCHEMES[scheme].RANGE_CODES:
             return 0.0
         return {1.0: self.eta_1bit, 2.0: self.eta_2bit}.get(bits, 0.0)
@@ -177,8 +179,8 @@ class XQuantConfig:
     def _check_rest(self) -> None:
         for name in ("eta_1bit", "eta_2bit"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < 0.5:
-                raise ConfigError(f"{name} must be in [0, 0.5), got {value!r}")
+            if value != "auto" and (not isinstance(value, int | float) or not 0 <= value < 0.5):
+                raise ConfigError(f'{name} must be in [0, 0.5) or "auto", got {value!r}')
         if self.shared_fit not in SHARED_FITS:
             raise ConfigError(f"shared_fit must be one of {SHARED_FITS}, got {self.shared_fit!r}")
         if self.scale_dtype not in SCALE_DTYPES:

@@ -49,7 +49,7 @@ class Plan:
 
     layers: tuple[LayerPlan, ...]
     model: ModelFacts | None = None
-    """What it was made for, where it was made for one model; ``XQuantCache`` refuses it for others."""
+    """What it was made for, where it was made for one model; it is refused for others."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -75,7 +75,7 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON; :meth:`from_json` reads it back."""
         layers = [{entry.role: entry.to_dict() for entry in layer} for layer in self.layers]
-        model = {} if self.model is None else {"model": dataclasses.asdict(self.model)}
+        model = {} if self.model is None else {"model": self.model.to_dict()}
         return json.dumps({"xquant_plan": 1, **model, "layers": layers}, indent=1)
 
     @classmethod
@@ -96,19 +96,27 @@ class Plan:
         model = ModelFacts.from_dict(data["model"]) if data.get("model") is not None else None
         return cls(tuple(_layer_from(layer, i) for i, layer in enumerate(layers)), model)
 
-    def check_model(self, config: Any) -> None:
-        """Raise ConfigError where the plan says what it was made for, and the Hugging Face ``config`` is of another."""
+    def check_model(self, model: Any) -> None:
+        """Raise ConfigError where the plan says what it was made for, and the Hugging Face ``model`` is another.
+
+        Given its config alone, shapes are compared; given the model, some of its weights, too.
+        """
         if self.model is not None:
-            self.model.check(config)
+            self.model.check(model)
+
+    def for_any_model(self) -> Plan:
+        """The same plan, which no model of as many layers is refused by."""
+        return dataclasses.replace(self, model=None)
 
     def __str__(self) -> str:
         from xquant_fx.tables import render
 
-        columns = ["layer", "role", "scheme", "bits", "group", "window", "sinks", "codes of", "why"]
+        columns = ["layer", "role", "scheme", "bits", "group", "eta", "window", "sinks", "codes of", "why"]
         rows = [
             [
                 str(index), f"{e.role}s", e.scheme, str(e.bits), str(e.group_size or "head_dim"),
-                str(e.residual_length), str(e.sink_tokens), "-" if e.partner is None else str(e.partner), e.reason,
+                e.eta_text, str(e.residual_length), str(e.sink_tokens),
+                "-" if e.partner is None else str(e.partner), e.reason,
             ]
             for index, layer in enumerate(self.layers)
             for e in layer

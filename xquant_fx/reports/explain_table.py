@@ -13,6 +13,10 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 
+def _eta(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _short(name: str) -> str:
     """The end of a source expression: ``layers[3].keys`` of ``L['kwargs']['past_key_values'].layers[3].keys``."""
     parts = re.split(r"\.(?![^\[]*\])", name)
@@ -35,6 +39,7 @@ COLUMNS: dict[str, Callable[[Site], str]] = {
     "rewritten": lambda site: "yes" if site.rewritten else "no",
     "K bits": lambda site: _number(site.k_bits),
     "V bits": lambda site: _number(site.v_bits),
+    "eta of K, V": lambda site: f"{_eta(site.k_eta)}, {_eta(site.v_eta)}",
     "codes of": lambda site: _number(site.partner),
     "bytes": lambda site: _number(site.bytes),
     "reason": _reason,

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from xquant_fx.compiler.backend import detect_graph, report_left
 from xquant_fx.compiler.options import parse
+from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.passes import records
 from xquant_fx.passes.find_sites import buffer_name
 from xquant_fx.passes.records import Detection
@@ -107,7 +108,8 @@ def _site(record: records.Site, specs: dict[Node, KVSpec]) -> Site:
         layer=next(iter(found.values())).layer, name=buffer_name(stored.get("key", record.key.root)),
         write=_write(record), read=_read(record), rewritten=True, reason=_how(list(found.values()), record.is_latent),
         key_partner=partner.get("key"), value_partner=partner.get("value"), k_bits=bits.get("key"),
-        v_bits=bits.get("value"), bytes=sum(_stored_bytes(spec) for spec in found.values()),
+        v_bits=bits.get("value"), k_eta=_eta(found.get("key")), v_eta=_eta(found.get("value")),
+        bytes=sum(_stored_bytes(spec) for spec in found.values()),
         full_bytes=sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in found.values()),
         dequantized=record.dequantized, notes=_notes(list(found.values())),
     )  # fmt: skip
@@ -117,8 +119,8 @@ def _left_alone(record: records.Site) -> Site:
     full = sum(_full_bytes(fake(node)) for node in record.buffers) if record.has_cache else 0
     return Site(
         layer=None, name=record.buffer_name, write=_write(record), read=_read(record), rewritten=False,
-        reason=record.reason, key_partner=None, value_partner=None, k_bits=None, v_bits=None, bytes=full,
-        full_bytes=full,
+        reason=record.reason, key_partner=None, value_partner=None, k_bits=None, v_bits=None, k_eta=None,
+        v_eta=None, bytes=full, full_bytes=full,
     )  # fmt: skip
 
 
@@ -130,6 +132,12 @@ def _write(record: records.Site) -> str:
 
 def _read(record: records.Site) -> str:
     return " > ".join([*record.key.path, record.attention.kind])
+
+
+def _eta(spec: KVSpec | None) -> float | None:
+    if spec is None or not spec.quantized or not SCHEMES[spec.scheme].RANGE_CODES:
+        return None
+    return None if spec.borrowed and spec.fit == "least_squares" else spec.eta
 
 
 def _stored_bytes(spec: KVSpec) -> int:

@@ -28,6 +28,10 @@ class Site:
     """Bits of the buffer that the cache calls keys (latent attention may keep something else in it)."""
     v_bits: float | None
     """Bits of the buffer that the cache calls values."""
+    k_eta: float | None
+    """Relaxation of the range of its keys; None: their scheme has none, or scales are fitted to borrowed codes."""
+    v_eta: float | None
+    """The same of its values."""
     bytes: int
     """Bytes stored for this layer's keys and values, without what it borrows; 0 if a site before counts them."""
     full_bytes: int
