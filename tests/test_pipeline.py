@@ -93,11 +93,11 @@ def test_dump(tmp_path):
     files = sorted(p.name for p in (tmp_path / "graphs").iterdir())
     assert [name.split("-", 1)[1] for name in files] == [
         "0-detected.txt", "1-after-add_state_inputs.txt", "2-after-rewrite.txt", "3-after-fuse_decode.txt",
-        "4-after-verify.txt",
+        "4-after-linear_rows.txt", "5-after-verify.txt",
     ]  # fmt: skip
     texts = [(tmp_path / "graphs" / name).read_text() for name in files]
-    assert ["decode_attention" in text for text in texts] == [False, False, False, True, True]
-    assert ["index_copy" in text or "setitem" in text for text in texts] == [True, True, False, False, False]
+    assert ["decode_attention" in text for text in texts] == [False, False, False, True, True, True]
+    assert ["index_copy" in text or "setitem" in text for text in texts] == [True, True, False, False, False, False]
     assert "float32[1, 2, 1, 8]" in texts[0]
 
 
@@ -139,7 +139,7 @@ def test_explain_knows_what_is_switched_off():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"disable": ["rewrite"]}, r"disable must be a list of passes that may be off, \['fuse_decode'\], got"),
+        ({"disable": ["rewrite"]}, r"disable must be a list of passes that may be off, \['fuse_decode', 'linear_rows'\], got"),
         ({"disable": "fuse_decode"}, "disable must be a list"),
         ({"disable": 3}, "disable must be a list"),
         ({"dump": 3}, "dump must be the path of a folder, got 3"),

@@ -75,7 +75,7 @@ void linear(const Tensors& tensors, T* out, int64_t in_size, int64_t out_size) {
     X* x = (X*)buffer.data;
     load_rows(tensors.x, x, pitch, in_size);
     const int64_t whole = out_size / AT_ONCE, left = out_size % AT_ONCE;
-    const int num_threads = in_size * out_size * (int64_t)sizeof(T) < FEW_BYTES ? 1 : max_threads();
+    [[maybe_unused]] const int num_threads = in_size * out_size * (int64_t)sizeof(T) < FEW_BYTES ? 1 : max_threads();
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
     for (int64_t block = 0; block < whole + left; block++) {
         if (block < whole) outputs<AT_ONCE>(tensors, x, pitch, out, block * AT_ONCE, in_size, out_size);
