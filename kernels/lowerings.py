@@ -28,6 +28,12 @@ from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 
 
+def contiguous(x: Any) -> Any:
+    """An IR tensor as one block of memory; computed once for all who read it, such as the mask of all layers."""
+    x.realize()  # or each of them would compute it into a buffer of its own
+    return ir.ExternKernel.require_contiguous(x)
+
+
 def sizes(x: Any) -> tuple[int, ...]:
     """Static sizes of an IR tensor."""
     return tuple(V.graph.sizevars.guard_int(size) for size in x.get_size())
@@ -76,7 +82,7 @@ class CppOut(ir.ExternKernelOut):
 @register_lowering(torch.ops.xquant.decode_attention_cpu.default, type_promotion_kind=None)
 def decode_attention_cpu(*args: Any, **kwargs: Any) -> Any:
     """One C++ kernel in the generated module."""
-    a: Any = DecodeArguments(*args, **kwargs).mapped(ir.ExternKernel.require_contiguous)  # of Inductor's buffers
+    a: Any = DecodeArguments(*args, **kwargs).mapped(contiguous)  # of Inductor's buffers
     types, code = cpu_attention.source(attention.problem_of(a, sizes, dtype), cpu_build.isa())
     shape = (*sizes(a.q)[:3], sizes(a.v_ring)[3])
     layout = ir.FixedLayout(a.q.get_device(), a.q.get_dtype(), list(shape), ir.FlexibleLayout.contiguous_strides(shape))
@@ -86,7 +92,7 @@ def decode_attention_cpu(*args: Any, **kwargs: Any) -> Any:
 @register_lowering(torch.ops.xquant.linear_rows.default, type_promotion_kind=None)
 def linear_rows(*args: Any, **kwargs: Any) -> Any:
     """One C++ kernel for all sizes in the generated module, where ``kernels/linear_rows`` has one; else plain torch."""
-    a: Any = LinearArguments(*args, **kwargs).mapped(ir.ExternKernel.require_contiguous)  # of Inductor's buffers
+    a: Any = LinearArguments(*args, **kwargs).mapped(contiguous)  # of Inductor's buffers
     types, code = cpu_linear.source(linear.problem_of(a, sizes, dtype), cpu_build.isa())
     out_size, in_size = sizes(a.weight)
     shape = (*sizes(a.x)[:-1], out_size)
@@ -134,7 +140,7 @@ class CppInPlace(ir.ExternKernel):
 def append_cpu(*args: Any, **kwargs: Any) -> None:
     """One C++ kernel in the generated module; the stored tensors are changed in place."""
     new = ("x", "pos")
-    a = StoreArguments(*args, **kwargs).mapped(ir.ExternKernel.require_contiguous, new)
+    a = StoreArguments(*args, **kwargs).mapped(contiguous, new)
     a = a.mapped(ir.ExternKernel.realize_input, set(a.tensor_names()) - set(new))
     types, code = cpu_store.source(append.problem_of(a, sizes, dtype), cpu_build.isa())
     written = [a.tensors[name] for name in a.written(a.overload) if name in a.tensors]

@@ -139,7 +139,10 @@ def test_explain_knows_what_is_switched_off():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"disable": ["rewrite"]}, r"disable must be a list of passes that may be off, \['fuse_decode', 'linear_rows'\], got"),
+        (
+            {"disable": ["rewrite"]},
+            r"disable must be a list of passes that may be off, \['fuse_decode', 'linear_rows'\], got",
+        ),
         ({"disable": "fuse_decode"}, "disable must be a list"),
         ({"disable": 3}, "disable must be a list"),
         ({"dump": 3}, "dump must be the path of a folder, got 3"),
