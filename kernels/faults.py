@@ -7,6 +7,7 @@ the members as constants, and the errors that people read.
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 from xquant_fx.kernels.layout import STEP_TOKENS
 
@@ -18,7 +19,7 @@ class Fault(enum.IntEnum):
     FULL = 2
     ROLLED_BACK_TOO_FAR = 3
     NOT_CONSECUTIVE = 4
-    FULL_RESTARTED = 5
+    RESTARTED = 5
 
 
 FAULTS = {
@@ -26,6 +27,18 @@ FAULTS = {
     Fault.FULL: "positions must be below max_cache_len: the cache is full",
     Fault.ROLLED_BACK_TOO_FAR: f"at most {STEP_TOKENS} tokens can be rolled back (or all: position 0); more were",
     Fault.NOT_CONSECUTIVE: "the positions of one step must be consecutive",
-    Fault.FULL_RESTARTED: "the cache is full: position 0 starts a sequence anew only after reset() "
-    "(or is this a ring buffer?)",
+    Fault.RESTARTED: "position 0 starts a sequence anew only after reset(), or zero_() on all buffers; without, "
+    f"a prompt of more than {STEP_TOKENS} tokens may where the cache is not full (or is this a rotating buffer?)",
 }
+
+
+def may_wrap(length: Any, new: Any, max_len: int) -> Any:
+    """Whether ``new`` tokens at position 0 may be those of a rotating buffer, which goes on seeing the old ones.
+
+    A prompt may start over where the cache is not full, or fill it; a step only where it could be rolled back to 0.
+    ``length`` is the number of tokens stored: an int, or a tensor of ints.
+    """
+    is_full = length == max_len
+    if isinstance(new, int) and new <= STEP_TOKENS:
+        return is_full | (length > STEP_TOKENS)
+    return is_full & (new < max_len)

@@ -3,51 +3,85 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 
-from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.errors import CacheStateError
 from xquant_fx.passes.records import Detection
 
 
 @dataclasses.dataclass
-class StateInputs:
-    """New placeholders, and how to find their tensors among the run-time arguments.
+class Part:
+    """What a graph takes of one cache; most graphs meet one cache only."""
 
-    ``slots`` holds one (argument index, tensor name) an added input. ``shared`` holds the (argument
-    index, name, slot) of tensors that several buffers have in common, such as a pair's codes.
-    """
-
-    nodes: dict[Node, dict[str, Node | None]] = dataclasses.field(default_factory=dict)
-    slots: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    buffers: list[int] = dataclasses.field(default_factory=list)
+    """Argument indices of its quantized buffers."""
+    slots: list[tuple[int, int, str]] = dataclasses.field(default_factory=list)
+    """(place among the added inputs, argument index, tensor name) of each stored tensor."""
     shared: list[tuple[int, str, int]] = dataclasses.field(default_factory=list)
-    tensors: list[Tensor] = dataclasses.field(default_factory=list)
+    """(argument index, tensor name, place) of those that several buffers have in common, such as a pair's codes."""
     step_tokens: int | None = None
     """Tokens the rewritten graph appends (0: more than the windows can give back; None: none)."""
 
     def collect(self, args: tuple[object, ...]) -> list[Tensor]:
-        """The stored tensors of these arguments, in the order of the added inputs.
+        """The stored tensors of these arguments, in the order of ``slots``.
 
         Raises:
             CacheStateError: the buffers share tensors in another way than when this was compiled.
         """
-        tensors = [_stored(args[index], name) for index, name in self.slots]
-        for index, name, slot in self.shared:
-            if _stored(args[index], name) is not tensors[slot]:
+        tensors = {place: _stored(args[index], name) for place, index, name in self.slots}
+        for index, name, place in self.shared:
+            if _stored(args[index], name) is not tensors[place]:
                 raise CacheStateError(
                     f"{args[index]!r}: {name} is shared in another way than when this graph was compiled "
                     "(buffers of several caches in one call?)"
                 )
-        return tensors
+        return list(tensors.values())
+
+
+@dataclasses.dataclass
+class StateInputs:
+    """New placeholders, and how to find their tensors among the run-time arguments."""
+
+    nodes: dict[Node, dict[str, Node | None]] = dataclasses.field(default_factory=dict)
+    tensors: list[Tensor] = dataclasses.field(default_factory=list)
+    """The example of each added input that is a tensor."""
+    parts: list[Part] = dataclasses.field(default_factory=list)
+    """One per cache."""
+    lengths: list[tuple[int, Any]] = dataclasses.field(default_factory=list)
+    """Arguments whose length in tokens is an added input, too, after the tensors, and that length as a symbol."""
+
+    @property
+    def example_inputs(self) -> list[Any]:
+        """Examples of the added inputs."""
+        return [*self.tensors, *(length for _, length in self.lengths)]
 
 
 def _stored(buffer: object, name: str) -> Tensor:
-    assert isinstance(buffer, QuantizedKV)
+    assert isinstance(buffer, STORED_KV)
     tensor = buffer.live.tensor(name)
     assert tensor is not None
     return tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Grown:
+    """One input that grows by concatenation, and where the graph is to return the longer one."""
+
+    index: int
+    """Number of the graph's argument."""
+    outputs: tuple[int, ...]
+    """Positions among the results."""
+    tokens: int | tuple[int, int]
+    """How many tokens are new, or the argument and its dimension that say so."""
+
+    def tokens_of(self, args: tuple[Any, ...]) -> int:
+        """New tokens in a step with these arguments."""
+        return self.tokens if isinstance(self.tokens, int) else int(args[self.tokens[0]].shape[self.tokens[1]])
 
 
 @dataclasses.dataclass
@@ -59,5 +93,18 @@ class Context:
     """Example inputs of the graph as Dynamo made it."""
     state: StateInputs = dataclasses.field(default_factory=StateInputs)
     """The inputs that were added for stored tensors."""
+    ends: dict[object, Node] = dataclasses.field(default_factory=dict)
+    """Masks of what lies beyond the last token, by cache and step."""
+    grown: list[Grown] = dataclasses.field(default_factory=list)
+    """Inputs that grow; the graph itself does not return the longer ones."""
     loads: dict[Node, Node] = dataclasses.field(default_factory=dict)
     """Append of the old graph to the ``shared_code_load`` that reads after it."""
+
+    def index_of(self, placeholder: Node) -> int:
+        """The number of the argument that was ``placeholder`` in the graph as Dynamo made it."""
+        return self.placeholders[placeholder]
+
+    @functools.cached_property
+    def placeholders(self) -> dict[Node, int]:
+        """Inputs of the graph as Dynamo made it, by node."""
+        return {node: i for i, node in enumerate(n for n in self.detection.gm.graph.nodes if n.op == "placeholder")}

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.passes.facts import Facts
-from xquant_fx.passes.find_sites import Refusal, find_sites
+from xquant_fx.passes.find_sites import NOT_RECOGNISED, Refusal, find_sites
 from xquant_fx.passes.in_place import why_not_in_place
 from xquant_fx.passes.match_decode import match_decode
 from xquant_fx.passes.normalize import normalize
@@ -20,15 +20,15 @@ from xquant_fx.passes.trace import same_value
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec, why_not_fused
 
-#: The ordinary buffers of rewritable sites, their plan (None where there are none), and the specs of all buffers.
-Planner = Callable[[GraphModule, list[Site]], tuple[tuple[Buffer, ...], Plan | None, dict[Node, KVSpec]]]
+#: The ordinary buffers of rewritable sites, a plan for each of their caches, and the specs of all buffers.
+Planner = Callable[[GraphModule, list[Site]], tuple[tuple[Buffer, ...], tuple[Plan, ...], dict[Node, KVSpec]]]
 
 
 def detect(gm: GraphModule, refusal: Refusal, planner: Planner, unfused: str = "") -> Detection:
     """What ``gm`` is found to be; ``gm`` is a clone of Dynamo's graph and is normalized in place.
 
     Args:
-        refusal: why the surroundings of the graph keep an ordinary buffer as it is.
+        refusal: why the surroundings of the graph, or the tensors of this call, keep an ordinary buffer as it is.
         planner: what quantized and ordinary buffers are, or are going to be.
         unfused: why no attention is fused in this compilation; "" if they may be.
     """
@@ -36,24 +36,31 @@ def detect(gm: GraphModule, refusal: Refusal, planner: Planner, unfused: str = "
     counters["xquant"]["detect"] += 1
     facts = Facts(gm.graph)
     sites = find_sites(facts, refusal)
-    ordinary, plan, specs = planner(gm, sites)
+    ordinary, plans, specs = planner(gm, sites)
     judged = tuple(_with_form(site, facts, specs, unfused) for site in sites)
     written = (*(mutation.root for mutation in facts.mutations), *(write.buffer for write in facts.writes))
     inputs = frozenset(node for node in written if node.op == "placeholder")
-    return Detection(gm, judged, tuple(facts.writes), inputs, specs, ordinary, plan)
+    return Detection(gm, judged, tuple(facts.writes), inputs, specs, ordinary, plans)
 
 
 def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str) -> Site:
     """``site`` with the call that it becomes, or why it reads dequantized keys and values."""
-    if not site.rewritable or any(node.target is quantized_empty for node in site.buffers):
+    if not site.rewritable or any(node.target is quantized_empty for node in site.buffers) or _begins(site):
         return site
     reason = unfused or _why_not_specs(site, specs)
+    if not site.attention.is_recognised:
+        reason = f"it is appended to, {NOT_RECOGNISED}"
     form = reason or match_decode(site.attention, site.key, site.value)
     if isinstance(form, Decode):
         form = _why_not_step(site, form, facts) or why_not_in_place(site, form, facts) or form
     if isinstance(form, str):
         return dataclasses.replace(site, dequantized=form)
     return dataclasses.replace(site, form=form)
+
+
+def _begins(site: Site) -> bool:
+    """Whether the site is a prompt's, behind which a cache begins to grow: it runs as it stands."""
+    return any(write is not None and write.begins for write in (site.key_write, site.value_write))
 
 
 def _why_not_specs(site: Site, specs: dict[Node, KVSpec]) -> str:

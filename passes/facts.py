@@ -7,12 +7,12 @@ from typing import NamedTuple
 from torch.fx import Graph, Node
 
 from xquant_fx.cache.allocate import quantized_empty
-from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.passes.find_attention import find_attention
-from xquant_fx.passes.find_writes import find_writes, other_mutations
+from xquant_fx.passes.find_writes import concatenation, find_writes, other_mutations
 from xquant_fx.passes.products import is_product
 from xquant_fx.passes.records import Source, Write
-from xquant_fx.passes.trace import argument, fake, readers, source_of
+from xquant_fx.passes.trace import argument, fake, memory_of, readers, source_of
 from xquant_fx.passes.vocabulary import kind
 
 NEAR = 64  # nodes to look at, going back from an operand, for a cache that it is computed from
@@ -36,7 +36,7 @@ class Facts:
         # A prompt that allocates its cache attends to itself: what it appends stands for the buffer.
         self.stand_ins = {w.x: w.buffer for w in self.writes if w.buffer.target is quantized_empty}
         others = other_mutations(graph, self.writes)
-        self.mutations = [Mutation(node, target, self.source(target).root) for node, target in others]
+        self.mutations = [Mutation(node, target, memory_of(target)) for node, target in others]
         self.attention = find_attention(graph)
         self.operands = {
             "keys": {attention.key for attention in self.attention},
@@ -54,6 +54,10 @@ class Facts:
     def writes_to(self, buffer: Node) -> list[Write]:
         """Recognised appends to ``buffer``."""
         return [w for w in self.writes if w.buffer is buffer]
+
+    def growth(self, node: Node) -> Write | None:
+        """The concatenation that ``node`` is, if it appends to a cache."""
+        return next((w for w in self.writes if w.node is node and w.past is not None), None)
 
     def mutated(self, buffer: Node) -> Mutation | None:
         """An in-place op on ``buffer`` or on a view of it that is no recognised append."""
@@ -120,5 +124,16 @@ class Facts:
 
 def is_quantized(node: Node) -> bool:
     """Whether ``node`` is a quantized buffer: an input, or one that the graph allocates."""
-    is_input = node.op == "placeholder" and isinstance(fake(node), QuantizedKV)
-    return is_input or node.target is quantized_empty
+    is_input = node.op == "placeholder" and isinstance(fake(node), STORED_KV)
+    return is_input or node.target is quantized_empty or is_quantized_growth(node)
+
+
+def is_growing(node: Node) -> bool:
+    """Whether ``node`` is a quantized input that grows by concatenation."""
+    return node.op == "placeholder" and isinstance(fake(node), GrowingKV)
+
+
+def is_quantized_growth(node: Node) -> bool:
+    """Whether ``node`` puts new tokens behind quantized ones that grow."""
+    write = concatenation(node)
+    return write is not None and isinstance(fake(write.past), GrowingKV)

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch.fx import Node
 
 from xquant_fx.cache.allocate import Slot, quantized_empty
 from xquant_fx.passes.facts import Facts, is_quantized
-from xquant_fx.passes.find_writes import is_factory
-from xquant_fx.passes.records import Attention, Site, Source, Write
+from xquant_fx.passes.find_writes import concatenation, is_factory
+from xquant_fx.passes.records import Attention, Refused, Site, Source, Write
+from xquant_fx.passes.trace import is_shape_query, same_value
 from xquant_fx.passes.vocabulary import op_name
 from xquant_fx.passes.why_left_alone import why_not_length, why_not_operand, why_not_pair
 
-#: Why the surroundings of a graph keep the buffer ``node`` of a site ("keys" or "values") as it is, or "".
-Refusal = Callable[[Node, str], str]
+NOT_RECOGNISED = "and no attention that is recognised reads it here (one that is spelt out, or a graph break?)"
+
+#: Why the surroundings of a graph, or the tensors of a call, keep the buffer ``node`` ("keys" or "values") as it is.
+Refusal = Callable[[Node, str, Facts], Refused]
 
 
-def find_sites(facts: Facts, refusal: Refusal = lambda node, what: "") -> list[Site]:
-    """One record per attention op, in program order. Nothing is changed."""
-    return [_site(attention, facts, refusal) for attention in facts.attention]
+def find_sites(facts: Facts, refusal: Refusal = lambda node, what, facts: Refused("")) -> list[Site]:
+    """One record per attention op, in program order; and one for buffers that none of them reads. Changes nothing."""
+    sites = [_site(attention, facts, refusal) for attention in facts.attention]
+    operands = [operand for a in facts.attention for operand in (a.key, a.value)]
+    read = {cache for operand in operands for cache in facts.caches_behind(facts.source(operand).root)}
+    sites += [_site(attention, facts, refusal) for attention in _unrecognised(facts, read)]
+    return sorted(sites, key=lambda site: facts.order[site.attention.node])
+
+
+def _unrecognised(facts: Facts, read: set[Node]) -> Iterator[Attention]:
+    """For inputs that are appended to and are not in ``read``: keys with their values, as far as one can tell."""
+    writes = [w for w in facts.writes if w.buffer.op == "placeholder" and w.buffer not in read]
+    while writes:
+        write, *writes = writes
+        other = next((w for w in writes[:1] if same_value(w.positions, write.positions)), write)
+        writes = [w for w in writes if w.buffer not in (write.buffer, other.buffer)]
+        readers = [user for user in write.buffer.users if user is not write.node and not is_shape_query(user)]
+        node = (readers or [write.node])[0]
+        yield Attention(node, "nothing recognised", write.x, write.buffer, other.buffer, is_recognised=False)
 
 
 def _site(attention: Attention, facts: Facts, refusal: Refusal) -> Site:
     key, value = facts.source(attention.key), facts.source(attention.value)
     behind_key, behind_value = facts.caches_behind(key.root), facts.caches_behind(value.root)
     caches = behind_key + behind_value
-    reason = _reason(key, value, caches, facts)
+    reason = _reason(attention, key, value, caches, facts)
     is_latent = not (key.root in behind_key and value.root in behind_value)
     allocated_here = all(
         is_factory(s.root) and facts.writes_to(s.root) and not why_not_length(s.root, "", facts) for s in (key, value)
@@ -36,19 +55,23 @@ def _site(attention: Attention, facts: Facts, refusal: Refusal) -> Site:
     value = _from_cache(value, behind_value, facts)
     key = _from_cache(key, [n for n in behind_key if n is not value.root] or behind_key, facts)
     quantized = is_quantized(key.root) or is_quantized(value.root)
+    of_call = False
     if not reason and not quantized:
-        reason = refusal(key.root, "keys") or refusal(value.root, "values")
+        refused = refusal(key.root, "keys", facts), refusal(value.root, "values", facts)
+        reason, of_call = next((each for each in refused if each.reason), refused[0])
     writes = _write(key, attention.key_reader, facts), _write(value, attention.value_reader, facts)
     return Site(
         attention, key, value, *writes, name,
         has_cache=bool(caches), is_quantized=quantized, is_latent=is_latent, allocated_here=allocated_here,
-        reason=reason,
+        reason=reason, of_call=of_call,
     )  # fmt: skip
 
 
-def _reason(key: Source, value: Source, caches: list[Node], facts: Facts) -> str:
+def _reason(attention: Attention, key: Source, value: Source, caches: list[Node], facts: Facts) -> str:
     if caches and all(is_quantized(node) for node in caches):
         return ""
+    if not attention.is_recognised:
+        return f"appended to in this graph, {NOT_RECOGNISED}"
     return why_not_operand(key, "keys", facts) or why_not_operand(value, "values", facts) or why_not_pair(key, value)
 
 
@@ -71,7 +94,8 @@ def buffer_name(node: Node) -> str:
     """What a buffer is called in the user's program."""
     if node.target is quantized_empty:
         return Slot.from_json(str(node.args[4])).name
-    source = getattr(node, "_dynamo_source", None)
+    write = concatenation(node)
+    source = getattr(node if write is None else write.past, "_dynamo_source", None)
     try:
         return source.name if isinstance(source.name, str) else source.name()  # type: ignore[union-attr]
     except AttributeError:

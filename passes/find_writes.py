@@ -1,4 +1,4 @@
-"""Find appends to KV buffers: ``index_copy_`` along tokens and indexed assignment."""
+"""Find appends to KV buffers: ``index_copy_`` along tokens, indexed assignment, and growth by concatenation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xquant_fx.passes.vocabulary import IN_PLACE_OPERATORS, kind, op_name
 
 def find_writes(graph: Graph) -> list[Write]:
     """All recognised appends to buffers [B, H, N, D] (inputs, or allocated in ``graph``), in program order."""
-    writes = (_index_copy(node) or _setitem(node) for node in graph.nodes)
+    writes = (_index_copy(node) or _setitem(node) or concatenation(node) for node in graph.nodes)
     return [write for write in writes if write is not None]
 
 
@@ -59,6 +59,8 @@ def _is_buffer(node: object) -> bool:
 
 def appended(node: Node) -> object:
     """What the append ``node`` writes, as the graph has it now."""
+    if kind(node) == "cat":
+        return argument(node, 0, "tensors")[1]  # type: ignore[index]  # two parts: that is how it was found
     return argument(node, 2, "value") if kind(node) == "setitem" else argument(node, 3, "source")
 
 
@@ -82,11 +84,31 @@ def _setitem(node: Node) -> Write | None:
     return _write(node, buffer, x, positions, "indexed assignment")
 
 
+def concatenation(node: Node) -> Write | None:
+    """``cat([past, x], dim=2)`` that the graph returns: the cache of the next step."""
+    value, parts = fake(node), argument(node, 0, "tensors")
+    if kind(node) != "cat" or value is None or value.dim() != 4 or argument(node, 1, "dim", 0) not in (2, -2):
+        return None
+    if not isinstance(parts, tuple | list) or len(parts) != 2 or not any(user.op == "output" for user in node.users):
+        return None
+    past, x = parts
+    before, new = fake(past), fake(x)
+    if before is None or new is None or new.dim() != 4 or not (isinstance(past, Node) and isinstance(x, Node)):
+        return None
+    if past.op != "placeholder" and not _is_nothing(before):
+        return None
+    return Write(node, node, x, slice(None, None), "concatenation", new.shape[2], past)
+
+
+def _is_nothing(value: torch.Tensor) -> bool:
+    return all(isinstance(size, int) for size in value.shape) and value.numel() == 0
+
+
 def _write(node: Node, buffer: object, x: Node, positions: Node | slice, name: str) -> Write | None:
     assert isinstance(buffer, Node)
     value, tokens = fake(x), _count(positions)
     # One token may be written to several positions; otherwise what is written says how many there are.
-    if value is not None and value.dim() == 4 and (tokens is None or value.shape[2] != 1):
+    if value is not None and value.dim() == 4 and (not isinstance(tokens, int) or value.shape[2] != 1):
         tokens = value.shape[2]
     return Write(node, buffer, x, positions, name, tokens)
 
@@ -96,8 +118,11 @@ def _count(positions: Node | slice) -> object:
     if isinstance(positions, Node):
         index = fake(positions)
         return None if index is None else index.numel()
-    known = isinstance(positions.start, int) and isinstance(positions.stop, int)
-    return positions.stop - positions.start if known else None
+    start, stop = (b.meta.get("example_value") if isinstance(b, Node) else b for b in (positions.start, positions.stop))
+    if not (isinstance(start, int | torch.SymInt) and isinstance(stop, int | torch.SymInt)):
+        return None
+    count = stop - start
+    return count if isinstance(count, int) or (known := count.node.maybe_as_int()) is None else known
 
 
 def _token_index(index: object, shape: torch.Size) -> Node | slice | None:

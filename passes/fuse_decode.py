@@ -21,6 +21,7 @@ from xquant_fx.kernels.decode_attention.arguments import of_sides
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
+from xquant_fx.passes.growth_masks import end_of_growth, widened
 from xquant_fx.passes.masks import build_mask
 from xquant_fx.passes.records import Decode, Layout, Site
 
@@ -31,7 +32,10 @@ def fuse_decode(gm: GraphModule, context: Context) -> int:
     for site in context.detection.sites:
         if site.form is None or not site.is_quantized:
             continue
-        replaced[site.form.output] = _replace(gm.graph, site.form, _stored(site, context), replaced)
+        stored = _stored(site, context)
+        with gm.graph.inserting_before(site.form.output):
+            end = end_of_growth(gm.graph, site, stored, context)
+        replaced[site.form.output] = _replace(gm.graph, site.form, stored, replaced, end)
     return len(replaced)
 
 
@@ -46,11 +50,13 @@ def _stored(site: Site, context: Context) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _replace(graph: Graph, form: Decode, stored: dict[str, Any], replaced: dict[Node, Node]) -> Node:
+def _replace(graph: Graph, form: Decode, stored: dict[str, Any], replaced: dict[Node, Node], end: Node | None) -> Node:
     with graph.inserting_before(form.output):
         query = _laid_out(graph, replaced.get(form.query, form.query), form.query_layout)
         terms = tuple(dataclasses.replace(term, node=replaced.get(term.node, term.node)) for term in form.terms)
         mask = build_mask(graph, terms, query.meta["example_value"].shape[0], form.heads)
+        if end is not None:
+            mask = end if mask is None else widened(graph, mask, stored["max_len"])
         logits = None if form.sinks is None else replaced.get(form.sinks, form.sinks)
         sinks = None if logits is None else call(graph, torch.reshape, (logits, (form.heads,)))
         ours = dict(q=query, mask=mask, sink_logits=sinks, scale=form.scale, softcap=form.softcap, window=0)
@@ -77,7 +83,7 @@ def _put_back(graph: Graph, node: Node, layout: Layout) -> Node:
 
 def _erase_unused(graph: Graph, node: Node) -> None:
     """Erase ``node`` and what only it needed, down to inputs."""
-    if node.users or node.op == "placeholder":
+    if node.users or node.op == "placeholder" or node._erased:  # two inputs may need the same node
         return
     inputs = node.all_input_nodes
     graph.erase_node(node)

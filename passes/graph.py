@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
@@ -61,11 +62,42 @@ def add_input(graph: Graph, after: Node, name: str, tensor: Tensor) -> Node:
     return node
 
 
+def input_of_size(graph: Graph, size: Any) -> tuple[Node, bool]:
+    """The placeholder that is the symbolic ``size``, and whether it had to be added, as the last one."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        if _same_size(node.meta.get("example_value"), size):
+            return node, False
+    with graph.inserting_after(inputs[-1]):
+        node = graph.placeholder("xquant_tokens")
+    node._dynamo_source = None
+    node.meta["example_value"] = size
+    return node, True
+
+
+def size_among_inputs(graph: Graph, size: Any) -> tuple[int, int] | None:
+    """(number of the input, dimension) of a tensor that has the symbolic ``size``; None if no input has."""
+    inputs = [node.meta.get("example_value") for node in graph.nodes if node.op == "placeholder"]
+    for index, value in enumerate(inputs):
+        for dim, length in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if _same_size(length, size):
+                return index, dim
+    return None
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    """Whether two symbolic sizes are one number for all that is known already; asks for no new guard."""
+    if not (isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt)):
+        return False
+    simplify = b.node.shape_env.replace
+    return bool(simplify(a.node.expr) == simplify(b.node.expr))
+
+
 def call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
     """Add a call and its fake result together, at the graph's insertion point."""
     node = graph.call_function(target, args, kwargs or {})
     values = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     mode = fake_mode(graph)
-    with mode or contextlib.nullcontext(), torch.no_grad():
+    with mode or contextlib.nullcontext(), enable_python_dispatcher(), torch.no_grad():  # which symbolic sizes need
         node.meta["example_value"] = target(*values[0], **values[1])
     return node

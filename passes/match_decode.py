@@ -69,6 +69,14 @@ def _why_not_heads(axes: Axes | None, buffer: torch.Size, query: torch.Size, wha
     return ""
 
 
+def masks_of(attention: Attention, key: Source, value: Source) -> tuple[MaskTerm, ...]:
+    """What is known of the masks of an attention over the buffer of ``key``, fused or not, of any number of queries."""
+    if attention.kind != "scaled_dot_product_attention":
+        form = match_decode(attention, key, value)
+        return form.terms if isinstance(form, Decode) else ()
+    return _mask_of_sdpa(argument(attention.node, 3, "attn_mask"), ())
+
+
 def _mask_of_sdpa(mask: object, scores: tuple[int, ...]) -> tuple[MaskTerm, ...]:
     if not isinstance(mask, Node):
         return ()

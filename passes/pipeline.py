@@ -3,6 +3,7 @@
 | pass | does | file |
 |---|---|---|
 | add_state_inputs | codes, scales, windows of quantized buffers become plain inputs | state_inputs.py |
+| rewrite_growth | concatenations that grow a cache become ops on those inputs | rewrite_growth.py |
 | rewrite | appends and reads become ops on those inputs | rewrite.py |
 | fuse_decode | two loads and the attention that reads them become one op | fuse_decode.py |
 | verify | Inductor sees plain tensors only | verify.py |
@@ -24,6 +25,7 @@ from xquant_fx.passes.context import Context
 from xquant_fx.passes.fuse_decode import fuse_decode
 from xquant_fx.passes.linear_rows import linear_rows
 from xquant_fx.passes.rewrite import rewrite
+from xquant_fx.passes.rewrite_growth import rewrite_growth
 from xquant_fx.passes.state_inputs import add_state_inputs
 from xquant_fx.passes.verify import verify
 
@@ -42,6 +44,7 @@ class Pass:
 FAMILIES: dict[str, tuple[Pass, ...]] = {
     "kv": (
         Pass("add_state_inputs", add_state_inputs),
+        Pass("rewrite_growth", rewrite_growth),
         Pass("rewrite", rewrite),
         Pass("fuse_decode", fuse_decode, may_be_off=True),
         Pass("linear_rows", linear_rows, may_be_off=True),

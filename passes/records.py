@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx.plan.plan import Plan
@@ -13,20 +14,28 @@ from xquant_fx.plan.spec import KVSpec, Role
 
 @dataclasses.dataclass(frozen=True)
 class Write:
-    """An append to a KV buffer: ``buffer[:, :, positions] = x``."""
+    """An append to a KV buffer: ``buffer[:, :, positions] = x``, or ``cat([past, x], dim=2)``."""
 
     node: Node
     """The node that writes."""
     buffer: Node
-    """Placeholder of the buffer [B, H, N, D], or the node that allocates it."""
+    """Placeholder of the buffer [B, H, N, D], or the node that allocates it; of a concatenation its result."""
     x: Node
     """New tokens, broadcastable to [B, H, q, D]."""
     positions: Node | slice
-    """int64 [q], or a slice of tokens."""
+    """int64 [q], or a slice of tokens (of a concatenation: without bounds)."""
     kind: str
-    """For people: ``index_copy_`` or ``indexed assignment``."""
+    """For people: ``index_copy_``, ``indexed assignment`` or ``concatenation``."""
     tokens: Any
     """Number of new tokens q: an int, or symbolic."""
+    past: Node | None = None
+    """Of a concatenation: what ``x`` is put behind, an input or an empty tensor."""
+
+    @property
+    def begins(self) -> bool:
+        """Whether it is a concatenation with nothing: a prompt's first step."""
+        value = None if self.past is None else self.past.meta.get("example_value")
+        return isinstance(value, Tensor) and value.numel() == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +72,8 @@ class Attention:
     """The product of queries and keys, where it is written out."""
     output: Product | None = None
     """The product of weights and values, where it is written out."""
+    is_recognised: bool = True
+    """False where buffers are appended to and no attention is seen to read them: ``query`` is what is appended then."""
 
     @property
     def key_reader(self) -> Node:
@@ -135,6 +146,27 @@ class Decode:
     """Nodes that carry the scores, where they are written out."""
 
 
+class Refused(NamedTuple):
+    """Why a buffer stays as it is."""
+
+    reason: str
+    """"" if it does not."""
+    of_call: bool = False
+    """Whether that is so of the tensors of this call, and may be otherwise of others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Foresight:
+    """The part of a graph that computes the positions of one append."""
+
+    nodes: tuple[Node, ...]
+    """In program order: inputs, ops, and what changes any of them in place before the append."""
+    bounds: tuple[object, ...]
+    """The node of the positions, or both ends of a slice: nodes or numbers."""
+    reason: str = ""
+    """Why they cannot be known ahead; "" if they can."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Site:
     """One attention with its KV cache, if it has one: all that was decided, and why."""
@@ -157,6 +189,8 @@ class Site:
     """Whether ordinary buffers are allocated in this graph, so that the next step takes them over."""
     reason: str = ""
     """Why the site is left alone; empty where it is rewritten."""
+    of_call: bool = False
+    """Whether that reason is true of this call's buffers, and others of the same graph may be taken over."""
     form: Decode | None = None
     """How the fused op is called; None where it reads dequantized keys and values."""
     dequantized: str = ""
@@ -183,11 +217,15 @@ class Buffer:
     """One ordinary KV buffer of a graph, to be taken over."""
 
     node: Node
-    index: int
-    """Number of the graph's argument."""
+    index: int | None
+    """Number of the graph's argument; None for what grows by concatenation."""
     layer: int
     role: Role
     write: Write
+    group: int
+    """Which cache of the graph it belongs to, if there are several: number of its plan."""
+    foresight: Foresight
+    """How to know the positions of ``write`` ahead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,5 +244,12 @@ class Detection:
     """Of each buffer that is quantized, or is going to be, by node."""
     ordinary: tuple[Buffer, ...] = ()
     """Ordinary buffers that can be taken over,"""
-    plan: Plan | None = None
-    """and what they are going to be; None where there are none."""
+    plans: tuple[Plan, ...] = ()
+    """and what they are going to be, one plan for each cache."""
+
+    @property
+    def left_for_now(self) -> tuple[int, ...]:
+        """Numbers of the arguments that stay as they are for what they are in this call; others might not."""
+        inputs = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        left = {node for site in self.sites if site.of_call for node in site.buffers}
+        return tuple(i for i, node in enumerate(inputs) if node in left)

@@ -20,6 +20,7 @@ from xquant_fx.errors import UnsupportedWriteError
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.shared_code_load.arguments import STORED
 from xquant_fx.passes.context import Context
+from xquant_fx.passes.facts import is_growing
 from xquant_fx.passes.find_writes import appended, is_opaque, written_by
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.products import query_tokens
@@ -34,10 +35,14 @@ def rewrite(gm: GraphModule, context: Context) -> int:
     Raises:
         UnsupportedWriteError: something other than an append writes to one of them.
     """
-    buffers = context.state.nodes
+    stored = context.state.nodes
+    buffers = [node for node in stored if not is_growing(node)]
     for buffer in buffers:
         BufferRewrite(gm, buffer, context).run()
-    context.state.step_tokens = _step_tokens([w for w in context.detection.writes if w.buffer in buffers])
+    places = context.placeholders
+    for part in context.state.parts:
+        writes = [w for w in context.detection.writes if places.get(w.past or w.buffer) in part.buffers]
+        part.step_tokens = _step_tokens(writes)
     return len(buffers)
 
 
@@ -80,6 +85,11 @@ class BufferRewrite:
         self.graph.erase_node(self.buffer)
 
     def _store(self, write: Write) -> None:
+        self._stored(write)
+        self.graph.erase_node(write.node)
+
+    def _stored(self, write: Write) -> Node:
+        """Store what ``write`` appends, just before it; returns the load of all tokens."""
         node, spec = write.node, self.spec
         with self.graph.inserting_before(node):
             x, pos = self._new_tokens(write), self._positions(write)
@@ -96,7 +106,7 @@ class BufferRewrite:
                 call(self.graph, ops.STORE, (), arguments)
             tokens = new if isinstance(new, int) else call(self.graph, torch.ops.aten.sym_size.int, (x, 2))
             self.loaded = self.loads[node] = self._load(past, tokens, ring, x if chunk else None)
-        self.graph.erase_node(node)
+        return self.loaded
 
     def _check_view(self, view: Node, order: dict[Node, int]) -> None:
         """A load is a copy: nothing may write through it, or read through it what is appended later."""

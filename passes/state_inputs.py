@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import GraphModule, Node
 
-from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.state import TENSOR_NAMES
-from xquant_fx.passes.context import Context, StateInputs
+from xquant_fx.passes.context import Context, Part, StateInputs
 from xquant_fx.passes.graph import add_input
 from xquant_fx.passes.trace import fake
 
@@ -17,10 +19,10 @@ def add_state_inputs(gm: GraphModule, context: Context) -> int:
     adding = _Adding(gm, placeholders[-1], context.state)
     for index, node in enumerate(placeholders):
         buffer = context.inputs[index]
-        if isinstance(fake(node), QuantizedKV):
-            assert isinstance(buffer, QuantizedKV)
-            context.state.nodes[node] = {name: adding.node_of(index, buffer, name) for name in TENSOR_NAMES}
-    return len(context.state.slots)
+        if isinstance(fake(node), STORED_KV):
+            assert isinstance(buffer, STORED_KV)
+            context.state.nodes[node] = adding.nodes_of(index, buffer)
+    return len(context.state.tensors)
 
 
 class _Adding:
@@ -29,18 +31,30 @@ class _Adding:
     def __init__(self, gm: GraphModule, last: Node, state: StateInputs) -> None:
         self.gm, self.last, self.state = gm, last, state
         self.known: dict[int, tuple[Node, int]] = {}
+        self.parts: dict[int, Part] = {}
 
-    def node_of(self, index: int, buffer: QuantizedKV, name: str) -> Node | None:
-        """The placeholder of the tensor called ``name`` of ``buffer``, input ``index`` of the graph."""
+    def nodes_of(self, index: int, buffer: Any) -> dict[str, Node | None]:
+        """The placeholders of all tensors of ``buffer``, input ``index`` of the graph."""
+        group = id(buffer.live.group)
+        if group not in self.parts:
+            self.parts[group] = Part()
+            self.state.parts.append(self.parts[group])
+        part = self.parts[group]
+        part.buffers.append(index)
+        return {name: self._node_of(index, buffer, name, part) for name in TENSOR_NAMES}
+
+    def _node_of(self, index: int, buffer: Any, name: str, part: Part) -> Node | None:
         tensor, spec, state = buffer.live.tensor(name), buffer.spec, self.state
         if tensor is None:
             return None
         if id(tensor) in self.known:
-            node, slot = self.known[id(tensor)]
-            state.shared.append((index, name, slot))
+            node, place = self.known[id(tensor)]
+            part.shared.append((index, name, place))
             return node
-        self.last = add_input(self.gm.graph, self.last, f"xquant_{spec.role}{spec.layer}_{name}", tensor)
-        self.known[id(tensor)] = self.last, len(state.slots)
-        state.slots.append((index, name))
+        cache = state.parts.index(part)
+        prefix = f"xquant{cache or ''}_{spec.role}{spec.layer}"
+        self.last = add_input(self.gm.graph, self.last, f"{prefix}_{name}", tensor)
+        self.known[id(tensor)] = self.last, len(state.tensors)
+        part.slots.append((len(state.tensors), index, name))
         state.tensors.append(tensor)
         return self.last

@@ -6,6 +6,7 @@ not which buffer it came from.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -57,13 +58,32 @@ def shares_memory(node: Node) -> bool:
 
     Indexing by a tensor and a cast to another dtype copy.
     """
-    if not is_view_like(node) or kind(node) in COPIES:
+    if not is_view_like(node):
+        return node.op in ("call_method", "call_function") and _returns_alias(op_name(node))
+    if kind(node) in COPIES:
         return False
     if kind(node) == "getitem":
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         return not any(isinstance(part, list) or fake(part) is not None for part in index)
     result, source = fake(node), fake(node.args[0])
     return result is None or source is None or result.dtype == source.dtype
+
+
+@functools.cache
+def _returns_alias(name: str) -> bool:
+    """Whether the op ``name`` of torch may return a view of its input, by its schemas: ``select``, ``unbind``."""
+    packet = getattr(torch.ops.aten, name, None)
+    schemas = (getattr(packet, overload)._schema for overload in packet.overloads()) if packet is not None else ()
+    returns = (result.alias_info for schema in schemas for result in schema.returns)
+    return any(alias is not None and not alias.is_write for alias in returns)
+
+
+def memory_of(node: Node) -> Node:
+    """The first node, going back through views of any kind, whose memory ``node`` may show."""
+    before = operand(node)
+    while before is not None and (is_view_like(node) or shares_memory(node)):
+        node, before = before, operand(before)
+    return node
 
 
 def source_of(node: Node, stand_ins: Mapping[Node, Node] | None = None) -> Source:

@@ -94,13 +94,21 @@ def _getitem(index: object, axes: Axes, sizes: dict[str, int]) -> Axes | None:
         if item is None:
             out.append(())
         elif isinstance(item, slice) and rest:
-            full, bounds = range(_size(rest[0], sizes)), (item.start, item.stop, item.step)
-            if not all(v is None or isinstance(v, int) for v in bounds) or full[item] != full:
+            if not _takes_all(item, _size(rest[0], sizes)):
                 return None
             out.append(rest.pop(0))
         else:
             return None
     return (*out, *rest)
+
+
+def _takes_all(item: slice, size: object) -> bool:
+    """Whether a slice takes a whole dimension; a symbolic ``size`` is not asked for its value."""
+    bounds = (item.start, item.stop, item.step)
+    if not isinstance(size, int):
+        return item.start in (None, 0) and item.stop is None and item.step in (None, 1)
+    full = range(size)
+    return all(v is None or isinstance(v, int) for v in bounds) and full[item] == full
 
 
 def _expand(axes: Axes, sizes: dict[str, int], shape: tuple[int, ...]) -> Axes | None:

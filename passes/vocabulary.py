@@ -13,6 +13,8 @@ import torch
 from torch.fx import Node
 
 _F = torch.nn.functional
+#: What Dynamo makes of ``x.data``. Checked on torch 2.13 (``getattr`` elsewhere).
+_DATA = tuple(filter(None, (getattr(torch._C._autograd, "_get_data_attr", None),)))
 
 #: Kind to its spellings. In-place spellings (``add_``, ``operator.iadd``) are of the kind of what they compute.
 SPELLINGS: dict[str, tuple[Any, ...]] = {
@@ -58,11 +60,12 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "unsqueeze": ("unsqueeze", torch.unsqueeze),
     "squeeze": ("squeeze", torch.squeeze),
     "narrow": ("narrow", torch.narrow),
+    "select": ("select", torch.select),
     "split": ("chunk", "split", torch.chunk, torch.split, torch.functional.split),
     "getitem": (operator.getitem,),
     "cast": ("to", "type", "type_as", "float", "half", "bfloat16"),
     "contiguous": ("contiguous",),
-    "detach": ("detach", torch.detach),
+    "detach": ("detach", torch.detach, *_DATA),
     "clone": ("clone", torch.clone),
     "repeat": ("repeat",),
     "repeat_interleave": ("repeat_interleave", torch.repeat_interleave),

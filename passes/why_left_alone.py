@@ -7,9 +7,12 @@ from torch.fx import Node
 
 from xquant_fx.passes.facts import NEAR, Facts, is_quantized
 from xquant_fx.passes.find_writes import is_factory
-from xquant_fx.passes.records import Source
+from xquant_fx.passes.records import Source, Write
 from xquant_fx.passes.trace import fake, is_shape_query, readers
 from xquant_fx.passes.vocabulary import kind, op_name
+
+#: Types of buffers that the ops store.
+STORABLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def why_not_operand(source: Source, what: str, facts: Facts) -> str:
@@ -17,6 +20,9 @@ def why_not_operand(source: Source, what: str, facts: Facts) -> str:
     root = source.root
     if is_quantized(root):
         return ""
+    growth = facts.growth(root)
+    if growth is not None:
+        return _why_not_buffer(fake(root), what) or _why_not_growth(growth, what, facts)
     if root.op != "placeholder":
         return _why_not_computed(root, what, facts)
     return (
@@ -54,7 +60,10 @@ def _why_not_computed(root: Node, what: str, facts: Facts) -> str:
     if facts.overflows(root) is not None:
         return f"{what} of a sliding window: attention reads new tokens, the buffer gets the last of them"
     if facts.grows(root) is not None:
-        return f"{what} grow by concatenation (DynamicCache); pass an XQuantCache or a StaticCache"
+        return (
+            f"{what} grow by concatenation and what is returned is not the concatenation itself (a sliding window?); "
+            "pass an XQuantCache or a StaticCache"
+        )
     if is_factory(root) and facts.writes_to(root):
         later = f"{what}: the buffer is allocated inside this graph; it is taken over at the next step"
         return why_not_length(root, what, facts) or later
@@ -67,11 +76,13 @@ def _why_not_computed(root: Node, what: str, facts: Facts) -> str:
 
 
 def _why_not_buffer(value: torch.Tensor | None, what: str) -> str:
-    if value is None or value.dim() != 4 or not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+    if value is None or value.dim() != 4 or value.dtype not in STORABLE:
         found = "unknown" if value is None else f"shape {tuple(value.shape)}, {value.dtype}"
         return f"{what} come from an input that is no [B, H, N, D] buffer of 16 or 32 bit floats ({found})"
-    if isinstance(value, torch.nn.Parameter) or value.requires_grad:
+    if isinstance(value, torch.nn.Parameter) or (value.requires_grad and value.is_leaf):
         return f"{what} come from a parameter"
+    if value.requires_grad:
+        return f"{what} carry gradients: run every step that writes to the cache under torch.no_grad()"
     return ""
 
 
@@ -103,6 +114,22 @@ def _why_not_uses(buffer: Node, what: str, facts: Facts) -> str:
         if reason:
             return reason
     return ""
+
+
+def _why_not_growth(write: Write, what: str, facts: Facts) -> str:
+    """Why what grows by concatenation stays as it is."""
+    if facts.has_quantized:
+        return f"{what}: an ordinary tensor that grows beside quantized ones"
+    if any(other.past is None for other in facts.writes):
+        return f"{what} grow by concatenation beside caches that are written in place"
+    if isinstance(fake(write.past), torch.nn.Parameter):
+        return f"{what} grow from a parameter"
+    reason = _why_not_mutation(write.node, what, facts)
+    for user, operand in readers(write.node):
+        if reason or is_shape_query(user) or (user.op == "output" and operand is write.node):
+            continue
+        reason = _why_not_reader(user, operand, what, facts)
+    return reason
 
 
 def _why_not_reader(user: Node, operand: Node, what: str, facts: Facts) -> str:

@@ -34,8 +34,11 @@ BAD = {
     "repeated": Bad(STORED, [20, 20], Fault.NOT_CONSECUTIVE),
     "backwards": Bad(STORED, [20, 19], Fault.NOT_CONSECUTIVE),
     "hole": Bad(STORED, [20, 22], Fault.NOT_CONSECUTIVE),
-    "a full cache starts anew": Bad(MAX_LEN, [0], Fault.FULL_RESTARTED),
-    "a full cache starts anew, 2 tokens": Bad(MAX_LEN, [0, 1], Fault.FULL_RESTARTED),
+    "a full cache starts anew": Bad(MAX_LEN, [0], Fault.RESTARTED),
+    "a full cache starts anew, 2 tokens": Bad(MAX_LEN, [0, 1], Fault.RESTARTED),
+    "a full cache starts anew, a chunk": Bad(MAX_LEN, list(range(12)), Fault.RESTARTED),
+    "a cache that is not full starts anew": Bad(STORED, [0], Fault.RESTARTED),
+    "a cache that is not full starts anew, 2 tokens": Bad(STEP_TOKENS + 1, [0, 1], Fault.RESTARTED),
 }
 #: Those that a kernel for single steps gets.
 STEPS = {name: bad for name, bad in BAD.items() if len(bad.positions) <= STEP_TOKENS}

@@ -318,7 +318,7 @@ def attention(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def growing(x: Tensor, past: Tensor) -> Tensor:
-    """As with a DynamicCache, which is left alone."""
+    """What grows is not returned: no cache."""
     every = torch.cat([past, x], dim=2)
     return scaled_dot_product_attention(x, every, every)
 

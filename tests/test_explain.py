@@ -110,16 +110,16 @@ def test_dynamic_cache(llama):
     filled(llama, cache)
     found = explain(llama, IDS[:, :1], past_key_values=cache)
     for layer, site in enumerate(found.sites):
-        assert (site.layer, site.rewritten, site.k_bits, site.v_bits, site.partner) == (None, False, None, None, None)
-        assert site.reason == "keys grow by concatenation (DynamicCache); pass an XQuantCache or a StaticCache"
+        assert (site.layer, site.rewritten, site.k_bits, site.v_bits, site.partner) == (layer, True, 2, 2, None)
+        assert (site.write, site.reason, site.dequantized) == ("concatenation", "quantized", "")
         assert f"layers[{layer}].keys" in site.name
-        assert site.bytes == site.full_bytes == FULL * (IDS.shape[1] + 1) // 32
     assert cache.get_seq_length() == IDS.shape[1]
 
 
 def test_strict_raises(llama):
+    model = tiny("gemma3_text")
     with pytest.raises(NotRewrittenError, match="grow by concatenation"):
-        explain(llama, IDS, past_key_values=DynamicCache(config=llama.config), strict=True)
+        explain(model, IDS, past_key_values=DynamicCache(config=model.config), strict=True)
 
 
 def test_sliding_windows_stay(capsys):

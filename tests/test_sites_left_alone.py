@@ -15,8 +15,8 @@ sdpa = torch.nn.functional.scaled_dot_product_attention
 B, H, N, D = SHAPE
 
 
-def test_dynamic_cache():
-    model = tiny("llama")
+def test_sliding_window_that_grows():
+    model = tiny("gemma3_text")
     for prompt in (5, 0):  # a decode step, and a cold prefill
         cache = DynamicCache(config=model.config)
         ids = torch.arange(3, 9)[None]
@@ -24,9 +24,9 @@ def test_dynamic_cache():
             with torch.no_grad():
                 model(ids[:, :prompt], past_key_values=cache)
         torch._dynamo.reset()
-        sites = sites_of(model.forward, ids, past_key_values=cache)
-        assert [(site.has_cache, site.allocated_here) for site in sites] == [(True, False)] * 2
-        assert all("concatenation (DynamicCache); pass an XQuantCache or a StaticCache" in s.reason for s in sites)
+        window, full = sites_of(model.forward, ids, past_key_values=cache)
+        assert "what is returned is not the concatenation itself (a sliding window?)" in window.reason
+        assert window.has_cache and not window.allocated_here and full.reason == ""
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -247,7 +247,54 @@ def test_tuples_that_grow():
         return sdpa(q, k, v), (k, v)
 
     (site,) = sites_of(step, *fresh(), (torch.randn(SHAPE), torch.randn(SHAPE)))
-    assert "grow by concatenation" in site.reason and site.has_cache and site.buffer_name == "L['past'][0]"
+    assert site.reason == "" and site.key_write.kind == "concatenation" and site.buffer_name == "L['past'][0]"
+
+
+def read_elsewhere(q, k, v, past):
+    k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+    return sdpa(q, k, v) + k.sum(), (k, v)
+
+
+def changed(q, k, v, past):
+    k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+    k[:, :, 0] = 0
+    return sdpa(q, k, v), (k, v)
+
+
+def both_roles(q, k, v, past):
+    k = torch.cat((past[0], k), dim=2)
+    return sdpa(q, k, k), (k, torch.cat((past[1], v), dim=2))
+
+
+def cut(q, k, v, past):
+    k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+    return sdpa(q, k, v), (k[:, :, -4:], v[:, :, -4:])
+
+
+def in_front(q, k, v, past):
+    k, v = torch.cat((k * 2, past[0]), dim=2), torch.cat((v * 2, past[1]), dim=2)
+    return sdpa(q, k, v), (k, v)
+
+
+def along_heads(q, k, v, past):
+    k, v = torch.cat((past[0], k.expand(-1, H, N, -1)), dim=1), torch.cat((past[1], v.expand(-1, H, N, -1)), dim=1)
+    return sdpa(torch.cat((q, q), 1), k, v), (k, v)
+
+
+@pytest.mark.parametrize(
+    "step, reason",
+    [
+        (read_elsewhere, "also read by sum, which is no attention"),
+        (changed, "also written by setitem, which is no append"),
+        (both_roles, "keys and values are read from one buffer"),
+        (cut, "what is returned is not the concatenation itself"),
+        (in_front, "grow by concatenation and what is returned is not"),
+        (along_heads, "no KV cache is read here"),
+    ],
+)
+def test_concatenations_that_are_left_alone(step, reason):
+    (site,) = sites_of(step, *fresh(), (torch.randn(SHAPE), torch.randn(SHAPE)))
+    assert reason in site.reason
 
 
 def test_concatenation_that_is_no_cache():

@@ -15,7 +15,6 @@ from torch import Tensor
 from xquant_fx import CacheStateError
 from xquant_fx.cache.state import TENSOR_NAMES, KVState
 from xquant_fx.kernels.faults import FAULTS, Fault
-from xquant_fx.kernels.layout import STEP_TOKENS
 
 SIDES = pytest.mark.parametrize("side", ["key", "value"])
 
@@ -59,14 +58,16 @@ def test_raw_ops_leave_a_fault_code(side: str, bits: int, what: str) -> None:
 
 @SIDES
 @pytest.mark.parametrize("bits", [2, 16])
-@pytest.mark.parametrize("new", [1, 8, 9])
-def test_a_full_cache_starts_over_with_a_prompt_or_after_reset(side: str, bits: int, new: int) -> None:
-    """A ring buffer's position goes back to 0, too, and what it holds is still meant to be seen."""
+@pytest.mark.parametrize("stored, new", [(60, 1), (60, 9), (20, 1), (9, 8), (60, 60), (20, 9), (8, 1)])
+def test_a_cache_starts_over_after_reset_or_where_it_cannot_be_a_rotating_buffer(
+    side: str, bits: int, stored: int, new: int
+) -> None:
+    """A rotating buffer's position goes back to 0, too, and what it holds is still meant to be seen."""
     case = Case(side=side, bits=bits)
-    state = filled(case, case.max_len).states[0]
+    state = filled(case, stored).states[0]
     again = case.tokens(new, 5), torch.arange(new)
-    if new <= STEP_TOKENS:
-        with pytest.raises(CacheStateError, match="the cache is full: position 0"):
+    if (stored, new) in ((60, 1), (60, 9), (20, 1), (9, 8)):
+        with pytest.raises(CacheStateError, match="position 0 starts a sequence anew only after reset"):
             state.store(*again)
         state.reset()
     append(state, *again)
@@ -74,7 +75,9 @@ def test_a_full_cache_starts_over_with_a_prompt_or_after_reset(side: str, bits: 
 
 
 @SIDES
-@pytest.mark.parametrize("positions", [[20], [20, 21, 22], list(range(20, 60)), [12], list(range(19, 30)), [0], [0, 1]])
+@pytest.mark.parametrize(
+    "positions", [[20], [20, 21, 22], list(range(20, 60)), [12], list(range(19, 30)), list(range(9))]
+)
 def test_raw_ops_leave_no_fault_code_for_steps_that_follow(side: str, positions: list[int]) -> None:
     case = Case(side=side)
     layers = ThroughOps(case)

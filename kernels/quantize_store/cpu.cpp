@@ -98,7 +98,7 @@ inline int32_t fault_code(const Tensors& in) {
     int64_t code = past > in.length[0] || past < 0 ? NOT_APPENDED : 0;
     if (past + Q > N) code = FULL;
     if (past > 0 && in.length[1] - past > STEP_TOKENS) code = ROLLED_BACK_TOO_FAR;
-    if (past == 0 && in.length[0] == N) code = FULL_RESTARTED;
+    if (past == 0 && (in.length[0] == N || in.length[0] > STEP_TOKENS)) code = RESTARTED;
     for (int64_t i = 0; i < Q; i++)
         if (in.pos[i] != past + i) code = NOT_CONSECUTIVE;
     return (int32_t)code;

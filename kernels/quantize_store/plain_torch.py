@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xquant_fx.kernels.faults import Fault
+from xquant_fx.kernels.faults import Fault, may_wrap
 from xquant_fx.kernels.layout import STEP_TOKENS, ring_slots
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.schemes import SCHEMES
@@ -44,8 +44,7 @@ def fault_code(pos: Tensor, length: Tensor, max_len: int, rollback: bool = True)
     if rollback:
         too_far = (past > 0) & (length[1:] - past > STEP_TOKENS)
         code = torch.where(too_far, int(Fault.ROLLED_BACK_TOO_FAR), code)
-    if isinstance(new, int) and new <= STEP_TOKENS:  # a prompt may start over
-        code = torch.where((past == 0) & (length[:1] == max_len), int(Fault.FULL_RESTARTED), code)
+    code = torch.where((past == 0) & may_wrap(length[:1], new, max_len), int(Fault.RESTARTED), code)
     jump = (pos != past + torch.arange(new, device=pos.device)).any()
     return torch.where(jump, int(Fault.NOT_CONSECUTIVE), code).to(torch.int32)
 

@@ -30,7 +30,7 @@ NOT_APPENDED = tl.constexpr(int(Fault.NOT_APPENDED))
 FULL = tl.constexpr(int(Fault.FULL))
 ROLLED_BACK_TOO_FAR = tl.constexpr(int(Fault.ROLLED_BACK_TOO_FAR))
 NOT_CONSECUTIVE = tl.constexpr(int(Fault.NOT_CONSECUTIVE))
-FULL_RESTARTED = tl.constexpr(int(Fault.FULL_RESTARTED))
+RESTARTED = tl.constexpr(int(Fault.RESTARTED))
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def note_step(
     code = tl.where((asked > stored) | (asked < 0), NOT_APPENDED, 0)
     code = tl.where(asked + NEW_TOKENS > MAX_LEN, FULL, code)
     code = tl.where((asked > 0) & (furthest - asked > STEP_TOKENS), ROLLED_BACK_TOO_FAR, code)
-    code = tl.where((asked == 0) & (stored == MAX_LEN), FULL_RESTARTED, code)
+    code = tl.where((asked == 0) & ((stored == MAX_LEN) | (stored > STEP_TOKENS)), RESTARTED, code)
     in_step = j < NEW_TOKENS
     jumps = tl.sum(((tl.load(pos + j, mask=in_step, other=0) != asked + j) & in_step).to(tl.int32), 0)
     code = tl.where(jumps > 0, NOT_CONSECUTIVE, code)

@@ -1,4 +1,4 @@
-"""Turn an ordinary KV buffer into a :class:`QuantizedKV` without changing who holds it.
+"""Turn an ordinary KV buffer into a :class:`QuantizedKV`, and back, without changing who holds it.
 
 The tensor *object* stays the same: a cache, a module's buffer or a local variable that refers to it
 finds a quantized buffer there afterwards, and the full-precision storage is freed. Uses
@@ -14,6 +14,22 @@ from torch import Tensor
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import KVState
+
+
+def dequantize_in_place(buffer: QuantizedKV) -> None:
+    """Make the object ``buffer`` an ordinary tensor of dequantized values, with zeros behind the last token."""
+    static = getattr(buffer, "_dynamo_static_input_type", None)
+    state = buffer.live
+    with torch.inference_mode(False), torch.no_grad():
+        plain = torch.zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device)
+        plain[:, :, : state.length] = state.load(state.length)
+    attributes = dict(buffer.__dict__)
+    buffer.__dict__.clear()
+    plain.__dict__.update(attributes)  # it gets the wrapper, which is dropped with it
+    buffer.__class__, plain.__class__ = torch.Tensor, QuantizedKV  # type: ignore[assignment]
+    torch._C._swap_tensor_impl(buffer, plain)
+    if static is not None:
+        torch._dynamo.mark_static_address(buffer)
 
 
 def quantize_in_place(buffer: Tensor, state: KVState) -> None:

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.reads import Dequantized, read
+from xquant_fx.cache.left import ONCE, leave
+from xquant_fx.cache.reads import Dequantized, Token, read
+from xquant_fx.cache.select import select
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError, UnsupportedWriteError
 from xquant_fx.plan.spec import KVSpec
@@ -131,7 +134,16 @@ class QuantizedKV(Dequantized):
                 return result
         if func is aten._fused_sdp_choice.default:
             return _sdp_choice(args, kwargs or {})
-        return read(func, args, kwargs or {})
+        return _noted(read(func, args, kwargs or {}), args)
+
+
+def _noted(out: Any, args: Any) -> Any:
+    """``out``, and if it may stand for a whole buffer among ``args``, that it was quantized once."""
+    if type(out) is Tensor and out.dim() == 4:
+        for arg in args:
+            if isinstance(arg, QuantizedKV) and arg.shape[1:] == out.shape[1:]:
+                leave(out, ONCE)
+    return out
 
 
 def _rebuild(state: KVState) -> QuantizedKV:
@@ -186,6 +198,31 @@ def _slice(kv: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, st
     return QuantizedKV(kv.spec, kv.anchor, kv.state, (base + begin, base + max(begin, stop)))
 
 
+def _select(kv: QuantizedKV, dim: int, index: int) -> Any:
+    """``buffer[:, :, p] = x`` arrives as a copy into the token p."""
+    if dim not in (2, -2) or kv.state is None or not -kv.shape[2] <= index < kv.shape[2]:
+        return NotImplemented
+    at = kv.span[0] + index % kv.shape[2]
+    part = QuantizedKV(kv.spec, kv.anchor, kv.state, (at, at + 1))
+    return Token(part, lambda x: kv._append(torch.tensor([at], device=kv.device), x))
+
+
+def _index_select(kv: QuantizedKV, dim: int, index: Tensor) -> Any:
+    """Rows of the batch, as beam search selects them: the codes themselves are selected."""
+    if dim not in (0, -4) or kv.state is None or kv.span != (0, kv.spec.shape[2]):
+        return NotImplemented
+    chosen = QuantizedKV.of(select(kv.state, index.reshape(-1)))
+    if kv.state.group.taken_over:
+        chosen.live.group.taken_over.append(weakref.ref(chosen))
+    return chosen
+
+
+def _index(kv: QuantizedKV, indices: Any) -> Any:
+    if len(indices) != 1 or indices[0].dim() != 1 or indices[0].dtype not in (torch.int64, torch.int32):
+        return NotImplemented
+    return _index_select(kv, 0, indices[0].remainder(kv.shape[0]))
+
+
 def _copy(kv: QuantizedKV, source: Tensor, non_blocking: bool = False) -> Any:
     """``buffer[:, :, a:b] = x`` arrives as a copy into a view of tokens a to b."""
     if kv.span == (0, kv.spec.shape[2]):
@@ -210,6 +247,9 @@ _HANDLERS: dict[Any, Any] = {
     aten.index_put_.default: _index_put,
     aten.zero_.default: _zero,
     aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
     aten.copy_.default: _copy,
     aten.detach.default: _alias,
     aten.alias.default: _alias,

@@ -5,6 +5,7 @@ An op that torch means to return a view gets a copy, on which writes are refused
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,6 +72,45 @@ class ReadOnlyCopy(Dequantized):
     @classmethod
     @torch._dynamo.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return read(func, args, kwargs or {})
+
+
+class Token(Dequantized):
+    """One token [B, H, D] of a buffer, ``buffer[:, :, p]``: read dequantized, and appended by copying into it."""
+
+    part: Dequantized
+    append: Callable[[Tensor], None]
+
+    @staticmethod
+    def __new__(cls, part: Dequantized, append: Callable[[Tensor], None]) -> Token:
+        batch, heads, _, dim = part.shape
+        return torch.Tensor._make_wrapper_subclass(cls, (batch, heads, dim), dtype=part.dtype, device=part.device)
+
+    def __init__(self, part: Dequantized, append: Callable[[Tensor], None]):
+        self.part, self.append = part, append
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Token({self.part!r})"
+
+    @property
+    def origin(self) -> str:
+        """The buffer that the token is of."""
+        return self.part.origin
+
+    def dense(self) -> Tensor:
+        """The token's values."""
+        return self.part.dense()[:, :, 0]
+
+    def refuse_write(self, func: Any) -> None:
+        """Anything but a copy is refused, as the buffer itself refuses it."""
+        self.part.refuse_write(func)
+
+    @classmethod
+    @torch._dynamo.disable
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], Token):
+            args[0].append(args[1].expand(args[0].shape).unsqueeze(2))
+            return args[0]
         return read(func, args, kwargs or {})
 
 

@@ -7,6 +7,8 @@ refers to it. ``CacheGroup`` is what the states of one cache have in common.
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from xquant_fx import ops
 from xquant_fx.cache.faults import FaultMonitor
 from xquant_fx.errors import CacheStateError
-from xquant_fx.kernels.faults import FAULTS, Fault
+from xquant_fx.kernels.faults import FAULTS, Fault, may_wrap
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.shared_code_load.arguments import STORED
@@ -35,7 +37,8 @@ class CacheGroup:
 
     ``chunk`` keeps the full-precision keys and values of the layer written last, if the chunk was
     longer than the residual windows can give back: an eager prefill attends to its own tokens
-    unquantized. It holds one layer at a time.
+    unquantized. It holds one layer at a time, but for the step that takes buffers over, whose layers may be appended
+    to before any of them is read.
     """
 
     def __init__(self, plan: Plan, batch: int, device: torch.device, start: Tensor | None = None) -> None:
@@ -45,13 +48,18 @@ class CacheGroup:
             self.start.copy_(start)
         self.faults = FaultMonitor(device)
         self.chunk_layer: int | None = None
-        self.chunks: dict[str, Chunk] = {}
+        self.chunks: dict[tuple[int, str], Chunk] = {}
+        self.holds_all = False
         self.step_tokens = 0
+        self.selection: object = None
+        """What ``select.py`` makes of it, buffer by buffer."""
+        self.taken_over: list[weakref.ref[Tensor]] = []
+        """The buffers that were ordinary ones once, of a cache that was taken over."""
         self.collected: dict[object, tuple[list[KVState], list[Tensor]]] = {}
         """Tensors that a compiled step takes of this cache, by step."""
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "collected": {}}
+        return {**self.__dict__, "collected": {}, "taken_over": [], "selection": None}
 
     def stepped(self, tokens: int) -> None:
         """A compiled graph appended ``tokens``; eager code that reads next sees the state before its flush."""
@@ -59,11 +67,24 @@ class CacheGroup:
         self.step_tokens = tokens
 
     def hold(self, state: KVState, chunk: Chunk) -> None:
-        """Keep ``chunk`` until another layer or side of it is written."""
-        if self.chunk_layer != state.spec.layer:
+        """Keep ``chunk`` until another layer, or the same side of this one, is written."""
+        if self.chunk_layer != state.spec.layer and not self.holds_all:
             self.drop()
-            self.chunk_layer = state.spec.layer
-        self.chunks[state.spec.role] = chunk
+        self.chunk_layer = state.spec.layer
+        self.chunks[state.spec.layer, state.spec.role] = chunk
+
+    def held(self, state: KVState) -> Chunk | None:
+        """The chunk that ``state`` wrote last, if it is kept."""
+        return self.chunks.get((state.spec.layer, state.spec.role))
+
+    def hold_one_layer(self) -> None:
+        """From now on, as before a takeover: let go of all chunks but those of the layer written last."""
+        self.holds_all = False
+        self.chunks = {key: chunk for key, chunk in self.chunks.items() if key[0] == self.chunk_layer}
+
+    def forget(self, state: KVState) -> None:
+        """Let go of the chunk of ``state``, and of no other's."""
+        self.chunks.pop((state.spec.layer, state.spec.role), None)
 
     def drop(self) -> None:
         """Let go of the chunk."""
@@ -143,7 +164,7 @@ class KVState:
             return
         square = q.detach().to(torch.float32).square().mean(2)
         self.owned["energy"].copy_(square.unflatten(1, (heads, q.shape[1] // heads)).mean(2))
-        held = self.group.chunks.get(self.spec.role) if self.group.chunk_layer == self.spec.layer else None
+        held = self.group.held(self)
         if held is not None and held.x is not None and held.past == 0:
             self._write(held.x, torch.arange(held.new, device=held.x.device))
 
@@ -174,6 +195,17 @@ class KVState:
                 tensor.zero_()
         self.group.drop()
         self.group.faults.clear()
+
+    def enlarge(self, max_len: int) -> None:
+        """Move to tensors with room for ``max_len`` tokens; what is stored stays as it is."""
+        batch, heads, _, dim = self.spec.shape
+        self.spec = dataclasses.replace(self.spec, shape=(batch, heads, max_len, dim))
+        for name, (shape, dtype) in self.spec.tensor_shapes().items():
+            old = self.owned[name]
+            if tuple(old.shape) != shape:
+                self.owned[name] = old.new_zeros(shape, dtype=dtype)
+                self.owned[name][tuple(slice(0, size) for size in old.shape)] = old
+        self.group.collected.clear()
 
     def reorder(self, index: Tensor) -> None:
         """Select batch rows in place (beam search); the layer below brings its own codes."""
@@ -222,8 +254,8 @@ class KVState:
             raise CacheStateError(where + FAULTS[Fault.NOT_APPENDED] + seen)
         if self.spec.quantized and past and self.furthest - past > STEP_TOKENS:
             raise CacheStateError(where + FAULTS[Fault.ROLLED_BACK_TOO_FAR] + seen)
-        if past == 0 and new <= STEP_TOKENS and length == self.spec.shape[2]:
-            raise CacheStateError(where + FAULTS[Fault.FULL_RESTARTED] + seen)
+        if past == 0 and may_wrap(length, new, self.spec.shape[2]):
+            raise CacheStateError(where + FAULTS[Fault.RESTARTED] + seen)
         if not torch.equal(pos, torch.arange(past, past + new, device=pos.device)):
             raise CacheStateError(where + FAULTS[Fault.NOT_CONSECUTIVE] + seen)
         if self.lower is not None and self.lower.length < past + new:
@@ -231,7 +263,7 @@ class KVState:
         return past
 
     def _chunk(self) -> Chunk:
-        held = self.group.chunks.get(self.spec.role) if self.group.chunk_layer == self.spec.layer else None
+        held = self.group.held(self)
         length = self.length
         if held is not None and held.past + held.new == length:
             return held

@@ -1,15 +1,53 @@
-"""Who else sees a tensor's memory. Relied on: ``Tensor._is_view``. Checked on torch 2.11, 2.13 and 2.14."""
+"""Who else sees a tensor's memory, by counting what holds its storage.
+
+Relied on: ``Tensor._is_view``, ``Tensor._use_count``, ``torch._C._storage_Use_Count``, and that a storage that wraps
+foreign memory, or was given away to NumPy, is not resizable. Checked on torch 2.11, 2.13 and 2.14.
+"""
 
 from __future__ import annotations
 
+import functools
+import sys
+
+import torch
 from torch import Tensor
-
-
-def is_view(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a view of another one."""
-    return bool(tensor._is_view())
 
 
 def share_storage(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors, or two fake ones, lie in one storage."""
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def why_not_alone(tensor: Tensor) -> str:
+    """Who else may see what is written to ``tensor``, in words; "" if nobody: its memory may be replaced.
+
+    A view has its base; ``.data``, ``.detach()``, ``set_`` and views made under ``inference_mode`` are further tensors
+    of one storage. NumPy, DLPack, files and other processes hold memory that torch does not count.
+    """
+    if tensor._is_view():
+        return "the buffer is a view of another tensor"
+    tensors, handles, holders = (count - alone for count, alone in zip(_counts(tensor), _alone(), strict=True))
+    if tensors > 0:
+        return "another tensor shares the buffer's memory (a view, .data or .detach() of it?)"
+    if handles > 0:
+        return "the buffer's storage is held by something else"
+    if holders > 0:
+        return "the buffer is held outside Python (DLPack, or a backward pass?)"
+    storage = tensor.untyped_storage()
+    if not storage.resizable():
+        return "the buffer's memory is or was shared with NumPy, DLPack or a file"
+    if tensor.device.type == "cpu" and storage.is_shared():
+        return "the buffer's memory is shared with other processes or a file"
+    return ""
+
+
+def _counts(tensor: Tensor) -> tuple[int, int, int]:
+    """How many tensors hold the storage, how many Python objects do, and what holds the tensor beside its object."""
+    storage, holders = tensor.untyped_storage(), int(tensor._use_count())  # type: ignore[attr-defined]
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage), holders
+
+
+@functools.cache
+def _alone() -> tuple[int, int, int]:
+    """The counts of a tensor that nothing else sees."""
+    return _counts(torch.zeros(1))

@@ -19,22 +19,30 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import quantized_empty
+from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.storage import is_view, share_storage
 from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.compiled_step import CompiledStep
+from xquant_fx.compiler.give_back import GiveBack, groups_of
+from xquant_fx.compiler.growing_step import GrowingStep, has_room
+from xquant_fx.compiler.growing_takeover import GrowingTakeover
+from xquant_fx.compiler.left_alone import report_left
 from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, why_not_gradients, why_not_layers
 from xquant_fx.compiler.prompt_queries import PromptRun
+from xquant_fx.compiler.proof import Call
+from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.compiler.takeover import Takeover
-from xquant_fx.errors import CacheStateError, ConfigError, NotRewrittenError
+from xquant_fx.compiler.watch import Watch
+from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.detect import detect
+from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.graph import clone
 from xquant_fx.passes.pipeline import run_passes
-from xquant_fx.passes.records import Detection, Site
+from xquant_fx.passes.records import Detection, Refused
+from xquant_fx.passes.trace import fake
 from xquant_fx.plan.plan import make_plan
-from xquant_fx.warn_once import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -73,54 +81,40 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
         return PromptRun(found)
     if found.ordinary:
         log.info("ordinary KV buffers: the next step runs uncompiled and quantizes what they hold")
-        return Takeover(found)
-    quantized = [i for i, t in enumerate(inputs) if isinstance(t, QuantizedKV)]
+        grows = [buffer.write.past is not None for buffer in found.ordinary]
+        return GrowingTakeover(found) if all(grows) else Takeover(found, request)
+    quantized = [i for i, t in enumerate(inputs) if isinstance(t, STORED_KV)]
     if not quantized:
-        return compiler(gm, inputs, request, None)
+        compiled = compiler(gm, inputs, request, None)
+        return Watch(compiled, gm, found, request, detect_graph) if found.left_for_now else compiled
     _check_config([inputs[i] for i in quantized], request)
-    return _compile_quantized(found, inputs, quantized, request, compiler)
+    try:
+        return _compile_quantized(gm, found, inputs, quantized, request, compiler)
+    except UnsupportedWriteError as error:
+        groups = groups_of(inputs)
+        if not groups or not all(group.taken_over for group in groups):
+            raise
+        return GiveBack(gm.forward, quantized, str(error), request)
 
 
-def detect_graph(gm: GraphModule, inputs: list[Any], request: Request) -> Detection:
-    """All that is decided about ``gm``, on a clone of it."""
+def detect_graph(
+    gm: GraphModule, inputs: list[Any], request: Request, originals: Mapping[int, Tensor] | None = None
+) -> Detection:
+    """All that is decided about ``gm``, on a clone of it.
+
+    ``originals`` are tensors whose copies are among the inputs, by the ids of the copies: who sees a buffer is asked
+    of the original.
+    """
     copy = clone(gm)
     given = dict(zip((n for n in copy.graph.nodes if n.op == "placeholder"), inputs, strict=True))
     surroundings = why_not_gradients() or why_not_layers(gm, request)
     unfused = "the pass fuse_decode is switched off" if "fuse_decode" in request.disable else ""
-    return detect(
-        copy,
-        refusal=lambda node, what: surroundings or _why_not_storage(given, node, what),
-        planner=lambda graph, sites: plan_graph(graph, sites, request),
-        unfused=unfused,
-    )
+    call = Call(copy, given, originals=originals)
 
+    def refusal(node: Node, what: str, facts: Facts) -> Refused:
+        return Refused(surroundings) if surroundings else Refused(call.refuse(node, what, facts), of_call=True)
 
-def _why_not_storage(given: dict[Node, Any], node: Node, what: str) -> str:
-    """A buffer that another tensor shares memory with: that one would never see what is appended."""
-    buffer = given.get(node)
-    if not isinstance(buffer, Tensor):
-        return ""
-    if is_view(buffer):
-        return f"{what}: the buffer is a view of another tensor, which would not see what is appended"
-    others = [t for t in given.values() if type(t) is Tensor and t is not buffer]
-    if any(share_storage(t, buffer) for t in others):
-        return f"{what}: another input shares the buffer's memory and would not see what is appended"
-    return ""
-
-
-def report_left(sites: tuple[Site, ...], request: Request) -> None:
-    """Log every site; warn once per reason, or raise under strict, where a KV cache is left alone."""
-    for number, site in enumerate(sites):
-        kind, name = site.attention.kind, site.buffer_name
-        log.info("attention %d (%s, %s): %s", number, kind, name, site.reason or "quantized")
-        if site.rewritable and site.dequantized:
-            log.info("attention %d (%s) reads dequantized keys and values: %s", number, name, site.dequantized)
-    left = [site for site in sites if site.stays_ordinary]
-    if left and request.strict:
-        lines = "\n".join(f"  {s.buffer_name}: {s.reason}" for s in left)
-        raise NotRewrittenError(f"strict=True: {len(left)} KV cache(s) are not quantized:\n{lines}")
-    for site in left:
-        warn_once(f"KV cache {site.buffer_name} stays in full precision: {site.reason}", key=site.reason)
+    return detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
 
 
 def _allocates(gm: GraphModule) -> bool:
@@ -128,13 +122,13 @@ def _allocates(gm: GraphModule) -> bool:
 
 
 def _check_gradients(gm: GraphModule, inputs: list[Any]) -> None:
-    if torch.is_grad_enabled() and (_allocates(gm) or any(isinstance(t, QuantizedKV) for t in inputs)):
+    if torch.is_grad_enabled() and (_allocates(gm) or any(isinstance(t, STORED_KV) for t in inputs)):
         raise CacheStateError(
             "a quantized KV cache has no gradient; run the model under torch.no_grad() or torch.inference_mode()"
         )
 
 
-def _check_config(buffers: list[QuantizedKV], request: Request) -> None:
+def _check_config(buffers: list[QuantizedKV | GrowingKV], request: Request) -> None:
     if request.config is None:
         return
     for plan in {id(b.live.group): b.live.group.plan for b in buffers}.values():
@@ -159,12 +153,27 @@ def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: st
     return compiled
 
 
+def _whole_numbers(value: Tensor | None) -> tuple[int, ...]:
+    """The shape without the batch; () where a size is symbolic."""
+    shape = () if value is None else tuple(value.shape[1:])
+    return shape if all(isinstance(size, int) for size in shape) else ()
+
+
 def _compile_quantized(
-    found: Detection, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
+    gm: GraphModule, found: Detection, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
 ) -> Callable[..., Any]:
     settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
+    uncompiled = clone(gm)
+    if not has_room(found, inputs):
+        log.info("a cache that grows has no room for this step, which runs uncompiled")
+        return uncompiled
     context = Context(found, inputs)
+    restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
     run_passes(found.gm, context, request.disable, request.dump)
+    shapes = [tuple(inputs[i].shape[1:]) for i in quantized if isinstance(inputs[i], QuantizedKV)]
+    results = next(node for node in found.gm.graph.nodes if node.op == "output").args[0]
+    whole = [i for i, node in enumerate(results) if _whole_numbers(fake(node)) in shapes]
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
-    compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.tensors], request, settings)
-    return CompiledStep(compiled, keep, quantized, context.state)
+    compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
+    step = CompiledStep(compiled, keep, context.state, restarts, whole)
+    return GrowingStep(step, uncompiled, context.grown) if context.grown else step

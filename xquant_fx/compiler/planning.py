@@ -1,59 +1,95 @@
-"""What the KV buffers of a graph are, or are going to be: the plan of those that are taken over, and all specs."""
+"""What the KV buffers of a graph are, or are going to be: the plans of those that are taken over, and all specs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import Geometry, Slot, bind_all, quantized_empty
-from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.growing import STORED_KV, room_for
 from xquant_fx.compiler.dynamo_frames import is_partial
 from xquant_fx.compiler.options import Request
-from xquant_fx.passes.records import Buffer, Site
+from xquant_fx.compiler.proof import Call
+from xquant_fx.compiler.stacks import numbered, stack_of
+from xquant_fx.passes.facts import is_quantized_growth
+from xquant_fx.passes.find_sites import buffer_name
+from xquant_fx.passes.find_writes import concatenation
+from xquant_fx.passes.records import Buffer, Site, Write
 from xquant_fx.passes.trace import fake, value_of
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan, make_plan
-from xquant_fx.plan.spec import KVSpec
+from xquant_fx.plan.spec import KVSpec, Role
 from xquant_fx.warn_once import warn_once
 
 
 def plan_graph(
-    gm: GraphModule, sites: list[Site], request: Request
-) -> tuple[tuple[Buffer, ...], Plan | None, dict[Node, KVSpec]]:
-    """The ordinary buffers of ``sites``, their plan (None: there are none), and the specs of all buffers of ``gm``."""
+    gm: GraphModule, sites: list[Site], request: Request, call: Call
+) -> tuple[tuple[Buffer, ...], tuple[Plan, ...], dict[Node, KVSpec]]:
+    """The ordinary buffers of ``sites``, a plan for each of their caches, and the specs of all buffers of ``gm``."""
     specs = _existing(gm)
-    buffers = _ordinary(gm, sites)
-    if not buffers:
-        return (), None, specs
-    plan = make_plan(_settings(gm, request), 1 + max(buffer.layer for buffer in buffers))
-    bound = bind_buffers(plan, buffers, [value_of(buffer.node) for buffer in buffers])
-    specs.update(zip((buffer.node for buffer in buffers), bound, strict=True))
-    return buffers, plan, specs
+    buffers = _ordinary(gm, sites, call, is_together=_names_layers(request.effective))
+    plans = []
+    for group in range(1 + max((buffer.group for buffer in buffers), default=-1)):
+        members = [buffer for buffer in buffers if buffer.group == group]
+        plans.append(make_plan(_settings(gm, request), 1 + max(buffer.layer for buffer in members)))
+        bound = bind_buffers(plans[-1], members, [value_of(buffer.node) for buffer in members])
+        specs.update(zip((buffer.node for buffer in members), bound, strict=True))
+    return buffers, tuple(plans), specs
 
 
 def bind_buffers(plan: Plan, buffers: Sequence[Buffer], tensors: Sequence[Tensor]) -> list[KVSpec]:
     """Specs of ``buffers``, which hold ``tensors`` [B, H, N, D]."""
     pairs = zip(buffers, tensors, strict=True)
-    return bind_all(plan, [(b.layer, b.role, Geometry(tuple(t.shape), t.dtype)) for b, t in pairs])
+    return bind_all(plan, [(b.layer, b.role, _geometry(b, t)) for b, t in pairs])
 
 
-def _ordinary(gm: GraphModule, sites: list[Site]) -> tuple[Buffer, ...]:
-    """Ordinary buffers that can be taken over, numbered in layer order (sites may share a layer's)."""
+def _geometry(buffer: Buffer, tensor: Tensor) -> Geometry:
+    """Of the stored tensors; what grows by concatenation gets room to grow."""
+    batch, heads, tokens, dim = tensor.shape
+    if buffer.write.past is not None:
+        tokens = room_for(tokens if isinstance(tokens, int) else tokens.node.hint)
+    return Geometry((batch, heads, tokens, dim), tensor.dtype)
+
+
+def _ordinary(gm: GraphModule, sites: list[Site], call: Call, is_together: bool) -> tuple[Buffer, ...]:
+    """Ordinary buffers that can be taken over, numbered in layer order within their cache (sites may share a layer's).
+
+    With ``is_together`` all are layers of one cache: the settings name each.
+    """
     index = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
-    found: dict[Node, Buffer] = {}
-    layer = 0
-    for site in sites:
-        if site.is_quantized or not site.rewritable or site.key.root in found:
-            continue
-        assert site.key_write is not None and site.value_write is not None
-        key, value = site.buffers
-        found[key] = Buffer(key, index[key], layer, "key", site.key_write)
-        found[value] = Buffer(value, index[value], layer, "value", site.value_write)
-        layer += 1
-    return tuple(found.values())
+    layers = list(dict.fromkeys(site.buffers for site in sites if site.rewritable and not site.is_quantized))
+    layers = [pair for i, pair in enumerate(layers) if pair[0] not in {key for key, _ in layers[:i]}]
+    writes = {w.buffer: w for site in sites for w in (site.key_write, site.value_write) if w is not None}
+    groups = numbered((_stack(pair, writes[pair[0]], is_together), _begin(writes[pair[0]], call)) for pair in layers)
+    found = []
+    for number, ((key, value), group) in enumerate(zip(layers, groups, strict=True)):
+        layer = groups[:number].count(group)
+        for node, role in ((key, "key"), (value, "value")):
+            foresight = call.foresight_of(writes[node])
+            found.append(Buffer(node, index.get(node), layer, cast(Role, role), writes[node], group, foresight))
+    return tuple(found)
+
+
+def _stack(layer: tuple[Node, Node], write: Write, is_together: bool) -> str:
+    """What the program keeps the buffers of a layer in. A prompt's are kept nowhere yet, and taken for one cache's."""
+    return "" if is_together or write.begins else stack_of(*map(buffer_name, layer))
+
+
+def _begin(write: Write, call: Call) -> object:
+    """Where the layers of one cache append, all of them."""
+    if write.past is None:
+        return call.first_position(write)
+    past = value_of(write.past)
+    return f"behind {0 if write.begins else past.shape[2]} tokens, {write.tokens} of them"
+
+
+def _names_layers(settings: XQuantConfig | Plan) -> bool:
+    """Whether the settings say something of each layer, so that layers are counted through."""
+    return isinstance(settings, Plan) or isinstance(settings.k_bits, tuple) or isinstance(settings.v_bits, tuple)
 
 
 def _existing(gm: GraphModule) -> dict[Node, KVSpec]:
@@ -61,8 +97,11 @@ def _existing(gm: GraphModule) -> dict[Node, KVSpec]:
     specs: dict[Node, KVSpec] = {}
     for node in gm.graph.nodes:
         value = fake(node)
-        if node.op == "placeholder" and isinstance(value, QuantizedKV):
+        if node.op == "placeholder" and isinstance(value, STORED_KV):
             specs[node] = value.spec
+        elif is_quantized_growth(node):
+            past = concatenation(node).past  # type: ignore[union-attr]  # it is one
+            specs[node] = value_of(past).spec  # type: ignore[attr-defined,arg-type]
         elif node.target is quantized_empty:
             like, _, lower, _, slot, _ = node.args
             below = specs.get(lower) if isinstance(lower, Node) else None
@@ -88,7 +127,7 @@ def why_not_layers(gm: GraphModule, request: Request) -> str:
         return ""
     if isinstance(settings, Plan):
         return "a plan names every layer and a graph break hides the number of layers; use an XQuantCache"
-    if isinstance(settings.k_bits, tuple) or isinstance(settings.v_bits, tuple):
+    if _names_layers(settings):
         return "bits are given per layer and a graph break hides the number of layers; use an XQuantCache"
     return ""
 

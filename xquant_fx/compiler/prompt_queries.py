@@ -18,7 +18,8 @@ from xquant_fx.passes.records import Detection
 
 def queries_of(found: Detection) -> dict[Node, Node]:
     """The query [B, heads, q, D] by the node that appends the keys it attends to."""
-    return {site.key_write.node: site.attention.query for site in found.sites if site.key_write is not None}
+    sites = (site for site in found.sites if site.attention.is_recognised)
+    return {site.key_write.node: site.attention.query for site in sites if site.key_write is not None}
 
 
 def show_query(state: KVState, append: Node, queries: dict[Node, Node], env: dict[Node, Any]) -> None:

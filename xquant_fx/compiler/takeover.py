@@ -1,6 +1,7 @@
 """A cache's first step: take over ordinary KV buffers that the user's program allocated.
 
-The graph of that step is run as it stands, op by op, without compiling: just before a buffer is
+What a takeover relies on is proven first (``proof.py``), at each call anew: a graph serves many caches. Then the graph
+of that step is run as it stands, op by op, without compiling: just before a buffer is
 appended to, what it holds is quantized and the buffer becomes a :class:`QuantizedKV`, which
 quantizes and dequantizes in eager code. Dynamo then sees quantized buffers and compiles the next
 step for them; that graph serves every later step and every later cache.
@@ -8,6 +9,7 @@ step for them; that graph serves every later step and every later cache.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -19,58 +21,91 @@ from xquant_fx.cache.convert import quantize_in_place
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import CacheGroup, KVState
 from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
+from xquant_fx.compiler.left_alone import report_buffers
+from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.planning import bind_buffers
 from xquant_fx.compiler.prompt_queries import queries_of, show_query
-from xquant_fx.errors import CacheStateError
-from xquant_fx.passes.records import Detection
+from xquant_fx.compiler.proof import Call
+from xquant_fx.passes.find_sites import buffer_name
+from xquant_fx.passes.records import Buffer, Detection
 
 
 class Takeover(torch.fx.Interpreter):
     """Stands in for a compiled graph whose KV buffers are still ordinary tensors."""
 
-    def __init__(self, detection: Detection) -> None:
+    def __init__(self, detection: Detection, request: Request) -> None:
         super().__init__(detection.gm)
-        assert detection.plan is not None
-        self.plan = detection.plan
+        self.gm, self.request = detection.gm, request
+        self.plans = detection.plans
         self.buffers = detection.ordinary
         self.queries = queries_of(detection)
-        self.pending: dict[Node, tuple[Tensor, KVState]] = {}
 
     def __call__(self, *args: Any) -> Any:
         """Run the step on these arguments, which hold a cache that was not seen before."""
-        tensors = [args[b.index] for b in self.buffers]
-        if not any(isinstance(t, QuantizedKV) for t in tensors):
-            self.pending = self._allocate(tensors)
-        else:  # Dynamo took the buffers of a module for the same ones
+        tensors = [args[b.index] for b in self.buffers if b.index is not None]
+        if any(isinstance(t, QuantizedKV) for t in tensors):  # Dynamo took the buffers of a module for the same ones
             forget_compiled_frame()
-        return self.run(*args)
+            return self.run(*args)
+        call = self._call(args)
+        reasons = [(b, call.why_not(b.node, b.write)) for b in self.buffers]
+        left = [(buffer, reason) for buffer, reason in reasons if reason] or self._apart(call)
+        if left:  # the next call is judged anew, and compiled as what it is then
+            report_buffers([(buffer_name(buffer.node), reason) for buffer, reason in left], self.request)
+            forget_compiled_frame()
+            return self.run(*args)
+        return _Step(self, call, tensors).take_over(*args)
+
+    def _call(self, args: tuple[Any, ...]) -> Call:
+        placeholders = (node for node in self.gm.graph.nodes if node.op == "placeholder")
+        foresights = {buffer.write.node: buffer.foresight for buffer in self.buffers}
+        return Call(self.gm, dict(zip(placeholders, args, strict=True)), foresights)
+
+    def _apart(self, call: Call) -> list[tuple[Buffer, str]]:
+        """Buffers of one cache, as it seemed when the graph was judged, that are appended at different positions."""
+        firsts: dict[int, int | None] = {}
+        for buffer in self.buffers:
+            first = call.first_position(buffer.write)
+            if firsts.setdefault(buffer.group, first) != first:
+                reason = f"the buffer is appended at position {first}, others of its cache at {firsts[buffer.group]}"
+                return [(buffer, reason)]
+        return []
+
+
+class _Step(torch.fx.Interpreter):
+    """One step that takes over ``tensors``, whose positions ``call`` knows."""
+
+    def __init__(self, takeover: Takeover, call: Call, tensors: list[Tensor]) -> None:
+        super().__init__(takeover.gm)
+        self.queries = takeover.queries
+        self.groups: list[CacheGroup] = []
+        self.pending: dict[Node, tuple[Tensor, KVState, int]] = {}
+        pairs = list(zip(takeover.buffers, tensors, strict=True))
+        for number, plan in enumerate(takeover.plans):
+            members = [(buffer, tensor) for buffer, tensor in pairs if buffer.group == number]
+            group = CacheGroup(plan, members[0][1].shape[0], members[0][1].device)
+            self.groups.append(group)
+            states = allocate(group, bind_buffers(plan, *zip(*members, strict=True)))
+            for (buffer, tensor), state in zip(members, states, strict=True):
+                self.pending[buffer.write.node] = tensor, state, call.positions(buffer.write)[0]
+
+    def take_over(self, *args: Any) -> Any:
+        """Run the step; attention sees what it would have seen in an eager step on a quantized cache."""
+        for group in self.groups:
+            group.holds_all = True
+        try:
+            return self.run(*args)
+        finally:
+            for group in self.groups:
+                group.hold_one_layer()
 
     def run_node(self, n: Node) -> Any:
         """Take over the buffer that ``n`` appends to, if it is one, then run ``n``."""
         if n in self.pending:
-            buffer, state = self.pending.pop(n)
+            buffer, state, past = self.pending.pop(n)
             show_query(state, n, self.queries, self.env)
-            past = self._past(n)
-            if past < 0:
-                raise CacheStateError(
-                    f"layer {state.spec.layer} {state.spec.role}s: positions must not be negative, got {past}"
-                )
             if past:
                 state.store(buffer[:, :, :past], torch.arange(past, device=buffer.device))
-                state.group.drop()
+                state.group.forget(state)
             quantize_in_place(buffer, state)
+            state.group.taken_over.append(weakref.ref(buffer))
         return super().run_node(n)
-
-    def _allocate(self, tensors: list[Tensor]) -> dict[Node, tuple[Tensor, KVState]]:
-        group = CacheGroup(self.plan, tensors[0].shape[0], tensors[0].device)
-        states = allocate(group, bind_buffers(self.plan, self.buffers, tensors))
-        appends = (buffer.write.node for buffer in self.buffers)
-        return dict(zip(appends, zip(tensors, states, strict=True), strict=True))
-
-    def _past(self, append: Node) -> int:
-        """Tokens stored before the append: its first position."""
-        positions = next(b.write.positions for b in self.buffers if b.write.node is append)
-        if isinstance(positions, slice):
-            start = positions.start
-            return int(self.env[start] if isinstance(start, Node) else start)
-        return int(self.env[positions].reshape(-1)[0])

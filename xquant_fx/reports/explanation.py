@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from xquant_fx.compiler.backend import detect_graph, report_left
+from xquant_fx.compiler.backend import detect_graph
+from xquant_fx.compiler.left_alone import report_left
 from xquant_fx.compiler.options import parse
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.passes import records
@@ -22,7 +22,7 @@ from xquant_fx.plan.buffer_plan import is_denied
 from xquant_fx.plan.spec import KVSpec
 from xquant_fx.reports.explain_table import table
 from xquant_fx.reports.sites import Site
-from xquant_fx.reports.trial_run import HeldTensors
+from xquant_fx.reports.trial_run import HeldTensors, copies
 
 
 @dataclasses.dataclass
@@ -68,9 +68,10 @@ def explain(
     request = parse(mode, {**(options or {}), **({"strict": True} if strict else {})})
     seen: list[Detection] = []
     held = HeldTensors(model)
+    copied, originals = copies((args, kwargs))
 
     def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        found = detect_graph(gm, inputs, request)
+        found = detect_graph(gm, inputs, request, originals)
         seen.append(found)
         held.save(found, inputs)
         return gm.forward
@@ -80,7 +81,7 @@ def explain(
     torch._dynamo.reset()
     try:
         with torch.no_grad():
-            torch.compile(function, backend=record)(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+            torch.compile(function, backend=record)(*copied[0], **copied[1])
     finally:
         held.restore()
         torch._dynamo.reset()

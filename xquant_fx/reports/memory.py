@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
 
@@ -32,7 +32,8 @@ class MemoryReport:
     other: int
     """Bytes of lengths, counters, padding, and of layers that are not quantized."""
     full_bytes: int
-    """Bytes of the same keys, values and other states in the model's dtype, for the same max_cache_len."""
+    """Bytes of the same keys, values and other states in the model's dtype, for the same max_cache_len; of a cache
+    that grows by concatenation for its current length."""
     elements: int
     """K and V elements at the cache's current length; all elements of layers that are not quantized."""
 
@@ -80,16 +81,17 @@ def memory_report(cache_or_model: Any) -> MemoryReport:
     if not (hasattr(cache_or_model, "layers") or isinstance(cache_or_model, torch.nn.Module)):
         raise ArgumentError(f"memory_report takes a cache or a module, got {type(cache_or_model).__name__}")
     tensors = list(_tensors(cache_or_model))
-    states = [t.live for t in tensors if isinstance(t, QuantizedKV)]
+    states = [t.live for t in tensors if isinstance(t, STORED_KV)]
     if not states:
         raise CacheStateError(
             f"{type(cache_or_model).__name__} holds no quantized KV buffer (it is allocated at the first step)"
         )
-    plain = [t for t in tensors if not isinstance(t, QuantizedKV)]
-    return _count(states, plain)
+    plain = [t for t in tensors if not isinstance(t, STORED_KV)]
+    growing = {id(t.live) for t in tensors if isinstance(t, GrowingKV)}
+    return _count(states, plain, growing)
 
 
-def _count(states: list[KVState], plain: list[Tensor]) -> MemoryReport:
+def _count(states: list[KVState], plain: list[Tensor], growing: set[int]) -> MemoryReport:
     for state in states:
         state.group.drop()  # a prompt that eager code may still read is released at the next step anyway
     bytes_of: dict[str, int] = dict.fromkeys([*_PART.values(), "other"], 0)
@@ -101,7 +103,7 @@ def _count(states: list[KVState], plain: list[Tensor]) -> MemoryReport:
     full, elements = 0, 0
     for state in states:
         batch, heads, max_len, dim = state.spec.shape
-        full += batch * heads * max_len * dim * state.spec.dtype.itemsize
+        full += batch * heads * dim * state.spec.dtype.itemsize * (state.length if id(state) in growing else max_len)
         elements += batch * heads * dim * state.length
     bytes_of["other"] += sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}.values())
     for tensor in plain:
@@ -127,5 +129,5 @@ def _tensors(holder: Any) -> Iterator[Tensor]:
 
 def _module_tensors(module: torch.nn.Module) -> Iterator[Tensor]:
     for value in (*module._buffers.values(), *vars(module).values()):
-        if isinstance(value, QuantizedKV):
+        if isinstance(value, STORED_KV):
             yield value

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.passes.records import Detection
+
+
+def copies(arguments: Any) -> tuple[Any, dict[int, Tensor]]:
+    """A deep copy of ``arguments``, and the tensors that were copied by the ids of their copies."""
+    memo: dict[int, Any] = {}
+    copied = copy.deepcopy(arguments, memo)
+    kept = memo.get(id(memo), [])  # what deepcopy copied, kept alive
+    return copied, {id(memo[id(x)]): x for x in kept if isinstance(x, Tensor) and id(x) in memo}
 
 
 class HeldTensors:

@@ -1,0 +1,125 @@
+"""Rewrite growth by concatenation to ``quantize_store``; the graph no longer returns the longer tensor.
+
+    keys = cat([past, k], dim=2)                 quantize_store(k, pos, codes, scale, zero, ring, ...)
+    attention(q, views(keys), ...)         =>    attention(q, views(shared_code_load(...)[:, :, :T + q]), ...)
+    return keys, ...                             return ...
+
+The compiled step returns the longer tensor in its place (``Grown`` says where): the same state, one step later.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from xquant_fx.errors import UnsupportedWriteError
+from xquant_fx.passes.context import Context, Grown
+from xquant_fx.passes.facts import is_growing
+from xquant_fx.passes.find_writes import written_by
+from xquant_fx.passes.graph import call, input_of_size, size_among_inputs
+from xquant_fx.passes.records import Write
+from xquant_fx.passes.rewrite import BufferRewrite
+from xquant_fx.passes.trace import is_shape_query, value_of
+
+
+def rewrite_growth(gm: GraphModule, context: Context) -> int:
+    """Rewrite every use of every quantized input that grows, and drop it from the graph; returns how many.
+
+    Raises:
+        UnsupportedWriteError: something other than one concatenation continues it.
+    """
+    growing = [node for node in context.state.nodes if is_growing(node)]
+    for past in growing:
+        GrowthRewrite(gm, past, context).run()
+    returned = {position for each in context.grown for position in each.outputs}
+    output = gm.graph.output_node()
+    if returned:
+        output.args = (tuple(r for i, r in enumerate(_results(output)) if i not in returned),)
+    return len(growing)
+
+
+class GrowthRewrite(BufferRewrite):
+    """All uses of one quantized input that grows by concatenation, taken in program order."""
+
+    def __init__(self, gm: GraphModule, past: Node, context: Context) -> None:
+        super().__init__(gm, past, context)
+        self.context = context
+        self.writes = {write.node: write for write in context.detection.writes if write.past is past}
+        self.before: Node | None = None
+        """What is stored when the graph begins, dequantized."""
+
+    def run(self) -> None:
+        """Rewrite, then drop the placeholder."""
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        for user in sorted(self.buffer.users, key=order.__getitem__):
+            if user in self.writes:
+                self._grow(self.writes[user])
+            elif is_shape_query(user) and not user.users:
+                self.graph.erase_node(user)
+            else:
+                self._read(user)
+        self.graph.erase_node(self.buffer)
+
+    def _grow(self, write: Write) -> None:
+        if self.loaded is not None:
+            raise UnsupportedWriteError(f"{self._where()}: two concatenations continue one tensor in this graph")
+        load = self._stored(write)
+        self.context.grown.append(self._returned(write))
+        with self.graph.inserting_before(write.node):
+            tokens = call(self.graph, operator.add, (self._tokens(), _new(self.graph, write)))
+            whole = self._cut(load, tokens)
+        write.node.replace_all_uses_with(whole)
+        self.graph.erase_node(write.node)
+
+    def _returned(self, write: Write) -> Grown:
+        at = tuple(i for i, result in enumerate(_results(self.graph.output_node())) if result is write.node)
+        tokens = write.tokens
+        where = tokens if isinstance(tokens, int) else size_among_inputs(self.graph, tokens)
+        if where is None:
+            raise UnsupportedWriteError(f"{self._where()}: no input tells how many tokens are new")
+        return Grown(self.context.index_of(self.buffer), at, where)
+
+    def _read(self, user: Node) -> None:
+        if user.op == "output" or self.buffer in written_by(user):
+            raise UnsupportedWriteError(f"{self._where()}: {user.name} is no way to append tokens or to read them")
+        if self.before is None:
+            with self.graph.inserting_before(user):
+                self.before = self._cut(self.loaded or self._load_stored(), self._tokens())
+        user.replace_input_with(self.buffer, self.before)
+
+    def _load_stored(self) -> Node:
+        length = call(self.graph, operator.getitem, (self.tensors["length"], slice(None, 1)))
+        return self._load(call(self.graph, torch.clone, (length,)), 0, self.tensors["ring"], None)
+
+    def _cut(self, load: Node, tokens: Any) -> Node:
+        return call(self.graph, operator.getitem, (load, (slice(None), slice(None), slice(None, tokens))))
+
+    def _tokens(self) -> Any:
+        """Tokens that the input has: a number, or a node that is an input itself."""
+        size = value_of(self.buffer).shape[2]
+        if isinstance(size, int):
+            return size
+        node, added = input_of_size(self.graph, size)
+        if added:
+            self.context.state.lengths.append((self.context.index_of(self.buffer), size))
+        return node
+
+    def _positions(self, write: Write) -> Node:
+        # From the length that the input has, not from the stored one: that may be longer, where a step was interrupted.
+        begin, device = self._tokens(), value_of(self.buffer).device
+        end = call(self.graph, operator.add, (begin, _new(self.graph, write)))
+        return call(self.graph, torch.arange, (begin, end), {"device": device})
+
+
+def _new(graph: Any, write: Write) -> Any:
+    """New tokens: a number, or a node."""
+    return write.tokens if isinstance(write.tokens, int) else call(graph, torch.ops.aten.sym_size.int, (write.x, 2))
+
+
+def _results(output: Node) -> tuple[Any, ...]:
+    results = output.args[0]
+    assert isinstance(results, tuple | list)
+    return tuple(results)

@@ -1,0 +1,80 @@
+"""Buffers that were taken over and turn out to be used otherwise: given back, with a warning, and right."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from rewrites import quantized_layers, sdpa
+from stepping import interpreted, logits_of, relative_error
+from torch._dynamo.exc import BackendCompilerFailed
+from transformers import MistralConfig, MistralForCausalLM, StaticCache
+
+import xquant_fx.warn_once as warn_once
+from xquant_fx.cache.convert import dequantize_in_place
+from xquant_fx.cache.kv_tensor import QuantizedKV
+
+SIZES = dict(
+    vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, sliding_window=12,
+)  # fmt: skip
+EIGHT_BITS = dict(preset="xquant", k_bits=8, v_bits=8, k_group_size=4, residual_length=4, share_values_from=None)
+
+
+@pytest.mark.parametrize("options", [{}, EIGHT_BITS])
+def test_windows_that_fill_in_mid_generation(options, caplog):
+    """Every layer slides: before its window is full it looks like any cache."""
+    warn_once.forget()
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SIZES)).eval()
+    ids = torch.randint(3, 99, (1, 30), generator=torch.Generator().manual_seed(1))
+    step = torch.compile(model.forward, backend=interpreted(**options))
+    caches = [StaticCache(config=model.config, max_cache_len=64) for _ in range(2)]
+    with torch._dynamo.config.patch(recompile_limit=64), caplog.at_level(logging.WARNING, logger="xquant_fx"):
+        for cache in caches:
+            logits_of(model.forward, ids[:, :5], cache)
+        for p in range(5, 30):
+            got, want = (logits_of(f, ids[:, p : p + 1], c) for f, c in zip((step, model.forward), caches, strict=True))
+            assert relative_error(got, want) < (0.02 if options else 1e-6)
+            assert isinstance(caches[0].layers[0].keys, QuantizedKV) == (p < 12)
+    assert "copy_ is not a way to append tokens or to read them; what was stored was dequantized" in caplog.text
+
+
+def test_strict_refuses_to_give_back():
+    def step(q, k, v, keys, values, pos, is_last: bool):
+        keys[:, :, pos], values[:, :, pos] = k, v
+        if is_last:
+            keys.mul_(2)
+        return sdpa(q, keys, values)
+
+    x, buffers = torch.randn(3, 1, 2, 1, 8), [torch.zeros(1, 2, 32, 8) for _ in range(2)]
+    compiled = torch.compile(step, backend=interpreted(strict=True))
+    with torch.no_grad():
+        compiled(*x, *buffers, torch.tensor([0]), False)
+        with pytest.raises(Exception, match="mul_ is not a way to append tokens"):
+            compiled(*x, *buffers, torch.tensor([1]), True)
+        assert isinstance(buffers[0], QuantizedKV) and buffers[0].state.length == 1
+
+
+def test_a_quantized_cache_of_ones_own_is_never_given_back():
+    def step(keys):
+        keys.mul_(2)
+
+    ((keys, _), _) = quantized_layers()
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="not a way to append"):
+        torch.compile(step, backend=interpreted())(keys)
+    assert isinstance(keys, QuantizedKV)
+
+
+def test_dequantized_in_place():
+    """The object stays; tokens are dequantized, and there are zeros behind them."""
+    ((keys, _), _) = quantized_layers()
+    keys[:, :, torch.arange(20)] = torch.randn(1, 2, 20, 8)
+    keys.state.group.drop()
+    held, dense = [keys], keys.dense()
+    with torch.inference_mode():
+        dequantize_in_place(keys)
+    assert type(held[0]) is torch.Tensor and not held[0].is_inference()
+    assert torch.equal(held[0][:, :, :20], dense[:, :, :20]) and not held[0][:, :, 20:].any()
+    assert held[0].untyped_storage().nbytes() == held[0].nbytes

@@ -1,0 +1,258 @@
+"""Caches that grow by concatenation: DynamicCache, which ``generate()`` makes by itself, and pasts in tuples."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from dynamo_graphs import tiny
+from rewrites import Rewrites, count
+from states import layers_of
+from torch._dynamo.utils import counters
+from transformers import DynamicCache
+
+from xquant_fx import CacheStateError, UnsupportedWriteError, XQuantCache, XQuantConfig, memory_report, ops
+from xquant_fx.cache.growing import GrowingKV, Growth, room_for
+
+SHAPE = (1, 2, 512, 16)  # [B, H, room, D]
+CONFIG = XQuantConfig(k_bits=2, v_bits=2, residual_length=64, k_group_size=32, sink_tokens=2)
+EXACT = XQuantConfig(k_bits=16, v_bits=16)
+sdpa = torch.nn.functional.scaled_dot_product_attention
+
+
+def growths(config: XQuantConfig = CONFIG, layers: int = 1) -> list[list[GrowingKV]]:
+    """Empty keys and values of each layer."""
+    return [[GrowingKV.of(Growth(s)) for s in pair] for pair in layers_of(config, SHAPE, torch.float32, layers)]
+
+
+def tokens(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(1, 2, n, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("before, room", [(0, 512), (503, 512), (504, 512), (505, 1024), (5000, 8192)])
+def test_room(before, room):
+    assert room_for(before) == room
+
+
+@pytest.mark.parametrize("config", [CONFIG, EXACT, XQuantConfig.preset("kivi-2"), XQuantConfig.preset("xquant-1bit")])
+def test_moving_to_more_room_changes_nothing(config):
+    """What is stored reads the same, and what comes after goes where it would in a cache that had the room."""
+    small = layers_of(config, SHAPE, torch.float32, 2)
+    large = layers_of(config, (1, 2, 1024, 16), torch.float32, 2)
+    x, states = tokens(700), [state for layers in (small, large) for pair in layers for state in pair]
+    for state in states:
+        state.store(x[:, :, :500], torch.arange(500))
+    for state in states[:4]:
+        state.enlarge(1024)
+    for state in states:
+        state.store(x[:, :, 500:], torch.arange(500, 700))
+    for a, b in zip(states[:4], states[4:], strict=True):
+        assert a.spec == b.spec
+        assert {n: tuple(t.shape) for n, t in a.owned.items()} == {n: tuple(t.shape) for n, t in b.owned.items()}
+        a.group.drop(), b.group.drop()
+        assert torch.equal(a.load(700), b.load(700))
+
+
+def test_eager_concatenation_appends():
+    (k, _), x = growths(EXACT)[0], tokens(600)
+    for begin, end in ((0, 300), (300, 301), (301, 600)):
+        k = torch.cat([k, x[:, :, begin:end]], dim=-2)
+        assert isinstance(k, GrowingKV) and k.shape[2] == end
+        assert torch.equal(k + 0, x[:, :, :end])
+    assert k.spec.shape[2] == 1024
+
+
+def test_other_concatenations_read():
+    (k, _), x = growths(EXACT)[0], tokens(4)
+    k = torch.cat([k, x], dim=2)
+    for made in (torch.cat([x, k], dim=2), torch.cat([k, x], dim=1), torch.cat([k, x, x], dim=2)):
+        assert type(made) is torch.Tensor
+    assert k.shape[2] == 4 and torch.equal(k + 0, x)
+
+
+def test_an_older_tensor_may_be_continued_once():
+    (k, _), x = growths()[0], tokens(200)
+    old = torch.cat([k, x[:, :, :150]], dim=2)
+    first = torch.cat([old, x[:, :, 150:155]], dim=2)
+    other = torch.cat([old, x[:, :, 160:163]], dim=2)
+    assert other.shape[2] == 153 and torch.equal((other + 0)[:, :, 150:], x[:, :, 160:163])
+    with pytest.raises(CacheStateError, match=r"has 155 tokens, of which those from 150 on were overwritten"):
+        first + 0
+    with pytest.raises(CacheStateError, match=r"layer 0 keys.*continue copies"):
+        torch.cat([first, x[:, :, :1]], dim=2)
+    assert torch.equal((old + 0)[:, :, -4:], x[:, :, 146:150])
+
+
+def test_an_older_tensor_whose_tokens_cannot_come_back_raises():
+    (k, _), x = growths()[0], tokens(200)
+    old = torch.cat([k, x[:, :, :150]], dim=2)
+    new = torch.cat([old, x[:, :, 150:]], dim=2)
+    with pytest.raises(CacheStateError, match="at most 8 tokens can be rolled back"):
+        torch.cat([old, x[:, :, :1]], dim=2)
+    assert torch.equal((new + 0)[:, :, -4:], x[:, :, 196:])
+
+
+def test_copies_grow_apart():
+    (k, _), x = growths()[0], tokens(200)
+    k = torch.cat([k, x[:, :, :100]], dim=2)
+    stream = io.BytesIO()
+    torch.save(k, stream)
+    stream.seek(0)
+    for other in (copy.deepcopy(k), torch.load(stream, weights_only=False)):
+        theirs = torch.cat([other, x[:, :, 100:]], dim=2)
+        assert torch.equal(theirs + 0, torch.cat([copy.deepcopy(k), x[:, :, 100:]], dim=2) + 0)
+    ours = torch.cat([k, x[:, :, :1]], dim=2)
+    assert ours.shape[2] == 101 and theirs.shape[2] == 200
+
+
+def test_writes_are_refused():
+    k = torch.cat([growths()[0][0], tokens(9)], dim=2)
+    for write in (
+        lambda: k.zero_(),
+        lambda: k[:, :, 3:4].copy_(tokens(1)),
+        lambda: k.index_copy_(2, torch.tensor([3]), tokens(1)),
+    ):
+        with pytest.raises(UnsupportedWriteError):
+            write()
+
+
+def attend(q, k, v, past):
+    k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+    return sdpa(q, k, v), (k, v)
+
+
+def test_the_graph_returns_nothing_of_the_cache():
+    seen = Rewrites(preset="kivi-2")
+    step = torch.compile(attend, backend=seen)
+    x = tokens(40)
+    with torch.no_grad():
+        _, past = step(x, x, x, (torch.zeros(1, 2, 0, 16), torch.zeros(1, 2, 0, 16)))
+        assert not seen.made and all(isinstance(t, GrowingKV) for t in past)
+        for _ in range(3):
+            out, past = step(x[:, :, :1], x[:, :, :1], x[:, :, :1], past)
+    (graph,) = seen.made
+    assert count(graph, ops.DECODE) == 1 and count(graph, ops.STORE) == 2 and count(graph, torch.cat) == 0
+    assert [t.shape[2] for t in past] == [43, 43]
+    x = torch.cat([x, *[x[:, :, :1]] * 3], 2)  # 43 tokens: all in full precision yet
+    torch.testing.assert_close(out, sdpa(x[:, :, :1], x, x), rtol=0, atol=1e-6)
+
+
+def test_two_caches_in_one_graph_keep_their_lengths():
+    def both(x, mine, theirs):
+        return attend(x, x, x, mine), attend(x, x, x, theirs)
+
+    step, x, y = torch.compile(both, backend=Rewrites(config=EXACT)), tokens(30), tokens(50, seed=1)
+    mine, theirs = ([torch.cat([t, z], 2) for t in growths(EXACT)[0]] for z in (x, y))
+    new = tokens(1, seed=2)
+    with torch.no_grad():
+        (a, mine), (b, theirs) = step(new, mine, theirs)
+    for out, past, known in ((a, mine, x), (b, theirs, y)):
+        known = torch.cat([known, new], 2)
+        assert past[0].shape[2] == known.shape[2]
+        torch.testing.assert_close(out, sdpa(new, known, known), rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A model compiled for each setting, and as it is."""
+    plain = tiny("llama")
+    made = {}
+    for name, config in (("exact", EXACT), ("kivi-2", XQuantConfig.preset("kivi-2"))):
+        made[name] = copy.deepcopy(plain)
+        made[name].compile(backend="xquant", options={"config": config})
+    return plain, made
+
+
+def prompt(rows: int = 1, length: int = 20, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, ids, **more):
+    return model.generate(ids, **{"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **more})
+
+
+def test_generate_without_a_cache(models):
+    """The one line: what ``generate()`` makes by itself is quantized, and one graph serves all decode steps."""
+    plain, made = models
+    torch._dynamo.reset()
+    counters.clear()
+    out = generate(made["exact"], prompt(), return_dict_in_generate=True)
+    assert torch.equal(out.sequences, generate(plain, prompt()))
+    assert counters["stats"]["unique_graphs"] == 2
+    assert all(isinstance(layer.keys, GrowingKV) for layer in out.past_key_values.layers)
+    again = generate(made["exact"], prompt(seed=1))
+    assert torch.equal(again, generate(plain, prompt(seed=1))) and counters["stats"]["unique_graphs"] == 2
+
+
+def test_generate_is_as_with_an_xquant_cache(models):
+    plain, made = models
+    torch._dynamo.reset()
+    ids, config = prompt(length=300), XQuantConfig.preset("kivi-2")
+    out = generate(made["kivi-2"], ids, return_dict_in_generate=True, output_logits=True)
+    cache = XQuantCache(plain.config, 512, config)
+    want = generate(made["kivi-2"], ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True)
+    assert torch.equal(out.sequences, want.sequences)
+    torch.testing.assert_close(out.logits, want.logits, rtol=0, atol=2e-5)
+    mine, theirs = memory_report(out.past_key_values), memory_report(cache)
+    assert mine.parts | {"other": 0} == theirs.parts | {"other": 0}
+    assert mine.full_bytes < theirs.full_bytes  # of the 305 tokens that it has
+
+
+@pytest.mark.parametrize("more", [dict(num_beams=3), dict(prompt_lookup_num_tokens=3)])
+def test_generate_in_other_ways(models, more):
+    plain, made = models
+    torch._dynamo.reset()
+    ids = torch.cat([prompt()] * 2, 1)
+    assert torch.equal(generate(made["exact"], ids, **more), generate(plain, ids, **more))
+
+
+def test_rows_of_different_lengths(models):
+    plain, made = models
+    torch._dynamo.reset()
+    ids, mask = prompt(2), torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :7] = 0
+    mine, theirs = (generate(m, ids * mask, attention_mask=mask) for m in (made["exact"], plain))
+    assert torch.equal(mine, theirs)
+
+
+def test_a_chat(models):
+    """Turns of many tokens, past the room there is, a crop, and copies that go on apart."""
+    plain, made = models
+    torch._dynamo.reset()
+    results = []
+    for model in (made["exact"], plain):
+        cache, logits = DynamicCache(config=plain.config), []
+
+        def step(ids, model=model, logits=logits):
+            with torch.no_grad():
+                logits.append(model(ids, past_key_values=cache).logits[:, -1])  # noqa: B023
+
+        for length in (100, 1, 1, 40, 1, 450, 1):
+            step(prompt(length=length, seed=length))
+        cache.crop(-3)
+        step(prompt(length=1, seed=7))
+        cache = copy.deepcopy(cache)
+        step(prompt(length=1, seed=8))
+        results.append(torch.stack(logits))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+def test_rows_of_the_batch_stay_codes():
+    """Selected, repeated, dropped: the same codes, in a cache of its own, and the old one goes on."""
+    k = GrowingKV.of(Growth(layers_of(CONFIG, (2, *SHAPE[1:]), torch.float32)[0][0]))
+    x = torch.randn(2, 2, 200, 16, generator=torch.Generator().manual_seed(0))
+    k = torch.cat([k, x[:, :, :150]], dim=2)
+    k.live.group.drop()  # a chunk just written is read in full precision until then
+    before = k + 0
+    for rows, made in (
+        ([1, 0], k.index_select(0, torch.tensor([1, 0]))),
+        ([1], k[torch.tensor([1]), ...]),
+        ([1], k[torch.tensor([False, True])]),
+        ([0, 0, 1, 1], k[torch.tensor([0, 0, 1, 1])]),
+    ):
+        assert isinstance(made, GrowingKV) and torch.equal(made + 0, before[rows])
+        longer = torch.cat([made, x[rows, :, 150:]], dim=2)
+        assert torch.equal(longer + 0, (torch.cat([copy.deepcopy(k), x[:, :, 150:]], dim=2) + 0)[rows])
+    assert torch.equal(k + 0, before)

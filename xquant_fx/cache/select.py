@@ -1,0 +1,51 @@
+"""Batch rows of a whole cache, selected buffer by buffer, as beam search does it on caches that know no quantization.
+
+``keys.index_select(0, rows)`` on every buffer of a cache makes another cache of the same codes: nothing is dequantized,
+layers that share codes go on sharing them, and what all buffers have in common is selected once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+
+import torch
+from torch import Tensor
+
+from xquant_fx.cache.state import CacheGroup, KVState
+
+
+class Selection:
+    """The cache that ``rows`` (int64 [new batch]) of ``group`` become, made as its buffers ask for their part."""
+
+    def __init__(self, group: CacheGroup, rows: Tensor) -> None:
+        self.rows = rows
+        start = group.start.index_select(0, rows)
+        self.group = CacheGroup(group.plan, rows.shape[0], group.start.device, start)
+        self.group.faults.tensor.copy_(group.faults.tensor)
+        self.made: weakref.WeakKeyDictionary[KVState, KVState] = weakref.WeakKeyDictionary()
+        self.given: weakref.WeakSet[KVState] = weakref.WeakSet()
+
+    def part(self, state: KVState) -> KVState:
+        """What ``state`` becomes. A layer that borrows codes brings the one that lends them."""
+        if state in self.made:
+            return self.made[state]
+        lower = None if state.lower is None else self.part(state.lower)
+        spec = dataclasses.replace(state.spec, shape=(self.rows.shape[0], *state.spec.shape[1:]))
+        new = self.made[state] = KVState(spec, self.group, lower)
+        for name, tensor in new.owned.items():
+            old = state.owned[name]
+            tensor.copy_(old if name == "length" else old.index_select(0, self.rows))
+        return new
+
+
+def select(state: KVState, index: Tensor) -> KVState:
+    """Rows ``index`` [new batch] of ``state``, in one cache with what other states of its cache became by the same."""
+    group = state.group
+    rows = index.to(device=group.start.device, dtype=torch.int64)
+    known = group.selection
+    if not isinstance(known, Selection) or state in known.given or not torch.equal(known.rows, rows):
+        known = group.selection = Selection(group, rows)
+        group.collected.clear()  # the old cache goes as soon as its buffers are replaced
+    known.given.add(state)
+    return known.part(state)

@@ -1,0 +1,88 @@
+"""The first step of caches that grow by concatenation: their results leave the step quantized.
+
+The step attends to what an eager step would, in full precision. Behind each attention a node is put that quantizes
+the keys and values it read, and the graph returns what that node gives, so that at no time more than one layer's
+tokens are there in full precision (of a prompt; a cache that was filled by eager code brings its own).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from xquant_fx.cache.growing import GrowingKV, Growth, room_for
+from xquant_fx.cache.state import CacheGroup, KVState
+from xquant_fx.compiler.prompt_queries import queries_of, show_query
+from xquant_fx.passes.records import Buffer, Detection
+from xquant_fx.plan.plan import Plan
+
+
+class GrowingTakeover(torch.fx.Interpreter):
+    """Runs a step whose KV cache grows by concatenation and is in full precision yet, or empty."""
+
+    def __init__(self, detection: Detection) -> None:
+        super().__init__(detection.gm)
+        self.plans = detection.plans
+        self.queries = queries_of(detection)
+        self.quantizing = {_behind_attention(detection, buffer): buffer for buffer in detection.ordinary}
+        detection.gm.recompile()
+        self.caches: dict[int, _NewCache] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the step on these arguments, which hold a cache that was not seen before."""
+        self.caches = {}
+        return self.run(*args)
+
+    def run_node(self, n: Node) -> Any:
+        """Quantize, where a node says so."""
+        buffer = self.quantizing.get(n)
+        if buffer is None:
+            return super().run_node(n)
+        whole = self.env[buffer.node]
+        if buffer.group not in self.caches:
+            self.caches[buffer.group] = _NewCache(self.plans[buffer.group], whole)
+        state = self.caches[buffer.group].allocate(buffer, whole)
+        show_query(state, buffer.write.node, self.queries, self.env)
+        state.store(whole, torch.arange(whole.shape[2], device=whole.device))
+        state.group.drop()  # nobody reads the prompt in full precision any more
+        return GrowingKV.of(Growth(state, whole.shape[2]))
+
+
+class _NewCache:
+    """The states of one cache, allocated one by one in the order of the program."""
+
+    def __init__(self, plan: Plan, like: Tensor) -> None:
+        self.plan = plan
+        self.group = CacheGroup(plan, like.shape[0], like.device)
+        self.states: dict[tuple[int, str], KVState] = {}
+
+    def allocate(self, buffer: Buffer, like: Tensor) -> KVState:
+        """An empty state for what ``like`` [B, H, T, D] holds."""
+        entry = self.plan.layers[buffer.layer].of(buffer.role)
+        lower = None if entry.partner is None else self.states.get((entry.partner, buffer.role))
+        batch, heads, tokens, dim = like.shape
+        shape = (batch, heads, room_for(tokens), dim)
+        spec = entry.bind(buffer.layer, shape, like.dtype, None if lower is None else lower.spec)
+        state = KVState(spec, self.group, lower if spec.borrowed else None)
+        self.states[buffer.layer, buffer.role] = state
+        return state
+
+
+def _behind_attention(detection: Detection, buffer: Buffer) -> Node:
+    """A node behind the last attention that reads ``buffer``, which the graph returns in its place."""
+    graph, grown = detection.gm.graph, buffer.node
+    readers = {site.attention.value_reader for site in detection.sites if grown in site.buffers}
+    last = next(node for node in reversed(graph.nodes) if node in readers)
+    with graph.inserting_after(last):
+        node = graph.call_function(_stands_for, (grown,))
+    output = graph.output_node()
+    output.args = map_arg(output.args, lambda n: node if n is grown else n)
+    return node
+
+
+def _stands_for(whole: Tensor) -> Tensor:
+    raise AssertionError("run by GrowingTakeover")

@@ -1,0 +1,36 @@
+"""Telling people what stays in full precision: a warning for each reason, an error under ``strict``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from xquant_fx.compiler.options import Request
+from xquant_fx.errors import NotRewrittenError
+from xquant_fx.passes.records import Site
+from xquant_fx.warn_once import warn_once
+
+log = logging.getLogger(__name__)
+
+
+def report_left(sites: tuple[Site, ...], request: Request) -> None:
+    """Log every site; warn once per reason, or raise under strict, where a KV cache is left alone."""
+    for number, site in enumerate(sites):
+        kind, name = site.attention.kind, site.buffer_name
+        log.info("attention %d (%s, %s): %s", number, kind, name, site.reason or "quantized")
+        if site.rewritable and site.dequantized:
+            log.info("attention %d (%s) reads dequantized keys and values: %s", number, name, site.dequantized)
+    report_buffers([(site.buffer_name, site.reason) for site in sites if site.stays_ordinary], request)
+
+
+def report_buffers(left: Sequence[tuple[str, str]], request: Request) -> None:
+    """Warn once per reason, or raise under strict; ``left`` has names of KV caches and why they are left alone.
+
+    Raises:
+        NotRewrittenError: under ``strict``, if there are any.
+    """
+    if left and request.strict:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in left)
+        raise NotRewrittenError(f"strict=True: {len(left)} KV cache(s) are not quantized:\n{lines}")
+    for name, reason in left:
+        warn_once(f"KV cache {name} stays in full precision: {reason}", key=reason)

@@ -1,0 +1,142 @@
+"""What must be proven of an ordinary buffer before it is taken over, at every call: a graph serves many buffers.
+
+The quantized buffer holds the tokens before the first new one and nothing else. So nobody else may see the buffer, what
+lies at the first new position and behind it must be zeros, what lies before it must not, and the new tokens must follow
+one another. A rotating buffer, memory slots, or a cache that was not emptied break one of these rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from xquant_fx.cache.left import why_left
+from xquant_fx.cache.storage import share_storage, why_not_alone
+from xquant_fx.passes.facts import Facts
+from xquant_fx.passes.foresight import foresee, foresee_value
+from xquant_fx.passes.forms import NOT_SEEN
+from xquant_fx.passes.match_decode import masks_of
+from xquant_fx.passes.records import Foresight, Site, Write
+from xquant_fx.passes.trace import value_of
+
+
+class Call:
+    """The arguments of one call of a graph, and the positions that it is going to write to.
+
+    Args:
+        gm: the graph.
+        given: placeholders to arguments.
+        foresights: how positions are computed, by the nodes that write; what is not there yet is found out.
+        originals: tensors whose copies are among the arguments, by the ids of the copies.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        given: Mapping[Node, Any],
+        foresights: Mapping[Node, Foresight] | None = None,
+        originals: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        self.gm, self.given, self.originals = gm, given, originals or {}
+        self.foresights = dict(foresights or {})
+        self.known: dict[tuple[tuple[Node, ...], tuple[object, ...]], tuple[Any, ...]] = {}
+
+    def refuse(self, node: Node, what: str, facts: Facts) -> str:
+        """Why the buffer of the placeholder ``node``, appended to once, cannot be taken over; "" if it can."""
+        (write,) = facts.writes_to(node)
+        self.foresights[write.node] = foresee(write, facts)
+        reason = self.why_not(node, write)
+        return f"{what}: {reason}" if reason else ""
+
+    def why_not(self, node: Node, write: Write) -> str:
+        """As ``refuse``, of a write whose positions can be foreseen already."""
+        buffer = self.given.get(node)
+        if type(buffer) is not Tensor:
+            return ""
+        reason = why_left(buffer) or self._why_seen(buffer) or self.foresight_of(write).reason
+        return reason or why_not_appended(buffer, self.positions(write))
+
+    def _why_seen(self, buffer: Tensor) -> str:
+        buffer = self.originals.get(id(buffer), buffer)
+        others = [self.originals.get(id(t), t) for t in self.given.values() if type(t) is Tensor]
+        if any(share_storage(other, buffer) for other in others if other is not buffer):
+            return "another input shares the buffer's memory and would not see what is appended"
+        why = why_not_alone(buffer)
+        return f"{why}, which would not see what is appended" if why else ""
+
+    def foresight_of(self, write: Write) -> Foresight:
+        """How the positions of ``write`` are known ahead."""
+        return self.foresights[write.node]
+
+    def first_position(self, write: Write) -> int | None:
+        """The first position of ``write``; None where the arguments are no real ones."""
+        is_real = type(self.given.get(write.buffer)) is Tensor
+        return self.positions(write)[0] if is_real and not self.foresight_of(write).reason else None
+
+    def hides_the_rest(self, site: Site, facts: Facts) -> bool:
+        """Whether a mask of ``site`` hides all tokens behind those that the site's append of keys brings."""
+        write = site.key_write
+        if write is None:
+            return False
+        self.foresights[write.node] = foresee(write, facts)
+        after, length = self.positions(write)[-1] + 1, value_of(write.buffer).shape[2]
+        for term in masks_of(site.attention, site.key, site.value):
+            foresight = foresee_value(term.node, site.attention.value_reader, facts)
+            mask = None if foresight.reason else _computed(self.gm, foresight, self.given)[0]
+            if mask is None or mask.dim() == 0 or mask.shape[-1] != length:
+                continue
+            rest = mask[..., after:]
+            hidden = rest * term.factor <= NOT_SEEN if term.fill is None else rest == term.where
+            if bool(hidden.all()):
+                return True
+        return False
+
+    def positions(self, write: Write) -> list[int]:
+        """The positions that ``write`` is going to write to, computed on copies of the arguments."""
+        foresight = self.foresight_of(write)
+        key = foresight.nodes, foresight.bounds
+        if key not in self.known:
+            self.known[key] = _computed(self.gm, foresight, self.given)
+        values = self.known[key]
+        if isinstance(write.positions, slice):
+            return list(range(int(values[0]), int(values[1])))
+        return [int(p) for p in values[0].reshape(-1).tolist()]
+
+
+def _computed(gm: GraphModule, foresight: Foresight, given: Mapping[Node, Any]) -> tuple[Any, ...]:
+    run = Interpreter(gm)
+    with torch.no_grad():
+        for node in foresight.nodes:
+            if node.op == "placeholder":
+                value = given[node]
+                run.env[node] = value.clone() if isinstance(value, Tensor) else value
+            else:
+                run.env[node] = run.run_node(node)
+    return tuple(run.env[bound] if isinstance(bound, Node) else bound for bound in foresight.bounds)
+
+
+def why_not_appended(buffer: Tensor, positions: list[int]) -> str:
+    """Why writing to ``positions`` is no append to ``buffer`` [B, H, N, D], as far as its contents say."""
+    first, length = positions[0] if positions else 0, buffer.shape[2]
+    if not positions or positions != list(range(first, first + len(positions))) or first < 0:
+        return f"positions {_short(positions)} are no tokens that follow one another"
+    if positions[-1] >= length:
+        return f"positions {_short(positions)} are past the end of a buffer of {length} tokens"
+    written = (buffer[:, :, :first] != 0).any(3).any(1).any(0)
+    if not bool(written.all()):
+        gap = int(written.logical_not().nonzero()[0, 0])
+        return f"the buffer is empty at position {gap}, before the first that is written, {first} (memory slots?)"
+    if bool(buffer[:, :, first:].any()):
+        return (
+            f"the buffer holds numbers at or behind position {first}, the first that is written (a rotating buffer, "
+            "memory slots, or a cache that was not emptied: fill it with zeros first)"
+        )
+    return ""
+
+
+def _short(positions: list[int]) -> str:
+    return str(positions) if len(positions) <= 6 else f"[{', '.join(map(str, positions[:5]))}, ...]"

@@ -1,0 +1,88 @@
+"""Steps that write over tokens of a cache that was taken over.
+
+A new sequence may begin at position 0, without anything having emptied the buffers, or the last tokens are taken back.
+Or the buffer rotates, or its tokens are slots in any order, and the old ones are still meant to be seen. The masks
+tell: those of a sequence hide all that lies behind its new tokens. Where they do not, or where there is none, the
+buffers are given back, before anything is written.
+
+Positions that the program passes in on the CPU are looked at before each step. Others are not: computed ones, and those
+on a device that would have to be waited for. There the kernels find the fault (``Fault.RESTARTED``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.state import KVState
+from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
+from xquant_fx.compiler.give_back import give_back, groups_of
+from xquant_fx.compiler.options import Request
+from xquant_fx.compiler.proof import Call
+from xquant_fx.passes.facts import Facts
+from xquant_fx.passes.records import Detection
+
+Judge = Callable[[GraphModule, list[Any], Request], Detection]
+REASON = "a position was written to anew while tokens behind it are attended to (a rotating buffer, or slots?)"
+
+
+class Restarts:
+    """Looks at the positions of a compiled graph before each of its steps."""
+
+    def __init__(self, gm: GraphModule, found: Detection, request: Request, judge: Judge) -> None:
+        self.gm, self.request, self.judge = gm, request, judge
+        places = {node: i for i, node in enumerate(n for n in found.gm.graph.nodes if n.op == "placeholder")}
+        self.written: dict[int | None, list[int]] = {}
+        """Argument index of the first position (None: it is 0) to those of the buffers."""
+        for write in found.writes:
+            first = write.positions.start if isinstance(write.positions, slice) else write.positions
+            place = places.get(first) if isinstance(first, Node) else (None if first == 0 else -1)
+            if place != -1 and not (place is None and isinstance(first, Node)):
+                self.written.setdefault(place, []).append(places.get(write.buffer, -1))
+
+    @property
+    def graph(self) -> Callable[..., Any]:
+        """The graph as it was, to be run on buffers that were given back."""
+        forward: Callable[..., Any] = self.gm.forward
+        return forward
+
+    def give_back(self, args: tuple[Any, ...]) -> bool:
+        """Whether the step goes on with old tokens behind its own; then the buffers are ordinary ones again.
+
+        Where a new sequence begins the cache is emptied.
+        """
+        back: dict[int, list[KVState]] = {}
+        for place, buffers in self.written.items():
+            first = 0 if place is None else _first(args[place])
+            states = [args[i].live for i in buffers if i >= 0 and isinstance(args[i], QuantizedKV)]
+            if first is not None and states and states[0].group.taken_over and first < states[0].length:
+                back.setdefault(first, []).extend(states)
+        if not back:
+            return False
+        if self._hides_old(args):
+            for state in back.get(0, ()):
+                state.reset()
+            return False
+        give_back(groups_of(args), REASON, self.request)
+        forget_compiled_frame()
+        return True
+
+    def _hides_old(self, args: tuple[Any, ...]) -> bool:
+        """Whether the masks of all attentions hide all tokens behind the new ones."""
+        found = self.judge(self.gm, list(args), self.request)
+        graph = found.gm.graph
+        given = dict(zip((n for n in graph.nodes if n.op == "placeholder"), args, strict=True))
+        call, facts = Call(found.gm, given), Facts(graph)
+        sites = [site for site in found.sites if site.is_quantized]
+        return all(call.hides_the_rest(site, facts) for site in sites)
+
+
+def _first(positions: Any) -> int | None:
+    """The first position; None where it is on a device that would have to be waited for."""
+    if isinstance(positions, Tensor):
+        return int(positions.reshape(-1)[0]) if positions.device.type == "cpu" else None
+    return positions if isinstance(positions, int) else None
