@@ -164,7 +164,7 @@ class Keys:
         n = (2 ** self.widths(importance))[:, :, None, None].float() - 1
         if self.exact_scales:
             return exact_read(grouped, valid, n).flatten(2, 3)
-        codes, scale, mid = quantize_up_to(grouped, valid, center, n)
+        codes, scale, mid = quantize_up_to(grouped, valid, center, n, torch.uint8)
         return (decode_scale(scale) * (codes - n / 2 + decode_mid(mid)) + center).flatten(2, 3)
 
 

@@ -1,12 +1,13 @@
-"""Scales and mid points in 8 bits, without a range to be found first.
+"""Scales and mid points in 8 bits, without a range to be found first; or in 16, as a choice.
 
     scale       5 bits of exponent, 3 of mantissa, no sign: a float16 cut to 8 bits, in units of SCALE_UNIT.
                 From 2**-19 (2**-22 less precisely) to 1920, to within 1/16; 0xFF is NaN.
     mid point   1 bit of sign, 4 of exponent, 3 of mantissa, in units of the scale it stands beside: |mid| up to
                 480 scales, to within 1/16 of itself or 2**-11 scales.
 
-Both decode by one shift to float16, on any device. (An e4m3 scale would need a power of two per layer, which has to
-be known before the first token is stored; these need nothing.)
+In 16 bits both are float16: the scale as it is, the mid point in units of the scale. What is stored says by its dtype
+what it is. The bytes decode by one shift to float16, on any device. (An e4m3 scale would need a power of two per layer,
+which has to be known before the first token is stored; these need nothing.)
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ SCALE_UNIT = 2.0**-5
 MID_UNIT = 256.0
 #: Largest mid point, in scales.
 LARGEST_MID = 480.0
+#: What they may be stored as: the bytes above, or float16. The first is the default.
+DTYPES = (torch.uint8, torch.float16)
 _NAN = 0xFF
 _DROPPED = 7  # mantissa bits of a float16 that are not kept
 
@@ -34,25 +37,34 @@ def _half(bits: Tensor) -> Tensor:
     return bits.to(torch.int16).view(torch.float16).to(torch.float32)
 
 
-def encode_scale(scale: Tensor) -> Tensor:
-    """uint8 of float32 ``scale`` >= 0; NaN, infinity and what is too large become NaN."""
+def encode_scale(scale: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """float32 ``scale`` >= 0 as ``dtype``, one of DTYPES; NaN, infinity and what is too large become NaN."""
+    if dtype == torch.float16:
+        half = scale.to(dtype)
+        return torch.where(half < torch.inf, half, torch.nan)
     code = _rounded((scale / SCALE_UNIT).to(torch.float16).nan_to_num(torch.inf))
     return torch.where(code >= 0xF8, _NAN, code).to(torch.uint8)
 
 
 def decode_scale(code: Tensor) -> Tensor:
-    """float32 of uint8 ``code``."""
+    """float32 of a stored scale."""
+    if code.dtype == torch.float16:
+        return code.to(torch.float32)
     return _half(code.to(torch.int32) << _DROPPED) * SCALE_UNIT
 
 
-def encode_mid(mid: Tensor) -> Tensor:
-    """uint8 of float32 ``mid``, in scales; beyond LARGEST_MID the largest, NaN is 0 (the scale says NaN)."""
+def encode_mid(mid: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """float32 ``mid``, in scales, as ``dtype``; beyond LARGEST_MID the largest, NaN is 0 (the scale says NaN)."""
+    if dtype == torch.float16:
+        return mid.nan_to_num(0.0).clamp(-LARGEST_MID, LARGEST_MID).to(dtype)
     code = _rounded((mid.abs().nan_to_num(0.0) / MID_UNIT).clamp_max(LARGEST_MID / MID_UNIT).to(torch.float16))
     return (code.clamp_max(0x7F) | ((mid < 0).to(torch.int32) << 7)).to(torch.uint8)
 
 
 def decode_mid(code: Tensor) -> Tensor:
-    """float32 of uint8 ``code``, in scales."""
+    """float32 of a stored mid point, in scales."""
+    if code.dtype == torch.float16:
+        return code.to(torch.float32)
     code = code.to(torch.int32)
     magnitude = _half((code & 0x7F) << _DROPPED) * MID_UNIT
     return torch.where(code >= 0x80, -magnitude, magnitude)

@@ -1,4 +1,4 @@
-"""Scales and mid points in 8 bits (``small_floats.py``) in Triton: bytes to float32, float32 to bytes."""
+"""Scales and mid points (``small_floats.py``) in Triton: bytes or float16 to float32, and back."""
 
 from __future__ import annotations
 
@@ -28,29 +28,57 @@ def byte_of_half(x):
 
 
 @triton.jit
-def decode_scale(code):
-    """float32 of uint8 ``code``."""
-    return half_of_byte(code) * UNIT_OF_SCALES
+def decode_scale(scale):
+    """float32 of a stored scale."""
+    if scale.dtype == tl.uint8:
+        return half_of_byte(scale) * UNIT_OF_SCALES
+    else:
+        return scale.to(tl.float32)
 
 
 @triton.jit
-def decode_mid(code):
-    """float32 of uint8 ``code``, in scales."""
-    magnitude = half_of_byte(code & 0x7F) * UNIT_OF_MIDS
-    return tl.where(code >= 0x80, -magnitude, magnitude)
+def scale_in_units(scale):
+    """The same in units of which a scale of uint8 is a float16."""
+    return half_of_byte(scale) if scale.dtype == tl.uint8 else scale.to(tl.float32)
 
 
 @triton.jit
-def encode_scale(scale):
-    """uint8 of float32 ``scale`` >= 0; NaN, infinity and what is too large become NaN."""
+def largest_exponent(scales):
+    """The largest exponent of ``scale_in_units``, as a float16 has it: with a bias of 15."""
+    if scales.dtype == tl.uint8:
+        return tl.max(scales.to(tl.int32), 0) >> 3
+    else:
+        return tl.max(scales.to(tl.int16, bitcast=True).to(tl.int32), 0) >> 10
+
+
+@triton.jit
+def decode_mid(mid):
+    """float32 of a stored mid point, in scales."""
+    if mid.dtype == tl.uint8:
+        magnitude = half_of_byte(mid & 0x7F) * UNIT_OF_MIDS
+        return tl.where(mid >= 0x80, -magnitude, magnitude)
+    else:
+        return mid.to(tl.float32)
+
+
+@triton.jit
+def encode_scale(scale, DTYPE: tl.constexpr):
+    """float32 ``scale`` >= 0 as DTYPE, uint8 or float16; NaN, infinity and what is too large become NaN."""
     known = scale == scale
-    code = byte_of_half(tl.where(known, scale * SCALES_OF_UNIT, 0.0))
-    return tl.where(known & (code < 0xF8), code, 0xFF).to(tl.uint8)
+    if tl.uint8 == DTYPE:
+        code = byte_of_half(tl.where(known, scale * SCALES_OF_UNIT, 0.0))
+        return tl.where(known & (code < 0xF8), code, 0xFF).to(tl.uint8)
+    else:
+        half = scale.to(tl.float16)
+        return tl.where(known & (half.to(tl.float32) < float("inf")), half.to(tl.float32), float("nan")).to(tl.float16)
 
 
 @triton.jit
-def encode_mid(mid):
-    """uint8 of float32 ``mid``, in scales; beyond the largest the largest, NaN is 0."""
+def encode_mid(mid, DTYPE: tl.constexpr):
+    """float32 ``mid``, in scales, as DTYPE; beyond the largest the largest, NaN is 0."""
     magnitude = tl.minimum(tl.where(mid == mid, tl.abs(mid), 0.0), LARGEST_OF_MIDS)
-    code = tl.minimum(byte_of_half(magnitude * MIDS_OF_UNIT), 0x7F)
-    return (code | tl.where(mid < 0, 0x80, 0)).to(tl.uint8)
+    if tl.uint8 == DTYPE:
+        code = tl.minimum(byte_of_half(magnitude * MIDS_OF_UNIT), 0x7F)
+        return (code | tl.where(mid < 0, 0x80, 0)).to(tl.uint8)
+    else:
+        return tl.where(mid < 0, -magnitude, magnitude).to(tl.float16)

@@ -21,10 +21,10 @@ import itertools
 import math
 from typing import NamedTuple
 
-from xquant_fx.kernels.packing import WORD_BITS, codes_per_word
+from xquant_fx.kernels.packing import FIELD_WIDTHS, WORD_BITS, codes_per_word
 
 #: Widths of planes, widest first.
-PLANE_WIDTHS = (4, 2, 1)
+PLANE_WIDTHS = FIELD_WIDTHS[1:]
 #: Mean squared error of a uniform quantizer of 0, 1, 2 ... 7 bits on a unit Gaussian.
 DISTORTION = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.00349, 0.00104, 0.0003)
 #: How many times more the first channel matters than the last, typically.

@@ -10,9 +10,13 @@ CASES: dict[str, dict[str, Any]] = {
     "float32": dict(dtype="float32"),
     "float16": dict(),
     "bfloat16": dict(dtype="bfloat16"),
-    **{f"keys {k}, values {v} bits": dict(k_bits=k, v_bits=v) for k, v in ((1, 1), (1, 8), (2, 2), (4, 2), (8, 1))},
+    **{
+        f"keys {k}, values {v} bits": dict(k_bits=k, v_bits=v)
+        for k, v in ((1, 1), (1, 8), (2, 2), (3, 3), (4, 2), (8, 1))
+    },
     "4 bits, float32": dict(k_bits=4, v_bits=4, dtype="float32"),
     "8 bits, float32": dict(k_bits=8, v_bits=8, dtype="float32", query=2),
+    "3 bits, float32, head_dim 40": dict(k_bits=3, v_bits=3, dtype="float32", dim=40),
     "one query head": dict(group=1, kv_heads=2),
     "3 query tokens": dict(query=3, mask="padded"),
     "8 query tokens": dict(query=8, group=1),
@@ -64,6 +68,7 @@ CASES: dict[str, dict[str, Any]] = {
     "the default lengths": dict(past=400, max_len=420, residual=128, k_group=128, dim=128),
     "groups of 128 in blocks of 256": dict(past=300, max_len=420, residual=256, k_group=128, dtype="float32"),
     "groups below a tile": dict(k_group=8, v_group=16),
+    "groups below a tile, 3 bits": dict(k_group=8, v_group=16, k_bits=3, v_bits=3, dim=48, dtype="float32"),
     "groups of one": dict(k_group=1, v_group=8, residual=20, dtype="float32"),
     "odd groups": dict(k_group=24, residual=24, v_group=32),
     "small groups, sink tokens": dict(k_group=4, residual=12, v_group=16, sinks=5, start=(3,)),
@@ -91,6 +96,9 @@ RANKED_SPOILED = {
     f"ranked, {what}": dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated", spoil=what, kv_heads=2)
     for what in ("key.scale", "key.center", "value.scale")
 }
+RANKED_SPOILED |= {
+    f"{name}, float16 scales": dict(case, scale_dtype="float16") for name, case in RANKED_SPOILED.items()
+}
 
 
 RANKED: dict[str, Any] = dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated", residual=64)
@@ -103,7 +111,16 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
         "ranked, bfloat16": dict(dtype="bfloat16", v_bits=2),
         **{
             f"ranked, head_dim {dim}, keys {k}, values {v} bits": dict(dim=dim, k_bits=k, v_bits=v)
-            for dim, k, v in ((64, 1.5, 2), (64, 3, 1), (80, 2, 1), (96, 1.5, 2), (128, 2, 2), (128, 1, 1), (128, 4, 4))
+            for dim, k, v in (
+                (64, 1.5, 2),
+                (64, 3, 1),
+                (80, 2, 1),
+                (96, 1.5, 2),
+                (128, 2, 2),
+                (128, 1, 1),
+                (128, 4, 4),
+                (64, 2, 3),
+            )
         },
         "ranked, head_dim 8": dict(dim=8, k_bits=4, v_bits=8, group=2),
         "ranked, head_dim 48, values 24": dict(dim=48, v_dim=24, k_bits=2.5, dtype="float32"),
@@ -133,6 +150,10 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
         "ranked, one token outweighs all others": dict(
             peak=11.2, past=1500, max_len=1520, k_group=64, v_bits=2, kv_heads=2, group=2
         ),
+        "ranked, values of 3 bits, groups of channels, float32": dict(v_group=16, v_bits=3, dtype="float32", sinks=4),
+        "ranked, float16 scales": dict(scale_dtype="float16", v_bits=2, batch=2, start=(0, 9), mask="padded"),
+        "ranked, float16 scales, float32": dict(scale_dtype="float16", v_bits=3, k_bits=1.5, dtype="float32"),
+        "ranked, float16 scales, groups of channels": dict(scale_dtype="float16", v_group=16, v_bits=2, loud=100.0),
         "ranked, loud channels": dict(loud=100.0, scale=1e-3),
         "ranked, quiet values": dict(loud=1e-3, scale=2.0, v_bits=2),
     }.items()

@@ -46,7 +46,7 @@ class Setup:
     softcap: float = 0.0
     window: int = 0
     scale: float | None = None
-    scale_dtype: str = "float16"
+    scale_dtype: str | None = None
     loud: float = 1.0
     spoil: str = ""
     peak: float = 0.0
@@ -66,7 +66,8 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
     config = XQuantConfig(
         k_scheme=s.k_scheme, v_scheme=s.v_scheme,
         k_bits=s.k_bits, v_bits=s.v_bits, share_values_from=None, k_group_size=s.k_group, v_group_size=s.v_group,
-        residual_length=s.residual, sink_tokens=s.sinks, scale_dtype=getattr(torch, s.scale_dtype),
+        residual_length=s.residual, sink_tokens=s.sinks,
+        scale_dtype=None if s.scale_dtype is None else getattr(torch, s.scale_dtype),
     )  # fmt: skip
     shape = (s.batch, s.kv_heads, s.max_len, dim)
     state = layers_of(config, shape, s.torch_dtype, start=start)[0][side == "value"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 U = 2.0**-24
 TINY = 2.0**-149
-BITS = (1, 2, 4, 8)
+BITS = (1, 2, 3, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = {torch.float32: 2.0**127, torch.bfloat16: 2.0**127, torch.float16: 65504.0}
 

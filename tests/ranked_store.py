@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.packing import code_planes
 
 Append = Callable[[KVState, Tensor, Tensor], None]
 
@@ -32,11 +33,21 @@ RANKED: dict[str, dict[str, Any]] = {
         f"values, head_dim {dim}, groups of {group}, {bits} bits": dict(
             side="value", **{**RANKED_SHAPE, "dim": dim, "group": group, "bits": bits}
         )
-        for dim, group, bits in ((64, 64, 2), (80, 80, 1), (96, 24, 2), (24, 24, 4), (128, 128, 1), (16, 16, 8))
+        for dim, group, bits in (
+            (64, 64, 2),
+            (80, 80, 1),
+            (96, 24, 2),
+            (24, 24, 4),
+            (128, 128, 1),
+            (16, 16, 8),
+            (64, 32, 3),
+        )
     },
     "keys, sinks, padding": dict(side="key", sinks=5, padding=[0, 20], **{**RANKED_SHAPE, "batch": 2, "bits": 1.5}),
     "keys, as the queries say": dict(side="key", energy=True, dtype="float16", heads=2, **RANKED_SHAPE),
     "keys, chunks": dict(side="key", script=[50, 3, 8, 8, 0, 8, 8, 8, 8, 8, 8, 4], **RANKED_SHAPE),
+    "keys, float16 scales": dict(side="key", scale_dtype="float16", **{**RANKED_SHAPE, "bits": 2.5}),
+    "values, float16 scales": dict(side="value", scale_dtype="float16", **{**RANKED_SHAPE, "bits": 3, "group": 32}),
     "keys, several groups a step": dict(side="key", **{**RANKED_SHAPE, "residual": 4, "group": 2}),
     "keys, odd groups": dict(side="key", **{**RANKED_SHAPE, "residual": 24, "group": 12}),
     "values, sinks": dict(side="value", sinks=5, padding=[3], dtype="float16", **{**RANKED_SHAPE, "group": 32}),
@@ -106,9 +117,13 @@ def by_tensor(case: Case, ours: KVState, theirs: KVState, past: int) -> dict[str
     for name in ("scale", "zero"):
         x, y = ours.tensor(name), theirs.tensor(name)
         if x is not None:
-            x, y = (read(case, name, t, limit).int() for t in (x, y))
-            sign = (x ^ y) & 0x80 if name == "zero" else torch.zeros_like(x)
-            off = torch.where(sign > 0, (x & 0x7F) + (y & 0x7F), (x - y).abs())
+            x, y = (read(case, name, t, limit) for t in (x, y))
+            top = 0x80
+            if x.dtype == torch.float16:
+                x, y, top = x.nan_to_num(65504.0).view(torch.int16), y.nan_to_num(65504.0).view(torch.int16), 0x8000
+            x, y = x.int() & (2 * top - 1), y.int() & (2 * top - 1)
+            sign = (x ^ y) & top if name == "zero" else torch.zeros_like(x)
+            off = torch.where(sign > 0, (x & (top - 1)) + (y & (top - 1)), (x - y).abs())
             found[name], found[f"{name}s"] = int(off.max() if limit else 0), int((off > 0).sum())
     if case.side == "key" and limit:
         x, y = ours.tensor("center"), theirs.tensor("center")
@@ -129,4 +144,9 @@ def read(case: Case, name: str, tensor: Tensor, limit: int) -> Tensor:
         return tensor
     if case.side == "key":
         return tensor[..., :limit] if name == "codes" else tensor[:, :, : limit // case.group]
-    return tensor[:, :, : limit * int(case.bits) // 32] if name == "codes" else tensor[..., :limit]
+    if name == "codes":  # whole words of each plane
+        parts = [
+            tensor[:, :, p.first :][:, :, : limit * p.width // 32] for p in code_planes(case.bits, tensor.shape[2])
+        ]
+        return torch.cat(parts, 2)
+    return tensor[..., :limit]

@@ -85,7 +85,7 @@ class Side:
         else:
             eta = {1: self.config.eta_1bit, 2: self.config.eta_2bit}.get(self.bits, 0.0)
             scale, zero = (1 - 2 * eta) * step, low + eta * step * n
-        scale, zero = (t.to(self.config.scale_dtype).float() for t in (scale, zero))
+        scale, zero = (t.to(self.config.scale_dtype or torch.float16).float() for t in (scale, zero))
         return codes, codes * scale + zero
 
     def _fit(self, x, c, valid, dim):
@@ -176,17 +176,23 @@ class ReferenceCache(Cache):
 
 def codes_reader(state):
     """A function that reads codes out of the packed words, bit by bit as kernels/packing.py says."""
-    bits = state.spec.bits
-    per = 32 // bits
+    bits, is_key = state.spec.bits, state.spec.role == "key"
+
+    def field(words, width, along, across):
+        per = 32 // width
+        r = along % per
+        shift = 8 * (r % 4) + width * (r // 4)
+        return (words[:, :, along // per][:, :, :, across] >> shift[:, None]) & (2**width - 1)
 
     def read(t0, t1, c0, c1):
         words = state.tensor("codes").to(torch.int64) & 0xFFFFFFFF
         tokens, channels = torch.arange(t0, t1), torch.arange(c0, c1)
-        along, across = (channels, tokens) if state.spec.role == "key" else (tokens, channels)
-        r = along % per
-        shift = 8 * (r % 4) + bits * (r // 4)
-        picked = words[:, :, along // per][:, :, :, across] >> shift[:, None]
-        picked = picked & (2**bits - 1)
-        return picked.transpose(2, 3) if state.spec.role == "key" else picked
+        along, across = (channels, tokens) if is_key else (tokens, channels)
+        if bits == 3:  # the upper two bits of all codes, then the lowest
+            first = math.ceil(state.spec.shape[3] / 16) if is_key else words.shape[2] * 2 // 3
+            picked = 2 * field(words[:, :, :first], 2, along, across) + field(words[:, :, first:], 1, along, across)
+        else:
+            picked = field(words, bits, along, across)
+        return picked.transpose(2, 3) if is_key else picked
 
     return read

@@ -39,7 +39,7 @@ class Case:
     shared: bool = True
     sinks: int = 0
     padding: tuple[int, ...] = ()
-    scale_dtype: torch.dtype = torch.float16
+    scale_dtype: torch.dtype | None = None
     scale: float = 1.0
 
     @property
@@ -50,6 +50,8 @@ class Case:
     def config(self) -> XQuantConfig:
         share = 0 if self.shared and not self.ranked else None
         schemes = dict(k_scheme="per_channel", v_scheme="per_token", k_bits=1, v_bits=1)
+        if self.ranked:  # of the other side, which nobody looks at
+            schemes |= dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated")
         if self.side == "key":
             schemes |= dict(k_scheme="per_channel_ranked" if self.ranked else "per_channel", k_bits=self.bits)
         else:
@@ -144,8 +146,16 @@ class Reference:
         self.values, self.allowed = (t.flatten(split[0], split[0] + 1) for t in (values, allowed))
 
     def read_codes(self, words: Tensor, limit: int) -> Tensor:
-        """[B, H, limit, D]: code r of a word is in byte r % 4, at bit ``bits * (r // 4)`` of it."""
-        bits, key = self.case.bits, self.case.side == "key"
+        """[B, H, limit, D]; 3 bits: the upper two of all codes, then the lowest of all."""
+        if self.case.bits != 3:
+            return self.read_plane(words, limit, self.case.bits)
+        first = math.ceil(self.case.dim / 16) if self.case.side == "key" else words.shape[2] * 2 // 3
+        high, low = words[:, :, :first], words[:, :, first:]
+        return 2 * self.read_plane(high, limit, 2) + self.read_plane(low, limit, 1)
+
+    def read_plane(self, words: Tensor, limit: int, bits: int) -> Tensor:
+        """[B, H, limit, D]: field r of a word is in byte r % 4, at bit ``bits * (r // 4)`` of it."""
+        key = self.case.side == "key"
         r = torch.arange(self.case.dim if key else limit)
         words = words.long().transpose(2, 3) if key else words.long()
         at = 8 * (r % (32 // bits) % 4) + bits * (r % (32 // bits) // 4)
@@ -169,5 +179,7 @@ class Reference:
         self._near(zero, mean_x - fitted * mean_c, off + off_scale * mean_c)
 
     def _near(self, stored: Tensor, exact: Tensor, off: Tensor) -> None:
-        wrong = ~((stored - exact).abs() <= off + storage_slack(exact.abs() + off, self.case.scale_dtype))
+        wrong = ~(
+            (stored - exact).abs() <= off + storage_slack(exact.abs() + off, self.case.scale_dtype or torch.float16)
+        )
         assert not wrong.any(), f"{stored[wrong]} for {exact.expand(stored.shape)[wrong]}"

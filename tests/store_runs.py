@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xquant_fx import ops
 from xquant_fx.cache.state import KVState
+from xquant_fx.kernels.faults import may_wrap
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.shared_code_load.arguments import STORED
@@ -102,7 +103,8 @@ class ThroughOps(ThroughState):
         return self._load(state, state.tensor("ring"), length, 0, None)
 
     def rollback(self, layer: int, length: int) -> None:
-        if length == 0 and self.states[layer].length == self.states[layer].spec.shape[2]:
+        state = self.states[layer]
+        if length == 0 and may_wrap(state.length, 1, state.spec.shape[2]):  # an op would take it for a fault
             super().rollback(layer, length)
 
     def _load(self, state: KVState, ring: Tensor | None, past: int, new: int, x: Tensor | None) -> Tensor:

@@ -101,7 +101,7 @@ def test_widths_fill_whole_words():
     assert widths_of("key", "per_channel_ranked", 64) == (1, 1.5, 2, 2.5, 3, 4)
     assert widths_of("key", "per_channel_ranked", 32) == (1, 2, 3, 4)
     assert widths_of("key", "per_channel_ranked", 16) == (2, 4)
-    assert widths_of("value", "per_token_rotated", 16) == widths_of("key", "per_channel", 16) == (1, 2, 4)
+    assert widths_of("value", "per_token_rotated", 16) == widths_of("key", "per_channel", 16) == (1, 2, 3, 4)
 
 
 def test_losses_between_and_beyond_what_was_measured():

@@ -26,10 +26,10 @@ SHAPE = (1, 2, 64, 16)
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(k_bits=3, k_scheme="per_channel"), r"k_bits must be one of \(1, 2, 4, 8, 16\) .*per_channel.* got 3"),
+        (dict(k_bits=5, k_scheme="per_channel"), r"k_bits must be one of \(1, 2, 3, 4, 8, 16\) .*per_channel.* got 5"),
         (dict(k_bits=2.3), r"k_bits must be one of \(1.0, 1.25, .*, 4.0, 16\) .*per_channel_ranked.* got 2.3"),
         (dict(k_bits=0.75), "k_bits .* got 0.75"),
-        (dict(v_bits=1.5), r"v_bits must be one of \(1, 2, 4, 8, 16\) .*per_token_rotated.* got 1.5"),
+        (dict(v_bits=1.5), r"v_bits must be one of \(1, 2, 3, 4, 8, 16\) .*per_token_rotated.* got 1.5"),
         (dict(k_scheme="per_head"), "k_scheme must be one of .*'per_channel_ranked'.* got 'per_head'"),
         (dict(v_scheme=None), "v_scheme must be one of .*'per_token_rotated'.* got None"),
         (dict(v_bits=0), "v_bits .* got 0"),
@@ -53,6 +53,12 @@ SHAPE = (1, 2, 64, 16)
         (dict(eta_2bit=-0.1), r'eta_2bit must be in \[0, 0.5\) or "auto", got -0.1'),
         (dict(eta_2bit=math.nan), "eta_2bit .* got nan"),
         (dict(scale_dtype=torch.float64), "scale_dtype must be one of .*float16.* got torch.float64"),
+        (dict(scale_dtype=torch.bfloat16), "scale_dtype must be one of .*uint8.*k_scheme='per_channel_ranked'.* got"),
+        (
+            dict(scale_dtype=torch.uint8, k_scheme="per_channel"),
+            "scale_dtype .*k_scheme='per_channel'.* got torch.u",
+        ),
+        (dict(scale_dtype=torch.uint8, v_scheme="per_token"), "scale_dtype .*v_scheme='per_token'.* got torch.u"),
     ],
 )
 def test_a_field_that_breaks_its_rule(fields: dict, words: str) -> None:
@@ -98,7 +104,7 @@ def test_presets(name: str) -> None:
     config = XQuantConfig.preset(name)
     fields = dict(eta_1bit=1 / 6, eta_2bit=0.045) | EXPECTED[name] if "xquant" in name else EXPECTED[name]
     assert {field: getattr(config, field) for field in fields} == fields
-    rest = dict(k_group_size=128, v_group_size=None, scale_dtype=torch.float16)
+    rest = dict(k_group_size=128, v_group_size=None, scale_dtype=None)
     if name in OLDER:
         rest |= dict(residual_length=128, sink_tokens=0, k_scheme="per_channel", v_scheme="per_token")
     else:
@@ -119,7 +125,7 @@ def test_preset_names() -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_json_round_trip(name: str) -> None:
-    config = XQuantConfig.preset(name).replace(v_bits=[1, 2, 16], scale_dtype=torch.bfloat16, v_group_size=32)
+    config = XQuantConfig.preset(name).replace(v_bits=[1, 2, 16], scale_dtype=torch.float16, v_group_size=32)
     assert config.v_bits == (1, 2, 16)
     again = XQuantConfig.from_json(config.to_json())
     assert again == config and hash(again) == hash(config)
@@ -129,7 +135,7 @@ def test_bits_and_eta_of_a_layer() -> None:
     config = range_config(k_bits=(1, 2, 4), v_bits=8, eta_1bit=0.2, eta_2bit=0.1)
     assert [config.bits("key", i, 3) for i in range(3)] == [1, 2, 4]
     assert [config.bits("value", i, 3) for i in range(3)] == [8, 8, 8]
-    assert [config.eta("per_token", bits) for bits in (1, 2, 4, 8, 16)] == [0.2, 0.1, 0, 0, 0]
+    assert [config.eta("per_token", bits) for bits in (1, 2, 3, 4, 8, 16)] == [0.2, 0.1, 0, 0, 0, 0]
     assert [config.eta("per_token_rotated", bits) for bits in (1, 2, 4, 8, 16)] == [0, 0, 0, 0, 0]
     with pytest.raises(ConfigError, match="k_bits must hold one number per layer: got 3 for 4 layers"):
         config.bits("key", 0, 4)

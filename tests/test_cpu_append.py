@@ -32,6 +32,8 @@ CASES = {
     "values": dict(side="value", bits=2, dtype=F32, group=16, eta=0.1),
     "values, minmax": dict(side="value", bits=1, dtype=BF16, fit="minmax", eta=1 / 6, dim=32, group=8),
     "values, 4 bits, sinks": dict(side="value", bits=4, dtype=F16, sinks=2, padding=(2, 0), dim=24, group=8),
+    "keys, 3 bits": dict(bits=3, dtype=F32, dim=40, heads=2),
+    "values, 3 bits, sinks": dict(side="value", bits=3, dtype=F16, sinks=2, padding=(2, 0), dim=24, group=8),
     "values, 8 bits": dict(side="value", bits=8, dtype=F32, group=16, scale_dtype=F32, heads=2),
 }  # fmt: skip
 
@@ -49,7 +51,7 @@ def test_steps(name: str) -> None:
     run(Case(**{"residual": 8, "max_len": 60, **CASES[name]}), STEPS, ThroughCpp)
 
 
-@pytest.mark.parametrize("name", ["keys, minmax", "keys", "values", "values, 4 bits, sinks"])
+@pytest.mark.parametrize("name", ["keys, minmax", "keys", "keys, 3 bits", "values", "values, 3 bits, sinks"])
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_narrower_vectors(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if ISAS[isa].lanes > cpu_build.isa().lanes:

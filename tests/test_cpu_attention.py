@@ -17,9 +17,11 @@ from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.decode_attention.cpu_call import empty_output, problem_of, run_cpu
 from xquant_fx.kernels.decode_attention.cpu_source import source
 from xquant_fx.kernels.decode_attention.plain_torch import attend
+from xquant_fx.kernels.schemes import per_channel, per_token
 
 EVERY = {**CASES, **RANKED_CASES}
 NARROW = ("float32", "bfloat16", "keys 8, values 1 bits", "sink tokens", "head_dim 8", "a bias a token", "softcap")
+NARROW += ("3 bits, float32, head_dim 40", "ranked, float16 scales, float32")
 NARROW += ("ranked, float32", "ranked, head_dim 48, values 24", "ranked, sink tokens")
 
 EMULATED = ("bfloat16", "keys 8, values 1 bits", "ranked, float32")
@@ -96,6 +98,18 @@ def test_many_threads_and_splits_give_the_same(kv_heads: int) -> None:
 def test_plain_torch_twin(name: str) -> None:
     """What devices without a kernel run."""
     setup = Setup(**EVERY[name])
+    given = inputs(setup)
+    check(setup, attend(DecodeArguments(**arguments(setup, given))), given)
+
+
+def test_a_width_of_two_planes_needs_nothing_but_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 = 4 + 1 and 6 = 4 + 2 bits are stored, appended and read, as ARCHITECTURE.md says."""
+    for scheme in (per_channel, per_token):
+        monkeypatch.setattr(scheme, "BITS", (5, 6))
+    setup = Setup(k_bits=5, v_bits=6, dim=40, dtype="float32", query=2)
+    given = inputs(setup)
+    check(setup, ops.DECODE(**arguments(setup, given)), given)
+    setup = Setup(k_bits=6, v_bits=5, dim=40, dtype="float32", query=2)
     given = inputs(setup)
     check(setup, attend(DecodeArguments(**arguments(setup, given))), given)
 

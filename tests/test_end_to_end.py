@@ -14,6 +14,8 @@ STEPS = 300
 SMALL = dict(k_group_size=16, residual_length=32)
 #: Range codes, which the independent reference knows; the others have one in attention_reference.py.
 QUANTIZED = sorted(name for name in set(PRESETS) - {"full"} if PRESETS[name].get("k_scheme") == "per_channel")
+#: Codes of two planes, shared by pairs of layers.
+PLANES = dict(k_bits=3, v_bits=3, share_keys_from=0, share_values_from=0)
 RANKED = sorted(set(PRESETS) - {"full", *QUANTIZED})
 
 
@@ -22,9 +24,9 @@ def small(preset: str, **more) -> XQuantConfig:
     return XQuantConfig.preset(preset).replace(**SMALL, **more)
 
 
-def decode_against_reference(model, ids, preset: str, step) -> tuple[int, int]:
+def decode_against_reference(model, ids, preset: str, step, **more) -> tuple[int, int]:
     """Prefill 45 tokens, decode 300 over several flushes; (codes that differ at ties, codes)."""
-    config = small(preset)
+    config = small(preset, **more)
     cache = XQuantCache(model.config, max_cache_len=384, config=config)
     plan = [(model.forward, 45)] + [(step, 1)] * STEPS
     got, want, reference = lockstep(model, plan, ids[:, : 45 + STEPS], cache, config)
@@ -33,12 +35,12 @@ def decode_against_reference(model, ids, preset: str, step) -> tuple[int, int]:
     return ties(reference)
 
 
-@pytest.mark.parametrize("preset", QUANTIZED)
-def test_the_rewritten_graph_equals_the_reference(trained, preset):
+@pytest.mark.parametrize(("preset", "more"), [*((name, {}) for name in QUANTIZED), ("xquant", PLANES)])
+def test_the_rewritten_graph_equals_the_reference(trained, preset, more):
     """Run op by op, so that only the passes and the ops are under test."""
     model, ids = trained
     step = torch.compile(model.forward, backend=interpreted(), dynamic=False)
-    taken, compared = decode_against_reference(model, ids, preset, step)
+    taken, compared = decode_against_reference(model, ids, preset, step, **more)
     assert compared > 50_000 and taken <= compared / 100_000
 
 
@@ -68,12 +70,19 @@ def test_ranked_and_rotated_steps_equal_eager_ones(trained, preset):
     assert any(bool(state.owned["energy"].any()) for state in caches[0].states if "energy" in state.owned)
 
 
-@pytest.mark.parametrize("preset", ["xquant-2.2", pytest.param("xquant-1.4", marks=pytest.mark.slow)])
-def test_compiled_ranked_and_rotated_steps_equal_eager_ones(trained, preset):
+@pytest.mark.parametrize(
+    ("preset", "more"),
+    [
+        ("xquant-2.2", {}),
+        ("xquant-2.2", dict(v_bits=3, scale_dtype=torch.float16)),
+        pytest.param("xquant-1.4", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_ranked_and_rotated_steps_equal_eager_ones(trained, preset, more):
     """The same with Inductor, where the C++ append quantizes, too."""
     model, ids = trained
     step = torch.compile(model.forward, backend="xquant", dynamic=False)
-    caches = [XQuantCache(model.config, max_cache_len=384, config=small(preset)) for _ in range(2)]
+    caches = [XQuantCache(model.config, max_cache_len=384, config=small(preset, **more)) for _ in range(2)]
     runs = [
         run_steps([(first, 45)] + [(call, 1)] * 150, ids[:, :195], cache)
         for first, call, cache in zip((step, model.forward), (step, model.forward), caches, strict=True)

@@ -54,7 +54,7 @@ def test_every_field_is_saved_and_compared(field):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d["layers"][0]["key"].update(bits=3), "layer 0 keys: k_bits must be one of .* got 3"),
+        (lambda d: d["layers"][0]["key"].update(bits=5), "layer 0 keys: k_bits must be one of .* got 5"),
         (lambda d: d["layers"][0]["key"].update(scheme="tree"), "layer 0 keys: scheme must be one of .* got 'tree'"),
         (lambda d: d["layers"][1]["value"].update(fit="median"), "layer 1 values: fit must be one of .* got 'median'"),
         (lambda d: d["layers"][1]["value"].update(scale_dtype="int8"), "layer 1 values: scale_dtype must be one of"),

@@ -53,7 +53,7 @@ def test_codes_and_shapes(bits: int, dim: int, lead: list[int], count: int, size
     shape = list(x.shape)
     shape[dim] = count
     assert q.scale.shape == q.zero.shape == torch.Size(shape)
-    shape[dim] = math.ceil(length * bits / 32)
+    shape[dim] = sum(math.ceil(length * width / 32) for width in (8, 4, 2, 1) if bits & width)
     assert q.packed.dtype == torch.int32 and list(q.packed.shape) == shape
     rows = x.movedim(dim, -1).double().unflatten(-1, (count, size))
     low, width, _ = bounds(rows)
@@ -162,7 +162,7 @@ def test_what_cannot_be_represented_reads_as_nan_in_its_group_only(bad: float) -
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(bits=3), ["bits", "3"]),
+        (dict(bits=5), ["bits", "5"]),
         (dict(bits=16), ["bits", "16"]),
         (dict(dim=0), ["dim", "0"]),
         (dict(group_size=5), ["group_size", "divide", "8", "5"]),

@@ -55,10 +55,19 @@ def test_small_floats_round_to_the_nearest(exponent: float, sign: float) -> None
     x = torch.tensor([2.0**exponent])
     every = decode_scale(EVERY[:248])
     off = (decode_scale(encode_scale(x)) - x).abs()
-    assert off <= (every - x).abs().min() + x * 2**-11 and off <= x * (1 / 16 + 2**-11)
+    # Rounded to float16 first, by half of 2**-10 at most: what is near a tie may go the other way, twice that off.
+    assert off <= (every - x).abs().min() + x * 2**-10 and off <= x * (1 / 16 + 2**-10)
     mid = sign * x.clamp_max(LARGEST_MID)
     off = (decode_mid(encode_mid(mid)) - mid).abs()
-    assert off <= (decode_mid(EVERY) - mid).abs().min() + x * 2**-11
+    assert off <= (decode_mid(EVERY) - mid).abs().min() + x * 2**-10
+
+
+def test_scales_and_mid_points_of_16_bits() -> None:
+    x = torch.tensor([0.0, 2.0**-24, 0.1, 65504.0, 1e5, torch.inf, torch.nan])
+    seen = decode_scale(encode_scale(x, torch.float16))
+    assert torch.equal(seen[:4], x[:4].half().float()) and seen[4:].isnan().all()
+    mids = torch.tensor([-0.3, 1e9, -torch.inf, torch.nan])
+    assert decode_mid(encode_mid(mids, torch.float16)).tolist() == [float(mids[0].half()), 480.0, -480.0, 0.0]
 
 
 def test_scales_that_do_not_fit() -> None:
@@ -68,7 +77,7 @@ def test_scales_that_do_not_fit() -> None:
 
 
 @few
-@given(bits=st.sampled_from((1, 2, 4)), seed=st.integers(0, 999))
+@given(bits=st.sampled_from((1, 2, 3, 4)), seed=st.integers(0, 999))
 def test_the_scale_has_no_bias(bits: int, seed: int) -> None:
     """sum x y = sum x**2, so errors of many tokens average out; least squares would shrink."""
     n = 2**bits - 1
@@ -79,7 +88,7 @@ def test_the_scale_has_no_bias(bits: int, seed: int) -> None:
     assert unbiased(torch.zeros(1, 8), torch.full((1, 8), 0.5), 1) == 0
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_the_mean_of_many_tokens_comes_back(bits: int) -> None:
     """What attention makes of values: an average over tokens, whose error falls as without a bias it must."""
     config = XQuantConfig(v_bits=bits, k_group_size=8, residual_length=8, sink_tokens=0)
@@ -89,7 +98,7 @@ def test_the_mean_of_many_tokens_comes_back(bits: int) -> None:
     state.group.drop()
     seen = state.load(4100)[:, :, :4000]
     error, size = (seen - x[:, :, :4000]).norm() / 4000**0.5, x.norm() / 4100**0.5
-    assert error / size < {1: 0.85, 2: 0.4, 4: 0.15}[bits]
+    assert error / size < {1: 0.85, 2: 0.4, 3: 0.22, 4: 0.15}[bits]
     mean_error = (seen.mean(2) - x[:, :, :4000].mean(2)).norm()
     assert mean_error < 0.07 * x.mean(2).norm() + 4 * error / 4000**0.5
 

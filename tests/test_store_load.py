@@ -24,7 +24,7 @@ def cases(draw) -> Case:
     groups = (residual, residual // 2, 1) if side == "key" else (dim, dim // 2, 8)
     batch, max_len = draw(st.integers(1, 2)), draw(st.integers(20, 90))
     return Case(
-        side=side, bits=draw(st.sampled_from((1, 2, 4, 8, 16))), dtype=draw(st.sampled_from(DTYPES)),
+        side=side, bits=draw(st.sampled_from((1, 2, 3, 4, 8, 16))), dtype=draw(st.sampled_from(DTYPES)),
         batch=batch, heads=draw(st.integers(1, 2)), max_len=max_len, dim=dim, residual=residual,
         group=draw(st.sampled_from(groups)), eta=draw(st.sampled_from((0.0, 1 / 6))),
         fit=draw(st.sampled_from(("least_squares", "minmax"))), shared=draw(st.booleans()),
@@ -43,7 +43,7 @@ def test_any_mix_of_steps_chunks_and_rollbacks(driver: type[ThroughState], case:
 
 
 @pytest.mark.parametrize("side", ["key", "value"])
-@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize("dim", [8, 16, 32, 64, 96])
 def test_every_width_and_head_dim(side: str, bits: int, dim: int) -> None:
     """A prompt, every step length, a chunk across a flush, a rollback across one."""

@@ -48,12 +48,12 @@ def decode_arguments(
     *, dim: int = 128, k_bits: float = 2, v_bits: int = 1, ranked: bool = False, dtype: torch.dtype = torch.bfloat16,
     group: int = 4, query: int = 1, mask: torch.dtype | None = torch.bool, k_group: int = 128,
     v_group: int | None = None, residual: int = 128, sinks: int = 0, softcap: float = 0.0, window: int = 0,
-    extra: bool = False, max_len: int = 32768, kv_heads: int = 8,
+    extra: bool = False, max_len: int = 32768, kv_heads: int = 8, scales: torch.dtype | None = None,
 ) -> DecodeArguments:  # fmt: skip
     """Arguments of ``decode_attention`` without data."""
     config = XQuantConfig(
         **schemes(ranked), k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group,
-        v_group_size=v_group, residual_length=residual, sink_tokens=sinks,
+        v_group_size=v_group, residual_length=residual, sink_tokens=sinks, scale_dtype=scales,
     )  # fmt: skip
     key, value = (stored(side, dtype, config, (1, kv_heads, max_len, dim)) for side in ("key", "value"))
     facts = {f"{side}_{name}": t[name] for side, t in (("k", key), ("v", value)) for name in FACTS}
@@ -80,14 +80,16 @@ def decode_arguments(
 def append_arguments(
     *, side: str, new: int = 1, dim: int = 128, bits: float = 2, group: int = 128, residual: int = 128, sinks: int = 0,
     fit: str | None = None, dtype: torch.dtype = torch.bfloat16, max_len: int = 32768, ranked: bool = False,
+    scales: torch.dtype | None = None,
 ) -> StoreArguments:  # fmt: skip
     """Arguments of ``triton_store.launch`` without data."""
     groups = dict(k_group_size=group) if side == "key" else dict(k_group_size=residual, v_group_size=group)
     bits_of = dict(k_bits=bits) if side == "key" else dict(v_bits=bits)
-    config = XQuantConfig(residual_length=residual, sink_tokens=sinks, **bits_of, **schemes(ranked), **groups)
+    fields: dict[str, Any] = dict(residual_length=residual, sink_tokens=sinks, scale_dtype=scales)
+    config = XQuantConfig(**fields, **bits_of, **schemes(ranked), **groups)
     t = stored(side, dtype, config, (1, 8, max_len, dim))
-    given = ("x", "pos", "start", "fault")
-    tensors = {name: t.get(name) for name in StoreArguments.tensor_names() if name not in given}
+    step = ("x", "pos", "start", "fault")
+    tensors = {name: t.get(name) for name in StoreArguments.tensor_names() if name not in step}
     return StoreArguments(
         x=empty(1, 8, new, dim, dtype=dtype),
         pos=empty(new, dtype=torch.int64),
@@ -112,6 +114,7 @@ FAST = {
     "4 bits": dict(k_bits=4, v_bits=4),
     "a chunk": dict(query=512),
     "ranked": dict(ranked=True, v_bits=2, residual=256),
+    "ranked, values of 3 bits": dict(ranked=True, v_bits=3, residual=256),
 }
 MORE = {
     "small groups, 4 query tokens": dict(k_group=16, v_group=32, query=4),
@@ -128,6 +131,15 @@ MORE = {
     "1 bit": dict(k_bits=1),
     "2 bits": dict(v_bits=2),
     "8 bits": dict(k_bits=8, v_bits=8),
+    "3 bits": dict(k_bits=3, v_bits=3),
+    "3 bits, head_dim 64": dict(k_bits=3, v_bits=3, dim=64),
+    "3 bits, head_dim 256": dict(k_bits=3, v_bits=3, dim=256),
+    "3 bits, float32": dict(k_bits=3, v_bits=3, dtype=torch.float32),
+    "3 bits, a chunk": dict(k_bits=3, v_bits=3, query=512),
+    "3 bits, small groups": dict(k_bits=3, v_bits=3, k_group=16, v_group=32),
+    "3 bits, all of it": dict(
+        k_bits=3, v_bits=3, query=3, softcap=50.0, window=512, mask=torch.bfloat16, sinks=4, extra=True
+    ),
     "float16": dict(dtype=torch.float16),
     "float32": dict(dtype=torch.float32),
     "one query head": dict(group=1, mask=None),
@@ -142,6 +154,15 @@ MORE = {
             "1.5 and 2 bits": dict(k_bits=1.5, v_bits=2),
             "3 and 2 bits": dict(k_bits=3, v_bits=2),
             "4 and 4 bits": dict(k_bits=4, v_bits=4),
+            "3 and 3 bits": dict(k_bits=3, v_bits=3),
+            "float16 scales": dict(v_bits=2, scales=torch.float16),
+            "float16 scales, 3 and 3 bits, head_dim 256": dict(dim=256, k_bits=3, v_bits=3, scales=torch.float16),
+            "float16 scales, head_dim 256": dict(dim=256, k_bits=3, v_bits=2, scales=torch.float16),
+            "values of 3 bits, head_dim 64": dict(dim=64, v_bits=3),
+            "values of 3 bits, head_dim 256": dict(dim=256, v_bits=3),
+            "values of 3 bits, float32": dict(v_bits=3, dtype=torch.float32),
+            "values of 3 bits, groups of channels": dict(v_group=32, v_bits=3),
+            "values of 3 bits, a chunk": dict(query=512, v_bits=3),
             "head_dim 64": dict(dim=64, v_bits=2),
             "head_dim 80": dict(dim=80),
             "head_dim 96": dict(dim=96, v_bits=2),
@@ -164,7 +185,11 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 
 
 #: (Case, chip) whose registers do not do yet, and the most that is spilled.
-SPILLS = {("ranked, head_dim 256, 3 bits, float32", "gfx942"): 25}
+SPILLS = {
+    ("ranked, head_dim 256, 3 bits, float32", "gfx942"): 25,
+    ("ranked, float16 scales, head_dim 256", "sm_90"): 24,
+    ("ranked, float16 scales, 3 and 3 bits, head_dim 256", "sm_90"): 24,
+}
 
 
 def check(needs: Needs, chip: str, name: str = "") -> None:
@@ -193,6 +218,13 @@ APPEND = {
     "fitted values": dict(side="value", fit="least_squares", new=8, sinks=4),
     "keys, minmax, 8 bits": dict(side="key", bits=8, fit="minmax", group=32),
     "values, 8 tokens, head_dim 256": dict(side="value", bits=1, new=8, dim=256, group=256),
+    "keys, 3 bits": dict(side="key", bits=3),
+    "fitted keys, 3 bits, head_dim 96": dict(side="key", fit="least_squares", bits=3, dim=96, new=8),
+    "values, 3 bits, 8 tokens": dict(side="value", bits=3, new=8),
+    "fitted values, 3 bits": dict(side="value", fit="least_squares", bits=3, new=8, sinks=4),
+    "ranked keys, float16 scales": dict(side="key", ranked=True, residual=256, scales=torch.float16),
+    "rotated values, float16 scales": dict(side="value", ranked=True, new=8, scales=torch.float16),
+    "rotated values, 3 bits, 8 tokens": dict(side="value", ranked=True, bits=3, new=8),
     "values, groups of 32": dict(side="value", new=3, group=32),
     "keys, head_dim 96, 4 bits": dict(side="key", new=8, dim=96, bits=4, group=16),
     "ranked keys": dict(side="key", ranked=True, residual=256),

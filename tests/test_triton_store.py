@@ -23,14 +23,14 @@ CASES: dict[str, dict[str, Any]] = {
     **{
         f"{side}s, {bits} bits": dict(side=side, bits=bits, **SHAPE)
         for side in ("key", "value")
-        for bits in (1, 2, 4, 8)
+        for bits in (1, 2, 3, 4, 8)
     },
     **{
         f"{side}s, head_dim {dim}, {dtype}": dict(
             side=side, dim=dim, dtype=dtype, bits=bits, fit="minmax", **{**SHAPE, "group": 8 if side == "key" else dim}
         )
         for side in ("key", "value")
-        for dim, dtype, bits in ((8, "float16", 1), (96, "bfloat16", 4), (64, "float16", 2))
+        for dim, dtype, bits in ((8, "float16", 1), (96, "bfloat16", 4), (40, "float32", 3), (64, "float16", 2))
     },
     "not shared": dict(side="key", shared=False, **SHAPE),
     "one group of 24 tokens": dict(side="key", residual=24, group=24, max_len=110),

@@ -19,7 +19,7 @@ class Quantized:
     """A quantized tensor; ``dim`` is the dimension that groups run along (-1 or -2)."""
 
     packed: Tensor
-    """int32 words, 32 / bits codes each, packed along ``dim``."""
+    """int32 words, packed along ``dim`` (``kernels/packing.py``)."""
     scale: Tensor
     """fp32, the input's shape with ``dim`` divided by ``group_size``."""
     zero: Tensor
@@ -49,7 +49,7 @@ def quantize(x: Tensor, *, bits: int, group_size: int, dim: int, eta: Eta = 0.0)
 
     Args:
         x: floating-point tensor with at least two dimensions, the last two being tokens, channels.
-        bits: 1, 2, 4 or 8.
+        bits: 1, 2, 3, 4 or 8.
         group_size: elements of a group; divides ``x.shape[dim]``.
         dim: -2 groups along tokens (keys, per channel), -1 along channels (values, per token).
         eta: relaxation of both ends of the range, in [0, 0.5) (Eq. 5); "auto": by ``group_size``, without bias.

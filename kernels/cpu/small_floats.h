@@ -1,4 +1,4 @@
-// Scales and mid points of 8 bits (kernels/small_floats.py).
+// Scales and mid points (kernels/small_floats.py): of 8 bits, or float16.
 #pragma once
 
 namespace xq {
@@ -20,7 +20,10 @@ inline vf load_mids(const uint8_t* p, int64_t n) {
     return (vf)((vi)magnitude | (code & 0x80) << 24);
 }
 
+template <class S> inline vf load_mids(const S* p, int64_t n) { return load_up_to(p, n); }
+
 inline float decode_scale(uint8_t code) { return load_scales(&code, 1)[0]; }
+inline float decode_scale(float16 scale) { return to_float(scale); }
 
 // The bits of x >= 0 as a float16 without the last seven, rounded to nearest, halves to even.
 inline uint32_t half_without_seven(float x) {
@@ -29,15 +32,21 @@ inline uint32_t half_without_seven(float x) {
 }
 
 // NaN where it is NaN, infinite or too large.
-inline uint8_t encode_scale(float scale) {
+inline void encode_scale(float scale, uint8_t* to) {
     const uint32_t code = half_without_seven(scale / SCALE_UNIT);
-    return (uint8_t)(code >= 0xf8 ? 0xff : code);
+    *to = (uint8_t)(code >= 0xf8 ? 0xff : code);
+}
+inline void encode_scale(float scale, float16* to) {
+    *to = from_float<float16>(scale);
+    if (to->bits >= 0x7c00) to->bits = 0x7e00;
 }
 
-inline uint8_t encode_mid(float mid) {
-    if (mid != mid) return 0;
+inline void encode_mid(float mid, uint8_t* to) {
     const uint32_t code = half_without_seven(std::min(std::abs(mid), LARGEST_MID) / MID_UNIT);
-    return (uint8_t)(std::min(code, 0x7fu) | (mid < 0.0f ? 0x80 : 0));
+    *to = mid != mid ? 0 : (uint8_t)(std::min(code, 0x7fu) | (mid < 0.0f ? 0x80 : 0));
+}
+inline void encode_mid(float mid, float16* to) {
+    *to = from_float<float16>(mid != mid ? 0.0f : std::clamp(mid, -LARGEST_MID, LARGEST_MID));
 }
 
 }  // namespace xq

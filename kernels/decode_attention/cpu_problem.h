@@ -12,8 +12,16 @@ constexpr int64_t ROW_BLOCKS = ALL_ROWS / ROWS;
 constexpr int64_t SPAN = B * H * ROW_BLOCKS >= 8 ? 1024 : 256;
 constexpr int64_t SLACK = SPAN + L;  // a vector may be stored past the span's last token
 static_assert(ALL_ROWS % ROWS == 0, "");
-constexpr int64_t V_CODES_PER_WORD = 32 / V_BITS;
-// Where channels are ranked, the K_ELEMENTS first ranks have codes, of mixed widths (kernels/widths.py).
+// A code of a value is a field of V_HIGH bits and, if V_LOW > 0, one of V_LOW bits below it, in another plane
+// (kernels/packing.py).
+constexpr int64_t V_BITS = V_HIGH + V_LOW, V_ROWS = V_TOKENS * V_BITS / 32;  // rows of words
+constexpr int64_t V_HIGH_PER_WORD = 32 / V_HIGH, V_LOW_PER_WORD = 32 / (V_LOW ? V_LOW : V_HIGH);
+constexpr int64_t V_BLOCK = V_LOW_PER_WORD;  // tokens that are whole words in each plane
+// The codes of a key are planes of one width each, in this order. Where channels are ranked, the K_ELEMENTS first ranks
+// have codes, of mixed widths (kernels/widths.py); else all channels have a field in each plane.
+constexpr int64_t K_WORDS = K_WORDS_8 + K_WORDS_4 + K_WORDS_2 + K_WORDS_1;
+constexpr int64_t K_ELEMENTS =
+    RANKED ? K_RANKS : std::max({4 * K_WORDS_8, 8 * K_WORDS_4, 16 * K_WORDS_2, 32 * K_WORDS_1});
 constexpr int64_t DK_PAD = std::max<int64_t>(K_ELEMENTS, (DK + L - 1) / L * L);
 constexpr int64_t V_GROUPS = DV / V_GROUP;
 constexpr int64_t DV_PAD = (DV + L - 1) / L * L;
@@ -22,9 +30,8 @@ constexpr int64_t RING = RESIDUAL + RING_SLACK;
 constexpr int64_t CODES_AT = ROTATED ? DV_PAD : 0, ACC = DV_PAD + CODES_AT;
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 constexpr int64_t MASK_ROWS = (MASK_B ? B : 1) * (MASK_H ? HQ : 1) * (MASK_Q ? Q : 1);
-static_assert(SPAN % V_CODES_PER_WORD == 0, "a word of values lies in one span");
-static_assert(V_GROUP % L == 0 ||
-                  (V_TOKENS / V_CODES_PER_WORD - (N + V_CODES_PER_WORD - 1) / V_CODES_PER_WORD) * DV >= L,
+static_assert(SPAN % V_BLOCK == 0, "a word of values lies in one span");
+static_assert(V_GROUP % L == 0 || (V_TOKENS / V_BLOCK - (N + V_BLOCK - 1) / V_BLOCK) * DV >= L,
               "loads of whole vectors end in spare rows");
 
 // Tensors holds the op's tensor arguments; kernels/cpu/source.py writes it. `past` is the number in its member of that
@@ -36,8 +43,8 @@ struct Inputs : Tensors {
 
 // Running softmax of one KV head's rows over some tokens.
 struct RunningSoftmax {
-    float* m;    // [ROWS] largest logit
-    float* l;    // [ROWS] sum of exponentials
+    float* m;  // [ROWS] largest logit
+    float* l;  // [ROWS] sum of exponentials
     float* acc;  // [ROWS, ACC] weighted values
     void clear() {
         std::fill(m, m + ROWS, MINUS_INFINITY);
@@ -56,14 +63,14 @@ struct Scratch {
     float query[ROWS][DK_PAD + L];
     float ranked[ROWS][DK_PAD + L];  // queries in the order that scales are in
     float folded[ROWS][DK_PAD + L];  // the same, times scales: what codes are multiplied with; zeros behind
-    float q_center[ROWS];            // queries times what is in no zero point
+    float q_center[ROWS];  // queries times what is in no zero point
     float q_zero[ROWS];  // queries times zero points
     float q_unit[ROWS];  // what the last digit of q_digits stands for
     alignas(64) int8_t q_digits[ROWS][DIGITS][DK_PAD];
     alignas(64) int8_t p_digits[ROWS][DIGITS][SPAN];
     float p_unit[ROWS];
     float p_zero[ROWS];
-    int64_t row0;   // first row of this block
+    int64_t row0;  // first row of this block
     int64_t group;  // the token group that q_digits and q_zero are for
 };
 

@@ -6,9 +6,9 @@
 namespace xq {
 
 // Zero points of up to n channels from d on, whose scales are s.
-template <class Z> inline vf zero_points(const Z* zero, vf, int64_t, int64_t n) { return load_up_to(zero, n); }
-inline vf zero_points(const uint8_t* zero, vf s, int64_t d, int64_t n) {
-    return s * (load_mids(zero, n) - load_up_to(RANK_MIDDLES + d, n));
+template <class Z> inline vf zero_points(const Z* zero, [[maybe_unused]] vf s, [[maybe_unused]] int64_t d, int64_t n) {
+    if constexpr (RANKED) return s * (load_mids(zero, n) - load_up_to(RANK_MIDDLES + d, n));
+    else return load_up_to(zero, n);
 }
 
 // Fold the scales of token group g into the queries.
@@ -39,12 +39,32 @@ inline void fold_key_scales(Scratch& scratch, const Inputs& in, int64_t head, in
     scratch.group = g;
 }
 
+// What planes of higher fields gave, in units of a field of BITS bits that follows it.
+template <int BITS, int NR, int NV> ALWAYS_INLINE void make_room(vi (&acc)[NR][DIGITS][NV]) {
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; r++)
+#pragma GCC unroll 3
+        for (int d = 0; d < DIGITS; d++)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) acc[r][d][v] *= 1 << BITS;
+}
+
 // Scores of NV vectors of tokens with NR rows, from `offset` of the span on.
 template <int NR, int NV>
 inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, int64_t row, int64_t offset) {
+    constexpr int64_t TO_4 = K_WORDS_8, TO_2 = TO_4 + K_WORDS_4, TO_1 = TO_2 + K_WORDS_2;
+    const auto digits = scratch.q_digits + row;
     vi acc[NR][DIGITS][NV] = {};
-    if constexpr (RANKED) add_mixed_codes(codes, stride, scratch.q_digits + row, acc);
-    else add_codes<K_BITS>(codes, stride, K_WORDS, scratch.q_digits + row, 0, acc);
+    if constexpr (RANKED) {
+        add_mixed_codes(codes, stride, digits, acc);
+    } else {
+        if constexpr (K_WORDS_8 > 0) add_codes<8>(codes, stride, K_WORDS_8, digits, 0, acc);
+        if constexpr (K_WORDS_4 > 0) add_codes<4>(codes + TO_4 * stride, stride, K_WORDS_4, digits, 0, acc);
+        if constexpr (TO_2 > 0 && K_WORDS_2 > 0) make_room<2>(acc);
+        if constexpr (K_WORDS_2 > 0) add_codes<2>(codes + TO_2 * stride, stride, K_WORDS_2, digits, 0, acc);
+        if constexpr (TO_1 > 0 && K_WORDS_1 > 0) make_room<1>(acc);
+        if constexpr (K_WORDS_1 > 0) add_codes<1>(codes + TO_1 * stride, stride, K_WORDS_1, digits, 0, acc);
+    }
     vf out[NR][NV];
     join_digits(acc, out);
     for (int r = 0; r < NR; r++)
@@ -63,14 +83,24 @@ inline void dot_keys_with_all_rows(Scratch& scratch, const int32_t* codes, int64
 
 constexpr int64_t TOKENS_AT_ONCE = VECTORS_AT_ONCE * L;
 
+// Words of values from a token on, which is the first of a block: its row in each plane.
+struct ValueWords {
+    const int32_t *high, *low;
+    ValueWords(const Inputs& in, int64_t head, int64_t t)
+        : high(in.v_codes + (head * V_ROWS + t / V_HIGH_PER_WORD) * DV),
+          low(in.v_codes + (head * V_ROWS + V_TOKENS / V_HIGH_PER_WORD + t / V_LOW_PER_WORD) * DV) {}
+};
+
 // Keys of TOKENS_AT_ONCE tokens are about to be read: fetch keys some way on, and the values of the same tokens,
 // whose turn comes after the span's keys. Spread over the span, as only so many lines can be under way.
 // GCC drops calls of a function that does nothing else, so it must be inlined before GCC looks.
-ALWAYS_INLINE void prefetch(const int32_t* keys, const int32_t* values) {
+ALWAYS_INLINE void prefetch(const int32_t* keys, const ValueWords& values) {
     constexpr int64_t AHEAD = 256, LINE = 16;
     for (int64_t w = 0; w < K_WORDS; w++)
         for (int64_t i = 0; i < TOKENS_AT_ONCE; i += LINE) __builtin_prefetch(keys + w * K_TOKENS + AHEAD + i);
-    for (int64_t i = 0; i < TOKENS_AT_ONCE * DV / V_CODES_PER_WORD; i += LINE) __builtin_prefetch(values + i);
+    for (int64_t i = 0; i < TOKENS_AT_ONCE * DV / V_HIGH_PER_WORD; i += LINE) __builtin_prefetch(values.high + i);
+    if constexpr (V_LOW > 0)
+        for (int64_t i = 0; i < TOKENS_AT_ONCE * DV / V_LOW_PER_WORD; i += LINE) __builtin_prefetch(values.low + i);
 }
 
 // Scores of tokens [t0, t1), all in the codes.
@@ -81,7 +111,7 @@ inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, i
         if (g != scratch.group) fold_key_scales(scratch, in, head, g);
         for (; t + TOKENS_AT_ONCE <= end; t += TOKENS_AT_ONCE) {
             dot_keys_with_all_rows<VECTORS_AT_ONCE>(scratch, codes + t, K_TOKENS, t - t0);
-            prefetch(codes + t, in.v_codes + (head * (V_TOKENS / V_CODES_PER_WORD) + t / V_CODES_PER_WORD) * DV);
+            prefetch(codes + t, ValueWords(in, head, t));
         }
         for (; t < end; t += L) {
             if (t + L <= K_TOKENS) {
@@ -98,8 +128,7 @@ inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, i
 
 // Fold the scales of channel group g into the weights of n tokens.
 inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, int64_t g, int64_t t0, int64_t n) {
-    const int64_t token = (head * V_GROUPS + g) * V_TOKENS + t0,
-                  padded = (n + V_CODES_PER_WORD - 1) / V_CODES_PER_WORD * V_CODES_PER_WORD;
+    const int64_t token = (head * V_GROUPS + g) * V_TOKENS + t0, padded = (n + V_BLOCK - 1) / V_BLOCK * V_BLOCK;
     vf largest[ROWS] = {}, z[ROWS] = {}, zero_or_nan = {};
     for (int64_t i = 0; i < n; i += L) {
         const vf s = load_scales(in.v_scale + token + i, n - i);
@@ -125,12 +154,16 @@ inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, 
         scratch.p_unit[r] = to_digits<SPAN>(scratch.score[r], padded, largest[r], scratch.p_digits[r]) + nan;
 }
 
-// Add NV vectors of channels from d on, of which `left` are left, to NR rows.
+// Add NV vectors of channels from d on, of which `left` are left, to NR rows; `blocks` is of tokens.
 template <int NR, int NV>
-inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const int32_t* codes, int64_t words, int64_t row,
+inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes, int64_t blocks, int64_t row,
                        int64_t d, int64_t left) {
     vi sums[NR][DIGITS][NV] = {};
-    add_codes<V_BITS>(codes + d, DV, words, scratch.p_digits + row, 0, sums);
+    add_codes<V_HIGH>(codes.high + d, DV, blocks * (V_BLOCK / V_HIGH_PER_WORD), scratch.p_digits + row, 0, sums);
+    if constexpr (V_LOW > 0) {
+        make_room<V_LOW>(sums);
+        add_codes<V_LOW>(codes.low + d, DV, blocks, scratch.p_digits + row, 0, sums);
+    }
     vf out[NR][NV];
     join_digits(sums, out);
     for (int r = 0; r < NR; r++)
@@ -142,27 +175,27 @@ inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const int32_t*
 }
 
 template <int NV>
-inline void add_values_to_all_rows(Scratch& scratch, RunningSoftmax& softmax, const int32_t* codes, int64_t words,
+inline void add_values_to_all_rows(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes, int64_t blocks,
                                    int64_t d, int64_t left) {
     for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
-        add_values<ROWS_AT_ONCE, NV>(scratch, softmax, codes, words, r, d, left);
+        add_values<ROWS_AT_ONCE, NV>(scratch, softmax, codes, blocks, r, d, left);
     if constexpr (ROWS % ROWS_AT_ONCE)
-        add_values<ROWS % ROWS_AT_ONCE, NV>(scratch, softmax, codes, words, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, d,
+        add_values<ROWS % ROWS_AT_ONCE, NV>(scratch, softmax, codes, blocks, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, d,
                                             left);
 }
 
 // Weighted values of n tokens from t0, all in the codes.
 inline void quantized_values(Scratch& scratch, const Inputs& in, RunningSoftmax& softmax, int64_t head, int64_t t0,
                              int64_t n) {
-    const int32_t* codes = in.v_codes + (head * (V_TOKENS / V_CODES_PER_WORD) + t0 / V_CODES_PER_WORD) * DV;
-    const int64_t words = (n + V_CODES_PER_WORD - 1) / V_CODES_PER_WORD;
+    const ValueWords codes(in, head, t0);
+    const int64_t blocks = (n + V_BLOCK - 1) / V_BLOCK;
     for (int64_t g = 0; g < V_GROUPS; g++) {
         fold_value_scales(scratch, in, head, g, t0, n);
         int64_t d = g * V_GROUP;
         const int64_t end = d + V_GROUP;
         for (; d + VECTORS_AT_ONCE * L <= end; d += VECTORS_AT_ONCE * L)
-            add_values_to_all_rows<VECTORS_AT_ONCE>(scratch, softmax, codes, words, d, VECTORS_AT_ONCE * L);
-        for (; d < end; d += L) add_values_to_all_rows<1>(scratch, softmax, codes, words, d, end - d);
+            add_values_to_all_rows<VECTORS_AT_ONCE>(scratch, softmax, codes, blocks, d, VECTORS_AT_ONCE * L);
+        for (; d < end; d += L) add_values_to_all_rows<1>(scratch, softmax, codes, blocks, d, end - d);
     }
 }
 

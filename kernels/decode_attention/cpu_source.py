@@ -15,9 +15,9 @@ from xquant_fx.kernels.arguments import Overload
 from xquant_fx.kernels.cpu.isa import Isa
 from xquant_fx.kernels.cpu.source import array, assemble, definitions, namespace, pointers, sign_table
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
-from xquant_fx.kernels.packing import codes_per_word
+from xquant_fx.kernels.packing import codes_per_word, high_and_low, plane_widths
 from xquant_fx.kernels.rotation import rotated_size
-from xquant_fx.kernels.widths import QUAD, plain_words, planes, quads_of, rank_widths, words_of
+from xquant_fx.kernels.widths import QUAD, plain_words, planes, quads_of, rank_widths
 
 RANKED, ROTATED = "per_channel_ranked", "per_token_rotated"
 MOST_ROWS = 64  # of a block: their scores of a span stay in the cache
@@ -64,22 +64,24 @@ class Problem:
 
 
 def key_sizes(p: Problem) -> dict[str, int]:
-    """What a key's codes take: words, the bits of a code (1 where they are mixed), elements of a sum."""
+    """Words of a key in planes of each width, and how many ranks have codes."""
+    ranks = 0
     if p.k_scheme == RANKED:
-        elements = QUAD * len(quads_of(planes(p.k_bits, p.k_dim)))
-        return {"K_WORDS": words_of(p.k_bits, p.k_dim), "K_BITS": 1, "K_ELEMENTS": elements}
-    per = codes_per_word(p.k_bits)
-    words = -(-p.k_dim // per)
-    return {"K_WORDS": words, "K_BITS": int(p.k_bits), "K_ELEMENTS": words * per}
+        words = {plane.width: plane.words for plane in planes(p.k_bits, p.k_dim)}
+        ranks = QUAD * len(quads_of(planes(p.k_bits, p.k_dim)))
+    else:
+        words = {width: -(-p.k_dim // codes_per_word(width)) for width in plane_widths(p.k_bits)}
+    return {**{f"K_WORDS_{width}": words.get(width, 0) for width in (8, 4, 2, 1)}, "K_RANKS": ranks}
 
 
 def constants(p: Problem) -> str:
     """The constants that the C++ relies on."""
+    v_high, v_low = high_and_low(p.v_bits)
     numbers = {
         "B": p.batch, "H": p.heads, "HQ": p.query_heads, "Q": p.queries, "DK": p.k_dim, "DV": p.v_dim, "N": p.max_len,
         **key_sizes(p), "K_GROUP": p.k_group, "K_TOKENS": p.k_tokens,
         "ROTATED": rotated_size(p.v_dim) if p.v_scheme == ROTATED else 0,
-        "V_BITS": int(p.v_bits), "V_GROUP": p.v_group, "V_TOKENS": p.v_tokens,
+        "V_HIGH": v_high, "V_LOW": v_low, "V_GROUP": p.v_group, "V_TOKENS": p.v_tokens,
         "RESIDUAL": p.residual, "RING_SLACK": p.ring - p.residual, "SINKS": p.sinks, "WINDOW": p.window,
         "MASK_B": p.mask_strides[0], "MASK_H": p.mask_strides[1], "MASK_Q": p.mask_strides[2],
         "ROWS": p.row_block, "DIGITS": 3 if p.dtype == torch.float32 else 2,

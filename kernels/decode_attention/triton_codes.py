@@ -8,6 +8,7 @@ so a tile needs q * s and one number per row; with one scale per token, values d
 and sum_t p_t z_t. What goes to float16 is divided by its largest number first, so that neither range
 nor precision of float16 depends on the model's scales. Where a tile does not lie in one group (FOLD
 false), codes are dequantized element by element. Rotated values have zero point -n / 2 times their scale.
+A code of two fields is high * 2**bits of low + low, so that each plane of fields is a product of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import triton.language as tl
 from xquant_fx.kernels.decode_attention.triton_products import (
     LARGEST,
     SUBNORMAL,
+    add_product,
     product,
     rounded,
     scaled_to_largest,
@@ -31,6 +33,7 @@ from xquant_fx.kernels.decode_attention.triton_unpack import (
     DIM,
     FOLD,
     GROUP,
+    LOWER,
     MODEL,
     RANKED,
     ROTATION,
@@ -45,7 +48,7 @@ from xquant_fx.kernels.triton_small_floats import decode_scale
 
 @triton.jit
 def key_words(keys, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
-    """Words of a tile of keys [TILE, words of a token].
+    """Words of a tile of keys [TILE, words of a token], plane by plane where there are several.
 
     Masked by the bounds of the storage, which are known here, so that loads stay vectors; what is
     outside the zone is masked in the logits.
@@ -53,10 +56,20 @@ def key_words(keys, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
     codes, _, _ = keys
     if KEYS[RANKED]:
         return ranked_words(codes, t0, KEYS, TILE)
+    elif KEYS[LOWER][BITS] > 0:
+        first: tl.constexpr = (KEYS[DIM] * KEYS[BITS] + 31) // 32
+        high = words_of_fields(codes, t0, KEYS, TILE)
+        return high, words_of_fields(codes + first * KEYS[TOKENS], t0, KEYS[LOWER], TILE)
     else:
-        tokens, w = t0 + tl.arange(0, TILE), tl.arange(0, KEYS[CHANNELS] * KEYS[BITS] // 32)
-        in_bounds = (tokens < KEYS[TOKENS])[:, None] & (w < (KEYS[DIM] * KEYS[BITS] + 31) // 32)[None, :]
-        return tl.load(codes + w[None, :] * KEYS[TOKENS] + tokens[:, None], mask=in_bounds, other=0)
+        return words_of_fields(codes, t0, KEYS, TILE)
+
+
+@triton.jit
+def words_of_fields(codes, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
+    """Words of a plane of a tile of keys."""
+    tokens, w = t0 + tl.arange(0, TILE), tl.arange(0, KEYS[CHANNELS] * KEYS[BITS] // 32)
+    in_bounds = (tokens < KEYS[TOKENS])[:, None] & (w < (KEYS[DIM] * KEYS[BITS] + 31) // 32)[None, :]
+    return tl.load(codes + w[None, :] * KEYS[TOKENS] + tokens[:, None], mask=in_bounds, other=0)
 
 
 @triton.jit
@@ -66,13 +79,22 @@ def key_scales(keys, t0, limit, KEYS: tl.constexpr):
     if KEYS[RANKED]:
         return ranked_scales(scale, zero, t0, limit, KEYS)
     elif KEYS[FOLD]:
-        d = tl.arange(0, KEYS[CHANNELS])
-        in_bounds = (d < KEYS[DIM]) & (t0 + tl.arange(0, 1) < limit)
-        s = tl.load(scale + t0 // KEYS[GROUP] * KEYS[STRIDE] + d, mask=in_bounds, other=0.0)
-        z = tl.load(zero + t0 // KEYS[GROUP] * KEYS[STRIDE] + d, mask=in_bounds, other=0.0)
-        return s, z
+        s = numbers_of_group(scale, t0, limit, KEYS)
+        z = numbers_of_group(zero, t0, limit, KEYS)
+        if KEYS[LOWER][BITS] > 0:
+            return s, z, numbers_of_group(scale, t0, limit, KEYS[LOWER])
+        else:
+            return s, z
     else:
         return tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
+
+
+@triton.jit
+def numbers_of_group(numbers, t0, limit, KEYS: tl.constexpr):
+    """Scales or zeros [CHANNELS] of the group of ``t0``."""
+    d = tl.arange(0, KEYS[CHANNELS])
+    in_bounds = (d < KEYS[DIM]) & (t0 + tl.arange(0, 1) < limit)
+    return tl.load(numbers + t0 // KEYS[GROUP] * KEYS[STRIDE] + d, mask=in_bounds, other=0.0)
 
 
 @triton.jit
@@ -91,6 +113,26 @@ def folded_logits(c, scales, q, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
+def folded_logits_of_planes(high, low, scales, q, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
+    """The same of codes of two fields, of which each plane has the query in its own order."""
+    s, z, s_low = scales
+    q_high, q_low = q
+    _d, factor = word_order(KEYS[CHANNELS], KEYS)
+    z = to_word_order(z.to(tl.float32)[:, None], KEYS) / factor[:, None]
+    from_zeros = tl.sum(q_high * z, 0)
+    weight: tl.constexpr = 1 << KEYS[LOWER][BITS]
+    qs = q_high * (to_word_order(s.to(tl.float32)[:, None], KEYS) * weight)
+    qs_low = q_low * to_word_order(s_low.to(tl.float32)[:, None], KEYS[LOWER])
+    largest = tl.maximum(tl.max(tl.abs(qs), 0), tl.max(tl.abs(qs_low), 0))[None, :]
+    qs, undo = scaled_to_largest(qs, largest)
+    qs_low, undo = scaled_to_largest(qs_low, largest)
+    unit: tl.constexpr = SUBNORMAL if KEYS[BITCAST] else 1.0
+    dtype: tl.constexpr = "fp32" if KEYS[MODEL] == "fp32" else "fp16"
+    sums = add_product(product(high, qs, dtype), low, qs_low, dtype)
+    return sums * (undo * (unit * SM_SCALE)) + (from_zeros * SM_SCALE)[None, :]
+
+
+@triton.jit
 def dequantized_logits(c, scale, zero, tokens, valid_tokens, q, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
     """Logits of codes ``c`` [TILE, CHANNELS] of ``tokens``, each dequantized by the scale of its group."""
     d, factor = word_order(KEYS[CHANNELS], KEYS)
@@ -104,12 +146,30 @@ def dequantized_logits(c, scale, zero, tokens, valid_tokens, q, SM_SCALE: tl.con
 
 
 @triton.jit
+def dequantized_low(c, scale, tokens, valid_tokens, q, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
+    """What the plane of lower fields adds to them; the upper ones count as codes that are so many times larger."""
+    d, factor = word_order(KEYS[CHANNELS], KEYS)
+    offsets = (tokens // KEYS[GROUP] * KEYS[STRIDE])[:, None] + d[None, :]
+    s = tl.load(scale + offsets, mask=valid_tokens[:, None] & (d < KEYS[DIM])[None, :], other=0.0).to(tl.float32)
+    unit: tl.constexpr = SUBNORMAL if KEYS[BITCAST] else 1.0
+    return product(c.to(tl.float32) * (factor * unit)[None, :] * s, q, KEYS[MODEL]) * SM_SCALE
+
+
+@triton.jit
 def code_logits(q, words, keys, scales, tokens, valid_tokens, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
     """Scaled logits [TILE, ROWS] of keys in codes. ``q`` [CHANNELS, ROWS] is float32, in word order, with the
     factors if FOLD; ``words`` and ``scales`` are those of ``key_words`` and ``key_scales``."""
     _, scale, zero = keys
     if KEYS[RANKED]:
         return ranked_logits(q, words, scales, tokens.shape[0], SM_SCALE, KEYS)
+    elif KEYS[LOWER][BITS] > 0:
+        high, low = unpack(words[0], KEYS), unpack(words[1], KEYS[LOWER])
+        if KEYS[FOLD]:
+            return folded_logits_of_planes(high, low, scales, q, SM_SCALE, KEYS)
+        else:
+            high = high.to(tl.float32) * (1 << KEYS[LOWER][BITS])
+            logits = dequantized_logits(high, scale, zero, tokens, valid_tokens, q[0], SM_SCALE, KEYS)
+            return logits + dequantized_low(low, scale, tokens, valid_tokens, q[1], SM_SCALE, KEYS[LOWER])
     elif KEYS[FOLD]:
         return folded_logits(unpack(words, KEYS), scales, q, SM_SCALE, KEYS)
     else:
@@ -118,7 +178,7 @@ def code_logits(q, words, keys, scales, tokens, valid_tokens, SM_SCALE: tl.const
 
 @triton.jit
 def value_words(codes, t0, VALUES: tl.constexpr, TILE: tl.constexpr):
-    """Words of a tile of values [CHANNELS, TILE * BITS / 32], masked as in ``key_words``."""
+    """Words of a plane of a tile of values [CHANNELS, TILE * BITS / 32], masked as in ``key_words``."""
     w = t0 // (32 // VALUES[BITS]) + tl.arange(0, TILE * VALUES[BITS] // 32)
     d = tl.arange(0, VALUES[CHANNELS])
     in_bounds = (d < VALUES[DIM])[:, None] & (w < VALUES[TOKENS] * VALUES[BITS] // 32)[None, :]
@@ -143,11 +203,20 @@ def value_scales(values, t0, limit, VALUES: tl.constexpr, TILE: tl.constexpr):
 def about_zero(s, VALUES: tl.constexpr):
     """(scales, zero points) in float32 of rotated values."""
     s = decode_scale(s)
-    return s, s * (-0.5 * ((1 << VALUES[BITS]) - 1))
+    return s, s * (-0.5 * ((1 << (VALUES[BITS] + VALUES[LOWER][BITS])) - 1))
 
 
 @triton.jit
-def folded_values(c, scales, p, t0, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr):
+def plane_values(c, p, s, tokens, WEIGHT: tl.constexpr, VALUES: tl.constexpr):
+    """sum_t p_t s_t c_t of a plane of fields ``c``, each of which counts 2**WEIGHT."""
+    plane = tokens % (32 // VALUES[BITS]) // 4
+    s = s * tl.exp2((-VALUES[BITS] * plane + WEIGHT).to(tl.float32))  # the factor of ``word_order``
+    dtype: tl.constexpr = "fp32" if VALUES[MODEL] == "fp32" else "fp16"
+    return product(c, to_word_order(rounded(p * s[:, None], dtype), VALUES), dtype)
+
+
+@triton.jit
+def folded_values(c, low, scales, p, t0, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr):
     """``code_values`` of codes ``c`` that have one scale per token: the probabilities take the scales."""
     s, z = scales
     if VALUES[ROTATION] >= 0:
@@ -158,12 +227,11 @@ def folded_values(c, scales, p, t0, zone, VALUES: tl.constexpr, TILE: tl.constex
     z = tl.where(valid_tokens, z.to(tl.float32), 0.0)
     from_zeros = p * z[:, None]
     s, undo = scaled_to_largest(s, tl.max(tl.abs(s), 0))
-    plane = tokens % (32 // VALUES[BITS]) // 4
-    s = s * tl.exp2((-VALUES[BITS] * plane).to(tl.float32))  # the factor of ``word_order``
-    dtype: tl.constexpr = "fp32" if VALUES[MODEL] == "fp32" else "fp16"
-    ps = to_word_order(rounded(p * s[:, None], dtype), VALUES)
     unit: tl.constexpr = SUBNORMAL if VALUES[BITCAST] else 1.0
-    return product(c, ps, dtype) * (undo * unit), from_zeros
+    out = plane_values(c, p, s, tokens, VALUES[LOWER][BITS], VALUES)
+    if VALUES[LOWER][BITS] > 0:
+        out += plane_values(low, p, s, tokens, 0, VALUES[LOWER])
+    return out * (undo * unit), from_zeros
 
 
 @triton.jit
@@ -187,11 +255,37 @@ def dequantized_values(
 
 
 @triton.jit
+def dequantized_low_values(c, scale, p, t0, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr):
+    """What the plane of lower fields adds to them; the upper ones count as codes that are so many times larger."""
+    place, factor = word_order(TILE, VALUES)
+    tokens, d = t0 + place, tl.arange(0, VALUES[CHANNELS])
+    in_bounds = (d < VALUES[DIM])[:, None] & in_zone(tokens, zone, SINK_TOKENS)[None, :]
+    offsets = (d // VALUES[GROUP] * VALUES[STRIDE])[:, None] + tokens[None, :]
+    if VALUES[ROTATION] >= 0:
+        s = decode_scale(tl.load(scale + offsets, mask=in_bounds, other=0))
+    else:
+        s = tl.load(scale + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    unit: tl.constexpr = SUBNORMAL if VALUES[BITCAST] else 1.0
+    v = c.to(tl.float32) * (factor * unit)[None, :] * s
+    ps = to_word_order(rounded(p * LARGEST, VALUES[MODEL]), VALUES)
+    return product(v, ps, VALUES[MODEL]) * (1.0 / LARGEST)
+
+
+@triton.jit
 def code_values(p, values, scales, t0, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr):
     """sum_t p_t v_t of values in codes [CHANNELS, ROWS], and p_t z_t [TILE, ROWS], whose sum goes to every channel."""
     codes, scale, zero = values
     c = unpack(value_words(codes, t0, VALUES, TILE), VALUES)
+    low = c
+    if VALUES[LOWER][BITS] > 0:
+        lower: tl.constexpr = VALUES[TOKENS] * VALUES[BITS] // 32 * VALUES[DIM]
+        low = unpack(value_words(codes + lower, t0, VALUES[LOWER], TILE), VALUES[LOWER])
     if VALUES[FOLD]:
-        return folded_values(c, scales, p, t0, zone, VALUES, TILE, SINK_TOKENS)
+        return folded_values(c, low, scales, p, t0, zone, VALUES, TILE, SINK_TOKENS)
+    elif VALUES[LOWER][BITS] > 0:
+        c = c.to(tl.float32) * (1 << VALUES[LOWER][BITS])
+        out, p_zeros = dequantized_values(c, scale, zero, p, t0, zone, VALUES, TILE, SINK_TOKENS)
+        low = dequantized_low_values(low, scale, p, t0, zone, VALUES[LOWER], TILE, SINK_TOKENS)
+        return out + low, p_zeros
     else:
         return dequantized_values(c, scale, zero, p, t0, zone, VALUES, TILE, SINK_TOKENS)

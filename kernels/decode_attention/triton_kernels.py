@@ -85,12 +85,14 @@ def decode_kernel(
     MAX_LEN: tl.constexpr,
     K_DIM: tl.constexpr,
     K_BITS: tl.constexpr,
+    K_LOW: tl.constexpr,
     K_WORDS: tl.constexpr,
     K_GROUP: tl.constexpr,
     K_TOKENS: tl.constexpr,
     K_GROUPS: tl.constexpr,
     V_DIM: tl.constexpr,
     V_BITS: tl.constexpr,
+    V_LOW: tl.constexpr,
     V_GROUP: tl.constexpr,
     V_TOKENS: tl.constexpr,
     V_STRIDE: tl.constexpr,
@@ -120,6 +122,9 @@ def decode_kernel(
     CODE_CHANNELS: tl.constexpr,
     K_LANES: tl.constexpr,
     V_LANES: tl.constexpr,
+    LOW_CHANNELS: tl.constexpr,
+    K_LOW_LANES: tl.constexpr,
+    V_LOW_LANES: tl.constexpr,
     FOLD_K: tl.constexpr,
     FOLD_V: tl.constexpr,
     BITCAST: tl.constexpr,
@@ -147,11 +152,19 @@ def decode_kernel(
         (TWOS, K_TWOS, 2, K_TWOS // 16 if K_TWOS < 64 else 4, K_TOKENS, K_GROUP, K_DIM, True, BITCAST, MODEL),
         (ONES, K_ONES, 1, K_ONES // 32 if K_ONES < 128 else 4, K_TOKENS, K_GROUP, K_DIM, True, BITCAST, MODEL),
     )
+    K_LOWER: tl.constexpr = (
+        K_DIM, LOW_CHANNELS, K_LOW, K_LOW_LANES, K_TOKENS, K_GROUP, K_DIM, FOLD_K, BITCAST, MODEL,
+    )  # fmt: skip
     KEYS: tl.constexpr = (
-        K_DIM, CODE_CHANNELS, K_BITS, K_LANES, K_TOKENS, K_GROUP, K_DIM, FOLD_K, BITCAST, MODEL, RANKED, PLANES, COUNTS,
+        K_DIM, CODE_CHANNELS, K_BITS - K_LOW, K_LANES, K_TOKENS, K_GROUP, K_DIM, FOLD_K, BITCAST, MODEL, RANKED, PLANES,
+        COUNTS, K_LOWER,
+    )  # fmt: skip
+    V_LOWER: tl.constexpr = (
+        V_DIM, V_CHANNELS, V_LOW, V_LOW_LANES, V_TOKENS, V_GROUP, V_STRIDE, FOLD_V, BITCAST, MODEL, ROTATION,
     )  # fmt: skip
     VALUES: tl.constexpr = (
-        V_DIM, V_CHANNELS, V_BITS, V_LANES, V_TOKENS, V_GROUP, V_STRIDE, FOLD_V, BITCAST, MODEL, ROTATION,
+        V_DIM, V_CHANNELS, V_BITS - V_LOW, V_LANES, V_TOKENS, V_GROUP, V_STRIDE, FOLD_V, BITCAST, MODEL, ROTATION, 0, 0,
+        V_LOWER,
     )  # fmt: skip
     LOGITS: tl.constexpr = (SCALE, SOFTCAP, WINDOW, MASK_KIND, SINK_TOKENS)
     split = tl.program_id(0)

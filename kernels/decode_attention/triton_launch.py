@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.decode_attention.triton_settings import LEAST_TILE, ranks, settings
-from xquant_fx.kernels.packing import codes_per_word
+from xquant_fx.kernels.packing import WORD_BITS, high_and_low
 from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.triton_host import power_of_two
 
@@ -37,8 +37,14 @@ def dense_mask(mask: Tensor) -> Tensor:
 
 
 def warps_of(a: DecodeArguments, hip: bool) -> int:
-    """Warps of a program that reads ranked keys: more on NVIDIA where float32 or small tiles want more registers."""
-    return 8 if not hip and (a.q.dtype == torch.float32 or a.k_group < 64) else 4
+    """Warps of a program: more on NVIDIA where ranked keys or two planes of codes leave it without registers."""
+    ranked, wide = a.k_order is not None, a.q.shape[3] > 128
+    k_planes, v_planes = not ranked and high_and_low(a.k_bits)[1] > 0, high_and_low(a.v_bits)[1] > 0
+    if hip or not (ranked or k_planes or v_planes):
+        return 4
+    small = (ranked and a.k_group < 64) or (v_planes and a.v_group < a.v_ring.shape[3])
+    large = wide and (k_planes or v_planes or a.k_scale.dtype == torch.float16)
+    return 8 if a.q.dtype == torch.float32 or small or large else 4
 
 
 def launch(
@@ -88,14 +94,16 @@ def launch(
         MAX_LEN=a.max_len,
         K_DIM=k_dim,
         K_BITS=int(a.k_bits),
+        K_LOW=0 if ranked else high_and_low(a.k_bits)[1],
         K_WORDS=a.k_codes.shape[2],
         K_GROUP=a.k_group,
         K_TOKENS=a.k_codes.shape[3],
         K_GROUPS=a.k_scale.shape[2],
         V_DIM=v_dim,
         V_BITS=int(a.v_bits),
+        V_LOW=high_and_low(a.v_bits)[1],
         V_GROUP=a.v_group,
-        V_TOKENS=a.v_codes.shape[2] * codes_per_word(a.v_bits),
+        V_TOKENS=a.v_codes.shape[2] * WORD_BITS // int(a.v_bits),
         V_STRIDE=a.v_scale.shape[3],
         RING=a.k_ring.shape[2],
         RESIDUAL=a.residual_length,
@@ -109,7 +117,7 @@ def launch(
         MASK_QUERY=mask_shape[2],
         HAS_NEW=a.k_new is not None,
         ROTATION=rotated_size(v_dim).bit_length() - 1 if a.v_zero is None else -1,
-        num_warps=warps_of(a, hip) if ranked else 4,
+        num_warps=warps_of(a, hip),
         **ranks(a.k_bits, k_dim, ranked),
         **dataclasses.asdict(chosen),
     )

@@ -33,7 +33,8 @@ from xquant_fx.kernels.triton_small_floats import (
     UNIT_OF_SCALES,
     decode_mid,
     decode_scale,
-    half_of_byte,
+    largest_exponent,
+    scale_in_units,
 )
 from xquant_fx.kernels.triton_widths import rank_of_field, width_of_rank
 
@@ -118,7 +119,7 @@ def ranked_words(codes, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
 def plane_scales(scale, in_use, PLANE: tl.constexpr, KEYS: tl.constexpr):
     """The scale of each field of a plane, in the order of its query."""
     if PLANE[CHANNELS] == 0:
-        return tl.zeros((1,), tl.uint8)
+        return tl.zeros((1,), scale.dtype.element_ty)
     else:
         rank, _weight = plane_fields(PLANE, KEYS)
         return tl.load(scale + rank, mask=in_use, other=0)
@@ -146,7 +147,7 @@ def plane_logits(sums, words, q, s, factor, PLANE: tl.constexpr, KEYS: tl.conste
     else:
         _rank, weight = plane_fields(PLANE, KEYS)
         dtype: tl.constexpr = "fp32" if KEYS[MODEL] == "fp32" else "fp16"
-        qs = q * rounded(half_of_byte(s) * (weight * factor), dtype)[:, None]
+        qs = q * rounded(scale_in_units(s) * (weight * factor), dtype)[:, None]
         return add_product(sums, unpack(words, PLANE), qs, dtype)
 
 
@@ -160,7 +161,7 @@ def ranked_logits(q, words, scales, TILE: tl.constexpr, SM_SCALE: tl.constexpr, 
     offset = decode_scale(s) * (decode_mid(mid) - 0.5 * n.to(tl.float32))
     constant = from_center + tl.sum(x.to(tl.float32) * offset[:, None], 0)
     # Scales are brought to the largest one's power of two, times S_UNIT.
-    exponent = tl.max(s.to(tl.int32), 0) >> 3
+    exponent = largest_exponent(s)
     factor = ((-exponent + (127 + 15 + S_EXPONENT)) << 23).to(tl.float32, bitcast=True)
     undo = ((exponent + (127 - 15 - S_EXPONENT)) << 23).to(tl.float32, bitcast=True)
     sums = tl.zeros((TILE, x.shape[1]), tl.float32)
@@ -168,4 +169,5 @@ def ranked_logits(q, words, scales, TILE: tl.constexpr, SM_SCALE: tl.constexpr, 
     sums = plane_logits(sums, two, q_two, s_two, factor, KEYS[PLANES][1], KEYS)
     sums = plane_logits(sums, one, q_one, s_one, factor, KEYS[PLANES][2], KEYS)
     unit: tl.constexpr = SUBNORMAL if KEYS[BITCAST] else 1.0
-    return sums * (q_unit * (undo * (UNIT_OF_SCALES * unit * SM_SCALE)))[None, :] + (constant * SM_SCALE)[None, :]
+    scale_unit: tl.constexpr = UNIT_OF_SCALES if s.dtype == tl.uint8 else 1.0
+    return sums * (q_unit * (undo * (scale_unit * unit * SM_SCALE)))[None, :] + (constant * SM_SCALE)[None, :]

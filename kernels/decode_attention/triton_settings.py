@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from xquant_fx.kernels.packing import codes_per_word
+from xquant_fx.kernels.packing import codes_per_word, high_and_low
 from xquant_fx.kernels.triton_host import power_of_two, rank_counts
 from xquant_fx.kernels.widths import planes
 
@@ -20,8 +20,8 @@ PLANES = {4: "K_FOURS", 2: "K_TWOS", 1: "K_ONES"}
 #: Programs that keep a large GPU busy: some for each of 132 multiprocessors.
 PROGRAMS = 528
 #: Most query rows (query heads of one KV head, times query tokens) of a program: with twice as many registers run
-#: out, and on NVIDIA's chips with 16 already where operands are float32, scales are applied element by element or
-#: channels are ranked (which takes a query per plane).
+#: out, and on NVIDIA's chips with 16 already where operands are float32, scales are applied element by element,
+#: channels are ranked (which takes a query per plane) or codes have two planes.
 MOST_ROWS = 16
 #: Fewest tokens of a tile that lies in one group: one word of values at 1 bit.
 LEAST_TILE = 32
@@ -36,6 +36,11 @@ def tile_tokens(dim: int, row_tile: int, k_group: int, fold_v: bool) -> tuple[in
     most = (128 if row_tile <= 8 and fold_v else 64) // (1 if dim <= 128 else 2)
     aligned = min(k_group & -k_group, most)
     return (aligned, True) if aligned >= LEAST_TILE else (min(most, 64), False)
+
+
+def key_words(dim: int, width: int) -> int:
+    """Words of a key of ``dim`` channels with fields of ``width`` bits, filled up: a product sums over at least 16."""
+    return max(power_of_two(math.ceil(dim / codes_per_word(width))), 16 // codes_per_word(width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,10 @@ class Settings:
     K_LANES: int
     #: Words of values that are unpacked as neighbours.
     V_LANES: int
+    #: CODE_CHANNELS, K_LANES and V_LANES of the planes of lower fields, if codes have two.
+    LOW_CHANNELS: int
+    K_LOW_LANES: int
+    V_LOW_LANES: int
     #: Whether each tile of keys lies in one group of tokens: then scales go to the query, not to the codes.
     FOLD_K: bool
     #: Whether a token of values has one scale: then scales go to the probabilities.
@@ -97,13 +106,16 @@ def settings(
     """What ``decode_kernel`` is compiled with for a problem of this shape."""
     # The query rows are the short side of the products: 8 columns are the least of NVIDIA's matrix units.
     dim, fold_v = max(k_dim, v_dim), v_group == v_dim
+    (k_high, k_low), (v_high, v_low) = high_and_low(k_bits), high_and_low(v_bits)
     folded = fold_v and tile_tokens(dim, MOST_ROWS, k_group, fold_v)[1]
-    most_rows = MOST_ROWS if hip or (folded and dtype != torch.float32 and not ranked) else MOST_ROWS // 2
+    plain = folded and dtype != torch.float32 and not ranked and not k_low and not v_low
+    most_rows = MOST_ROWS if hip or plain else MOST_ROWS // 2
     row_tile = min(max(power_of_two(rows), 16 if hip else 8), most_rows)
     row_blocks = math.ceil(rows / row_tile)
     tile, fold_k = tile_tokens(dim, row_tile, k_group, fold_v)
-    k_words = power_of_two(math.ceil(k_dim / codes_per_word(k_bits)))
-    k_words = max(k_words, 16 // codes_per_word(k_bits))  # a product sums over at least 16
+    if k_low and not ranked and not fold_k:  # scales of both planes' elements are in registers, too
+        tile = LEAST_TILE
+    k_words, k_low_words = key_words(k_dim, k_high), key_words(k_dim, k_low or k_high)
     full_tile = (64 if dim <= 128 else 32) if hip else 16 if dtype == torch.float32 else 32
     k_channels = max(power_of_two(k_dim), 16)
     splits = max(1, min(PROGRAMS // (batch * kv_heads * row_blocks), math.ceil(max_len / (2 * tile)), 128))
@@ -112,9 +124,11 @@ def settings(
         SPLITS=splits, MIXED_SPLIT=splits - 1 if chunk else splits, PARTS=splits if chunk else splits + 2,
         TILE=tile, FULL_TILE=min(full_tile, tile) if fold_k else full_tile,  # a tile of codes lies in one group
         TAIL=256, STAGES=3, FULL_STAGES=1 if hip else 2,
-        CODE_CHANNELS=k_channels if ranked else k_words * codes_per_word(k_bits), K_CHANNELS=k_channels,
+        CODE_CHANNELS=k_channels if ranked else k_words * codes_per_word(k_high), K_CHANNELS=k_channels,
         V_CHANNELS=max(power_of_two(v_dim), 16),
-        K_LANES=min(k_words, 4), V_LANES=min(tile // codes_per_word(v_bits), 4), FOLD_K=fold_k, FOLD_V=fold_v,
+        K_LANES=min(k_words, 4), V_LANES=min(tile // codes_per_word(v_high), 4),
+        LOW_CHANNELS=k_low_words * codes_per_word(k_low or k_high), K_LOW_LANES=min(k_low_words, 4),
+        V_LOW_LANES=min(tile // codes_per_word(v_low or v_high), 4), FOLD_K=fold_k, FOLD_V=fold_v,
         BITCAST=not hip, MODEL=model_dtype(dtype, interpret),
     )  # fmt: skip
 

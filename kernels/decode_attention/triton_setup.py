@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.decode_attention.triton_unpack import CHANNELS, DIM, FOLD, GROUP, RANKED, word_order
+from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, FOLD, GROUP, LOWER, RANKED, word_order
 from xquant_fx.kernels.triton_widths import ranked_limit
 
 
@@ -69,7 +69,17 @@ def mask_rows_of(
 
 @triton.jit
 def code_query(q, rows, valid_rows, KEYS: tl.constexpr):
-    """Query rows as ``code_logits`` wants them: float32 [channels, ROWS] in word order."""
+    """Query rows as ``code_logits`` wants them: float32 [channels, ROWS] in word order, for each plane of fields."""
+    if KEYS[LOWER][BITS] > 0:
+        high = query_of_fields(q, rows, valid_rows, KEYS)
+        return high, query_of_fields(q, rows, valid_rows, KEYS[LOWER])
+    else:
+        return query_of_fields(q, rows, valid_rows, KEYS)
+
+
+@triton.jit
+def query_of_fields(q, rows, valid_rows, KEYS: tl.constexpr):
+    """The same for one plane."""
     d, factor = word_order(KEYS[CHANNELS], KEYS)
     in_bounds = valid_rows[None, :] & (d < KEYS[DIM])[:, None]
     offsets = rows[None, :] * KEYS[DIM] + d[:, None]

@@ -16,7 +16,7 @@ import triton.language as tl
 # in it. It is no NamedTuple since Inductor copies functions and constants of a kernel into its code, but no classes.
 DIM = tl.constexpr(0)  # channels of a head
 CHANNELS = tl.constexpr(1)  # channels of a tile of codes: DIM, filled up to whole words and a power of two
-BITS = tl.constexpr(2)  # bits per code
+BITS = tl.constexpr(2)  # bits per code, or per field where codes are planes of fields (``kernels/packing.py``)
 LANES = tl.constexpr(3)  # words that ``unpack`` takes as neighbours
 TOKENS = tl.constexpr(4)  # tokens that the codes have room for
 GROUP = tl.constexpr(5)  # tokens (values: channels) that share a scale
@@ -30,6 +30,8 @@ PLANES = tl.constexpr(11)  # the three planes, of no CHANNELS where there is non
 COUNTS = tl.constexpr(12)  # of ``kernels/triton_widths.py``
 # Of values.
 ROTATION = tl.constexpr(10)  # rotated in pieces of two to this power; -1: not rotated
+# Of both: such a tuple, too, for the fields of the lowest bits, whose plane follows; of 0 BITS where there are none.
+LOWER = tl.constexpr(13)
 
 
 @triton.jit

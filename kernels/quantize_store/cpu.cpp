@@ -11,9 +11,10 @@
 
 namespace xq {
 
-constexpr int64_t RING = RESIDUAL + RING_SLACK, CODES_PER_WORD = 32 / BITS;
+constexpr int64_t RING = RESIDUAL + RING_SLACK;
 constexpr int64_t D_PAD = (D + L - 1) / L * L;
-constexpr int64_t PITCH = D_PAD + CODES_PER_WORD;  // of unpacked codes
+constexpr int64_t PITCH = D_PAD + 32 / BITS;                  // of unpacked codes
+constexpr int PLANE_COUNT = sizeof(PLANES) / sizeof(Plane);  // 1 or 2
 constexpr int32_t MAX_CODE = (1 << BITS) - 1;
 constexpr float INF = std::numeric_limits<float>::infinity(), NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 constexpr bool FIT = BORROWED && LEAST_SQUARES;  // scale and zero point fitted to given codes
@@ -28,7 +29,16 @@ using Codes = std::remove_pointer_t<decltype(Tensors::codes)>;
 inline void write(int32_t* word, int32_t value) { *word = value; }
 inline void write(const int32_t*, int32_t) {}
 
-inline int32_t shift_of_code(int64_t i) { return 8 * (i % 4) + BITS * (i / 4); }
+// Where code i along the packed axis is in a plane of fields: its word, or row of words, and its bit there.
+constexpr int64_t word_of_code(const Plane& plane, int64_t i) { return plane.first + i / (32 / plane.width); }
+constexpr int32_t shift_of_code(const Plane& plane, int64_t i) {
+    const int64_t r = i % (32 / plane.width);
+    return (int32_t)(8 * (r % 4) + plane.width * (r / 4));
+}
+constexpr uint32_t mask_of(const Plane& plane) { return (1u << plane.width) - 1; }
+constexpr uint32_t field_of(const Plane& plane, uint32_t code) {
+    return plane.width == BITS ? code : code >> plane.shift & mask_of(plane);
+}
 inline vf to_floats(vub codes) { return __builtin_convertvector(widen(codes), vf); }
 
 inline T* ring_token(const Inputs& in, int64_t head, int64_t t) { return in.ring + (head * RING + t % RING) * D; }
@@ -66,6 +76,8 @@ inline vi encode(vf x, vf low, vf step, vi largest = splat(MAX_CODE)) {
 }
 
 }  // namespace xq
+
+#include "token_codes.h"
 
 // Of each way to quantize what is due: any_due and quantize_due.
 #if defined(XQ_APPEND_BLOCKS)

@@ -11,7 +11,7 @@ from xquant_fx.kernels.cpu.isa import Isa
 from xquant_fx.kernels.cpu.source import array, assemble, definitions, namespace, pointers, sign_table
 from xquant_fx.kernels.faults import Fault
 from xquant_fx.kernels.layout import STEP_TOKENS
-from xquant_fx.kernels.packing import codes_per_word
+from xquant_fx.kernels.packing import WORD_BITS, code_planes, word_count
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.schemes.per_token_rotated import GAUSSIAN_STEP
@@ -51,7 +51,7 @@ def constants(a: Append) -> str:
     numbers = {
         "B": batch, "H": heads, "Q": new, "D": dim, "N": a.max_len,
         "BITS": 8 if is_ranked(a) else int(a.bits), "GROUP": a.group,
-        "WORDS": words_of(a.bits, dim) if is_ranked(a) else -(-dim // codes_per_word(a.bits)),
+        "WORDS": words_of(a.bits, dim) if is_ranked(a) else word_count(a.bits, dim),
         "ROTATED": rotated_size(dim) if a.append == "rotated" else 0,
         "TOKENS": a.tokens, "RESIDUAL": a.residual, "RING_SLACK": a.ring - a.residual, "SINKS": a.sinks,
         "STEP_TOKENS": STEP_TOKENS, **{fault.name: int(fault) for fault in Fault},
@@ -64,12 +64,17 @@ def constants(a: Append) -> str:
 
 
 def tables(a: Append) -> str:
-    """Constants of ranked keys and of rotated values: where the fields of ranks are, signs."""
+    """Planes of codes; constants of ranked keys and of rotated values: where the fields of ranks are, signs."""
     dim = a.shape[3]
+    words = word_count(a.bits, dim) if a.append == "blocks" else a.tokens * int(a.bits) // WORD_BITS
+    code_fields = [] if is_ranked(a) else code_planes(a.bits, words)
     fields = fields_of(planes(a.bits, dim)) if is_ranked(a) else [Field(0, 0, 0, 0, 0, False)]
     widths = rank_widths(a.bits, dim) if is_ranked(a) else (0,)
     return namespace(
-        "// Bits `shift` and up of the code of a rank, under `mask`, are at `bit` of a word; `first` in it or not.\n"
+        "// Fields of `width` bits, with `shift` bits of a code below them, in the words from `first` on.\n"
+        "struct Plane {\n    int64_t width, shift, first;\n};\n"
+        + array("Plane", "PLANES", [f"{{{p.width}, {p.shift}, {p.first}}}" for p in code_fields] or ["{8, 0, 0}"])
+        + "// Bits `shift` and up of the code of a rank, under `mask`, are at `bit` of a word; `first` in it or not.\n"
         "struct Field {\n    int64_t word, rank;\n    uint32_t shift, mask, bit;\n    bool first;\n};\n"
         + array("Field", "FIELDS", ["{" + ", ".join(str(int(x)) for x in field) + "}" for field in fields])
         + array("int32_t", "LARGEST_CODES", [str(2**width - 1) for width in widths])

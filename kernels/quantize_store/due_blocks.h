@@ -12,22 +12,32 @@ struct KeyGroup {
 };
 
 ALWAYS_INLINE void unpack_key_codes(const int32_t* packed, uint8_t* codes) {
+    for (const Plane& plane : PLANES)
+        for (int64_t t = 0; t < GROUP; t++)
+            for (int64_t d = 0; d < D; d++) {
+                const uint32_t word = (uint32_t)packed[word_of_code(plane, d) * TOKENS + t];
+                codes[t * PITCH + d] |= (uint8_t)((word >> shift_of_code(plane, d) & mask_of(plane)) << plane.shift);
+            }
+}
+
+template <int I> ALWAYS_INLINE void pack_plane(const uint8_t* codes, Codes* packed) {
+    constexpr Plane PLANE = PLANES[I];
+    constexpr int64_t PER_WORD = 32 / PLANE.width;
     for (int64_t t = 0; t < GROUP; t++)
-        for (int64_t d = 0; d < D; d++) {
-            const uint32_t word = (uint32_t)packed[d / CODES_PER_WORD * TOKENS + t];
-            codes[t * PITCH + d] = (uint8_t)(word >> shift_of_code(d % CODES_PER_WORD) & MAX_CODE);
+        for (int64_t w = 0; w * PER_WORD < D; w++) {
+            uint32_t word = 0;
+            for (int64_t i = 0; i < PER_WORD; i++)
+                if (w * PER_WORD + i < D) {
+                    const uint32_t code = codes[t * PITCH + w * PER_WORD + i];
+                    word |= field_of(PLANE, code) << shift_of_code(PLANE, i);
+                }
+            write(packed + (PLANE.first + w) * TOKENS + t, (int32_t)word);
         }
 }
 
 ALWAYS_INLINE void pack_key_codes(const uint8_t* codes, Codes* packed) {
-    for (int64_t t = 0; t < GROUP; t++)
-        for (int64_t w = 0; w < WORDS; w++) {
-            uint32_t word = 0;
-            for (int64_t i = 0; i < CODES_PER_WORD; i++)
-                if (w * CODES_PER_WORD + i < D)
-                    word |= (uint32_t)codes[t * PITCH + w * CODES_PER_WORD + i] << shift_of_code(i);
-            write(packed + w * TOKENS + t, (int32_t)word);
-        }
+    pack_plane<0>(codes, packed);
+    if constexpr (PLANE_COUNT > 1) pack_plane<PLANE_COUNT - 1>(codes, packed);
 }
 
 // Least number and step of the channels from d on.

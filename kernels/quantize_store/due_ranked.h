@@ -80,8 +80,8 @@ inline void note_ranks(const Inputs& in, int64_t head, int64_t begin, int64_t en
 }
 
 // Codes of the channels from d on, and their scale and mid point as they are stored. `n` is the largest code.
-inline void quantize_ranked(const RankedGroup& keys, int64_t d, vf n, const float* center, uint8_t* codes,
-                            uint8_t* scale, uint8_t* zero) {
+inline void quantize_ranked(const RankedGroup& keys, int64_t d, vf n, const float* center, uint8_t* codes, S* scale,
+                            S* zero) {
     vf low = splat(INF), high = splat(-INF), step, level = splat(0.0f), spread = level, mean, variance;
     vi nan = splat(0);
     for (int64_t t = keys.first; t < GROUP; t++) {
@@ -107,9 +107,9 @@ inline void quantize_ranked(const RankedGroup& keys, int64_t d, vf n, const floa
         const float offset = mean[i] - center[d + i];
         float s = spread[i] > 0.0f ? std::sqrt(variance[i] / spread[i]) : n[i] > 0.0f ? 0.0f : std::sqrt(variance[i]);
         s = std::max(s, std::abs(offset) / (LARGEST_MID - n[i]));
-        scale[d + i] = encode_scale(low[i] == low[i] ? s : NOT_A_NUMBER);
+        encode_scale(low[i] == low[i] ? s : NOT_A_NUMBER, scale + d + i);
         const float stored = decode_scale(scale[d + i]);
-        zero[d + i] = encode_mid(stored > 0.0f ? (offset - stored * level[i]) / stored : 0.0f);
+        encode_mid(stored > 0.0f ? (offset - stored * level[i]) / stored : 0.0f, zero + d + i);
     }
 }
 
@@ -134,7 +134,7 @@ inline void store_ranked_group(const Inputs& in, int64_t head, int64_t t0) {
         n[order[r]] = (float)LARGEST_CODES[r];
         center[order[r]] = in.center[head * D + r];
     }
-    uint8_t scale[D_PAD], zero[D_PAD];
+    S scale[D_PAD], zero[D_PAD];
     for (int64_t d = 0; d < D; d += L) quantize_ranked(keys, d, load<vf>(n + d), center, buffer.get(), scale, zero);
     const int64_t row = (head * (TOKENS / GROUP) + t0 / GROUP) * D;
     for (int64_t r = 0; r < D; r++) {

@@ -9,20 +9,28 @@ inline void store_rotated(const Inputs& in, int64_t head, int64_t t) {
     for (int64_t d = 0; d < D; d++) y[d] = to_float(row[d]) * ROTATION_SIGNS[d];
     hadamard<D, ROTATED>(y);
     for (int64_t d = 0; d < D; d++) y[d] *= ROTATION_SCALE;
-    Codes* codes = in.codes + (head * (TOKENS / CODES_PER_WORD) + t / CODES_PER_WORD) * D;
-    const int32_t shift = shift_of_code(t % CODES_PER_WORD), mask = (int32_t)((uint32_t)MAX_CODE << shift);
+    uint8_t codes[D_PAD + L];
     for (int64_t g = 0; g < D / GROUP; g++) {
-        float square = 0.0f, aligned = 0.0f;
-        for (int64_t i = 0; i < GROUP; i++) square += y[g * GROUP + i] * y[g * GROUP + i];
-        const float step = GAUSSIAN_STEP * std::sqrt(square / GROUP);
-        for (int64_t i = 0; i < GROUP; i++) {
-            const float x = y[g * GROUP + i], exact = x / (step > 0.0f ? step : 1.0f) + 0.5f * (MAX_CODE + 1);
-            const float code = exact == exact ? std::clamp(std::floor(exact), 0.0f, (float)MAX_CODE) : 0.0f;
-            aligned += x * (code - 0.5f * MAX_CODE);
-            write(codes + g * GROUP + i, (codes[g * GROUP + i] & ~mask) | (int32_t)((uint32_t)code << shift));
+        const float* x = y + g * GROUP;
+        vf squares = splat(0.0f), products = splat(0.0f);
+        for (int64_t i = 0; i < GROUP; i += L) {
+            const vf v = mask_first(load<vf>(x + i), GROUP - i);
+            squares += v * v;
         }
-        in.scale[(head * (D / GROUP) + g) * TOKENS + t] = encode_scale(square == 0.0f ? 0.0f : square / aligned);
+        const float square = sum(squares), step = GAUSSIAN_STEP * std::sqrt(square / GROUP);
+        for (int64_t i = 0; i < GROUP; i += L) {
+            const vf v = mask_first(load<vf>(x + i), GROUP - i);
+            vf code = v / (step > 0.0f ? step : 1.0f) + 0.5f * (MAX_CODE + 1);
+            code = code > 0.0f ? code : splat(0.0f);  // a NaN, too
+            code = code > (float)MAX_CODE ? splat((float)MAX_CODE) : code;
+            const vi whole = __builtin_convertvector(code, vi);
+            products += v * (__builtin_convertvector(whole, vf) - 0.5f * MAX_CODE);
+            store_up_to(codes + g * GROUP + i, narrow(whole), GROUP - i);
+        }
+        const float aligned = sum(products);
+        encode_scale(square == 0.0f ? 0.0f : square / aligned, in.scale + (head * (D / GROUP) + g) * TOKENS + t);
     }
+    put_codes(in.codes + head * CODE_ROWS * D, t, D, codes);
 }
 
 inline bool any_due(int64_t, int64_t) { return false; }  // too little to share out

@@ -24,21 +24,17 @@ ALWAYS_INLINE void range_of_values(const T* row, float* x, vf& lows, vf& step) {
     range_to_step(lows, splat(high), splat(nan ? -1 : 0), splat((float)MAX_CODE), step);
 }
 
-// Put the group's codes at bit `shift` of its words.
-ALWAYS_INLINE void encode_values(const float* x, vf lows, vf step, Codes* words, int32_t shift) {
-    const int32_t mask = (int32_t)((uint32_t)MAX_CODE << shift);
-    for (int64_t i = 0; i < GROUP; i += L) {
-        const int64_t n = std::min<int64_t>(L, GROUP - i);
-        const vi code = encode(load_up_to(x + i, n), lows, step);
-        Codes* word = words + i;
-        for (int64_t j = 0; j < n; j++) write(word + j, (word[j] & ~mask) | (int32_t)((uint32_t)code[j] << shift));
-    }
+// Put the group's codes into its words.
+ALWAYS_INLINE void encode_values(const float* x, vf lows, vf step, Codes* words, int64_t t) {
+    uint8_t codes[GROUP + L];
+    for (int64_t i = 0; i < GROUP; i += L) store(codes + i, narrow(encode(load_up_to(x + i, GROUP - i), lows, step)));
+    put_codes(words, t, GROUP, codes);
 }
 
 // Scale and zero point that fit the codes best: a regression of values on codes.
-ALWAYS_INLINE void fit_values(const float* x, const int32_t* words, int32_t shift, S* scale, S* zero) {
+ALWAYS_INLINE void fit_values(const float* x, const int32_t* words, int64_t t, S* scale, S* zero) {
     float c[GROUP + L], cov[GROUP + L], var[GROUP + L];
-    for (int64_t i = 0; i < GROUP; i++) c[i] = (float)((uint32_t)words[i] >> shift & MAX_CODE);
+    get_codes(words, t, GROUP, c);
     const float mean_x = sum_of_group(x) / GROUP, mean_c = sum_of_group(c) / GROUP;
     for (int64_t i = 0; i < GROUP; i++) {
         const float dc = c[i] - mean_c;
@@ -52,17 +48,15 @@ ALWAYS_INLINE void fit_values(const float* x, const int32_t* words, int32_t shif
 // Values of one token.
 inline void store_value(const Inputs& in, int64_t head, int64_t t) {
     const T* row = ring_token(in, head, t);
-    Codes* codes = in.codes + (head * (TOKENS / CODES_PER_WORD) + t / CODES_PER_WORD) * D;
-    const int32_t shift = shift_of_code(t % CODES_PER_WORD);
     for (int64_t g = 0; g < D / GROUP; g++) {
         S* scale = in.scale + (head * (D / GROUP) + g) * TOKENS + t;
         S* zero = in.zero + (head * (D / GROUP) + g) * TOKENS + t;
-        Codes* words = codes + g * GROUP;
+        Codes* words = in.codes + head * CODE_ROWS * D + g * GROUP;
         float x[GROUP + L];
         vf lows, step;
         range_of_values(row + g * GROUP, x, lows, step);
-        if (!BORROWED) encode_values(x, lows, step, words, shift);
-        if (FIT) fit_values(x, words, shift, scale, zero);
+        if (!BORROWED) encode_values(x, lows, step, words, t);
+        if (FIT) fit_values(x, words, t, scale, zero);
         else store_relaxed(scale, zero, lows, step, 1);
     }
 }

@@ -32,6 +32,11 @@ using T = xq::bfloat16;
 using S = xq::float16;
 }  // namespace xq
 namespace xq {
+// Fields of `width` bits, with `shift` bits of a code below them, in the words from `first` on.
+struct Plane {
+    int64_t width, shift, first;
+};
+constexpr Plane PLANES[] = {{2, 0, 0}};
 // Bits `shift` and up of the code of a rank, under `mask`, are at `bit` of a word; `first` in it or not.
 struct Field {
     int64_t word, rank;

@@ -82,6 +82,7 @@ def append_keys_kernel(
     RESIDUAL: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    LOW: tl.constexpr,
     ETA: tl.constexpr,
     FIT: tl.constexpr,
     MAX_LEN: tl.constexpr,
@@ -104,13 +105,15 @@ def append_keys_kernel(
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, STEP_TOKENS)
     block = past // RESIDUAL * RESIDUAL + part * GROUP // RESIDUAL * RESIDUAL
     if past + NEW_TOKENS >= block + RESIDUAL:
-        codes += head * ((DIM * BITS + 31) // 32 * TOKENS)
+        HIGH_WORDS: tl.constexpr = (DIM * (BITS - LOW) + 31) // 32
+        codes += head * ((HIGH_WORDS + (DIM * LOW + 31) // 32) * TOKENS)
         scale += head * (GROUPS * DIM)
         zero += head * (GROUPS * DIM)
         t0 = past // RESIDUAL * RESIDUAL + part * GROUP
         flush_keys(
             source,
             codes,
+            codes + HIGH_WORDS * TOKENS,
             scale,
             zero,
             first_token + SINK_TOKENS,
@@ -122,6 +125,7 @@ def append_keys_kernel(
             TILE,
             CHUNK,
             BITS,
+            LOW,
             TOKENS,
             ETA,
             FIT,
@@ -149,6 +153,7 @@ def append_values_kernel(
     RESIDUAL: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    LOW: tl.constexpr,
     ETA: tl.constexpr,
     FIT: tl.constexpr,
     MAX_LEN: tl.constexpr,
@@ -172,5 +177,21 @@ def append_values_kernel(
     if row + group == 0:
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, STEP_TOKENS)
     flush_values(
-        source, codes, scale, zero, d, valid_channels, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, GROUP, BITS, ETA, FIT
+        source,
+        codes,
+        codes + STRIDE * (BITS - LOW) // 32 * DIM,
+        scale,
+        zero,
+        d,
+        valid_channels,
+        NEW_TOKENS,
+        NEW_TILE,
+        DIM,
+        RING,
+        RESIDUAL,
+        GROUP,
+        BITS,
+        LOW,
+        ETA,
+        FIT,
     )

@@ -16,6 +16,7 @@ import torch
 
 from xquant_fx.kernels.arguments import Overload
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.packing import high_and_low
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.schemes import SCHEMES
@@ -37,7 +38,7 @@ def why_not(a: StoreArguments) -> str:
 
 def uniform(a: StoreArguments) -> dict[str, Any]:
     """Constants of both kernels of ``triton_kernels``."""
-    return dict(BITS=int(a.bits), ETA=a.eta, FIT=a.fit or "own")
+    return dict(BITS=int(a.bits), LOW=high_and_low(a.bits)[1], ETA=a.eta, FIT=a.fit or "own")
 
 
 def blocks(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -74,7 +75,8 @@ def rotated(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Grid and constants of ``append_rotated_kernel``."""
     batch, heads, _, dim = a.x.shape
     return (batch * heads, dim // a.group_size), dict(
-        BITS=int(a.bits), STEP=GAUSSIAN_STEP[int(a.bits)], LEVELS=rotated_size(dim).bit_length() - 1,
+        BITS=int(a.bits), LOW=high_and_low(a.bits)[1], STEP=GAUSSIAN_STEP[int(a.bits)],
+        LEVELS=rotated_size(dim).bit_length() - 1,
         WORDS=a.codes.shape[2], STRIDE=a.quantized.scale.shape[3], CHANNELS=power_of_two(dim), num_warps=4,
     )  # fmt: skip
 

@@ -79,6 +79,6 @@ def store_scales(scale, zero, offsets, s, z, in_bounds):
 
 @triton.jit
 def code_shift(i, BITS: tl.constexpr):
-    """Bit of a word where code ``i`` of it begins (``kernels/packing.py``)."""
+    """Bit of a word where field ``i``, of BITS bits, begins (``kernels/packing.py``)."""
     r = i % (32 // BITS)
     return 8 * (r % 4) + BITS * (r // 4)

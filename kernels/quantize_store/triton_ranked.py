@@ -89,8 +89,8 @@ def encode_ranked(
 
 
 @triton.jit
-def fit_ranked(moments, low, n, center):
-    """(scale, mid point) as stored, which keep the spread of the keys (``reference.kept_spread``)."""
+def fit_ranked(moments, low, n, center, DTYPE: tl.constexpr):
+    """(scale, mid point) as stored, of DTYPE, which keep the spread of the keys (``reference.kept_spread``)."""
     mean_x, mean_t, var_x, var_t = moments
     offset = mean_x - center
     s = tl.where(var_t > 0, tl.sqrt_rn(tl.div_rn(var_x, tl.where(var_t > 0, var_t, 1.0))), 0.0)
@@ -98,10 +98,10 @@ def fit_ranked(moments, low, n, center):
     s = tl.where(n > 0, s, tl.sqrt_rn(var_x))
     least = tl.div_rn(tl.abs(offset), LARGEST_OF_MIDS - n)
     known = (low == low) & (s == s) & (least == least)
-    stored = encode_scale(tl.where(known, tl.maximum(s, least), float("nan")))
+    stored = encode_scale(tl.where(known, tl.maximum(s, least), float("nan")), DTYPE)
     s = decode_scale(stored)
     mid = tl.div_rn(offset - s * mean_t, tl.where(s > 0, s, 1.0))
-    return stored, encode_mid(tl.where(s > 0, mid, 0.0))
+    return stored, encode_mid(tl.where(s > 0, mid, 0.0), DTYPE)
 
 
 @triton.jit
@@ -129,7 +129,8 @@ def flush_ranked(
     low, high = range_of_keys(source, first_valid, t0, d, DIM, RING, GROUP, TILE)
     low, step = step_to(low, high, tl.maximum(n, 1.0))
     moments = encode_ranked(source, codes, first_valid, t0, d, n, low, step, DIM, RING, GROUP, TILE, TOKENS, COUNTS)
-    s, mid = fit_ranked(moments, low, n, tl.load(center + rank, mask=rank < DIM, other=0.0))
+    centers = tl.load(center + rank, mask=rank < DIM, other=0.0)
+    s, mid = fit_ranked(moments, low, n, centers, scale.dtype.element_ty)
     tl.store(scale + t0 // GROUP * DIM + rank, s, mask=rank < DIM)
     tl.store(zero + t0 // GROUP * DIM + rank, mid, mask=rank < DIM)
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from xquant_fx.kernels.quantize_store.triton_kernels import note_step
-from xquant_fx.kernels.quantize_store.triton_values import leaving_tokens, store_value_codes
+from xquant_fx.kernels.quantize_store.triton_values import leaving_tokens, store_value_planes
 from xquant_fx.kernels.quantize_store.triton_window import full_tokens, source_of, write_step
 from xquant_fx.kernels.triton_rotation import rotate
 from xquant_fx.kernels.triton_small_floats import encode_scale
@@ -33,6 +33,7 @@ def encode_about_zero(y, mine, GROUP: tl.constexpr, BITS: tl.constexpr, STEP: tl
 def flush_rotated(
     source,
     codes,
+    low_codes,
     scale,
     d,
     in_group,
@@ -43,6 +44,7 @@ def flush_rotated(
     RESIDUAL: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    LOW: tl.constexpr,
     STEP: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
@@ -52,8 +54,8 @@ def flush_rotated(
     v = full_tokens(source, tokens, d, due[:, None] & (d < DIM)[None, :], DIM, RING)
     y = tl.trans(rotate(tl.trans(v), LEVELS))
     c, s = encode_about_zero(y, due[:, None] & in_group[None, :], GROUP, BITS, STEP)
-    tl.store(scale + tokens, encode_scale(s), mask=due)
-    store_value_codes(codes, c, tokens, due, past - RESIDUAL, d, in_group, NEW_TOKENS, DIM, BITS)
+    tl.store(scale + tokens, encode_scale(s, scale.dtype.element_ty), mask=due)
+    store_value_planes(codes, low_codes, c, tokens, due, past - RESIDUAL, d, in_group, NEW_TOKENS, DIM, BITS, LOW)
 
 
 @triton.jit
@@ -78,6 +80,7 @@ def append_rotated_kernel(
     MAX_LEN: tl.constexpr,
     STEP_TOKENS: tl.constexpr,
     BITS: tl.constexpr,
+    LOW: tl.constexpr,
     STEP: tl.constexpr,
     LEVELS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -97,6 +100,22 @@ def append_rotated_kernel(
     write_step(source, pos, sink, head, first_token, d, in_group, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
     if row + group == 0:
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, STEP_TOKENS)
+    low_codes = codes + STRIDE * (BITS - LOW) // 32 * DIM
     flush_rotated(
-        source, codes, scale, d, in_group, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, GROUP, BITS, STEP, LEVELS
+        source,
+        codes,
+        low_codes,
+        scale,
+        d,
+        in_group,
+        NEW_TOKENS,
+        NEW_TILE,
+        DIM,
+        RING,
+        RESIDUAL,
+        GROUP,
+        BITS,
+        LOW,
+        STEP,
+        LEVELS,
     )

@@ -1,6 +1,7 @@
 """Quantizing the tokens of values that leave the residual window: one scale per token and group of channels.
 
-``source`` is explained in ``triton_window.py``.
+``source`` is explained in ``triton_window.py``. Codes of BITS bits have a field of LOW bits, if it is not 0, in a plane
+of their own at ``low_codes`` (``kernels/packing.py``).
 """
 
 from __future__ import annotations
@@ -21,10 +22,29 @@ from xquant_fx.kernels.quantize_store.triton_window import full_tokens
 
 
 @triton.jit
-def fit_values(x, codes, tokens, d, in_bounds, DIM: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr):
-    """Scale and zero point per token that fit values ``x`` [tokens, channels] to borrowed codes."""
+def load_value_codes(codes, tokens, d, in_bounds, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Fields of BITS bits [tokens, channels] of values as float32."""
     words = tl.load(codes + (tokens // (32 // BITS))[:, None] * DIM + d[None, :], mask=in_bounds, other=0)
-    c = ((words >> code_shift(tokens, BITS)[:, None]) & ((1 << BITS) - 1)).to(tl.float32)
+    return ((words >> code_shift(tokens, BITS)[:, None]) & ((1 << BITS) - 1)).to(tl.float32)
+
+
+@triton.jit
+def fit_values(
+    x,
+    codes,
+    low_codes,
+    tokens,
+    d,
+    in_bounds,
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """Scale and zero point per token that fit values ``x`` [tokens, channels] to borrowed codes."""
+    c = load_value_codes(codes, tokens, d, in_bounds, DIM, BITS - LOW)
+    if LOW > 0:
+        c = c * (1 << LOW) + load_value_codes(low_codes, tokens, d, in_bounds, DIM, LOW)
     n = tl.full(tokens.shape, GROUP, tl.float32)
     mean_x, mean_c = tl.div_rn(tl.sum(x, 1), n), tl.div_rn(tl.sum(tl.where(in_bounds, c, 0.0), 1), n)
     off_x = tl.where(in_bounds, x - mean_x[:, None], 0.0)
@@ -36,7 +56,7 @@ def fit_values(x, codes, tokens, d, in_bounds, DIM: tl.constexpr, GROUP: tl.cons
 def store_value_codes(
     codes, c, tokens, due, first_due, d, valid_channels, NEW_TOKENS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr
 ):
-    """Put codes [tokens, channels] of the ``due`` among ``tokens``, which begin at ``first_due``, into their words.
+    """Put fields [tokens, channels] of the ``due`` among ``tokens``, which begin at ``first_due``, into their words.
 
     The tokens of a step are in few words, each of which is read, changed and written once.
     """
@@ -53,6 +73,29 @@ def store_value_codes(
 
 
 @triton.jit
+def store_value_planes(
+    codes,
+    low_codes,
+    c,
+    tokens,
+    due,
+    first_due,
+    d,
+    valid_channels,
+    NEW_TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """The same of codes, plane by plane."""
+    if LOW > 0:
+        low = c & ((1 << LOW) - 1)
+        store_value_codes(low_codes, low, tokens, due, first_due, d, valid_channels, NEW_TOKENS, DIM, LOW)
+        c = c >> LOW
+    store_value_codes(codes, c, tokens, due, first_due, d, valid_channels, NEW_TOKENS, DIM, BITS - LOW)
+
+
+@triton.jit
 def leaving_tokens(past, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, RESIDUAL: tl.constexpr):
     """(tokens, which of them a step pushes out of the window): NEW_TILE of them, 0 for those that it does not."""
     j = tl.arange(0, NEW_TILE)
@@ -65,6 +108,7 @@ def leaving_tokens(past, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, RESID
 def flush_values(
     source,
     codes,
+    low_codes,
     scale,
     zero,
     d,
@@ -76,6 +120,7 @@ def flush_values(
     RESIDUAL: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    LOW: tl.constexpr,
     ETA: tl.constexpr,
     FIT: tl.constexpr,
 ):
@@ -85,7 +130,7 @@ def flush_values(
     in_bounds = due[:, None] & valid_channels[None, :]
     x = full_tokens(source, tokens, d, in_bounds, DIM, RING)
     if FIT == "least_squares":
-        s, z = fit_values(x, codes, tokens, d, in_bounds, DIM, GROUP, BITS)
+        s, z = fit_values(x, codes, low_codes, tokens, d, in_bounds, DIM, GROUP, BITS, LOW)
     else:
         low = tl.full((NEW_TILE,), float("inf"), tl.float32)
         low, high = range_of(x, in_bounds, low, tl.full((NEW_TILE,), float("-inf"), tl.float32), 1)
@@ -94,4 +139,5 @@ def flush_values(
     store_scales(scale, zero, tokens, s, z, due)
     if FIT == "own":
         c = tl.where(in_bounds, encode(x, low[:, None], step[:, None], BITS), 0)
-        store_value_codes(codes, c, tokens, due, past - RESIDUAL, d, valid_channels, NEW_TOKENS, DIM, BITS)
+        first_due = past - RESIDUAL
+        store_value_planes(codes, low_codes, c, tokens, due, first_due, d, valid_channels, NEW_TOKENS, DIM, BITS, LOW)

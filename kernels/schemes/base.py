@@ -38,6 +38,9 @@ class Scheme(Protocol):
     BITS: tuple[float, ...]
     """Bits per element that it can store, averages where widths are mixed."""
 
+    SCALE_DTYPES: tuple[torch.dtype, ...]
+    """What it can store scales as (and zero points, mid points), the default first; uint8: ``small_floats.py``."""
+
     RANGE_CODES: bool
     """Whether a group's range alone makes its codes: then eta relaxes it, and scales can be fitted to borrowed ones."""
 

@@ -3,7 +3,7 @@
 Keys have channels of very different size. A block of R = ``residual_length`` tokens is quantized when it is full
 (XQuant, as in the paper's release): with ``past`` tokens stored, those below floor(past / R) * R are quantized.
 
-    codes  [B, H, ceil(D / per), tokens]    per = codes_per_word(bits): packed along channels
+    codes  [B, H, word_count(bits, D), tokens]    packed along channels
     scale  [B, H, tokens / group, D]
 """
 
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from xquant_fx.kernels.layout import full_precision
-from xquant_fx.kernels.packing import codes_per_word, pack_words, unpack_words
+from xquant_fx.kernels.packing import pack_words, unpack_words, word_count
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.reference import fit_codes, own_codes
 from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
 
 APPEND = "blocks"
-BITS: tuple[float, ...] = (1, 2, 4, 8)
+BITS: tuple[float, ...] = (1, 2, 3, 4, 8)
+SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
 RANGE_CODES = True
 
 
@@ -34,7 +35,7 @@ def stored_tokens(max_len: int, dim: int, bits: float, group: int, residual: int
 
 def shapes(tokens: int, dim: int, bits: float, group: int, scale_dtype: torch.dtype) -> Shapes:
     """What follows [B, H] in the shape of each tensor, and its dtype."""
-    codes, scale = (math.ceil(dim / codes_per_word(bits)), tokens), ((tokens // group, dim), scale_dtype)
+    codes, scale = (word_count(bits, dim), tokens), ((tokens // group, dim), scale_dtype)
     return {"codes": (codes, torch.int32), "scale": scale, "zero": scale}
 
 

@@ -15,8 +15,8 @@ over all that is quantized then; later groups keep the order. ``energy`` holds t
 was seen: that of the keys stands in. What is stored per channel lies in the order of ranks:
 
     codes   int32 [B, H, words, tokens]           the planes of ``widths.py``, packed along ranks
-    scale   uint8 [B, H, tokens / group, D]       ``small_floats.py``
-    zero    uint8 [B, H, tokens / group, D]       (mid - center) / scale, likewise
+    scale   uint8 or float16 [B, H, tokens / group, D]    ``small_floats.py``
+    zero    the same                              (mid - center) / scale
     order   int32 [B, H, D]                       the channel of each rank
     center  float32 [B, H, D]                     mean of what was quantized first: parts that are large and constant
 
@@ -36,11 +36,12 @@ from xquant_fx.kernels.packing import pack_words, unpack_words
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.reference import encode, kept_spread, masked_mean, minmax_range
 from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
-from xquant_fx.kernels.small_floats import LARGEST_MID, decode_mid, decode_scale, encode_mid, encode_scale
+from xquant_fx.kernels.small_floats import DTYPES, LARGEST_MID, decode_mid, decode_scale, encode_mid, encode_scale
 from xquant_fx.kernels.widths import planes, rank_widths, words_of
 
 APPEND = "ranked"
 BITS: tuple[float, ...] = tuple(quarters / 4 for quarters in range(4, 17))
+SCALE_DTYPES: tuple[torch.dtype, ...] = DTYPES
 RANGE_CODES = False
 
 
@@ -51,7 +52,7 @@ def stored_tokens(max_len: int, dim: int, bits: float, group: int, residual: int
 
 def shapes(tokens: int, dim: int, bits: float, group: int, scale_dtype: torch.dtype) -> Shapes:
     """What follows [B, H] in the shape of each tensor, and its dtype."""
-    per_group = ((tokens // group, dim), torch.uint8)
+    per_group = ((tokens // group, dim), scale_dtype)
     return {
         "codes": ((words_of(bits, dim), tokens), torch.int32), "scale": per_group, "zero": per_group,
         "order": ((dim,), torch.int32), "center": ((dim,), torch.float32), "energy": ((dim,), torch.float32),
@@ -86,7 +87,7 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
     due = (tokens < quantized_limit(past + new, group, a.residual_length)).unflatten(0, split)[..., None]
     note_ranks(a, grouped, valid & due, first)
     ranked = grouped.gather(4, a.ranks.order.long()[:, :, None, None].expand(grouped.shape))
-    codes, scale, zero = quantize(ranked, valid, a.ranks.center[:, :, None, None], a.bits)
+    codes, scale, zero = quantize(ranked, valid, a.ranks.center[:, :, None, None], a.bits, a.quantized.scale.dtype)
     a.codes.index_copy_(3, tokens, pack(codes.flatten(2, 3), a.bits))
     rows = first // group + torch.arange(groups, device=x.device)
     a.quantized.scale.index_copy_(2, rows, scale.squeeze(3))
@@ -108,12 +109,16 @@ def note_ranks(a: StoreArguments, grouped: Tensor, valid: Tensor, first: Tensor)
     a.ranks.center.copy_(torch.where(begins, center, a.ranks.center))
 
 
-def quantize(x: Tensor, valid: Tensor, center: Tensor, bits: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes int32, scale, zero uint8) of float32 groups [B, H, groups, group, D] in the order of ranks."""
-    return quantize_up_to(x, valid, center, largest_codes(bits, x.shape[4], x.device))
+def quantize(
+    x: Tensor, valid: Tensor, center: Tensor, bits: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes int32, scale, zero of ``dtype``) of float32 groups [B, H, groups, group, D] in the order of ranks."""
+    return quantize_up_to(x, valid, center, largest_codes(bits, x.shape[4], x.device), dtype)
 
 
-def quantize_up_to(x: Tensor, valid: Tensor, center: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_up_to(
+    x: Tensor, valid: Tensor, center: Tensor, n: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same for channels in any order, whose largest codes are ``n``: float32, broadcast to the groups."""
     low, step = minmax_range(x, n.clamp_min(1), 3, valid)
     codes = encode(x, low, step, n)
@@ -122,10 +127,10 @@ def quantize_up_to(x: Tensor, valid: Tensor, center: Tensor, n: Tensor) -> tuple
     offset = mean - center
     # Without bits the scale is but the unit of ``zero``, which has to reach ``offset`` in any case.
     scale = torch.maximum(torch.where(n > 0, scale, spread), offset.abs() / (LARGEST_MID - n))
-    stored = encode_scale(torch.where(low == low, scale, math.nan))
+    stored = encode_scale(torch.where(low == low, scale, math.nan), dtype)
     scale = decode_scale(stored)
     mid = offset - scale * level
-    return codes, stored, encode_mid(torch.where(scale > 0, mid / scale, 0.0))
+    return codes, stored, encode_mid(torch.where(scale > 0, mid / scale, 0.0), dtype)
 
 
 def pack(codes: Tensor, bits: float) -> Tensor:

@@ -3,7 +3,7 @@
 A token is quantized when it leaves the window of the last R = ``residual_length``: with ``past`` tokens stored,
 those below past - R are quantized.
 
-    codes  [B, H, tokens / per, D]    per = codes_per_word(bits): packed along tokens
+    codes  [B, H, tokens * bits / 32, D]    packed along tokens
     scale  [B, H, D / group, tokens]
 """
 
@@ -17,13 +17,23 @@ import torch
 from torch import Tensor
 
 from xquant_fx.kernels.layout import full_precision
-from xquant_fx.kernels.packing import codes_per_word, pack_words, shifts, unpack_words
+from xquant_fx.kernels.packing import (
+    WORD_BITS,
+    CodePlane,
+    code_planes,
+    codes_per_block,
+    codes_per_word,
+    pack_words,
+    shifts,
+    unpack_words,
+)
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.reference import fit_codes, own_codes
 from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
 
 APPEND = "tokens"
-BITS: tuple[float, ...] = (1, 2, 4, 8)
+BITS: tuple[float, ...] = (1, 2, 3, 4, 8)
+SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
 RANGE_CODES = True
 
 #: Makes (codes or None if borrowed, scale, zero or None) of fp32 values [B, H, tokens, D] and the codes stored there.
@@ -35,13 +45,13 @@ VECTOR = 16
 
 def stored_tokens(max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
     """Whole words, and spare ones: where tokens that are not due are quantized to, and a vector's last load ends."""
-    per = codes_per_word(bits)
+    per = codes_per_block(bits)
     return (math.ceil(max_len / per) + max(1, math.ceil(VECTOR / dim))) * per
 
 
 def shapes(tokens: int, dim: int, bits: float, group: int, scale_dtype: torch.dtype) -> Shapes:
     """What follows [B, H] in the shape of each tensor, and its dtype."""
-    codes, scale = (tokens // codes_per_word(bits), dim), ((dim // group, tokens), scale_dtype)
+    codes, scale = (tokens * int(bits) // WORD_BITS, dim), ((dim // group, tokens), scale_dtype)
     return {"codes": (codes, torch.int32), "scale": scale, "zero": scale}
 
 
@@ -66,37 +76,51 @@ def store_leaving(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool, qua
         for j in range(x.shape[2]):
             store_one(a, past + j - a.residual_length, quantize)
         return
-    per, ring = codes_per_word(a.bits), a.quantized.ring
+    per, ring = codes_per_block(a.bits), a.quantized.ring
     new, first = x.shape[2], (past - a.residual_length).clamp_min(0)
-    words = (new + 2 * per - 2) // per
-    tokens = first // per * per + torch.arange(words * per, device=x.device)
+    count = (new + 2 * per - 2) // per * per
+    tokens = first // per * per + torch.arange(count, device=x.device)
     leaves = (tokens >= first) & (tokens < past - a.residual_length + new)
-    due = leaves.unflatten(0, (words, per))
-    trash = a.codes.shape[2] - 1
-    rows = torch.where(due.any(1), first // per + torch.arange(words, device=x.device), trash)
+    rows = torch.cat([_rows(p, tokens, leaves) for p in code_planes(a.bits, a.codes.shape[2])])
     old = a.codes.index_select(2, rows)
     values = full_precision(x, ring, tokens, past, False)
-    codes, scale, zero = quantize(a, values, unpack_words(old, a.bits, 2, words * per))
+    codes, scale, zero = quantize(a, values, unpack_words(old, a.bits, 2, count))
     if codes is not None:
         ones = torch.where(leaves, 2 ** int(a.bits) - 1, 0)[:, None]
         kept = old & ~pack_words(ones, a.bits, 0)
         a.codes.index_copy_(2, rows, kept | pack_words(torch.where(leaves[:, None], codes, 0), a.bits, 2))
-    put_scales(a, torch.where(leaves, tokens, trash * per), scale, zero)
+    put_scales(a, torch.where(leaves, tokens, a.quantized.scale.shape[3] - 1), scale, zero)
+
+
+def _rows(plane: CodePlane, tokens: Tensor, due: Tensor) -> Tensor:
+    """Rows of ``plane`` that hold ``tokens``, whole words of them; its last, a spare one, for those without any due."""
+    words, due = (x.unflatten(0, (-1, codes_per_word(plane.width))) for x in (tokens, due))
+    return plane.first + torch.where(due.any(1), words[:, 0] // codes_per_word(plane.width), plane.words - 1)
 
 
 def store_one(a: StoreArguments, token: Tensor, quantize: Quantize) -> None:
     """Quantize one token (int64 [1]) out of the ring; a negative one goes to padding."""
-    per, ring = codes_per_word(a.bits), a.quantized.ring
-    due = token >= 0
-    row = torch.where(due, token // per, a.codes.shape[2] - 1)
-    shift = shifts(a.bits, token.device).index_select(0, token % per)
-    old = a.codes.index_select(2, row)
+    ring, due = a.quantized.ring, token >= 0
     value = full_precision(ring, ring, token, token, True)
-    codes, scale, zero = quantize(a, value, torch.bitwise_right_shift(old, shift) & (2 ** int(a.bits) - 1))
+    places = [_place(a, plane, token, due) for plane in code_planes(a.bits, a.codes.shape[2])]
+    stored = [(old >> shift & mask) << plane.shift for plane, _, shift, mask, old in places]
+    codes, scale, zero = quantize(a, value, sum(stored[1:], stored[0]))
     if codes is not None:
-        mask = torch.bitwise_left_shift(torch.full_like(shift, 2 ** int(a.bits) - 1), shift)
-        a.codes.index_copy_(2, row, (old & ~mask) | torch.bitwise_left_shift(codes, shift))
-    put_scales(a, torch.where(due, token, (a.codes.shape[2] - 1) * per), scale, zero)
+        for plane, row, shift, mask, old in places:
+            field = codes >> plane.shift & mask
+            a.codes.index_copy_(2, row, (old & ~(mask << shift)) | field << shift)
+    put_scales(a, torch.where(due, token, a.quantized.scale.shape[3] - 1), scale, zero)
+
+
+def _place(
+    a: StoreArguments, plane: CodePlane, token: Tensor, due: Tensor
+) -> tuple[CodePlane, Tensor, Tensor, Tensor, Tensor]:
+    """(plane, row, shift within its words, mask of a field, words) of one token."""
+    per = codes_per_word(plane.width)
+    row = plane.first + torch.where(due, token // per, plane.words - 1)
+    shift = shifts(plane.width, token.device).index_select(0, token % per)
+    mask = torch.full_like(shift, 2**plane.width - 1)
+    return plane, row, shift, mask, a.codes.index_select(2, row)
 
 
 def quantize(a: StoreArguments, values: Tensor, stored: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:

@@ -6,8 +6,8 @@ scale without bias (``reference.unbiased``): n = 2**bits - 1, y the rotated toke
     codes = round(y / s + n / 2), kept in 0 .. n           1 bit: the signs
     y ~ scale (codes - n / 2)
 
-    codes  int32 [B, H, tokens / per, D]    per = codes_per_word(bits): packed along tokens
-    scale  uint8 [B, H, D / group, tokens]  ``small_floats.py``
+    codes  int32 [B, H, tokens * bits / 32, D]    packed along tokens
+    scale  uint8 or float16 [B, H, D / group, tokens]    ``small_floats.py``
 
 Sources: docs/quality.md; rotation after QuaRot, the gain after EDEN and TurboQuant (arXiv 2504.19874).
 """
@@ -18,26 +18,27 @@ import torch
 from torch import Tensor
 
 import xquant_fx.kernels.schemes.per_token as per_token
-from xquant_fx.kernels.packing import codes_per_word, unpack_words
+from xquant_fx.kernels.packing import WORD_BITS, unpack_words
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.reference import unbiased
 from xquant_fx.kernels.rotation import rotate, rotate_back
 from xquant_fx.kernels.schemes.base import Shapes, Stored
-from xquant_fx.kernels.small_floats import decode_scale, encode_scale
+from xquant_fx.kernels.small_floats import DTYPES, decode_scale, encode_scale
 
 APPEND = "rotated"
-BITS: tuple[float, ...] = (1, 2, 4, 8)
+BITS: tuple[float, ...] = (1, 2, 3, 4, 8)
+SCALE_DTYPES: tuple[torch.dtype, ...] = DTYPES
 RANGE_CODES = False
 #: Best step of a uniform quantizer on a unit Gaussian, by bits.
-GAUSSIAN_STEP: dict[float, float] = {1: 1.5958, 2: 0.9957, 4: 0.3352, 8: 0.0308}
+GAUSSIAN_STEP: dict[float, float] = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
 
 stored_tokens, tokens_of, quantized_limit = per_token.stored_tokens, per_token.tokens_of, per_token.quantized_limit
 
 
 def shapes(tokens: int, dim: int, bits: float, group: int, scale_dtype: torch.dtype) -> Shapes:
     """What follows [B, H] in the shape of each tensor, and its dtype."""
-    codes = ((tokens // codes_per_word(bits), dim), torch.int32)
-    return {"codes": codes, "scale": ((dim // group, tokens), torch.uint8)}
+    codes = ((tokens * int(bits) // WORD_BITS, dim), torch.int32)
+    return {"codes": codes, "scale": ((dim // group, tokens), scale_dtype)}
 
 
 def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None:
@@ -46,7 +47,7 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
 
 
 def quantize(a: StoreArguments, values: Tensor, stored: Tensor) -> tuple[Tensor, Tensor, None]:
-    """(codes, scale uint8, no zero) of fp32 ``values`` [B, H, tokens, D]."""
+    """(codes, scale, no zero) of fp32 ``values`` [B, H, tokens, D]."""
     bits = int(a.bits)
     n, group = 2**bits - 1, a.group_size
     y = rotate(values).unflatten(3, (values.shape[3] // group, group))
@@ -54,7 +55,7 @@ def quantize(a: StoreArguments, values: Tensor, stored: Tensor) -> tuple[Tensor,
     codes = torch.floor(y / torch.where(step > 0, step, 1.0) + (n + 1) / 2).clamp(0, n)
     codes = torch.where(codes == codes, codes, 0.0)
     scale = unbiased(y, codes - n / 2, 4)
-    return codes.to(torch.int32).flatten(3, 4), encode_scale(scale), None
+    return codes.to(torch.int32).flatten(3, 4), encode_scale(scale, a.quantized.scale.dtype), None
 
 
 def dequantize(stored: Stored, bits: float, group: int, n: int, dim: int) -> Tensor:

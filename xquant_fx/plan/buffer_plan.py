@@ -10,7 +10,7 @@ import torch
 from xquant_fx.errors import ConfigError
 from xquant_fx.kernels.relaxation import spread_eta, unbiased_eta
 from xquant_fx.kernels.schemes import SCHEMES
-from xquant_fx.plan.config import SHARED_FITS, Eta, XQuantConfig, plain_fields
+from xquant_fx.plan.config import SHARED_FITS, Eta, XQuantConfig, check_scale_dtype, plain_fields
 from xquant_fx.plan.spec import KVSpec, Role
 
 SHARED = "reads the codes of the layer below"
@@ -36,7 +36,7 @@ class BufferPlan:
     sink_tokens: int
     """First tokens of a sequence kept in full precision."""
     scale_dtype: torch.dtype
-    """dtype of scales and zero points."""
+    """dtype of scales and zero points; uint8: 8-bit floats."""
     fit: str
     """How scales are fitted to borrowed codes."""
     partner: int | None = None
@@ -132,8 +132,9 @@ def _check(entry: BufferPlan, where: str) -> None:
     own: Any = {f"{entry.role[0]}_bits": entry.bits, f"{entry.role[0]}_scheme": entry.scheme}
     try:
         XQuantConfig(
-            residual_length=entry.residual_length, sink_tokens=entry.sink_tokens, scale_dtype=entry.scale_dtype,
+            residual_length=entry.residual_length, sink_tokens=entry.sink_tokens,
             eta_1bit=entry.eta, k_group_size=of_keys, v_group_size=of_values, **own,
         )  # fmt: skip
+        check_scale_dtype(entry.scale_dtype, entry.scheme, "scheme")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error

@@ -14,7 +14,6 @@ from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.plan.presets import PRESETS
 
 SHARED_FITS = ("least_squares", "minmax")
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 Bits = float | tuple[float, ...]
 ShareFrom = int | float | None
@@ -25,6 +24,13 @@ def plain_fields(settings: Any) -> dict[str, Any]:
     """The fields of a dataclass of settings as JSON can hold them: a dtype by its name."""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in fields.items()}
+
+
+def check_scale_dtype(dtype: Any, scheme: str, field: str) -> None:
+    """Raise ConfigError unless ``scheme``, the value of ``field``, can store scales as ``dtype``."""
+    allowed = SCHEMES[scheme].SCALE_DTYPES
+    if dtype not in allowed:
+        raise ConfigError(f"scale_dtype must be one of {allowed} ({field}={scheme!r}), got {dtype!r}")
 
 
 def _plain(bits: Any) -> Any:
@@ -45,10 +51,10 @@ class XQuantConfig:
     v_scheme: str = "per_token_rotated"
     """How values are quantized: "per_token_rotated" (after a Hadamard transform) or "per_token" (XQuant, KIVI)."""
     k_bits: Bits = 2
-    """Bits of a stored key element, one number or one per layer: 1, 2, 4 or 8; on average 1 to 4 in quarters where
-    channels are ranked; 16: unquantized."""
+    """Bits of a stored key element, one number or one per layer: 1, 2, 3, 4 or 8; on average 1 to 4 in quarters
+    where channels are ranked; 16: unquantized."""
     v_bits: Bits = 2
-    """Bits of a stored value element, one number or one per layer: 1, 2, 4 or 8; 16: unquantized."""
+    """Bits of a stored value element, one number or one per layer: 1, 2, 3, 4 or 8; 16: unquantized."""
     share_keys_from: ShareFrom = None
     """First layer whose pair shares key codes: an index (int), a fraction of the depth (float), None. Only
     "per_channel" and "per_token" codes can be shared."""
@@ -70,9 +76,9 @@ class XQuantConfig:
     """The same at 2 bits."""
     sink_tokens: int = 4
     """First tokens of every sequence kept in full precision for good (attention sinks)."""
-    scale_dtype: torch.dtype = torch.float16
-    """dtype of scales and zero points of "per_channel" and "per_token": float16, bfloat16 or float32. The other schemes
-    store them in 8 bits (kernels/small_floats.py)."""
+    scale_dtype: torch.dtype | None = None
+    """dtype of scales and zero points: of "per_channel" and "per_token" float16, bfloat16 or float32, of the other
+    schemes uint8 (8-bit floats, kernels/small_floats.py) or float16. None: the one named first."""
 
     def __post_init__(self) -> None:
         for name in ("k_bits", "v_bits"):
@@ -110,11 +116,16 @@ class XQuantConfig:
     def from_json(cls, text: str) -> XQuantConfig:
         """The config that :meth:`to_json` wrote."""
         fields = json.loads(text)
-        return cls(**{**fields, "scale_dtype": getattr(torch, fields["scale_dtype"])})
+        dtype = fields["scale_dtype"]
+        return cls(**{**fields, "scale_dtype": None if dtype is None else getattr(torch, dtype)})
 
     def scheme(self, role: str) -> str:
         """Scheme of ``role`` ("key" or "value")."""
         return self.k_scheme if role == "key" else self.v_scheme
+
+    def scales_of(self, role: str) -> torch.dtype:
+        """dtype of the scales of ``role`` ("key" or "value")."""
+        return self.scale_dtype or SCHEMES[self.scheme(role)].SCALE_DTYPES[0]
 
     def bits(self, role: str, layer: int, num_layers: int) -> float:
         """Bits of ``role`` ("key" or "value") of quantized layer ``layer`` out of ``num_layers``."""
@@ -183,5 +194,6 @@ class XQuantConfig:
                 raise ConfigError(f'{name} must be in [0, 0.5) or "auto", got {value!r}')
         if self.shared_fit not in SHARED_FITS:
             raise ConfigError(f"shared_fit must be one of {SHARED_FITS}, got {self.shared_fit!r}")
-        if self.scale_dtype not in SCALE_DTYPES:
-            raise ConfigError(f"scale_dtype must be one of {SCALE_DTYPES}, got {self.scale_dtype!r}")
+        if self.scale_dtype is not None:
+            for name in ("k_scheme", "v_scheme"):
+                check_scale_dtype(self.scale_dtype, getattr(self, name), name)

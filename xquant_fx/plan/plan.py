@@ -152,7 +152,7 @@ def _entry(config: XQuantConfig, role: Role, layer: int, num_layers: int, below:
         role=role, scheme=config.scheme(role), bits=bits,
         group_size=config.k_group_size if role == "key" else config.v_group_size,
         residual_length=config.residual_length, eta=config.eta(config.scheme(role), bits),
-        sink_tokens=config.sink_tokens, scale_dtype=config.scale_dtype, fit=config.shared_fit,
+        sink_tokens=config.sink_tokens, scale_dtype=config.scales_of(role), fit=config.shared_fit,
     )  # fmt: skip
     reason = _why_own(entry, config, layer, num_layers, below)
     if reason:

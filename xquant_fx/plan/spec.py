@@ -43,7 +43,7 @@ class KVSpec:
     sink_tokens: int
     """First tokens of a sequence kept in full precision."""
     scale_dtype: torch.dtype
-    """dtype of scales and zero points."""
+    """dtype of scales and zero points; uint8: 8-bit floats (``kernels/small_floats.py``)."""
     partner: int | None
     """Layer whose codes this one reads (upper layer of a sharing pair), else None."""
     fit: str
