@@ -20,9 +20,18 @@ from xquant_fx.kernels.cpu import build as cpu_build
 from xquant_fx.kernels.decode_attention import cpu_call as attention
 from xquant_fx.kernels.decode_attention import cpu_source as cpu_attention
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.linear_rows import cpu_call as linear
+from xquant_fx.kernels.linear_rows import cpu_source as cpu_linear
+from xquant_fx.kernels.linear_rows.arguments import LinearArguments
 from xquant_fx.kernels.quantize_store import cpu_call as append
 from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+
+
+def contiguous(x: Any) -> Any:
+    """An IR tensor as one block of memory; computed once for all who read it, such as the mask of all layers."""
+    x.realize()  # or each of them would compute it into a buffer of its own
+    return ir.ExternKernel.require_contiguous(x)
 
 
 def sizes(x: Any) -> tuple[int, ...]:
@@ -48,28 +57,48 @@ def define(wrapper: Any, name: str, types: tuple[str, ...], code: str) -> str:
 
 
 class CppOut(ir.ExternKernelOut):
-    """A call of a C++ kernel that writes one new tensor, its last argument."""
+    """A call of a C++ kernel that writes one new tensor, its last argument but for numbers."""
 
-    def __init__(self, layout: ir.Layout, inputs: list[Any], name: str, types: tuple[str, ...], code: str) -> None:
+    def __init__(
+        self,
+        layout: ir.Layout,
+        inputs: list[Any],
+        name: str,
+        types: tuple[str, ...],
+        code: str,
+        numbers: tuple[int, ...] = (),
+    ) -> None:
         super().__init__(layout, inputs)
-        self.kernel, self.types, self.code = name, types, code
+        self.kernel, self.types, self.code, self.numbers = name, types, code, numbers
 
     def codegen(self, wrapper: Any) -> None:
         """Define the kernel if it is new, and call it."""
         name = define(wrapper, self.kernel, self.types, self.code)
         inputs: list[Any] = list(self.inputs)
-        args = [*(x.codegen_reference() for x in inputs), self.codegen_reference()]
+        args = [*(x.codegen_reference() for x in inputs), self.codegen_reference(), *map(str, self.numbers)]
         wrapper.writeline(f"{name}({', '.join(args)})")
 
 
 @register_lowering(torch.ops.xquant.decode_attention_cpu.default, type_promotion_kind=None)
 def decode_attention_cpu(*args: Any, **kwargs: Any) -> Any:
     """One C++ kernel in the generated module."""
-    a: Any = DecodeArguments(*args, **kwargs).mapped(ir.ExternKernel.require_contiguous)  # of Inductor's buffers
+    a: Any = DecodeArguments(*args, **kwargs).mapped(contiguous)  # of Inductor's buffers
     types, code = cpu_attention.source(attention.problem_of(a, sizes, dtype), cpu_build.isa())
     shape = (*sizes(a.q)[:3], sizes(a.v_ring)[3])
     layout = ir.FixedLayout(a.q.get_device(), a.q.get_dtype(), list(shape), ir.FlexibleLayout.contiguous_strides(shape))
     return ir.TensorBox.create(CppOut(layout, list(a.tensors.values()), "xquant_decode_attention", types, code))
+
+
+@register_lowering(torch.ops.xquant.linear_rows.default, type_promotion_kind=None)
+def linear_rows(*args: Any, **kwargs: Any) -> Any:
+    """One C++ kernel for all sizes in the generated module, where ``kernels/linear_rows`` has one; else plain torch."""
+    a: Any = LinearArguments(*args, **kwargs).mapped(contiguous)  # of Inductor's buffers
+    types, code = cpu_linear.source(linear.problem_of(a, sizes, dtype), cpu_build.isa())
+    out_size, in_size = sizes(a.weight)
+    shape = (*sizes(a.x)[:-1], out_size)
+    layout = ir.FixedLayout(a.x.get_device(), a.x.get_dtype(), list(shape), ir.FlexibleLayout.contiguous_strides(shape))
+    made = CppOut(layout, list(a.tensors.values()), "xquant_linear_rows", types, code, (in_size, out_size))
+    return ir.TensorBox.create(made)
 
 
 class CppInPlace(ir.ExternKernel):
@@ -111,7 +140,7 @@ class CppInPlace(ir.ExternKernel):
 def append_cpu(*args: Any, **kwargs: Any) -> None:
     """One C++ kernel in the generated module; the stored tensors are changed in place."""
     new = ("x", "pos")
-    a = StoreArguments(*args, **kwargs).mapped(ir.ExternKernel.require_contiguous, new)
+    a = StoreArguments(*args, **kwargs).mapped(contiguous, new)
     a = a.mapped(ir.ExternKernel.realize_input, set(a.tensor_names()) - set(new))
     types, code = cpu_store.source(append.problem_of(a, sizes, dtype), cpu_build.isa())
     written = [a.tensors[name] for name in a.written(a.overload) if name in a.tensors]

@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from xquant_fx.passes import dump
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.fuse_decode import fuse_decode
+from xquant_fx.passes.linear_rows import linear_rows
 from xquant_fx.passes.rewrite import rewrite
 from xquant_fx.passes.rewrite_growth import rewrite_growth
 from xquant_fx.passes.state_inputs import add_state_inputs
@@ -46,6 +47,7 @@ FAMILIES: dict[str, tuple[Pass, ...]] = {
         Pass("rewrite_growth", rewrite_growth),
         Pass("rewrite", rewrite),
         Pass("fuse_decode", fuse_decode, may_be_off=True),
+        Pass("linear_rows", linear_rows, may_be_off=True),
         Pass("verify", verify),
     ),
 }

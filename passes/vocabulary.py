@@ -25,6 +25,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "matmul": (torch.matmul, operator.matmul, "matmul", "__matmul__"),
     "bmm": (torch.bmm, "bmm"),
     "baddbmm": (torch.baddbmm, "baddbmm"),
+    "linear": (_F.linear,),
     "einsum": (torch.einsum, torch.functional.einsum),
     # arithmetic, element by element
     "add": (torch.add, operator.add, operator.iadd, "add", "add_", "__add__", "__radd__"),

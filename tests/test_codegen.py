@@ -236,6 +236,12 @@ class TestStep:
         assert max(numel for numel, _ in source.allocated) < KV_HEADS * LENGTH * DIM // 2
 
 
+def test_the_mask_of_all_layers_is_computed_once() -> None:
+    source = Source(step_code("xquant", "cpu"))
+    assert source.call.count("xquant_decode_attention") == MODEL.num_hidden_layers
+    assert [each for each in source.allocated if each[1] == "bool"] == [(LENGTH, "bool")]
+
+
 def test_triton_kernels_do_all_the_work() -> None:
     source = Source(step_code("xquant", "cuda"))
     assert source.code.count("async_compile.triton(") > 10

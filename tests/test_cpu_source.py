@@ -28,14 +28,17 @@ from xquant_fx.kernels.cpu.isa import ISAS, named_by_inductor
 from xquant_fx.kernels.decode_attention import cpu_call as attention
 from xquant_fx.kernels.decode_attention import cpu_source as cpu_attention
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.linear_rows import cpu_source as cpu_linear
+from xquant_fx.kernels.linear_rows.arguments import LinearArguments
 from xquant_fx.kernels.quantize_store import cpu_call as append
 from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
 from xquant_fx.kernels.quantize_store.arguments import OWN, StoreArguments
 
 KERNELS = Path(__file__).parents[1] / "kernels"
-OPS = ("decode_attention", "quantize_store")
+OPS = ("decode_attention", "quantize_store", "linear_rows")
 
 
+LINEAR = cpu_linear.Problem(dtype=torch.bfloat16, rows=1, bias=True)
 NEW_PAIR = dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated", residual=64)
 
 
@@ -63,8 +66,16 @@ def append_of(state: KVState) -> cpu_store.Append:
 
 def examples() -> dict[str, str]:
     """Text of the example header of each op."""
-    constants = (cpu_attention.constants(decode_problem()), cpu_store.constants(append_problem()))
-    tensors = (cpu_source.pointers(DecodeArguments, Overload()), cpu_source.pointers(StoreArguments, OWN))
+    constants = (
+        cpu_attention.constants(decode_problem()),
+        cpu_store.constants(append_problem()),
+        cpu_linear.constants(LINEAR),
+    )
+    tensors = (
+        cpu_source.pointers(DecodeArguments, Overload()),
+        cpu_source.pointers(StoreArguments, OWN),
+        cpu_source.pointers(LinearArguments, Overload()),
+    )
     return {op: cpu_source.example(*parts) for op, *parts in zip(OPS, constants, tensors, strict=True)}
 
 
@@ -81,6 +92,7 @@ def whole_sources(isa: str) -> dict[str, str]:
         **{f"append {state.spec.scheme}": append_of(state) for state in new_states()},
     }
     made = {name: cpu_attention.source(p, ISAS[isa])[1] for name, p in decodes.items()}
+    made["linear"] = cpu_linear.source(LINEAR, ISAS[isa])[1]
     return made | {name: cpu_store.source(a, ISAS[isa])[1] for name, a in appends.items()}
 
 

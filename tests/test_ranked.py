@@ -17,7 +17,7 @@ from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.schemes import per_channel_ranked
 from xquant_fx.kernels.schemes.per_channel_ranked import largest_codes, pack, quantize, unpack
 from xquant_fx.kernels.small_floats import DTYPES, decode_mid, decode_scale
-from xquant_fx.kernels.widths import fields_of, planes, rank_widths, runs_of, words_of
+from xquant_fx.kernels.widths import QUAD, fields_of, plain_words, planes, quads_of, rank_widths, words_of
 
 few = settings(max_examples=30, deadline=None)
 bits_of = st.sampled_from(per_channel_ranked.BITS)
@@ -52,6 +52,7 @@ def test_widths_follow_importance(bits: float) -> None:
     found = rank_widths(bits, dim)
     assert total(filled) <= total(found) <= (1.15 if bits <= 2.5 else 1.6) * total(filled)
     assert sum(len(plane.ranks) for plane in planes(bits, dim)) <= 1.125 * dim
+    assert all(len(set(found[r : r + QUAD])) == 1 for r in range(0, dim, QUAD))
 
 
 @few
@@ -66,8 +67,8 @@ def test_pack_and_unpack(bits: float, dim: int, seed: int) -> None:
 
 @few
 @given(bits=bits_of, dim=dims)
-def test_fields_and_runs_are_the_same_layout(bits: float, dim: int) -> None:
-    """Codes put together from ``fields_of`` and summed by ``runs_of`` are what ``pack`` stores."""
+def test_fields_and_quads_are_the_same_layout(bits: float, dim: int) -> None:
+    """Codes put together from ``fields_of`` are what ``pack`` stores; ``quads_of`` and ``plain_words`` read them."""
     stored = planes(bits, dim)
     largest = largest_codes(bits, dim, torch.device("cpu")).long()
     codes = torch.floor(torch.rand(dim, generator=seeded(dim)) * (largest + 1)).long()
@@ -76,15 +77,18 @@ def test_fields_and_runs_are_the_same_layout(bits: float, dim: int) -> None:
         words[field.word] |= (int(codes[field.rank]) >> field.shift & field.mask) << field.bit
     packed = pack(codes.view(1, 1, 1, dim).to(torch.int32), bits).flatten().tolist()
     assert [w if w < 2**31 else w - 2**32 for w in words] == packed
-    elements: list[int] = []
-    for plane in stored:
-        fields = [int(codes[r]) >> s & (2**plane.width - 1) for r, s in zip(plane.ranks, plane.shifts, strict=True)]
-        elements += fields + [0] * (plane.words * 32 // plane.width - len(fields))
-    summed = [0.0] * dim
-    for run in runs_of(stored):
-        for i in range(run.length):
-            summed[run.rank + i] += run.weight * elements[run.element + i]
-    assert summed == codes.tolist()
+    quads = [sum(_shifted(words[p.word], p.shift) & p.mask for p in quad) for quad in quads_of(stored)]
+    read = [quad >> 8 * byte & 0xFF for quad in quads for byte in range(QUAD)]
+    assert read == [int(c) for c, b in zip(codes, rank_widths(bits, dim), strict=True) if b]
+    for plain in plain_words(stored):
+        mask, per = 2**plain.width - 1, 32 // plain.width
+        for i in range(plain.words * per):
+            word, place = words[plain.word + i // per], i % per
+            assert word >> 8 * (place % 4) + plain.width * (place // 4) & mask == int(codes[plain.rank + i])
+
+
+def _shifted(word: int, shift: int) -> int:
+    return word >> shift if shift >= 0 else word << -shift & 0xFFFFFFFF
 
 
 def group_of(count: int, dim: int, seed: int = 0) -> Tensor:

@@ -18,6 +18,9 @@ from xquant_fx.kernels.decode_attention import plain_torch as plain_attention
 from xquant_fx.kernels.decode_attention import triton_launch as triton_attention
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.linear_rows import cpu_call as cpu_linear
+from xquant_fx.kernels.linear_rows import plain_torch as plain_linear
+from xquant_fx.kernels.linear_rows.arguments import LinearArguments
 from xquant_fx.kernels.quantize_store import cpu_call as cpu_store
 from xquant_fx.kernels.quantize_store import plain_torch as plain_store
 from xquant_fx.kernels.quantize_store import triton_launch as triton_store
@@ -36,6 +39,7 @@ for _schema in (
     LoadArguments.schema("shared_code_load", returns="Tensor"),
     DecodeArguments.schema("decode_attention", returns="Tensor"),
     DecodeArguments.schema("decode_attention_cpu", returns="Tensor"),
+    LinearArguments.schema("linear_rows", returns="Tensor"),
 ):
     _lib.define(_schema)
 
@@ -46,6 +50,7 @@ APPEND_CPU = torch.ops.xquant.append_cpu.default
 APPEND_CPU_BORROWED = torch.ops.xquant.append_cpu.borrowed
 DECODE = torch.ops.xquant.decode_attention.default
 DECODE_CPU = torch.ops.xquant.decode_attention_cpu.default
+LINEAR_ROWS = torch.ops.xquant.linear_rows.default
 
 
 class Kernel(NamedTuple):
@@ -126,6 +131,14 @@ def decode_attention(*args: Any, **kwargs: Any) -> Tensor:
     return _run(DECODE_KERNELS, a.q, a, plain_attention.attend)
 
 
+def linear_rows(*args: Any, **kwargs: Any) -> Tensor:
+    """A linear layer of up to 8 rows, ``x`` [..., in]; summed in float32 and rounded once."""
+    return plain_linear.linear(LinearArguments(*args, **kwargs))
+
+
+_lib.impl("linear_rows", linear_rows, "CompositeExplicitAutograd")
+_lib.impl("linear_rows", cpu_linear.run_cpu, "CPU")
+_lib.impl("linear_rows", cpu_linear.empty_output, "Meta")
 _lib.impl("decode_attention", decode_attention, "CompositeImplicitAutograd")
 _lib.impl("decode_attention_cpu", cpu_attention.run_cpu, "CPU")
 _lib.impl("decode_attention_cpu", cpu_attention.empty_output, "Meta")

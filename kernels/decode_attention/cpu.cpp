@@ -67,7 +67,6 @@ inline void load_queries(Scratch& scratch, const Inputs& in, int64_t head, int64
             store(scratch.query[r] + d, load_up_to(in.q + (head * ALL_ROWS + row0 + r) * DK + d, DK - d) * SCALE);
     if constexpr (RANKED) {
         std::memset(scratch.ranked, 0, sizeof(scratch.ranked));
-        std::memset(scratch.scaled, 0, sizeof(scratch.scaled));
         const int32_t* order = in.k_order + head * DK;
         const float* center = in.k_center + head * DK;
         for (int64_t r = 0; r < ROWS; r++) {

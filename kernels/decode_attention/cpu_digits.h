@@ -93,4 +93,41 @@ ALWAYS_INLINE void add_codes(const int32_t* codes, int64_t stride, int64_t words
     }
 }
 
+// The same for the codes of ranked keys, which have up to 7 bits and may be spread over planes. What needs no putting
+// together is left to loops: unrolled code is large, and a processor reads only so much of it in time.
+template <int NR, int NV, int64_t PITCH>
+ALWAYS_INLINE void add_mixed_codes(const int32_t* codes, int64_t stride, const int8_t (*digits)[DIGITS][PITCH],
+                                   vi (&acc)[NR][DIGITS][NV]) {
+#pragma GCC unroll 16
+    for (const Plain& plain : PLAIN) {
+        const int32_t* words = codes + plain.word * stride;
+        if (plain.width == 4) add_codes<4>(words, stride, plain.words, digits, plain.element, acc);
+        if (plain.width == 2) add_codes<2>(words, stride, plain.words, digits, plain.element, acc);
+        if (plain.width == 1) add_codes<1>(words, stride, plain.words, digits, plain.element, acc);
+    }
+    typedef Dot<7> D;
+    vu code[NV] = {};
+#pragma GCC unroll 128
+    for (const Piece& piece : PIECES) {
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) {
+            const vu word = load<vu>(codes + piece.word * stride + v * L);
+            code[v] |= (piece.shift < 0 ? word << -piece.shift : word >> piece.shift) & piece.mask;
+        }
+        if (!piece.last) continue;
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++)
+#pragma GCC unroll 3
+            for (int d = 0; d < DIGITS; d++) {
+                const vi digit = splat(load_word(digits[r][d] + piece.element));
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v++)
+                    if constexpr (std::is_same_v<D::Sum, vi>) acc[r][d][v] = D::add(acc[r][d][v], (vi)code[v], digit);
+                    else acc[r][d][v] += D::total(D::add(D::Sum{}, (vi)code[v], digit));
+            }
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) code[v] = vu{};
+    }
+}
+
 }  // namespace xq

@@ -17,12 +17,11 @@ static_assert(ALL_ROWS % ROWS == 0, "");
 constexpr int64_t V_BITS = V_HIGH + V_LOW, V_ROWS = V_TOKENS * V_BITS / 32;  // rows of words
 constexpr int64_t V_HIGH_PER_WORD = 32 / V_HIGH, V_LOW_PER_WORD = 32 / (V_LOW ? V_LOW : V_HIGH);
 constexpr int64_t V_BLOCK = V_LOW_PER_WORD;  // tokens that are whole words in each plane
-// The codes of a key are planes of one width each, in this order, whose fields are the elements of a sum. Where
-// channels are ranked (kernels/widths.py), each plane has channels of its own; else all have the same, one field each,
-// and elements are channels.
+// The codes of a key are planes of one width each, in this order. Where channels are ranked, the K_ELEMENTS first ranks
+// have codes, of mixed widths (kernels/widths.py); else all channels have a field in each plane.
 constexpr int64_t K_WORDS = K_WORDS_8 + K_WORDS_4 + K_WORDS_2 + K_WORDS_1;
-constexpr int64_t K_ELEMENTS = RANKED ? 8 * K_WORDS_4 + 16 * K_WORDS_2 + 32 * K_WORDS_1
-                                      : std::max({4 * K_WORDS_8, 8 * K_WORDS_4, 16 * K_WORDS_2, 32 * K_WORDS_1});
+constexpr int64_t K_ELEMENTS =
+    RANKED ? K_RANKS : std::max({4 * K_WORDS_8, 8 * K_WORDS_4, 16 * K_WORDS_2, 32 * K_WORDS_1});
 constexpr int64_t DK_PAD = std::max<int64_t>(K_ELEMENTS, (DK + L - 1) / L * L);
 constexpr int64_t V_GROUPS = DV / V_GROUP;
 constexpr int64_t DV_PAD = (DV + L - 1) / L * L;
@@ -44,8 +43,8 @@ struct Inputs : Tensors {
 
 // Running softmax of one KV head's rows over some tokens.
 struct RunningSoftmax {
-    float* m;    // [ROWS] largest logit
-    float* l;    // [ROWS] sum of exponentials
+    float* m;  // [ROWS] largest logit
+    float* l;  // [ROWS] sum of exponentials
     float* acc;  // [ROWS, ACC] weighted values
     void clear() {
         std::fill(m, m + ROWS, MINUS_INFINITY);
@@ -63,16 +62,15 @@ struct Scratch {
     float weight[ROWS][SLACK];
     float query[ROWS][DK_PAD + L];
     float ranked[ROWS][DK_PAD + L];  // queries in the order that scales are in
-    float scaled[ROWS][DK_PAD + L];  // the same, times scales
-    float folded[ROWS][DK_PAD + L];  // what each element of a key is multiplied with; zeros behind
-    float q_center[ROWS];            // queries times what is in no zero point
+    float folded[ROWS][DK_PAD + L];  // the same, times scales: what codes are multiplied with; zeros behind
+    float q_center[ROWS];  // queries times what is in no zero point
     float q_zero[ROWS];  // queries times zero points
     float q_unit[ROWS];  // what the last digit of q_digits stands for
     alignas(64) int8_t q_digits[ROWS][DIGITS][DK_PAD];
     alignas(64) int8_t p_digits[ROWS][DIGITS][SPAN];
     float p_unit[ROWS];
     float p_zero[ROWS];
-    int64_t row0;   // first row of this block
+    int64_t row0;  // first row of this block
     int64_t group;  // the token group that q_digits and q_zero are for
 };
 

@@ -11,40 +11,27 @@ template <class Z> inline vf zero_points(const Z* zero, [[maybe_unused]] vf s, [
     else return load_up_to(zero, n);
 }
 
-// The rows' queries times the scales, put where each rank's fields are; `largest` becomes that of the fields. Whole
-// vectors are stored: what is too much of one run, the next overwrites, or it meets codes that are padding, which are
-// 0.
-inline void spread_over_fields(Scratch& scratch, vf (&largest)[ROWS]) {
-    for (int64_t r = 0; r < ROWS; r++) {
-        largest[r] = splat(0.0f);
-#pragma GCC unroll 32
-        for (const Run& run : RUNS)
-#pragma GCC unroll 16
-            for (int64_t i = 0; i < run.count; i += L) {
-                const vf x = load<vf>(scratch.scaled[r] + run.rank + i) * run.weight;
-                store(scratch.folded[r] + run.element + i, x);
-                largest[r] = max(abs(mask_first(x, run.count - i)), largest[r]);
-            }
-    }
-}
-
 // Fold the scales of token group g into the queries.
 inline void fold_key_scales(Scratch& scratch, const Inputs& in, int64_t head, int64_t g) {
     const int64_t row = (head * K_TOKENS / K_GROUP + g) * DK;
     const S* scale = in.k_scale + row;
     const S* zero = in.k_zero + row;
+    for (int64_t d = 0; d < DK;
+         d += 64 / (int64_t)sizeof(S)) {  // too few bytes a group for a processor to foresee them
+        __builtin_prefetch(scale + 2 * DK + d);
+        __builtin_prefetch(zero + 2 * DK + d);
+    }
     vf largest[ROWS] = {}, z[ROWS] = {}, zero_or_nan = {};
     for (int64_t d = 0; d < DK; d += L) {
         const vf s = load_scales(scale + d, DK - d), zeros = zero_points(zero + d, s, d, DK - d);
         zero_or_nan = fma(s, splat(0.0f), zero_or_nan);
         for (int64_t r = 0; r < ROWS; r++) {
             const vf q = load<vf>((RANKED ? scratch.ranked : scratch.query)[r] + d), x = q * s;
-            store((RANKED ? scratch.scaled : scratch.folded)[r] + d, x);
-            largest[r] = max(abs(x), largest[r]);
+            store(scratch.folded[r] + d, x);
+            largest[r] = max(abs(RANKED ? mask_first(x, K_ELEMENTS - d) : x), largest[r]);
             z[r] = fma(q, zeros, z[r]);
         }
     }
-    if constexpr (RANKED) spread_over_fields(scratch, largest);
     const float nan = nan_if_not_finite(zero_or_nan);
     for (int64_t r = 0; r < ROWS; r++) scratch.q_zero[r] = sum(z[r]) + scratch.q_center[r];
     for (int64_t r = 0; r < ROWS; r++)
@@ -66,15 +53,18 @@ template <int BITS, int NR, int NV> ALWAYS_INLINE void make_room(vi (&acc)[NR][D
 template <int NR, int NV>
 inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, int64_t row, int64_t offset) {
     constexpr int64_t TO_4 = K_WORDS_8, TO_2 = TO_4 + K_WORDS_4, TO_1 = TO_2 + K_WORDS_2;
-    constexpr int64_t AT_2 = RANKED ? 8 * K_WORDS_4 : 0, AT_1 = RANKED ? AT_2 + 16 * K_WORDS_2 : 0;
     const auto digits = scratch.q_digits + row;
     vi acc[NR][DIGITS][NV] = {};
-    if constexpr (K_WORDS_8 > 0) add_codes<8>(codes, stride, K_WORDS_8, digits, 0, acc);
-    if constexpr (K_WORDS_4 > 0) add_codes<4>(codes + TO_4 * stride, stride, K_WORDS_4, digits, 0, acc);
-    if constexpr (!RANKED && TO_2 > 0 && K_WORDS_2 > 0) make_room<2>(acc);
-    if constexpr (K_WORDS_2 > 0) add_codes<2>(codes + TO_2 * stride, stride, K_WORDS_2, digits, AT_2, acc);
-    if constexpr (!RANKED && TO_1 > 0 && K_WORDS_1 > 0) make_room<1>(acc);
-    if constexpr (K_WORDS_1 > 0) add_codes<1>(codes + TO_1 * stride, stride, K_WORDS_1, digits, AT_1, acc);
+    if constexpr (RANKED) {
+        add_mixed_codes(codes, stride, digits, acc);
+    } else {
+        if constexpr (K_WORDS_8 > 0) add_codes<8>(codes, stride, K_WORDS_8, digits, 0, acc);
+        if constexpr (K_WORDS_4 > 0) add_codes<4>(codes + TO_4 * stride, stride, K_WORDS_4, digits, 0, acc);
+        if constexpr (TO_2 > 0 && K_WORDS_2 > 0) make_room<2>(acc);
+        if constexpr (K_WORDS_2 > 0) add_codes<2>(codes + TO_2 * stride, stride, K_WORDS_2, digits, 0, acc);
+        if constexpr (TO_1 > 0 && K_WORDS_1 > 0) make_room<1>(acc);
+        if constexpr (K_WORDS_1 > 0) add_codes<1>(codes + TO_1 * stride, stride, K_WORDS_1, digits, 0, acc);
+    }
     vf out[NR][NV];
     join_digits(acc, out);
     for (int r = 0; r < NR; r++)
@@ -120,8 +110,8 @@ inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, i
         const int64_t g = t / K_GROUP, end = std::min(t1, (g + 1) * K_GROUP);
         if (g != scratch.group) fold_key_scales(scratch, in, head, g);
         for (; t + TOKENS_AT_ONCE <= end; t += TOKENS_AT_ONCE) {
-            prefetch(codes + t, ValueWords(in, head, t));
             dot_keys_with_all_rows<VECTORS_AT_ONCE>(scratch, codes + t, K_TOKENS, t - t0);
+            prefetch(codes + t, ValueWords(in, head, t));
         }
         for (; t < end; t += L) {
             if (t + L <= K_TOKENS) {

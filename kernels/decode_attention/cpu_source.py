@@ -17,7 +17,7 @@ from xquant_fx.kernels.cpu.source import array, assemble, definitions, namespace
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.packing import codes_per_word, high_and_low, plane_widths
 from xquant_fx.kernels.rotation import rotated_size
-from xquant_fx.kernels.widths import Run, planes, rank_widths, runs_of
+from xquant_fx.kernels.widths import QUAD, plain_words, planes, quads_of, rank_widths
 
 RANKED, ROTATED = "per_channel_ranked", "per_token_rotated"
 MOST_ROWS = 64  # of a block: their scores of a span stay in the cache
@@ -63,13 +63,15 @@ class Problem:
         return max(n for n in range(1, min(rows, MOST_ROWS) + 1) if rows % n == 0)
 
 
-def word_counts(p: Problem) -> dict[str, int]:
-    """Words of a key in planes of each width."""
+def key_sizes(p: Problem) -> dict[str, int]:
+    """Words of a key in planes of each width, and how many ranks have codes."""
+    ranks = 0
     if p.k_scheme == RANKED:
         words = {plane.width: plane.words for plane in planes(p.k_bits, p.k_dim)}
+        ranks = QUAD * len(quads_of(planes(p.k_bits, p.k_dim)))
     else:
         words = {width: -(-p.k_dim // codes_per_word(width)) for width in plane_widths(p.k_bits)}
-    return {f"K_WORDS_{width}": words.get(width, 0) for width in (8, 4, 2, 1)}
+    return {**{f"K_WORDS_{width}": words.get(width, 0) for width in (8, 4, 2, 1)}, "K_RANKS": ranks}
 
 
 def constants(p: Problem) -> str:
@@ -77,7 +79,7 @@ def constants(p: Problem) -> str:
     v_high, v_low = high_and_low(p.v_bits)
     numbers = {
         "B": p.batch, "H": p.heads, "HQ": p.query_heads, "Q": p.queries, "DK": p.k_dim, "DV": p.v_dim, "N": p.max_len,
-        **word_counts(p), "K_GROUP": p.k_group, "K_TOKENS": p.k_tokens,
+        **key_sizes(p), "K_GROUP": p.k_group, "K_TOKENS": p.k_tokens,
         "ROTATED": rotated_size(p.v_dim) if p.v_scheme == ROTATED else 0,
         "V_HIGH": v_high, "V_LOW": v_low, "V_GROUP": p.v_group, "V_TOKENS": p.v_tokens,
         "RESIDUAL": p.residual, "RING_SLACK": p.ring - p.residual, "SINKS": p.sinks, "WINDOW": p.window,
@@ -96,16 +98,33 @@ def constants(p: Problem) -> str:
 
 
 def tables(p: Problem) -> str:
-    """Constants of ranked keys and of rotated values: where fields of ranks are, middles of codes, signs."""
-    runs = runs_of(planes(p.k_bits, p.k_dim)) if p.k_scheme == RANKED else [Run(0, 0, 0, 0.0)]
+    """Constants of ranked keys and of rotated values: where codes of ranks are, middles of codes, signs."""
     middles = [(2**width - 1) / 2 for width in rank_widths(p.k_bits, p.k_dim)] if p.k_scheme == RANKED else [0.0]
+    plain, pieces = _codes(p) if p.k_scheme == RANKED else ([], [])
     return namespace(
-        "// Fields of `count` ranks from `rank` on are the elements from `element` on, and count `weight` times.\n"
-        "struct Run {\n    int64_t element, rank, count;\n    float weight;\n};\n"
-        + array("Run", "RUNS", [f"{{{r.element}, {r.rank}, {r.length}, {r.weight}f}}" for r in runs])
+        "// Words of a key whose fields, of `width` bits, are the codes from `element` on.\n"
+        "struct Plain {\n    int width;\n    int64_t word, words, element;\n};\n"
+        "// The four codes from `element` on, a byte each, are the sum of (word >> shift) & mask up to the `last`.\n"
+        "struct Piece {\n    int64_t word, element;\n    int shift;\n    uint32_t mask;\n    bool last;\n};\n"
+        + array("Plain", "PLAIN", plain or ["{1, 0, 0, 0}"])
+        + array("Piece", "PIECES", pieces or ["{0, 0, 0, 0, 0}"])
         + array("float", "RANK_MIDDLES", [f"{middle}f" for middle in middles])
         + sign_table(p.v_dim if p.v_scheme == ROTATED else 1)
     )
+
+
+def _codes(p: Problem) -> tuple[list[str], list[str]]:
+    """Rows of PLAIN and of PIECES: each of a ranked key's codes is in one of them."""
+    stored = planes(p.k_bits, p.k_dim)
+    plain = plain_words(stored)
+    taken = {word for each in plain for word in range(each.word, each.word + each.words)}
+    pieces = [
+        f"{{{piece.word}, {QUAD * number}, {piece.shift}, {piece.mask:#x}, {int(piece is quad[-1])}}}"
+        for number, quad in enumerate(quads_of(stored))
+        for piece in quad
+        if piece.word not in taken
+    ]
+    return [f"{{{w.width}, {w.word}, {w.words}, {w.rank}}}" for w in plain], pieces
 
 
 @functools.cache

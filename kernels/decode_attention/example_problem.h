@@ -14,6 +14,7 @@ constexpr int64_t K_WORDS_8 = 0;
 constexpr int64_t K_WORDS_4 = 0;
 constexpr int64_t K_WORDS_2 = 8;
 constexpr int64_t K_WORDS_1 = 0;
+constexpr int64_t K_RANKS = 0;
 constexpr int64_t K_GROUP = 32;
 constexpr int64_t K_TOKENS = 1056;
 constexpr int64_t ROTATED = 0;
@@ -42,12 +43,20 @@ using MASK = uint8_t;
 using SINK = float;
 }  // namespace xq
 namespace xq {
-// Fields of `count` ranks from `rank` on are the elements from `element` on, and count `weight` times.
-struct Run {
-    int64_t element, rank, count;
-    float weight;
+// Words of a key whose fields, of `width` bits, are the codes from `element` on.
+struct Plain {
+    int width;
+    int64_t word, words, element;
 };
-constexpr Run RUNS[] = {{0, 0, 0, 0.0f}};
+// The four codes from `element` on, a byte each, are the sum of (word >> shift) & mask up to the `last`.
+struct Piece {
+    int64_t word, element;
+    int shift;
+    uint32_t mask;
+    bool last;
+};
+constexpr Plain PLAIN[] = {{1, 0, 0, 0}};
+constexpr Piece PIECES[] = {{0, 0, 0, 0, 0}};
 constexpr float RANK_MIDDLES[] = {0.0f};
 constexpr float ROTATION_SIGNS[] = {1.0f};
 constexpr float ROTATION_SCALE = 1.0f;

@@ -1,0 +1,1 @@
+"""``xquant::linear_rows``: a linear layer of few rows, at the speed at which its weights can be read."""
