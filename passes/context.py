@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 from torch import Tensor
@@ -100,11 +99,12 @@ class Context:
     loads: dict[Node, Node] = dataclasses.field(default_factory=dict)
     """Append of the old graph to the ``shared_code_load`` that reads after it."""
 
+    def __post_init__(self) -> None:
+        """Count the inputs before a pass adds or drops any."""
+        inputs = (node for node in self.detection.gm.graph.nodes if node.op == "placeholder")
+        self.placeholders = {node: i for i, node in enumerate(inputs)}
+        """Inputs of the graph as Dynamo made it, by node, with the numbers of their arguments."""
+
     def index_of(self, placeholder: Node) -> int:
         """The number of the argument that was ``placeholder`` in the graph as Dynamo made it."""
         return self.placeholders[placeholder]
-
-    @functools.cached_property
-    def placeholders(self) -> dict[Node, int]:
-        """Inputs of the graph as Dynamo made it, by node."""
-        return {node: i for i, node in enumerate(n for n in self.detection.gm.graph.nodes if n.op == "placeholder")}

@@ -153,7 +153,9 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
         "ranked, values of 3 bits, groups of channels, float32": dict(v_group=16, v_bits=3, dtype="float32", sinks=4),
         "ranked, float16 scales": dict(scale_dtype="float16", v_bits=2, batch=2, start=(0, 9), mask="padded"),
         "ranked, float16 scales, float32": dict(scale_dtype="float16", v_bits=3, k_bits=1.5, dtype="float32"),
-        "ranked, float16 scales, groups of channels": dict(scale_dtype="float16", v_group=16, v_bits=2, loud=100.0),
+        "ranked, float16 scales, groups of channels": dict(
+            scale_dtype="float16", v_group=16, v_bits=2, loud=100.0, scale=1e-3
+        ),
         "ranked, loud channels": dict(loud=100.0, scale=1e-3),
         "ranked, quiet values": dict(loud=1e-3, scale=2.0, v_bits=2),
     }.items()

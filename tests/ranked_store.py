@@ -14,6 +14,7 @@ from store_runs import pair_of
 from torch import Tensor
 
 from xquant_fx.cache.state import KVState
+from xquant_fx.kernels.faults import may_wrap
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.packing import code_planes
 
@@ -91,6 +92,9 @@ def differences_by(
     for number, new in enumerate(script):
         if new <= 0:
             past = max(past + new, 0) if new else 0
+            for state in (ours, theirs) if not past else ():
+                if may_wrap(state.length, 1, state.spec.shape[2]):  # an op would take a step at 0 for a fault
+                    state.owned["length"].zero_()
             continue
         x, pos = case.tokens(new, number), torch.arange(past, past + new)
         if spoil and number == 2:

@@ -90,6 +90,7 @@ OTHER = dict(
     bits=4,
     group_size=4,
     residual_length=16,
+    rollback_tokens=9,
     eta=0.25,
     sink_tokens=1,
     scale_dtype=torch.float32,

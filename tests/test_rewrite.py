@@ -117,7 +117,10 @@ def test_hand_built_graph():
     nodes = []
     for name, tensor in (("q", q), ("k", k), ("v", v), ("keys", keys), ("values", values), ("pos", pos)):
         node = graph.placeholder(name)
-        node.meta["example_value"] = mode.from_tensor(tensor)
+        if isinstance(tensor, QuantizedKV):
+            node.meta["example_value"] = QuantizedKV(tensor.spec, mode.from_tensor(tensor.anchor))
+        else:
+            node.meta["example_value"] = mode.from_tensor(tensor)
         nodes.append(node)
     stored = graph.call_method("index_copy_", (nodes[3], 2, nodes[5], nodes[1]))
     graph.call_method("index_copy_", (nodes[4], 2, nodes[5], nodes[2]))

@@ -34,8 +34,8 @@ class Setting(NamedTuple):
             fields = json.loads(path.read_text())
             is_plan = "xquant_plan" in fields
             config = Plan.from_json(path.read_text()) if is_plan else XQuantConfig.from_json(path.read_text())
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} must be what XQuantConfig.to_json or Plan.to_json writes: {error!r}") from error
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise ConfigError(f"{path} must be what XQuantConfig.to_json or Plan.to_json writes: {error}") from error
         return cls(path.stem, config)
 
     def check_model(self, model: Any) -> None:
