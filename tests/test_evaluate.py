@@ -250,7 +250,9 @@ def test_settings_from_files(tmp_path):
     for name, content in (("config", config), ("plan", make_plan(config, 3))):
         (tmp_path / f"{name}.json").write_text(content.to_json())
         assert Setting.of_file(tmp_path / f"{name}.json") == Setting(name, content)
-    for text in ("{", "[]", '{"k_bits": 2}', '{"nonsense": 1, "scale_dtype": "float16"}'):
+    (tmp_path / "some.json").write_text('{"k_bits": 2}')  # what is left out is the default
+    assert Setting.of_file(tmp_path / "some.json") == Setting("some", XQuantConfig(k_bits=2))
+    for text in ("{", "[]", '{"k_bits": 77}', '{"nonsense": 1, "scale_dtype": "float16"}'):
         (tmp_path / "wrong.json").write_text(text)
         with pytest.raises(ConfigError, match=r"wrong.json must be what XQuantConfig.to_json or Plan.to_json writes"):
             Setting.of_file(tmp_path / "wrong.json")
