@@ -51,19 +51,10 @@ class GrowthRewrite(BufferRewrite):
         self.before: Node | None = None
         """What is stored when the graph begins, dequantized."""
 
-    def run(self) -> None:
-        """Rewrite, then drop the placeholder."""
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        for user in sorted(self.buffer.users, key=order.__getitem__):
-            if user in self.writes:
-                self._grow(self.writes[user])
-            elif is_shape_query(user) and not user.users:
-                self.graph.erase_node(user)
-            else:
-                self._read(user)
-        self.graph.erase_node(self.buffer)
+    def _check_view(self, view: Node, order: dict[Node, int]) -> None:
+        """Nothing to check: a concatenation leaves views of what it continues as they are."""
 
-    def _grow(self, write: Write) -> None:
+    def _store(self, write: Write) -> None:
         if self.loaded is not None:
             raise UnsupportedWriteError(f"{self._where()}: two concatenations continue one tensor in this graph")
         load = self._stored(write)
@@ -83,6 +74,9 @@ class GrowthRewrite(BufferRewrite):
         return Grown(self.context.index_of(self.buffer), at, where)
 
     def _read(self, user: Node) -> None:
+        if is_shape_query(user) and not user.users:
+            self.graph.erase_node(user)
+            return
         if user.op == "output" or self.buffer in written_by(user):
             raise UnsupportedWriteError(f"{self._where()}: {user.name} is no way to append tokens or to read them")
         if self.before is None:

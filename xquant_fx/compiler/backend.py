@@ -176,20 +176,17 @@ def _compile_quantized(
 ) -> Callable[..., Any]:
     warn_of_lengths([inputs[i].spec for i in quantized if isinstance(inputs[i], QuantizedKV)])
     settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
-    uncompiled = clone(gm)
-    if not has_room(found, inputs):
-        log.info("a cache that grows has no room for this step, which runs uncompiled")
-        return uncompiled
     context = Context(found, inputs)
-    buffers = {write.buffer for write in found.writes}
-    placeholders = [node for node in found.gm.graph.nodes if node.op == "placeholder"]
-    written = frozenset(i for i in quantized if placeholders[i] in buffers)
+    if not has_room(context):
+        log.info("a cache that grows has no room for this step, which runs uncompiled")
+        return gm.forward
+    written = frozenset(context.placeholders.get(write.buffer, -1) for write in found.writes) & set(quantized)
     restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
     run_passes(found.gm, context, request.disable, request.dump)
     shapes = [tuple(inputs[i].shape[1:]) for i in quantized if isinstance(inputs[i], QuantizedKV)]
-    results = next(node for node in found.gm.graph.nodes if node.op == "output").args[0]
+    results: Any = found.gm.graph.output_node().args[0]
     whole = [i for i, node in enumerate(results) if _whole_numbers(fake(node)) in shapes]
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
     compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
     step = CompiledStep(compiled, keep, written, context.state, restarts, whole)
-    return GrowingStep(step, uncompiled, context.grown) if context.grown else step
+    return GrowingStep(step, gm.forward, context.grown) if context.grown else step

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
-
-from torch.fx import GraphModule
 
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.compiler.compiled_step import CompiledStep
-from xquant_fx.passes.context import Grown
-from xquant_fx.passes.records import Detection
+from xquant_fx.passes.context import Context, Grown
 
 
-def has_room(found: Detection, inputs: Sequence[Any]) -> bool:
-    """Whether the step of these example inputs fits into the tensors that its growing caches have."""
-    index = {node: i for i, node in enumerate(n for n in found.gm.graph.nodes if n.op == "placeholder")}
-    for write in found.writes:
-        past = None if write.past is None else inputs[index[write.past]]
+def has_room(context: Context) -> bool:
+    """Whether the step of the example inputs fits into the tensors that its growing caches have."""
+    for write in context.detection.writes:
+        past = None if write.past is None else context.inputs[context.index_of(write.past)]
         new = write.tokens if isinstance(write.tokens, int) else write.tokens.node.hint
         if isinstance(past, GrowingKV) and not past.has_room(new):
             return False
@@ -27,7 +23,7 @@ def has_room(found: Detection, inputs: Sequence[Any]) -> bool:
 class GrowingStep:
     """Calls a compiled step, after which each cache is longer; a step that a cache has no room for runs uncompiled."""
 
-    def __init__(self, step: CompiledStep, uncompiled: GraphModule, grown: list[Grown]) -> None:
+    def __init__(self, step: CompiledStep, uncompiled: Callable[..., Any], grown: list[Grown]) -> None:
         self.step, self.uncompiled, self.grown = step, uncompiled, grown
         self.results = {position: each for each in grown for position in each.outputs}
 
