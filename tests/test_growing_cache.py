@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -256,3 +257,19 @@ def test_rows_of_the_batch_stay_codes():
         longer = torch.cat([made, x[rows, :, 150:]], dim=2)
         assert torch.equal(longer + 0, (torch.cat([copy.deepcopy(k), x[:, :, 150:]], dim=2) + 0)[rows])
     assert torch.equal(k + 0, before)
+
+
+def test_threads_begin_caches_of_their_own():
+    """One graph, many first steps at once: each thread's cache holds its own tokens."""
+    step = torch.compile(attend, backend=Rewrites(config=EXACT))
+    nothing = torch.zeros(1, 2, 0, 16)
+    with torch.no_grad():
+        step(*[tokens(40)] * 3, (nothing, nothing))
+
+        def begin(seed: int) -> bool:
+            x = tokens(40, seed)
+            with torch.no_grad():
+                return all(torch.equal(t + 0, x) for t in step(x, x, x, (nothing, nothing))[1])
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(begin, range(32)))

@@ -15,28 +15,35 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from xquant_fx.cache.group import CacheGroup
-from xquant_fx.cache.growing import GrowingKV, Growth, room_for
+from xquant_fx.cache.growing import GrowingKV, Growth
 from xquant_fx.cache.state import KVState
+from xquant_fx.compiler.planning import geometry_of
 from xquant_fx.compiler.prompt_queries import queries_of, show_query
 from xquant_fx.passes.records import Buffer, Detection
 from xquant_fx.plan.plan import Plan
 
 
-class GrowingTakeover(torch.fx.Interpreter):
+class GrowingTakeover:
     """Runs a step whose KV cache grows by concatenation and is in full precision yet, or empty."""
 
     def __init__(self, detection: Detection) -> None:
-        super().__init__(detection.gm)
-        self.plans = detection.plans
+        self.gm, self.plans = detection.gm, detection.plans
         self.queries = queries_of(detection)
         self.quantizing = {_behind_attention(detection, buffer): buffer for buffer in detection.ordinary}
         detection.gm.recompile()
-        self.caches: dict[int, _NewCache] = {}
 
     def __call__(self, *args: Any) -> Any:
-        """Run the step on these arguments, which hold a cache that was not seen before."""
-        self.caches = {}
-        return self.run(*args)
+        """Run the step on these arguments, which hold a cache that was not seen before; several threads may."""
+        return _Step(self).run(*args)
+
+
+class _Step(torch.fx.Interpreter):
+    """One run of such a step, with the caches that it makes."""
+
+    def __init__(self, takeover: GrowingTakeover) -> None:
+        super().__init__(takeover.gm)
+        self.plans, self.queries, self.quantizing = takeover.plans, takeover.queries, takeover.quantizing
+        self.caches: dict[int, _NewCache] = {}
 
     def run_node(self, n: Node) -> Any:
         """Quantize, where a node says so."""
@@ -65,9 +72,8 @@ class _NewCache:
         """An empty state for what ``like`` [B, H, T, D] holds."""
         entry = self.plan.layers[buffer.layer].of(buffer.role)
         lower = None if entry.partner is None else self.states.get((entry.partner, buffer.role))
-        batch, heads, tokens, dim = like.shape
-        shape = (batch, heads, room_for(tokens), dim)
-        spec = entry.bind(buffer.layer, shape, like.dtype, None if lower is None else lower.spec)
+        shape, dtype = geometry_of(buffer, like)
+        spec = entry.bind(buffer.layer, shape, dtype, None if lower is None else lower.spec)
         state = KVState(spec, self.group, lower if spec.borrowed else None)
         self.states[buffer.layer, buffer.role] = state
         return state

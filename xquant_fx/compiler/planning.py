@@ -48,10 +48,10 @@ def plan_graph(
 def bind_buffers(plan: Plan, buffers: Sequence[Buffer], tensors: Sequence[Tensor]) -> list[KVSpec]:
     """Specs of ``buffers``, which hold ``tensors`` [B, H, N, D]."""
     pairs = zip(buffers, tensors, strict=True)
-    return bind_all(plan, [(b.layer, b.role, _geometry(b, t)) for b, t in pairs])
+    return bind_all(plan, [(b.layer, b.role, geometry_of(b, t)) for b, t in pairs])
 
 
-def _geometry(buffer: Buffer, tensor: Tensor) -> Geometry:
+def geometry_of(buffer: Buffer, tensor: Tensor) -> Geometry:
     """Of the stored tensors; what grows by concatenation gets room to grow."""
     batch, heads, tokens, dim = tensor.shape
     if buffer.write.past is not None:
