@@ -40,7 +40,7 @@ def test_every_pass_is_listed_once():
     names = [each.name for each in PASSES]
     assert names == [each.name for family in FAMILIES.values() for each in family] and len(set(names)) == len(names)
     assert names == ["add_state_inputs", "rewrite_growth", "rewrite", "fuse_decode", "linear_rows", "verify"]
-    assert MAY_BE_OFF == ("fuse_decode", "linear_rows")
+    assert MAY_BE_OFF == ("fuse_decode", "linear_rows", "one_call")
 
 
 def test_detection_runs_once_per_graph(monkeypatch):
@@ -141,7 +141,7 @@ def test_explain_knows_what_is_switched_off():
     [
         (
             {"disable": ["rewrite"]},
-            r"disable must be a list of passes that may be off, \['fuse_decode', 'linear_rows'\], got",
+            r"disable must be a list of passes that may be off, \['fuse_decode', 'linear_rows', 'one_call'\], got",
         ),
         ({"disable": "fuse_decode"}, "disable must be a list"),
         ({"disable": 3}, "disable must be a list"),

@@ -35,6 +35,7 @@ from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.watch import Watch
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
+from xquant_fx.kernels.cpu.one_call import switched
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.detect import detect
 from xquant_fx.passes.facts import Facts
@@ -161,7 +162,8 @@ def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: st
     patches = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
     if settings is not None:
         patches.update(cache_key_patch(settings))
-    compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
+    with switched("one_call" not in request.disable):
+        compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
     return compiled
 
 
