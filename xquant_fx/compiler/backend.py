@@ -154,6 +154,7 @@ def _check_config(buffers: list[QuantizedKV | GrowingKV], request: Request) -> N
 
 
 def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: str | None) -> Callable[..., Any]:
+    from torch._inductor import config as inductor_config
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -162,6 +163,8 @@ def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: st
     patches = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
     if settings is not None:
         patches.update(cache_key_patch(settings))
+        # A step's loops are short: of 512 numbers a second thread starts later than the first is through with all.
+        patches["cpp.min_chunk_size"] = max(inductor_config.cpp.min_chunk_size, 4096)
     with switched("one_call" not in request.disable):
         compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
     return compiled
