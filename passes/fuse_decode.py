@@ -33,9 +33,10 @@ def fuse_decode(gm: GraphModule, context: Context) -> int:
         if site.form is None or not site.is_quantized:
             continue
         stored = _stored(site, context)
+        rotations = context.rotations if context.detection.specs[site.buffers[1]].folded else None
         with gm.graph.inserting_before(site.form.output):
             end = end_of_growth(gm.graph, site, stored, context)
-        replaced[site.form.output] = _replace(gm.graph, site.form, stored, replaced, end)
+        replaced[site.form.output] = _replace(gm.graph, site.form, stored, replaced, end, rotations)
     return len(replaced)
 
 
@@ -50,7 +51,10 @@ def _stored(site: Site, context: Context) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _replace(graph: Graph, form: Decode, stored: dict[str, Any], replaced: dict[Node, Node], end: Node | None) -> Node:
+def _replace(
+    graph: Graph, form: Decode, stored: dict[str, Any], replaced: dict[Node, Node], end: Node | None,
+    rotations: dict[Node, Node] | None,
+) -> Node:  # fmt: skip
     with graph.inserting_before(form.output):
         query = _laid_out(graph, replaced.get(form.query, form.query), form.query_layout)
         terms = tuple(dataclasses.replace(term, node=replaced.get(term.node, term.node)) for term in form.terms)
@@ -61,6 +65,8 @@ def _replace(graph: Graph, form: Decode, stored: dict[str, Any], replaced: dict[
         sinks = None if logits is None else call(graph, torch.reshape, (logits, (form.heads,)))
         ours = dict(q=query, mask=mask, sink_logits=sinks, scale=form.scale, softcap=form.softcap, window=0)
         fused = call(graph, ops.DECODE, (), {**ours, **stored})
+        if rotations is not None:
+            fused = rotations[form.output] = call(graph, ops.ROTATE, (fused, True))
         output = _put_back(graph, fused, form.output_layout)
     form.output.replace_all_uses_with(output)
     _erase_unused(graph, form.output)

@@ -150,6 +150,12 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
         "ranked, keys later than values": dict(residual=128, v_residual=32, sinks=4, query=3, dtype="float32"),
         "ranked, keys later, a chunk": dict(query=20, residual=96, v_residual=24, v_bits=2, mask="padded"),
         "ranked, keys or values later, in turns": dict(residual=64, v_residual=48, v_group=16, v_bits=3, window=100),
+        "ranked, values that came rotated": dict(
+            v_scheme="per_token_folded", residual=96, v_residual=32, v_bits=2, sinks=4, query=3, dtype="float32"
+        ),
+        "ranked, values that came rotated, a chunk": dict(
+            v_scheme="per_token_folded", query=20, v_bits=3, v_group=16, dim=96, mask="padded"
+        ),
         "ranked, groups of 96": dict(past=300, max_len=320, residual=96, k_group=96, dtype="float32"),
         "ranked, groups of channels": dict(v_group=16, v_bits=2, dim=96, dtype="float32"),
         "ranked, one token outweighs all others": dict(

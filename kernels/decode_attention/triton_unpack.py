@@ -29,7 +29,7 @@ RANKED = tl.constexpr(10)  # whether channels are ranked; CHANNELS are then DIM,
 PLANES = tl.constexpr(11)  # the three planes, of no CHANNELS where there is none
 COUNTS = tl.constexpr(12)  # of ``kernels/triton_widths.py``
 # Of values.
-ROTATION = tl.constexpr(10)  # rotated in pieces of two to this power; -1: not rotated
+ROTATION = tl.constexpr(10)  # in pieces of two to this power; -1: with zero points; -2: about zero, not rotated here
 # Of both: such a tuple, too, for the fields of the lowest bits, whose plane follows; of 0 BITS where there are none.
 LOWER = tl.constexpr(13)
 

@@ -63,7 +63,9 @@ class XQuantConfig:
     k_scheme: str = "per_channel_ranked"
     """How keys are quantized: "per_channel_ranked" (mixed widths by channel) or "per_channel" (XQuant, KIVI)."""
     v_scheme: str = "per_token_rotated"
-    """How values are quantized: "per_token_rotated" (after a Hadamard transform) or "per_token" (XQuant, KIVI)."""
+    """How values are quantized: "per_token_rotated" (after a Hadamard transform), "per_token" (XQuant, KIVI), or
+    "per_token_folded": as the first, but the windows hold rotated values, and where a graph allows it the weights of
+    the linear layers before and behind an attention rotate, in rotated copies that take their memory once more."""
     k_bits: Bits = 2
     """Bits of a stored key element, one number or one per layer: 1, 2, 3, 4 or 8; on average 1 to 4 in quarters
     where channels are ranked; 16: unquantized."""

@@ -175,8 +175,8 @@ def with_windows(layer: LayerPlan, config: XQuantConfig) -> LayerPlan:
 def _keys_want_more(layer: LayerPlan, k_group: int) -> bool:
     """Whether longer windows of keys pay, at the cost of those of values (docs/quality.md): not where values are the
     weaker side."""
-    schemes = (layer.key.scheme, layer.value.scheme) == ("per_channel_ranked", "per_token_rotated")
-    return schemes and layer.key.bits <= layer.value.bits < 16 and KEY_WINDOWS["key"] % k_group == 0
+    values = ("per_token_rotated", "per_token_folded")
+    return layer.key.scheme == "per_channel_ranked" and layer.value.scheme in values and layer.key.bits <= layer.value.bits < 16 and KEY_WINDOWS["key"] % k_group == 0
 
 
 def _entry(config: XQuantConfig, role: Role, layer: int, num_layers: int, below: list[LayerPlan]) -> BufferPlan:
