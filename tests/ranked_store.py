@@ -78,11 +78,12 @@ def case_of(**kwargs: Any) -> Case:
 
 
 def differences_by(
-    append: Append, script: list[int], energy: bool = False, spoil: str = "", **kwargs: Any
+    append: Append, script: list[int], energy: bool = False, spoil: str = "", longest: int = STEP_TOKENS, **kwargs: Any
 ) -> dict[str, Any]:
     """What ``by_tensor`` finds between ``append`` and the ops after ``script`` on ranked keys or rotated values.
 
-    n > 0 is a step of n tokens, n < 0 rolls n tokens back, 0 starts anew. ``spoil`` is put into the third step.
+    n > 0 is a step of n tokens, n < 0 rolls n tokens back, 0 starts anew. ``spoil`` is put into the third step. Steps
+    of more than ``longest`` tokens are the ops' on both sides.
     """
     case = case_of(ranked=True, **kwargs)
     ours, theirs = pair_of(case)[0], pair_of(case)[0]
@@ -99,7 +100,7 @@ def differences_by(
         x, pos = case.tokens(new, number), torch.arange(past, past + new)
         if spoil and number == 2:
             x[0, 0, 1, 3] = BAD[spoil]
-        (append if new <= STEP_TOKENS else append_by_op)(ours, x, pos)
+        (append if new <= longest else append_by_op)(ours, x, pos)
         append_by_op(theirs, x, pos)
         past += new
     assert int(ours.tensor("fault")) == int(theirs.tensor("fault")) == 0

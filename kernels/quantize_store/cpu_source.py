@@ -1,4 +1,4 @@
-"""Source of the CPU kernel that appends a step's tokens: constants in front of ``cpu.cpp``."""
+"""Source of the CPU kernel that appends tokens: constants in front of ``cpu.cpp``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.schemes.per_token_rotated import GAUSSIAN_STEP
 from xquant_fx.kernels.widths import Field, fields_of, planes, rank_widths, words_of
 
+#: In the place of a number of tokens.
+ANY = 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Append:
@@ -25,7 +28,7 @@ class Append:
     dtype: torch.dtype
     scale_dtype: torch.dtype
     shape: tuple[int, int, int, int]
-    """Shape of the new tokens [B, H, q, D]."""
+    """Shape of the new tokens [B, H, q, D]; q is ANY for a kernel that takes chunks of any length."""
     append: str
     """Which step quantizes what is due: ``APPEND`` of the scheme."""
     bits: float
@@ -84,9 +87,13 @@ def tables(a: Append) -> str:
 
 @functools.cache
 def source(a: Append, isa: Isa) -> tuple[tuple[str, ...], str]:
-    """(argument types, C++ source of ``kernel``); the arguments are the tensors that are present, in order."""
+    """(argument types, C++ source of ``kernel``); the arguments are the tensors that are present, in order.
+
+    After them a kernel for ANY number of tokens takes how many they are.
+    """
     tensors = pointers(StoreArguments, BORROWED if a.fit else OWN)
     absent = set() if a.sinks else {"sink"}
     absent |= set() if is_ranked(a) else {"order", "center", "energy"}
     absent |= {"zero"} if a.append == "rotated" else set()
-    return assemble(isa, constants(a), "quantize_store/cpu.cpp", "append", tensors, absent, outputs={})
+    function, told = ("append", {"count": "int64_t"}) if a.shape[2] == ANY else ("append_step", {})
+    return assemble(isa, constants(a), "quantize_store/cpu.cpp", function, tensors, absent, told)

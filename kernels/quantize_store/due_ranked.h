@@ -17,7 +17,7 @@ inline RankedGroup load_group(const Inputs& in, int64_t head, int64_t t0) {
     keys.x.reset(new float[GROUP * D_PAD]);
     for (int64_t t = 0; t < GROUP; t++)
         for (int64_t d = 0; d < D; d += L)
-            store(keys.x.get() + t * D_PAD + d, load_up_to(ring_token(in, head, t0 + t) + d, D - d));
+            store(keys.x.get() + t * D_PAD + d, load_up_to(token(in, head, t0 + t) + d, D - d));
     return keys;
 }
 
@@ -144,14 +144,17 @@ inline void store_ranked_group(const Inputs& in, int64_t head, int64_t t0) {
     pack_ranked(buffer.get(), order, in.codes + head * WORDS * TOKENS + t0);
 }
 
-inline int64_t limit(int64_t past) { return ranked_limit(past, RESIDUAL, GROUP); }
+constexpr int64_t SLICE = GROUP;
+constexpr bool DUE_IS_MUCH = true;
 
-inline bool any_due(int64_t past, int64_t end) { return limit(end) > limit(past); }
+inline int64_t due_end(int64_t stored) { return ranked_limit(stored, RESIDUAL, GROUP); }
 
-inline void quantize_due(const Inputs& in, int64_t head, int64_t end) {
-    const int64_t from = limit(in.past), to = limit(end);
+inline void prepare_due(const Inputs& in, int64_t head, int64_t from, int64_t to) {
     // Of a padded sequence the first group that is no padding counts.
     if (from < to && from <= (in.start[head / H] + SINKS) / GROUP * GROUP) note_ranks(in, head, from, to);
+}
+
+inline void quantize_due(const Inputs& in, int64_t head, int64_t from, int64_t to) {
     for (int64_t t = from; t < to; t += GROUP) store_ranked_group(in, head, t);
 }
 
