@@ -92,8 +92,7 @@ inline vi encode(vf x, vf low, vf step, vi largest = splat(MAX_CODE)) {
 
 namespace xq {
 
-inline void store_head(const Inputs& in, int64_t head) {
-    const int64_t end = in.past + Q;
+inline void write_step(const Inputs& in, int64_t head) {
     for (int64_t i = 0; i < Q; i++) {
         const T* x = in.x + (head * Q + i) * D;
         std::memcpy((void*)ring_token(in, head, in.past + i), (const void*)x, D * sizeof(T));
@@ -101,7 +100,6 @@ inline void store_head(const Inputs& in, int64_t head) {
         if (SINKS && slot >= 0 && slot < SINKS)
             std::memcpy((void*)(in.sink + (head * (SINKS + 1) + slot) * D), (const void*)x, D * sizeof(T));
     }
-    quantize_due(in, head, end);
 }
 
 // Why these positions cannot follow what is stored (kernels/faults.py), or 0.
@@ -120,12 +118,15 @@ void append(const Tensors& tensors) {
     *tensors.fault = std::max(*tensors.fault, fault_code(tensors));
     // A step past the end is written over the last tokens.
     const Inputs in = {tensors, std::clamp<int64_t>(tensors.pos[0], 0, N - Q)};
-    const int64_t heads = B * H;
+    const int64_t heads = B * H, stored = in.past + Q;
+    for (int64_t head = 0; head < heads; head++) write_step(in, head);
+#ifdef XQ_APPEND_RANKED
+    if constexpr (NORMS) note_norms(in, stored);
+#endif
     // A step's own work is too little to share out.
-    [[maybe_unused]] const int num_threads = any_due(in.past, in.past + Q) ? max_threads() : 1;
+    [[maybe_unused]] const int num_threads = any_due(in.past, stored) ? max_threads() : 1;
 #pragma omp parallel for num_threads(num_threads) if (num_threads > 1)
-    for (int64_t head = 0; head < heads; head++) store_head(in, head);
-    const int64_t stored = in.past + Q;
+    for (int64_t head = 0; head < heads; head++) quantize_due(in, head, stored);
     in.length[1] = in.past == 0 ? stored : std::max(in.length[1], stored);
     in.length[0] = stored;
 }
