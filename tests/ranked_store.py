@@ -46,6 +46,12 @@ RANKED: dict[str, dict[str, Any]] = {
     },
     "keys, sinks, padding": dict(side="key", sinks=5, padding=[0, 20], **{**RANKED_SHAPE, "batch": 2, "bits": 1.5}),
     "keys, as the queries say": dict(side="key", energy=True, dtype="float16", heads=2, **RANKED_SHAPE),
+    "keys, token norms": dict(
+        side="key", norms=True, heads=2, sinks=5, padding=[0, 20], **{**RANKED_SHAPE, "batch": 2, "bits": 1.5}
+    ),
+    "keys, token norms, odd head_dim, quantized at once": dict(
+        side="key", norms=True, heads=3, **{**RANKED_SHAPE, "dim": 20, "residual": 4, "group": 4}
+    ),
     "keys, chunks": dict(side="key", script=[50, 3, 8, 8, 0, 8, 8, 8, 8, 8, 8, 4], **RANKED_SHAPE),
     "keys, float16 scales": dict(side="key", scale_dtype="float16", **{**RANKED_SHAPE, "bits": 2.5}),
     "values, float16 scales": dict(side="value", scale_dtype="float16", **{**RANKED_SHAPE, "bits": 3, "group": 32}),
@@ -64,7 +70,7 @@ RANKED_SLOW = {
 def check_ranked(found: dict[str, Any]) -> None:
     """Numbers as the ops store them, but for what a sum in another order may change."""
     assert found["limit"] > 0
-    assert not any(found.get(name) for name in ("order", "ring", "sink", "length")), found
+    assert not any(found.get(name) for name in ("order", "norm", "ring", "sink", "length")), found
     # A code lies at a tie, a scale between two codes, where a rounding of a sum decides: rare.
     assert found["codes"] <= found["numbers"] // 2000 and found["scale"] <= 1 and found.get("zero", 0) <= 1, found
     assert found["scales"] + found.get("zeros", 0) <= 2 + found["numbers"] // 1000, found
@@ -113,7 +119,7 @@ def by_tensor(case: Case, ours: KVState, theirs: KVState, past: int) -> dict[str
     if case.side == "key":
         limit = max(past - case.residual + case.group, 0) // case.group * case.group
     found: dict[str, Any] = {"limit": limit, "numbers": 0}
-    for name in ("codes", "order", "ring", "sink", "length"):
+    for name in ("codes", "order", "norm", "ring", "sink", "length"):
         x, y = ours.tensor(name), theirs.tensor(name)
         if x is not None:
             x, y = (read(case, name, t, limit) for t in (x, y))
@@ -148,7 +154,7 @@ def read(case: Case, name: str, tensor: Tensor, limit: int) -> Tensor:
     if name == "order":
         return tensor
     if case.side == "key":
-        return tensor[..., :limit] if name == "codes" else tensor[:, :, : limit // case.group]
+        return tensor[..., :limit] if name in ("codes", "norm") else tensor[:, :, : limit // case.group]
     if name == "codes":  # whole words of each plane
         parts = [
             tensor[:, :, p.first :][:, :, : limit * p.width // 32] for p in code_planes(case.bits, tensor.shape[2])

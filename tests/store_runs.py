@@ -37,6 +37,8 @@ def poison(state: KVState) -> None:
     for name, tensor in state.owned.items():
         if name in ("center", "energy"):  # nothing is known yet of a sequence
             tensor.zero_()
+        elif name == "norm":
+            tensor.fill_(0xFF)
         elif tensor.is_floating_point():
             tensor.fill_(math.nan)
         elif name == "codes":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, FOLD, GROUP, LOWER, RANKED, word_order
+from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, FOLD, GROUP, LOWER, RANKED, TOKENS, word_order
 from xquant_fx.kernels.triton_widths import ranked_limit
 
 
@@ -16,6 +16,12 @@ from xquant_fx.kernels.triton_widths import ranked_limit
 def codes_of(head, codes, scale, zero, WORDS: tl.constexpr, SCALES: tl.constexpr):
     """(codes, scale, zero) of one KV head of one sequence, of WORDS words and SCALES scales."""
     return codes + head * WORDS, scale + head * SCALES, scale if zero is None else zero + head * SCALES
+
+
+@triton.jit
+def norms_of(batch, norm, otherwise, KEYS: tl.constexpr):
+    """Token norms of one sequence; ``otherwise``, which is not read, where there are none."""
+    return otherwise if norm is None else norm + batch.to(tl.int64) * KEYS[TOKENS]
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def attend_codes(
     rows: tl.constexpr = positions.shape[0]
     top = tl.full((rows,), float("-inf"), tl.float32)
     acc = tl.zeros((VALUES[CHANNELS], rows), tl.float32)
-    for_keys = key_scales(keys, low, high, KEYS)
+    for_keys = key_scales(keys, low, high, KEYS, TILE)
     for_values = value_scales(values, low, high, VALUES, TILE)
     tokens = low + tl.arange(0, TILE)
     bias = load_mask(mask_rows, tokens, tokens < high, LOGITS[MASK])
@@ -74,7 +74,7 @@ def attend_codes(
     from_zeros = tl.zeros((TILE, rows), tl.float32)
     for t0 in tl.range(low, high, TILE, num_stages=STAGES):
         next_tokens = t0 + TILE + tl.arange(0, TILE)
-        next_for_keys = key_scales(keys, t0 + TILE, high, KEYS)
+        next_for_keys = key_scales(keys, t0 + TILE, high, KEYS, TILE)
         next_for_values = value_scales(values, t0 + TILE, high, VALUES, TILE)
         next_bias = load_mask(mask_rows, next_tokens, next_tokens < high, LOGITS[MASK])
         tokens = t0 + tl.arange(0, TILE)
@@ -117,7 +117,7 @@ def attend_mixed(
         tokens = t0 + tl.arange(0, TILE)
         valid_tokens = in_zone(tokens, zone, LOGITS[SINKS])
         words = key_words(keys, t0, KEYS, TILE)
-        for_keys = key_scales(keys, t0, high, KEYS)
+        for_keys = key_scales(keys, t0, high, KEYS, TILE)
         logits = code_logits(q, words, keys, for_keys, tokens, valid_tokens, LOGITS[SM_SCALE], KEYS)
         bias = load_mask(mask_rows, tokens, valid_tokens, LOGITS[MASK])
         logits = finish_logits(logits, bias, tokens, valid_tokens, positions, LOGITS)

@@ -86,8 +86,8 @@ inline vi encode(vf x, vf low, vf step, vi largest = splat(MAX_CODE)) {
 #include "token_codes.h"
 
 // Of each way to quantize what is due: from which token to which (due_end), in slices of how many (SLICE) that do not
-// share a word, whether that of a single step is worth sharing out (DUE_IS_MUCH), and how: prepare_due once per head,
-// then quantize_due.
+// share a word, whether that of a single step is worth sharing out (DUE_IS_MUCH), and how: note_tokens for all heads of
+// a batch row, prepare_due once per head, then quantize_due.
 #if defined(XQ_APPEND_BLOCKS)
 #include "due_blocks.h"
 #elif defined(XQ_APPEND_TOKENS)
@@ -135,13 +135,16 @@ inline void append(const Tensors& tensors, int64_t count) {
     [[maybe_unused]] const int num_threads = slices && (count > STEP_TOKENS || DUE_IS_MUCH) ? max_threads() : 1;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
+        const auto each_slice = [&](int64_t i, auto work) {
+            const int64_t begin = (first + i % slices) * SLICE;
+            work(in, i / slices, std::max(from, begin), std::min(to, begin + SLICE));
+        };
+#pragma omp for
+        for (int64_t i = 0; i < B * slices; i++) each_slice(i, note_tokens);
 #pragma omp for
         for (int64_t head = 0; head < heads; head++) prepare_due(in, head, from, to);
 #pragma omp for
-        for (int64_t i = 0; i < heads * slices; i++) {
-            const int64_t begin = (first + i % slices) * SLICE;
-            quantize_due(in, i / slices, std::max(from, begin), std::min(to, begin + SLICE));
-        }
+        for (int64_t i = 0; i < heads * slices; i++) each_slice(i, quantize_due);
 #pragma omp for
         for (int64_t head = 0; head < heads; head++) store_full_precision(in, head);
     }

@@ -34,6 +34,7 @@ def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) 
         sinks=a.sink_tokens,
         max_len=a.max_len,
         fit=a.fit,
+        norms=a.norm is not None,
     )
 
 

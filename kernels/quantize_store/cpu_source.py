@@ -41,6 +41,8 @@ class Append:
     sinks: int
     max_len: int
     fit: str | None
+    norms: bool
+    """Whether tokens are divided by their norms."""
 
 
 def is_ranked(a: Append) -> bool:
@@ -59,7 +61,7 @@ def constants(a: Append) -> str:
         "TOKENS": a.tokens, "RESIDUAL": a.residual, "RING_SLACK": a.ring - a.residual, "SINKS": a.sinks,
         "STEP_TOKENS": STEP_TOKENS, **{fault.name: int(fault) for fault in Fault},
     }  # fmt: skip
-    flags = {"BORROWED": a.fit is not None, "LEAST_SQUARES": a.fit == "least_squares"}
+    flags = {"BORROWED": a.fit is not None, "LEAST_SQUARES": a.fit == "least_squares", "NORMS": a.norms}
     floats = {"RELAXED_SCALE": 1 - 2 * a.eta, "RELAXED_ZERO": a.eta * (2**a.bits - 1)}
     floats["GAUSSIAN_STEP"] = GAUSSIAN_STEP.get(a.bits, 0.0)
     fixed = definitions(numbers, floats, flags, {"T": a.dtype, "S": a.scale_dtype})
@@ -94,6 +96,7 @@ def source(a: Append, isa: Isa) -> tuple[tuple[str, ...], str]:
     tensors = pointers(StoreArguments, BORROWED if a.fit else OWN)
     absent = set() if a.sinks else {"sink"}
     absent |= set() if is_ranked(a) else {"order", "center", "energy"}
+    absent |= set() if a.norms else {"norm"}
     absent |= {"zero"} if a.append == "rotated" else set()
     function, told = ("append", {"count": "int64_t"}) if a.shape[2] == ANY else ("append_step", {})
     return assemble(isa, constants(a), "quantize_store/cpu.cpp", function, tensors, absent, told)

@@ -38,6 +38,8 @@ constexpr bool DUE_IS_MUCH = false;
 
 inline int64_t due_end(int64_t stored) { return std::max<int64_t>(stored - RESIDUAL, 0); }
 
+inline void note_tokens(const Inputs&, int64_t, int64_t, int64_t) {}
+
 inline void prepare_due(const Inputs&, int64_t, int64_t, int64_t) {}
 
 inline void quantize_due(const Inputs& in, int64_t head, int64_t from, int64_t to) {

@@ -165,7 +165,7 @@ def _entry(config: XQuantConfig, role: Role, layer: int, num_layers: int, below:
         group_size=config.k_group_size if role == "key" else config.v_group_size,
         residual_length=config.residual_length, eta=config.eta(config.scheme(role), bits),
         sink_tokens=config.sink_tokens, rollback_tokens=config.rollback_tokens, scale_dtype=config.scales_of(role),
-        fit=config.shared_fit,
+        token_norms=config.token_norms(role) and bits < 16, fit=config.shared_fit,
     )  # fmt: skip
     reason = _why_own(entry, config, layer, num_layers, below)
     if reason:
