@@ -50,10 +50,11 @@ class DecodeArguments(Arguments):
     k_scheme: str
     k_bits: float
     k_group: int
+    k_residual: int
     v_scheme: str
     v_bits: float
     v_group: int
-    residual_length: int
+    v_residual: int
     scale: float
     softcap: float
     """0.0: none."""

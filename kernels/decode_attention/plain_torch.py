@@ -23,7 +23,7 @@ def _loaded(a: DecodeArguments) -> tuple[Tensor, Tensor]:
                 new_tokens=a.new_tokens,
                 n=a.max_len,
                 group_size=getattr(a, f"{side}_group"),
-                residual_length=a.residual_length,
+                residual_length=getattr(a, f"{side}_residual"),
                 x=getattr(a, f"{side}_new"),
             )
         )

@@ -31,7 +31,7 @@ class BufferPlan:
     group_size: int | None
     """Tokens (keys) or channels (values) per scale and zero point; None: all channels of the head."""
     residual_length: int
-    """Latest tokens kept in full precision."""
+    """Latest tokens kept in full precision, R of the role; of layers that share codes the same."""
     eta: Eta
     """Relaxation of both ends of the range (XQuant, Eq. 5); "auto": that of the group's size (``eta_of``)."""
     sink_tokens: int
