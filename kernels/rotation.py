@@ -5,8 +5,8 @@
 It makes the channels of a token alike and near Gaussian, whatever they were, so that one scale per token serves all
 of them. H has the size n of the largest power of two that divides head_dim and is applied to head_dim / n pieces.
 Only tokens that leave the residual window are rotated, and the output once per step: (sum p_t y_t) rotated back is
-sum p_t v_t. With the scheme ``per_token_folded`` all tokens are, and the output as a whole; then linear layers that make
-the tokens and take the output can do it (:func:`fold_into_rows`, :func:`fold_into_columns`).
+sum p_t v_t. With the scheme ``per_token_folded`` all tokens are, and the output as a whole; then the linear layers that
+make the tokens and take the output can do it (:func:`fold_into_rows`, :func:`fold_into_columns`).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     rotate_values(views(linear(h, W, b)))      =>    views(linear(h, W', b'))
     linear(views(rotate_values(out, back)), W) =>    linear(views(out), W')
 
-W' are copies, rotated once per weight and inputs of the graph (``xquant_fx/cache/folded_weights.py``); the program's own
-stay as they are. Which layers, the records say (``match_folding.py``).
+W' are copies, rotated once per weight, and inputs of the graph (``xquant_fx/cache/folded_weights.py``); the program's
+own stay as they are. Which layers, the records say (``match_folding.py``).
 """
 
 from __future__ import annotations

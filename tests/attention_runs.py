@@ -50,6 +50,8 @@ class Setup:
     scale: float | None = None
     scale_dtype: str | None = None
     loud: float = 1.0
+    norms: bool = False
+    """Whether ranked keys are divided by token norms; tokens differ in loudness then."""
     spoil: str = ""
     peak: float = 0.0
     """By how much the logit of token 0 exceeds the others', which are about equal; 0: nothing of the kind."""
@@ -68,7 +70,7 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
     config = XQuantConfig(
         k_scheme=s.k_scheme, v_scheme=s.v_scheme,
         k_bits=s.k_bits, v_bits=s.v_bits, share_values_from=None, k_group_size=s.k_group, v_group_size=s.v_group,
-        residual_length=s.residual, v_residual_length=s.v_residual, sink_tokens=s.sinks,
+        residual_length=s.residual, v_residual_length=s.v_residual, sink_tokens=s.sinks, k_token_norms=s.norms,
         scale_dtype=None if s.scale_dtype is None else getattr(torch, s.scale_dtype),
     )  # fmt: skip
     shape = (s.batch, s.kv_heads, s.max_len, dim)
@@ -77,6 +79,7 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
     channel = torch.randn(dim, generator=seeded(5)) * s.loud
     noise = torch.randn(s.batch, s.kv_heads, s.past + s.query, dim, generator=seeded(7 + (side == "key")))
     x = noise * (0.2 + channel.abs()) + channel
+    x = x * (torch.arange(x.shape[2]) % 5 / 4 + 0.5)[:, None] if s.norms and side == "key" else x
     if s.peak and side == "key":
         x = noise * 0.02
         x[:, :, 0, 0] = 1.0

@@ -44,6 +44,8 @@ class Case:
     padding: tuple[int, ...] = ()
     scale_dtype: torch.dtype | None = None
     scale: float = 1.0
+    norms: bool = False
+    """Whether ranked keys are divided by token norms; tokens differ in loudness then."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -57,6 +59,7 @@ class Case:
             schemes |= dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated")
         if self.side == "key":
             schemes |= dict(k_scheme="per_channel_ranked" if self.ranked else "per_channel", k_bits=self.bits)
+            schemes |= dict(k_token_norms=self.norms)
         else:
             own = "per_token_folded" if self.folded else "per_token_rotated"
             schemes |= dict(v_scheme=own if self.ranked else "per_token", v_bits=self.bits)
@@ -76,6 +79,7 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(self.batch, self.heads, count, self.dim, generator=generator)
         channel = torch.arange(self.dim) % 5 + 1
+        x = x * (torch.arange(count) % 7 + 1)[:, None] if self.norms else x
         return ((x * channel + channel - 2) * self.scale).to(self.dtype)
 
 

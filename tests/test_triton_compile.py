@@ -50,13 +50,14 @@ def decode_arguments(
     group: int = 4, query: int = 1, mask: torch.dtype | None = torch.bool, k_group: int = 128,
     v_group: int | None = None, residual: int = 128, sinks: int = 0, softcap: float = 0.0, window: int = 0,
     extra: bool = False, max_len: int = 32768, kv_heads: int = 8, scales: torch.dtype | None = None,
+    norms: bool | None = None,
     v_residual: int | None = None,
 ) -> DecodeArguments:  # fmt: skip
     """Arguments of ``decode_attention`` without data."""
     config = XQuantConfig(
         **schemes(ranked), k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group,
         v_group_size=v_group, residual_length=residual, v_residual_length=v_residual, sink_tokens=sinks,
-        scale_dtype=scales,
+        scale_dtype=scales, k_token_norms=norms,
     )  # fmt: skip
     key, value = (stored(side, dtype, config, (1, kv_heads, max_len, dim)) for side in ("key", "value"))
     facts = {f"{side}_{name}": t[name] for side, t in (("k", key), ("v", value)) for name in FACTS}
@@ -82,12 +83,12 @@ def decode_arguments(
 def append_arguments(
     *, side: str, new: int = 1, dim: int = 128, bits: float = 2, group: int = 128, residual: int = 128, sinks: int = 0,
     fit: str | None = None, dtype: torch.dtype = torch.bfloat16, max_len: int = 32768, ranked: bool = False,
-    scales: torch.dtype | None = None,
+    scales: torch.dtype | None = None, norms: bool | None = None,
 ) -> StoreArguments:  # fmt: skip
     """Arguments of ``triton_store.launch`` without data."""
     groups = dict(k_group_size=group) if side == "key" else dict(k_group_size=residual, v_group_size=group)
     bits_of = dict(k_bits=bits) if side == "key" else dict(v_bits=bits)
-    fields: dict[str, Any] = dict(residual_length=residual, sink_tokens=sinks, scale_dtype=scales)
+    fields: dict[str, Any] = dict(residual_length=residual, sink_tokens=sinks, scale_dtype=scales, k_token_norms=norms)
     config = XQuantConfig(**fields, **bits_of, **schemes(ranked), **groups)
     t = stored(side, dtype, config, (1, 8, max_len, dim))
     step = ("x", "pos", "start", "fault")

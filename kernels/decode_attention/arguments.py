@@ -19,7 +19,7 @@ FUSED_SCHEMES = (
 #: Stored tensors that the op takes twice: as ``k_codes`` of the keys, as ``v_codes`` of the values, ...
 OF_SIDE = ("codes", "scale", "zero", "ring", "sink")
 #: Those of keys alone.
-OF_KEYS = ("order", "center")
+OF_KEYS = ("order", "center", "norm")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +33,7 @@ class DecodeArguments(Arguments):
     k_zero: Annotated[Tensor, Elements("S")]
     k_order: Annotated[Tensor | None, Elements("int32_t")]
     k_center: Annotated[Tensor | None, Elements("float")]
+    k_norm: Annotated[Tensor | None, Elements("uint8_t")]
     k_ring: Annotated[Tensor, Elements("T")]
     k_sink: Annotated[Tensor | None, Elements("T")]
     v_codes: Annotated[Tensor, Elements("int32_t")]

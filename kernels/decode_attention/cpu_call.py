@@ -56,6 +56,7 @@ def problem_of(a: DecodeArguments, sizes: Any = sizes_of, dtype: Any = dtype_of)
         mask_dtype=dtype(a.mask) if a.mask is not None else None,
         mask_strides=mask_strides,
         sink_logits_dtype=dtype(a.sink_logits) if a.sink_logits is not None else None,
+        k_norms=a.k_norm is not None,
         chunk=a.k_new is not None,
     )
 

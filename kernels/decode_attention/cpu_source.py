@@ -57,6 +57,8 @@ class Problem:
     mask_dtype: torch.dtype | None
     mask_strides: tuple[int, int, int]
     sink_logits_dtype: torch.dtype | None
+    k_norms: bool
+    """Whether keys were divided by the norms of their tokens."""
     chunk: bool
     """Whether the step's own tokens are passed, rather than found in the ring."""
 
@@ -92,7 +94,8 @@ def constants(p: Problem) -> str:
         "ROWS": p.row_block, "DIGITS": 3 if p.dtype == torch.float32 else 2,
     }  # fmt: skip
     flags = {
-        "RANKED": p.k_scheme == RANKED, "ABOUT_ZERO": p.v_scheme in ABOUT_ZERO, "HAS_NEW": p.chunk, "HAS_MASK": p.mask_dtype is not None,
+        "RANKED": p.k_scheme == RANKED, "NORMS": p.k_norms, "ABOUT_ZERO": p.v_scheme in ABOUT_ZERO, "HAS_NEW": p.chunk,
+        "HAS_MASK": p.mask_dtype is not None,
         "HAS_SINK_LOGITS": p.sink_logits_dtype is not None,
     }  # fmt: skip
     types = {
@@ -145,6 +148,8 @@ def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
         absent |= {"k_new", "v_new"}
     if p.k_scheme != RANKED:
         absent |= {"k_order", "k_center"}
+    if not p.k_norms:
+        absent.add("k_norm")
     if p.v_scheme in ABOUT_ZERO:
         absent.add("v_zero")
     if p.mask_dtype is None:

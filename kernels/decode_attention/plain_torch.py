@@ -17,7 +17,7 @@ def _loaded(a: DecodeArguments) -> tuple[Tensor, Tensor]:
         stored = {name: getattr(a, f"{side}_{name}") for name in (*names, "bits", "scheme")}
         x = load_as_stored(
             LoadArguments(
-                **{"order": None, "center": None, **stored},
+                **{**dict.fromkeys(OF_KEYS), **stored},
                 start=a.start,
                 past=a.past,
                 new_tokens=a.new_tokens,

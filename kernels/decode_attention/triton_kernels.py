@@ -30,6 +30,7 @@ from xquant_fx.kernels.decode_attention.triton_setup import (
     full_query,
     limits_of,
     mask_rows_of,
+    norms_of,
     range_of_split,
     rows_of,
 )
@@ -65,6 +66,7 @@ def decode_kernel(
     k_zero,
     k_order,
     k_center,
+    k_norm,
     k_ring,
     k_sink,
     v_codes,
@@ -161,7 +163,7 @@ def decode_kernel(
     )  # fmt: skip
     KEYS: tl.constexpr = (
         K_DIM, CODE_CHANNELS, K_BITS - K_LOW, K_LANES, K_TOKENS, K_GROUP, K_DIM, FOLD_K, BITCAST, MODEL, RANKED, PLANES,
-        COUNTS, K_LOWER,
+        COUNTS, K_LOWER, k_norm is not None,
     )  # fmt: skip
     V_LOWER: tl.constexpr = (
         V_DIM, V_CHANNELS, V_LOW, V_LOW_LANES, V_TOKENS, V_GROUP, V_STRIDE, FOLD_V, BITCAST, MODEL, ROTATION,
@@ -187,6 +189,7 @@ def decode_kernel(
     head = (batch * KV_HEADS + kv_head).to(tl.int64)
     keys = codes_of(head, k_codes, k_scale, k_zero, K_WORDS * K_TOKENS, K_GROUPS * K_DIM)
     values = codes_of(head, v_codes, v_scale, v_zero, V_TOKENS * V_BITS // 32 * V_DIM, V_DIM // V_GROUP * V_STRIDE)
+    keys = keys[0], keys[1], keys[2], norms_of(batch, k_norm, k_codes, KEYS)
     RINGS: tl.constexpr = (K_RING, V_RING)
     residual = rows_of(head, k_ring, v_ring, RINGS, KEYS, VALUES)
     past_tokens = tl.load(past).to(tl.int32)

@@ -8,7 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, FOLD, GROUP, LOWER, RANKED, word_order
+from xquant_fx.kernels.decode_attention.triton_unpack import (
+    BITS,
+    CHANNELS,
+    DIM,
+    FOLD,
+    GROUP,
+    LOWER,
+    RANKED,
+    TOKENS,
+    word_order,
+)
 from xquant_fx.kernels.triton_widths import ranked_limit
 
 
@@ -16,6 +26,12 @@ from xquant_fx.kernels.triton_widths import ranked_limit
 def codes_of(head, codes, scale, zero, WORDS: tl.constexpr, SCALES: tl.constexpr):
     """(codes, scale, zero) of one KV head of one sequence, of WORDS words and SCALES scales."""
     return codes + head * WORDS, scale + head * SCALES, scale if zero is None else zero + head * SCALES
+
+
+@triton.jit
+def norms_of(batch, norm, otherwise, KEYS: tl.constexpr):
+    """Token norms of one sequence; ``otherwise``, which is not read, where there are none."""
+    return otherwise if norm is None else norm + batch.to(tl.int64) * KEYS[TOKENS]
 
 
 @triton.jit
@@ -31,10 +47,7 @@ def limits_of(
     """The first token that any row sees, and the tokens below which keys are in codes, and values."""
     first = tl.maximum(past_tokens - WINDOW + 1, 0) if WINDOW > 0 else past_tokens * 0
     ranked: tl.constexpr = KEYS[RANKED]
-    if ranked:
-        k_limit = ranked_limit(past_tokens, K_RESIDUAL, KEYS[GROUP])
-    else:
-        k_limit = past_tokens // K_RESIDUAL * K_RESIDUAL
+    k_limit = ranked_limit(past_tokens, K_RESIDUAL, KEYS[GROUP]) if ranked else past_tokens // K_RESIDUAL * K_RESIDUAL
     return first, k_limit, tl.maximum(past_tokens - V_RESIDUAL, 0)
 
 

@@ -13,8 +13,9 @@ A chunk's query rows alone keep a GPU busy, so that the last split of its codes 
 
 Each takes and returns sums = (top, total, acc); ``triton_softmax.py`` explains these, ``view`` and ``zone``.
 ``full`` and ``residual`` are (keys, values) in full precision, RINGS the tokens that the windows of both have room for,
-and TILES is (tokens of a tile, tiles in flight at a time). A program that is not ``active`` leaves a zone to others: its loop ends where it starts. Keep it so: with an end
-of 0 in ``attend_window``, Triton 3.9 takes 210 registers a thread in the place of 166 (sm_90, head_dim 128).
+and TILES is (tokens of a tile, tiles in flight at a time). A program that is not ``active`` leaves a zone to others: its
+loop ends where it starts. Keep it so: with an end of 0 in ``attend_window``, Triton 3.9 takes 210 registers a thread in
+the place of 166 (sm_90, head_dim 128).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def attend_codes(
     rows: tl.constexpr = positions.shape[0]
     top = tl.full((rows,), float("-inf"), tl.float32)
     acc = tl.zeros((VALUES[CHANNELS], rows), tl.float32)
-    for_keys = key_scales(keys, low, high, KEYS)
+    for_keys = key_scales(keys, low, high, KEYS, TILE)
     for_values = value_scales(values, low, high, VALUES, TILE)
     tokens = low + tl.arange(0, TILE)
     bias = load_mask(mask_rows, tokens, tokens < high, LOGITS[MASK])
@@ -75,7 +76,7 @@ def attend_codes(
     from_zeros = tl.zeros((TILE, rows), tl.float32)
     for t0 in tl.range(low, high, TILE, num_stages=STAGES):
         next_tokens = t0 + TILE + tl.arange(0, TILE)
-        next_for_keys = key_scales(keys, t0 + TILE, high, KEYS)
+        next_for_keys = key_scales(keys, t0 + TILE, high, KEYS, TILE)
         next_for_values = value_scales(values, t0 + TILE, high, VALUES, TILE)
         next_bias = load_mask(mask_rows, next_tokens, next_tokens < high, LOGITS[MASK])
         tokens = t0 + tl.arange(0, TILE)
@@ -118,7 +119,7 @@ def attend_mixed(
         tokens = t0 + tl.arange(0, TILE)
         valid_tokens = in_zone(tokens, zone, LOGITS[SINKS])
         words = key_words(keys, t0, KEYS, TILE)
-        for_keys = key_scales(keys, t0, high, KEYS)
+        for_keys = key_scales(keys, t0, high, KEYS, TILE)
         logits = code_logits(q, words, keys, for_keys, tokens, valid_tokens, LOGITS[SM_SCALE], KEYS)
         bias = load_mask(mask_rows, tokens, valid_tokens, LOGITS[MASK])
         logits = finish_logits(logits, bias, tokens, valid_tokens, positions, LOGITS)

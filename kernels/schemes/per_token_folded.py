@@ -16,7 +16,7 @@ from xquant_fx.kernels.schemes.base import Stored
 
 NAME = "per_token_folded"
 APPEND = "folded"
-BITS, SCALE_DTYPES, RANGE_CODES = inside.BITS, inside.SCALE_DTYPES, inside.RANGE_CODES
+BITS, SCALE_DTYPES, RANGE_CODES, TOKEN_NORMS = inside.BITS, inside.SCALE_DTYPES, inside.RANGE_CODES, inside.TOKEN_NORMS
 
 stored_tokens, tokens_of, quantized_limit = inside.stored_tokens, inside.tokens_of, inside.quantized_limit
 shapes = inside.shapes

@@ -49,8 +49,8 @@ def copy_of(weight: Tensor, fold: Fold) -> Copy:
     known, version = copies.get(fold), version_of(weight)
     if version < 0:
         warn_once(
-            "rotated weights of a model that was made in inference mode are made anew at each step: torch does not count "
-            "what is written to its weights; make or load it outside torch.inference_mode()"
+            "rotated weights of a model that was made in inference mode are made anew at each step: torch does not "
+            "count what is written to its weights; make or load it outside torch.inference_mode()"
         )
     if known is None or known[:2] != (version, weight.data_ptr()) or version < 0:
         with torch.no_grad(), torch.inference_mode(False):

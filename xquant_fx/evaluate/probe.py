@@ -137,6 +137,7 @@ class Probe:
                 fields[f"share_{role}s_from"] = 0
                 if not SCHEMES[self.base.scheme(role)].RANGE_CODES:
                     fields |= {f"{role[0]}_scheme": SHARING_SCHEMES[role], "eta_1bit": "auto", "eta_2bit": "auto"}
+                    fields |= {"k_token_norms": None} if role == "key" else {}
             self.uniform[role, width] = make_plan(self.base.replace(**fields), self.layers)
         return self.uniform[role, width]
 

@@ -71,6 +71,9 @@ class XQuantConfig:
     where channels are ranked; 16: unquantized."""
     v_bits: Bits = 2
     """Bits of a stored value element, one number or one per layer: 1, 2, 3, 4 or 8; 16: unquantized."""
+    k_token_norms: bool | None = None
+    """Whether keys are divided by the norm of their token over all KV heads of the layer, kept in 8 bits, before they are
+    quantized; only of "per_channel_ranked". None: where the scheme can."""
     share_keys_from: ShareFrom = None
     """First layer whose pair shares key codes: an index (int), a fraction of the depth (float), None. Only
     "per_channel" and "per_token" codes can be shared."""
@@ -164,6 +167,10 @@ class XQuantConfig:
         """dtype of the scales of ``role`` ("key" or "value")."""
         return self.scale_dtype or SCHEMES[self.scheme(role)].SCALE_DTYPES[0]
 
+    def token_norms(self, role: str) -> bool:
+        """Whether tokens of ``role`` ("key" or "value") are divided by their norms."""
+        return role == "key" and self.k_token_norms is not False and SCHEMES[self.k_scheme].TOKEN_NORMS
+
     def given_residual(self, role: str) -> int | None:
         """Residual length of ``role`` ("key" or "value"), its own, else that of both; None: nothing is said of it."""
         own = self.k_residual_length if role == "key" else self.v_residual_length
@@ -240,6 +247,11 @@ class XQuantConfig:
                 raise ConfigError(f'{name} must be in [0, 0.5) or "auto", got {value!r}')
         if not isinstance(self.shared_fit, str) or self.shared_fit not in SHARED_FITS:
             raise ConfigError(f"shared_fit must be one of {SHARED_FITS}, got {self.shared_fit!r}")
+        if self.k_token_norms is not None and not isinstance(self.k_token_norms, bool):
+            raise ConfigError(f"k_token_norms must be True, False or None, got {self.k_token_norms!r}")
+        if self.k_token_norms and not SCHEMES[self.k_scheme].TOKEN_NORMS:
+            able = sorted(name for name, scheme in SCHEMES.items() if scheme.TOKEN_NORMS)
+            raise ConfigError(f"k_token_norms=True needs k_scheme to be one of {able}, got {self.k_scheme!r}")
         if self.scale_dtype is not None:
             for name in ("k_scheme", "v_scheme"):
                 check_scale_dtype(self.scale_dtype, getattr(self, name), name)

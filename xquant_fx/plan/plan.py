@@ -176,7 +176,12 @@ def _keys_want_more(layer: LayerPlan, k_group: int) -> bool:
     """Whether longer windows of keys pay, at the cost of those of values (docs/quality.md): not where values are the
     weaker side."""
     values = ("per_token_rotated", "per_token_folded")
-    return layer.key.scheme == "per_channel_ranked" and layer.value.scheme in values and layer.key.bits <= layer.value.bits < 16 and KEY_WINDOWS["key"] % k_group == 0
+    return (
+        layer.key.scheme == "per_channel_ranked"
+        and layer.value.scheme in values
+        and layer.key.bits <= layer.value.bits < 16
+        and KEY_WINDOWS["key"] % k_group == 0
+    )
 
 
 def _entry(config: XQuantConfig, role: Role, layer: int, num_layers: int, below: list[LayerPlan]) -> BufferPlan:
@@ -186,7 +191,7 @@ def _entry(config: XQuantConfig, role: Role, layer: int, num_layers: int, below:
         group_size=config.k_group_size if role == "key" else config.v_group_size,
         residual_length=config.given_residual(role) or EVEN_WINDOWS[role], eta=config.eta(config.scheme(role), bits),
         sink_tokens=config.sink_tokens, rollback_tokens=config.rollback_tokens, scale_dtype=config.scales_of(role),
-        fit=config.shared_fit,
+        token_norms=config.token_norms(role) and bits < 16, fit=config.shared_fit,
     )  # fmt: skip
     reason = _why_own(entry, config, layer, num_layers, below)
     if reason:

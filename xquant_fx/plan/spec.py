@@ -50,6 +50,8 @@ class KVSpec:
     """dtype of scales and zero points; uint8: 8-bit floats (``kernels/small_floats.py``)."""
     partner: int | None
     """Layer whose codes this one reads (upper layer of a sharing pair), else None."""
+    token_norms: bool = False
+    """Whether a token is divided by its norm over all heads before it is quantized."""
     fit: str
     """How a borrowing layer gets its scales: "least_squares" or "minmax"."""
     reason: str = dataclasses.field(default="", compare=False, repr=False)
@@ -123,6 +125,8 @@ class KVSpec:
             for name, (shape, dtype) in of_scheme.items()
             if not (name == "codes" and self.borrowed)
         }
+        if self.token_norms:
+            shapes["norm"] = ((batch, tokens), torch.uint8)
         shapes["ring"] = ((batch, heads, self.ring_tokens, dim), self.dtype)
         if self.sink_tokens:
             # One row more than there are sinks: where the writes of later tokens go to be ignored.
