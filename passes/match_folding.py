@@ -31,8 +31,8 @@ def match_folding(write: Write, form: Decode, spec: KVSpec) -> Folding:
     value = _maker(write.x, {**sizes, "H": heads})
     output = _taker(form, {**sizes, "H": form.heads})
     reasons = tuple(each for each in (value, output) if isinstance(each, str))
-    found = (None if isinstance(each, str) else each for each in (value, output))
-    return Folding(*found, reasons)
+    maker, taker = (None if isinstance(each, str) else each for each in (value, output))
+    return Folding(maker, taker, reasons)
 
 
 def _shape(sizes: dict[str, int]) -> tuple[int, int, int, int]:

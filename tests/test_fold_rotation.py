@@ -12,6 +12,7 @@ from numeric import seeded
 from rewrites import count
 from stepping import interpreted, relative_error, run_steps
 from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
 
 from xquant_fx import XQuantCache, XQuantConfig, explain, ops
 from xquant_fx.cache.folded_weights import Fold, FoldedInputs, folded_weight
@@ -63,6 +64,24 @@ def test_steps_with_folded_weights(name: str) -> None:
     assert (count(graph, ops.DECODE), count(graph, ops.ROTATE)) == (2, 0)
     folded = [node for node in graph.graph.nodes if node.name.startswith("xquant_folded")]
     assert len(folded) == (6 if name == "phi" else 4)
+
+
+def test_a_chunk_and_buffers_that_were_taken_over() -> None:
+    """More tokens than the window gives back; a cache of transformers, which a step quantizes; one that grows."""
+    model = tiny("llama")
+    backend = interpreted(v_scheme="per_token_folded", **SHORT)
+    theirs = run_steps(
+        [(model.forward, 25), (model.forward, 15)] + [(model.forward, 1)] * 20, IDS, cache_of(model, INSIDE)
+    )
+    chunked = torch.compile(model.forward, backend=interpreted(), dynamic=False)
+    ours = run_steps([(model.forward, 25), (chunked, 15)] + [(chunked, 1)] * 20, IDS, cache_of(model))
+    assert relative_error(ours, theirs) < 1e-4
+    for cache in (StaticCache(config=model.config, max_cache_len=64), DynamicCache(config=model.config)):
+        torch._dynamo.reset()
+        step = torch.compile(model.forward, backend=backend)
+        taken = run_steps([(model.forward, 25)] + [(step, 1)] * 35, IDS, cache)
+        expected = run_steps([(model.forward, 25)] + [(model.forward, 1)] * 35, IDS, cache_of(model, INSIDE))
+        assert relative_error(taken[:, 26:], expected[:, 26:]) < 1e-2
 
 
 def test_left_out_the_op_rotates() -> None:

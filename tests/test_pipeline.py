@@ -98,8 +98,8 @@ def test_dump(tmp_path):
         "4-after-fuse_decode.txt", "5-after-fold_rotation.txt", "6-after-linear_rows.txt", "7-after-verify.txt",
     ]  # fmt: skip
     texts = [(tmp_path / "graphs" / name).read_text() for name in files]
-    assert ["decode_attention" in text for text in texts] == [False] * 4 + [True] * 3
-    assert ["index_copy" in text or "setitem" in text for text in texts] == [True] * 3 + [False] * 4
+    assert ["decode_attention" in text for text in texts] == [False] * 4 + [True] * 4
+    assert ["index_copy" in text or "setitem" in text for text in texts] == [True] * 3 + [False] * 5
     assert "float32[1, 2, 1, 8]" in texts[0]
 
 
