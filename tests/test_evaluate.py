@@ -40,6 +40,7 @@ def plans() -> dict[str, object]:
         "sinks": range_config(**SHORT, sink_tokens=4),
         "bits per layer": make_plan(config, LAYERS),
         "groups": range_config(**SHORT, v_group_size=8, eta_1bit=0.0).replace(k_group_size=8),
+        "no token norms": XQuantConfig(**SHORT, k_token_norms=False),
         "long residual": XQuantConfig(residual_length=128),
     }
 

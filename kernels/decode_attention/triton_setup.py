@@ -8,7 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, FOLD, GROUP, LOWER, RANKED, TOKENS, word_order
+from xquant_fx.kernels.decode_attention.triton_unpack import (
+    BITS,
+    CHANNELS,
+    DIM,
+    FOLD,
+    GROUP,
+    LOWER,
+    RANKED,
+    TOKENS,
+    word_order,
+)
 from xquant_fx.kernels.triton_widths import ranked_limit
 
 

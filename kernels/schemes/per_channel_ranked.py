@@ -42,7 +42,15 @@ from xquant_fx.kernels.packing import pack_words, unpack_words
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.reference import encode, kept_spread, masked_mean, minmax_range
 from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
-from xquant_fx.kernels.small_floats import DTYPES, LARGEST_MID, decode_mid, decode_scale, encode_mid, encode_norm, encode_scale
+from xquant_fx.kernels.small_floats import (
+    DTYPES,
+    LARGEST_MID,
+    decode_mid,
+    decode_scale,
+    encode_mid,
+    encode_norm,
+    encode_scale,
+)
 from xquant_fx.kernels.widths import planes, rank_widths, words_of
 
 APPEND = "ranked"
