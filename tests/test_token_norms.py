@@ -169,7 +169,7 @@ def test_which_configs_have_norms() -> None:
     plan = make_plan(XQuantConfig(k_bits=(2, 16)), 2)
     assert [entry.token_norms for layer in plan.layers for entry in layer] == [True, False, False, False]
     with pytest.raises(
-        ConfigError, match="k_token_norms=True needs k_scheme to be one of .*ranked.*, got 'per_channel'"
+        ConfigError, match=r"k_token_norms=True needs k_scheme to be one of .*ranked.*, got 'per_channel'"
     ):
         XQuantConfig(k_scheme="per_channel", k_token_norms=True)
     with pytest.raises(ConfigError, match="k_token_norms must be True, False or None, got 1"):
@@ -181,5 +181,5 @@ def test_plans_that_are_older_than_norms_have_none() -> None:
     assert data["layers"][0]["key"].pop("token_norms") is True
     assert not Plan.from_json(json.dumps(data)).layers[0].key.token_norms
     data["layers"][0]["value"]["token_norms"] = True
-    with pytest.raises(ConfigError, match="layer 0 values: token_norms .* got True with scheme 'per_token_rotated'"):
+    with pytest.raises(ConfigError, match=r"layer 0 values: token_norms .* got True with scheme 'per_token_rotated'"):
         Plan.from_json(json.dumps(data))
