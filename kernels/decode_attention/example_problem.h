@@ -34,6 +34,7 @@ constexpr int64_t DIGITS = 2;
 constexpr float SCALE = (float)0.08838834764831845;
 constexpr float SOFTCAP = (float)30.0;
 constexpr bool RANKED = 0;
+constexpr bool NORMS = 0;
 constexpr bool HAS_NEW = 0;
 constexpr bool HAS_MASK = 1;
 constexpr bool HAS_SINK_LOGITS = 0;
@@ -70,6 +71,7 @@ struct Tensors {
     const xq::S* k_zero;
     const int32_t* k_order;
     const float* k_center;
+    const uint8_t* k_norm;
     const xq::T* k_ring;
     const xq::T* k_sink;
     const int32_t* v_codes;
