@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from xquant_fx.cache.allocate import Geometry
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import KVState
@@ -82,12 +83,13 @@ class _Loader:
 
     def layer(self, index: int, layer: Any, sides: dict[str, Any]) -> dict[str, Any]:
         """The attributes of ``layer``, which has this index in the cache."""
-        fields: dict[str, Any] = {}
-        for role, (*shape, dtype) in sides.items():
-            state = self._state(layer.layer_idx, role, tuple(shape), getattr(torch, dtype))
+        fields: dict[str, Any] = {"roles": tuple(sides)} if sides else {}
+        for side, (role, (*shape, dtype)) in zip(("keys", "values"), sides.items(), strict=False):
+            geometry = Geometry(tuple(shape), getattr(torch, dtype), (side, role) == ("values", "key"))
+            state = self._state(layer.layer_idx, role, geometry)
             for name, tensor in state.owned.items():
                 tensor.copy_(self._named(f"layers.{index}.{role}.{name}", tensor))
-            fields[f"{role}s"] = QuantizedKV.of(state)
+            fields[side] = QuantizedKV.of(state)
         if not sides:
             fields = {name: _static(self._named(f"layers.{index}.{name}")) for name in ("keys", "values")}
         for name in _counters(layer):
@@ -95,10 +97,10 @@ class _Loader:
             fields[name] = int(counter) if isinstance(getattr(layer, name), int) else _static(counter)
         return fields
 
-    def _state(self, layer: int, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> KVState:
+    def _state(self, layer: int, role: str, geometry: Geometry) -> KVState:
         entry = self.cache.plan.layers[layer].of(role)
         below = None if entry.partner is None else self.states.get((entry.partner, role))
-        spec = entry.bind(layer, shape, dtype, None if below is None else below.spec)
+        spec = entry.bind(layer, geometry.shape, geometry.dtype, below and below.spec, geometry.rotary)
         state = self.states[layer, cast(Role, role)] = KVState(spec, self.group, below if spec.borrowed else None)
         return state
 

@@ -57,7 +57,7 @@ class XQuantConfig:
     """How values are quantized: "per_token_rotated" (after a Hadamard transform) or "per_token" (XQuant, KIVI)."""
     k_bits: Bits = 2
     """Bits of a stored key element, one number or one per layer: 1, 2, 3, 4 or 8; on average 1 to 4 in quarters
-    where channels are ranked; 16: unquantized."""
+    where channels are ranked; 16: unquantized. The rotary part of keys beside a latent (DeepSeek) has 4 at least."""
     v_bits: Bits = 2
     """Bits of a stored value element, one number or one per layer: 1, 2, 3, 4 or 8; 16: unquantized."""
     share_keys_from: ShareFrom = None
