@@ -15,6 +15,7 @@ from torch import Tensor
 from xquant_fx.cache.allocate import Geometry
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.remake import holds_nothing
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
 from xquant_fx.plan.plan import Plan
@@ -39,7 +40,7 @@ def save(cache: Any) -> dict[str, Tensor]:
         sides = {t.spec.role: t.live for t in (layer.keys, layer.values) if isinstance(t, QuantizedKV)}
         for role, state in sides.items():
             tensors.update({f"layers.{index}.{role}.{name}": tensor for name, tensor in state.owned.items()})
-        if not sides:
+        if not sides and not holds_nothing(layer):
             tensors.update({f"layers.{index}.{name}": getattr(layer, name) for name in ("keys", "values")})
         for name in _counters(layer):
             tensors[f"layers.{index}.{name}"] = torch.as_tensor(getattr(layer, name))
@@ -65,6 +66,8 @@ def load(cache: Any, tensors: dict[str, Tensor]) -> None:
         pairs = zip(cache.layers, about["layers"], strict=True)
         made = [loader.layer(index, layer, sides) for index, (layer, sides) in enumerate(pairs)]
     for layer, fields in zip(cache.layers, made, strict=True):
+        if holds_nothing(layer):
+            continue
         vars(layer).update(fields)
         layer.is_initialized, layer.dtype, layer.device = True, layer.keys.dtype, layer.keys.device
         layer.batch_size, layer.num_heads = layer.keys.shape[:2]
@@ -90,7 +93,7 @@ class _Loader:
             for name, tensor in state.owned.items():
                 tensor.copy_(self._named(f"layers.{index}.{role}.{name}", tensor))
             fields[side] = QuantizedKV.of(state)
-        if not sides:
+        if not sides and not holds_nothing(layer):
             fields = {name: _static(self._named(f"layers.{index}.{name}")) for name in ("keys", "values")}
         for name in _counters(layer):
             counter = self._named(f"layers.{index}.{name}")
@@ -114,6 +117,8 @@ class _Loader:
 
 
 def _counters(layer: Any) -> list[str]:
+    if holds_nothing(layer):
+        return []
     names = [name for name in COUNTERS if hasattr(layer, name)]
     if not names or not isinstance(getattr(layer, "keys", None), Tensor | None):
         raise CacheStateError(f"only static layers of keys and values can be saved, not a {type(layer).__name__}")
