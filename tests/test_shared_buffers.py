@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynamo_graphs import SHAPE, SMALL, sites_of, tiny
+from dynamo_graphs import SHAPE, SMALL, sites_of
 from stepping import interpreted, logits_of, relative_error, run_steps
 from transformers import (
     AutoModelForCausalLM,
