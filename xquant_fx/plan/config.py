@@ -68,7 +68,7 @@ class XQuantConfig:
     the linear layers before and behind an attention rotate, in rotated copies that take their memory once more."""
     k_bits: Bits = 2
     """Bits of a stored key element, one number or one per layer: 1, 2, 3, 4 or 8; on average 1 to 4 in quarters
-    where channels are ranked; 16: unquantized."""
+    where channels are ranked; 16: unquantized. The rotary part of keys beside a latent (DeepSeek) has 4 at least."""
     v_bits: Bits = 2
     """Bits of a stored value element, one number or one per layer: 1, 2, 3, 4 or 8; 16: unquantized."""
     k_token_norms: bool | None = None
