@@ -41,7 +41,7 @@ def beyond_rounding(what: str, mine: Any, theirs: Any) -> Difference | None:
 
 
 def relative_error(mine: Tensor, theirs: Tensor) -> float:
-    """Root of the mean square of the difference, beside that of ``theirs``; inf if ``mine`` has NaN where it has none."""
+    """Root of the mean square of the difference, beside that of ``theirs``; inf if only ``mine`` has NaN somewhere."""
     a, b = mine.detach().double(), theirs.detach().double()
     known = b.isfinite()
     a, b = a[known], b[known]
