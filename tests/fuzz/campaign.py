@@ -80,7 +80,8 @@ def script(case: Case, detail: str) -> str:
     """A failure as a program of its own."""
     return SCRIPT.format(
         source=source(case), detail=detail, json=case.to_json(), config=settings_of(case).to_json(),
-        events=case.events, rotating=case.rotating, eager_prompt=case.eager_prompt, dynamic=None if case.dynamic else False,
+        events=case.events, rotating=case.rotating, eager_prompt=case.eager_prompt,
+        dynamic=None if case.dynamic else False,
     )  # fmt: skip
 
 

@@ -91,7 +91,8 @@ def cases(draw: Any) -> Case:
     return Case(
         layers=pick((1, 2, 2, 3)), heads=kv_heads * pick((1, 2, 2)), kv_heads=kv_heads, dim=pick((8, 16)),
         batch=pick((1, 1, 2)), dtype=mostly("float32", ("float32", "bfloat16", "float16", "float64")),
-        holder=pick(GROWING) if grows else mostly("list of tuples", HOLDERS), layout="bhtd" if grows else mostly("bhtd", appends.LAYOUTS),
+        holder=pick(GROWING) if grows else mostly("list of tuples", HOLDERS),
+        layout="bhtd" if grows else mostly("bhtd", appends.LAYOUTS),
         position=position, append="cat" if grows else mostly("indexed", forms), read=mostly("whole", reads),
         mask="none" if rotating else mostly("causal", attention.MASKS), repeat=pick(attention.REPEATS),
         attention=pick(("written out", "written out", *attention.SDPA)),
@@ -99,7 +100,8 @@ def cases(draw: Any) -> Case:
         after=mostly("nothing", attention.AFTER), weights=mostly("softmax", attention.WEIGHTS),
         output=pick(attention.OUTPUTS), in_place=mostly("", IN_PLACE),
         graph_break=mostly("", ("", "between layers", "before attention")),
-        bits=pick((16, 8, 4, 4, 2)), scheme=pick(("kivi", "ranked", "shared")), dynamic=draw(st.integers(0, 2)) == 0, eager_prompt=draw(st.booleans()),
+        bits=pick((16, 8, 4, 4, 2)), scheme=pick(("kivi", "ranked", "shared")),
+        dynamic=draw(st.integers(0, 2)) == 0, eager_prompt=draw(st.booleans()),
         rotating=rotating, events=draw(events(grows, bool(rotating))),
     )  # fmt: skip
 

@@ -25,13 +25,14 @@ from torch._dynamo.utils import counters
 
 from fuzz.case import Case
 from fuzz.program import source
-from xquant_fx import XQuantConfig
+from xquant_fx import XQuantConfig, ops
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.compiler.backend import compile_graph, xquant_backend
 from xquant_fx.compiler.options import parse
 from xquant_fx.errors import XQuantError
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.shared_code_load.arguments import STORED
 from xquant_fx.warn_once import forget
 
 #: dtype to what rounding explains, relative.
@@ -152,7 +153,7 @@ class Comparison:
             tokens = min(tokens, self.case.rotating - first)
         ids = torch.randint(48, (self.case.batch, tokens), generator=self.random)
         args = ids, torch.arange(first, first + tokens), first, self.pad
-        copies = self.names["make"]([seen_by_step(buffer, 0) for buffer in self._parts()])
+        copies = self.names["make"]([seen_by_step(buffer, first, 0) for buffer in self._parts()])
         try:
             right, self.twin = self.model(*self._fresh(args), self.twin)
             here, after = self.model(*self._fresh(args), copies)
@@ -165,16 +166,18 @@ class Comparison:
         except Exception as error:
             return _failure(error)
         self.at += tokens
-        if self.case.append != "cat" and ordinary != [type(buffer) is Tensor for buffer in self.leaves()]:
-            if tokens > STEP_TOKENS:
+        if ordinary != [type(buffer) is Tensor for buffer in self.leaves()]:  # they were taken over
+            if self.case.append == "cat":
+                after = self.names["make"](self.leaves())  # it saw full precision, and returned codes
+            elif tokens > STEP_TOKENS:
                 here, after = out, self.names["make"](self.leaves())  # what it saw cannot be had any more
             else:
                 here, after = self._taken_over(args, first, tokens)
-        return self._judge(out, here, right, self.names["leaves"](after), tokens)
+        return self._judge(out, here, right, self.names["leaves"](after), first, tokens)
 
     def _taken_over(self, args: tuple[Any, ...], first: int, tokens: int) -> tuple[Tensor, Any]:
         """The step once more in eager code, on what it saw: tokens before it as they were quantized by it."""
-        seen = [seen_by_step(buffer, tokens) for buffer in self.leaves()]
+        seen = [seen_by_step(buffer, first, tokens) for buffer in self.leaves()]
         for tensor in seen:
             tensor[:, :, first:] = 0  # only [B, KV, N, D] are taken over
         out: tuple[Tensor, Any] = self.model(*self._fresh(args), self.names["make"](seen))
@@ -188,7 +191,7 @@ class Comparison:
     def _fresh(args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
 
-    def _judge(self, out: Tensor, here: Tensor, right: Tensor, after: list[Tensor], tokens: int) -> Outcome:
+    def _judge(self, out: Tensor, here: Tensor, right: Tensor, after: list[Tensor], first: int, tokens: int) -> Outcome:
         rounding = ROUNDING[self.case.dtype]
         if (error := relative_error(out, here)) > rounding:
             return Outcome("wrong", f"differs from eager code on the same contents by {error:.2g}")
@@ -197,21 +200,22 @@ class Comparison:
             return Outcome("wrong", f"differs from eager code from the beginning by {error:.2g}")
         if self.case.bits == 16 or tokens <= STEP_TOKENS:
             for i, (mine, theirs) in enumerate(zip(self.leaves(), after, strict=True)):
-                if (error := relative_error(seen_by_step(mine, tokens), seen_by_step(theirs, tokens))) > rounding:
+                pair = [seen_by_step(buffer, first, tokens) for buffer in (mine, theirs)]
+                if isinstance(mine, QuantizedKV):  # what lies behind is forgotten
+                    pair = [dense[:, :, : first + tokens] for dense in pair]
+                if (error := relative_error(*pair)) > rounding:
                     return Outcome("wrong", f"tensor {i} of the cache differs from eager code's by {error:.2g}")
         return Outcome("right")
 
 
-def seen_by_step(buffer: Tensor, new: int) -> Tensor:
-    """What the step saw that stored the latest ``new`` tokens; with 0 what one sees that begins now."""
+def seen_by_step(buffer: Tensor, past: int, new: int) -> Tensor:
+    """What a step sees that begins with ``past`` tokens and has stored ``new`` more: zeros behind them."""
     if not isinstance(buffer, QuantizedKV | GrowingKV):
         return buffer.clone()
     state = buffer.live
-    held = state.group.chunk_layer, state.group.chunks, state.group.step_tokens
-    state.group.drop()
-    state.group.step_tokens = new
-    dense = state.load(buffer.shape[2])
-    state.group.chunk_layer, state.group.chunks, state.group.step_tokens = held
+    tensors = {name: state.tensor(name) for name in STORED}
+    where = dict(past=torch.tensor([past]), new_tokens=new, n=buffer.shape[2])
+    dense: Tensor = ops.LOAD(**tensors, **where, **state.spec.load_constants(), x=None)
     return dense.clone()
 
 

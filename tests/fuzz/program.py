@@ -46,26 +46,33 @@ class Decoder(nn.Module):
         B, t = ids.shape
         x = self.embed(ids) + self.place(pos)
 {position}
-{longer}        for i in range(LAYERS):
-            q = self.q[i](x).view(B, t, HEADS, D).transpose(1, 2) * 2.0
-            k, v = (m[i](x).view(B, t, KV, D).transpose(1, 2) for m in (self.k, self.v))
-            K, V = {keys}, {values}
-{layer}
-            x = x + self.o[i](y.transpose(1, 2).reshape(B, t, HEADS * D))
+{longer}{each_layer}
         return x @ self.embed.weight.T, {returned}
 """
+
+#: One layer; they are written one after the other, since a graph break in a loop keeps all of it from being compiled.
+LAYER = """
+i = {number}
+q = self.q[i](x).view(B, t, HEADS, D).transpose(1, 2) * 2.0
+k, v = self.k[i](x).view(B, t, KV, D).transpose(1, 2), self.v[i](x).view(B, t, KV, D).transpose(1, 2)
+K, V = {keys}, {values}
+{layer}
+x = x + self.o[i](y.transpose(1, 2).reshape(B, t, HEADS * D))"""
 
 
 def source(case: Case) -> str:
     """The program's text."""
     holder, grows = HOLDERS[case.holder], case.append == "cat"
     shape = "(B, KV, 0, D)" if grows else LAYOUTS[case.layout][0]
+    layers = [
+        LAYER.format(number=i, keys=holder.keys, values=holder.values, layer=_layer(case)) for i in range(case.layers)
+    ]
     as_made = "tuple" if case.holder == "tuple" else "list"
     return HEAD.format(
         layers=case.layers, heads=case.heads, kv_heads=case.kv_heads, dim=case.dim, batch=case.batch, length=LENGTH,
         dtype=case.dtype, before=holder.before, make=indented(holder.make, 1), shape=shape, leaves=holder.leaves,
         position=indented(POSITIONS[case.position], 2), longer="        longer = []\n" if grows else "",
-        keys=holder.keys, values=holder.values, layer=indented(_layer(case), 3),
+        each_layer=indented("".join(layers), 2),
         returned=f"{as_made}(longer)" if grows and case.holder in GROWING else "cache",
     )  # fmt: skip
 
