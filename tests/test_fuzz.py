@@ -34,6 +34,9 @@ FOUND = {
     "an append by scatter_, and a graph break before attention, left without a word": case(
         append="scatter_", graph_break="before attention"
     ),
+    "a concatenation, and a graph break before attention, left without a word": case(
+        append="cat", graph_break="before attention"
+    ),
 }
 
 
