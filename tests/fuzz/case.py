@@ -81,7 +81,7 @@ IN_PLACE = {
 def cases(draw: Any) -> Case:
     """Any program of the grammar that eager code can run."""
     pick = lambda options: draw(st.sampled_from(list(options)))  # noqa: E731
-    mostly = lambda usual, options: usual if draw(st.integers(0, 2)) else pick(options)  # noqa: E731
+    mostly = lambda usual, options: usual if draw(st.integers(0, 4)) else pick(options)  # noqa: E731
     grows = draw(st.integers(0, 4)) == 0
     position = pick(appends.POSITIONS)
     has_int = position in appends.HAVE_INT
@@ -101,7 +101,7 @@ def cases(draw: Any) -> Case:
         output=pick(attention.OUTPUTS), in_place=mostly("", IN_PLACE),
         graph_break=mostly("", ("", "between layers", "before attention")),
         bits=pick((16, 8, 4, 4, 2)), scheme=pick(("kivi", "ranked", "shared")),
-        dynamic=draw(st.integers(0, 2)) == 0, eager_prompt=draw(st.booleans()),
+        dynamic=draw(st.integers(0, 3)) == 0, eager_prompt=draw(st.booleans()),
         rotating=rotating, events=draw(events(grows, bool(rotating))),
     )  # fmt: skip
 
