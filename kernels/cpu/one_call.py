@@ -6,7 +6,7 @@ read (``wrapper_code.py``) and becomes one C++ function, which gets the tensors'
 in the same order, in one piece of scratch memory. A wrapper that does more than that stays as it is.
 
 Private torch APIs: what ``wrapper_code.py`` names; the wrapper's ``suffix``; that a kernel is the function ``kernel``
-of a module of its own.
+of a module of its own. Checked on torch 2.13.
 """
 
 from __future__ import annotations
@@ -51,8 +51,13 @@ def switched(on: bool) -> Iterator[None]:
 
 def add_hook(wrapper: Any) -> None:
     """Let the module that ``wrapper`` generates join its calls, once, where that is switched on."""
-    if _wanted.get() and HOOK.strip() not in wrapper.suffix.getvalue():
-        wrapper.suffix.splice(HOOK)
+    if not _wanted.get():
+        return
+    suffix = getattr(wrapper, "suffix", None)  # a torch without one calls kernels one by one
+    if suffix is None:
+        log.info("the kernels of this graph are called one by one: this torch's wrapper has no suffix")
+    elif HOOK.strip() not in suffix.getvalue():
+        suffix.splice(HOOK)
 
 
 def joined(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[..., Any]:
