@@ -1,8 +1,8 @@
 """Rotated copies of a model's weights, one for each weight and way, made when it is first asked for and after changes.
 
-A copy belongs to its weight: all graphs and caches share it, and it goes with the weight and the graphs that took it. It
-is made anew once the weight is another tensor, lies elsewhere or was written to, as torch counts writes (``_version``;
-writes through ``.data`` are not counted by torch and not seen here).
+A copy belongs to its weight: all graphs and caches share it, and it goes with the weight and the graphs that took it.
+It is made anew once the weight is another tensor, lies elsewhere or was written to, as torch counts writes
+(``_version``; writes through ``.data`` are not counted by torch and not seen here).
 """
 
 from __future__ import annotations
