@@ -106,6 +106,8 @@ class Context:
     """Append of the old graph, or output of an attention, to the node that rotates there."""
     loads: dict[Node, Node] = dataclasses.field(default_factory=dict)
     """Append of the old graph to the ``shared_code_load`` that reads after it."""
+    fused: dict[Node, Node] = dataclasses.field(default_factory=dict)
+    """Output of an attention of the old graph to that of the fused op."""
 
     def __post_init__(self) -> None:
         """Count the inputs before a pass adds or drops any."""

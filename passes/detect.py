@@ -24,6 +24,9 @@ from xquant_fx.plan.spec import KVSpec, why_not_fused
 #: The ordinary buffers of rewritable sites, a plan for each of their caches, and the specs of all buffers.
 Planner = Callable[[GraphModule, list[Site]], tuple[tuple[Buffer, ...], tuple[Plan, ...], dict[Node, KVSpec]]]
 
+#: Why attention to latents is not one op.
+LATENT = "keys or values are computed from what is stored (latent attention)"
+
 
 def detect(gm: GraphModule, refusal: Refusal, planner: Planner, unfused: str = "") -> Detection:
     """What ``gm`` is found to be; ``gm`` is a clone of Dynamo's graph and is normalized in place.
@@ -48,7 +51,7 @@ def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str
     """``site`` with the call that it becomes, or why it reads dequantized keys and values."""
     if not site.rewritable or any(node.target is quantized_empty for node in site.buffers) or _begins(site):
         return site
-    reason = unfused or _why_not_specs(site, specs)
+    reason = unfused or (LATENT if site.is_latent else _why_not_specs(site, specs))
     if not site.attention.is_recognised:
         reason = f"it is appended to, {NOT_RECOGNISED}"
     form = reason or match_decode(site.attention, site.key, site.value)

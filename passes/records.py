@@ -205,6 +205,8 @@ class Site:
     """Whether the buffers are quantized already: inputs, or allocated in this graph."""
     is_latent: bool = False
     """Whether keys or values are computed from what is stored (latent attention), not read as they are."""
+    key_is_rotary: bool = False
+    """Whether the key buffer holds a part of the keys only, and the rest is computed from the values' latent."""
     allocated_here: bool = False
     """Whether ordinary buffers are allocated in this graph, so that the next step takes them over."""
     reason: str = ""
@@ -248,6 +250,8 @@ class Buffer:
     """Which cache of the graph it belongs to, if there are several: number of its plan."""
     foresight: Foresight
     """How to know the positions of ``write`` ahead."""
+    rotary: bool = False
+    """Whether it holds the rotary part of keys that are computed from latents."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,11 +167,11 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
         "ranked, float16 scales, groups of channels": dict(
             scale_dtype="float16", v_group=16, v_bits=2, loud=100.0, scale=1e-3
         ),
-        "ranked, token norms": dict(norms=True, batch=2, kv_heads=2, start=(0, 9), mask="padded", v_bits=2),
+        "ranked, token norms": dict(norms=True, batch=2, kv_heads=2, group=2, start=(0, 9), mask="padded", v_bits=2),
         "ranked, token norms, float32, softcap, window": dict(
             norms=True, dtype="float32", softcap=2.0, window=100, sinks=4, dim=80
         ),
-        "ranked, token norms, a chunk": dict(norms=True, query=20, kv_heads=2, dtype="bfloat16", v_bits=2),
+        "ranked, token norms, a chunk": dict(norms=True, query=10, group=2, v_bits=2),
         "ranked, loud channels": dict(loud=100.0, scale=1e-3),
         "ranked, quiet values": dict(loud=1e-3, scale=2.0, v_bits=2),
     }.items()

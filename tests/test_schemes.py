@@ -36,6 +36,7 @@ def spec_of(scheme: str, bits: int) -> KVSpec:
     return bare_spec(
         role="key", scheme=scheme, shape=(2, 1, MAX_LEN, DIM), bits=bits, group_size=GROUP, residual_length=RESIDUAL,
         scale_dtype=torch.float32 if torch.float32 in allowed else allowed[0],
+        token_norms=SCHEMES[scheme].TOKEN_NORMS,
     )  # fmt: skip
 
 

@@ -68,12 +68,12 @@ class XQuantConfig:
     the linear layers before and behind an attention rotate, in rotated copies that take their memory once more."""
     k_bits: Bits = 2
     """Bits of a stored key element, one number or one per layer: 1, 2, 3, 4 or 8; on average 1 to 4 in quarters
-    where channels are ranked; 16: unquantized."""
+    where channels are ranked; 16: unquantized. The rotary part of keys beside a latent (DeepSeek) has 4 at least."""
     v_bits: Bits = 2
     """Bits of a stored value element, one number or one per layer: 1, 2, 3, 4 or 8; 16: unquantized."""
     k_token_norms: bool | None = None
-    """Whether keys are divided by the norm of their token over all KV heads of the layer, kept in 8 bits, before they
-    are quantized; only of "per_channel_ranked". None: where the scheme can."""
+    """Whether keys are divided by the norm of their token, over all KV heads of the layer, before they are quantized.
+    Norms have 8 bits; only of "per_channel_ranked". None: where the scheme can."""
     share_keys_from: ShareFrom = None
     """First layer whose pair shares key codes: an index (int), a fraction of the depth (float), None. Only
     "per_channel" and "per_token" codes can be shared."""

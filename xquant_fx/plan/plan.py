@@ -124,11 +124,11 @@ class Plan:
     def __str__(self) -> str:
         from xquant_fx.tables import render
 
-        columns = ["layer", "role", "scheme", "bits", "group", "eta", "window", "sinks", "codes of", "why"]
+        columns = ["layer", "role", "scheme", "bits", "group", "norms", "eta", "window", "sinks", "codes of", "why"]
         rows = [
             [
                 str(index), f"{e.role}s", e.scheme, str(e.bits), str(e.group_size or "head_dim"),
-                e.eta_text, str(e.residual_length), str(e.sink_tokens),
+                "yes" if e.token_norms else "-", e.eta_text, str(e.residual_length), str(e.sink_tokens),
                 "-" if e.partner is None else str(e.partner), e.reason,
             ]
             for index, layer in enumerate(self.layers)

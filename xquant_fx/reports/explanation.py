@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.fx import Node
 from xquant_fx.compiler.backend import detect_graph
 from xquant_fx.compiler.left_alone import report_left
 from xquant_fx.compiler.options import parse
+from xquant_fx.compiler.self_check import self_check
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.passes import records
 from xquant_fx.passes.find_sites import buffer_name
@@ -59,7 +61,7 @@ def explain(
     Args:
         model: a module or function, compiled or not.
         mode, options: as for ``torch.compile(backend="xquant")``; they decide for caches that are
-            not an XQuantCache.
+            not an XQuantCache. ``self_check=True`` among the options says what a self-check finds, too.
         strict: raise if a KV cache is found and not rewritten.
 
     Raises:
@@ -72,6 +74,9 @@ def explain(
 
     def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         found = detect_graph(gm, inputs, request, originals)
+        if request.self_check:
+            judge = functools.partial(detect_graph, originals=originals)
+            found = self_check(gm, found, inputs, request, judge).explained
         seen.append(found)
         held.save(found, inputs)
         return gm.forward
