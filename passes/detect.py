@@ -13,6 +13,7 @@ from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.find_sites import NOT_RECOGNISED, Refusal, find_sites
 from xquant_fx.passes.in_place import why_not_in_place
 from xquant_fx.passes.match_decode import match_decode
+from xquant_fx.passes.match_folding import match_folding
 from xquant_fx.passes.normalize import normalize
 from xquant_fx.passes.products import query_tokens
 from xquant_fx.passes.records import Buffer, Decode, Detection, Site, Source, Write
@@ -58,7 +59,9 @@ def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str
         form = _why_not_step(site, form, facts) or why_not_in_place(site, form, facts) or form
     if isinstance(form, str):
         return dataclasses.replace(site, dequantized=form)
-    return dataclasses.replace(site, form=form)
+    spec, write = specs[site.buffers[1]], site.value_write
+    folding = match_folding(write, form, spec) if spec.folded and write is not None else None
+    return dataclasses.replace(site, form=form, folding=folding)
 
 
 def _begins(site: Site) -> bool:

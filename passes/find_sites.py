@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from torch.fx import Node
 
 from xquant_fx.cache.allocate import Slot, quantized_empty
-from xquant_fx.passes.facts import Facts, is_quantized
+from xquant_fx.passes.facts import Facts, is_quantized, is_quantized_growth
 from xquant_fx.passes.find_writes import concatenation, is_factory
 from xquant_fx.passes.records import Attention, Refused, Site, Source, Write
-from xquant_fx.passes.trace import is_shape_query, same_value
+from xquant_fx.passes.trace import fake, is_shape_query, same_value
 from xquant_fx.passes.vocabulary import op_name
 from xquant_fx.passes.why_left_alone import why_not_length, why_not_operand, why_not_pair
 
 NOT_RECOGNISED = "and no attention that is recognised reads it here (one that is spelt out, or a graph break?)"
+#: Writes to places that an index names, as a KV cache's; ops that append are known by themselves.
+BY_INDEX = ("scatter_", "index_add_", "index_put_", "index_copy_", "index_fill_", "masked_scatter_")
 
 #: Why the surroundings of a graph, or the tensors of a call, keep the buffer ``node`` ("keys" or "values") as it is.
 Refusal = Callable[[Node, str, Facts], Refused]
@@ -30,7 +32,11 @@ def find_sites(facts: Facts, refusal: Refusal = lambda node, what, facts: Refuse
 
 
 def _unrecognised(facts: Facts, read: set[Node]) -> Iterator[Attention]:
-    """For inputs that are appended to and are not in ``read``: keys with their values, as far as one can tell."""
+    """For inputs that are appended to and are not in ``read``: keys with their values, as far as one can tell.
+
+    Likewise for those with four dimensions that are written to by index in another way, and for those that grow in a
+    graph without any attention.
+    """
     writes = [w for w in facts.writes if w.buffer.op == "placeholder" and w.buffer not in read]
     while writes:
         write, *writes = writes
@@ -41,6 +47,15 @@ def _unrecognised(facts: Facts, read: set[Node]) -> Iterator[Attention]:
         if is_quantized(write.buffer) and not readers:
             continue  # they are read in another graph
         yield Attention(node, "nothing recognised", write.x, write.buffer, other.buffer, is_recognised=False)
+    for write in () if facts.attention else facts.writes:
+        grows = write.past is not None and write.past.op == "placeholder"
+        if grows and not is_quantized_growth(write.node):
+            yield Attention(write.node, "nothing recognised", write.x, write.buffer, write.buffer, is_recognised=False)
+    for mutation in facts.mutations:
+        value, root = fake(mutation.root), mutation.root
+        indexed = op_name(mutation.node) in BY_INDEX and root.op == "placeholder" and root not in read
+        if indexed and value is not None and value.dim() == 4 and value.dtype.is_floating_point:
+            yield Attention(mutation.node, "nothing recognised", mutation.node, root, root, is_recognised=False)
 
 
 def _site(attention: Attention, facts: Facts, refusal: Refusal) -> Site:

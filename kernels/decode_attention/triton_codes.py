@@ -53,7 +53,7 @@ def key_words(keys, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
     Masked by the bounds of the storage, which are known here, so that loads stay vectors; what is
     outside the zone is masked in the logits.
     """
-    codes, _, _ = keys
+    codes, _, _, _ = keys
     if KEYS[RANKED]:
         return ranked_words(codes, t0, KEYS, TILE)
     elif KEYS[LOWER][BITS] > 0:
@@ -73,11 +73,11 @@ def words_of_fields(codes, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def key_scales(keys, t0, limit, KEYS: tl.constexpr):
+def key_scales(keys, t0, limit, KEYS: tl.constexpr, TILE: tl.constexpr):
     """(scales, zeros) [CHANNELS] of a tile that is one group; zeros if ``t0`` is not below ``limit``."""
-    _, scale, zero = keys
+    _, scale, zero, norm = keys
     if KEYS[RANKED]:
-        return ranked_scales(scale, zero, t0, limit, KEYS)
+        return ranked_scales(scale, zero, norm, t0, limit, KEYS, TILE)
     elif KEYS[FOLD]:
         s = numbers_of_group(scale, t0, limit, KEYS)
         z = numbers_of_group(zero, t0, limit, KEYS)
@@ -159,7 +159,7 @@ def dequantized_low(c, scale, tokens, valid_tokens, q, SM_SCALE: tl.constexpr, K
 def code_logits(q, words, keys, scales, tokens, valid_tokens, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
     """Scaled logits [TILE, ROWS] of keys in codes. ``q`` [CHANNELS, ROWS] is float32, in word order, with the
     factors if FOLD; ``words`` and ``scales`` are those of ``key_words`` and ``key_scales``."""
-    _, scale, zero = keys
+    _, scale, zero, _ = keys
     if KEYS[RANKED]:
         return ranked_logits(q, words, scales, tokens.shape[0], SM_SCALE, KEYS)
     elif KEYS[LOWER][BITS] > 0:
@@ -193,7 +193,7 @@ def value_scales(values, t0, limit, VALUES: tl.constexpr, TILE: tl.constexpr):
         tokens = t0 + tl.arange(0, TILE)
         in_bounds = (tokens < VALUES[STRIDE]) & (t0 + tl.arange(0, 1) < limit)
         s = tl.load(scale + tokens, mask=in_bounds, other=0.0)
-        z = s if VALUES[ROTATION] >= 0 else tl.load(zero + tokens, mask=in_bounds, other=0.0)
+        z = s if VALUES[ROTATION] != -1 else tl.load(zero + tokens, mask=in_bounds, other=0.0)
     else:
         s, z = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
     return s, z
@@ -219,7 +219,7 @@ def plane_values(c, p, s, tokens, WEIGHT: tl.constexpr, VALUES: tl.constexpr):
 def folded_values(c, low, scales, p, t0, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr):
     """``code_values`` of codes ``c`` that have one scale per token: the probabilities take the scales."""
     s, z = scales
-    if VALUES[ROTATION] >= 0:
+    if VALUES[ROTATION] != -1:
         s, z = about_zero(s, VALUES)
     tokens = t0 + tl.arange(0, TILE)
     valid_tokens = in_zone(tokens, zone, SINK_TOKENS)
@@ -243,7 +243,7 @@ def dequantized_values(
     tokens, d = t0 + place, tl.arange(0, VALUES[CHANNELS])
     in_bounds = (d < VALUES[DIM])[:, None] & in_zone(tokens, zone, SINK_TOKENS)[None, :]
     offsets = (d // VALUES[GROUP] * VALUES[STRIDE])[:, None] + tokens[None, :]
-    if VALUES[ROTATION] >= 0:
+    if VALUES[ROTATION] != -1:
         s, z = about_zero(tl.load(scale + offsets, mask=in_bounds, other=0), VALUES)
     else:
         s = tl.load(scale + offsets, mask=in_bounds, other=0.0).to(tl.float32)
@@ -261,7 +261,7 @@ def dequantized_low_values(c, scale, p, t0, zone, VALUES: tl.constexpr, TILE: tl
     tokens, d = t0 + place, tl.arange(0, VALUES[CHANNELS])
     in_bounds = (d < VALUES[DIM])[:, None] & in_zone(tokens, zone, SINK_TOKENS)[None, :]
     offsets = (d // VALUES[GROUP] * VALUES[STRIDE])[:, None] + tokens[None, :]
-    if VALUES[ROTATION] >= 0:
+    if VALUES[ROTATION] != -1:
         s = decode_scale(tl.load(scale + offsets, mask=in_bounds, other=0))
     else:
         s = tl.load(scale + offsets, mask=in_bounds, other=0.0).to(tl.float32)

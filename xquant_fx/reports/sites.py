@@ -41,7 +41,7 @@ class Site:
 
     Empty as well for a prompt that allocates the cache: it runs uncompiled, attending to itself."""
     notes: tuple[str, ...] = ()
-    """Where codes were to be shared and are not: why."""
+    """Where codes were to be shared and are not: why. Where values are stored rotated: who rotates."""
 
     @property
     def partner(self) -> int | None:
