@@ -59,7 +59,7 @@ def _replace(graph: Graph, form: Decode, stored: dict[str, Any], replaced: dict[
             mask = end if mask is None else widened(graph, mask, stored["max_len"])
         logits = None if form.sinks is None else replaced.get(form.sinks, form.sinks)
         sinks = None if logits is None else call(graph, torch.reshape, (logits, (form.heads,)))
-        ours = dict(q=query, mask=mask, sink_logits=sinks, scale=form.scale, softcap=form.softcap, window=0)
+        ours = dict(q=query, mask=mask, sink_logits=sinks, scale=form.scale, softcap=form.softcap)
         fused = call(graph, ops.DECODE, (), {**ours, **stored})
         output = _put_back(graph, fused, form.output_layout)
     form.output.replace_all_uses_with(output)

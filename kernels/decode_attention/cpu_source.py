@@ -44,6 +44,9 @@ class Problem:
     v_bits: float
     v_group: int
     v_tokens: int
+    k_wrap: int = 0
+    """After how many tokens the codes of keys start over, and those of values; 0: they do not."""
+    v_wrap: int = 0
     residual: int
     ring: int
     sinks: int
@@ -82,6 +85,7 @@ def constants(p: Problem) -> str:
         **key_sizes(p), "K_GROUP": p.k_group, "K_TOKENS": p.k_tokens,
         "ROTATED": rotated_size(p.v_dim) if p.v_scheme == ROTATED else 0,
         "V_HIGH": v_high, "V_LOW": v_low, "V_GROUP": p.v_group, "V_TOKENS": p.v_tokens,
+        "K_WRAP": p.k_wrap, "V_WRAP": p.v_wrap,
         "RESIDUAL": p.residual, "RING_SLACK": p.ring - p.residual, "SINKS": p.sinks, "WINDOW": p.window,
         "MASK_B": p.mask_strides[0], "MASK_H": p.mask_strides[1], "MASK_Q": p.mask_strides[2],
         "ROWS": p.row_block, "DIGITS": 3 if p.dtype == torch.float32 else 2,

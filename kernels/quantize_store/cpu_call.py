@@ -9,7 +9,7 @@ from torch import Tensor
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.quantize_store.cpu_source import Append, source
-from xquant_fx.kernels.schemes import SCHEMES
+from xquant_fx.kernels.schemes import SCHEMES, wrap_of
 
 
 def no_output(*args: Any, **kwargs: Any) -> None:
@@ -19,6 +19,7 @@ def no_output(*args: Any, **kwargs: Any) -> None:
 def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) -> Append:
     """The kernel for these arguments; ``sizes`` and ``dtype`` read a tensor's shape and dtype."""
     scheme = SCHEMES[a.scheme]
+    tokens = scheme.tokens_of(sizes(a.codes), sizes(a.scale))
     return Append(
         dtype=dtype(a.ring),
         scale_dtype=dtype(a.scale),
@@ -28,7 +29,8 @@ def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) 
         group=a.group_size,
         residual=a.residual_length,
         ring=sizes(a.ring)[2],
-        tokens=scheme.tokens_of(sizes(a.codes), sizes(a.scale)),
+        tokens=tokens,
+        wrap=wrap_of(a.scheme, tokens, a.max_len, sizes(a.x)[3], a.bits, a.group_size, a.residual_length),
         eta=a.eta,
         sinks=a.sink_tokens,
         max_len=a.max_len,

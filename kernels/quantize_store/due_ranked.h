@@ -136,12 +136,12 @@ inline void store_ranked_group(const Inputs& in, int64_t head, int64_t t0) {
     }
     S scale[D_PAD], zero[D_PAD];
     for (int64_t d = 0; d < D; d += L) quantize_ranked(keys, d, load<vf>(n + d), center, buffer.get(), scale, zero);
-    const int64_t row = (head * (TOKENS / GROUP) + t0 / GROUP) * D;
+    const int64_t slot = slot_of(t0), row = (head * (TOKENS / GROUP) + slot / GROUP) * D;
     for (int64_t r = 0; r < D; r++) {
         in.scale[row + r] = scale[order[r]];
         in.zero[row + r] = zero[order[r]];
     }
-    pack_ranked(buffer.get(), order, in.codes + head * WORDS * TOKENS + t0);
+    pack_ranked(buffer.get(), order, in.codes + head * WORDS * TOKENS + slot);
 }
 
 inline int64_t limit(int64_t past) { return ranked_limit(past, RESIDUAL, GROUP); }

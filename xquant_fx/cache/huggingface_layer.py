@@ -24,21 +24,26 @@ class XQuantLayer(StaticLayer):
     """A static layer whose ``keys`` and ``values`` are quantized buffers, allocated at first use.
 
     ``is_initialized`` says that they are in use: ``reset()`` keeps them, and a prompt that fits takes them again.
+
+    With a sliding ``window`` (0: none) it is written and read as if it held all tokens, by a mask that hides the older
+    ones; stored are those that the window may still see.
     """
 
     is_croppable = True
 
-    def __init__(self, max_cache_len: int, layer_idx: int, siblings: list[XQuantLayer], plan: Plan) -> None:
+    def __init__(
+        self, max_cache_len: int, layer_idx: int, siblings: list[XQuantLayer], plan: Plan, window: int = 0
+    ) -> None:
         with torch.inference_mode(False):
             super().__init__(max_cache_len=max_cache_len)
-        self.layer_idx = layer_idx
+        self.layer_idx, self.window = layer_idx, window
+        self.is_sliding = window > 0
         self.lower = siblings[-1] if siblings and layer_idx % 2 else None
         self.first = siblings[0] if siblings else self
         self.siblings = siblings
         """All quantized layers of the cache, once it is made."""
+        self._set_slots(plan)
         # As text, which Dynamo can put into a graph. The first buffer brings the plan of the whole cache.
-        self.key_slot = Slot.of(plan, layer_idx, "key", max_cache_len).to_json()
-        self.value_slot = Slot.of(plan, layer_idx, "value", max_cache_len).to_json()
         self.plan_text = "" if siblings else plan.to_json()
         self.masked = False
         """Whether masks were made for this cache: a model steps through all layers, not someone's code through one."""
@@ -46,6 +51,15 @@ class XQuantLayer(StaticLayer):
         self.chunk = 0
         self.prompt_left = 0
         """Tokens of a padded prompt that are still to come, of the first layer."""
+
+    def _set_slots(self, plan: Plan) -> None:
+        self.key_slot = Slot.of(plan, self.layer_idx, "key", self.max_cache_len, self.window).to_json()
+        self.value_slot = Slot.of(plan, self.layer_idx, "value", self.max_cache_len, self.window).to_json()
+
+    def keep_all(self, plan: Plan) -> None:
+        """Store tokens that have left the window, too: for looking back. Before the first step."""
+        self.window = self.max_cache_len
+        self._set_slots(plan)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate codes, scales and residual windows for keys and values such as these."""

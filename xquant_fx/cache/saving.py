@@ -84,7 +84,7 @@ class _Loader:
         """The attributes of ``layer``, which has this index in the cache."""
         fields: dict[str, Any] = {}
         for role, (*shape, dtype) in sides.items():
-            state = self._state(layer.layer_idx, role, tuple(shape), getattr(torch, dtype))
+            state = self._state(layer, role, tuple(shape), getattr(torch, dtype))
             for name, tensor in state.owned.items():
                 tensor.copy_(self._named(f"layers.{index}.{role}.{name}", tensor))
             fields[f"{role}s"] = QuantizedKV.of(state)
@@ -95,10 +95,11 @@ class _Loader:
             fields[name] = int(counter) if isinstance(getattr(layer, name), int) else _static(counter)
         return fields
 
-    def _state(self, layer: int, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> KVState:
+    def _state(self, of_cache: Any, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> KVState:
+        layer = of_cache.layer_idx
         entry = self.cache.plan.layers[layer].of(role)
         below = None if entry.partner is None else self.states.get((entry.partner, role))
-        spec = entry.bind(layer, shape, dtype, None if below is None else below.spec)
+        spec = entry.bind(layer, shape, dtype, None if below is None else below.spec, of_cache.window)
         state = self.states[layer, cast(Role, role)] = KVState(spec, self.group, below if spec.borrowed else None)
         return state
 

@@ -47,10 +47,13 @@ class BufferPlan:
     reason: str = ""
     """Why it reads its own codes, or that it does not."""
 
-    def bind(self, layer: int, shape: tuple[int, ...], dtype: torch.dtype, lower: KVSpec | None) -> KVSpec:
+    def bind(
+        self, layer: int, shape: tuple[int, ...], dtype: torch.dtype, lower: KVSpec | None, window: int = 0
+    ) -> KVSpec:
         """The spec of a buffer [B, H, N, D] of ``layer``; ``lower`` is that of the same role of the partner.
 
-        A pair whose shapes turn out to differ does not share; the spec's ``reason`` says so.
+        A pair whose shapes turn out to differ does not share, nor does one with a sliding ``window`` (0: none); the
+        spec's ``reason`` says so.
 
         Raises:
             ConfigError: ``group_size`` does not divide head_dim.
@@ -61,7 +64,7 @@ class BufferPlan:
             role=self.role, scheme=self.scheme, layer=layer, shape=(batch, heads, tokens, dim), dtype=dtype,
             bits=self.bits, group_size=group, residual_length=self.residual_length, eta=self.eta_of(group),
             sink_tokens=self.sink_tokens, rollback_tokens=self.rollback_tokens, scale_dtype=self.scale_dtype,
-            partner=self.partner, fit=self.fit, reason=self.reason,
+            partner=self.partner, fit=self.fit, window=window, reason=self.reason,
         )  # fmt: skip
         refusal = "" if self.partner is None else _why_not_geometry(spec, lower, self.partner)
         return dataclasses.replace(spec, partner=None, reason=refusal) if refusal else spec
@@ -120,6 +123,8 @@ def is_denied(partner: int | None, reason: str) -> bool:
 def _why_not_geometry(spec: KVSpec, lower: KVSpec | None, partner: int) -> str:
     if lower is None:
         return f"layer {partner} is not in reach"
+    if spec.window or lower.window:
+        return f"layers {partner} and {spec.layer} have a sliding window, which overwrites codes"
     ours, theirs = ((s.shape, s.dtype, s.group_size) for s in (spec, lower))
     if ours != theirs:
         return f"layers {partner} and {spec.layer} differ in geometry: {theirs} and {ours}"
