@@ -21,11 +21,11 @@ from xquant_fx.cache.padding import Padding
 from xquant_fx.cache.remake import move, select_rows
 from xquant_fx.cache.saving import load, save
 from xquant_fx.cache.state import KVState
-from xquant_fx.cache.windows import why_not_windows
 from xquant_fx.errors import ArgumentError, CacheStateError, ConfigError
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan, make_plan
 from xquant_fx.plan.warnings import warn_of_cost
+from xquant_fx.plan.windows import why_not_windows
 
 #: Tokens that ``max_cache_len`` may be at most.
 LONGEST_CACHE = 2**30
@@ -34,8 +34,8 @@ LONGEST_CACHE = 2**30
 class XQuantCache(StaticCache):
     """KV cache of 1 to 16 bits per element, for ``past_key_values=`` (``cache=`` from transformers 5.24 on).
 
-    Full-attention layers are quantized, and so are sliding windows (``windows.py`` says which); other kinds (linear
-    attention) stay as in ``StaticCache``. Memory is allocated at the first step and never holds full-precision keys or
+    Full-attention layers are quantized, and so are long sliding windows (``xquant_fx/plan/windows.py``); other kinds
+    (linear attention) stay as in ``StaticCache``. Memory is allocated at the first step and never holds full-precision keys or
     values but for the residual windows.
 
     Args:

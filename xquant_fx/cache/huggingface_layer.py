@@ -38,6 +38,8 @@ class XQuantLayer(StaticLayer):
             super().__init__(max_cache_len=max_cache_len)
         self.layer_idx, self.window = layer_idx, window
         self.is_sliding = window > 0
+        self.left_window = 0
+        """The window of a layer that keeps all tokens nevertheless."""
         self.lower = siblings[-1] if siblings and layer_idx % 2 else None
         self.first = siblings[0] if siblings else self
         self.siblings = siblings
@@ -58,7 +60,7 @@ class XQuantLayer(StaticLayer):
 
     def keep_all(self, plan: Plan) -> None:
         """Store tokens that have left the window, too: for looking back. Before the first step."""
-        self.window = self.max_cache_len
+        self.left_window, self.window = self.window, self.max_cache_len
         self._set_slots(plan)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

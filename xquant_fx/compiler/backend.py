@@ -32,6 +32,7 @@ from xquant_fx.compiler.planning import plan_graph, warn_of_lengths, why_not_gra
 from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.proof import Call
 from xquant_fx.compiler.restarts import Restarts
+from xquant_fx.compiler.short_windows import note_short_windows
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.watch import Watch
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
@@ -115,7 +116,8 @@ def detect_graph(
     def refusal(node: Node, what: str, facts: Facts) -> Refused:
         return Refused(surroundings) if surroundings else Refused(call.refuse(node, what, facts), of_call=True)
 
-    return detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
+    found = detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
+    return note_short_windows(found, request)
 
 
 def _allocates(gm: GraphModule) -> bool:

@@ -83,12 +83,17 @@ class KVSpec:
     def _kept_tokens(self) -> int:
         """Tokens that have a slot of their own: N, or as many as a window may read after the furthest rollback."""
         max_len, reach = self.shape[2], self.window + self.rollback_tokens
-        if not self.window:
+        if not 0 < self.window < max_len:
             return max_len
         if self.quantized:
             of_scheme = SCHEMES[self.scheme].window_tokens
             reach = of_scheme(reach + WORD_TOKENS - 1, self.group_size, self.residual_length)
         return min(max_len, reach)
+
+    @property
+    def full_tokens(self) -> int:
+        """Tokens that the buffer would hold in full precision."""
+        return min(self.window or self.shape[2], self.shape[2])
 
     @property
     def wraps(self) -> bool:
