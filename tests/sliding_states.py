@@ -21,7 +21,7 @@ from xquant_fx.plan.spec import Role
 
 HEADS, LENGTH = 2, 600
 CONFIGS: dict[str, dict[str, Any]] = {
-    "ranked": dict(k_bits=2, v_bits=2, k_group_size=32, residual_length=64, sink_tokens=4),
+    "ranked": dict(k_bits=2, v_bits=2, k_group_size=32, k_residual_length=64, v_residual_length=40, sink_tokens=4),
     "ranked, small groups, 3 bits": dict(k_bits=1.5, v_bits=3, k_group_size=8, residual_length=16, rollback_tokens=9),
     "range codes": dict(
         k_scheme="per_channel", v_scheme="per_token", k_bits=2, v_bits=1, k_group_size=16, residual_length=32
@@ -32,8 +32,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 WINDOW = 100
-#: Tokens of each step; less than 0: taken back.
-STEPS = [300, 1, 5, 8, 1, -6, 3, 40, 1, 1, 8, -8, 2, 150, 1, 7]
+#: Tokens of each step; less than 0: taken back. Of fewer than 256, from which on uncompiled chunks have a kernel.
+STEPS = [250, 50, 1, 5, 8, 1, -6, 3, 40, 1, 1, 8, -8, 2, 150, 1, 7]
 Append = Callable[[KVState, Tensor, Tensor], None]
 
 

@@ -180,7 +180,7 @@ def test_chunked_attention_is_a_window_of_one_chunk() -> None:
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (XQuantConfig(), "window of 40 tokens is within the residual window, which holds 276"),
+        (XQuantConfig(), "window of 40 tokens is within the residual window, which holds 404"),
         (LOW.replace(sliding_windows="auto"), "window of 40 tokens is shorter than 4 residual windows"),
         (LOW.replace(sliding_windows=False), "sliding_windows of the config is False"),
         (make_plan(LOW, 1), "the plan is for 1 layers, those of full attention"),

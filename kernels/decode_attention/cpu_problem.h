@@ -25,7 +25,6 @@ constexpr int64_t K_ELEMENTS =
 constexpr int64_t DK_PAD = std::max<int64_t>(K_ELEMENTS, (DK + L - 1) / L * L);
 constexpr int64_t V_GROUPS = DV / V_GROUP;
 constexpr int64_t DV_PAD = (DV + L - 1) / L * L;
-constexpr int64_t RING = RESIDUAL + RING_SLACK;
 // Where the codes of token t are: those of a sliding window start over (kernels/layout.py).
 constexpr int64_t key_slot(int64_t t) { return K_WRAP ? t % (K_WRAP ? K_WRAP : 1) : t; }
 constexpr int64_t value_slot(int64_t t) { return V_WRAP ? t % (V_WRAP ? V_WRAP : 1) : t; }

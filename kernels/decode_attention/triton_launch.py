@@ -29,8 +29,8 @@ def why_not(a: DecodeArguments) -> str:
     if any(
         wrap_of(*of)
         for of in (
-            (a.k_scheme, a.k_codes.shape[3], a.max_len, a.q.shape[3], a.k_bits, a.k_group, a.residual_length),
-            (a.v_scheme, a.v_scale.shape[3], a.max_len, a.v_ring.shape[3], a.v_bits, a.v_group, a.residual_length),
+            (a.k_scheme, a.k_codes.shape[3], a.max_len, a.q.shape[3], a.k_bits, a.k_group, a.k_residual),
+            (a.v_scheme, a.v_scale.shape[3], a.max_len, a.v_ring.shape[3], a.v_bits, a.v_group, a.v_residual),
         )
     ):
         return "codes of a sliding window, which start over"
@@ -108,14 +108,16 @@ def launch(
         K_GROUP=a.k_group,
         K_TOKENS=a.k_codes.shape[3],
         K_GROUPS=a.k_scale.shape[2],
+        K_RESIDUAL=a.k_residual,
+        K_RING=a.k_ring.shape[2],
         V_DIM=v_dim,
         V_BITS=int(a.v_bits),
         V_LOW=high_and_low(a.v_bits)[1],
         V_GROUP=a.v_group,
         V_TOKENS=a.v_codes.shape[2] * WORD_BITS // int(a.v_bits),
         V_STRIDE=a.v_scale.shape[3],
-        RING=a.k_ring.shape[2],
-        RESIDUAL=a.residual_length,
+        V_RESIDUAL=a.v_residual,
+        V_RING=a.v_ring.shape[2],
         SINK_TOKENS=0 if a.k_sink is None else a.k_sink.shape[2] - 1,
         SCALE=a.scale,
         SOFTCAP=a.softcap,

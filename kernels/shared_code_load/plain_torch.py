@@ -43,7 +43,7 @@ def load(a: LoadArguments) -> Tensor:
     if a.bits == 16:
         return torch.where(*_unquantized(a, tokens, written), 0.0).contiguous()
     assert a.scale is not None and a.ring is not None
-    scheme, stored = SCHEMES[a.scheme], Stored(a.codes, a.scale, a.zero, a.order, a.center)
+    scheme, stored = SCHEMES[a.scheme], Stored(a.codes, a.scale, a.zero, a.order, a.center, a.norm)
     dim = a.ring.shape[3]
     tokens_stored = scheme.tokens_of(a.codes.shape, a.scale.shape)
     wrap = wrap_of(a.scheme, tokens_stored, a.max_len, dim, a.bits, a.group_size, a.residual_length)

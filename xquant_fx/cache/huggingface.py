@@ -35,8 +35,8 @@ class XQuantCache(StaticCache):
     """KV cache of 1 to 16 bits per element, for ``past_key_values=`` (``cache=`` from transformers 5.24 on).
 
     Full-attention layers are quantized, and so are long sliding windows (``xquant_fx/plan/windows.py``); other kinds
-    (linear attention) stay as in ``StaticCache``. Memory is allocated at the first step and never holds full-precision keys or
-    values but for the residual windows.
+    (linear attention) stay as in ``StaticCache``. Memory is allocated at the first step and never holds full-precision
+    keys or values but for the residual windows.
 
     Args:
         model_config: the model's ``config``; or the model, with whose weights a plan made for one model is compared.

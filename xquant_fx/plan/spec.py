@@ -51,6 +51,8 @@ class KVSpec:
     """Layer whose codes this one reads (upper layer of a sharing pair), else None."""
     window: int = 0
     """Tokens that a query sees, its own included (a sliding window); 0: all. Older ones are not kept."""
+    token_norms: bool = False
+    """Whether a token is divided by its norm over all heads before it is quantized."""
     fit: str
     """How a borrowing layer gets its scales: "least_squares" or "minmax"."""
     reason: str = dataclasses.field(default="", compare=False, repr=False)
@@ -105,7 +107,7 @@ class KVSpec:
         """The stored tensors of which a chunk of more than STEP_TOKENS may overwrite what its own queries see."""
         if not self.wraps:
             return ("ring",) if self.quantized else ()
-        return tuple(name for name in ("codes", "scale", "zero", "ring") if name in self.tensor_shapes())
+        return tuple(name for name in ("codes", "scale", "zero", "norm", "ring") if name in self.tensor_shapes())
 
     @property
     def is_exact_back(self) -> bool:
@@ -134,9 +136,9 @@ class KVSpec:
         Only where :func:`why_not_fused` gives no reason: both sides then agree in what it takes once.
         """
         return dict(
-            max_len=self.shape[2], residual_length=self.residual_length,
-            k_scheme=self.scheme, k_bits=self.bits, k_group=self.group_size,
-            v_scheme=value.scheme, v_bits=value.bits, v_group=value.group_size, window=self.window,
+            max_len=self.shape[2], window=self.window,
+            k_scheme=self.scheme, k_bits=self.bits, k_group=self.group_size, k_residual=self.residual_length,
+            v_scheme=value.scheme, v_bits=value.bits, v_group=value.group_size, v_residual=value.residual_length,
         )  # fmt: skip
 
     def tensor_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -152,6 +154,8 @@ class KVSpec:
             for name, (shape, dtype) in of_scheme.items()
             if not (name == "codes" and self.borrowed)
         }
+        if self.token_norms:
+            shapes["norm"] = ((batch, tokens), torch.uint8)
         shapes["ring"] = ((batch, heads, self.ring_tokens, dim), self.dtype)
         if self.sink_tokens:
             # One row more than there are sinks: where the writes of later tokens go to be ignored.
@@ -182,7 +186,7 @@ def why_not_fused(key: KVSpec, value: KVSpec) -> str:
     reason = why_no_kernel(key.scheme, key.bits, value.scheme, value.bits)
     if reason:
         return reason
-    for name in ("residual_length", "sink_tokens", "rollback_tokens", "scale_dtype", "window"):
+    for name in ("sink_tokens", "rollback_tokens", "scale_dtype", "window"):
         ours, theirs = getattr(key, name), getattr(value, name)
         if ours != theirs:
             return f"keys and values differ in {name}: {ours} and {theirs}"
