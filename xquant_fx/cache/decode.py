@@ -70,7 +70,7 @@ def decode_attention(
     mask = _causal(key, past, new) if mask is None else _fitting(mask, (*q.shape[:3], spec.shape[2]), where)
     fixed = spec.decode_constants(value.spec)
     fixed["window"] = min((n for n in (window, spec.window) if n), default=0)
-    return ops.DECODE(
+    out = ops.DECODE(
         q=q,
         **of_sides(key.tensor, value.tensor),
         start=key.group.start,
@@ -82,6 +82,7 @@ def decode_attention(
         scale=scale,
         softcap=softcap,
     )
+    return ops.ROTATE(out, True) if value.spec.folded else out
 
 
 def _states(cache: Any, layer: int) -> tuple[KVState, KVState]:

@@ -91,7 +91,8 @@ class XQuantCache(StaticCache):
         for layer_idx, index in enumerate(sorted(chosen)):
             assert self.plan is not None
             window = chosen[index] % max_cache_len  # one as long as the cache never slides
-            layer = XQuantLayer(max_cache_len, layer_idx, self.quantized_layers, self.plan, window)
+            of_layer = (max_cache_len, layer_idx, self.quantized_layers, self.plan)
+            layer = XQuantLayer(*of_layer, _latents(of_model), window)
             self.layers[index] = layer
             self.quantized_layers.append(layer)
         if padding_mask is not None:
@@ -210,6 +211,13 @@ class XQuantCache(StaticCache):
             ArgumentError: it is of another cache, or incomplete; nothing is changed.
         """
         load(self, tensors)
+
+
+def _latents(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """(channels of the latent, of the rotary part of keys), of a model whose layers cache these."""
+    decoder = config.get_text_config(decoder=True)
+    rank, rotary = (getattr(decoder, name, None) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    return (rank, rotary) if isinstance(rank, int) and isinstance(rotary, int) else None
 
 
 def _length(tokens: Any) -> int:
