@@ -42,7 +42,7 @@ def pair(config: XQuantConfig, window: int, batch: int, dim: int, dtype: torch.d
     plan = make_plan(config, 1)
     roles: tuple[Role, ...] = get_args(Role)
     shape = (batch, HEADS, LENGTH, dim)
-    specs = [plan.layers[0].of(role).bind(0, shape, dtype, None, window) for role in roles]
+    specs = [plan.layers[0].of(role).bind(0, shape, dtype, None, window=window) for role in roles]
     group = CacheGroup(plan, batch, torch.device("cpu"), torch.tensor([0, 11])[:batch])
     states = allocate(group, specs)
     for state in states:

@@ -33,7 +33,7 @@ def test_steps_chunks_and_rollbacks(name: str, append: Callable[[KVState, Tensor
     play(XQuantConfig(**CONFIGS[name]), append)
 
 
-@pytest.mark.parametrize(("name", "new"), zip(CONFIGS, (1, 30, 3, 12), strict=True))
+@pytest.mark.parametrize(("name", "new"), list(zip(CONFIGS, (1, 30, 3, 12), strict=True)))
 def test_decode_attention(name: str, new: int) -> None:
     config = XQuantConfig(**CONFIGS[name])
     for run in (attend, lambda a: ops.DECODE_CPU(**a._asdict())):
@@ -76,6 +76,6 @@ def test_windows_share_no_codes() -> None:
     from xquant_fx.plan.plan import make_plan
 
     upper: Any = make_plan(config, 2).layers[1].value
-    lower = make_plan(config, 2).layers[0].value.bind(0, (1, 2, 1024, 32), torch.float32, None, 512)
-    spec = upper.bind(1, (1, 2, 1024, 32), torch.float32, lower, 512)
+    lower = make_plan(config, 2).layers[0].value.bind(0, (1, 2, 1024, 32), torch.float32, None, window=512)
+    spec = upper.bind(1, (1, 2, 1024, 32), torch.float32, lower, window=512)
     assert spec.partner is None and "sliding window" in spec.reason
