@@ -48,7 +48,7 @@ class Trial:
     chooses_windows: bool = False
     """Whether each layer and side has a window of its own (trial_windows.py)."""
     key_window: int | None = None
-    """In the place of ``residual_length``, in tokens."""
+    """In the place of the preset's, in tokens."""
     value_window: int | None = None
 
     def true_bits(self, config: Any) -> float:
@@ -104,7 +104,7 @@ TRIALS = [
     trial("keys: all of 2 bits", "xquant-2.2", key=Keys(uniform_widths(2))),
     trial("keys: water-filling per head", "xquant-2.2", key=Keys(water_filling(2))),
     trial("keys: water-filling per layer", "xquant-2.2", key=Keys(over_layer(water_filling(2)))),
-    trial("windows: keys 384, values 128", "xquant-2.2", key_window=384, value_window=128),
+    trial("windows: keys 256, values 256", "xquant-2.2", key_window=256, value_window=256),
     trial("windows: keys 128, values 384", "xquant-2.2", key_window=128, value_window=384),
     trial("windows: by layer and side", "xquant-2.2", chooses_windows=True),
     trial("scales: in 16 bits", "xquant-2.2", key=Keys(fixed_widths(2), exact_scales=True), key_constants=32,

@@ -72,6 +72,8 @@ CASES: dict[str, dict[str, Any]] = {
     "groups of one": dict(k_group=1, v_group=8, residual=20, dtype="float32"),
     "odd groups": dict(k_group=24, residual=24, v_group=32),
     "small groups, sink tokens": dict(k_group=4, residual=12, v_group=16, sinks=5, start=(3,)),
+    "key windows of several blocks more": dict(residual=64, v_residual=24, sinks=4, dtype="float32"),
+    "value windows longer than keys'": dict(residual=32, v_residual=70, query=3, mask="padded"),
     "float32 scales": dict(scale_dtype="float32", dtype="float32", loud=1e6, scale=1e-12),
     "bfloat16 scales": dict(scale_dtype="bfloat16", dtype="bfloat16"),
     **{
@@ -145,6 +147,15 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
         "ranked, one group in the window": dict(residual=32),
         "ranked, several tiles a split": dict(past=470, max_len=480, batch=2, k_group=64, v_bits=2),
         "ranked, the default lengths": dict(past=500, max_len=520, residual=256, k_group=128, dim=128, v_bits=2),
+        "ranked, keys later than values": dict(residual=128, v_residual=32, sinks=4, query=3, dtype="float32"),
+        "ranked, keys later, a chunk": dict(query=20, residual=96, v_residual=24, v_bits=2, mask="padded"),
+        "ranked, keys or values later, in turns": dict(residual=64, v_residual=48, v_group=16, v_bits=3, window=100),
+        "ranked, values that came rotated": dict(
+            v_scheme="per_token_folded", residual=96, v_residual=32, v_bits=2, sinks=4, query=3, dtype="float32"
+        ),
+        "ranked, values that came rotated, a chunk": dict(
+            v_scheme="per_token_folded", query=20, v_bits=3, v_group=16, dim=96, mask="padded"
+        ),
         "ranked, groups of 96": dict(past=300, max_len=320, residual=96, k_group=96, dtype="float32"),
         "ranked, groups of channels": dict(v_group=16, v_bits=2, dim=96, dtype="float32"),
         "ranked, one token outweighs all others": dict(

@@ -39,6 +39,8 @@ class Setup:
     k_group: int = 32
     v_group: int | None = None
     residual: int = 32
+    v_residual: int | None = None
+    """Of values, where it differs."""
     sinks: int = 0
     start: tuple[int, ...] = ()
     mask: str = "causal"
@@ -68,7 +70,7 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
     config = XQuantConfig(
         k_scheme=s.k_scheme, v_scheme=s.v_scheme,
         k_bits=s.k_bits, v_bits=s.v_bits, share_values_from=None, k_group_size=s.k_group, v_group_size=s.v_group,
-        residual_length=s.residual, sink_tokens=s.sinks, k_token_norms=s.norms,
+        residual_length=s.residual, v_residual_length=s.v_residual, sink_tokens=s.sinks, k_token_norms=s.norms,
         scale_dtype=None if s.scale_dtype is None else getattr(torch, s.scale_dtype),
     )  # fmt: skip
     shape = (s.batch, s.kv_heads, s.max_len, dim)
@@ -89,7 +91,7 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
     if s.query <= STEP_TOKENS:
         return state, None
     state.owned["ring"] = ring
-    return state, new
+    return state, state._as_stored(new)
 
 
 def make_mask(s: Setup) -> Tensor | None:
@@ -159,10 +161,11 @@ def arguments(s: Setup, given: dict[str, Any]) -> dict[str, Any]:
         k_scheme=s.k_scheme,
         k_bits=s.k_bits,
         k_group=key.group_size,
+        k_residual=key.residual_length,
         v_scheme=s.v_scheme,
         v_bits=s.v_bits,
         v_group=value.group_size,
-        residual_length=s.residual,
+        v_residual=value.residual_length,
         scale=s.scale or s.dim**-0.5,
         softcap=s.softcap,
         window=s.window,
@@ -176,7 +179,7 @@ def reference(s: Setup, given: dict[str, Any], dtype: torch.dtype, rounded: torc
     sides = [
         Stored(
             scheme=given[side].spec.scheme, bits=given[side].spec.bits, group=given[side].spec.group_size,
-            residual=s.residual, new=given["new"][side],
+            residual=given[side].spec.residual_length, new=given["new"][side],
             **{name: given[side].tensor(name) for name in (*OF_SIDE, *OF_KEYS)},
         )
         for side in ("key", "value")

@@ -58,6 +58,7 @@ RANKED: dict[str, dict[str, Any]] = {
     "keys, several groups a step": dict(side="key", **{**RANKED_SHAPE, "residual": 4, "group": 2}),
     "keys, odd groups": dict(side="key", **{**RANKED_SHAPE, "residual": 24, "group": 12}),
     "values, sinks": dict(side="value", sinks=5, padding=[3], dtype="float16", **{**RANKED_SHAPE, "group": 32}),
+    "values that came rotated": dict(side="value", folded=True, **{**RANKED_SHAPE, "group": 64}),
     "loud values": dict(side="value", scale=64.0, **{**RANKED_SHAPE, "group": 64}),
     "scales that do not fit": dict(side="key", scale=2.0**14, **RANKED_SHAPE),
 }
@@ -74,7 +75,7 @@ def check_ranked(found: dict[str, Any]) -> None:
     # A code lies at a tie, a scale between two codes, where a rounding of a sum decides: rare.
     assert found["codes"] <= found["numbers"] // 2000 and found["scale"] <= 1 and found.get("zero", 0) <= 1, found
     assert found["scales"] + found.get("zeros", 0) <= 2 + found["numbers"] // 1000, found
-    assert found.get("center", 0.0) < 1e-4 and found["nans"][0] == found["nans"][1], found
+    assert found.get("center", 0.0) < 1e-5 and found["nans"][0] == found["nans"][1], found
 
 
 def case_of(**kwargs: Any) -> Case:
@@ -84,11 +85,12 @@ def case_of(**kwargs: Any) -> Case:
 
 
 def differences_by(
-    append: Append, script: list[int], energy: bool = False, spoil: str = "", **kwargs: Any
+    append: Append, script: list[int], energy: bool = False, spoil: str = "", longest: int = STEP_TOKENS, **kwargs: Any
 ) -> dict[str, Any]:
     """What ``by_tensor`` finds between ``append`` and the ops after ``script`` on ranked keys or rotated values.
 
-    n > 0 is a step of n tokens, n < 0 rolls n tokens back, 0 starts anew. ``spoil`` is put into the third step.
+    n > 0 is a step of n tokens, n < 0 rolls n tokens back, 0 starts anew. ``spoil`` is put into the third step. Steps
+    of more than ``longest`` tokens are the ops' on both sides.
     """
     case = case_of(ranked=True, **kwargs)
     ours, theirs = pair_of(case)[0], pair_of(case)[0]
@@ -105,7 +107,7 @@ def differences_by(
         x, pos = case.tokens(new, number), torch.arange(past, past + new)
         if spoil and number == 2:
             x[0, 0, 1, 3] = BAD[spoil]
-        (append if new <= STEP_TOKENS else append_by_op)(ours, x, pos)
+        (append if new <= longest else append_by_op)(ours, x, pos)
         append_by_op(theirs, x, pos)
         past += new
     assert int(ours.tensor("fault")) == int(theirs.tensor("fault")) == 0
@@ -137,7 +139,8 @@ def by_tensor(case: Case, ours: KVState, theirs: KVState, past: int) -> dict[str
             found[name], found[f"{name}s"] = int(off.max() if limit else 0), int((off > 0).sum())
     if case.side == "key" and limit:
         x, y = ours.tensor("center"), theirs.tensor("center")
-        found["center"] = float(((x - y).abs() / (1e-30 + y.abs().nan_to_num(0.0))).nan_to_num(0.0).max())
+        largest = y.abs().nan_to_num(0.0).amax(2, keepdim=True)  # one near 0 is what is left of sums that cancel
+        found["center"] = float(((x - y).abs() / (1e-30 + largest)).nan_to_num(0.0).max())
     seen = [s.load(past)[:, :, :limit].double() for s in (ours, theirs)]
     found["nans"] = [int(t.isnan().sum()) for t in seen]
     found["largest"] = float((seen[0] - seen[1]).abs().nan_to_num(0.0).max()) if limit else 0.0

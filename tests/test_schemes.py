@@ -20,7 +20,7 @@ from xquant_fx.kernels.quantize_store.plain_torch import store
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.kernels.schemes.base import Scheme
 from xquant_fx.kernels.shared_code_load.arguments import STORED, LoadArguments
-from xquant_fx.kernels.shared_code_load.plain_torch import load
+from xquant_fx.kernels.shared_code_load.plain_torch import load_as_stored
 from xquant_fx.plan.spec import KVSpec
 
 EACH = pytest.mark.parametrize("scheme", SCHEMES)
@@ -47,7 +47,7 @@ def test_a_scheme_has_all_that_the_protocol_names(scheme: str) -> None:
         if inspect.isfunction(declared) and not name.startswith("_"):
             expected = list(inspect.signature(declared).parameters)[1:]
             assert list(inspect.signature(getattr(module, name)).parameters) == expected, name
-    assert module.APPEND in ("blocks", "tokens", "ranked", "rotated")
+    assert module.APPEND in ("blocks", "tokens", "ranked", "rotated", "folded")
     assert module.BITS and all(0 < bits < 16 for bits in module.BITS) and module.SCALE_DTYPES
     assert module.__doc__
 
@@ -84,9 +84,9 @@ def test_load_reads_what_store_wrote(scheme: str, bits: int, steps: list[int]) -
         ring = tensors["ring"].clone() if new > STEP_TOKENS else tensors["ring"]
         step, pos = x[:, :, past : past + new], torch.arange(past, past + new)
         store(StoreArguments(x=step, pos=pos, **tensors, **spec.store_constants()))
-        seen = load(
+        seen = load_as_stored(
             LoadArguments(
-                **{name: tensors[name] for name in STORED if name != "ring"},
+                **{name: tensors[name] for name in (*STORED, "start") if name != "ring"},
                 ring=ring,
                 past=torch.tensor([past]),
                 new_tokens=new,

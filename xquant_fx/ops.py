@@ -25,12 +25,14 @@ from xquant_fx.kernels.quantize_store import cpu_call as cpu_store
 from xquant_fx.kernels.quantize_store import plain_torch as plain_store
 from xquant_fx.kernels.quantize_store import triton_launch as triton_store
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
+from xquant_fx.kernels.rotation import rotate_values
 from xquant_fx.kernels.shared_code_load import plain_torch as plain_load
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.kernels.triton_host import has_triton
 from xquant_fx.tracing import is_traced
 
 _lib = torch.library.Library("xquant", "DEF")
+_lib.define("rotate_values(Tensor x, bool back) -> Tensor")
 for _schema in (
     StoreArguments.schema("quantize_store", OWN),
     StoreArguments.schema("quantize_store.borrowed", BORROWED),
@@ -43,6 +45,8 @@ for _schema in (
 ):
     _lib.define(_schema)
 
+LONG_CHUNK = 256  # tokens from which on an uncompiled chunk has a kernel
+
 STORE = torch.ops.xquant.quantize_store.default
 STORE_BORROWED = torch.ops.xquant.quantize_store.borrowed
 LOAD = torch.ops.xquant.shared_code_load.default
@@ -50,6 +54,7 @@ APPEND_CPU = torch.ops.xquant.append_cpu.default
 APPEND_CPU_BORROWED = torch.ops.xquant.append_cpu.borrowed
 DECODE = torch.ops.xquant.decode_attention.default
 DECODE_CPU = torch.ops.xquant.decode_attention_cpu.default
+ROTATE = torch.ops.xquant.rotate_values.default
 LINEAR_ROWS = torch.ops.xquant.linear_rows.default
 
 
@@ -101,6 +106,21 @@ def _run(kernels: Mapping[str, Kernel], x: Tensor, a: Any, otherwise: Callable[[
     return otherwise(a) if reason else kernel.run(a)
 
 
+def _chunk_cpu(a: StoreArguments) -> None:
+    cpu_store.run_chunk(a.replace(x=a.x.to(a.quantized.ring.dtype)))
+
+
+def _is_long_and_eager(x: Tensor) -> bool:
+    return not is_traced(x) and x.shape[2] >= LONG_CHUNK
+
+
+#: Device type to the kernel that appends longer chunks there, where they take plain torch long enough to be worth
+#: a compiled kernel. A graph has plain torch, which Inductor compiles.
+CHUNK_KERNELS = {
+    "cpu": Kernel(_chunk_cpu, _is_long_and_eager, cpu_store.why_no_chunk),
+}
+
+
 def quantize_store(*args: Any, **kwargs: Any) -> None:
     """Store tokens and quantize those that are due; ``fit`` (overload ``borrowed``) for borrowed codes."""
     a = StoreArguments(*args, **kwargs)
@@ -109,10 +129,7 @@ def quantize_store(*args: Any, **kwargs: Any) -> None:
         return
     new = a.x.shape[2]
     is_step = isinstance(new, int) and new <= STEP_TOKENS
-    if is_step:
-        _run(STEP_KERNELS, a.x, a, plain_store.store)
-    else:
-        plain_store.store(a)
+    _run(STEP_KERNELS if is_step else CHUNK_KERNELS, a.x, a, plain_store.store)
 
 
 def shared_code_load(*args: Any, **kwargs: Any) -> Tensor:
@@ -136,6 +153,7 @@ def linear_rows(*args: Any, **kwargs: Any) -> Tensor:
     return plain_linear.linear(LinearArguments(*args, **kwargs))
 
 
+_lib.impl("rotate_values", rotate_values, "CompositeImplicitAutograd")
 _lib.impl("linear_rows", linear_rows, "CompositeExplicitAutograd")
 _lib.impl("linear_rows", cpu_linear.run_cpu, "CPU")
 _lib.impl("linear_rows", cpu_linear.empty_output, "Meta")

@@ -20,6 +20,8 @@ from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.widths import QUAD, plain_words, planes, quads_of, rank_widths
 
 RANKED, ROTATED = "per_channel_ranked", "per_token_rotated"
+#: What stores values on levels that lie about zero, without zero points.
+ABOUT_ZERO = (ROTATED, "per_token_folded")
 MOST_ROWS = 64  # of a block: their scores of a span stay in the cache
 
 
@@ -40,12 +42,14 @@ class Problem:
     k_bits: float
     k_group: int
     k_tokens: int
+    k_residual: int
+    k_ring: int
     v_scheme: str
     v_bits: float
     v_group: int
     v_tokens: int
-    residual: int
-    ring: int
+    v_residual: int
+    v_ring: int
     sinks: int
     scale: float
     softcap: float
@@ -82,14 +86,16 @@ def constants(p: Problem) -> str:
     numbers = {
         "B": p.batch, "H": p.heads, "HQ": p.query_heads, "Q": p.queries, "DK": p.k_dim, "DV": p.v_dim, "N": p.max_len,
         **key_sizes(p), "K_GROUP": p.k_group, "K_TOKENS": p.k_tokens,
+        "K_RESIDUAL": p.k_residual, "K_RING": p.k_ring,
         "ROTATED": rotated_size(p.v_dim) if p.v_scheme == ROTATED else 0,
         "V_HIGH": v_high, "V_LOW": v_low, "V_GROUP": p.v_group, "V_TOKENS": p.v_tokens,
-        "RESIDUAL": p.residual, "RING_SLACK": p.ring - p.residual, "SINKS": p.sinks, "WINDOW": p.window,
+        "V_RESIDUAL": p.v_residual, "V_RING": p.v_ring, "SINKS": p.sinks, "WINDOW": p.window,
         "MASK_B": p.mask_strides[0], "MASK_H": p.mask_strides[1], "MASK_Q": p.mask_strides[2],
         "ROWS": p.row_block, "DIGITS": 3 if p.dtype == torch.float32 else 2,
     }  # fmt: skip
     flags = {
-        "RANKED": p.k_scheme == RANKED, "NORMS": p.k_norms, "HAS_NEW": p.chunk, "HAS_MASK": p.mask_dtype is not None,
+        "RANKED": p.k_scheme == RANKED, "NORMS": p.k_norms, "ABOUT_ZERO": p.v_scheme in ABOUT_ZERO, "HAS_NEW": p.chunk,
+        "HAS_MASK": p.mask_dtype is not None,
         "HAS_SINK_LOGITS": p.sink_logits_dtype is not None,
     }  # fmt: skip
     types = {
@@ -144,7 +150,7 @@ def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
         absent |= {"k_order", "k_center"}
     if not p.k_norms:
         absent.add("k_norm")
-    if p.v_scheme == ROTATED:
+    if p.v_scheme in ABOUT_ZERO:
         absent.add("v_zero")
     if p.mask_dtype is None:
         absent.add("mask")

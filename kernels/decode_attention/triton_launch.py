@@ -47,6 +47,13 @@ def warps_of(a: DecodeArguments, hip: bool) -> int:
     return 8 if a.q.dtype == torch.float32 or small or large else 4
 
 
+def rotation_of(a: DecodeArguments) -> int:
+    """``ROTATION`` of the values (triton_unpack.py)."""
+    if a.v_zero is not None:
+        return -1
+    return rotated_size(a.v_ring.shape[3]).bit_length() - 1 if a.v_scheme == "per_token_rotated" else -2
+
+
 def launch(
     a: DecodeArguments,
     *,
@@ -99,14 +106,16 @@ def launch(
         K_GROUP=a.k_group,
         K_TOKENS=a.k_codes.shape[3],
         K_GROUPS=a.k_scale.shape[2],
+        K_RESIDUAL=a.k_residual,
+        K_RING=a.k_ring.shape[2],
         V_DIM=v_dim,
         V_BITS=int(a.v_bits),
         V_LOW=high_and_low(a.v_bits)[1],
         V_GROUP=a.v_group,
         V_TOKENS=a.v_codes.shape[2] * WORD_BITS // int(a.v_bits),
         V_STRIDE=a.v_scale.shape[3],
-        RING=a.k_ring.shape[2],
-        RESIDUAL=a.residual_length,
+        V_RESIDUAL=a.v_residual,
+        V_RING=a.v_ring.shape[2],
         SINK_TOKENS=0 if a.k_sink is None else a.k_sink.shape[2] - 1,
         SCALE=a.scale,
         SOFTCAP=a.softcap,
@@ -116,7 +125,7 @@ def launch(
         MASK_HEADS=mask_shape[1],
         MASK_QUERY=mask_shape[2],
         HAS_NEW=a.k_new is not None,
-        ROTATION=rotated_size(v_dim).bit_length() - 1 if a.v_zero is None else -1,
+        ROTATION=rotation_of(a),
         num_warps=warps_of(a, hip),
         **ranks(a.k_bits, k_dim, ranked),
         **dataclasses.asdict(chosen),

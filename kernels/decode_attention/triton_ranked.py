@@ -129,7 +129,7 @@ def plane_scales(scale, in_use, PLANE: tl.constexpr, KEYS: tl.constexpr):
 
 @triton.jit
 def ranked_scales(scale, zero, norm, t0, limit, KEYS: tl.constexpr, TILE: tl.constexpr):
-    """(scales, mid points) by rank, scales by field, norms [TILE] as stored; zeros if ``t0`` is not below ``limit``."""
+    """(scales, mid points) by rank, scales by field, norms [TILE] as stored; zeros from ``limit`` on."""
     at = t0 // KEYS[GROUP] * KEYS[STRIDE]
     in_use = t0 + tl.arange(0, 1) < limit
     rank = tl.arange(0, KEYS[CHANNELS])

@@ -36,17 +36,19 @@ def norms_of(batch, norm, otherwise, KEYS: tl.constexpr):
 
 @triton.jit
 def rows_of(head, keys, values, TOKENS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr):
-    """(keys, values) in full precision of one KV head of one sequence, of TOKENS tokens."""
-    return keys + head * (TOKENS * KEYS[DIM]), values + head * (TOKENS * VALUES[DIM])
+    """(keys, values) in full precision of one KV head of one sequence, of TOKENS = (keys, values) tokens."""
+    return keys + head * (TOKENS[0] * KEYS[DIM]), values + head * (TOKENS[1] * VALUES[DIM])
 
 
 @triton.jit
-def limits_of(past_tokens, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr):
+def limits_of(
+    past_tokens, K_RESIDUAL: tl.constexpr, V_RESIDUAL: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr
+):
     """The first token that any row sees, and the tokens below which keys are in codes, and values."""
     first = tl.maximum(past_tokens - WINDOW + 1, 0) if WINDOW > 0 else past_tokens * 0
     ranked: tl.constexpr = KEYS[RANKED]
-    k_limit = ranked_limit(past_tokens, RESIDUAL, KEYS[GROUP]) if ranked else past_tokens // RESIDUAL * RESIDUAL
-    return first, k_limit, tl.maximum(past_tokens - RESIDUAL, 0)
+    k_limit = ranked_limit(past_tokens, K_RESIDUAL, KEYS[GROUP]) if ranked else past_tokens // K_RESIDUAL * K_RESIDUAL
+    return first, k_limit, tl.maximum(past_tokens - V_RESIDUAL, 0)
 
 
 @triton.jit

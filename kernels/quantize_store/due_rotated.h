@@ -1,14 +1,18 @@
-// Quantize a rotated token of values (kernels/schemes/per_token_rotated.py).
+// Quantize a token of values that is rotated here (kernels/schemes/per_token_rotated.py), or, where ROTATED is 0, was
+// before (per_token_folded.py).
 #pragma once
 
 namespace xq {
 
 inline void store_rotated(const Inputs& in, int64_t head, int64_t t) {
-    const T* row = ring_token(in, head, t);
+    const T* row = token(in, head, t);
     float y[D_PAD + L] = {};
-    for (int64_t d = 0; d < D; d++) y[d] = to_float(row[d]) * ROTATION_SIGNS[d];
-    hadamard<D, ROTATED>(y);
-    for (int64_t d = 0; d < D; d++) y[d] *= ROTATION_SCALE;
+    for (int64_t d = 0; d < D; d++) y[d] = to_float(row[d]);
+    if constexpr (ROTATED > 0) {
+        for (int64_t d = 0; d < D; d++) y[d] *= ROTATION_SIGNS[d];
+        hadamard<D, ROTATED>(y);
+        for (int64_t d = 0; d < D; d++) y[d] *= ROTATION_SCALE;
+    }
     uint8_t codes[D_PAD + L];
     for (int64_t g = 0; g < D / GROUP; g++) {
         const float* x = y + g * GROUP;
@@ -33,10 +37,17 @@ inline void store_rotated(const Inputs& in, int64_t head, int64_t t) {
     put_codes(in.codes + head * CODE_ROWS * D, t, D, codes);
 }
 
-inline bool any_due(int64_t, int64_t) { return false; }  // too little to share out
+constexpr int64_t SLICE = 64;
+constexpr bool DUE_IS_MUCH = false;
 
-inline void quantize_due(const Inputs& in, int64_t head, int64_t end) {
-    for (int64_t t = std::max<int64_t>(in.past - RESIDUAL, 0); t < end - RESIDUAL; t++) store_rotated(in, head, t);
+inline int64_t due_end(int64_t stored) { return std::max<int64_t>(stored - RESIDUAL, 0); }
+
+inline void note_tokens(const Inputs&, int64_t, int64_t, int64_t) {}
+
+inline void prepare_due(const Inputs&, int64_t, int64_t, int64_t) {}
+
+inline void quantize_due(const Inputs& in, int64_t head, int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++) store_rotated(in, head, t);
 }
 
 }  // namespace xq

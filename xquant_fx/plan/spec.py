@@ -11,6 +11,7 @@ import torch
 from xquant_fx.kernels.decode_attention.arguments import why_not_fused as why_no_kernel
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.schemes import SCHEMES
+from xquant_fx.kernels.schemes.per_token_folded import NAME as FOLDED
 
 Role = Literal["key", "value"]
 
@@ -67,6 +68,11 @@ class KVSpec:
         return self.bits < 16
 
     @property
+    def folded(self) -> bool:
+        """Whether tokens are stored rotated, in window and sinks, too, so that attention's output is rotated."""
+        return self.quantized and self.scheme == FOLDED
+
+    @property
     def ring_tokens(self) -> int:
         """Tokens the residual window can hold."""
         return self.residual_length + self.rollback_tokens
@@ -101,9 +107,9 @@ class KVSpec:
         Only where :func:`why_not_fused` gives no reason: both sides then agree in what it takes once.
         """
         return dict(
-            max_len=self.shape[2], residual_length=self.residual_length,
-            k_scheme=self.scheme, k_bits=self.bits, k_group=self.group_size,
-            v_scheme=value.scheme, v_bits=value.bits, v_group=value.group_size,
+            max_len=self.shape[2],
+            k_scheme=self.scheme, k_bits=self.bits, k_group=self.group_size, k_residual=self.residual_length,
+            v_scheme=value.scheme, v_bits=value.bits, v_group=value.group_size, v_residual=value.residual_length,
         )  # fmt: skip
 
     def tensor_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -151,7 +157,7 @@ def why_not_fused(key: KVSpec, value: KVSpec) -> str:
     reason = why_no_kernel(key.scheme, key.bits, value.scheme, value.bits)
     if reason:
         return reason
-    for name in ("residual_length", "sink_tokens", "rollback_tokens", "scale_dtype"):
+    for name in ("sink_tokens", "rollback_tokens", "scale_dtype"):
         ours, theirs = getattr(key, name), getattr(value, name)
         if ours != theirs:
             return f"keys and values differ in {name}: {ours} and {theirs}"
