@@ -49,10 +49,11 @@ template <int BITS, int NR, int NV> ALWAYS_INLINE void make_room(vi (&acc)[NR][D
             for (int v = 0; v < NV; v++) acc[r][d][v] *= 1 << BITS;
 }
 
-// Scores of NV vectors of tokens with NR rows, from `offset` of the span on.
+// Scores of NV vectors of tokens with NR rows, from `offset` of the span on; `norm` is of up to n of the tokens, the
+// others are read by nobody.
 template <int NR, int NV>
-inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, [[maybe_unused]] const vf (&norms)[NV],
-                     int64_t row, int64_t offset) {
+inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, [[maybe_unused]] const uint8_t* norm,
+                     [[maybe_unused]] int64_t n, int64_t row, int64_t offset) {
     constexpr int64_t TO_4 = K_WORDS_8, TO_2 = TO_4 + K_WORDS_4, TO_1 = TO_2 + K_WORDS_2;
     const auto digits = scratch.q_digits + row;
     vi acc[NR][DIGITS][NV] = {};
@@ -68,24 +69,23 @@ inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, [[m
     }
     vf out[NR][NV];
     join_digits(acc, out);
-    for (int r = 0; r < NR; r++)
-        for (int v = 0; v < NV; v++) {
+    for (int v = 0; v < NV; v++) {
+        vf norms = {};
+        if constexpr (NORMS) norms = load_norms(norm + v * L, n);
+        for (int r = 0; r < NR; r++) {
             const vf score = fma(out[r][v], splat(scratch.q_unit[row + r]), splat(scratch.q_zero[row + r]));
-            store(scratch.score[row + r] + offset + v * L, NORMS ? score * norms[v] : score);
+            store(scratch.score[row + r] + offset + v * L, NORMS ? score * norms : score);
         }
+    }
 }
 
-// The same with all rows; `norm` is of up to n of the tokens, the others are read by nobody.
 template <int NV>
 inline void dot_keys_with_all_rows(Scratch& scratch, const int32_t* codes, int64_t stride, const uint8_t* norm,
                                    int64_t n, int64_t offset) {
-    vf norms[NV] = {};
-    if constexpr (NORMS)
-        for (int v = 0; v < NV; v++) norms[v] = load_norms(norm + v * L, n);
     for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
-        dot_keys<ROWS_AT_ONCE, NV>(scratch, codes, stride, norms, r, offset);
+        dot_keys<ROWS_AT_ONCE, NV>(scratch, codes, stride, norm, n, r, offset);
     if constexpr (ROWS % ROWS_AT_ONCE)
-        dot_keys<ROWS % ROWS_AT_ONCE, NV>(scratch, codes, stride, norms, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, offset);
+        dot_keys<ROWS % ROWS_AT_ONCE, NV>(scratch, codes, stride, norm, n, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, offset);
 }
 
 constexpr int64_t TOKENS_AT_ONCE = VECTORS_AT_ONCE * L;
