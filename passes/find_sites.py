@@ -62,15 +62,16 @@ def _site(attention: Attention, facts: Facts, refusal: Refusal) -> Site:
     key, value = facts.source(attention.key), facts.source(attention.value)
     behind_key, behind_value = facts.caches_behind(key.root), facts.caches_behind(value.root)
     caches = behind_key + behind_value
-    reason = _reason(attention, key, value, caches, facts)
-    is_latent = not (key.root in behind_key and value.root in behind_value)
-    allocated_here = all(
-        is_factory(s.root) and facts.writes_to(s.root) and not why_not_length(s.root, "", facts) for s in (key, value)
-    )
-    name = buffer_name((caches or [key.root])[0])
+    operands, name = (key, value), buffer_name((caches or [key.root])[0])
     # Of latents each operand is computed from both buffers: the values' comes first, the keys' is the other one.
     value = _from_cache(value, behind_value, facts)
     key = _from_cache(key, [n for n in behind_key if n is not value.root] or behind_key, facts)
+    is_latent = (key, value) != operands
+    key_is_rotary = key is not operands[0] and key.root is not value.root and value.root in behind_key
+    reason = _reason(attention, key, value, caches, facts)
+    allocated_here = all(
+        is_factory(s.root) and facts.writes_to(s.root) and not why_not_length(s.root, "", facts) for s in (key, value)
+    )
     quantized = is_quantized(key.root) or is_quantized(value.root)
     of_call = False
     if not reason and not quantized:
@@ -79,8 +80,8 @@ def _site(attention: Attention, facts: Facts, refusal: Refusal) -> Site:
     writes = _write(key, attention.key_reader, facts), _write(value, attention.value_reader, facts)
     return Site(
         attention, key, value, *writes, name,
-        has_cache=bool(caches), is_quantized=quantized, is_latent=is_latent, allocated_here=allocated_here,
-        reason=reason, of_call=of_call,
+        has_cache=bool(caches), is_quantized=quantized, is_latent=is_latent, key_is_rotary=key_is_rotary,
+        allocated_here=allocated_here, reason=reason, of_call=of_call,
     )  # fmt: skip
 
 
@@ -89,12 +90,18 @@ def _reason(attention: Attention, key: Source, value: Source, caches: list[Node]
         return ""
     if not attention.is_recognised:
         return f"appended to in this graph, {NOT_RECOGNISED}"
+    if len(set(caches)) > 2:
+        return f"keys and values are computed from {len(set(caches))} buffers"
     return why_not_operand(key, "keys", facts) or why_not_operand(value, "values", facts) or why_not_pair(key, value)
 
 
 def _from_cache(source: Source, caches: list[Node], facts: Facts) -> Source:
-    """``source``, or the first of the ``caches`` that it is computed from (latent attention, say)."""
-    if not caches or source.root in caches or facts.grows(source.root) is not None:
+    """``source``, or the first of the ``caches`` that it is computed from (latent attention, say).
+
+    New tokens that overflow a sliding window, and what grows and is cut, are what they are.
+    """
+    of_window = facts.grows(source.root) is not None or facts.overflows(source.root) is not None
+    if not caches or source.root in caches or of_window:
         return source
     return Source(caches[0], (op_name(source.root), *source.path))
 

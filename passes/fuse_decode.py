@@ -68,6 +68,8 @@ def _replace(
         ours = dict(q=query, mask=mask, sink_logits=sinks, scale=form.scale, softcap=form.softcap, window=0)
         if all(context.detection.specs[buffer].quantized for buffer in site.buffers):
             fused = call(graph, ops.DECODE, (), {**ours, **stored})
+            if context.detection.specs[site.buffers[1]].folded:
+                fused = context.rotations[form.output] = call(graph, ops.ROTATE, (fused, True))
         else:  # a self-check: no kernel reads keys and values of 16 bits
             sides = (context.loads[write.node] for write in (site.key_write, site.value_write) if write is not None)
             keys, values = sides

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xquant_fx.kernels.decode_attention.arguments import OF_KEYS, OF_SIDE, DecodeArguments
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
-from xquant_fx.kernels.shared_code_load.plain_torch import load
+from xquant_fx.kernels.shared_code_load.plain_torch import load_as_stored
 
 
 def _loaded(a: DecodeArguments) -> tuple[Tensor, Tensor]:
@@ -15,7 +15,7 @@ def _loaded(a: DecodeArguments) -> tuple[Tensor, Tensor]:
     loaded = []
     for side, names in (("k", (*OF_SIDE, *OF_KEYS)), ("v", OF_SIDE)):
         stored = {name: getattr(a, f"{side}_{name}") for name in (*names, "bits", "scheme")}
-        x = load(
+        x = load_as_stored(
             LoadArguments(
                 **{**dict.fromkeys(OF_KEYS), **stored},
                 start=a.start,

@@ -47,6 +47,13 @@ def warps_of(a: DecodeArguments, hip: bool) -> int:
     return 8 if a.q.dtype == torch.float32 or small or large else 4
 
 
+def rotation_of(a: DecodeArguments) -> int:
+    """``ROTATION`` of the values (triton_unpack.py)."""
+    if a.v_zero is not None:
+        return -1
+    return rotated_size(a.v_ring.shape[3]).bit_length() - 1 if a.v_scheme == "per_token_rotated" else -2
+
+
 def launch(
     a: DecodeArguments,
     *,
@@ -118,7 +125,7 @@ def launch(
         MASK_HEADS=mask_shape[1],
         MASK_QUERY=mask_shape[2],
         HAS_NEW=a.k_new is not None,
-        ROTATION=rotated_size(v_dim).bit_length() - 1 if a.v_zero is None else -1,
+        ROTATION=rotation_of(a),
         num_warps=warps_of(a, hip),
         **ranks(a.k_bits, k_dim, ranked),
         **dataclasses.asdict(chosen),

@@ -117,7 +117,7 @@ def _site(record: records.Site, specs: dict[Node, KVSpec]) -> Site:
         v_bits=bits.get("value"), k_eta=_eta(found.get("key")), v_eta=_eta(found.get("value")),
         bytes=sum(_stored_bytes(spec) for spec in found.values()),
         full_bytes=sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in found.values()),
-        dequantized=record.dequantized, notes=_notes(list(found.values())),
+        dequantized=record.dequantized, notes=(*_notes(list(found.values())), *_rotations(record.folding)),
     )  # fmt: skip
 
 
@@ -158,6 +158,17 @@ def _how(specs: list[KVSpec], is_latent: bool) -> str:
     how = "quantized latents, from which keys and values are computed" if is_latent else "quantized"
     lent = [f"{s.role} codes of layer {s.partner}" for s in specs if s.borrowed]
     return f"{how}, with the {' and '.join(lent)}" if lent else how
+
+
+def _rotations(folding: records.Folding | None) -> tuple[str, ...]:
+    """Who rotates values that are stored rotated, and what that takes."""
+    if folding is None:
+        return ()
+    layers = [linear for linear in (folding.value, folding.output) if linear is not None]
+    weights = [weight for linear in layers for weight in (linear.weight, linear.bias) if weight is not None]
+    size = sum(_full_bytes(fake(weight)) for weight in weights)
+    folded = (f"rotation of values folded into {len(weights)} weights: {size:,} bytes of rotated copies",)
+    return (folded if weights else ()) + tuple(f"values are rotated at each step: {why}" for why in folding.reasons)
 
 
 def _notes(specs: list[KVSpec]) -> tuple[str, ...]:
