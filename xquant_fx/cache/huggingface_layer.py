@@ -125,21 +125,22 @@ class XQuantLayer(StaticLayer):
 
     def _check(self, key_states: Tensor, value_states: Tensor, cold: bool) -> None:
         """Whatever can be known before anything is written; Dynamo traces this, and leaves what is refused to eager."""
-        new, where = key_states.shape[2], f"layer {self.layer_idx}: "
-        if new > self.max_cache_len:
+        # Attributes that are read here only to be told are read then: Dynamo guards on each that it meets.
+        new, room = key_states.shape[2], self.max_cache_len if cold or self.keys is None else self.keys.shape[2]
+        if new > room:
             raise CacheStateError(
-                f"{where}a step of {new} tokens does not fit into a cache of {self.max_cache_len} (max_cache_len)"
+                f"layer {self.layer_idx}: a step of {new} tokens does not fit into a cache of {room} (max_cache_len)"
             )
         if not cold:
             for buffer, x in ((self.keys, key_states), (self.values, value_states)):
                 if buffer is None:
                     continue
                 if reason := why_not_tokens(x, buffer.shape, buffer.dtype):
-                    raise CacheStateError(where + reason)
+                    raise CacheStateError(f"layer {self.layer_idx}: {reason}")
                 if buffer.device != x.device:
                     raise CacheStateError(
-                        f"{where}this cache is on {buffer.device}, the step on {x.device}: make the cache after the "
-                        "model was moved, or move the cache (cache.to(device))"
+                        f"layer {self.layer_idx}: this cache is on {buffer.device}, the step on {x.device}: make the "
+                        "cache after the model was moved, or move the cache (cache.to(device))"
                     )
         if self.first is self:
             self._check_step(new, cold)

@@ -59,6 +59,10 @@ class KVSpec:
     reason: str = dataclasses.field(default="", compare=False, repr=False)
     """Why it reads its own codes, or that it borrows, for people: graphs do not rely on it."""
 
+    def __deepcopy__(self, memo: object) -> KVSpec:
+        """Itself, as it never changes: Dynamo's guards keep a deep copy, and compare it in each step."""
+        return self
+
     @property
     def borrowed(self) -> bool:
         """Whether the codes belong to the layer below."""
