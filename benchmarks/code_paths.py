@@ -58,8 +58,9 @@ def problem(tokens: int) -> Problem:
     return Problem(
         dtype=torch.bfloat16, scale_dtype=torch.uint8, batch=1, heads=8, query_heads=8 * ROWS, queries=1, k_dim=DIM,
         v_dim=DIM, max_len=tokens, k_scheme="per_channel_ranked", k_bits=2, k_group=GROUP, k_tokens=tokens,
-        v_scheme="per_token_rotated", v_bits=1, v_group=DIM, v_tokens=tokens, residual=256, ring=264, sinks=4,
-        scale=1.0, softcap=0.0, window=0, mask_dtype=None, mask_strides=(0, 0, 0), sink_logits_dtype=None, chunk=False,
+        k_residual=384, k_ring=404, v_scheme="per_token_rotated", v_bits=1, v_group=DIM, v_tokens=tokens,
+        v_residual=128, v_ring=148, sinks=4, scale=1.0, softcap=0.0, window=0, mask_dtype=None, mask_strides=(0, 0, 0),
+        sink_logits_dtype=None, chunk=False,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.decode_attention.triton_launch import launch
 
 #: Of a config: the pair of schemes that is the default, and the paper's.
-DEFAULT: dict[str, Any] = dict(ranked=True, residual=256)
+DEFAULT: dict[str, Any] = dict(ranked=True, residual=384, v_residual=128)
 PAPER: dict[str, Any] = dict(ranked=False, residual=128)
 #: Name to what ``decode_arguments`` takes; a mask of bool, bfloat16, head_dim 128, four query heads on a KV head.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -57,6 +57,7 @@ def bytes_a_token(a: DecodeArguments) -> tuple[float, float]:
     names = [f"{side}_{name}" for side in "kv" for name in ("codes", "scale", "zero")]
     stored = [t for t in (getattr(a, name) for name in names) if t is not None]
     total = sum(t.numel() * t.element_size() for t in stored) / a.k_codes.shape[1] / a.k_codes.shape[3]
+    total += a.k_norm is not None  # a byte, which all KV heads read
     mask = 0 if a.mask is None else a.mask.element_size() * math.prod(a.mask.shape[1:3])
     return total + mask, 2 * (a.k_ring.shape[3] + a.v_ring.shape[3])
 

@@ -48,7 +48,7 @@ class Trial:
     chooses_windows: bool = False
     """Whether each layer and side has a window of its own (trial_windows.py)."""
     key_window: int | None = None
-    """In the place of ``residual_length``, in tokens."""
+    """In the place of the preset's, in tokens."""
     value_window: int | None = None
 
     def true_bits(self, config: Any) -> float:

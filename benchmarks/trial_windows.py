@@ -18,6 +18,7 @@ from xquant_fx.evaluate.calibration import Windows as Text
 from xquant_fx.evaluate.calibration import calibration_ids
 from xquant_fx.evaluate.probe import Probe, Width
 from xquant_fx.evaluate.sensitivity import Item
+from xquant_fx.plan.plan import make_plan
 from xquant_fx.plan.spec import Role
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ TEXT = Text(count=4, tokens=1216, prompt=1152, stride=2)
 
 def same_windows(trial: Trial, layers: int) -> Windows:
     """What a trial says, in all layers alike."""
-    usual = XQuantConfig.preset(trial.base).residual_length
-    return {"key": [trial.key_window or usual] * layers, "value": [trial.value_window or usual] * layers}
+    usual = make_plan(XQuantConfig.preset(trial.base), layers).layers
+    return {
+        "key": [trial.key_window or layer.key.residual_length for layer in usual],
+        "value": [trial.value_window or layer.value.residual_length for layer in usual],
+    }
 
 
 def items_of(layers: int) -> list[Item]:
@@ -64,7 +68,7 @@ def chosen_windows(model: Any, trial: Trial) -> Windows:
             assert isinstance(bits, int | float)
             cost = length * len(item.layers)
             known.append(Option(length, cost, _loss(probe, item, bits)))
-    budget = base.residual_length * sum(len(item.layers) for item in items)
+    budget = sum(map(sum, same_windows(trial, probe.layers).values()))
     choice = best_within(pareto_choices(options), budget)
     assert choice is not None
     windows: Windows = {"key": [0] * probe.layers, "value": [0] * probe.layers}

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 from xquant_fx import PRESETS, XQuantCache, XQuantConfig, explain, memory_report
+from xquant_fx.plan.plan import make_plan
 from xquant_fx.quality import agreement, kl_divergence, teacher_forced_logits, top1_agreement
 
 HERE = Path(__file__).resolve().parent
@@ -145,8 +146,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     name = "/".join(Path(args.model).parts[-2:])
     console.print(f"{name}, {model.dtype}: {prompt_length} tokens of prompt, {args.max_new_tokens} new")
-    if length <= config.residual_length:
-        console.print(f"[yellow]every token stays in the residual window of {config.residual_length} tokens")
+    entries = [entry for layer in make_plan(config, 1).layers for entry in layer]
+    if length <= (window := min(entry.residual_length for entry in entries)):
+        console.print(f"[yellow]every token stays in the residual windows, of {window} tokens at least")
 
     runs, logits = [], []
     for (name, make_cache), backend in zip(caches.items(), ("inductor", "xquant"), strict=True):

@@ -5,7 +5,8 @@
     mid point   1 bit of sign, 4 of exponent, 3 of mantissa, in units of the scale it stands beside: |mid| up to
                 480 scales, to within 1/16 of itself or 2**-11 scales.
 
-In 16 bits both are float16: the scale as it is, the mid point in units of the scale. What is stored says by its dtype
+Token norms (``schemes/per_channel_ranked.py``) are stored as scales of 8 bits. In 16 bits scales and mid points are
+float16: the scale as it is, the mid point in units of the scale. What is stored says by its dtype
 what it is. The bytes decode by one shift to float16, on any device. (An e4m3 scale would need a power of two per layer,
 which has to be known before the first token is stored; these need nothing.)
 """
@@ -17,6 +18,8 @@ from torch import Tensor
 
 SCALE_UNIT = 2.0**-5
 MID_UNIT = 256.0
+#: Least and largest norm of a token: of scales in 8 bits the least of full precision, and the largest.
+LEAST_NORM, LARGEST_NORM = 2.0**-19, 1920.0
 #: Largest mid point, in scales.
 LARGEST_MID = 480.0
 #: What they may be stored as: the bytes above, or float16. The first is the default.
@@ -51,6 +54,14 @@ def decode_scale(code: Tensor) -> Tensor:
     if code.dtype == torch.float16:
         return code.to(torch.float32)
     return _half(code.to(torch.int32) << _DROPPED) * SCALE_UNIT
+
+
+def encode_norm(norm: Tensor) -> Tensor:
+    """float32 token norms as uint8, read by :func:`decode_scale`: never 0, and NaN or infinity is the largest.
+
+    So what is divided by a norm stays what it was: NaN, infinite, or a token of zeros.
+    """
+    return encode_scale(norm.nan_to_num(LARGEST_NORM, LARGEST_NORM).clamp(LEAST_NORM, LARGEST_NORM))
 
 
 def encode_mid(mid: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:

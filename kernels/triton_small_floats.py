@@ -5,13 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.small_floats import LARGEST_MID, MID_UNIT, SCALE_UNIT
+from xquant_fx.kernels.small_floats import LARGEST_MID, LARGEST_NORM, LEAST_NORM, MID_UNIT, SCALE_UNIT
 
 UNIT_OF_SCALES = tl.constexpr(SCALE_UNIT)
 SCALES_OF_UNIT = tl.constexpr(1 / SCALE_UNIT)
 UNIT_OF_MIDS = tl.constexpr(MID_UNIT)
 MIDS_OF_UNIT = tl.constexpr(1 / MID_UNIT)
 LARGEST_OF_MIDS = tl.constexpr(LARGEST_MID)
+LEAST_OF_NORMS = tl.constexpr(LEAST_NORM)
+LARGEST_OF_NORMS = tl.constexpr(LARGEST_NORM)
 
 
 @triton.jit
@@ -71,6 +73,13 @@ def encode_scale(scale, DTYPE: tl.constexpr):
     else:
         half = scale.to(tl.float16)
         return tl.where(known & (half.to(tl.float32) < float("inf")), half.to(tl.float32), float("nan")).to(tl.float16)
+
+
+@triton.jit
+def encode_norm(norm):
+    """float32 token norms as uint8, read by ``decode_scale``: never 0, and NaN is the largest."""
+    norm = tl.where(norm < LARGEST_OF_NORMS, tl.maximum(norm, LEAST_OF_NORMS), LARGEST_OF_NORMS)
+    return encode_scale(norm, tl.uint8)
 
 
 @triton.jit

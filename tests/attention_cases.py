@@ -72,6 +72,8 @@ CASES: dict[str, dict[str, Any]] = {
     "groups of one": dict(k_group=1, v_group=8, residual=20, dtype="float32"),
     "odd groups": dict(k_group=24, residual=24, v_group=32),
     "small groups, sink tokens": dict(k_group=4, residual=12, v_group=16, sinks=5, start=(3,)),
+    "key windows of several blocks more": dict(residual=64, v_residual=24, sinks=4, dtype="float32"),
+    "value windows longer than keys'": dict(residual=32, v_residual=70, query=3, mask="padded"),
     "float32 scales": dict(scale_dtype="float32", dtype="float32", loud=1e6, scale=1e-12),
     "bfloat16 scales": dict(scale_dtype="bfloat16", dtype="bfloat16"),
     **{
@@ -145,6 +147,9 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
         "ranked, one group in the window": dict(residual=32),
         "ranked, several tiles a split": dict(past=470, max_len=480, batch=2, k_group=64, v_bits=2),
         "ranked, the default lengths": dict(past=500, max_len=520, residual=256, k_group=128, dim=128, v_bits=2),
+        "ranked, keys later than values": dict(residual=128, v_residual=32, sinks=4, query=3, dtype="float32"),
+        "ranked, keys later, a chunk": dict(query=20, residual=96, v_residual=24, v_bits=2, mask="padded"),
+        "ranked, keys or values later, in turns": dict(residual=64, v_residual=48, v_group=16, v_bits=3, window=100),
         "ranked, groups of 96": dict(past=300, max_len=320, residual=96, k_group=96, dtype="float32"),
         "ranked, groups of channels": dict(v_group=16, v_bits=2, dim=96, dtype="float32"),
         "ranked, one token outweighs all others": dict(
@@ -156,6 +161,11 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
         "ranked, float16 scales, groups of channels": dict(
             scale_dtype="float16", v_group=16, v_bits=2, loud=100.0, scale=1e-3
         ),
+        "ranked, token norms": dict(norms=True, batch=2, kv_heads=2, start=(0, 9), mask="padded", v_bits=2),
+        "ranked, token norms, float32, softcap, window": dict(
+            norms=True, dtype="float32", softcap=2.0, window=100, sinks=4, dim=80
+        ),
+        "ranked, token norms, a chunk": dict(norms=True, query=20, kv_heads=2, dtype="bfloat16", v_bits=2),
         "ranked, loud channels": dict(loud=100.0, scale=1e-3),
         "ranked, quiet values": dict(loud=1e-3, scale=2.0, v_bits=2),
     }.items()
@@ -188,9 +198,11 @@ WHOLE_CASES: dict[str, dict[str, Any]] = {
 WHOLE_RANKED: dict[str, dict[str, Any]] = {
     name: {**WHOLE, **RANKED, "residual": 256, **case}
     for name, case in {
-        "ranked, whole groups": dict(),
+        "ranked, whole groups": dict(norms=True, residual=384, v_residual=128),
         "ranked, whole groups, head_dim 64, keys 1.5, values 1 bit": dict(dim=64, k_bits=1.5, v_bits=1),
-        "ranked, whole groups, sinks, padding": dict(dim=64, sinks=4, batch=2, start=(0, 150), mask="padded", query=3),
+        "ranked, whole groups, sinks, padding": dict(
+            dim=64, sinks=4, batch=2, start=(0, 150), mask="padded", query=3, norms=True
+        ),
         "ranked, whole groups, float16 scales": dict(dim=96, scale_dtype="float16", k_bits=3),
     }.items()
 }

@@ -33,6 +33,7 @@ class Stored:
     zero: Tensor | None
     order: Tensor | None
     center: Tensor | None
+    norm: Tensor | None
     ring: Tensor
     sink: Tensor | None
     bits: float
@@ -71,7 +72,8 @@ def dequantized(s: Stored, n: int, dtype: torch.dtype) -> Tensor:
         scale, mid = (t.repeat_interleave(s.group, 2)[:, :, :n] for t in (decode_scale(s.scale), decode_mid(s.zero)))
         levels = unpack(s.codes[..., :n], s.bits, dim).to(dtype) - largest.to(dtype) / 2 + mid.to(dtype)
         ranked = levels * scale.to(dtype) + s.center.to(dtype)[:, :, None]
-        return torch.empty_like(ranked).scatter_(3, s.order.long()[:, :, None].expand(ranked.shape), ranked)
+        ranked = torch.empty_like(ranked).scatter_(3, s.order.long()[:, :, None].expand(ranked.shape), ranked)
+        return ranked if s.norm is None else ranked * decode_scale(s.norm[:, None, :n, None]).to(dtype)
     codes = unpack_words(s.codes, s.bits, 2, n).to(dtype)
     scale = decode_scale(s.scale) if s.scheme == "per_token_rotated" else s.scale
     scale = scale[..., :n].transpose(2, 3).repeat_interleave(s.group, 3).to(dtype)

@@ -39,6 +39,8 @@ class Setup:
     k_group: int = 32
     v_group: int | None = None
     residual: int = 32
+    v_residual: int | None = None
+    """Of values, where it differs."""
     sinks: int = 0
     start: tuple[int, ...] = ()
     mask: str = "causal"
@@ -48,6 +50,8 @@ class Setup:
     scale: float | None = None
     scale_dtype: str | None = None
     loud: float = 1.0
+    norms: bool = False
+    """Whether ranked keys are divided by token norms; tokens differ in loudness then."""
     spoil: str = ""
     peak: float = 0.0
     """By how much the logit of token 0 exceeds the others', which are about equal; 0: nothing of the kind."""
@@ -66,7 +70,7 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
     config = XQuantConfig(
         k_scheme=s.k_scheme, v_scheme=s.v_scheme,
         k_bits=s.k_bits, v_bits=s.v_bits, share_values_from=None, k_group_size=s.k_group, v_group_size=s.v_group,
-        residual_length=s.residual, sink_tokens=s.sinks,
+        residual_length=s.residual, v_residual_length=s.v_residual, sink_tokens=s.sinks, k_token_norms=s.norms,
         scale_dtype=None if s.scale_dtype is None else getattr(torch, s.scale_dtype),
     )  # fmt: skip
     shape = (s.batch, s.kv_heads, s.max_len, dim)
@@ -75,6 +79,7 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
     channel = torch.randn(dim, generator=seeded(5)) * s.loud
     noise = torch.randn(s.batch, s.kv_heads, s.past + s.query, dim, generator=seeded(7 + (side == "key")))
     x = noise * (0.2 + channel.abs()) + channel
+    x = x * (torch.arange(x.shape[2]) % 5 / 4 + 0.5)[:, None] if s.norms and side == "key" else x
     if s.peak and side == "key":
         x = noise * 0.02
         x[:, :, 0, 0] = 1.0
@@ -156,10 +161,11 @@ def arguments(s: Setup, given: dict[str, Any]) -> dict[str, Any]:
         k_scheme=s.k_scheme,
         k_bits=s.k_bits,
         k_group=key.group_size,
+        k_residual=key.residual_length,
         v_scheme=s.v_scheme,
         v_bits=s.v_bits,
         v_group=value.group_size,
-        residual_length=s.residual,
+        v_residual=value.residual_length,
         scale=s.scale or s.dim**-0.5,
         softcap=s.softcap,
         window=s.window,
@@ -173,7 +179,7 @@ def reference(s: Setup, given: dict[str, Any], dtype: torch.dtype, rounded: torc
     sides = [
         Stored(
             scheme=given[side].spec.scheme, bits=given[side].spec.bits, group=given[side].spec.group_size,
-            residual=s.residual, new=given["new"][side],
+            residual=given[side].spec.residual_length, new=given["new"][side],
             **{name: given[side].tensor(name) for name in (*OF_SIDE, *OF_KEYS)},
         )
         for side in ("key", "value")

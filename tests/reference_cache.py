@@ -33,7 +33,7 @@ class Side:
         return 0 if self.tokens is None else self.tokens.shape[2]
 
     def limit(self, length: int) -> int:
-        r = self.config.residual_length
+        r = self.config.given_residual(self.axis)
         return length // r * r if self.axis == "key" else max(0, length - r)
 
     def seen(self, x: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,8 @@ class Case:
     padding: tuple[int, ...] = ()
     scale_dtype: torch.dtype | None = None
     scale: float = 1.0
+    norms: bool = False
+    """Whether ranked keys are divided by token norms; tokens differ in loudness then."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -55,6 +57,7 @@ class Case:
             schemes |= dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated")
         if self.side == "key":
             schemes |= dict(k_scheme="per_channel_ranked" if self.ranked else "per_channel", k_bits=self.bits)
+            schemes |= dict(k_token_norms=self.norms)
         else:
             schemes |= dict(v_scheme="per_token_rotated" if self.ranked else "per_token", v_bits=self.bits)
         groups = dict(k_group_size=self.group) if self.side == "key" else dict(k_group_size=1, v_group_size=self.group)
@@ -73,6 +76,7 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(self.batch, self.heads, count, self.dim, generator=generator)
         channel = torch.arange(self.dim) % 5 + 1
+        x = x * (torch.arange(count) % 7 + 1)[:, None] if self.norms else x
         return ((x * channel + channel - 2) * self.scale).to(self.dtype)
 
 

@@ -37,6 +37,8 @@ def poison(state: KVState) -> None:
     for name, tensor in state.owned.items():
         if name in ("center", "energy"):  # nothing is known yet of a sequence
             tensor.zero_()
+        elif name == "norm":
+            tensor.fill_(0xFF)
         elif tensor.is_floating_point():
             tensor.fill_(math.nan)
         elif name == "codes":
@@ -90,11 +92,13 @@ class ThroughOps(ThroughState):
     Only a full cache is told to start anew: there position 0 alone is a fault (test_store_faults.py).
     """
 
+    append = staticmethod(append)
+
     def step(self, layer: int, past: int, x: Tensor) -> Tensor:
         state, new = self.states[layer], x.shape[2]
         chunk = new > STEP_TOKENS and state.spec.quantized
         ring = state.tensor("ring").clone() if chunk else state.tensor("ring")
-        append(state, x, torch.arange(past, past + new))
+        self.append(state, x, torch.arange(past, past + new))
         assert state.length == past + new and int(state.tensor("fault")) == 0
         return self._load(state, ring, past, new, x if chunk else None)
 

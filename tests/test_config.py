@@ -48,7 +48,11 @@ SHAPE = (1, 2, 64, 16)
         (dict(residual_length=64.0), "residual_length must be an integer of at least 1, got 64.0"),
         (dict(sink_tokens=-1), "sink_tokens must be an integer of at least 0, got -1"),
         (dict(k_group_size=32, residual_length=48), "multiple of k_group_size, got 48 and 32"),
-        (dict(residual_length=64), "multiple of k_group_size, got 64 and 128"),
+        (dict(residual_length=64), "^residual_length must be a multiple of k_group_size, got 64 and 128"),
+        (dict(k_residual_length=192), "^k_residual_length must be a multiple of k_group_size, got 192 and 128"),
+        (dict(k_residual_length=0), "k_residual_length must be an integer of at least 1, got 0"),
+        (dict(v_residual_length=True), "v_residual_length must be an integer of at least 1, got True"),
+        (dict(v_residual_length=2**21), "v_residual_length must be at most 1048576, got 2097152"),
         (dict(eta_1bit=0.5), r'eta_1bit must be in \[0, 0.5\) or "auto", got 0.5'),
         (dict(eta_2bit=-0.1), r'eta_2bit must be in \[0, 0.5\) or "auto", got -0.1'),
         (dict(eta_2bit=math.nan), "eta_2bit .* got nan"),
@@ -79,6 +83,36 @@ def test_config_is_frozen_keyword_only_and_a_value() -> None:
     assert repr(XQuantConfig(k_bits=2.0, v_bits=(2.0,))) == repr(XQuantConfig(k_bits=2, v_bits=(2,)))
 
 
+@pytest.mark.parametrize(
+    ("fields", "lengths"),
+    [
+        ({}, (384, 128)),
+        (dict(k_bits=1.5), (384, 128)),
+        (dict(k_bits=3), (256, 256)),
+        (dict(v_bits=1), (256, 256)),
+        (dict(k_bits=16), (256, 256)),
+        (dict(v_bits=16), (256, 256)),
+        (dict(v_scheme="per_token"), (256, 256)),
+        (dict(k_group_size=256), (256, 256)),
+        (dict(residual_length=128), (128, 128)),
+        (dict(k_residual_length=128), (128, 256)),
+        (dict(v_residual_length=12), (256, 12)),
+        (dict(residual_length=256, v_residual_length=12), (256, 12)),
+        (dict(residual_length=12, k_residual_length=128), (128, 12)),
+        (dict(k_residual_length=256, v_residual_length=1), (256, 1)),
+    ],
+)
+def test_residual_lengths(fields: dict, lengths: tuple[int, int]) -> None:
+    """A side's own comes before that of both; where nothing is said, bits and schemes decide."""
+    layer = make_plan(XQuantConfig.from_json(XQuantConfig(**fields).to_json()), 1).layers[0]
+    assert (layer.key.residual_length, layer.value.residual_length) == lengths
+
+
+def test_residual_lengths_of_layers() -> None:
+    layers = make_plan(XQuantConfig(k_bits=(2, 2.5, 1.5), v_bits=(2, 2, 1)), 3).layers
+    assert [layer.key.residual_length for layer in layers] == [384, 256, 256]
+
+
 NOTHING_SHARED = dict(share_keys_from=None, share_values_from=None)
 EXPECTED = {
     "full": dict(k_bits=16, v_bits=16, **NOTHING_SHARED),
@@ -105,10 +139,12 @@ def test_presets(name: str) -> None:
     fields = dict(eta_1bit=1 / 6, eta_2bit=0.045) | EXPECTED[name] if "xquant" in name else EXPECTED[name]
     assert {field: getattr(config, field) for field in fields} == fields
     rest = dict(k_group_size=128, v_group_size=None, scale_dtype=None)
+    windows = tuple(entry.residual_length for entry in make_plan(config, 4).layers[3])
+    assert windows == ((128, 128) if name in OLDER else (384, 128) if name == "xquant-2.2" else (256, 256))
     if name in OLDER:
-        rest |= dict(residual_length=128, sink_tokens=0, k_scheme="per_channel", v_scheme="per_token")
+        rest |= dict(sink_tokens=0, k_scheme="per_channel", v_scheme="per_token")
     else:
-        rest |= dict(residual_length=256, sink_tokens=4, k_scheme="per_channel_ranked", v_scheme="per_token_rotated")
+        rest |= dict(sink_tokens=4, k_scheme="per_channel_ranked", v_scheme="per_token_rotated")
     assert {field: getattr(config, field) for field in rest} == rest
 
 

@@ -1,4 +1,4 @@
-"""The C++ kernel that appends a step's tokens, against the float64 reference in store_reference.py."""
+"""The C++ kernels that append a step's tokens and chunks, against the float64 reference in store_reference.py."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
+from bad_positions import BAD as BAD_POSITIONS
 from bad_positions import SHORT
 from ranked_store import BAD, RANKED, RANKED_SCRIPT, RANKED_SHAPE, RANKED_SLOW, check_ranked, differences_by
 from store_reference import Case
-from store_runs import ThroughKernel, pair_of, run, store_arguments
+from store_runs import ThroughKernel, ThroughOps, pair_of, run, store_arguments
 from store_runs import append as append_by_op
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from xquant_fx import ops
 from xquant_fx.cache.state import KVState
@@ -38,6 +40,14 @@ CASES = {
 }  # fmt: skip
 
 
+class ChunksThroughCpp(ThroughOps):
+    """Chunks, and steps, too, by the one C++ kernel that takes any number of tokens."""
+
+    @staticmethod
+    def append(state: KVState, x: Tensor, pos: Tensor) -> None:
+        append.run_chunk(store_arguments(state, x.to(state.spec.dtype), pos))
+
+
 class ThroughCpp(ThroughKernel):
     """Steps by the C++ kernel."""
 
@@ -49,6 +59,12 @@ class ThroughCpp(ThroughKernel):
 @pytest.mark.parametrize("name", CASES)
 def test_steps(name: str) -> None:
     run(Case(**{"residual": 8, "max_len": 60, **CASES[name]}), STEPS, ThroughCpp)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "," in name])
+def test_chunks(name: str) -> None:
+    script = [30, 1, 12, -5, 9, 0, 17, 3, 40, 0, 60]
+    run(Case(**{"residual": 8, "max_len": 60, **CASES[name]}), script, ChunksThroughCpp)
 
 
 @pytest.mark.parametrize("name", ["keys, minmax", "keys", "keys, 3 bits", "values", "values, 3 bits, sinks"])
@@ -88,6 +104,32 @@ def test_faults(side: str, what: str) -> None:
     assert int(state.tensor("fault")) == bad.fault
 
 
+@pytest.mark.parametrize("side", ["key", "value"])
+@pytest.mark.parametrize("what", BAD_POSITIONS)
+def test_faults_of_chunks(side: str, what: str) -> None:
+    """The same of the kernel for any number of tokens."""
+    case, bad = Case(side=side, batch=1, shared=False), BAD_POSITIONS[what]
+    layers = ChunksThroughCpp(case)
+    layers.step(0, 0, case.tokens(bad.stored, 0))
+    ChunksThroughCpp.append(layers.states[0], case.tokens(len(bad.positions), 1), torch.tensor(bad.positions))
+    assert int(layers.states[0].tensor("fault")) == bad.fault
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_long_prompts(side: str, has_compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled, a long chunk is stored by the kernel, or without a compiler by plain torch, which is counted."""
+    monkeypatch.setattr(cpu_build, "has_compiler", lambda: has_compiler)
+    case = Case(side=side, max_len=ops.LONG_CHUNK + 8, shared=False)
+    states, x = [pair_of(case)[0] for _ in range(2)], case.tokens(ops.LONG_CHUNK, 0)
+    counters["xquant"].clear()
+    append_by_op(states[0], x, torch.arange(ops.LONG_CHUNK))
+    assert counters["xquant"]["plain torch: no C++ compiler"] == int(not has_compiler)
+    for t in range(0, ops.LONG_CHUNK, 64):
+        append_by_op(states[1], x[:, :, t : t + 64], torch.arange(t, t + 64))
+    torch.testing.assert_close(*(state.load(ops.LONG_CHUNK) for state in states))
+
+
 @pytest.mark.parametrize("borrowed", [False, True])
 def test_opcheck(borrowed: bool) -> None:
     case = Case(max_len=40)
@@ -112,6 +154,12 @@ def test_borrowed_codes_are_const() -> None:
 def test_ranked_and_rotated_as_the_ops(name: str) -> None:
     case = {"script": RANKED_SCRIPT, **{**RANKED, **RANKED_SLOW}[name]}
     check_ranked(differences_by(ThroughCpp.append, **case))
+
+
+@pytest.mark.parametrize("name", [name for name in RANKED if "," in name and "bits" not in name])
+def test_ranked_and_rotated_chunks_as_the_ops(name: str) -> None:
+    case = {**RANKED[name], "script": [50, 3, 20, -5, 30, 0, 70, 9, 8, 23]}
+    check_ranked(differences_by(ChunksThroughCpp.append, longest=10**6, **case))
 
 
 @pytest.mark.parametrize("bad", BAD)

@@ -40,6 +40,8 @@ def plans() -> dict[str, object]:
         "sinks": range_config(**SHORT, sink_tokens=4),
         "bits per layer": make_plan(config, LAYERS),
         "groups": range_config(**SHORT, v_group_size=8, eta_1bit=0.0).replace(k_group_size=8),
+        "longer windows of keys": XQuantConfig(k_residual_length=32, v_residual_length=12, k_group_size=16),
+        "longer windows of values": range_config(residual_length=16, v_residual_length=24, k_group_size=16),
         "long residual": XQuantConfig(residual_length=128),
     }
 

@@ -69,11 +69,12 @@ def parts_by_hand(cache: XQuantCache, steps: list[int]) -> MemoryReport:
     total = dict.fromkeys(("codes", "scales", "residual_windows", "sinks", "other"), 0)
     first = cache.quantized_layers[0]
     batch, heads, dim, size = first.batch_size, first.num_heads, first.k_head_dim, first.dtype.itemsize
-    room, r = first.max_cache_len, config.residual_length
+    room = first.max_cache_len
     for i in range(count):
         for side, bits, share in (
             ("key", config.k_bits, config.share_keys_from), ("value", config.v_bits, config.share_values_from)
         ):  # fmt: skip
+            r = config.given_residual(side)
             total["other"] += 16  # tokens stored, and the furthest ever
             if bits == 16:
                 total["codes"] += batch * heads * room * dim * size
@@ -92,6 +93,13 @@ def parts_by_hand(cache: XQuantCache, steps: list[int]) -> MemoryReport:
     return MemoryReport(
         **total, zero_points=total["scales"], full_bytes=elements * room * size, elements=elements * tokens
     )
+
+
+def test_windows_of_two_lengths_are_counted() -> None:
+    settings, config = SMALL.replace(k_residual_length=24, v_residual_length=9), llama()
+    cache = fill(XQuantCache(config, 70, config=settings), config, [50, 1], torch.float32, 1)
+    report = memory_report(cache)
+    assert report == parts_by_hand(cache, [50, 1]) and report.total_bytes == reachable_bytes(cache)
 
 
 @pytest.mark.parametrize("name", PRESETS)

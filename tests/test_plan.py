@@ -11,6 +11,7 @@ from dynamo_graphs import tiny
 from rewrites import Rewrites, quantized_layers, two_layers
 from states import range_config
 from stepping import interpreted
+from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 from xquant_fx import PRESETS, ConfigError, XQuantCache, XQuantConfig, explain
@@ -66,6 +67,10 @@ def test_every_field_is_saved_and_compared(field):
         (lambda d: d["layers"][0]["value"].update(partner=1), "layer 0 values: only the upper layer of a pair"),
         (lambda d: d["layers"][0]["value"].update(bits=2), "layer 1 values: layers that share codes must agree"),
         (lambda d: d["layers"][0]["key"].update(residual_length=12), "multiple of k_group_size, got 12 and 8"),
+        (
+            lambda d: d["layers"][1]["value"].update(residual_length=16),
+            "layer 1 values: layers that share codes must agree in residual_length, got 8 and 16",
+        ),
         (lambda d: d["layers"].clear(), "one layer at least"),
         (lambda d: d.pop("layers"), "no plan as Plan.to_json writes it"),
         (lambda d: d.update(xquant_plan=2), "version 2"),
@@ -106,10 +111,10 @@ def test_another_number_of_layers():
 
 
 def test_a_plan_no_config_can_say_through_cache_and_takeover():
-    """Wide values in the first layer, another window in the second."""
+    """Wide values in the first layer, other windows in the second, longer ones of keys."""
     model = tiny("llama")
     plan = changed(make_plan(CONFIG.replace(share_values_from=None), 2), 0, "value", bits=8)
-    plan = changed(changed(plan, 1, "key", residual_length=16), 1, "value", residual_length=16)
+    plan = changed(changed(plan, 1, "key", residual_length=16), 1, "value", residual_length=12)
     ours, theirs = XQuantCache(model.config, 48, config=plan), StaticCache(config=model.config, max_cache_len=48)
     ids = torch.arange(3, 40)[None]
     step = torch.compile(model.forward, backend=interpreted(config=plan), dynamic=False)
@@ -119,8 +124,9 @@ def test_a_plan_no_config_can_say_through_cache_and_takeover():
             model(ids[:, :30], past_key_values=cache)
             for t in range(30, 34):
                 out[id(cache)].append(step(ids[:, t : t + 1], past_key_values=cache).logits)
+    assert counters["xquant"]["fuse_decode"] > 0
     specs = [s.spec for s in ours.states]
-    assert [(s.bits, s.residual_length) for s in specs] == [(2, 8), (8, 8), (2, 16), (1, 16)]
+    assert [(s.bits, s.residual_length) for s in specs] == [(2, 8), (8, 8), (2, 16), (1, 12)]
     taken = [buffer.spec for layer in theirs.layers for buffer in (layer.keys, layer.values)]
     assert isinstance(theirs.layers[0].keys, QuantizedKV) and taken == specs
     # The first step of the takeover sees what it takes over quantized: the same tokens as the other cache.
@@ -141,15 +147,15 @@ def test_options_that_differ_from_the_plan_in_use():
 
 
 def test_unequal_entries_of_a_layer_are_not_fused():
-    """The kernel knows one window: keys and values of different ones are read dequantized, and explain says so."""
+    """The kernel knows one number of sinks: keys and values of others are read dequantized, and explain says so."""
     model = tiny("llama")
-    plan = changed(make_plan(CONFIG, 2), 0, "value", residual_length=16)
-    plan = changed(plan, 1, "value", residual_length=16)
+    plan = changed(make_plan(CONFIG, 2), 0, "value", sink_tokens=2)
+    plan = changed(plan, 1, "value", sink_tokens=2)
     cache = XQuantCache(model.config, 32, config=plan)
     with torch.no_grad():
         model(IDS, past_key_values=cache)
     sites = explain(model, IDS[:, :1], past_key_values=cache).sites
-    assert [s.dequantized for s in sites] == ["keys and values differ in residual_length: 8 and 16"] * 2
+    assert [s.dequantized for s in sites] == ["keys and values differ in sink_tokens: 0 and 2"] * 2
 
 
 def test_explain_says_why_layers_do_not_share():

@@ -32,7 +32,7 @@ def test_grids_are_read():
 
 
 def test_one_grid_is_a_product_and_two_are_not():
-    base = Setting("xquant-2.2", XQuantConfig())
+    base = Setting("xquant-2.2", XQuantConfig(residual_length=256))
     swept = sweep(base, {"residual_length": [128, 256], "sink_tokens": [0, 4]})
     names = [
         "residual_length=128 sink_tokens=0",

@@ -25,7 +25,7 @@ from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 triton = pytest.importorskip("triton")
 
 
-FACTS = ("scheme", "bits", "group")
+FACTS = ("scheme", "bits", "group", "residual")
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -33,10 +33,11 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def stored(side: str, dtype: torch.dtype, config: XQuantConfig, shape: tuple[int, int, int, int]) -> dict[str, Any]:
-    """The tensors of one side without data, and what the spec says under "scheme", "bits" and "group"."""
+    """The tensors of one side without data, and what the spec says under ``FACTS``."""
     spec = spec_of(config, side, shape, dtype)
     tensors = {name: empty(*shape, dtype=dtype) for name, (shape, dtype) in spec.tensor_shapes().items()}
-    return {**tensors, "scheme": spec.scheme, "bits": spec.bits, "group": spec.group_size}
+    facts = (spec.scheme, spec.bits, spec.group_size, spec.residual_length)
+    return {**tensors, **dict(zip(FACTS, facts, strict=True))}
 
 
 def schemes(ranked: bool) -> dict[str, Any]:
@@ -49,11 +50,14 @@ def decode_arguments(
     group: int = 4, query: int = 1, mask: torch.dtype | None = torch.bool, k_group: int = 128,
     v_group: int | None = None, residual: int = 128, sinks: int = 0, softcap: float = 0.0, window: int = 0,
     extra: bool = False, max_len: int = 32768, kv_heads: int = 8, scales: torch.dtype | None = None,
+    norms: bool | None = None,
+    v_residual: int | None = None,
 ) -> DecodeArguments:  # fmt: skip
     """Arguments of ``decode_attention`` without data."""
     config = XQuantConfig(
         **schemes(ranked), k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group,
-        v_group_size=v_group, residual_length=residual, sink_tokens=sinks, scale_dtype=scales,
+        v_group_size=v_group, residual_length=residual, v_residual_length=v_residual, sink_tokens=sinks,
+        scale_dtype=scales, k_token_norms=norms,
     )  # fmt: skip
     key, value = (stored(side, dtype, config, (1, kv_heads, max_len, dim)) for side in ("key", "value"))
     facts = {f"{side}_{name}": t[name] for side, t in (("k", key), ("v", value)) for name in FACTS}
@@ -68,7 +72,6 @@ def decode_arguments(
         sink_logits=empty(kv_heads * group, dtype=dtype) if extra else None,
         new_tokens=query,
         max_len=max_len,
-        residual_length=residual,
         scale=dim**-0.5,
         softcap=softcap,
         window=window,
@@ -80,12 +83,12 @@ def decode_arguments(
 def append_arguments(
     *, side: str, new: int = 1, dim: int = 128, bits: float = 2, group: int = 128, residual: int = 128, sinks: int = 0,
     fit: str | None = None, dtype: torch.dtype = torch.bfloat16, max_len: int = 32768, ranked: bool = False,
-    scales: torch.dtype | None = None,
+    scales: torch.dtype | None = None, norms: bool | None = None,
 ) -> StoreArguments:  # fmt: skip
     """Arguments of ``triton_store.launch`` without data."""
     groups = dict(k_group_size=group) if side == "key" else dict(k_group_size=residual, v_group_size=group)
     bits_of = dict(k_bits=bits) if side == "key" else dict(v_bits=bits)
-    fields: dict[str, Any] = dict(residual_length=residual, sink_tokens=sinks, scale_dtype=scales)
+    fields: dict[str, Any] = dict(residual_length=residual, sink_tokens=sinks, scale_dtype=scales, k_token_norms=norms)
     config = XQuantConfig(**fields, **bits_of, **schemes(ranked), **groups)
     t = stored(side, dtype, config, (1, 8, max_len, dim))
     step = ("x", "pos", "start", "fault")
@@ -113,7 +116,7 @@ FAST = {
     "head_dim 256": dict(dim=256),
     "4 bits": dict(k_bits=4, v_bits=4),
     "a chunk": dict(query=512),
-    "ranked": dict(ranked=True, v_bits=2, residual=256),
+    "ranked": dict(ranked=True, v_bits=2, residual=384, v_residual=128),
     "ranked, values of 3 bits": dict(ranked=True, v_bits=3, residual=256),
 }
 MORE = {

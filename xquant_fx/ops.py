@@ -43,6 +43,8 @@ for _schema in (
 ):
     _lib.define(_schema)
 
+LONG_CHUNK = 256  # tokens from which on an uncompiled chunk has a kernel
+
 STORE = torch.ops.xquant.quantize_store.default
 STORE_BORROWED = torch.ops.xquant.quantize_store.borrowed
 LOAD = torch.ops.xquant.shared_code_load.default
@@ -101,6 +103,21 @@ def _run(kernels: Mapping[str, Kernel], x: Tensor, a: Any, otherwise: Callable[[
     return otherwise(a) if reason else kernel.run(a)
 
 
+def _chunk_cpu(a: StoreArguments) -> None:
+    cpu_store.run_chunk(a.replace(x=a.x.to(a.quantized.ring.dtype)))
+
+
+def _is_long_and_eager(x: Tensor) -> bool:
+    return not is_traced(x) and x.shape[2] >= LONG_CHUNK
+
+
+#: Device type to the kernel that appends longer chunks there, where they take plain torch long enough to be worth
+#: a compiled kernel. A graph has plain torch, which Inductor compiles.
+CHUNK_KERNELS = {
+    "cpu": Kernel(_chunk_cpu, _is_long_and_eager, cpu_store.why_no_chunk),
+}
+
+
 def quantize_store(*args: Any, **kwargs: Any) -> None:
     """Store tokens and quantize those that are due; ``fit`` (overload ``borrowed``) for borrowed codes."""
     a = StoreArguments(*args, **kwargs)
@@ -109,10 +126,7 @@ def quantize_store(*args: Any, **kwargs: Any) -> None:
         return
     new = a.x.shape[2]
     is_step = isinstance(new, int) and new <= STEP_TOKENS
-    if is_step:
-        _run(STEP_KERNELS, a.x, a, plain_store.store)
-    else:
-        plain_store.store(a)
+    _run(STEP_KERNELS if is_step else CHUNK_KERNELS, a.x, a, plain_store.store)
 
 
 def shared_code_load(*args: Any, **kwargs: Any) -> Tensor:

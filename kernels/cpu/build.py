@@ -1,6 +1,6 @@
 """Compile C++ kernels with Inductor's builder, outside a compiled graph.
 
-Private torch APIs: ``CppPythonBindingsCodeCache.load_pybinding`` and ``pick_vec_isa``. Checked on
+Private torch APIs: ``CppPythonBindingsCodeCache.load_pybinding``, ``pick_vec_isa`` and ``get_cpp_compiler``. Checked on
 torch 2.11, 2.13 and 2.14.
 """
 
@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.exc import InvalidCxxCompiler
 
 from xquant_fx.kernels.cpu.isa import Isa, named_by_inductor
 
@@ -20,6 +22,15 @@ from xquant_fx.kernels.cpu.isa import Isa, named_by_inductor
 def isa() -> Isa:
     """The instruction set of the widest vectors that Inductor uses on this machine."""
     return named_by_inductor(str(pick_vec_isa()))
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler here."""
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
 
 
 @functools.cache

@@ -4,6 +4,7 @@
 namespace xq {
 
 constexpr float SCALE_UNIT = 1.0f / 32, MID_UNIT = 256.0f, LARGEST_MID = 480.0f;
+constexpr float LEAST_NORM = 1.0f / (1 << 19), LARGEST_NORM = 1920.0f;
 // From the exponent of a float16 to that of a float.
 constexpr float HALF_TO_FLOAT = 5192296858534827628530496329220096.0f;  // 2**112
 
@@ -13,6 +14,11 @@ inline vf load_scales(const uint8_t* p, int64_t n) {
     return code >= 0xf8 ? splat(std::numeric_limits<float>::quiet_NaN()) : s;
 }
 template <class S> inline vf load_scales(const S* p, int64_t n) { return load_up_to(p, n); }
+
+// Token norms, none of which is NaN.
+inline vf load_norms(const uint8_t* p, int64_t n) {
+    return (vf)(widen(load_bytes(p, n)) << 20) * (HALF_TO_FLOAT * SCALE_UNIT);
+}
 
 inline vf load_mids(const uint8_t* p, int64_t n) {
     const vi code = widen(load_bytes(p, n));
@@ -39,6 +45,11 @@ inline void encode_scale(float scale, uint8_t* to) {
 inline void encode_scale(float scale, float16* to) {
     *to = from_float<float16>(scale);
     if (to->bits >= 0x7c00) to->bits = 0x7e00;
+}
+
+// Never 0; NaN is the largest.
+inline void encode_norm(float norm, uint8_t* to) {
+    encode_scale(norm < LARGEST_NORM ? std::max(norm, LEAST_NORM) : LARGEST_NORM, to);
 }
 
 inline void encode_mid(float mid, uint8_t* to) {

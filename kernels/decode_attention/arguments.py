@@ -15,7 +15,7 @@ FUSED_SCHEMES = (("per_channel", "per_token"), ("per_channel_ranked", "per_token
 #: Stored tensors that the op takes twice: as ``k_codes`` of the keys, as ``v_codes`` of the values, ...
 OF_SIDE = ("codes", "scale", "zero", "ring", "sink")
 #: Those of keys alone.
-OF_KEYS = ("order", "center")
+OF_KEYS = ("order", "center", "norm")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +29,7 @@ class DecodeArguments(Arguments):
     k_zero: Annotated[Tensor, Elements("S")]
     k_order: Annotated[Tensor | None, Elements("int32_t")]
     k_center: Annotated[Tensor | None, Elements("float")]
+    k_norm: Annotated[Tensor | None, Elements("uint8_t")]
     k_ring: Annotated[Tensor, Elements("T")]
     k_sink: Annotated[Tensor | None, Elements("T")]
     v_codes: Annotated[Tensor, Elements("int32_t")]
@@ -49,10 +50,11 @@ class DecodeArguments(Arguments):
     k_scheme: str
     k_bits: float
     k_group: int
+    k_residual: int
     v_scheme: str
     v_bits: float
     v_group: int
-    residual_length: int
+    v_residual: int
     scale: float
     softcap: float
     """0.0: none."""

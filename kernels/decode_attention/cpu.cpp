@@ -35,7 +35,7 @@ inline void attend_span(Scratch& scratch, const Inputs& in, RunningSoftmax& soft
             score_tokens_for_many_rows(scratch, in, head, t, std::min<int64_t>(L, t1 - t), t - t0);
     else
         four_tokens_at_a_time(
-            keys, t1, [&](int64_t t) { return window_token(in, in.k_ring, in.k_new, head, t, DK); },
+            keys, t1, [&](int64_t t) { return window_token<K_RING>(in, in.k_ring, in.k_new, head, t, DK); },
             [&](const auto& key, int64_t t) { score_tokens(scratch, key, t - t0); });
     four_tokens_at_a_time(
         sink0, sink1, [&](int64_t t) { return in.k_sink + (head * (SINKS + 1) + t - first) * DK; },
@@ -49,7 +49,7 @@ inline void attend_span(Scratch& scratch, const Inputs& in, RunningSoftmax& soft
         for (int64_t t = values; t < t1; t += L)
             add_tokens_to_many_rows(scratch, softmax, in, head, t, std::min<int64_t>(L, t1 - t), t - t0);
     else {
-        const auto token = [&](int64_t t) { return window_token(in, in.v_ring, in.v_new, head, t, DV); };
+        const auto token = [&](int64_t t) { return window_token<V_RING>(in, in.v_ring, in.v_new, head, t, DV); };
         const auto add = [&](const auto& value, int64_t t) { add_tokens(scratch, softmax, value, t - t0); };
         four_tokens_at_a_time(values, std::min(sink0, t1), token, add);
         four_tokens_at_a_time(std::max(values, sink1), t1, token, add);
@@ -116,8 +116,8 @@ inline void attend_tokens(Scratch& scratch, const Inputs& in, RunningSoftmax sof
 
 void attend(const Tensors& tensors, T* out) {
     const int64_t past = std::clamp<int64_t>(*tensors.past, 0, N - Q);
-    const int64_t keys = RANKED ? ranked_limit(past, RESIDUAL, K_GROUP) : past / RESIDUAL * RESIDUAL;
-    const Inputs in = {tensors, out, past, past + Q, keys, std::max<int64_t>(past - RESIDUAL, 0)};
+    const int64_t keys = RANKED ? ranked_limit(past, K_RESIDUAL, K_GROUP) : past / K_RESIDUAL * K_RESIDUAL;
+    const Inputs in = {tensors, out, past, past + Q, keys, std::max<int64_t>(past - V_RESIDUAL, 0)};
     const int64_t spans = (in.length + SPAN - 1) / SPAN, blocks = B * H * ROW_BLOCKS;
     const int num_threads = blocks * ROWS * in.length < 8192 ? 1 : max_threads();
     // Tokens are split, too, so that there are pieces enough for threads that are not equally fast.

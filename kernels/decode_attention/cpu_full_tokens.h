@@ -5,7 +5,8 @@
 
 namespace xq {
 
-// A token in full precision.
+// A token in full precision, in the step's own chunk or in a ring of RING tokens.
+template <int64_t RING>
 inline const T* window_token(const Inputs& in, const T* ring, const T* chunk, int64_t head, int64_t t, int64_t dim) {
     if (HAS_NEW && t >= in.past) return chunk + (head * Q + t - in.past) * dim;
     return ring + (head * RING + t % RING) * dim;
@@ -73,7 +74,7 @@ inline void score_tokens_for_many_rows(Scratch& scratch, const Inputs& in, int64
                                        int64_t offset) {
     alignas(64) float keys[DK][L] = {};  // channels by tokens
     for (int64_t i = 0; i < n; i++) {
-        const T* key = window_token(in, in.k_ring, in.k_new, head, t + i, DK);
+        const T* key = window_token<K_RING>(in, in.k_ring, in.k_new, head, t + i, DK);
         for (int64_t d = 0; d < DK; d += L) {
             const vf k = load_up_to(key + d, DK - d);
             for (int64_t j = 0; j < std::min<int64_t>(L, DK - d); j++) keys[d + j][i] = k[j];
@@ -100,7 +101,7 @@ inline void add_tokens_to_many_rows(Scratch& scratch, RunningSoftmax& softmax, c
                                     int64_t t, int64_t n, int64_t offset) {
     alignas(64) float values[L][DV_PAD];
     for (int64_t i = 0; i < n; i++) {
-        const T* value = window_token(in, in.v_ring, in.v_new, head, t + i, DV);
+        const T* value = window_token<V_RING>(in, in.v_ring, in.v_new, head, t + i, DV);
         for (int64_t d = 0; d < DV; d += L) store(values[i] + d, load_up_to(value + d, DV - d));
     }
     for (int64_t d = 0; d < DV; d += L) {

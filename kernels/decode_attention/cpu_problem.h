@@ -25,7 +25,6 @@ constexpr int64_t K_ELEMENTS =
 constexpr int64_t DK_PAD = std::max<int64_t>(K_ELEMENTS, (DK + L - 1) / L * L);
 constexpr int64_t V_GROUPS = DV / V_GROUP;
 constexpr int64_t DV_PAD = (DV + L - 1) / L * L;
-constexpr int64_t RING = RESIDUAL + RING_SLACK;
 // Where values are rotated, what comes from codes is summed apart, behind the rest, and rotated back in the end.
 constexpr int64_t CODES_AT = ROTATED ? DV_PAD : 0, ACC = DV_PAD + CODES_AT;
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();

@@ -51,7 +51,8 @@ template <int BITS, int NR, int NV> ALWAYS_INLINE void make_room(vi (&acc)[NR][D
 
 // Scores of NV vectors of tokens with NR rows, from `offset` of the span on.
 template <int NR, int NV>
-inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, int64_t row, int64_t offset) {
+inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, [[maybe_unused]] const vf (&norms)[NV],
+                     int64_t row, int64_t offset) {
     constexpr int64_t TO_4 = K_WORDS_8, TO_2 = TO_4 + K_WORDS_4, TO_1 = TO_2 + K_WORDS_2;
     const auto digits = scratch.q_digits + row;
     vi acc[NR][DIGITS][NV] = {};
@@ -68,17 +69,23 @@ inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, int
     vf out[NR][NV];
     join_digits(acc, out);
     for (int r = 0; r < NR; r++)
-        for (int v = 0; v < NV; v++)
-            store(scratch.score[row + r] + offset + v * L,
-                  fma(out[r][v], splat(scratch.q_unit[row + r]), splat(scratch.q_zero[row + r])));
+        for (int v = 0; v < NV; v++) {
+            const vf score = fma(out[r][v], splat(scratch.q_unit[row + r]), splat(scratch.q_zero[row + r]));
+            store(scratch.score[row + r] + offset + v * L, NORMS ? score * norms[v] : score);
+        }
 }
 
+// The same with all rows; `norm` is of up to n of the tokens, the others are read by nobody.
 template <int NV>
-inline void dot_keys_with_all_rows(Scratch& scratch, const int32_t* codes, int64_t stride, int64_t offset) {
+inline void dot_keys_with_all_rows(Scratch& scratch, const int32_t* codes, int64_t stride, const uint8_t* norm,
+                                   int64_t n, int64_t offset) {
+    vf norms[NV] = {};
+    if constexpr (NORMS)
+        for (int v = 0; v < NV; v++) norms[v] = load_norms(norm + v * L, n);
     for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
-        dot_keys<ROWS_AT_ONCE, NV>(scratch, codes, stride, r, offset);
+        dot_keys<ROWS_AT_ONCE, NV>(scratch, codes, stride, norms, r, offset);
     if constexpr (ROWS % ROWS_AT_ONCE)
-        dot_keys<ROWS % ROWS_AT_ONCE, NV>(scratch, codes, stride, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, offset);
+        dot_keys<ROWS % ROWS_AT_ONCE, NV>(scratch, codes, stride, norms, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, offset);
 }
 
 constexpr int64_t TOKENS_AT_ONCE = VECTORS_AT_ONCE * L;
@@ -106,21 +113,22 @@ ALWAYS_INLINE void prefetch(const int32_t* keys, const ValueWords& values) {
 // Scores of tokens [t0, t1), all in the codes.
 inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, int64_t t0, int64_t t1) {
     const int32_t* codes = in.k_codes + head * K_WORDS * K_TOKENS;
+    const uint8_t* norm = NORMS ? in.k_norm + head / H * K_TOKENS : nullptr;
     for (int64_t t = t0; t < t1;) {
         const int64_t g = t / K_GROUP, end = std::min(t1, (g + 1) * K_GROUP);
         if (g != scratch.group) fold_key_scales(scratch, in, head, g);
         for (; t + TOKENS_AT_ONCE <= end; t += TOKENS_AT_ONCE) {
-            dot_keys_with_all_rows<VECTORS_AT_ONCE>(scratch, codes + t, K_TOKENS, t - t0);
+            dot_keys_with_all_rows<VECTORS_AT_ONCE>(scratch, codes + t, K_TOKENS, norm + t, L, t - t0);
             prefetch(codes + t, ValueWords(in, head, t));
         }
         for (; t < end; t += L) {
             if (t + L <= K_TOKENS) {
-                dot_keys_with_all_rows<1>(scratch, codes + t, K_TOKENS, t - t0);
+                dot_keys_with_all_rows<1>(scratch, codes + t, K_TOKENS, norm + t, L, t - t0);
                 continue;
             }
             int32_t part[K_WORDS][L] = {};  // the buffer ends inside this vector
             for (int64_t i = 0; i < K_WORDS; i++) std::memcpy(part[i], codes + i * K_TOKENS + t, (K_TOKENS - t) * 4);
-            dot_keys_with_all_rows<1>(scratch, part[0], L, t - t0);
+            dot_keys_with_all_rows<1>(scratch, part[0], L, norm + t, K_TOKENS - t, t - t0);
         }
         t = end;
     }

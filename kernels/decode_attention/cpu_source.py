@@ -40,12 +40,14 @@ class Problem:
     k_bits: float
     k_group: int
     k_tokens: int
+    k_residual: int
+    k_ring: int
     v_scheme: str
     v_bits: float
     v_group: int
     v_tokens: int
-    residual: int
-    ring: int
+    v_residual: int
+    v_ring: int
     sinks: int
     scale: float
     softcap: float
@@ -53,6 +55,8 @@ class Problem:
     mask_dtype: torch.dtype | None
     mask_strides: tuple[int, int, int]
     sink_logits_dtype: torch.dtype | None
+    k_norms: bool
+    """Whether keys were divided by the norms of their tokens."""
     chunk: bool
     """Whether the step's own tokens are passed, rather than found in the ring."""
 
@@ -80,14 +84,15 @@ def constants(p: Problem) -> str:
     numbers = {
         "B": p.batch, "H": p.heads, "HQ": p.query_heads, "Q": p.queries, "DK": p.k_dim, "DV": p.v_dim, "N": p.max_len,
         **key_sizes(p), "K_GROUP": p.k_group, "K_TOKENS": p.k_tokens,
+        "K_RESIDUAL": p.k_residual, "K_RING": p.k_ring,
         "ROTATED": rotated_size(p.v_dim) if p.v_scheme == ROTATED else 0,
         "V_HIGH": v_high, "V_LOW": v_low, "V_GROUP": p.v_group, "V_TOKENS": p.v_tokens,
-        "RESIDUAL": p.residual, "RING_SLACK": p.ring - p.residual, "SINKS": p.sinks, "WINDOW": p.window,
+        "V_RESIDUAL": p.v_residual, "V_RING": p.v_ring, "SINKS": p.sinks, "WINDOW": p.window,
         "MASK_B": p.mask_strides[0], "MASK_H": p.mask_strides[1], "MASK_Q": p.mask_strides[2],
         "ROWS": p.row_block, "DIGITS": 3 if p.dtype == torch.float32 else 2,
     }  # fmt: skip
     flags = {
-        "RANKED": p.k_scheme == RANKED, "HAS_NEW": p.chunk, "HAS_MASK": p.mask_dtype is not None,
+        "RANKED": p.k_scheme == RANKED, "NORMS": p.k_norms, "HAS_NEW": p.chunk, "HAS_MASK": p.mask_dtype is not None,
         "HAS_SINK_LOGITS": p.sink_logits_dtype is not None,
     }  # fmt: skip
     types = {
@@ -140,6 +145,8 @@ def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
         absent |= {"k_new", "v_new"}
     if p.k_scheme != RANKED:
         absent |= {"k_order", "k_center"}
+    if not p.k_norms:
+        absent.add("k_norm")
     if p.v_scheme == ROTATED:
         absent.add("v_zero")
     if p.mask_dtype is None:

@@ -17,13 +17,13 @@ def _loaded(a: DecodeArguments) -> tuple[Tensor, Tensor]:
         stored = {name: getattr(a, f"{side}_{name}") for name in (*names, "bits", "scheme")}
         x = load(
             LoadArguments(
-                **{"order": None, "center": None, **stored},
+                **{**dict.fromkeys(OF_KEYS), **stored},
                 start=a.start,
                 past=a.past,
                 new_tokens=a.new_tokens,
                 n=a.max_len,
                 group_size=getattr(a, f"{side}_group"),
-                residual_length=a.residual_length,
+                residual_length=getattr(a, f"{side}_residual"),
                 x=getattr(a, f"{side}_new"),
             )
         )

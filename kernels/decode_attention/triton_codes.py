@@ -53,7 +53,7 @@ def key_words(keys, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
     Masked by the bounds of the storage, which are known here, so that loads stay vectors; what is
     outside the zone is masked in the logits.
     """
-    codes, _, _ = keys
+    codes, _, _, _ = keys
     if KEYS[RANKED]:
         return ranked_words(codes, t0, KEYS, TILE)
     elif KEYS[LOWER][BITS] > 0:
@@ -73,11 +73,11 @@ def words_of_fields(codes, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def key_scales(keys, t0, limit, KEYS: tl.constexpr):
+def key_scales(keys, t0, limit, KEYS: tl.constexpr, TILE: tl.constexpr):
     """(scales, zeros) [CHANNELS] of a tile that is one group; zeros if ``t0`` is not below ``limit``."""
-    _, scale, zero = keys
+    _, scale, zero, norm = keys
     if KEYS[RANKED]:
-        return ranked_scales(scale, zero, t0, limit, KEYS)
+        return ranked_scales(scale, zero, norm, t0, limit, KEYS, TILE)
     elif KEYS[FOLD]:
         s = numbers_of_group(scale, t0, limit, KEYS)
         z = numbers_of_group(zero, t0, limit, KEYS)
@@ -159,7 +159,7 @@ def dequantized_low(c, scale, tokens, valid_tokens, q, SM_SCALE: tl.constexpr, K
 def code_logits(q, words, keys, scales, tokens, valid_tokens, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
     """Scaled logits [TILE, ROWS] of keys in codes. ``q`` [CHANNELS, ROWS] is float32, in word order, with the
     factors if FOLD; ``words`` and ``scales`` are those of ``key_words`` and ``key_scales``."""
-    _, scale, zero = keys
+    _, scale, zero, _ = keys
     if KEYS[RANKED]:
         return ranked_logits(q, words, scales, tokens.shape[0], SM_SCALE, KEYS)
     elif KEYS[LOWER][BITS] > 0:

@@ -35,12 +35,13 @@ from xquant_fx.kernels.decode_attention.triton_setup import (
     interior_of,
     limits_of,
     mask_rows_of,
+    norms_of,
     range_of_split,
 )
 from xquant_fx.kernels.decode_attention.triton_softmax import MASK, SM_SCALE, SOFTCAP, tanh
-from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, ROTATION
+from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, NORMS, ROTATION
 from xquant_fx.kernels.triton_rotation import rotate_back
-from xquant_fx.kernels.triton_small_floats import UNIT_OF_SCALES, scale_in_units
+from xquant_fx.kernels.triton_small_floats import UNIT_OF_SCALES, decode_scale, scale_in_units
 
 # Top of a row that has seen nothing yet: finite, so that differences are numbers.
 NOTHING = tl.constexpr(-1e30)
@@ -55,6 +56,15 @@ def value_scales(values, t0, TILE: tl.constexpr, VALUES: tl.constexpr):
     tokens = t0 + tl.arange(0, TILE)
     s = tl.load(scale + tokens)
     return s, s if VALUES[ROTATION] >= 0 else tl.load(zero + tokens)
+
+
+@triton.jit
+def token_norms(keys, t0, TILE: tl.constexpr, KEYS: tl.constexpr):
+    """The norms [TILE] of a tile's keys, as stored; nothing of use where there are none."""
+    if KEYS[NORMS]:
+        return tl.load(keys[3] + t0 + tl.arange(0, TILE))
+    else:
+        return tl.zeros((1,), tl.uint8)
 
 
 @triton.jit
@@ -124,18 +134,24 @@ def attend_interior(
     factor = tl.exp2((-WIDTH * plane).to(tl.float32))
     next_keys = interior_scales(keys, tl.minimum(low, last), VALUES[CHANNELS], KEYS)
     next_s, next_z = value_scales(values, tl.minimum(low, last), TILE, VALUES)
+    next_norms = token_norms(keys, tl.minimum(low, last), TILE, KEYS)
     next_seen = interior_mask(mask_rows, tl.minimum(low, last), TILE, LOGITS[MASK])
     for t0 in tl.range(low, high, TILE):
-        for_keys, s, z, seen = next_keys, next_s, next_z, next_seen
+        for_keys, s, z, norms, seen = next_keys, next_s, next_z, next_norms, next_seen
         t1 = tl.minimum(t0 + TILE, last)
         next_keys = interior_scales(keys, t1, VALUES[CHANNELS], KEYS)
         next_s, next_z = value_scales(values, t1, TILE, VALUES)
+        next_norms = token_norms(keys, t1, TILE, KEYS)
         next_seen = interior_mask(mask_rows, t1, TILE, LOGITS[MASK])
         r, of_row, offset = interior_logits(q, keys, for_keys, t0, TILE, WIDTH, LOGITS[SM_SCALE], BYTES, KEYS)
-        if LOGITS[SOFTCAP] != 0.0:
-            capped: tl.constexpr = LOGITS[SOFTCAP] * LOG2_E
-            r = capped * tanh((r * of_row[:, None] + offset[:, None]) * (1.0 / capped))
-            of_row, offset = of_row * 0.0 + 1.0, offset * 0.0
+        if KEYS[NORMS] or LOGITS[SOFTCAP] != 0.0:
+            r = r * of_row[:, None] + offset[:, None]
+            if KEYS[NORMS]:
+                r = r * to_columns(decode_scale(norms), WIDTH)[None, :]
+            if LOGITS[SOFTCAP] != 0.0:
+                capped: tl.constexpr = LOGITS[SOFTCAP] * LOG2_E
+                r = capped * tanh(r * (1.0 / capped))
+            of_row, offset = tl.full((ROWS,), 1.0, tl.float32), tl.zeros((ROWS,), tl.float32)
         if LOGITS[MASK] == "bool":
             r = tl.where(in_columns(seen, WIDTH).to(tl.int1), r, float("-inf"))
         new_top = tl.maximum(top, tl.max(r, 1) * of_row + offset)
@@ -169,6 +185,7 @@ def interior_kernel(
     k_zero,
     k_order,
     k_center,
+    k_norm,
     k_ring,
     k_sink,
     v_codes,
@@ -198,7 +215,8 @@ def interior_kernel(
     V_GROUP: tl.constexpr,
     V_TOKENS: tl.constexpr,
     V_STRIDE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    K_RESIDUAL: tl.constexpr,
+    V_RESIDUAL: tl.constexpr,
     SINK_TOKENS: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -240,7 +258,8 @@ def interior_kernel(
     )  # fmt: skip
     # In the order of the fields in triton_unpack.py and triton_softmax.py.
     KEYS: tl.constexpr = (
-        K_DIM, K_CHANNELS, K_BITS, 4, K_TOKENS, K_GROUP, K_DIM, True, True, "fp16", RANKED, PLANES, COUNTS,
+        K_DIM, K_CHANNELS, K_BITS, 4, K_TOKENS, K_GROUP, K_DIM, True, True, "fp16", RANKED, PLANES, COUNTS, 0,
+        k_norm is not None,
     )  # fmt: skip
     VALUES: tl.constexpr = (
         V_DIM, V_CHANNELS, V_BITS, 4, V_TOKENS, V_GROUP, V_STRIDE, True, True, "fp16", ROTATION,
@@ -251,9 +270,10 @@ def interior_kernel(
     head = (batch * KV_HEADS + kv_head).to(tl.int64)
     keys = codes_of(head, k_codes, k_scale, k_zero, K_WORDS * K_TOKENS, K_GROUPS * K_DIM)
     values = codes_of(head, v_codes, v_scale, v_zero, V_TOKENS * V_BITS // 32 * V_DIM, V_DIM // V_GROUP * V_STRIDE)
+    keys = keys[0], keys[1], keys[2], norms_of(batch, k_norm, k_codes, KEYS)
     past_tokens = tl.load(past).to(tl.int32)
     first_sink = tl.load(start + batch).to(tl.int32) if SINK_TOKENS > 0 else 0
-    _first, k_limit, v_limit = limits_of(past_tokens, RESIDUAL, WINDOW, KEYS)
+    _first, k_limit, v_limit = limits_of(past_tokens, K_RESIDUAL, V_RESIDUAL, WINDOW, KEYS)
     limit = tl.minimum(k_limit, v_limit)
     low, high = interior_of(past_tokens, limit, first_sink, QUERY, WINDOW, SINK_TOKENS, INTERIOR_TILE)
     tile_range = range_of_split(split, low, high, INTERIOR_SPLITS, INTERIOR_TILE)

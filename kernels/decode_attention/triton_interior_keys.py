@@ -189,7 +189,7 @@ def plane_scales(scale, PLANE: tl.constexpr, KEYS: tl.constexpr):
 @triton.jit
 def interior_scales(keys, t0, CHANNELS_TILE: tl.constexpr, KEYS: tl.constexpr):
     """Scales and mid or zero points of the group of ``t0``, by rank, and scales by place of each plane, as stored."""
-    _, scale, zero = keys
+    _, scale, zero, _ = keys
     at = t0 // KEYS[GROUP] * KEYS[STRIDE]
     quad = tl.arange(0, CHANNELS_TILE // 4)
     quad = tl.where(quad * 4 < KEYS[DIM], quad, 0)
@@ -245,7 +245,7 @@ def add_plane(sums, levels, codes, t0, q, s, factor, V_BITS: tl.constexpr, BYTES
 def interior_logits(q, keys, scales, t0, TILE: tl.constexpr, V_BITS: tl.constexpr, SM_SCALE: tl.constexpr,
                     BYTES: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
     """(r [ROWS, TILE], factor [ROWS], offset [ROWS]): logits, times log2(e), are r * factor + offset."""
-    codes, _, _ = keys
+    codes, _, _, _ = keys
     x, q_four, q_two, q_one, q_unit, from_center = q
     ROWS: tl.constexpr = q_unit.shape[0]
     s, mid, s_four, s_two, s_one = scales

@@ -33,11 +33,13 @@ from xquant_fx.kernels.decode_attention.triton_setup import (
     interior_of,
     limits_of,
     mask_rows_of,
+    norms_of,
     range_of_split,
     rows_of,
 )
 from xquant_fx.kernels.decode_attention.triton_zones import (
     attend_codes,
+    attend_late_keys,
     attend_mixed,
     attend_new_tokens,
     attend_sinks,
@@ -55,6 +57,7 @@ def decode_kernel(
     k_zero,
     k_order,
     k_center,
+    k_norm,
     k_ring,
     k_sink,
     v_codes,
@@ -81,14 +84,16 @@ def decode_kernel(
     K_GROUP: tl.constexpr,
     K_TOKENS: tl.constexpr,
     K_GROUPS: tl.constexpr,
+    K_RESIDUAL: tl.constexpr,
+    K_RING: tl.constexpr,
     V_DIM: tl.constexpr,
     V_BITS: tl.constexpr,
     V_LOW: tl.constexpr,
     V_GROUP: tl.constexpr,
     V_TOKENS: tl.constexpr,
     V_STRIDE: tl.constexpr,
-    RING: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    V_RESIDUAL: tl.constexpr,
+    V_RING: tl.constexpr,
     SINK_TOKENS: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -107,6 +112,7 @@ def decode_kernel(
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
     FULL_TILE: tl.constexpr,
+    LATE_TILE: tl.constexpr,
     TAIL: tl.constexpr,
     STAGES: tl.constexpr,
     FULL_STAGES: tl.constexpr,
@@ -150,7 +156,7 @@ def decode_kernel(
     )  # fmt: skip
     KEYS: tl.constexpr = (
         K_DIM, CODE_CHANNELS, K_BITS - K_LOW, K_LANES, K_TOKENS, K_GROUP, K_DIM, FOLD_K, BITCAST, MODEL, RANKED, PLANES,
-        COUNTS, K_LOWER,
+        COUNTS, K_LOWER, k_norm is not None,
     )  # fmt: skip
     V_LOWER: tl.constexpr = (
         V_DIM, V_CHANNELS, V_LOW, V_LOW_LANES, V_TOKENS, V_GROUP, V_STRIDE, FOLD_V, BITCAST, MODEL, ROTATION,
@@ -159,17 +165,30 @@ def decode_kernel(
         V_DIM, V_CHANNELS, V_BITS - V_LOW, V_LANES, V_TOKENS, V_GROUP, V_STRIDE, FOLD_V, BITCAST, MODEL, ROTATION, 0, 0,
         V_LOWER,
     )  # fmt: skip
+    # The same for tiles of LATE_TILE tokens, which have fewer words.
+    LATE_LANES: tl.constexpr = LATE_TILE * (V_BITS - V_LOW) // 32
+    LATE_LOW_LANES: tl.constexpr = LATE_TILE * V_LOW // 32
+    LATE_LOWER: tl.constexpr = (
+        V_DIM, V_CHANNELS, V_LOW, LATE_LOW_LANES if LATE_LOW_LANES < V_LOW_LANES else V_LOW_LANES, V_TOKENS, V_GROUP,
+        V_STRIDE, FOLD_V, BITCAST, MODEL, ROTATION,
+    )  # fmt: skip
+    LATE_CODES: tl.constexpr = (
+        V_DIM, V_CHANNELS, V_BITS - V_LOW, LATE_LANES if LATE_LANES < V_LANES else V_LANES, V_TOKENS, V_GROUP, V_STRIDE,
+        FOLD_V, BITCAST, MODEL, ROTATION, 0, 0, LATE_LOWER,
+    )  # fmt: skip
     LOGITS: tl.constexpr = (SCALE, SOFTCAP, WINDOW, MASK_KIND, SINK_TOKENS)
     split = tl.program_id(0)
     kv_head, batch = tl.program_id(1) // ROW_BLOCKS, tl.program_id(2)
     head = (batch * KV_HEADS + kv_head).to(tl.int64)
     keys = codes_of(head, k_codes, k_scale, k_zero, K_WORDS * K_TOKENS, K_GROUPS * K_DIM)
     values = codes_of(head, v_codes, v_scale, v_zero, V_TOKENS * V_BITS // 32 * V_DIM, V_DIM // V_GROUP * V_STRIDE)
-    residual = rows_of(head, k_ring, v_ring, RING, KEYS, VALUES)
+    keys = keys[0], keys[1], keys[2], norms_of(batch, k_norm, k_codes, KEYS)
+    RINGS: tl.constexpr = (K_RING, V_RING)
+    residual = rows_of(head, k_ring, v_ring, RINGS, KEYS, VALUES)
     past_tokens = tl.load(past).to(tl.int32)
     first_sink = tl.load(start + batch).to(tl.int32) if SINK_TOKENS > 0 else 0
     stored = past_tokens + NEW_TOKENS
-    first, k_limit, v_limit = limits_of(past_tokens, RESIDUAL, WINDOW, KEYS)
+    first, k_limit, v_limit = limits_of(past_tokens, K_RESIDUAL, V_RESIDUAL, WINDOW, KEYS)
 
     # Row r is query token r % QUERY of query head r // QUERY of this KV head.
     rows = tl.program_id(1) % ROW_BLOCKS * ROWS + tl.arange(0, ROWS)
@@ -183,29 +202,43 @@ def decode_kernel(
         x = ranked_query(q, query_rows, valid_rows, k_order + head * K_DIM, k_center + head * K_DIM, KEYS)
     else:
         x = code_query(q, query_rows, valid_rows, KEYS)
-    zone = (first, v_limit, first_sink)
+    # Which of keys and values are in codes later than the others; both, in turns, where windows differ by a group only.
+    LATE_KEYS: tl.constexpr = K_RESIDUAL > V_RESIDUAL + 1
+    LATE_VALUES: tl.constexpr = (not RANKED) or K_RESIDUAL < V_RESIDUAL + K_GROUP
+    both = tl.minimum(k_limit, v_limit) if LATE_KEYS else v_limit
+    zone = (first, both, first_sink)
     if INTERIOR_SPLITS > 0:
         limit = tl.minimum(k_limit, v_limit)
         interior = interior_of(past_tokens, limit, first_sink, QUERY, WINDOW, SINK_TOKENS, INTERIOR_TILE)
-        split_range = edge_of(split, first, v_limit, interior, SPLITS, TILE)
+        split_range = edge_of(split, first, both, interior, SPLITS, TILE)
     else:
-        split_range = range_of_split(split, first, v_limit, SPLITS, TILE)
+        split_range = range_of_split(split, first, both, SPLITS, TILE)
     sums = attend_codes(x, keys, values, view, zone, split_range, KEYS, VALUES, LOGITS, TILE, STAGES)
+    mixed = split == MIXED_SPLIT
+    if LATE_KEYS:
+        LATE_TILES: tl.constexpr = (LATE_TILE, FULL_STAGES)
+        full_x = full_query(q, query_rows, valid_rows, K_CHANNELS, KEYS)
+        zone = (tl.maximum(k_limit, first), v_limit, first_sink)
+        sums = attend_late_keys(
+            full_x, values, residual, view, zone, mixed, sums, KEYS, LATE_CODES, LOGITS, RINGS, LATE_TILES
+        )
     if ROTATION >= 0:
         sums = sums[0], sums[1], rotate_back(sums[2], ROTATION)
     TILES: tl.constexpr = (FULL_TILE, FULL_STAGES)
-    zone = (tl.maximum(v_limit, first), k_limit, first_sink)
-    sums = attend_mixed(x, keys, residual, view, zone, split == MIXED_SPLIT, sums, KEYS, VALUES, LOGITS, RING, TILES)
+    if LATE_VALUES:
+        zone = (tl.maximum(v_limit, first), k_limit, first_sink)
+        sums = attend_mixed(x, keys, residual, view, zone, mixed, sums, KEYS, VALUES, LOGITS, RINGS, TILES)
     x = full_query(q, query_rows, valid_rows, K_CHANNELS, KEYS)
     last = split == PARTS - INTERIOR_SPLITS - 1
-    zone = (tl.maximum(k_limit, first), past_tokens if HAS_NEW else stored, first_sink)
-    sums = attend_window(x, residual, view, zone, last, sums, KEYS, VALUES, LOGITS, RING, TILES)
+    late = tl.maximum(k_limit, v_limit) if LATE_KEYS else k_limit
+    zone = (tl.maximum(late, first), past_tokens if HAS_NEW else stored, first_sink)
+    sums = attend_window(x, residual, view, zone, last, sums, KEYS, VALUES, LOGITS, RINGS, TILES)
     if HAS_NEW:
-        new = rows_of(head, k_new, v_new, NEW_TOKENS, KEYS, VALUES)
+        new = rows_of(head, k_new, v_new, (NEW_TOKENS, NEW_TOKENS), KEYS, VALUES)
         zone = (past_tokens, stored, first_sink)
         sums = attend_new_tokens(x, new, view, zone, last, sums, KEYS, VALUES, LOGITS, NEW_TOKENS, TILES)
     if SINK_TOKENS > 0:
-        sinks = rows_of(head, k_sink, v_sink, SINK_TOKENS + 1, KEYS, VALUES)
+        sinks = rows_of(head, k_sink, v_sink, (SINK_TOKENS + 1, SINK_TOKENS + 1), KEYS, VALUES)
         zone = (first_sink, stored, first_sink)
         sums = attend_sinks(x, sinks, view, zone, last, sums, KEYS, VALUES, LOGITS, TILES)
     sums = attend_unwritten(mask_rows, stored, split, sums, LOGITS, MAX_LEN, PARTS - INTERIOR_SPLITS, TAIL)

@@ -5,7 +5,7 @@ With f over the fields of a key and r over its ranks, each field of a rank that 
     sum_r q_r (s_r (c_r - n_r / 2 + mid_r) + center_r)
         = sum_f (q_f s_f 2**shift_f) field_f + sum_r q_r s_r (mid_r - n_r / 2) + sum_r q_r center_r
 
-so that the fields of a plane are one product with a query that is gathered once, in the order in which the plane's
+and all of it times the token's norm, where there are norms; so that the fields of a plane are one product with a query that is gathered once, in the order in which the plane's
 fields are unpacked. The last sum is known before any key is read. A tile lies in one group of tokens.
 """
 
@@ -23,6 +23,7 @@ from xquant_fx.kernels.decode_attention.triton_unpack import (
     DIM,
     GROUP,
     MODEL,
+    NORMS,
     PLANES,
     STRIDE,
     TOKENS,
@@ -126,8 +127,8 @@ def plane_scales(scale, in_use, PLANE: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def ranked_scales(scale, zero, t0, limit, KEYS: tl.constexpr):
-    """(scales, mid points) by rank and scales by field, as stored; zeros if ``t0`` is not below ``limit``."""
+def ranked_scales(scale, zero, norm, t0, limit, KEYS: tl.constexpr, TILE: tl.constexpr):
+    """(scales, mid points) by rank, scales by field and norms [TILE] as stored; zeros if ``t0`` is not below ``limit``."""
     at = t0 // KEYS[GROUP] * KEYS[STRIDE]
     in_use = t0 + tl.arange(0, 1) < limit
     rank = tl.arange(0, KEYS[CHANNELS])
@@ -136,7 +137,12 @@ def ranked_scales(scale, zero, t0, limit, KEYS: tl.constexpr):
     mid = tl.load(zero + at + rank, mask=in_bounds, other=0)
     four = plane_scales(scale + at, in_use, KEYS[PLANES][0], KEYS)
     two = plane_scales(scale + at, in_use, KEYS[PLANES][1], KEYS)
-    return s, mid, four, two, plane_scales(scale + at, in_use, KEYS[PLANES][2], KEYS)
+    one = plane_scales(scale + at, in_use, KEYS[PLANES][2], KEYS)
+    if KEYS[NORMS]:
+        norms = tl.load(norm + t0 + tl.arange(0, TILE), mask=in_use, other=0)
+    else:
+        norms = tl.zeros((1,), tl.uint8)
+    return s, mid, four, two, one, norms
 
 
 @triton.jit
@@ -156,7 +162,7 @@ def ranked_logits(q, words, scales, TILE: tl.constexpr, SM_SCALE: tl.constexpr, 
     """Scaled logits [TILE, ROWS] of a tile of ranked keys."""
     x, q_four, q_two, q_one, q_unit, from_center = q
     four, two, one = words
-    s, mid, s_four, s_two, s_one = scales
+    s, mid, s_four, s_two, s_one, norms = scales
     n = (1 << width_of_rank(tl.arange(0, KEYS[CHANNELS]), KEYS[COUNTS])) - 1
     offset = decode_scale(s) * (decode_mid(mid) - 0.5 * n.to(tl.float32))
     constant = from_center + tl.sum(x.to(tl.float32) * offset[:, None], 0)
@@ -170,4 +176,5 @@ def ranked_logits(q, words, scales, TILE: tl.constexpr, SM_SCALE: tl.constexpr, 
     sums = plane_logits(sums, one, q_one, s_one, factor, KEYS[PLANES][2], KEYS)
     unit: tl.constexpr = SUBNORMAL if KEYS[BITCAST] else 1.0
     scale_unit: tl.constexpr = UNIT_OF_SCALES if s.dtype == tl.uint8 else 1.0
-    return sums * (q_unit * (undo * (scale_unit * unit * SM_SCALE)))[None, :] + (constant * SM_SCALE)[None, :]
+    logits = sums * (q_unit * (undo * (scale_unit * unit * SM_SCALE)))[None, :] + (constant * SM_SCALE)[None, :]
+    return logits * decode_scale(norms)[:, None] if KEYS[NORMS] else logits

@@ -54,7 +54,7 @@ class Settings:
     ROW_BLOCKS: int
     #: Programs that the tokens whose keys and values are in codes are divided over.
     SPLITS: int
-    #: The program that takes the tokens whose keys are in codes and whose values are not.
+    #: The program that takes the tokens of which only the keys, or only the values, are in codes.
     MIXED_SPLIT: int
     #: All programs of one KV head and block of rows; each leaves a part, and the last one takes the windows.
     PARTS: int
@@ -75,6 +75,8 @@ class Settings:
     TILE: int
     #: Tokens of a tile with values, or keys and values, in full precision.
     FULL_TILE: int
+    #: Tokens of a tile with keys in full precision and values in codes, of which it has whole words.
+    LATE_TILE: int
     #: Tokens of a tile of which only the mask is read.
     TAIL: int
     #: Tiles of codes in flight at a time.
@@ -136,6 +138,7 @@ def settings(
     k_words, k_low_words = key_words(k_dim, k_high), key_words(k_dim, k_low or k_high)
     full_tile = (64 if dim <= 128 else 32) if hip else 16 if dtype == torch.float32 else 32
     k_channels = max(power_of_two(k_dim), 16)
+    least_full = min(full_tile, tile) if fold_k else full_tile  # a tile of codes lies in one group
     splits = max(1, min(PROGRAMS // (batch * kv_heads * row_blocks), math.ceil(max_len / (2 * tile)), 128))
     interior = interior_settings(
         batch=batch, kv_heads=kv_heads, rows=rows, v_bits=v_bits, max_len=max_len, interpret=interpret, runs=edges > 0
@@ -146,7 +149,7 @@ def settings(
         ROWS=row_tile, ROW_BLOCKS=row_blocks,
         SPLITS=splits, MIXED_SPLIT=splits - 1 if chunk else splits, PARTS=parts + interior["INTERIOR_SPLITS"],
         **interior,
-        TILE=tile, FULL_TILE=min(full_tile, tile) if fold_k else full_tile,  # a tile of codes lies in one group
+        TILE=tile, FULL_TILE=least_full, LATE_TILE=max(least_full, LEAST_TILE),
         TAIL=256, STAGES=3, FULL_STAGES=1 if hip else 2,
         CODE_CHANNELS=k_channels if ranked else k_words * codes_per_word(k_high), K_CHANNELS=k_channels,
         V_CHANNELS=max(power_of_two(v_dim), 16),

@@ -8,7 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, FOLD, GROUP, LOWER, RANKED, word_order
+from xquant_fx.kernels.decode_attention.triton_unpack import (
+    BITS,
+    CHANNELS,
+    DIM,
+    FOLD,
+    GROUP,
+    LOWER,
+    RANKED,
+    TOKENS,
+    word_order,
+)
 from xquant_fx.kernels.triton_widths import ranked_limit
 
 
@@ -19,18 +29,29 @@ def codes_of(head, codes, scale, zero, WORDS: tl.constexpr, SCALES: tl.constexpr
 
 
 @triton.jit
-def rows_of(head, keys, values, TOKENS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr):
-    """(keys, values) in full precision of one KV head of one sequence, of TOKENS tokens."""
-    return keys + head * (TOKENS * KEYS[DIM]), values + head * (TOKENS * VALUES[DIM])
+def norms_of(batch, norm, otherwise, KEYS: tl.constexpr):
+    """Token norms of one sequence; ``otherwise``, which is not read, where there are none."""
+    return otherwise if norm is None else norm + batch.to(tl.int64) * KEYS[TOKENS]
 
 
 @triton.jit
-def limits_of(past_tokens, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr):
+def rows_of(head, keys, values, TOKENS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr):
+    """(keys, values) in full precision of one KV head of one sequence, of TOKENS = (keys, values) tokens."""
+    return keys + head * (TOKENS[0] * KEYS[DIM]), values + head * (TOKENS[1] * VALUES[DIM])
+
+
+@triton.jit
+def limits_of(
+    past_tokens, K_RESIDUAL: tl.constexpr, V_RESIDUAL: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr
+):
     """The first token that any row sees, and the tokens below which keys are in codes, and values."""
     first = tl.maximum(past_tokens - WINDOW + 1, 0) if WINDOW > 0 else past_tokens * 0
     ranked: tl.constexpr = KEYS[RANKED]
-    k_limit = ranked_limit(past_tokens, RESIDUAL, KEYS[GROUP]) if ranked else past_tokens // RESIDUAL * RESIDUAL
-    return first, k_limit, tl.maximum(past_tokens - RESIDUAL, 0)
+    if ranked:
+        k_limit = ranked_limit(past_tokens, K_RESIDUAL, KEYS[GROUP])
+    else:
+        k_limit = past_tokens // K_RESIDUAL * K_RESIDUAL
+    return first, k_limit, tl.maximum(past_tokens - V_RESIDUAL, 0)
 
 
 @triton.jit

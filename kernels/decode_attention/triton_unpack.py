@@ -28,6 +28,7 @@ MODEL = tl.constexpr(9)  # what keys and values in full precision are multiplied
 RANKED = tl.constexpr(10)  # whether channels are ranked; CHANNELS are then DIM, filled up to a power of two
 PLANES = tl.constexpr(11)  # the three planes, of no CHANNELS where there is none
 COUNTS = tl.constexpr(12)  # of ``kernels/triton_widths.py``
+NORMS = tl.constexpr(14)  # whether they were divided by the norms of their tokens
 # Of values.
 ROTATION = tl.constexpr(10)  # rotated in pieces of two to this power; -1: not rotated
 # Of both: such a tuple, too, for the fields of the lowest bits, whose plane follows; of 0 BITS where there are none.

@@ -2,6 +2,7 @@
 
     attend_codes       keys and values in codes, divided over the first SPLITS programs
     attend_mixed       keys in codes and values in the residual window, in the next program
+    attend_late_keys   values in codes and keys in the residual window, in that program, too
     attend_window      both in the residual window, in the last program, as all that follows
     attend_new_tokens  a chunk's own tokens: more than the window takes, so that the step brings them
     attend_sinks       the first tokens, kept in full precision
@@ -11,8 +12,8 @@
 A chunk's query rows alone keep a GPU busy, so that the last split of its codes goes on to the other zones.
 
 Each takes and returns sums = (top, total, acc); ``triton_softmax.py`` explains these, ``view`` and ``zone``.
-``full`` and ``residual`` are (keys, values) in full precision, and TILES is (tokens of a tile, tiles in flight at a
-time). A program that is not ``active`` leaves a zone to others: its loop ends where it starts. Keep it so: with an end
+``full`` and ``residual`` are (keys, values) in full precision, RINGS the tokens that the windows of both have room for,
+and TILES is (tokens of a tile, tiles in flight at a time). A program that is not ``active`` leaves a zone to others: its loop ends where it starts. Keep it so: with an end
 of 0 in ``attend_window``, Triton 3.9 takes 210 registers a thread in the place of 166 (sm_90, head_dim 128).
 """
 
@@ -66,7 +67,7 @@ def attend_codes(
     rows: tl.constexpr = positions.shape[0]
     top = tl.full((rows,), float("-inf"), tl.float32)
     acc = tl.zeros((VALUES[CHANNELS], rows), tl.float32)
-    for_keys = key_scales(keys, low, high, KEYS)
+    for_keys = key_scales(keys, low, high, KEYS, TILE)
     for_values = value_scales(values, low, high, VALUES, TILE)
     tokens = low + tl.arange(0, TILE)
     bias = load_mask(mask_rows, tokens, tokens < high, LOGITS[MASK])
@@ -74,7 +75,7 @@ def attend_codes(
     from_zeros = tl.zeros((TILE, rows), tl.float32)
     for t0 in tl.range(low, high, TILE, num_stages=STAGES):
         next_tokens = t0 + TILE + tl.arange(0, TILE)
-        next_for_keys = key_scales(keys, t0 + TILE, high, KEYS)
+        next_for_keys = key_scales(keys, t0 + TILE, high, KEYS, TILE)
         next_for_values = value_scales(values, t0 + TILE, high, VALUES, TILE)
         next_bias = load_mask(mask_rows, next_tokens, next_tokens < high, LOGITS[MASK])
         tokens = t0 + tl.arange(0, TILE)
@@ -103,7 +104,7 @@ def attend_mixed(
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     LOGITS: tl.constexpr,
-    RING: tl.constexpr,
+    RINGS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Tokens of ``zone``, whose keys are in codes and whose values are in the residual window."""
@@ -117,14 +118,59 @@ def attend_mixed(
         tokens = t0 + tl.arange(0, TILE)
         valid_tokens = in_zone(tokens, zone, LOGITS[SINKS])
         words = key_words(keys, t0, KEYS, TILE)
-        for_keys = key_scales(keys, t0, high, KEYS)
+        for_keys = key_scales(keys, t0, high, KEYS, TILE)
         logits = code_logits(q, words, keys, for_keys, tokens, valid_tokens, LOGITS[SM_SCALE], KEYS)
         bias = load_mask(mask_rows, tokens, valid_tokens, LOGITS[MASK])
         logits = finish_logits(logits, bias, tokens, valid_tokens, positions, LOGITS)
         p, alpha, top = online_softmax_step(logits, top)
         total = total * alpha + tl.sum(p, 0)
-        acc = acc * alpha[None, :] + full_values(v_ring, tokens % RING, valid_tokens, p, acc.shape[0], VALUES)
+        acc = acc * alpha[None, :] + full_values(v_ring, tokens % RINGS[1], valid_tokens, p, acc.shape[0], VALUES)
     return top, total, acc
+
+
+@triton.jit
+def attend_late_keys(
+    q,
+    values,
+    residual,
+    view,
+    zone,
+    active,
+    sums,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    LOGITS: tl.constexpr,
+    RINGS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Tokens of ``zone``, whose values are in codes and whose keys are in the residual window."""
+    mask_rows, positions = view
+    top, total, acc = sums
+    low, high, _ = zone
+    k_ring, _ = residual
+    TILE: tl.constexpr = TILES[0]
+    begin = low // TILE * TILE  # whole words of values
+    for t0 in tl.range(begin, tl.where(active, high, begin), TILE, num_stages=TILES[1]):
+        tokens = t0 + tl.arange(0, TILE)
+        valid_tokens = in_zone(tokens, zone, LOGITS[SINKS])
+        for_values = value_scales(values, t0, high, VALUES, TILE)
+        logits = full_logits(q, k_ring, tokens % RINGS[0], valid_tokens, KEYS, LOGITS[SM_SCALE])
+        bias = load_mask(mask_rows, tokens, valid_tokens, LOGITS[MASK])
+        logits = finish_logits(logits, bias, tokens, valid_tokens, positions, LOGITS)
+        p, alpha, top = online_softmax_step(logits, top)
+        out, p_zeros = code_values(p, values, for_values, t0, zone, VALUES, TILE, LOGITS[SINKS])
+        total = total * alpha + tl.sum(p, 0)
+        acc = acc * alpha[None, :] + out + tl.sum(p_zeros, 0)[None, :]
+    return top, total, acc
+
+
+@triton.jit
+def full_logits(q, keys, slots, valid_tokens, KEYS: tl.constexpr, SCALE: tl.constexpr):
+    """Scaled logits [tokens, ROWS] of keys in full precision, which are in rows ``slots`` of ``keys``."""
+    d = tl.arange(0, q.shape[0])
+    in_bounds = valid_tokens[:, None] & (d < KEYS[DIM])[None, :]
+    k = tl.load(keys + slots[:, None] * KEYS[DIM] + d[None, :], mask=in_bounds, other=0.0)
+    return product(k, q, KEYS[MODEL]) * SCALE
 
 
 @triton.jit
@@ -140,18 +186,16 @@ def attend_rows(
     VALUES: tl.constexpr,
     LOGITS: tl.constexpr,
 ):
-    """A tile of ``tokens`` whose keys and values are in rows ``slots`` of ``full`` = (keys, values)."""
+    """A tile of ``tokens`` whose keys and values are in the rows ``slots`` = (keys, values) of ``full``."""
     keys, values = full
+    k_slots, v_slots = slots
     mask_rows, positions = view
     top, total, acc = sums
-    d = tl.arange(0, q.shape[0])
-    in_bounds = valid_tokens[:, None] & (d < KEYS[DIM])[None, :]
-    k = tl.load(keys + slots[:, None] * KEYS[DIM] + d[None, :], mask=in_bounds, other=0.0)
     bias = load_mask(mask_rows, tokens, valid_tokens, LOGITS[MASK])
-    logits = product(k, q, KEYS[MODEL]) * LOGITS[SM_SCALE]
+    logits = full_logits(q, keys, k_slots, valid_tokens, KEYS, LOGITS[SM_SCALE])
     logits = finish_logits(logits, bias, tokens, valid_tokens, positions, LOGITS)
     p, alpha, top = online_softmax_step(logits, top)
-    acc = acc * alpha[None, :] + full_values(values, slots, valid_tokens, p, acc.shape[0], VALUES)
+    acc = acc * alpha[None, :] + full_values(values, v_slots, valid_tokens, p, acc.shape[0], VALUES)
     return top, total * alpha + tl.sum(p, 0), acc
 
 
@@ -166,7 +210,7 @@ def attend_window(
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     LOGITS: tl.constexpr,
-    RING: tl.constexpr,
+    RINGS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Tokens of ``zone``, whose keys and values are in the residual window."""
@@ -175,7 +219,7 @@ def attend_window(
     for t0 in tl.range(low, tl.where(active, high, low), TILE, num_stages=TILES[1]):
         tokens = t0 + tl.arange(0, TILE)
         valid_tokens = in_zone(tokens, zone, LOGITS[SINKS])
-        slots = tokens % RING
+        slots = tokens % RINGS[0], tokens % RINGS[1]
         sums = attend_rows(q, full, slots, tokens, valid_tokens, view, sums, KEYS, VALUES, LOGITS)
     return sums
 
@@ -201,7 +245,7 @@ def attend_new_tokens(
         slots = slot + tl.arange(0, TILE)
         tokens = past + slots
         valid_tokens = in_zone(tokens, zone, LOGITS[SINKS])
-        sums = attend_rows(q, full, slots, tokens, valid_tokens, view, sums, KEYS, VALUES, LOGITS)
+        sums = attend_rows(q, full, (slots, slots), tokens, valid_tokens, view, sums, KEYS, VALUES, LOGITS)
     return sums
 
 
@@ -225,7 +269,7 @@ def attend_sinks(
         slots = slot + tl.arange(0, TILE)
         tokens = first_sink + slots
         valid_tokens = (slots < LOGITS[SINKS]) & (tokens < stored)
-        sums = attend_rows(q, full, slots, tokens, valid_tokens, view, sums, KEYS, VALUES, LOGITS)
+        sums = attend_rows(q, full, (slots, slots), tokens, valid_tokens, view, sums, KEYS, VALUES, LOGITS)
     return sums
 
 

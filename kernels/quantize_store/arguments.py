@@ -46,6 +46,8 @@ class StoreArguments(Arguments):
     """float32 [B, H, D], a constant per rank that is taken out of zero points."""
     energy: Annotated[Tensor | None, Elements("float")]
     """float32 [B, H, D], mean square of the queries of each channel, or zeros; read when channels are ranked."""
+    norm: Annotated[Tensor | None, Elements("uint8_t", written=True)]
+    """uint8 [B, tokens], what a token's keys of all heads were divided by, where they were."""
     start: Annotated[Tensor, Elements("int64_t")]
     """int64 [B], first token of each sequence that is not padding."""
     length: Annotated[Tensor, Elements("int64_t", written=True)]

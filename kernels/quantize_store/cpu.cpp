@@ -1,7 +1,8 @@
 // Append a step's tokens to one side of one layer (the CPU kernel of xquant::quantize_store).
 //
 // The same as plain_torch.py does with whole tensors, but a block of keys is quantized only in the
-// step that completes it. Constants come from cpu_source.py.
+// step that completes it. Constants come from cpu_source.py: the kernel of a step knows how many tokens
+// it appends when it is compiled, that of chunks of any length is told.
 #ifndef XQ_LANES  // an editor, which sees no constants
 #include "example_problem.h"
 #endif
@@ -21,7 +22,7 @@ constexpr bool FIT = BORROWED && LEAST_SQUARES;  // scale and zero point fitted 
 
 // Tensors holds the op's tensor arguments; kernels/cpu/source.py writes it.
 struct Inputs : Tensors {
-    int64_t past;
+    int64_t past, count;  // count: new tokens
 };
 
 // Borrowed codes are const: nothing is written to them.
@@ -42,6 +43,11 @@ constexpr uint32_t field_of(const Plane& plane, uint32_t code) {
 inline vf to_floats(vub codes) { return __builtin_convertvector(widen(codes), vf); }
 
 inline T* ring_token(const Inputs& in, int64_t head, int64_t t) { return in.ring + (head * RING + t % RING) * D; }
+
+// Token t in full precision, a new one or one that the window still holds: it takes the new ones last.
+inline const T* token(const Inputs& in, int64_t head, int64_t t) {
+    return t < in.past ? ring_token(in, head, t) : in.x + (head * in.count + t - in.past) * D;
+}
 
 // Scale and zero point of one group as they are stored: (0, NaN) where either does not fit its dtype.
 inline void store_scale_and_zero(S* scale, S* zero, float s, float z) {
@@ -79,7 +85,9 @@ inline vi encode(vf x, vf low, vf step, vi largest = splat(MAX_CODE)) {
 
 #include "token_codes.h"
 
-// Of each way to quantize what is due: any_due and quantize_due.
+// Of each way to quantize what is due: from which token to which (due_end), in slices of how many (SLICE) that do not
+// share a word, whether that of a single step is worth sharing out (DUE_IS_MUCH), and how: note_tokens for all heads of
+// a batch row, prepare_due once per head, then quantize_due.
 #if defined(XQ_APPEND_BLOCKS)
 #include "due_blocks.h"
 #elif defined(XQ_APPEND_TOKENS)
@@ -92,42 +100,59 @@ inline vi encode(vf x, vf low, vf step, vi largest = splat(MAX_CODE)) {
 
 namespace xq {
 
-inline void store_head(const Inputs& in, int64_t head) {
-    const int64_t end = in.past + Q;
-    for (int64_t i = 0; i < Q; i++) {
-        const T* x = in.x + (head * Q + i) * D;
-        std::memcpy((void*)ring_token(in, head, in.past + i), (const void*)x, D * sizeof(T));
+// New tokens into the window, and those that are sinks.
+inline void store_full_precision(const Inputs& in, int64_t head) {
+    for (int64_t i = 0; i < in.count; i++) {
+        const T* x = in.x + (head * in.count + i) * D;
+        if (i >= in.count - RING) std::memcpy((void*)ring_token(in, head, in.past + i), (const void*)x, D * sizeof(T));
         const int64_t slot = in.pos[i] - in.start[head / H];
         if (SINKS && slot >= 0 && slot < SINKS)
             std::memcpy((void*)(in.sink + (head * (SINKS + 1) + slot) * D), (const void*)x, D * sizeof(T));
     }
-    quantize_due(in, head, end);
 }
 
 // Why these positions cannot follow what is stored (kernels/faults.py), or 0.
-inline int32_t fault_code(const Tensors& in) {
+inline int32_t fault_code(const Tensors& in, int64_t count) {
     const int64_t past = in.pos[0];
     int64_t code = past > in.length[0] || past < 0 ? NOT_APPENDED : 0;
-    if (past + Q > N) code = FULL;
+    if (past + count > N) code = FULL;
     if (past > 0 && in.length[1] - past > RING_SLACK) code = ROLLED_BACK_TOO_FAR;
-    if (past == 0 && (in.length[0] == N || in.length[0] > STEP_TOKENS)) code = RESTARTED;
-    for (int64_t i = 0; i < Q; i++)
+    const bool full = in.length[0] == N;
+    const bool may_wrap = count > STEP_TOKENS ? full && count < N : full || in.length[0] > STEP_TOKENS;
+    if (past == 0 && may_wrap) code = RESTARTED;
+    for (int64_t i = 0; i < count; i++)
         if (in.pos[i] != past + i) code = NOT_CONSECUTIVE;
     return (int32_t)code;
 }
 
-void append(const Tensors& tensors) {
-    *tensors.fault = std::max(*tensors.fault, fault_code(tensors));
+inline void append(const Tensors& tensors, int64_t count) {
+    *tensors.fault = std::max(*tensors.fault, fault_code(tensors, count));
     // A step past the end is written over the last tokens.
-    const Inputs in = {tensors, std::clamp<int64_t>(tensors.pos[0], 0, N - Q)};
-    const int64_t heads = B * H;
-    // A step's own work is too little to share out.
-    [[maybe_unused]] const int num_threads = any_due(in.past, in.past + Q) ? max_threads() : 1;
-#pragma omp parallel for num_threads(num_threads) if (num_threads > 1)
-    for (int64_t head = 0; head < heads; head++) store_head(in, head);
-    const int64_t stored = in.past + Q;
+    const Inputs in = {tensors, std::clamp<int64_t>(tensors.pos[0], 0, N - count), count};
+    const int64_t heads = B * H, from = due_end(in.past), to = due_end(in.past + count);
+    // A slice is the least that threads can write to at once. A step's own work is too little to share out.
+    const int64_t first = from / SLICE, slices = to > from ? (to + SLICE - 1) / SLICE - first : 0;
+    [[maybe_unused]] const int num_threads = slices && (count > STEP_TOKENS || DUE_IS_MUCH) ? max_threads() : 1;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+        const auto each_slice = [&](int64_t i, auto work) {
+            const int64_t begin = (first + i % slices) * SLICE;
+            work(in, i / slices, std::max(from, begin), std::min(to, begin + SLICE));
+        };
+#pragma omp for
+        for (int64_t i = 0; i < B * slices; i++) each_slice(i, note_tokens);
+#pragma omp for
+        for (int64_t head = 0; head < heads; head++) prepare_due(in, head, from, to);
+#pragma omp for
+        for (int64_t i = 0; i < heads * slices; i++) each_slice(i, quantize_due);
+#pragma omp for
+        for (int64_t head = 0; head < heads; head++) store_full_precision(in, head);
+    }
+    const int64_t stored = in.past + count;
     in.length[1] = in.past == 0 ? stored : std::max(in.length[1], stored);
     in.length[0] = stored;
 }
+
+void append_step(const Tensors& tensors) { append(tensors, Q); }
 
 }  // namespace xq

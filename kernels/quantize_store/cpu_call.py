@@ -1,14 +1,15 @@
-"""The CPU kernel behind ``xquant::quantize_store`` for steps of up to STEP_TOKENS tokens: its call."""
+"""The CPU kernel behind ``xquant::quantize_store``: its calls, for a step's tokens and for chunks."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor
 
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
-from xquant_fx.kernels.quantize_store.cpu_source import Append, source
+from xquant_fx.kernels.quantize_store.cpu_source import ANY, Append, source
 from xquant_fx.kernels.schemes import SCHEMES
 
 
@@ -33,14 +34,34 @@ def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) 
         sinks=a.sink_tokens,
         max_len=a.max_len,
         fit=a.fit,
+        norms=a.norm is not None,
     )
 
 
 def run_cpu(*args: Any, **kwargs: Any) -> None:
     """Compile the kernel for this problem, or take it from the cache, and run it."""
+    a = StoreArguments(*args, **kwargs)
+    _run(a, problem_of(a))
+
+
+def why_no_chunk(a: StoreArguments) -> str:
+    """Why chunks are not appended by the kernel, in words; "" if they are. Uncompiled code works without a compiler."""
+    from xquant_fx.kernels.cpu import build as cpu_build
+
+    return "" if cpu_build.has_compiler() else "no C++ compiler"
+
+
+def run_chunk(a: StoreArguments) -> None:
+    """The same by a kernel that takes any number of tokens, and is compiled once."""
+    problem = problem_of(a)
+    batch, heads, new, dim = problem.shape
+    _run(a, dataclasses.replace(problem, shape=(batch, heads, ANY, dim)), new)
+
+
+def _run(a: StoreArguments, problem: Append, *numbers: int) -> None:
     # Imported here: it brings in Inductor's compiler.
     from xquant_fx.kernels.cpu import build as cpu_build
 
-    a = StoreArguments(*args, **kwargs).mapped(Tensor.contiguous, ("x", "pos"))
-    types, code = source(problem_of(a), cpu_build.isa())
-    cpu_build.load(types, code)(*a.tensors.values())
+    a = a.mapped(Tensor.contiguous, ("x", "pos"))
+    types, code = source(problem, cpu_build.isa())
+    cpu_build.load(types, code)(*a.tensors.values(), *numbers)

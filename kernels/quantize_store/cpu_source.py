@@ -1,4 +1,4 @@
-"""Source of the CPU kernel that appends a step's tokens: constants in front of ``cpu.cpp``."""
+"""Source of the CPU kernel that appends tokens: constants in front of ``cpu.cpp``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.schemes.per_token_rotated import GAUSSIAN_STEP
 from xquant_fx.kernels.widths import Field, fields_of, planes, rank_widths, words_of
 
+#: In the place of a number of tokens.
+ANY = 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Append:
@@ -25,7 +28,7 @@ class Append:
     dtype: torch.dtype
     scale_dtype: torch.dtype
     shape: tuple[int, int, int, int]
-    """Shape of the new tokens [B, H, q, D]."""
+    """Shape of the new tokens [B, H, q, D]; q is ANY for a kernel that takes chunks of any length."""
     append: str
     """Which step quantizes what is due: ``APPEND`` of the scheme."""
     bits: float
@@ -38,6 +41,8 @@ class Append:
     sinks: int
     max_len: int
     fit: str | None
+    norms: bool
+    """Whether tokens are divided by their norms."""
 
 
 def is_ranked(a: Append) -> bool:
@@ -56,7 +61,7 @@ def constants(a: Append) -> str:
         "TOKENS": a.tokens, "RESIDUAL": a.residual, "RING_SLACK": a.ring - a.residual, "SINKS": a.sinks,
         "STEP_TOKENS": STEP_TOKENS, **{fault.name: int(fault) for fault in Fault},
     }  # fmt: skip
-    flags = {"BORROWED": a.fit is not None, "LEAST_SQUARES": a.fit == "least_squares"}
+    flags = {"BORROWED": a.fit is not None, "LEAST_SQUARES": a.fit == "least_squares", "NORMS": a.norms}
     floats = {"RELAXED_SCALE": 1 - 2 * a.eta, "RELAXED_ZERO": a.eta * (2**a.bits - 1)}
     floats["GAUSSIAN_STEP"] = GAUSSIAN_STEP.get(a.bits, 0.0)
     fixed = definitions(numbers, floats, flags, {"T": a.dtype, "S": a.scale_dtype})
@@ -84,9 +89,14 @@ def tables(a: Append) -> str:
 
 @functools.cache
 def source(a: Append, isa: Isa) -> tuple[tuple[str, ...], str]:
-    """(argument types, C++ source of ``kernel``); the arguments are the tensors that are present, in order."""
+    """(argument types, C++ source of ``kernel``); the arguments are the tensors that are present, in order.
+
+    After them a kernel for ANY number of tokens takes how many they are.
+    """
     tensors = pointers(StoreArguments, BORROWED if a.fit else OWN)
     absent = set() if a.sinks else {"sink"}
     absent |= set() if is_ranked(a) else {"order", "center", "energy"}
+    absent |= set() if a.norms else {"norm"}
     absent |= {"zero"} if a.append == "rotated" else set()
-    return assemble(isa, constants(a), "quantize_store/cpu.cpp", "append", tensors, absent, outputs={})
+    function, told = ("append", {"count": "int64_t"}) if a.shape[2] == ANY else ("append_step", {})
+    return assemble(isa, constants(a), "quantize_store/cpu.cpp", function, tensors, absent, told)

@@ -8,7 +8,7 @@ struct KeyGroup {
     const Inputs& in;
     int64_t head, t0;
     int64_t first;  // padding and sinks before this token of the group do not count
-    vf at(int64_t t, int64_t d) const { return load_up_to(ring_token(in, head, t0 + t) + d, D - d); }
+    vf at(int64_t t, int64_t d) const { return load_up_to(token(in, head, t0 + t) + d, D - d); }
 };
 
 ALWAYS_INLINE void unpack_key_codes(const int32_t* packed, uint8_t* codes) {
@@ -99,11 +99,17 @@ inline void store_key_group(const Inputs& in, int64_t head, int64_t t0) {
     if (!BORROWED) pack_key_codes(codes, packed);
 }
 
-inline bool any_due(int64_t past, int64_t end) { return end / RESIDUAL > past / RESIDUAL; }
+constexpr int64_t SLICE = RESIDUAL;
+constexpr bool DUE_IS_MUCH = true;
 
-inline void quantize_due(const Inputs& in, int64_t head, int64_t end) {
-    for (int64_t t = in.past / RESIDUAL * RESIDUAL; t + RESIDUAL <= end; t += RESIDUAL)
-        for (int64_t g = 0; g < RESIDUAL; g += GROUP) store_key_group(in, head, t + g);
+inline int64_t due_end(int64_t stored) { return stored / RESIDUAL * RESIDUAL; }
+
+inline void note_tokens(const Inputs&, int64_t, int64_t, int64_t) {}
+
+inline void prepare_due(const Inputs&, int64_t, int64_t, int64_t) {}
+
+inline void quantize_due(const Inputs& in, int64_t head, int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t += GROUP) store_key_group(in, head, t);
 }
 
 }  // namespace xq

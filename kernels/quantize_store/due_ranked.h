@@ -3,7 +3,7 @@
 
 namespace xq {
 
-// Tokens [t0, t0 + GROUP) of one head in float32, and which of them count.
+// Tokens [t0, t0 + GROUP) of one head in float32, divided by their norms, and which of them count.
 struct RankedGroup {
     int64_t first, count;  // tokens from `first` on are neither padding nor sinks
     std::unique_ptr<float[]> x;  // [GROUP, D_PAD]
@@ -15,9 +15,11 @@ inline RankedGroup load_group(const Inputs& in, int64_t head, int64_t t0) {
     keys.first = std::clamp<int64_t>(in.start[head / H] + SINKS - t0, 0, GROUP);
     keys.count = GROUP - keys.first;
     keys.x.reset(new float[GROUP * D_PAD]);
-    for (int64_t t = 0; t < GROUP; t++)
+    for (int64_t t = 0; t < GROUP; t++) {
+        const float norm = NORMS ? decode_scale(in.norm[head / H * TOKENS + t0 + t]) : 1.0f;
         for (int64_t d = 0; d < D; d += L)
-            store(keys.x.get() + t * D_PAD + d, load_up_to(ring_token(in, head, t0 + t) + d, D - d));
+            store(keys.x.get() + t * D_PAD + d, load_up_to(token(in, head, t0 + t) + d, D - d) / norm);
+    }
     return keys;
 }
 
@@ -144,14 +146,31 @@ inline void store_ranked_group(const Inputs& in, int64_t head, int64_t t0) {
     pack_ranked(buffer.get(), order, in.codes + head * WORDS * TOKENS + t0);
 }
 
-inline int64_t limit(int64_t past) { return ranked_limit(past, RESIDUAL, GROUP); }
+constexpr int64_t SLICE = GROUP;
+constexpr bool DUE_IS_MUCH = true;
 
-inline bool any_due(int64_t past, int64_t end) { return limit(end) > limit(past); }
+inline int64_t due_end(int64_t stored) { return ranked_limit(stored, RESIDUAL, GROUP); }
 
-inline void quantize_due(const Inputs& in, int64_t head, int64_t end) {
-    const int64_t from = limit(in.past), to = limit(end);
+// Norms of tokens of a batch row: root mean squares over the channels of all heads.
+inline void note_tokens(const Inputs& in, int64_t row, int64_t from, int64_t to) {
+    if constexpr (!NORMS) return;
+    for (int64_t t = from; t < to; t++) {
+        vf squares = splat(0.0f);
+        for (int64_t head = row * H; head < (row + 1) * H; head++)
+            for (int64_t d = 0; d < D; d += L) {
+                const vf x = load_up_to(token(in, head, t) + d, D - d);
+                squares = fma(x, x, squares);
+            }
+        encode_norm(std::sqrt(sum(squares) / (H * D)), in.norm + row * TOKENS + t);
+    }
+}
+
+inline void prepare_due(const Inputs& in, int64_t head, int64_t from, int64_t to) {
     // Of a padded sequence the first group that is no padding counts.
     if (from < to && from <= (in.start[head / H] + SINKS) / GROUP * GROUP) note_ranks(in, head, from, to);
+}
+
+inline void quantize_due(const Inputs& in, int64_t head, int64_t from, int64_t to) {
     for (int64_t t = from; t < to; t += GROUP) store_ranked_group(in, head, t);
 }
 

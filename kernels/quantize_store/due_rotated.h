@@ -4,7 +4,7 @@
 namespace xq {
 
 inline void store_rotated(const Inputs& in, int64_t head, int64_t t) {
-    const T* row = ring_token(in, head, t);
+    const T* row = token(in, head, t);
     float y[D_PAD + L] = {};
     for (int64_t d = 0; d < D; d++) y[d] = to_float(row[d]) * ROTATION_SIGNS[d];
     hadamard<D, ROTATED>(y);
@@ -33,10 +33,17 @@ inline void store_rotated(const Inputs& in, int64_t head, int64_t t) {
     put_codes(in.codes + head * CODE_ROWS * D, t, D, codes);
 }
 
-inline bool any_due(int64_t, int64_t) { return false; }  // too little to share out
+constexpr int64_t SLICE = 64;
+constexpr bool DUE_IS_MUCH = false;
 
-inline void quantize_due(const Inputs& in, int64_t head, int64_t end) {
-    for (int64_t t = std::max<int64_t>(in.past - RESIDUAL, 0); t < end - RESIDUAL; t++) store_rotated(in, head, t);
+inline int64_t due_end(int64_t stored) { return std::max<int64_t>(stored - RESIDUAL, 0); }
+
+inline void note_tokens(const Inputs&, int64_t, int64_t, int64_t) {}
+
+inline void prepare_due(const Inputs&, int64_t, int64_t, int64_t) {}
+
+inline void quantize_due(const Inputs& in, int64_t head, int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++) store_rotated(in, head, t);
 }
 
 }  // namespace xq

@@ -47,7 +47,7 @@ ALWAYS_INLINE void fit_values(const float* x, const int32_t* words, int64_t t, S
 
 // Values of one token.
 inline void store_value(const Inputs& in, int64_t head, int64_t t) {
-    const T* row = ring_token(in, head, t);
+    const T* row = token(in, head, t);
     for (int64_t g = 0; g < D / GROUP; g++) {
         S* scale = in.scale + (head * (D / GROUP) + g) * TOKENS + t;
         S* zero = in.zero + (head * (D / GROUP) + g) * TOKENS + t;
@@ -61,10 +61,17 @@ inline void store_value(const Inputs& in, int64_t head, int64_t t) {
     }
 }
 
-inline bool any_due(int64_t, int64_t) { return false; }  // too little to share out
+constexpr int64_t SLICE = 64;
+constexpr bool DUE_IS_MUCH = false;
 
-inline void quantize_due(const Inputs& in, int64_t head, int64_t end) {
-    for (int64_t t = std::max<int64_t>(in.past - RESIDUAL, 0); t < end - RESIDUAL; t++) store_value(in, head, t);
+inline int64_t due_end(int64_t stored) { return std::max<int64_t>(stored - RESIDUAL, 0); }
+
+inline void note_tokens(const Inputs&, int64_t, int64_t, int64_t) {}
+
+inline void prepare_due(const Inputs&, int64_t, int64_t, int64_t) {}
+
+inline void quantize_due(const Inputs& in, int64_t head, int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++) store_value(in, head, t);
 }
 
 }  // namespace xq

@@ -28,6 +28,7 @@ constexpr float RELAXED_ZERO = (float)0.0;
 constexpr float GAUSSIAN_STEP = (float)0.9957;
 constexpr bool BORROWED = 0;
 constexpr bool LEAST_SQUARES = 0;
+constexpr bool NORMS = 0;
 using T = xq::bfloat16;
 using S = xq::float16;
 }  // namespace xq
@@ -61,6 +62,7 @@ struct Tensors {
     int32_t* order;
     float* center;
     const float* energy;
+    uint8_t* norm;
     const int64_t* start;
     int64_t* length;
     int32_t* fault;

@@ -20,6 +20,7 @@ from xquant_fx.kernels.quantize_store.triton_quantizer import (
     store_scales,
 )
 from xquant_fx.kernels.quantize_store.triton_window import full_tokens
+from xquant_fx.kernels.triton_small_floats import decode_scale
 
 
 @triton.jit
@@ -58,7 +59,11 @@ def tile_of_group(source, i, t0, d, DIM: tl.constexpr, RING: tl.constexpr, GROUP
     """(tokens, where they lie within the group and the head, keys) of TILE tokens from the ``i``-th of a group on."""
     j = i + tl.arange(0, TILE)
     in_bounds = (j < GROUP)[:, None] & (d < DIM)[None, :]
-    return t0 + j, in_bounds, full_tokens(source, t0 + j, d, in_bounds, DIM, RING)
+    x = full_tokens(source, t0 + j, d, in_bounds, DIM, RING)
+    if len(source) > 3:  # keys are divided by norms
+        norm = tl.where(j < GROUP, decode_scale(tl.load(source[3] + t0 + j, mask=j < GROUP, other=0)), 1.0)
+        x = tl.div_rn(x, tl.broadcast_to(norm[:, None], x.shape))
+    return t0 + j, in_bounds, x
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from xquant_fx.kernels.schemes.per_token_rotated import GAUSSIAN_STEP
 from xquant_fx.kernels.triton_host import power_of_two, rank_counts
 
 #: Tensors of ranked keys alone.
-RANKS = ("order", "center", "energy")
+RANKS = ("order", "center", "energy", "norm")
 #: Channels that one program has registers for.
 MOST_CHANNELS = 256
 

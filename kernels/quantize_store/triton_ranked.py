@@ -11,7 +11,7 @@ import triton.language as tl
 from xquant_fx.kernels.quantize_store.triton_kernels import note_step
 from xquant_fx.kernels.quantize_store.triton_keys import range_of_keys, tile_of_group
 from xquant_fx.kernels.quantize_store.triton_quantizer import code_shift, encode_to, step_to
-from xquant_fx.kernels.quantize_store.triton_ranks import note_ranks
+from xquant_fx.kernels.quantize_store.triton_ranks import note_norms, note_ranks
 from xquant_fx.kernels.quantize_store.triton_window import source_of, write_step
 from xquant_fx.kernels.triton_small_floats import LARGEST_OF_MIDS, decode_scale, encode_mid, encode_scale
 from xquant_fx.kernels.triton_widths import field_of_rank, ranked_limit, width_of_rank
@@ -147,6 +147,7 @@ def append_ranked_kernel(
     order,
     center,
     energy,
+    norm,
     start,
     length,
     fault,
@@ -187,6 +188,11 @@ def append_ranked_kernel(
     if row == 0:
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     first, end = ranked_limit(past, RESIDUAL, GROUP), ranked_limit(past + NEW_TOKENS, RESIDUAL, GROUP)
+    if norm is not None:
+        norm += (row // HEADS).to(tl.int64) * TOKENS
+        of_row = source_of(x, ring, pos, head // HEADS * HEADS, NEW_TOKENS, DIM, RING, MAX_LEN)
+        note_norms(of_row, norm, first, end, HEADS, NEW_TOKENS, DIM, RING, TILE, CHANNELS)
+        source = source[0], source[1], past, norm
     first_valid = first_token + SINK_TOKENS
     note_ranks(source, order, center, energy + head * DIM, first_valid, first, end, DIM, RING, GROUP, TILE, CHANNELS)
     codes += head * (WORDS * TOKENS)

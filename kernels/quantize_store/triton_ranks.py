@@ -1,4 +1,6 @@
-"""Ranking the channels of keys when the first groups of a sequence are quantized (``schemes/per_channel_ranked.py``).
+"""Norms of tokens, and ranking the channels of keys when a sequence's first groups are quantized.
+
+``schemes/per_channel_ranked.py`` says what they are.
 
 ``source`` is explained in ``triton_window.py``. Tokens before ``first_valid`` are padding or attention sinks and take
 no part.
@@ -11,9 +13,43 @@ import triton.language as tl
 
 from xquant_fx.kernels.quantize_store.triton_keys import tile_of_group
 from xquant_fx.kernels.quantize_store.triton_quantizer import LARGEST_FLOAT32
+from xquant_fx.kernels.quantize_store.triton_window import full_tokens
+from xquant_fx.kernels.triton_small_floats import encode_norm
 
 # Channels that all others are compared with at a time: as many as registers have room for.
 COMPARED = tl.constexpr(16)
+
+
+@triton.jit
+def note_norms(
+    source,
+    norm,
+    first,
+    end,
+    HEADS: tl.constexpr,
+    NEW_TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    RING: tl.constexpr,
+    TILE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Write the norms of tokens ``first`` to below ``end``; ``source`` is that of the first head of a batch row.
+
+    The programs of all its heads write the same: none has to wait for another.
+    """
+    x, ring, past = source
+    d = tl.arange(0, CHANNELS)
+    for t0 in range(first, end, TILE):
+        tokens = t0 + tl.arange(0, TILE)
+        in_bounds = (tokens < end)[:, None] & (d < DIM)[None, :]
+        square = tl.zeros((TILE,), tl.float32)
+        for head in range(HEADS):
+            of_head = x + head * (NEW_TOKENS * DIM), ring + head * (RING * DIM), past
+            k = full_tokens(of_head, tokens, d, in_bounds, DIM, RING)
+            square += tl.sum(k * k, 1)
+        root = tl.sqrt_rn(square * (1.0 / (HEADS * DIM)))
+        tl.store(norm + tokens, encode_norm(root), mask=tokens < end)
+    tl.debug_barrier()  # other threads of the program read them
 
 
 @triton.jit

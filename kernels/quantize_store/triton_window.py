@@ -1,6 +1,7 @@
 """Tokens in full precision: a step's own, and those of the residual window.
 
 ``source`` is (x, ring, past): the step's tokens, which follow ``past`` older ones, and the ring that holds the latest.
+Of keys that are divided by the norms of their tokens (``triton_ranks.py``), the norms are its fourth part.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def write_step(
 @triton.jit
 def full_tokens(source, tokens, d, in_bounds, DIM: tl.constexpr, RING: tl.constexpr):
     """Full-precision ``tokens`` [tokens, channels] as float32: the step's own from ``x``, others from the ring."""
-    x, ring, past = source
+    x, ring, past = source[0], source[1], source[2]
     is_old = in_bounds & (tokens < past)[:, None]
     is_new = in_bounds & (tokens >= past)[:, None]
     old = tl.load(ring + (tokens % RING)[:, None] * DIM + d[None, :], mask=is_old, other=0.0)

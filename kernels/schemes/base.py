@@ -26,6 +26,7 @@ class Stored(NamedTuple):
     zero: Tensor | None
     order: Tensor | None
     center: Tensor | None
+    norm: Tensor | None
 
 
 class Scheme(Protocol):
@@ -43,6 +44,9 @@ class Scheme(Protocol):
 
     RANGE_CODES: bool
     """Whether a group's range alone makes its codes: then eta relaxes it, and scales can be fitted to borrowed ones."""
+
+    TOKEN_NORMS: bool
+    """Whether it can divide a token by its norm over all heads first."""
 
     def stored_tokens(self, max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
         """Tokens that the codes have room for: ``max_len`` and some padding that is never read."""

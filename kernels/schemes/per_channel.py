@@ -26,6 +26,7 @@ APPEND = "blocks"
 BITS: tuple[float, ...] = (1, 2, 3, 4, 8)
 SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
 RANGE_CODES = True
+TOKEN_NORMS = False
 
 
 def stored_tokens(max_len: int, dim: int, bits: float, group: int, residual: int) -> int:

@@ -7,7 +7,12 @@ a group, with n = 2**bits - 1 and bits by the channel's rank (``widths.py``):
     codes = round((x - min) n / (max - min))
     x ~ scale (codes - n / 2) + mid             by ``reference.kept_spread``; with no bits, the mean
 
-Sinks and padding take no part. Channels are ranked when the first group of a sequence is quantized, by
+With token norms, all of the above and below is of x / norm, and what is read is multiplied by it: a norm is the root
+mean square of a token's keys over the channels of *all* KV heads of the layer (OScaR, arXiv 2605.19660), rounded to 8
+bits before it is used, so that rounding costs nothing by itself. Statistics, ranks, centers and mid points are those of
+normalized keys; the queries' mean square, windows and sinks are as they are.
+
+Sinks and padding take no part in statistics. Channels are ranked when the first group of a sequence is quantized, by
 
     importance = variance within groups * mean square of the queries of this KV head
 
@@ -19,6 +24,7 @@ was seen: that of the keys stands in. What is stored per channel lies in the ord
     zero    the same                              (mid - center) / scale
     order   int32 [B, H, D]                       the channel of each rank
     center  float32 [B, H, D]                     mean of what was quantized first: parts that are large and constant
+    norm    uint8 [B, tokens]                     as a scale; only with token norms
 
 Sources: docs/quality.md. Widths by channel also in Kitty (arXiv 2511.18643) and MixKVQ (arXiv 2512.19206).
 """
@@ -36,13 +42,22 @@ from xquant_fx.kernels.packing import pack_words, unpack_words
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.reference import encode, kept_spread, masked_mean, minmax_range
 from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
-from xquant_fx.kernels.small_floats import DTYPES, LARGEST_MID, decode_mid, decode_scale, encode_mid, encode_scale
+from xquant_fx.kernels.small_floats import (
+    DTYPES,
+    LARGEST_MID,
+    decode_mid,
+    decode_scale,
+    encode_mid,
+    encode_norm,
+    encode_scale,
+)
 from xquant_fx.kernels.widths import planes, rank_widths, words_of
 
 APPEND = "ranked"
 BITS: tuple[float, ...] = tuple(quarters / 4 for quarters in range(4, 17))
 SCALE_DTYPES: tuple[torch.dtype, ...] = DTYPES
 RANGE_CODES = False
+TOKEN_NORMS = True
 
 
 def stored_tokens(max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
@@ -85,6 +100,10 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
     grouped = full_precision(x, a.quantized.ring, tokens, past, in_ring).unflatten(2, split)
     valid = (tokens >= a.start[:, None] + a.sink_tokens).unflatten(1, split)[:, None, :, :, None]
     due = (tokens < quantized_limit(past + new, group, a.residual_length)).unflatten(0, split)[..., None]
+    if a.norm is not None:
+        norm = token_norms(grouped)
+        a.norm.index_copy_(1, tokens, norm.flatten(1))
+        grouped = grouped / decode_scale(norm)[:, None, ..., None]
     note_ranks(a, grouped, valid & due, first)
     ranked = grouped.gather(4, a.ranks.order.long()[:, :, None, None].expand(grouped.shape))
     codes, scale, zero = quantize(ranked, valid, a.ranks.center[:, :, None, None], a.bits, a.quantized.scale.dtype)
@@ -92,6 +111,11 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
     rows = first // group + torch.arange(groups, device=x.device)
     a.quantized.scale.index_copy_(2, rows, scale.squeeze(3))
     a.zero_points.index_copy_(2, rows, zero.squeeze(3))
+
+
+def token_norms(grouped: Tensor) -> Tensor:
+    """uint8 [B, groups, group]: root mean square of each token of float32 [B, H, groups, group, D]."""
+    return encode_norm(grouped.square().mean((1, 4)).sqrt())
 
 
 def note_ranks(a: StoreArguments, grouped: Tensor, valid: Tensor, first: Tensor) -> None:
@@ -164,4 +188,5 @@ def dequantize(stored: Stored, bits: float, group: int, n: int, dim: int) -> Ten
     mid = decode_mid(stored.zero).index_select(2, token_group)
     x = scale * (levels + mid) + stored.center[:, :, None]
     place = torch.argsort(stored.order.long(), 2)  # the rank of each channel
-    return x.gather(3, place[:, :, None].expand(x.shape))
+    x = x.gather(3, place[:, :, None].expand(x.shape))
+    return x if stored.norm is None else x * decode_scale(stored.norm[:, :n])[:, None, :, None]

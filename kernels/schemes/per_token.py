@@ -35,6 +35,7 @@ APPEND = "tokens"
 BITS: tuple[float, ...] = (1, 2, 3, 4, 8)
 SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
 RANGE_CODES = True
+TOKEN_NORMS = False
 
 #: Makes (codes or None if borrowed, scale, zero or None) of fp32 values [B, H, tokens, D] and the codes stored there.
 Quantize = Callable[[StoreArguments, Tensor, Tensor], tuple[Tensor | None, Tensor, Tensor | None]]

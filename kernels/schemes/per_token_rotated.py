@@ -29,6 +29,7 @@ APPEND = "rotated"
 BITS: tuple[float, ...] = (1, 2, 3, 4, 8)
 SCALE_DTYPES: tuple[torch.dtype, ...] = DTYPES
 RANGE_CODES = False
+TOKEN_NORMS = False
 #: Best step of a uniform quantizer on a unit Gaussian, by bits.
 GAUSSIAN_STEP: dict[float, float] = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
 

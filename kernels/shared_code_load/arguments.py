@@ -21,6 +21,7 @@ class LoadArguments(Arguments):
     sink: Annotated[Tensor | None, Elements("T")]
     order: Annotated[Tensor | None, Elements("int32_t")]
     center: Annotated[Tensor | None, Elements("float")]
+    norm: Annotated[Tensor | None, Elements("uint8_t")]
     start: Annotated[Tensor, Elements("int64_t")]
     past: Annotated[Tensor, Elements("int64_t")]
     """int64 [1], tokens stored before the step."""

@@ -42,7 +42,7 @@ def load(a: LoadArguments) -> Tensor:
     if a.bits == 16:
         return torch.where(written, a.codes[:, :, : a.n], 0.0).contiguous()
     assert a.scale is not None and a.ring is not None
-    scheme, stored = SCHEMES[a.scheme], Stored(a.codes, a.scale, a.zero, a.order, a.center)
+    scheme, stored = SCHEMES[a.scheme], Stored(a.codes, a.scale, a.zero, a.order, a.center, a.norm)
     dense = scheme.dequantize(stored, a.bits, a.group_size, a.n, a.ring.shape[3]).to(a.ring.dtype)
     full = residual_tokens(a.ring, tokens, a.past, a.x)
     limit = scheme.quantized_limit(a.past, a.group_size, a.residual_length)

@@ -21,7 +21,7 @@ from xquant_fx.evaluate.size import growth
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.model_facts import ModelFacts
-from xquant_fx.plan.plan import LayerPlan, Plan, make_plan
+from xquant_fx.plan.plan import LayerPlan, Plan, make_plan, with_windows
 from xquant_fx.plan.spec import KVSpec, Role
 
 FULL = 16
@@ -55,10 +55,11 @@ class Probe:
 
     def __init__(self, model: Any, ids: Tensor, prompt: int, stride: int, base: XQuantConfig) -> None:
         self.model, self.base = model, base.replace(share_keys_from=None, share_values_from=None)
-        if prompt <= base.residual_length + base.sink_tokens:
+        longest = max(entry.residual_length for entry in make_plan(base.replace(k_bits=2, v_bits=2), 1).layers[0])
+        if prompt <= longest + base.sink_tokens:
             raise ConfigError(
                 f"residual_length and sink_tokens must leave something to quantize of a prompt of {prompt} tokens, got "
-                f"{base.residual_length} and {base.sink_tokens}: give a config of smaller ones"
+                f"{longest} and {base.sink_tokens}: give a config of smaller ones"
             )
         self.uniform: dict[tuple[Role, Width], Plan] = {}
         self.places, self.facts = _places(model, base), ModelFacts.of(model)
@@ -87,7 +88,7 @@ class Probe:
             LayerPlan(*(self._uniform(role, widths(role, n)).layers[n].of(role) for role in get_args(Role)))
             for n in range(self.layers)
         )
-        return Plan(tuple(layers), self.facts)
+        return Plan(tuple(with_windows(layer, self.base) for layer in layers), self.facts)
 
     def alone(self, role: Role, widths: Mapping[int, Width]) -> Plan:
         """The plan that gives ``widths`` to one side of layers, by their number, and leaves all else as it is."""
@@ -136,6 +137,7 @@ class Probe:
                 fields[f"share_{role}s_from"] = 0
                 if not SCHEMES[self.base.scheme(role)].RANGE_CODES:
                     fields |= {f"{role[0]}_scheme": SHARING_SCHEMES[role], "eta_1bit": "auto", "eta_2bit": "auto"}
+                    fields |= {"k_token_norms": None} if role == "key" else {}
             self.uniform[role, width] = make_plan(self.base.replace(**fields), self.layers)
         return self.uniform[role, width]
 

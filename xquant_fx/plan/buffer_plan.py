@@ -31,7 +31,7 @@ class BufferPlan:
     group_size: int | None
     """Tokens (keys) or channels (values) per scale and zero point; None: all channels of the head."""
     residual_length: int
-    """Latest tokens kept in full precision."""
+    """Latest tokens kept in full precision, R of the role; of layers that share codes the same."""
     eta: Eta
     """Relaxation of both ends of the range (XQuant, Eq. 5); "auto": that of the group's size (``eta_of``)."""
     sink_tokens: int
@@ -42,6 +42,8 @@ class BufferPlan:
     """How scales are fitted to borrowed codes."""
     rollback_tokens: int = STEP_TOKENS
     """Latest tokens that can be taken back exactly."""
+    token_norms: bool = False
+    """Whether a token is divided by its norm over all heads before it is quantized."""
     partner: int | None = None
     """Layer whose codes this one reads; None: its own."""
     reason: str = ""
@@ -61,7 +63,7 @@ class BufferPlan:
             role=self.role, scheme=self.scheme, layer=layer, shape=(batch, heads, tokens, dim), dtype=dtype,
             bits=self.bits, group_size=group, residual_length=self.residual_length, eta=self.eta_of(group),
             sink_tokens=self.sink_tokens, rollback_tokens=self.rollback_tokens, scale_dtype=self.scale_dtype,
-            partner=self.partner, fit=self.fit, reason=self.reason,
+            token_norms=self.token_norms, partner=self.partner, fit=self.fit, reason=self.reason,
         )  # fmt: skip
         refusal = "" if self.partner is None else _why_not_geometry(spec, lower, self.partner)
         return dataclasses.replace(spec, partner=None, reason=refusal) if refusal else spec
@@ -103,7 +105,7 @@ class BufferPlan:
         """
         names = {f.name for f in dataclasses.fields(cls)}
         if isinstance(fields, dict):  # plans that were written before there was this field
-            fields = {"rollback_tokens": STEP_TOKENS, **fields}
+            fields = {"rollback_tokens": STEP_TOKENS, "token_norms": False, **fields}
         if not isinstance(fields, dict) or set(fields) != names:
             found = sorted(fields) if isinstance(fields, dict) else fields
             raise ConfigError(f"{where}: an entry of a plan must have the fields {sorted(names)}, got {found}")
@@ -142,6 +144,11 @@ def _check(entry: BufferPlan, where: str) -> None:
         raise ConfigError(f"{where}: reason must be text, got {entry.reason!r}")
     of_keys: Any = entry.group_size if entry.role == "key" else 1
     of_values = entry.group_size if entry.role == "value" else None
+    if not isinstance(entry.token_norms, bool) or (entry.token_norms and not SCHEMES[entry.scheme].TOKEN_NORMS):
+        raise ConfigError(
+            f"{where}: token_norms must be true or false, and true only of keys whose channels are ranked, got "
+            f"{entry.token_norms!r} with scheme {entry.scheme!r}"
+        )
     own: Any = {f"{entry.role[0]}_bits": entry.bits, f"{entry.role[0]}_scheme": entry.scheme}
     try:
         XQuantConfig(

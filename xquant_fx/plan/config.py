@@ -18,7 +18,16 @@ SHARED_FITS = ("least_squares", "minmax")
 #: Tokens or channels that a length may count at most: what lies above is a slip, and would be allocated.
 LONGEST = 2**20
 #: Least value of each length.
-LENGTHS = {"k_group_size": 1, "v_group_size": 1, "residual_length": 1, "sink_tokens": 0, "rollback_tokens": STEP_TOKENS}
+LENGTHS = {
+    "k_group_size": 1, "v_group_size": 1, "residual_length": 1, "k_residual_length": 1, "v_residual_length": 1,
+    "sink_tokens": 0, "rollback_tokens": STEP_TOKENS,
+}  # fmt: skip
+#: Those that may be left to others, or to the shape of the model.
+MAY_BE_NONE = ("v_group_size", "residual_length", "k_residual_length", "v_residual_length")
+#: Residual lengths of keys and values that nothing is said of,
+EVEN_WINDOWS = {"key": 256, "value": 256}
+#: and where :func:`xquant_fx.plan.plan.residual_lengths` finds that keys want more: as many bytes (docs/quality.md).
+KEY_WINDOWS = {"key": 384, "value": 128}
 
 Bits = float | tuple[float, ...]
 ShareFrom = int | float | None
@@ -60,6 +69,9 @@ class XQuantConfig:
     where channels are ranked; 16: unquantized."""
     v_bits: Bits = 2
     """Bits of a stored value element, one number or one per layer: 1, 2, 3, 4 or 8; 16: unquantized."""
+    k_token_norms: bool | None = None
+    """Whether keys are divided by the norm of their token over all KV heads of the layer, kept in 8 bits, before they are
+    quantized; only of "per_channel_ranked". None: where the scheme can."""
     share_keys_from: ShareFrom = None
     """First layer whose pair shares key codes: an index (int), a fraction of the depth (float), None. Only
     "per_channel" and "per_token" codes can be shared."""
@@ -71,9 +83,15 @@ class XQuantConfig:
     """Tokens that share one key scale (keys are quantized per channel)."""
     v_group_size: int | None = None
     """Channels that share one value scale (values are quantized per token); None: head_dim."""
-    residual_length: int = 256
-    """Latest values kept in full precision, in tokens, R of XQuant; a multiple of ``k_group_size``. Of keys the latest
-    0 to R - 1 ("per_channel": R are quantized at once) or R - ``k_group_size`` to R - 1 ("per_channel_ranked")."""
+    residual_length: int | None = None
+    """Latest tokens kept in full precision, R of XQuant, of keys and values both. Of values these are the latest R; of
+    keys the latest 0 to R - 1 ("per_channel": R are quantized at once) or R - ``k_group_size`` to R - 1
+    ("per_channel_ranked"). None: 256; but where nothing is said of either side, channels are ranked and values,
+    rotated, have as many bits as keys or more, 384 for keys and 128 for values."""
+    k_residual_length: int | None = None
+    """R of keys alone, a multiple of ``k_group_size``; None: ``residual_length``."""
+    v_residual_length: int | None = None
+    """R of values alone; None: ``residual_length``."""
     eta_1bit: Eta = 1 / 6
     """Relaxation of both ends of the range at 1 bit, in [0, 0.5) (XQuant, Eq. 5); "per_channel" and "per_token". Or
     "auto": what the size of the group asks for (kernels/relaxation.py), values without bias, keys as they spread."""
@@ -147,6 +165,15 @@ class XQuantConfig:
         """dtype of the scales of ``role`` ("key" or "value")."""
         return self.scale_dtype or SCHEMES[self.scheme(role)].SCALE_DTYPES[0]
 
+    def token_norms(self, role: str) -> bool:
+        """Whether tokens of ``role`` ("key" or "value") are divided by their norms."""
+        return role == "key" and self.k_token_norms is not False and SCHEMES[self.k_scheme].TOKEN_NORMS
+
+    def given_residual(self, role: str) -> int | None:
+        """Residual length of ``role`` ("key" or "value"), its own, else that of both; None: nothing is said of it."""
+        own = self.k_residual_length if role == "key" else self.v_residual_length
+        return self.residual_length if own is None else own
+
     def bits(self, role: str, layer: int, num_layers: int) -> float:
         """Bits of ``role`` ("key" or "value") of quantized layer ``layer`` out of ``num_layers``."""
         value = self.k_bits if role == "key" else self.v_bits
@@ -199,17 +226,16 @@ class XQuantConfig:
     def _check_lengths(self) -> None:
         for name, least in LENGTHS.items():
             value = getattr(self, name)
-            if name == "v_group_size" and value is None:
+            if value is None and name in MAY_BE_NONE:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
             if value > LONGEST:
                 raise ConfigError(f"{name} must be at most {LONGEST}, got {value!r}")
-        if self.residual_length % self.k_group_size:
-            raise ConfigError(
-                "residual_length must be a multiple of k_group_size, got "
-                f"{self.residual_length} and {self.k_group_size}"
-            )
+        of_keys = self.given_residual("key") or EVEN_WINDOWS["key"]
+        if of_keys % self.k_group_size:
+            name = "residual_length" if self.k_residual_length is None else "k_residual_length"
+            raise ConfigError(f"{name} must be a multiple of k_group_size, got {of_keys} and {self.k_group_size}")
 
     def _check_rest(self) -> None:
         for name in ("eta_1bit", "eta_2bit"):
@@ -219,6 +245,11 @@ class XQuantConfig:
                 raise ConfigError(f'{name} must be in [0, 0.5) or "auto", got {value!r}')
         if not isinstance(self.shared_fit, str) or self.shared_fit not in SHARED_FITS:
             raise ConfigError(f"shared_fit must be one of {SHARED_FITS}, got {self.shared_fit!r}")
+        if self.k_token_norms is not None and not isinstance(self.k_token_norms, bool):
+            raise ConfigError(f"k_token_norms must be True, False or None, got {self.k_token_norms!r}")
+        if self.k_token_norms and not SCHEMES[self.k_scheme].TOKEN_NORMS:
+            able = sorted(name for name, scheme in SCHEMES.items() if scheme.TOKEN_NORMS)
+            raise ConfigError(f"k_token_norms=True needs k_scheme to be one of {able}, got {self.k_scheme!r}")
         if self.scale_dtype is not None:
             for name in ("k_scheme", "v_scheme"):
                 check_scale_dtype(self.scale_dtype, getattr(self, name), name)

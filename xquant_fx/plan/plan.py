@@ -5,8 +5,8 @@ shapes, so that it can be saved and given to any cache of the same model; ``bind
 the shape of a buffer.
 
 Layers are numbered 0, 1, 2 ... in layer order and paired (2i, 2i + 1), never shifted. A pair shares the codes of
-a role when its upper layer is at or past ``share_*_from`` and both layers agree in bits, scheme and geometry;
-otherwise each keeps its own codes, and the plan says why.
+a role when its upper layer is at or past ``share_*_from`` and both layers agree in bits, scheme, residual length and
+geometry; otherwise each keeps its own codes, and the plan says why.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, get_args
 from xquant_fx.errors import ConfigError
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.plan.buffer_plan import SHARED, BufferPlan
-from xquant_fx.plan.config import LONGEST, XQuantConfig
+from xquant_fx.plan.config import EVEN_WINDOWS, KEY_WINDOWS, LONGEST, XQuantConfig
 from xquant_fx.plan.model_facts import ModelFacts
 from xquant_fx.plan.spec import Role
 
@@ -76,6 +76,11 @@ class Plan:
             raise ConfigError(
                 f"{where}layers that share codes must agree in bits below 16 and in a scheme that shares, "
                 f"got {lower.scheme}, {lower.bits} and {entry.scheme}, {entry.bits}"
+            )
+        if lower.residual_length != entry.residual_length:  # scales are fitted to codes that must be there by then
+            raise ConfigError(
+                f"{where}layers that share codes must agree in residual_length, got {lower.residual_length} and "
+                f"{entry.residual_length}"
             )
 
     def to_json(self) -> str:
@@ -154,8 +159,24 @@ def make_plan(settings: XQuantConfig | Plan, num_layers: int) -> Plan:
     layers: list[LayerPlan] = []
     for layer in range(num_layers):
         entries = (_entry(settings, role, layer, num_layers, layers) for role in get_args(Role))
-        layers.append(LayerPlan(*entries))
+        layers.append(with_windows(LayerPlan(*entries), settings))
     return Plan(tuple(layers))
+
+
+def with_windows(layer: LayerPlan, config: XQuantConfig) -> LayerPlan:
+    """``layer`` with the residual lengths that ``config`` gives it, or that its schemes and bits ask for."""
+    given = {role: config.given_residual(role) for role in get_args(Role)}
+    free = not any(given.values())
+    usual = KEY_WINDOWS if free and _keys_want_more(layer, config.k_group_size) else EVEN_WINDOWS
+    entries = (dataclasses.replace(e, residual_length=given[e.role] or usual[e.role]) for e in layer)
+    return LayerPlan(*entries)
+
+
+def _keys_want_more(layer: LayerPlan, k_group: int) -> bool:
+    """Whether longer windows of keys pay, at the cost of those of values (docs/quality.md): not where values are the
+    weaker side."""
+    schemes = (layer.key.scheme, layer.value.scheme) == ("per_channel_ranked", "per_token_rotated")
+    return schemes and layer.key.bits <= layer.value.bits < 16 and KEY_WINDOWS["key"] % k_group == 0
 
 
 def _entry(config: XQuantConfig, role: Role, layer: int, num_layers: int, below: list[LayerPlan]) -> BufferPlan:
@@ -163,9 +184,9 @@ def _entry(config: XQuantConfig, role: Role, layer: int, num_layers: int, below:
     entry = BufferPlan(
         role=role, scheme=config.scheme(role), bits=bits,
         group_size=config.k_group_size if role == "key" else config.v_group_size,
-        residual_length=config.residual_length, eta=config.eta(config.scheme(role), bits),
+        residual_length=config.given_residual(role) or EVEN_WINDOWS[role], eta=config.eta(config.scheme(role), bits),
         sink_tokens=config.sink_tokens, rollback_tokens=config.rollback_tokens, scale_dtype=config.scales_of(role),
-        fit=config.shared_fit,
+        token_norms=config.token_norms(role) and bits < 16, fit=config.shared_fit,
     )  # fmt: skip
     reason = _why_own(entry, config, layer, num_layers, below)
     if reason:

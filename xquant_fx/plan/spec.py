@@ -49,6 +49,8 @@ class KVSpec:
     """dtype of scales and zero points; uint8: 8-bit floats (``kernels/small_floats.py``)."""
     partner: int | None
     """Layer whose codes this one reads (upper layer of a sharing pair), else None."""
+    token_norms: bool = False
+    """Whether a token is divided by its norm over all heads before it is quantized."""
     fit: str
     """How a borrowing layer gets its scales: "least_squares" or "minmax"."""
     reason: str = dataclasses.field(default="", compare=False, repr=False)
@@ -99,9 +101,9 @@ class KVSpec:
         Only where :func:`why_not_fused` gives no reason: both sides then agree in what it takes once.
         """
         return dict(
-            max_len=self.shape[2], residual_length=self.residual_length,
-            k_scheme=self.scheme, k_bits=self.bits, k_group=self.group_size,
-            v_scheme=value.scheme, v_bits=value.bits, v_group=value.group_size,
+            max_len=self.shape[2],
+            k_scheme=self.scheme, k_bits=self.bits, k_group=self.group_size, k_residual=self.residual_length,
+            v_scheme=value.scheme, v_bits=value.bits, v_group=value.group_size, v_residual=value.residual_length,
         )  # fmt: skip
 
     def tensor_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -117,6 +119,8 @@ class KVSpec:
             for name, (shape, dtype) in of_scheme.items()
             if not (name == "codes" and self.borrowed)
         }
+        if self.token_norms:
+            shapes["norm"] = ((batch, tokens), torch.uint8)
         shapes["ring"] = ((batch, heads, self.ring_tokens, dim), self.dtype)
         if self.sink_tokens:
             # One row more than there are sinks: where the writes of later tokens go to be ignored.
@@ -147,7 +151,7 @@ def why_not_fused(key: KVSpec, value: KVSpec) -> str:
     reason = why_no_kernel(key.scheme, key.bits, value.scheme, value.bits)
     if reason:
         return reason
-    for name in ("residual_length", "sink_tokens", "rollback_tokens", "scale_dtype"):
+    for name in ("sink_tokens", "rollback_tokens", "scale_dtype"):
         ours, theirs = getattr(key, name), getattr(value, name)
         if ours != theirs:
             return f"keys and values differ in {name}: {ours} and {theirs}"

@@ -14,7 +14,10 @@ from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
 
-_PART = {"codes": "codes", "scale": "scales", "zero": "zero_points", "ring": "residual_windows", "sink": "sinks"}
+_PART = {
+    "codes": "codes", "scale": "scales", "norm": "scales", "zero": "zero_points", "ring": "residual_windows",
+    "sink": "sinks",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,7 @@ class MemoryReport:
     codes: int
     """Bytes of packed codes (and of 16-bit storage)."""
     scales: int
+    """Bytes of scales and of token norms."""
     zero_points: int
     residual_windows: int
     """Bytes of the latest tokens in full precision."""
