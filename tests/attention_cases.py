@@ -190,8 +190,6 @@ WHOLE_CASES: dict[str, dict[str, Any]] = {
         "whole groups, 16 rows, a mask a head": dict(query=4, mask="heads"),
         "whole groups, more rows than a program takes": dict(query=5, mask="padded", start=(300,)),
         "whole groups, an empty row, unwritten tokens": dict(mask="row", past=520),
-        "whole groups, bfloat16": dict(dtype="bfloat16", dim=64),
-        "whole groups, loud": dict(loud=1e3, scale=1e-6, dim=64),
         "whole groups, none yet": dict(past=250, dim=64),
     }.items()
 }
@@ -201,9 +199,8 @@ WHOLE_RANKED: dict[str, dict[str, Any]] = {
         "ranked, whole groups": dict(norms=True, residual=384, v_residual=128),
         "ranked, whole groups, head_dim 64, keys 1.5, values 1 bit": dict(dim=64, k_bits=1.5, v_bits=1),
         "ranked, whole groups, sinks, padding": dict(
-            dim=64, sinks=4, batch=2, start=(0, 150), mask="padded", query=3, norms=True
+            dim=64, sinks=4, start=(150,), mask="padded", query=3, group=2, norms=True
         ),
-        "ranked, whole groups, float16 scales": dict(dim=96, scale_dtype="float16", k_bits=3),
     }.items()
 }
 WHOLE_SLOW: dict[str, dict[str, Any]] = {
@@ -221,18 +218,24 @@ WHOLE_SLOW: dict[str, dict[str, Any]] = {
                 (128, 2.5, 1),
             )
         },
+        "ranked, whole groups, sinks, two sequences": dict(
+            dim=64, sinks=4, batch=2, start=(0, 150), mask="padded", query=3, norms=True
+        ),
+        "whole groups, loud": dict(loud=1e3, scale=1e-6, dim=64, k_scheme="per_channel", v_scheme="per_token"),
+        "whole groups, bfloat16": dict(dtype="bfloat16", k_scheme="per_channel", v_scheme="per_token"),
         "ranked, whole groups, loud": dict(loud=100.0, scale=1e-3),
         "ranked, whole groups, quiet": dict(loud=1e-3, scale=2.0),
         "ranked, whole groups, one token outweighs all others": dict(peak=11.2),
         "ranked, whole groups, an empty row with sink logits": dict(query=2, mask="empty", extra=True),
         "ranked, whole groups, 32 rows, a mask a head": dict(query=8, mask="heads", kv_heads=2, batch=2),
         "ranked, whole groups, bfloat16": dict(dtype="bfloat16"),
+        "ranked, whole groups, float16 scales": dict(dim=96, scale_dtype="float16", k_bits=3),
     }.items()
 }
 WHOLE_SPOILED = {
-    **{f"whole groups, {what}": {**WHOLE, "dim": 64, "spoil": what} for what in ("key.zero", "value.scale")},
+    **{f"whole groups, {what}": {**WHOLE, "dim": 64, "spoil": what} for what in ("key.zero",)},
     **{f"ranked, whole groups, {what}": {**WHOLE, **RANKED, "residual": 256, "dim": 64, "spoil": what}
-       for what in ("key.scale", "value.scale")},
+       for what in ("value.scale",)},
 }  # fmt: skip
 
 #: Of ranked keys a logit is a sum of five parts (three planes of codes, mid points, the center), each of which rounds
