@@ -138,43 +138,43 @@ def interior_query(q, rows, valid_rows, order, center, ROWS: tl.constexpr, CHANN
 
 @triton.jit
 def load_run(numbers, index, RUN: tl.constexpr):
-    """Of each RUN of 4, 2 or 1 scales (or mid points) from places RUN * ``index`` on, the bytes, as one integer [N]."""
-    size: tl.constexpr = numbers.dtype.element_ty.primitive_bitwidth * RUN
-    if RUN == 1:
-        return tl.load(numbers + index)
-    elif size == 16:
-        return tl.load(numbers.to(tl.pointer_type(tl.uint16), bitcast=True) + index)
-    elif size == 32:
-        return tl.load(numbers.to(tl.pointer_type(tl.int32), bitcast=True) + index)
-    else:
-        return tl.load(numbers.to(tl.pointer_type(tl.int64), bitcast=True) + index)
+    """Of each RUN of 4, 2 or 1 scales (or mid points) from places RUN * ``index`` on: bytes as an integer [N],
+    float16 numbers themselves [RUN * N], of each four 0, 2, 1, 3.
 
-
-@triton.jit
-def halves_of_run(x, RUN: tl.constexpr, BYTES: tl.constexpr, SIGNED: tl.constexpr):
-    """float16 [RUN * N] of what ``load_run`` gave, of each four 0, 2, 1, 3.
-
-    Bytes are scales, or with SIGNED mid points, in their units (``small_floats.py``).
+    So bytes are decoded where they are used, which leaves no instruction waiting for a load of the next tile.
     """
     if RUN == 1:
-        return (x.to(tl.int16) << 7).to(tl.float16, bitcast=True) if BYTES else x
-    elif BYTES:
-        x = x.to(tl.int32)
-        x = tl.join(x, x >> 8) if RUN == 4 else (x | (x << 8))[:, None]
-        return halves(((x & 0x007F007F) << 7) | ((x & 0x00800080) << 8) if SIGNED else (x & 0x00FF00FF) << 7)
+        return tl.load(numbers + index)
+    elif numbers.dtype.element_ty == tl.uint8:
+        kind: tl.constexpr = tl.int32 if RUN == 4 else tl.uint16
+        return tl.load(numbers.to(tl.pointer_type(kind), bitcast=True) + index)
     elif RUN == 2:
-        return halves(x[:, None])
+        return halves(tl.load(numbers.to(tl.pointer_type(tl.int32), bitcast=True) + index)[:, None])
     else:
+        x = tl.load(numbers.to(tl.pointer_type(tl.int64), bitcast=True) + index)
         low, high = x.to(tl.int32), (x >> 32).to(tl.int32)
         even = (low & 0xFFFF) | (high << 16)
         return halves(tl.join(even, ((low >> 16) & 0xFFFF) | (high & -65536)))
 
 
 @triton.jit
+def halves_of_run(x, RUN: tl.constexpr, BYTES: tl.constexpr, SIGNED: tl.constexpr):
+    """float16 [RUN * N] of what ``load_run`` gave; bytes are scales, or with SIGNED mid points, in their units."""
+    if not BYTES:
+        return x
+    elif RUN == 1:
+        return (x.to(tl.int16) << 7).to(tl.float16, bitcast=True)
+    else:
+        x = x.to(tl.int32)
+        x = tl.join(x, x >> 8) if RUN == 4 else (x | (x << 8))[:, None]
+        return halves(((x & 0x007F007F) << 7) | ((x & 0x00800080) << 8) if SIGNED else (x & 0x00FF00FF) << 7)
+
+
+@triton.jit
 def plane_scales(scale, PLANE: tl.constexpr, KEYS: tl.constexpr):
     """The scale of each field of a plane, as ``load_run`` has it."""
     if PLANE[WORDS] == 0:
-        return tl.zeros((1,), tl.int32)
+        return tl.zeros((1,), tl.float16)
     else:
         # So many neighbouring places have scales that are neighbours, too.
         run: tl.constexpr = 4 if PLANE[WORDS] >= 4 else PLANE[WORDS]
