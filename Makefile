@@ -19,7 +19,7 @@ TESTS := $(ONE_THREAD) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.inductor
 
 CPP := $(wildcard kernels/*/*.h kernels/*/*.cpp tests/*.h)
 
-.PHONY: demo models test test-all lint bench compat compat-oldest compat-newest clean
+.PHONY: demo models test test-all lint fuzz conformance bench compat compat-oldest compat-newest clean
 
 # On a real model if it can be fetched (some 100 MB), else on the small one that comes with the project.
 demo: $(READY)
@@ -41,6 +41,15 @@ lint: $(READY)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror $(CPP)
+
+# Hand-written decoders at random, beside eager code; goes on where it stopped (fuzz.json).
+MINUTES ?= 10
+fuzz: $(READY)
+	$(TESTS) PYTHONPATH=tests .venv/bin/python -m fuzz.campaign --minutes $(MINUTES)
+
+# Every architecture of transformers; goes on where it stopped (docs/conformance.json).
+conformance: $(READY)
+	$(TESTS) .venv/bin/python benchmarks/conformance.py
 
 bench: $(READY)
 	.venv/bin/pip install --quiet -c requirements.txt -e '.[dev,bench]'

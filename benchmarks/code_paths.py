@@ -60,7 +60,7 @@ def problem(tokens: int) -> Problem:
         v_dim=DIM, max_len=tokens, k_scheme="per_channel_ranked", k_bits=2, k_group=GROUP, k_tokens=tokens,
         k_residual=384, k_ring=404, v_scheme="per_token_rotated", v_bits=1, v_group=DIM, v_tokens=tokens,
         v_residual=128, v_ring=148, sinks=4, scale=1.0, softcap=0.0, window=0, mask_dtype=None, mask_strides=(0, 0, 0),
-        sink_logits_dtype=None, chunk=False,
+        sink_logits_dtype=None, k_norms=False, chunk=False,
     )  # fmt: skip
 
 

@@ -43,8 +43,8 @@ class Trial:
     """Bits per channel and group of tokens: a scale and a mid point."""
     value_constants: int = 8
     """Bits per token and KV head: a scale."""
-    layer_constants: int = 0
-    """Bits per token and layer."""
+    layer_constants: int = 8
+    """Bits per token and layer: a norm of the keys."""
     chooses_windows: bool = False
     """Whether each layer and side has a window of its own (trial_windows.py)."""
     key_window: int | None = None
@@ -99,13 +99,12 @@ TRIALS = [
           value=rotated_values(uniform_levels(3, STEP_OF_3_BITS)), value_bits=3),
     trial("keys: before RoPE", "xquant-2.2", key=Keys(fixed_widths(2), before_rope=True)),
     trial("keys: before RoPE, water-filling per head", "xquant-2.2", key=Keys(water_filling(2), before_rope=True)),
-    trial("keys: token norms", "xquant-2.2", key=Keys(fixed_widths(2), token_norms=True), layer_constants=8),
-    trial("keys: token norms, rotated, all of 2 bits (OScaR)", "xquant-2.2", layer_constants=8,
-          key=Keys(uniform_widths(2), token_norms=True, rotated=True)),
+    trial("keys: no token norms", "xquant-2.2", key=Keys(fixed_widths(2), token_norms=False), layer_constants=0),
+    trial("keys: rotated, all of 2 bits (OScaR)", "xquant-2.2", key=Keys(uniform_widths(2), rotated=True)),
     trial("keys: all of 2 bits", "xquant-2.2", key=Keys(uniform_widths(2))),
     trial("keys: water-filling per head", "xquant-2.2", key=Keys(water_filling(2))),
     trial("keys: water-filling per layer", "xquant-2.2", key=Keys(over_layer(water_filling(2)))),
-    trial("windows: keys 384, values 128", "xquant-2.2", key_window=384, value_window=128),
+    trial("windows: keys 256, values 256", "xquant-2.2", key_window=256, value_window=256),
     trial("windows: keys 128, values 384", "xquant-2.2", key_window=128, value_window=384),
     trial("windows: by layer and side", "xquant-2.2", chooses_windows=True),
     trial("scales: in 16 bits", "xquant-2.2", key=Keys(fixed_widths(2), exact_scales=True), key_constants=32,

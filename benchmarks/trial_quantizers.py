@@ -18,7 +18,7 @@ from xquant_fx.kernels.reference import encode, kept_spread, masked_mean, minmax
 from xquant_fx.kernels.rotation import rotate, rotate_back
 from xquant_fx.kernels.schemes.per_channel_ranked import quantize_up_to
 from xquant_fx.kernels.schemes.per_token_rotated import GAUSSIAN_STEP
-from xquant_fx.kernels.small_floats import decode_mid, decode_scale, encode_scale
+from xquant_fx.kernels.small_floats import decode_mid, decode_scale, encode_norm, encode_scale
 from xquant_fx.kernels.widths import DISTORTION, rank_widths
 
 
@@ -129,8 +129,8 @@ class Keys:
 
     widths: Widths
     before_rope: bool = False
-    token_norms: bool = False
-    """Divide each token by its norm over all heads of the layer, kept in 8 bits (OScaR, arXiv 2605.19660)."""
+    token_norms: bool = True
+    """Divide each token by its norm over all heads of the layer, kept in 8 bits, as the product does."""
     rotated: bool = False
     """Mix the channels by a Hadamard transform first."""
     exact_scales: bool = False
@@ -151,7 +151,7 @@ class Keys:
     def _norms(self, x: Tensor) -> Tensor:
         if not self.token_norms:
             return torch.ones(())
-        return rounded_scale(x.square().mean((1, 3), keepdim=True).sqrt())
+        return decode_scale(encode_norm(x.square().mean((1, 3), keepdim=True).sqrt()))
 
     def _grouped(self, x: Tensor, energy: Tensor, seen: Seen) -> Tensor:
         grouped = x.unflatten(2, (-1, seen.group))

@@ -5,7 +5,8 @@
 It makes the channels of a token alike and near Gaussian, whatever they were, so that one scale per token serves all
 of them. H has the size n of the largest power of two that divides head_dim and is applied to head_dim / n pieces.
 Only tokens that leave the residual window are rotated, and the output once per step: (sum p_t y_t) rotated back is
-sum p_t v_t.
+sum p_t v_t. With the scheme ``per_token_folded`` all tokens are, and the output as a whole; then the linear layers that
+make the tokens and take the output can do it (:func:`fold_into_rows`, :func:`fold_into_columns`).
 """
 
 from __future__ import annotations
@@ -62,3 +63,20 @@ def rotate(v: Tensor) -> Tensor:
 def rotate_back(y: Tensor) -> Tensor:
     """Undo :func:`rotate`."""
     return _transform(y) * _signs(y)
+
+
+def rotate_values(x: Tensor, back: bool) -> Tensor:
+    """``x`` [..., dim] rotated, or rotated back, in float32; the result has the dtype of ``x``."""
+    wide = x.to(torch.float32)
+    return (rotate_back(wide) if back else rotate(wide)).to(x.dtype)
+
+
+def fold_into_rows(weight: Tensor, dim: int) -> Tensor:
+    """Weight [heads * dim, in], or bias [heads * dim], of a linear layer that gives rotated heads instead."""
+    heads = weight.unflatten(0, (-1, dim))
+    return rotate_values(heads.movedim(1, -1), False).movedim(-1, 1).reshape(weight.shape).contiguous()
+
+
+def fold_into_columns(weight: Tensor, dim: int) -> Tensor:
+    """Weight [out, heads * dim] of a linear layer that takes rotated heads instead."""
+    return rotate_values(weight.unflatten(1, (-1, dim)), False).reshape(weight.shape).contiguous()

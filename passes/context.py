@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from xquant_fx.cache.folded_weights import Fold
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.errors import CacheStateError
 from xquant_fx.passes.records import Detection
@@ -54,10 +55,15 @@ class StateInputs:
     lengths: list[tuple[int, Any]] = dataclasses.field(default_factory=list)
     """Arguments whose length in tokens is an added input, too, after the tensors, and that length as a symbol."""
 
+    folded: list[tuple[int, Fold]] = dataclasses.field(default_factory=list)
+    """Arguments that are weights, rotated copies of which are added inputs, too, after the lengths; and how."""
+    folded_examples: list[Tensor] = dataclasses.field(default_factory=list)
+    """The example of each."""
+
     @property
     def example_inputs(self) -> list[Any]:
         """Examples of the added inputs."""
-        return [*self.tensors, *(length for _, length in self.lengths)]
+        return [*self.tensors, *(length for _, length in self.lengths), *self.folded_examples]
 
 
 def _stored(buffer: object, name: str) -> Tensor:
@@ -96,8 +102,12 @@ class Context:
     """Masks of what lies beyond the last token, by cache and step."""
     grown: list[Grown] = dataclasses.field(default_factory=list)
     """Inputs that grow; the graph itself does not return the longer ones."""
+    rotations: dict[Node, Node] = dataclasses.field(default_factory=dict)
+    """Append of the old graph, or output of an attention, to the node that rotates there."""
     loads: dict[Node, Node] = dataclasses.field(default_factory=dict)
     """Append of the old graph to the ``shared_code_load`` that reads after it."""
+    fused: dict[Node, Node] = dataclasses.field(default_factory=dict)
+    """Output of an attention of the old graph to that of the fused op."""
 
     def __post_init__(self) -> None:
         """Count the inputs before a pass adds or drops any."""

@@ -13,6 +13,7 @@ from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.find_sites import NOT_RECOGNISED, Refusal, find_sites
 from xquant_fx.passes.in_place import why_not_in_place
 from xquant_fx.passes.match_decode import match_decode
+from xquant_fx.passes.match_folding import match_folding
 from xquant_fx.passes.normalize import normalize
 from xquant_fx.passes.products import query_tokens
 from xquant_fx.passes.records import Buffer, Decode, Detection, Site, Source, Write
@@ -22,6 +23,9 @@ from xquant_fx.plan.spec import KVSpec, why_not_fused
 
 #: The ordinary buffers of rewritable sites, a plan for each of their caches, and the specs of all buffers.
 Planner = Callable[[GraphModule, list[Site]], tuple[tuple[Buffer, ...], tuple[Plan, ...], dict[Node, KVSpec]]]
+
+#: Why attention to latents is not one op.
+LATENT = "keys or values are computed from what is stored (latent attention)"
 
 
 def detect(gm: GraphModule, refusal: Refusal, planner: Planner, unfused: str = "") -> Detection:
@@ -47,7 +51,7 @@ def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str
     """``site`` with the call that it becomes, or why it reads dequantized keys and values."""
     if not site.rewritable or any(node.target is quantized_empty for node in site.buffers) or _begins(site):
         return site
-    reason = unfused or _why_not_specs(site, specs)
+    reason = unfused or (LATENT if site.is_latent else _why_not_specs(site, specs))
     if not site.attention.is_recognised:
         reason = f"it is appended to, {NOT_RECOGNISED}"
     form = reason or match_decode(site.attention, site.key, site.value)
@@ -55,7 +59,9 @@ def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str
         form = _why_not_step(site, form, facts) or why_not_in_place(site, form, facts) or form
     if isinstance(form, str):
         return dataclasses.replace(site, dequantized=form)
-    return dataclasses.replace(site, form=form)
+    spec, write = specs[site.buffers[1]], site.value_write
+    folding = match_folding(write, form, spec) if spec.folded and write is not None else None
+    return dataclasses.replace(site, form=form, folding=folding)
 
 
 def _begins(site: Site) -> bool:

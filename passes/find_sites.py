@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from torch.fx import Node
 
 from xquant_fx.cache.allocate import Slot, quantized_empty
-from xquant_fx.passes.facts import Facts, is_quantized
+from xquant_fx.passes.facts import Facts, is_quantized, is_quantized_growth
 from xquant_fx.passes.find_writes import concatenation, is_factory
 from xquant_fx.passes.records import Attention, Refused, Site, Source, Write
-from xquant_fx.passes.trace import is_shape_query, same_value
+from xquant_fx.passes.trace import fake, is_shape_query, same_value
 from xquant_fx.passes.vocabulary import op_name
 from xquant_fx.passes.why_left_alone import why_not_length, why_not_operand, why_not_pair
 
 NOT_RECOGNISED = "and no attention that is recognised reads it here (one that is spelt out, or a graph break?)"
+#: Writes to places that an index names, as a KV cache's; ops that append are known by themselves.
+BY_INDEX = ("scatter_", "index_add_", "index_put_", "index_copy_", "index_fill_", "masked_scatter_")
 
 #: Why the surroundings of a graph, or the tensors of a call, keep the buffer ``node`` ("keys" or "values") as it is.
 Refusal = Callable[[Node, str, Facts], Refused]
@@ -30,7 +32,11 @@ def find_sites(facts: Facts, refusal: Refusal = lambda node, what, facts: Refuse
 
 
 def _unrecognised(facts: Facts, read: set[Node]) -> Iterator[Attention]:
-    """For inputs that are appended to and are not in ``read``: keys with their values, as far as one can tell."""
+    """For inputs that are appended to and are not in ``read``: keys with their values, as far as one can tell.
+
+    Likewise for those with four dimensions that are written to by index in another way, and for those that grow in a
+    graph without any attention.
+    """
     writes = [w for w in facts.writes if w.buffer.op == "placeholder" and w.buffer not in read]
     while writes:
         write, *writes = writes
@@ -41,21 +47,31 @@ def _unrecognised(facts: Facts, read: set[Node]) -> Iterator[Attention]:
         if is_quantized(write.buffer) and not readers:
             continue  # they are read in another graph
         yield Attention(node, "nothing recognised", write.x, write.buffer, other.buffer, is_recognised=False)
+    for write in () if facts.attention else facts.writes:
+        grows = write.past is not None and write.past.op == "placeholder"
+        if grows and not is_quantized_growth(write.node):
+            yield Attention(write.node, "nothing recognised", write.x, write.buffer, write.buffer, is_recognised=False)
+    for mutation in facts.mutations:
+        value, root = fake(mutation.root), mutation.root
+        indexed = op_name(mutation.node) in BY_INDEX and root.op == "placeholder" and root not in read
+        if indexed and value is not None and value.dim() == 4 and value.dtype.is_floating_point:
+            yield Attention(mutation.node, "nothing recognised", mutation.node, root, root, is_recognised=False)
 
 
 def _site(attention: Attention, facts: Facts, refusal: Refusal) -> Site:
     key, value = facts.source(attention.key), facts.source(attention.value)
     behind_key, behind_value = facts.caches_behind(key.root), facts.caches_behind(value.root)
     caches = behind_key + behind_value
-    reason = _reason(attention, key, value, caches, facts)
-    is_latent = not (key.root in behind_key and value.root in behind_value)
-    allocated_here = all(
-        is_factory(s.root) and facts.writes_to(s.root) and not why_not_length(s.root, "", facts) for s in (key, value)
-    )
-    name = buffer_name((caches or [key.root])[0])
+    operands, name = (key, value), buffer_name((caches or [key.root])[0])
     # Of latents each operand is computed from both buffers: the values' comes first, the keys' is the other one.
     value = _from_cache(value, behind_value, facts)
     key = _from_cache(key, [n for n in behind_key if n is not value.root] or behind_key, facts)
+    is_latent = (key, value) != operands
+    key_is_rotary = key is not operands[0] and key.root is not value.root and value.root in behind_key
+    reason = _reason(attention, key, value, caches, facts)
+    allocated_here = all(
+        is_factory(s.root) and facts.writes_to(s.root) and not why_not_length(s.root, "", facts) for s in (key, value)
+    )
     quantized = is_quantized(key.root) or is_quantized(value.root)
     of_call = False
     if not reason and not quantized:
@@ -64,8 +80,8 @@ def _site(attention: Attention, facts: Facts, refusal: Refusal) -> Site:
     writes = _write(key, attention.key_reader, facts), _write(value, attention.value_reader, facts)
     return Site(
         attention, key, value, *writes, name,
-        has_cache=bool(caches), is_quantized=quantized, is_latent=is_latent, allocated_here=allocated_here,
-        reason=reason, of_call=of_call,
+        has_cache=bool(caches), is_quantized=quantized, is_latent=is_latent, key_is_rotary=key_is_rotary,
+        allocated_here=allocated_here, reason=reason, of_call=of_call,
     )  # fmt: skip
 
 
@@ -74,12 +90,18 @@ def _reason(attention: Attention, key: Source, value: Source, caches: list[Node]
         return ""
     if not attention.is_recognised:
         return f"appended to in this graph, {NOT_RECOGNISED}"
+    if len(set(caches)) > 2:
+        return f"keys and values are computed from {len(set(caches))} buffers"
     return why_not_operand(key, "keys", facts) or why_not_operand(value, "values", facts) or why_not_pair(key, value)
 
 
 def _from_cache(source: Source, caches: list[Node], facts: Facts) -> Source:
-    """``source``, or the first of the ``caches`` that it is computed from (latent attention, say)."""
-    if not caches or source.root in caches or facts.grows(source.root) is not None:
+    """``source``, or the first of the ``caches`` that it is computed from (latent attention, say).
+
+    New tokens that overflow a sliding window, and what grows and is cut, are what they are.
+    """
+    of_window = facts.grows(source.root) is not None or facts.overflows(source.root) is not None
+    if not caches or source.root in caches or of_window:
         return source
     return Source(caches[0], (op_name(source.root), *source.path))
 

@@ -18,12 +18,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from xquant_fx import ops
 from xquant_fx.kernels.decode_attention.arguments import of_sides
+from xquant_fx.kernels.decode_attention.plain_torch import attend_dense
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.growth_masks import end_of_growth, widened
 from xquant_fx.passes.masks import build_mask
-from xquant_fx.passes.records import Decode, Layout, Site
+from xquant_fx.passes.records import Layout, Site
 
 
 def fuse_decode(gm: GraphModule, context: Context) -> int:
@@ -35,7 +36,8 @@ def fuse_decode(gm: GraphModule, context: Context) -> int:
         stored = _stored(site, context)
         with gm.graph.inserting_before(site.form.output):
             end = end_of_growth(gm.graph, site, stored, context)
-        replaced[site.form.output] = _replace(gm.graph, site.form, stored, replaced, end)
+        replaced[site.form.output] = _replace(gm.graph, site, stored, replaced, end, context)
+    context.fused = replaced
     return len(replaced)
 
 
@@ -50,7 +52,11 @@ def _stored(site: Site, context: Context) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _replace(graph: Graph, form: Decode, stored: dict[str, Any], replaced: dict[Node, Node], end: Node | None) -> Node:
+def _replace(
+    graph: Graph, site: Site, stored: dict[str, Any], replaced: dict[Node, Node], end: Node | None, context: Context
+) -> Node:
+    form = site.form
+    assert form is not None
     with graph.inserting_before(form.output):
         query = _laid_out(graph, replaced.get(form.query, form.query), form.query_layout)
         terms = tuple(dataclasses.replace(term, node=replaced.get(term.node, term.node)) for term in form.terms)
@@ -60,7 +66,14 @@ def _replace(graph: Graph, form: Decode, stored: dict[str, Any], replaced: dict[
         logits = None if form.sinks is None else replaced.get(form.sinks, form.sinks)
         sinks = None if logits is None else call(graph, torch.reshape, (logits, (form.heads,)))
         ours = dict(q=query, mask=mask, sink_logits=sinks, scale=form.scale, softcap=form.softcap, window=0)
-        fused = call(graph, ops.DECODE, (), {**ours, **stored})
+        if all(context.detection.specs[buffer].quantized for buffer in site.buffers):
+            fused = call(graph, ops.DECODE, (), {**ours, **stored})
+            if context.detection.specs[site.buffers[1]].folded:
+                fused = context.rotations[form.output] = call(graph, ops.ROTATE, (fused, True))
+        else:  # a self-check: no kernel reads keys and values of 16 bits
+            sides = (context.loads[write.node] for write in (site.key_write, site.value_write) if write is not None)
+            keys, values = sides
+            fused = call(graph, attend_dense, (), dict(ours, keys=keys, values=values, past=stored["past"]))
         output = _put_back(graph, fused, form.output_layout)
     form.output.replace_all_uses_with(output)
     _erase_unused(graph, form.output)

@@ -63,7 +63,11 @@ def _four_dimensions(graph: Graph, term: MaskTerm, batch: int, heads: int) -> No
     mask = _unexpanded(term.node)
     shape = mask_shape(tuple(value_of(mask).shape), term.scores, batch, heads)
     assert shape is not None
-    return mask if tuple(value_of(mask).shape) == shape else call(graph, torch.reshape, (mask, shape))
+    if tuple(value_of(mask).shape) == shape:
+        return mask
+    if not isinstance(shape[-1], int):  # a graph holds no symbols; the others are numbers by now, if as symbols
+        shape = (*map(int, shape[:-1]), -1)
+    return call(graph, torch.reshape, (mask, shape))
 
 
 def _unexpanded(mask: Node) -> Node:

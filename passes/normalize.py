@@ -7,6 +7,7 @@
     buffer.narrow(2, p, n).copy_(k)             =>  buffer[:, :, p : p + n] = k
     buffer[:, :, p - N : p - N + n] = k         =>  buffer[:, :, p : p + n] = k, where p is no number
     buffer.data[:, :, pos] = k                  =>  buffer[:, :, pos] = k
+    aten.index_put_(buffer, [None, None, pos], k)   likewise
 
 ``index_copy_`` returns the buffer itself, so that who reads its result after it reads the buffer.
 """
@@ -29,7 +30,7 @@ def normalize(graph: Graph) -> int:
     """Normalize ``graph`` in place; returns how many results and writes were replaced."""
     replaced = 0
     for node in list(graph.nodes):
-        replaced += _write_to_itself(graph, node)
+        replaced += _write_to_itself(graph, node) + _put(graph, node)
     for node in list(graph.nodes):
         buffer = node.args[0] if node.args else None
         if kind(node) == "index_copy" and node.users and isinstance(buffer, Node):
@@ -52,6 +53,19 @@ def _write_to_itself(graph: Graph, node: Node) -> bool:
     if writers and not node.users:
         graph.erase_node(node)
     return bool(writers)
+
+
+def _put(graph: Graph, node: Node) -> bool:
+    """``index_put_`` becomes an assignment, where nothing reads its result."""
+    buffer, indices, x = (argument(node, i, name) for i, name in enumerate(("self", "indices", "values")))
+    puts = kind(node) == "index_put" and not node.users and not argument(node, 3, "accumulate", False)
+    if not puts or not isinstance(buffer, Node) or not isinstance(indices, tuple | list):
+        return False
+    index = tuple(slice(None) if part is None else part for part in indices)
+    with graph.inserting_before(node):
+        graph.call_function(operator.setitem, cast(Any, (buffer, index, x)))
+    graph.erase_node(node)
+    return True
 
 
 def _copy_into_part(graph: Graph, node: Node) -> bool:

@@ -6,6 +6,8 @@
 | rewrite_growth | concatenations that grow a cache become ops on those inputs | rewrite_growth.py |
 | rewrite | appends and reads become ops on those inputs | rewrite.py |
 | fuse_decode | two loads and the attention that reads them become one op | fuse_decode.py |
+| fold_rotation | weights of linear layers rotate values and outputs | fold_rotation.py |
+| linear_rows | linear layers of few rows read weights at the memory's speed | linear_rows.py |
 | verify | Inductor sees plain tensors only | verify.py |
 
 A pass takes the graph and the context, changes the graph in place, and returns how many things it did.
@@ -22,6 +24,7 @@ from torch.fx import GraphModule
 
 from xquant_fx.passes import dump
 from xquant_fx.passes.context import Context
+from xquant_fx.passes.fold_rotation import fold_rotation
 from xquant_fx.passes.fuse_decode import fuse_decode
 from xquant_fx.passes.linear_rows import linear_rows
 from xquant_fx.passes.rewrite import rewrite
@@ -47,6 +50,7 @@ FAMILIES: dict[str, tuple[Pass, ...]] = {
         Pass("rewrite_growth", rewrite_growth),
         Pass("rewrite", rewrite),
         Pass("fuse_decode", fuse_decode, may_be_off=True),
+        Pass("fold_rotation", fold_rotation, may_be_off=True),
         Pass("linear_rows", linear_rows, may_be_off=True),
         Pass("verify", verify),
     ),

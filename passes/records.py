@@ -146,6 +146,26 @@ class Decode:
     """Nodes that carry the scores, where they are written out."""
 
 
+class Linear(NamedTuple):
+    """A linear layer beside an attention, and those of its weights that can rotate."""
+
+    node: Node
+    weight: Node
+    bias: Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Folding:
+    """Which linear layers can rotate an attention's values, which are stored rotated."""
+
+    value: Linear | None
+    """The one that gives new values; None: they are rotated at each step."""
+    output: Linear | None
+    """The one that takes the output; None: that is rotated back at each step."""
+    reasons: tuple[str, ...]
+    """Why there is none, of each that there is not."""
+
+
 class Refused(NamedTuple):
     """Why a buffer stays as it is."""
 
@@ -185,6 +205,8 @@ class Site:
     """Whether the buffers are quantized already: inputs, or allocated in this graph."""
     is_latent: bool = False
     """Whether keys or values are computed from what is stored (latent attention), not read as they are."""
+    key_is_rotary: bool = False
+    """Whether the key buffer holds a part of the keys only, and the rest is computed from the values' latent."""
     allocated_here: bool = False
     """Whether ordinary buffers are allocated in this graph, so that the next step takes them over."""
     reason: str = ""
@@ -195,6 +217,8 @@ class Site:
     """How the fused op is called; None where it reads dequantized keys and values."""
     dequantized: str = ""
     """Why it reads dequantized keys and values; "" too for a prompt that allocates its cache: it runs uncompiled."""
+    folding: Folding | None = None
+    """Where values are stored rotated and the op is fused: who rotates."""
 
     @property
     def rewritable(self) -> bool:
@@ -226,6 +250,8 @@ class Buffer:
     """Which cache of the graph it belongs to, if there are several: number of its plan."""
     foresight: Foresight
     """How to know the positions of ``write`` ahead."""
+    rotary: bool = False
+    """Whether it holds the rotary part of keys that are computed from latents."""
 
 
 @dataclasses.dataclass(frozen=True)

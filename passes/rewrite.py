@@ -67,7 +67,7 @@ class BufferRewrite:
     """All uses of one quantized buffer, taken in program order."""
 
     def __init__(self, gm: GraphModule, buffer: Node, context: Context) -> None:
-        self.graph, self.buffer, self.loads = gm.graph, buffer, context.loads
+        self.graph, self.buffer, self.loads, self.rotations = gm.graph, buffer, context.loads, context.rotations
         self.spec, self.tensors = context.detection.specs[buffer], context.state.nodes[buffer]
         self.writes = {write.node: write for write in context.detection.writes if write.buffer is buffer}
         self.query = _query_length(buffer, context.detection)
@@ -99,6 +99,8 @@ class BufferRewrite:
             chunk = ring is not None and new > STEP_TOKENS
             if chunk:
                 ring = call(self.graph, torch.clone, (ring,))
+            if spec.folded:
+                x = self.rotations[node] = call(self.graph, ops.ROTATE, (x, False))
             arguments = dict(x=x, pos=pos, **self.tensors, **spec.store_constants())
             if spec.borrowed:
                 call(self.graph, ops.STORE_BORROWED, (), dict(arguments, fit=spec.fit))

@@ -34,8 +34,12 @@ def axes_of(node: Node, root: Node) -> Axes | None:
             return None
         node = before
     sizes = dict(zip("BHND", value_of(root).shape, strict=True))
-    axes: Axes | None = expected(value_of(root).shape, *"BHND")
-    for view in reversed(chain):
+    return followed(list(reversed(chain)), expected(value_of(root).shape, *"BHND"), sizes)
+
+
+def followed(chain: list[Node], axes: Axes | None, sizes: dict[str, int]) -> Axes | None:
+    """Axes after the views ``chain``, in program order, of a tensor that has ``axes`` of ``sizes``."""
+    for view in chain:
         if fake(view) is None or axes is None:
             return None
         axes = _view(view, axes, sizes, tuple(value_of(view).shape))
@@ -68,7 +72,7 @@ def _view(node: Node, axes: Axes, sizes: dict[str, int], shape: tuple[int, ...])
         return _repeat(node, axes, sizes)
     other_numbers = isinstance(argument(node, 1, "dtype"), torch.dtype)  # view(dtype) reads the same bits anew
     if what in ("reshape", "view") and not other_numbers:
-        return _reshape(axes, sizes, shape)
+        return regrouped(axes, sizes, shape)
     return None
 
 
@@ -137,7 +141,7 @@ def _repeat(node: Node, axes: Axes, sizes: dict[str, int]) -> Axes | None:
     return (*axes[:dim], (*axes[dim], "repeat"), *axes[dim + 1 :])
 
 
-def _reshape(axes: Axes, sizes: dict[str, int], shape: tuple[int, ...]) -> Axes | None:
+def regrouped(axes: Axes, sizes: dict[str, int], shape: tuple[int, ...]) -> Axes | None:
     """Deal the axes out, in order, to dimensions of the new sizes."""
     left = [name for dim in axes for name in dim if sizes[name] != 1]
     out: list[tuple[str, ...]] = []

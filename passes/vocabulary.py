@@ -71,6 +71,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "repeat_interleave": ("repeat_interleave", torch.repeat_interleave),
     # buffers
     "index_copy": ("index_copy_",),
+    "index_put": ("index_put_", torch.ops.aten.index_put_, torch.ops.aten.index_put_.default),
     "setitem": (operator.setitem,),
     "copy": ("copy_",),
     "factory": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from xquant_fx.passes.ends_in_attention import ends_in_attention
 from xquant_fx.passes.facts import NEAR, Facts, is_quantized
 from xquant_fx.passes.find_writes import is_factory
 from xquant_fx.passes.records import Source, Write
@@ -34,9 +35,7 @@ def why_not_operand(source: Source, what: str, facts: Facts) -> str:
 
 
 def why_not_pair(key: Source, value: Source) -> str:
-    """Keys and values each are a buffer that can be quantized; why they are no pair."""
-    if key.root is value.root:
-        return "keys and values are read from one buffer"
+    """Keys and values each are a buffer that can be quantized (one latent, if it is one); why they are no pair."""
     k, v = fake(key.root), fake(value.root)
     if k is not None and v is not None and tuple(k.shape[:3]) != tuple(v.shape[:3]):
         return f"keys and values differ in shape: {tuple(k.shape)} and {tuple(v.shape)}"
@@ -56,7 +55,6 @@ def why_not_length(buffer: Node, what: str, facts: Facts) -> str:
 
 def _why_not_computed(root: Node, what: str, facts: Facts) -> str:
     """``root`` is no input of the graph."""
-    name, cache = op_name(root), next(iter(facts.caches_behind(root)), None)
     if facts.overflows(root) is not None:
         return f"{what} of a sliding window: attention reads new tokens, the buffer gets the last of them"
     if facts.grows(root) is not None:
@@ -67,12 +65,7 @@ def _why_not_computed(root: Node, what: str, facts: Facts) -> str:
     if is_factory(root) and facts.writes_to(root):
         later = f"{what}: the buffer is allocated inside this graph; it is taken over at the next step"
         return why_not_length(root, what, facts) or later
-    if cache is not None and facts.mutated(cache) is not None:
-        return _why_not_mutation(cache, what, facts)
-    if cache is not None:
-        how = "put together" if is_factory(root) else f"computed by {name}"
-        return f"{what} are {how} from the cache, not read from it (latent attention?)"
-    return f"{what} are computed in this graph by {name}: no KV cache is read here"
+    return f"{what} are computed in this graph by {op_name(root)}: no KV cache is read here"
 
 
 def _why_not_buffer(value: torch.Tensor | None, what: str) -> str:
@@ -137,9 +130,9 @@ def _why_not_reader(user: Node, operand: Node, what: str, facts: Facts) -> str:
         return f"{what}: the buffer is an output of this graph"
     if facts.reads(user, operand, "values" if what == "keys" else "keys"):
         return "keys and values are read from one buffer"
-    if not facts.reads(user, operand, what):
-        return f"{what}: the buffer is also read by {op_name(user)}, which is no attention"
-    return ""
+    if facts.reads(user, operand, what) or ends_in_attention(user, facts):
+        return ""
+    return f"{what}: the buffer is also read by {op_name(user)}, which is no attention"
 
 
 def _wraps(positions: Node | slice) -> bool:

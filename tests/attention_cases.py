@@ -150,6 +150,12 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
         "ranked, keys later than values": dict(residual=128, v_residual=32, sinks=4, query=3, dtype="float32"),
         "ranked, keys later, a chunk": dict(query=20, residual=96, v_residual=24, v_bits=2, mask="padded"),
         "ranked, keys or values later, in turns": dict(residual=64, v_residual=48, v_group=16, v_bits=3, window=100),
+        "ranked, values that came rotated": dict(
+            v_scheme="per_token_folded", residual=96, v_residual=32, v_bits=2, sinks=4, query=3, dtype="float32"
+        ),
+        "ranked, values that came rotated, a chunk": dict(
+            v_scheme="per_token_folded", query=20, v_bits=3, v_group=16, dim=96, mask="padded"
+        ),
         "ranked, groups of 96": dict(past=300, max_len=320, residual=96, k_group=96, dtype="float32"),
         "ranked, groups of channels": dict(v_group=16, v_bits=2, dim=96, dtype="float32"),
         "ranked, one token outweighs all others": dict(
@@ -161,11 +167,11 @@ RANKED_CASES: dict[str, dict[str, Any]] = {
         "ranked, float16 scales, groups of channels": dict(
             scale_dtype="float16", v_group=16, v_bits=2, loud=100.0, scale=1e-3
         ),
-        "ranked, token norms": dict(norms=True, batch=2, kv_heads=2, start=(0, 9), mask="padded", v_bits=2),
+        "ranked, token norms": dict(norms=True, batch=2, kv_heads=2, group=2, start=(0, 9), mask="padded", v_bits=2),
         "ranked, token norms, float32, softcap, window": dict(
             norms=True, dtype="float32", softcap=2.0, window=100, sinks=4, dim=80
         ),
-        "ranked, token norms, a chunk": dict(norms=True, query=20, kv_heads=2, dtype="bfloat16", v_bits=2),
+        "ranked, token norms, a chunk": dict(norms=True, query=10, group=2, v_bits=2),
         "ranked, loud channels": dict(loud=100.0, scale=1e-3),
         "ranked, quiet values": dict(loud=1e-3, scale=2.0, v_bits=2),
     }.items()
@@ -224,6 +230,7 @@ WHOLE_SLOW: dict[str, dict[str, Any]] = {
         "whole groups, loud": dict(loud=1e3, scale=1e-6, dim=64, k_scheme="per_channel", v_scheme="per_token"),
         "whole groups, bfloat16": dict(dtype="bfloat16", k_scheme="per_channel", v_scheme="per_token"),
         "ranked, whole groups, loud": dict(loud=100.0, scale=1e-3),
+        "ranked, whole groups, values of rotated weights": dict(v_scheme="per_token_folded", dim=64, query=3),
         "ranked, whole groups, quiet": dict(loud=1e-3, scale=2.0),
         "ranked, whole groups, one token outweighs all others": dict(peak=11.2),
         "ranked, whole groups, an empty row with sink logits": dict(query=2, mask="empty", extra=True),

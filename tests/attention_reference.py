@@ -75,12 +75,14 @@ def dequantized(s: Stored, n: int, dtype: torch.dtype) -> Tensor:
         ranked = torch.empty_like(ranked).scatter_(3, s.order.long()[:, :, None].expand(ranked.shape), ranked)
         return ranked if s.norm is None else ranked * decode_scale(s.norm[:, None, :n, None]).to(dtype)
     codes = unpack_words(s.codes, s.bits, 2, n).to(dtype)
-    scale = decode_scale(s.scale) if s.scheme == "per_token_rotated" else s.scale
+    scale = s.scale if s.scheme == "per_token" else decode_scale(s.scale)
     scale = scale[..., :n].transpose(2, 3).repeat_interleave(s.group, 3).to(dtype)
     if s.scheme == "per_token":
         return codes * scale + s.zero[..., :n].transpose(2, 3).repeat_interleave(s.group, 3).to(dtype)
-    size = rotated_size(dim)
-    y = ((codes - (2**s.bits - 1) / 2) * scale).unflatten(3, (dim // size, size))
+    size, y = rotated_size(dim), (codes - (2**s.bits - 1) / 2) * scale
+    if s.scheme == "per_token_folded":  # whoever reads rotates back
+        return y
+    y = y.unflatten(3, (dim // size, size))
     return (y @ hadamard(size, dtype)).flatten(3) * (torch.tensor(signs(dim), dtype=dtype) / size**0.5)
 
 

@@ -58,6 +58,7 @@ RANKED: dict[str, dict[str, Any]] = {
     "keys, several groups a step": dict(side="key", **{**RANKED_SHAPE, "residual": 4, "group": 2}),
     "keys, odd groups": dict(side="key", **{**RANKED_SHAPE, "residual": 24, "group": 12}),
     "values, sinks": dict(side="value", sinks=5, padding=[3], dtype="float16", **{**RANKED_SHAPE, "group": 32}),
+    "values that came rotated": dict(side="value", folded=True, **{**RANKED_SHAPE, "group": 64}),
     "loud values": dict(side="value", scale=64.0, **{**RANKED_SHAPE, "group": 64}),
     "scales that do not fit": dict(side="key", scale=2.0**14, **RANKED_SHAPE),
 }

@@ -5,21 +5,30 @@ from __future__ import annotations
 import torch
 from reference_cache import ReferenceCache
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from xquant_fx.compiler.backend import compile_graph
 from xquant_fx.compiler.options import parse
 
 
 def interpreted(calls: list | None = None, **options):
-    """The backend with the rewritten graph run op by op instead of compiled: all of the pass, none of Inductor."""
+    """The backend with the rewritten graph run op by op instead of compiled: all of the pass, none of Inductor.
+
+    Each rewritten graph is compared with the program's at 16 bits first (``self_check``), and must not be refused.
+    """
+    options = {"self_check": True, **options}
 
     def backend(gm, inputs, **_):
+        refused = counters["xquant"]["self_check refused"]
+
         def run(graph, example_inputs, request, settings):
             if calls is not None:
                 calls.append(graph)
             return graph.forward
 
-        return compile_graph(gm, inputs, parse(None, options or None), run)
+        compiled = compile_graph(gm, inputs, parse(None, options), run)
+        assert counters["xquant"]["self_check refused"] == refused, "a self-check refused a graph"
+        return compiled
 
     return backend
 

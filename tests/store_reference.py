@@ -27,6 +27,8 @@ class Case:
     bits: float = 2
     ranked: bool = False
     """Ranked keys or rotated values, which ``Reference`` does not know and pairs do not share."""
+    folded: bool = False
+    """Of rotated values: whether they come rotated."""
     dtype: torch.dtype = torch.float32
     batch: int = 2
     heads: int = 1
@@ -59,7 +61,8 @@ class Case:
             schemes |= dict(k_scheme="per_channel_ranked" if self.ranked else "per_channel", k_bits=self.bits)
             schemes |= dict(k_token_norms=self.norms)
         else:
-            schemes |= dict(v_scheme="per_token_rotated" if self.ranked else "per_token", v_bits=self.bits)
+            own = "per_token_folded" if self.folded else "per_token_rotated"
+            schemes |= dict(v_scheme=own if self.ranked else "per_token", v_bits=self.bits)
         groups = dict(k_group_size=self.group) if self.side == "key" else dict(k_group_size=1, v_group_size=self.group)
         return XQuantConfig(
             share_keys_from=share, share_values_from=share, shared_fit=self.fit,

@@ -42,6 +42,8 @@ def plans() -> dict[str, object]:
         "groups": range_config(**SHORT, v_group_size=8, eta_1bit=0.0).replace(k_group_size=8),
         "longer windows of keys": XQuantConfig(k_residual_length=32, v_residual_length=12, k_group_size=16),
         "longer windows of values": range_config(residual_length=16, v_residual_length=24, k_group_size=16),
+        "values rotated from outside": XQuantConfig(**SHORT, v_scheme="per_token_folded", v_bits=3),
+        "no token norms": XQuantConfig(**SHORT, k_token_norms=False),
         "long residual": XQuantConfig(residual_length=128),
     }
 

@@ -61,7 +61,7 @@ def test_load(side: str, bits: int, new: int, sinks: int) -> None:
 @pytest.mark.parametrize("op", [ops.STORE, ops.STORE_BORROWED, ops.LOAD])
 def test_the_schema_says_what_is_written(op: torch._ops.OpOverload) -> None:
     written = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-    state = {"scale", "zero", "ring", "sink", "order", "center", "length", "fault"}
+    state = {"scale", "zero", "ring", "sink", "order", "center", "norm", "length", "fault"}
     assert written == {ops.STORE: state | {"codes"}, ops.STORE_BORROWED: state, ops.LOAD: set()}[op]
 
 

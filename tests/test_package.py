@@ -42,7 +42,7 @@ MAY_BE_IMPORTED_BY = {
     "reports.explanation": [],
     "reports.quality": ["quality", "evaluate.simulate"],
     "compiler.backend": ["reports.explanation"],
-    "passes.pipeline": ["compiler.backend", "compiler.options"],
+    "passes.pipeline": ["compiler.backend", "compiler.options", "compiler.self_check"],
     "passes.rewrite": ["passes.pipeline", "passes.rewrite_growth"],
     "passes.rewrite_growth": ["passes.pipeline"],
     "passes.fuse_decode": ["passes.pipeline"],

@@ -39,8 +39,10 @@ def no_counts():
 def test_every_pass_is_listed_once():
     names = [each.name for each in PASSES]
     assert names == [each.name for family in FAMILIES.values() for each in family] and len(set(names)) == len(names)
-    assert names == ["add_state_inputs", "rewrite_growth", "rewrite", "fuse_decode", "linear_rows", "verify"]
-    assert MAY_BE_OFF == ("fuse_decode", "linear_rows")
+    assert names == [
+        "add_state_inputs", "rewrite_growth", "rewrite", "fuse_decode", "fold_rotation", "linear_rows", "verify",
+    ]  # fmt: skip
+    assert MAY_BE_OFF == ("fuse_decode", "fold_rotation", "linear_rows")
 
 
 def test_detection_runs_once_per_graph(monkeypatch):
@@ -93,11 +95,11 @@ def test_dump(tmp_path):
     files = sorted(p.name for p in (tmp_path / "graphs").iterdir())
     assert [name.split("-", 1)[1] for name in files] == [
         "0-detected.txt", "1-after-add_state_inputs.txt", "2-after-rewrite_growth.txt", "3-after-rewrite.txt",
-        "4-after-fuse_decode.txt", "5-after-linear_rows.txt", "6-after-verify.txt",
+        "4-after-fuse_decode.txt", "5-after-fold_rotation.txt", "6-after-linear_rows.txt", "7-after-verify.txt",
     ]  # fmt: skip
     texts = [(tmp_path / "graphs" / name).read_text() for name in files]
-    assert ["decode_attention" in text for text in texts] == [False] * 4 + [True] * 3
-    assert ["index_copy" in text or "setitem" in text for text in texts] == [True] * 3 + [False] * 4
+    assert ["decode_attention" in text for text in texts] == [False] * 4 + [True] * 4
+    assert ["index_copy" in text or "setitem" in text for text in texts] == [True] * 3 + [False] * 5
     assert "float32[1, 2, 1, 8]" in texts[0]
 
 
@@ -141,7 +143,7 @@ def test_explain_knows_what_is_switched_off():
     [
         (
             {"disable": ["rewrite"]},
-            r"disable must be a list of passes that may be off, \['fuse_decode', 'linear_rows'\], got",
+            r"disable must be a list of passes that may be off, \['fuse_decode', 'fold_rotation', 'linear_rows'\], got",
         ),
         ({"disable": "fuse_decode"}, "disable must be a list"),
         ({"disable": 3}, "disable must be a list"),

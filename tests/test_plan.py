@@ -45,9 +45,9 @@ def test_every_field_is_saved_and_compared(field):
     other = {
         "role": "value", "scheme": "per_token", "bits": 4, "group_size": 4, "residual_length": 16, "eta": 0.3,
         "sink_tokens": 2, "scale_dtype": torch.float32, "fit": "minmax", "partner": 0, "reason": "because",
-        "rollback_tokens": 30,
+        "rollback_tokens": 30, "token_norms": False,
     }  # fmt: skip
-    plan = make_plan(CONFIG, 3)
+    plan = make_plan(XQuantConfig() if field.name == "token_norms" else CONFIG, 3)
     entry = dataclasses.replace(plan.layers[2].key, **{field.name: other[field.name]})
     assert entry != plan.layers[2].key
     assert BufferPlan.from_dict(json.loads(json.dumps(entry.to_dict())), "here") == entry

@@ -19,8 +19,8 @@ from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.quantize_store.plain_torch import store
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.kernels.schemes.base import Scheme
-from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
-from xquant_fx.kernels.shared_code_load.plain_torch import load
+from xquant_fx.kernels.shared_code_load.arguments import STORED, LoadArguments
+from xquant_fx.kernels.shared_code_load.plain_torch import load_as_stored
 from xquant_fx.plan.spec import KVSpec
 
 EACH = pytest.mark.parametrize("scheme", SCHEMES)
@@ -36,6 +36,7 @@ def spec_of(scheme: str, bits: int) -> KVSpec:
     return bare_spec(
         role="key", scheme=scheme, shape=(2, 1, MAX_LEN, DIM), bits=bits, group_size=GROUP, residual_length=RESIDUAL,
         scale_dtype=torch.float32 if torch.float32 in allowed else allowed[0],
+        token_norms=SCHEMES[scheme].TOKEN_NORMS,
     )  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def test_a_scheme_has_all_that_the_protocol_names(scheme: str) -> None:
         if inspect.isfunction(declared) and not name.startswith("_"):
             expected = list(inspect.signature(declared).parameters)[1:]
             assert list(inspect.signature(getattr(module, name)).parameters) == expected, name
-    assert module.APPEND in ("blocks", "tokens", "ranked", "rotated")
+    assert module.APPEND in ("blocks", "tokens", "ranked", "rotated", "folded")
     assert module.BITS and all(0 < bits < 16 for bits in module.BITS) and module.SCALE_DTYPES
     assert module.__doc__
 
@@ -76,16 +77,16 @@ def test_load_reads_what_store_wrote(scheme: str, bits: int, steps: list[int]) -
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in spec.tensor_shapes().items()}
     for name in {"scale", "zero", "ring"} & set(tensors):
         tensors[name].fill_(torch.nan if tensors[name].is_floating_point() else 0xFF)
-    tensors = {**dict.fromkeys(("zero", "order", "center", "energy")), **tensors}
+    tensors = {**dict.fromkeys(("zero", "order", "center", "energy", "norm")), **tensors}
     tensors |= {"sink": None, "start": torch.zeros(2, dtype=torch.int64), "fault": torch.zeros(1, dtype=torch.int32)}
     x = torch.rand(2, 1, sum(steps), DIM, generator=seeded(0))
     for new in steps:
         ring = tensors["ring"].clone() if new > STEP_TOKENS else tensors["ring"]
         step, pos = x[:, :, past : past + new], torch.arange(past, past + new)
         store(StoreArguments(x=step, pos=pos, **tensors, **spec.store_constants()))
-        seen = load(
+        seen = load_as_stored(
             LoadArguments(
-                **{name: tensors[name] for name in ("codes", "scale", "zero", "sink", "start", "order", "center")},
+                **{name: tensors[name] for name in (*STORED, "start") if name != "ring"},
                 ring=ring,
                 past=torch.tensor([past]),
                 new_tokens=new,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynamo_graphs import SHAPE, buffers, decode_sites, fresh, graphs_of, roles, sites_of, tiny
-from states import range_config
+from dynamo_graphs import SHAPE, buffers, decode_sites, fresh, graphs_of, sites_of, tiny
 from transformers import DynamicCache, StaticCache
 
 from xquant_fx import XQuantCache
@@ -64,25 +63,6 @@ def test_cold_static_cache_is_deferred():
     assert full.allocated_here and full.has_cache and full.key_write.kind == "index_copy_"
     assert full.reason == "keys: the buffer is allocated inside this graph; it is taken over at the next step"
     assert window.has_cache and not window.allocated_here and "sliding window" in window.reason
-
-
-@pytest.mark.parametrize("make", [StaticCache, DynamicCache])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_latent_attention(make, attention):
-    model = tiny("deepseek_v3", attention)
-    kwargs = dict(max_cache_len=32) if make is StaticCache else {}
-    for site in decode_sites(model, make(config=model.config, **kwargs)):
-        assert "from the cache, not read from it (latent attention?)" in site.reason
-        assert site.has_cache and not site.allocated_here
-
-
-def test_quantized_latents_count_as_quantized():
-    model = tiny("deepseek_v3")
-    cache = XQuantCache(model.config, 32, range_config(k_group_size=8, residual_length=8))
-    for site in decode_sites(model, cache):
-        assert site.reason == "" and site.has_cache
-        # HF keeps the latents of keys and values in "keys" and the rotary part of keys in "values".
-        assert roles(site) == ("values", "keys")
 
 
 def test_states_of_linear_attention_are_no_kv_cache():
@@ -167,9 +147,17 @@ def cross(q, k, v, keys, values, pos):
     return sdpa(q, keys, values)
 
 
-def scaled(q, k, v, keys, values, pos):
+def computed_and_returned(q, k, v, keys, values, pos):
     appended(keys, values, k, v, pos)
-    return sdpa(q, keys * 2, values)
+    latent = keys * 2
+    return sdpa(q, latent, values), latent[:, :, -1]
+
+
+def computed_into_another_buffer(q, k, v, keys, values, pos):
+    appended(keys, values, k, v, pos)
+    latent = keys * 2
+    values[:, 1].copy_(latent[:, 0])
+    return sdpa(q, latent, values)
 
 
 def other_dimension(q, k, v, keys, values, pos):
@@ -209,7 +197,8 @@ def ring_buffer(q, k, v, keys, values, pos):
         (one_buffer_in_products, True, "keys and values are read from one buffer"),
         (ring_buffer, True, "keys: positions are taken modulo a number (a ring buffer?)"),
         (cross, False, "keys: the buffer is read and not written in this graph (cross attention, or a graph break?)"),
-        (scaled, True, "keys are computed by mul from the cache, not read from it (latent attention?)"),
+        (computed_and_returned, True, "keys: the buffer is also read by mul, which is no attention"),
+        (computed_into_another_buffer, True, "keys: the buffer is also read by mul, which is no attention"),
         (other_dimension, True, "keys: the buffer is also written by index_copy_, which is no append along"),
         (mask_of_positions, True, "keys: the buffer is also written by setitem, which is no append along dimension 2"),
         (whole_buffer, True, "keys: the buffer is also written by setitem, which is no append along dimension 2"),

@@ -25,12 +25,14 @@ from xquant_fx.kernels.quantize_store import cpu_call as cpu_store
 from xquant_fx.kernels.quantize_store import plain_torch as plain_store
 from xquant_fx.kernels.quantize_store import triton_launch as triton_store
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
+from xquant_fx.kernels.rotation import rotate_values
 from xquant_fx.kernels.shared_code_load import plain_torch as plain_load
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.kernels.triton_host import has_triton
 from xquant_fx.tracing import is_traced
 
 _lib = torch.library.Library("xquant", "DEF")
+_lib.define("rotate_values(Tensor x, bool back) -> Tensor")
 for _schema in (
     StoreArguments.schema("quantize_store", OWN),
     StoreArguments.schema("quantize_store.borrowed", BORROWED),
@@ -52,6 +54,7 @@ APPEND_CPU = torch.ops.xquant.append_cpu.default
 APPEND_CPU_BORROWED = torch.ops.xquant.append_cpu.borrowed
 DECODE = torch.ops.xquant.decode_attention.default
 DECODE_CPU = torch.ops.xquant.decode_attention_cpu.default
+ROTATE = torch.ops.xquant.rotate_values.default
 LINEAR_ROWS = torch.ops.xquant.linear_rows.default
 
 
@@ -150,6 +153,7 @@ def linear_rows(*args: Any, **kwargs: Any) -> Tensor:
     return plain_linear.linear(LinearArguments(*args, **kwargs))
 
 
+_lib.impl("rotate_values", rotate_values, "CompositeImplicitAutograd")
 _lib.impl("linear_rows", linear_rows, "CompositeExplicitAutograd")
 _lib.impl("linear_rows", cpu_linear.run_cpu, "CPU")
 _lib.impl("linear_rows", cpu_linear.empty_output, "Meta")

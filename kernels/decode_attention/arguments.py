@@ -11,7 +11,11 @@ from torch import Tensor
 from xquant_fx.kernels.arguments import Arguments, Elements
 
 #: The pairs of schemes that the kernels read keys and values in.
-FUSED_SCHEMES = (("per_channel", "per_token"), ("per_channel_ranked", "per_token_rotated"))
+FUSED_SCHEMES = (
+    ("per_channel", "per_token"),
+    ("per_channel_ranked", "per_token_rotated"),
+    ("per_channel_ranked", "per_token_folded"),
+)
 #: Stored tensors that the op takes twice: as ``k_codes`` of the keys, as ``v_codes`` of the values, ...
 OF_SIDE = ("codes", "scale", "zero", "ring", "sink")
 #: Those of keys alone.

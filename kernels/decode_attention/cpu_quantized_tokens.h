@@ -141,7 +141,7 @@ inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, 
     for (int64_t i = 0; i < n; i += L) {
         const vf s = load_scales(in.v_scale + token + i, n - i);
         vf zeros = s * (-0.5f * ((1 << V_BITS) - 1));
-        if constexpr (!ROTATED) zeros = load_up_to(in.v_zero + token + i, n - i);
+        if constexpr (!ABOUT_ZERO) zeros = load_up_to(in.v_zero + token + i, n - i);
         zero_or_nan = fma(s, splat(0.0f), zero_or_nan);
         const vi valid = n - i < L ? iota() < (int32_t)(n - i) : splat(-1);
         for (int64_t r = 0; r < ROWS; r++) {

@@ -20,6 +20,8 @@ from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.widths import QUAD, plain_words, planes, quads_of, rank_widths
 
 RANKED, ROTATED = "per_channel_ranked", "per_token_rotated"
+#: What stores values on levels that lie about zero, without zero points.
+ABOUT_ZERO = (ROTATED, "per_token_folded")
 MOST_ROWS = 64  # of a block: their scores of a span stay in the cache
 
 
@@ -92,7 +94,8 @@ def constants(p: Problem) -> str:
         "ROWS": p.row_block, "DIGITS": 3 if p.dtype == torch.float32 else 2,
     }  # fmt: skip
     flags = {
-        "RANKED": p.k_scheme == RANKED, "NORMS": p.k_norms, "HAS_NEW": p.chunk, "HAS_MASK": p.mask_dtype is not None,
+        "RANKED": p.k_scheme == RANKED, "NORMS": p.k_norms, "ABOUT_ZERO": p.v_scheme in ABOUT_ZERO, "HAS_NEW": p.chunk,
+        "HAS_MASK": p.mask_dtype is not None,
         "HAS_SINK_LOGITS": p.sink_logits_dtype is not None,
     }  # fmt: skip
     types = {
@@ -147,7 +150,7 @@ def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
         absent |= {"k_order", "k_center"}
     if not p.k_norms:
         absent.add("k_norm")
-    if p.v_scheme == ROTATED:
+    if p.v_scheme in ABOUT_ZERO:
         absent.add("v_zero")
     if p.mask_dtype is None:
         absent.add("mask")

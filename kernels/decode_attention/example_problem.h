@@ -37,6 +37,7 @@ constexpr float SCALE = (float)0.08838834764831845;
 constexpr float SOFTCAP = (float)30.0;
 constexpr bool RANKED = 0;
 constexpr bool NORMS = 0;
+constexpr bool ABOUT_ZERO = 0;
 constexpr bool HAS_NEW = 0;
 constexpr bool HAS_MASK = 1;
 constexpr bool HAS_SINK_LOGITS = 0;

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from xquant_fx.kernels.decode_attention.arguments import OF_KEYS, OF_SIDE, DecodeArguments
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
-from xquant_fx.kernels.shared_code_load.plain_torch import load
+from xquant_fx.kernels.shared_code_load.plain_torch import load_as_stored
 
 
 def _loaded(a: DecodeArguments) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, heads, max_len, D], each head of them repeated for its query heads."""
+    """Keys and values [B, KV heads, max_len, D]."""
     loaded = []
     for side, names in (("k", (*OF_SIDE, *OF_KEYS)), ("v", OF_SIDE)):
         stored = {name: getattr(a, f"{side}_{name}") for name in (*names, "bits", "scheme")}
-        x = load(
+        x = load_as_stored(
             LoadArguments(
                 **{**dict.fromkeys(OF_KEYS), **stored},
                 start=a.start,
@@ -27,27 +27,45 @@ def _loaded(a: DecodeArguments) -> tuple[Tensor, Tensor]:
                 x=getattr(a, f"{side}_new"),
             )
         )
-        loaded.append(x.repeat_interleave(a.q.shape[1] // x.shape[1], 1))
+        loaded.append(x)
     return loaded[0], loaded[1]
 
 
 def attend(a: DecodeArguments) -> Tensor:
     """[B, heads, q, D of the values]."""
-    keys, values = _loaded(a)
-    logits = (a.q @ keys.transpose(2, 3)).to(torch.float32) * a.scale
-    if a.softcap:
-        logits = a.softcap * torch.tanh(logits / a.softcap)
-    if a.mask is not None and a.mask.dtype == torch.bool:
-        logits = logits.masked_fill(~a.mask, -torch.inf)
-    elif a.mask is not None:
-        logits = logits + a.mask
-    if a.window:
-        tokens = torch.arange(a.max_len, device=a.q.device)
-        last = a.past + torch.arange(a.q.shape[2], device=a.q.device)
-        logits = logits.masked_fill(tokens <= last[:, None] - a.window, -torch.inf)
-    if a.sink_logits is not None:
-        extra = a.sink_logits.to(torch.float32)[:, None, None].expand(*logits.shape[:3], 1)
+    return attend_dense(a.q, *_loaded(a), a.past, a.mask, a.sink_logits, a.scale, a.softcap, a.window)
+
+
+def attend_dense(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    past: Tensor,
+    mask: Tensor | None,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> Tensor:
+    """What the op computes, on ``keys`` and ``values`` [B, KV heads, max_len, D] that are there as numbers.
+
+    The other arguments are the op's: [B, heads, q, D of the values].
+    """
+    heads, tokens = q.shape[1], keys.shape[2]
+    keys, values = (x.repeat_interleave(heads // x.shape[1], 1) for x in (keys, values))
+    logits = (q @ keys.transpose(2, 3)).to(torch.float32) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None and mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        logits = logits + mask
+    if window:
+        last = past + torch.arange(q.shape[2], device=q.device)
+        logits = logits.masked_fill(torch.arange(tokens, device=q.device) <= last[:, None] - window, -torch.inf)
+    if sink_logits is not None:
+        extra = sink_logits.to(torch.float32)[:, None, None].expand(*logits.shape[:3], 1)
         logits = torch.cat([logits, extra], -1)
     nothing = (logits == -torch.inf).all(-1, keepdim=True)  # rows that may attend to nothing give 0
-    weights = torch.where(nothing, 0.0, torch.softmax(logits, -1))[..., : a.max_len]
+    weights = torch.where(nothing, 0.0, torch.softmax(logits, -1))[..., :tokens]
     return weights.to(values.dtype) @ values

@@ -193,7 +193,7 @@ def value_scales(values, t0, limit, VALUES: tl.constexpr, TILE: tl.constexpr):
         tokens = t0 + tl.arange(0, TILE)
         in_bounds = (tokens < VALUES[STRIDE]) & (t0 + tl.arange(0, 1) < limit)
         s = tl.load(scale + tokens, mask=in_bounds, other=0.0)
-        z = s if VALUES[ROTATION] >= 0 else tl.load(zero + tokens, mask=in_bounds, other=0.0)
+        z = s if VALUES[ROTATION] != -1 else tl.load(zero + tokens, mask=in_bounds, other=0.0)
     else:
         s, z = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
     return s, z
@@ -219,7 +219,7 @@ def plane_values(c, p, s, tokens, WEIGHT: tl.constexpr, VALUES: tl.constexpr):
 def folded_values(c, low, scales, p, t0, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr):
     """``code_values`` of codes ``c`` that have one scale per token: the probabilities take the scales."""
     s, z = scales
-    if VALUES[ROTATION] >= 0:
+    if VALUES[ROTATION] != -1:
         s, z = about_zero(s, VALUES)
     tokens = t0 + tl.arange(0, TILE)
     valid_tokens = in_zone(tokens, zone, SINK_TOKENS)
@@ -243,7 +243,7 @@ def dequantized_values(
     tokens, d = t0 + place, tl.arange(0, VALUES[CHANNELS])
     in_bounds = (d < VALUES[DIM])[:, None] & in_zone(tokens, zone, SINK_TOKENS)[None, :]
     offsets = (d // VALUES[GROUP] * VALUES[STRIDE])[:, None] + tokens[None, :]
-    if VALUES[ROTATION] >= 0:
+    if VALUES[ROTATION] != -1:
         s, z = about_zero(tl.load(scale + offsets, mask=in_bounds, other=0), VALUES)
     else:
         s = tl.load(scale + offsets, mask=in_bounds, other=0.0).to(tl.float32)
@@ -261,7 +261,7 @@ def dequantized_low_values(c, scale, p, t0, zone, VALUES: tl.constexpr, TILE: tl
     tokens, d = t0 + place, tl.arange(0, VALUES[CHANNELS])
     in_bounds = (d < VALUES[DIM])[:, None] & in_zone(tokens, zone, SINK_TOKENS)[None, :]
     offsets = (d // VALUES[GROUP] * VALUES[STRIDE])[:, None] + tokens[None, :]
-    if VALUES[ROTATION] >= 0:
+    if VALUES[ROTATION] != -1:
         s = decode_scale(tl.load(scale + offsets, mask=in_bounds, other=0))
     else:
         s = tl.load(scale + offsets, mask=in_bounds, other=0.0).to(tl.float32)

@@ -55,7 +55,7 @@ def value_scales(values, t0, TILE: tl.constexpr, VALUES: tl.constexpr):
     _, scale, zero = values
     tokens = t0 + tl.arange(0, TILE)
     s = tl.load(scale + tokens)
-    return s, s if VALUES[ROTATION] >= 0 else tl.load(zero + tokens)
+    return s, s if VALUES[ROTATION] != -1 else tl.load(zero + tokens)
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def attend_interior(
         s = to_columns(scale_in_units(s), WIDTH)
         new_unit = tl.maximum(unit, power_above(tl.max(tl.abs(s), 0)))
         ps = p.to(tl.float16) * (s * (factor * inverse_power(new_unit))).to(tl.float16)[None, :]
-        z = s if VALUES[ROTATION] >= 0 else to_columns(z.to(tl.float32), WIDTH)
+        z = s if VALUES[ROTATION] != -1 else to_columns(z.to(tl.float32), WIDTH)
         total = total * alpha[:, None] + quad_sums(p)
         from_zeros = from_zeros * alpha[:, None] + quad_sums(p * z[None, :])
         back = alpha * (unit * inverse_power(new_unit))
@@ -170,8 +170,8 @@ def attend_interior(
         acc = tl.dot(fragment(words, WIDTH, TILE * WIDTH // 32, False), right_operand(ps), acc=acc * back[None, :])
     scale_unit: tl.constexpr = UNIT_OF_SCALES if BYTES else 1.0
     down: tl.constexpr = 1.0 / LARGEST
-    # Rotated values have zero point -n / 2 times their scale.
-    middle: tl.constexpr = -0.5 * ((1 << WIDTH) - 1) * scale_unit if VALUES[ROTATION] >= 0 else 1.0
+    # Values about zero have zero point -n / 2 times their scale.
+    middle: tl.constexpr = -0.5 * ((1 << WIDTH) - 1) * scale_unit if VALUES[ROTATION] != -1 else 1.0
     acc = acc * (unit * (SUBNORMAL * scale_unit * down))[:, None] + (tl.sum(from_zeros, 1) * (middle * down))[None, :]
     total = tl.sum(total, 1) * down
     return tl.where(total == 0, float("-inf"), top * LN_2), total, acc

@@ -65,6 +65,13 @@ def needed(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 
+def rotation_of(a: DecodeArguments) -> int:
+    """``ROTATION`` of the values (triton_unpack.py)."""
+    if a.v_zero is not None:
+        return -1
+    return rotated_size(a.v_ring.shape[3]).bit_length() - 1 if a.v_scheme == "per_token_rotated" else -2
+
+
 def launch(
     a: DecodeArguments,
     *,
@@ -135,7 +142,7 @@ def launch(
         MASK_HEADS=mask_shape[1],
         MASK_QUERY=mask_shape[2],
         HAS_NEW=a.k_new is not None,
-        ROTATION=rotated_size(v_dim).bit_length() - 1 if a.v_zero is None else -1,
+        ROTATION=rotation_of(a),
         **ranks(a.k_bits, k_dim, ranked),
         **interior_planes(a.k_bits, k_dim, ranked),
         **dataclasses.asdict(chosen),

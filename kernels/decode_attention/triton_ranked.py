@@ -5,8 +5,9 @@ With f over the fields of a key and r over its ranks, each field of a rank that 
     sum_r q_r (s_r (c_r - n_r / 2 + mid_r) + center_r)
         = sum_f (q_f s_f 2**shift_f) field_f + sum_r q_r s_r (mid_r - n_r / 2) + sum_r q_r center_r
 
-and all of it times the token's norm, where there are norms; so that the fields of a plane are one product with a query that is gathered once, in the order in which the plane's
-fields are unpacked. The last sum is known before any key is read. A tile lies in one group of tokens.
+so that the fields of a plane are one product with a query that is gathered once, in the order in which the plane's
+fields are unpacked. The last sum is known before any key is read. All of it is multiplied by the token's norm, where
+there are norms. A tile lies in one group of tokens.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def plane_scales(scale, in_use, PLANE: tl.constexpr, KEYS: tl.constexpr):
 
 @triton.jit
 def ranked_scales(scale, zero, norm, t0, limit, KEYS: tl.constexpr, TILE: tl.constexpr):
-    """(scales, mid points) by rank, scales by field and norms [TILE] as stored; zeros if ``t0`` is not below ``limit``."""
+    """(scales, mid points) by rank, scales by field, norms [TILE] as stored; zeros from ``limit`` on."""
     at = t0 // KEYS[GROUP] * KEYS[STRIDE]
     in_use = t0 + tl.arange(0, 1) < limit
     rank = tl.arange(0, KEYS[CHANNELS])
@@ -138,10 +139,7 @@ def ranked_scales(scale, zero, norm, t0, limit, KEYS: tl.constexpr, TILE: tl.con
     four = plane_scales(scale + at, in_use, KEYS[PLANES][0], KEYS)
     two = plane_scales(scale + at, in_use, KEYS[PLANES][1], KEYS)
     one = plane_scales(scale + at, in_use, KEYS[PLANES][2], KEYS)
-    if KEYS[NORMS]:
-        norms = tl.load(norm + t0 + tl.arange(0, TILE), mask=in_use, other=0)
-    else:
-        norms = tl.zeros((1,), tl.uint8)
+    norms = tl.load(norm + t0 + tl.arange(0, TILE), mask=in_use, other=0) if KEYS[NORMS] else tl.zeros((1,), tl.uint8)
     return s, mid, four, two, one, norms
 
 

@@ -47,10 +47,7 @@ def limits_of(
     """The first token that any row sees, and the tokens below which keys are in codes, and values."""
     first = tl.maximum(past_tokens - WINDOW + 1, 0) if WINDOW > 0 else past_tokens * 0
     ranked: tl.constexpr = KEYS[RANKED]
-    if ranked:
-        k_limit = ranked_limit(past_tokens, K_RESIDUAL, KEYS[GROUP])
-    else:
-        k_limit = past_tokens // K_RESIDUAL * K_RESIDUAL
+    k_limit = ranked_limit(past_tokens, K_RESIDUAL, KEYS[GROUP]) if ranked else past_tokens // K_RESIDUAL * K_RESIDUAL
     return first, k_limit, tl.maximum(past_tokens - V_RESIDUAL, 0)
 
 

@@ -30,7 +30,7 @@ PLANES = tl.constexpr(11)  # the three planes, of no CHANNELS where there is non
 COUNTS = tl.constexpr(12)  # of ``kernels/triton_widths.py``
 NORMS = tl.constexpr(14)  # whether they were divided by the norms of their tokens
 # Of values.
-ROTATION = tl.constexpr(10)  # rotated in pieces of two to this power; -1: not rotated
+ROTATION = tl.constexpr(10)  # in pieces of two to this power; -1: with zero points; -2: about zero, not rotated here
 # Of both: such a tuple, too, for the fields of the lowest bits, whose plane follows; of 0 BITS where there are none.
 LOWER = tl.constexpr(13)
 

@@ -13,8 +13,9 @@ A chunk's query rows alone keep a GPU busy, so that the last split of its codes 
 
 Each takes and returns sums = (top, total, acc); ``triton_softmax.py`` explains these, ``view`` and ``zone``.
 ``full`` and ``residual`` are (keys, values) in full precision, RINGS the tokens that the windows of both have room for,
-and TILES is (tokens of a tile, tiles in flight at a time). A program that is not ``active`` leaves a zone to others: its loop ends where it starts. Keep it so: with an end
-of 0 in ``attend_window``, Triton 3.9 takes 210 registers a thread in the place of 166 (sm_90, head_dim 128).
+and TILES is (tokens of a tile, tiles in flight at a time). A program that is not ``active`` leaves a zone to others:
+its loop ends where it starts. Keep it so: with an end of 0 in ``attend_window``, Triton 3.9 takes 210 registers a
+thread in the place of 166 (sm_90, head_dim 128).
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ def constants(a: Append) -> str:
     floats = {"RELAXED_SCALE": 1 - 2 * a.eta, "RELAXED_ZERO": a.eta * (2**a.bits - 1)}
     floats["GAUSSIAN_STEP"] = GAUSSIAN_STEP.get(a.bits, 0.0)
     fixed = definitions(numbers, floats, flags, {"T": a.dtype, "S": a.scale_dtype})
-    return f"#define XQ_APPEND_{a.append.upper()}\n" + fixed + tables(a)
+    append = "rotated" if a.append == "folded" else a.append  # ROTATED says which of the two
+    return f"#define XQ_APPEND_{append.upper()}\n" + fixed + tables(a)
 
 
 def tables(a: Append) -> str:
@@ -97,6 +98,6 @@ def source(a: Append, isa: Isa) -> tuple[tuple[str, ...], str]:
     absent = set() if a.sinks else {"sink"}
     absent |= set() if is_ranked(a) else {"order", "center", "energy"}
     absent |= set() if a.norms else {"norm"}
-    absent |= {"zero"} if a.append == "rotated" else set()
+    absent |= {"zero"} if a.append in ("rotated", "folded") else set()
     function, told = ("append", {"count": "int64_t"}) if a.shape[2] == ANY else ("append_step", {})
     return assemble(isa, constants(a), "quantize_store/cpu.cpp", function, tensors, absent, told)

@@ -1,4 +1,5 @@
-// Quantize a rotated token of values (kernels/schemes/per_token_rotated.py).
+// Quantize a token of values that is rotated here (kernels/schemes/per_token_rotated.py), or, where ROTATED is 0, was
+// before (per_token_folded.py).
 #pragma once
 
 namespace xq {
@@ -6,9 +7,12 @@ namespace xq {
 inline void store_rotated(const Inputs& in, int64_t head, int64_t t) {
     const T* row = token(in, head, t);
     float y[D_PAD + L] = {};
-    for (int64_t d = 0; d < D; d++) y[d] = to_float(row[d]) * ROTATION_SIGNS[d];
-    hadamard<D, ROTATED>(y);
-    for (int64_t d = 0; d < D; d++) y[d] *= ROTATION_SCALE;
+    for (int64_t d = 0; d < D; d++) y[d] = to_float(row[d]);
+    if constexpr (ROTATED > 0) {
+        for (int64_t d = 0; d < D; d++) y[d] *= ROTATION_SIGNS[d];
+        hadamard<D, ROTATED>(y);
+        for (int64_t d = 0; d < D; d++) y[d] *= ROTATION_SCALE;
+    }
     uint8_t codes[D_PAD + L];
     for (int64_t g = 0; g < D / GROUP; g++) {
         const float* x = y + g * GROUP;

@@ -75,7 +75,7 @@ def rotated(a: StoreArguments) -> tuple[tuple[int, ...], dict[str, Any]]:
     batch, heads, _, dim = a.x.shape
     return (batch * heads, dim // a.group_size), dict(
         BITS=int(a.bits), LOW=high_and_low(a.bits)[1], STEP=GAUSSIAN_STEP[int(a.bits)],
-        LEVELS=rotated_size(dim).bit_length() - 1,
+        LEVELS=rotated_size(dim).bit_length() - 1 if SCHEMES[a.scheme].APPEND == "rotated" else -1,
         WORDS=a.codes.shape[2], STRIDE=a.quantized.scale.shape[3], CHANNELS=power_of_two(dim), num_warps=4,
     )  # fmt: skip
 
@@ -91,6 +91,7 @@ def launch(a: StoreArguments, *, wrap: Callable[[Any], Any]) -> None:
         "tokens": (append_values_kernel, tokens, RANKS),
         "ranked": (append_ranked_kernel, ranked, ()),
         "rotated": (append_rotated_kernel, rotated, ("zero", *RANKS)),
+        "folded": (append_rotated_kernel, rotated, ("zero", *RANKS)),
     }
     kernel, plan, absent = kernels[SCHEMES[a.scheme].APPEND]
     grid, own = plan(a)

@@ -1,4 +1,4 @@
-"""Appending values that are rotated before they are quantized (``schemes/per_token_rotated.py``).
+"""Appending values that are rotated before they are quantized (``schemes/per_token_rotated.py``), or come rotated.
 
 A program has a batch row, a head and a group of channels. It rotates whole tokens, few as they are, and quantizes its
 own channels of them.
@@ -52,7 +52,9 @@ def flush_rotated(
     _, _, past = source
     tokens, due = leaving_tokens(past, NEW_TOKENS, NEW_TILE, RESIDUAL)
     v = full_tokens(source, tokens, d, due[:, None] & (d < DIM)[None, :], DIM, RING)
-    y = tl.trans(rotate(tl.trans(v), LEVELS))
+    y = v.to(tl.float32)
+    if LEVELS >= 0:  # else it came rotated
+        y = tl.trans(rotate(tl.trans(v), LEVELS))
     c, s = encode_about_zero(y, due[:, None] & in_group[None, :], GROUP, BITS, STEP)
     tl.store(scale + tokens, encode_scale(s, scale.dtype.element_ty), mask=due)
     store_value_planes(codes, low_codes, c, tokens, due, past - RESIDUAL, d, in_group, NEW_TOKENS, DIM, BITS, LOW)

@@ -34,7 +34,7 @@ class Scheme(Protocol):
 
     APPEND: str
     """Which step of the C++ and Triton appends quantizes for it: "blocks" (of tokens, when full) or "tokens", and
-    their kin "ranked" and "rotated"."""
+    their kin "ranked", "rotated" and "folded"."""
 
     BITS: tuple[float, ...]
     """Bits per element that it can store, averages where widths are mixed."""

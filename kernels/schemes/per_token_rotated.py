@@ -49,9 +49,14 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
 
 def quantize(a: StoreArguments, values: Tensor, stored: Tensor) -> tuple[Tensor, Tensor, None]:
     """(codes, scale, no zero) of fp32 ``values`` [B, H, tokens, D]."""
+    return quantize_rotated(a, rotate(values))
+
+
+def quantize_rotated(a: StoreArguments, y: Tensor) -> tuple[Tensor, Tensor, None]:
+    """The same of rotated tokens."""
     bits = int(a.bits)
     n, group = 2**bits - 1, a.group_size
-    y = rotate(values).unflatten(3, (values.shape[3] // group, group))
+    y = y.unflatten(3, (y.shape[3] // group, group))
     step = GAUSSIAN_STEP[bits] * (y * y).mean(4, keepdim=True).sqrt()
     codes = torch.floor(y / torch.where(step > 0, step, 1.0) + (n + 1) / 2).clamp(0, n)
     codes = torch.where(codes == codes, codes, 0.0)
@@ -61,7 +66,12 @@ def quantize(a: StoreArguments, values: Tensor, stored: Tensor) -> tuple[Tensor,
 
 def dequantize(stored: Stored, bits: float, group: int, n: int, dim: int) -> Tensor:
     """First ``n`` tokens as fp32 [B, H, n, dim]."""
+    return rotate_back(rotated(stored, bits, group, n, dim))
+
+
+def rotated(stored: Stored, bits: float, group: int, n: int, dim: int) -> Tensor:
+    """The same, still rotated."""
     levels = unpack_words(stored.codes, bits, 2, n) - (2 ** int(bits) - 1) / 2
     channel_group = torch.arange(dim, device=stored.codes.device) // group
     scale = decode_scale(stored.scale).transpose(-1, -2)[:, :, :n].index_select(3, channel_group)
-    return rotate_back(levels * scale)
+    return levels * scale

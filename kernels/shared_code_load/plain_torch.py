@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from xquant_fx.kernels.layout import ring_slots
+from xquant_fx.kernels.rotation import rotate_values
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.kernels.schemes.base import Stored
+from xquant_fx.kernels.schemes.per_token_folded import NAME as FOLDED
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 
 
@@ -35,8 +37,15 @@ def with_sinks(out: Tensor, sink: Tensor, tokens: Tensor, start: Tensor) -> Tens
 def load(a: LoadArguments) -> Tensor:
     """What attention sees in a step that brings ``new_tokens`` tokens after ``past``: [B, H, n, D].
 
-    Tokens at or past ``past + new_tokens`` read as zero, as in a fresh static cache.
+    Tokens at or past ``past + new_tokens`` read as zero, as in a fresh static cache. What is stored rotated is rotated
+    back, the step's own tokens ``x``, too.
     """
+    out = load_as_stored(a)
+    return rotate_values(out, back=True) if a.bits < 16 and a.scheme == FOLDED else out
+
+
+def load_as_stored(a: LoadArguments) -> Tensor:
+    """The same, rotated where it is stored so."""
     tokens = torch.arange(a.n, device=a.codes.device)
     written = (tokens < a.past + a.new_tokens)[:, None]
     if a.bits == 16:

@@ -33,6 +33,8 @@ class Geometry(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    rotary: bool = False
+    """Whether it holds the rotary part of keys that are computed from latents."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +46,24 @@ class Slot:
     """Tokens the buffer can hold."""
     entry: BufferPlan
     """What is planned for it."""
+    rotary: bool = False
+    """Whether it holds the rotary part of keys that are computed from latents."""
 
     @classmethod
-    def of(cls, plan: Plan, layer: int, role: Role, max_len: int) -> Slot:
+    def of(cls, plan: Plan, layer: int, role: Role, max_len: int, rotary: bool = False) -> Slot:
         """The slot of ``layer`` in a cache that was made by ``plan``."""
-        return cls(layer, max_len, plan.layers[layer].of(role))
+        return cls(layer, max_len, plan.layers[layer].of(role), rotary)
 
     def to_json(self) -> str:
         """The slot as text, which a graph can hold."""
-        return json.dumps([self.layer, self.max_len, self.entry.to_dict()])
+        return json.dumps([self.layer, self.max_len, self.entry.to_dict(), self.rotary])
 
     @classmethod
     @functools.lru_cache(maxsize=1024)
     def from_json(cls, text: str) -> Slot:
         """The slot that :meth:`to_json` wrote."""
-        layer, max_len, entry = json.loads(text)
-        return cls(layer, max_len, BufferPlan.from_dict(entry, f"layer {layer}"))
+        layer, max_len, entry, rotary = json.loads(text)
+        return cls(layer, max_len, BufferPlan.from_dict(entry, f"layer {layer}"), rotary)
 
     @property
     def name(self) -> str:
@@ -69,7 +73,7 @@ class Slot:
     def bind(self, like: Tensor, lower: KVSpec | None) -> KVSpec:
         """The spec of a buffer for tokens such as ``like`` [B, H, any, D]."""
         shape = (like.shape[0], like.shape[1], self.max_len, like.shape[3])
-        return self.entry.bind(self.layer, shape, like.dtype, lower)
+        return self.entry.bind(self.layer, shape, like.dtype, lower, self.rotary)
 
 
 def quantized_empty(
@@ -133,7 +137,7 @@ def bind_all(plan: Plan, buffers: Sequence[tuple[int, Role, Geometry]]) -> list[
     for layer, role, geometry in buffers:
         entry = plan.layers[layer].of(role)
         lower = None if entry.partner is None else specs.get((entry.partner, role))
-        specs[layer, role] = entry.bind(layer, geometry.shape, geometry.dtype, lower)
+        specs[layer, role] = entry.bind(layer, geometry.shape, geometry.dtype, lower, geometry.rotary)
     return list(specs.values())
 
 

@@ -68,7 +68,7 @@ def decode_attention(
         sink_logits = _logits(sink_logits, q, where)
     past = key.owned["length"][:1] - new
     mask = _causal(key, past, new) if mask is None else _fitting(mask, (*q.shape[:3], spec.shape[2]), where)
-    return ops.DECODE(
+    out = ops.DECODE(
         q=q,
         **of_sides(key.tensor, value.tensor),
         start=key.group.start,
@@ -81,6 +81,7 @@ def decode_attention(
         softcap=softcap,
         window=window,
     )
+    return ops.ROTATE(out, True) if value.spec.folded else out
 
 
 def _states(cache: Any, layer: int) -> tuple[KVState, KVState]:

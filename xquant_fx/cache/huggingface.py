@@ -83,7 +83,7 @@ class XQuantCache(StaticCache):
         self.plan = make_plan(self.xquant_config, len(full)) if full else None
         for layer_idx, index in enumerate(full):
             assert self.plan is not None
-            layer = XQuantLayer(max_cache_len, layer_idx, self.quantized_layers, self.plan)
+            layer = XQuantLayer(max_cache_len, layer_idx, self.quantized_layers, self.plan, _latents(of_model))
             self.layers[index] = layer
             self.quantized_layers.append(layer)
         if padding_mask is not None:
@@ -202,6 +202,13 @@ class XQuantCache(StaticCache):
             ArgumentError: it is of another cache, or incomplete; nothing is changed.
         """
         load(self, tensors)
+
+
+def _latents(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """(channels of the latent, of the rotary part of keys), of a model whose layers cache these."""
+    decoder = config.get_text_config(decoder=True)
+    rank, rotary = (getattr(decoder, name, None) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    return (rank, rotary) if isinstance(rank, int) and isinstance(rotary, int) else None
 
 
 def _length(tokens: Any) -> int:

@@ -16,8 +16,10 @@ from xquant_fx.cache.prompt_keys import PromptKeys
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
 from xquant_fx.plan.plan import Plan
-from xquant_fx.plan.spec import why_not_tokens
+from xquant_fx.plan.spec import Role, why_not_tokens
 from xquant_fx.tracing import not_traced
+
+KEYS_AND_VALUES: tuple[Role, Role] = ("key", "value")
 
 
 class XQuantLayer(StaticLayer):
@@ -28,7 +30,14 @@ class XQuantLayer(StaticLayer):
 
     is_croppable = True
 
-    def __init__(self, max_cache_len: int, layer_idx: int, siblings: list[XQuantLayer], plan: Plan) -> None:
+    def __init__(
+        self,
+        max_cache_len: int,
+        layer_idx: int,
+        siblings: list[XQuantLayer],
+        plan: Plan,
+        latents: tuple[int, int] | None = None,
+    ) -> None:
         with torch.inference_mode(False):
             super().__init__(max_cache_len=max_cache_len)
         self.layer_idx = layer_idx
@@ -36,9 +45,13 @@ class XQuantLayer(StaticLayer):
         self.first = siblings[0] if siblings else self
         self.siblings = siblings
         """All quantized layers of the cache, once it is made."""
+        self.latents = latents
+        """Channels of what ``keys`` and ``values`` hold where keys and values are computed from latents."""
+        self.roles = KEYS_AND_VALUES
+        """What ``keys`` and ``values`` are stored as."""
         # As text, which Dynamo can put into a graph. The first buffer brings the plan of the whole cache.
-        self.key_slot = Slot.of(plan, layer_idx, "key", max_cache_len).to_json()
-        self.value_slot = Slot.of(plan, layer_idx, "value", max_cache_len).to_json()
+        self.slots = {role: Slot.of(plan, layer_idx, role, max_cache_len).to_json() for role in KEYS_AND_VALUES}
+        self.rotary_slot = Slot.of(plan, layer_idx, "key", max_cache_len, rotary=True).to_json()
         self.plan_text = "" if siblings else plan.to_json()
         self.masked = False
         """Whether masks were made for this cache: a model steps through all layers, not someone's code through one."""
@@ -55,16 +68,26 @@ class XQuantLayer(StaticLayer):
         lower, padding = self.lower, self.first.padding
         first = None if self.first is self else self.first.keys
         start = None if padding is None else padding.rows(self.batch_size)
-        below = (None, None) if lower is None else (lower.keys, lower.values)
-        masked = self.first.masked
-        keys = quantized_empty(key_states, first, below[0], start, self.key_slot, self.plan_text, self.keys, masked)
+        self.roles = key, value = self._roles(key_states, value_states)
+        below = {} if lower is None else dict(zip(lower.roles, (lower.keys, lower.values), strict=True))
+        masked, plan = self.first.masked, self.plan_text
+        slots = self.slots if key == "key" else {**self.slots, "key": self.rotary_slot}
+        keys = quantized_empty(key_states, first, below.get(key), start, slots[key], plan, self.keys, masked)
         first = keys if first is None else first
-        values = quantized_empty(value_states, first, below[1], start, self.value_slot, "", self.values, masked)
+        values = quantized_empty(value_states, first, below.get(value), start, slots[value], "", self.values, masked)
         self.keys, self.values = keys, values
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
         self.is_initialized = True
+
+    def _roles(self, key_states: Tensor, value_states: Tensor) -> tuple[Role, Role]:
+        """What each side is stored as. A latent becomes keys as well as values, and its channels are no keys'.
+
+        Models of transformers give the latent as keys, and as values the rotary part that all heads' keys share.
+        """
+        is_latent = key_states.shape[1] == 1 and (key_states.shape[-1], value_states.shape[-1]) == self.latents
+        return ("value", "key") if is_latent else KEYS_AND_VALUES
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; returns what attention sees: of a cold prefill the prompt itself, with nothing behind it.

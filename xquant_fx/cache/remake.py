@@ -53,12 +53,17 @@ def move(layers: Iterable[Any], device: torch.device) -> None:
         layer.device = device
 
 
+def holds_nothing(layer: Any) -> bool:
+    """Whether ``layer`` stands for one that reads another layer's keys and values (Gemma 3n and 4)."""
+    return type(layer).__name__ == "DummyLayer"
+
+
 def _in_use(layers: Iterable[Any]) -> list[Any]:
     """Layers that hold something; those that are kept for later are let go."""
     for layer in layers:
         if not layer.is_initialized and isinstance(getattr(layer, "keys", None), QuantizedKV):
             layer.keys = layer.values = None
-    used = [layer for layer in layers if layer.is_initialized]
+    used = [layer for layer in layers if layer.is_initialized and not holds_nothing(layer)]
     other = sorted({type(layer).__name__ for layer in used if not isinstance(getattr(layer, "keys", None), Tensor)})
     if other:
         raise CacheStateError(f"only layers of keys and values can be changed so, and this cache has {other}")

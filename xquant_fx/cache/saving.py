@@ -12,8 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from xquant_fx.cache.allocate import Geometry
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.remake import holds_nothing
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
 from xquant_fx.plan.plan import Plan
@@ -38,7 +40,7 @@ def save(cache: Any) -> dict[str, Tensor]:
         sides = {t.spec.role: t.live for t in (layer.keys, layer.values) if isinstance(t, QuantizedKV)}
         for role, state in sides.items():
             tensors.update({f"layers.{index}.{role}.{name}": tensor for name, tensor in state.owned.items()})
-        if not sides:
+        if not sides and not holds_nothing(layer):
             tensors.update({f"layers.{index}.{name}": getattr(layer, name) for name in ("keys", "values")})
         for name in _counters(layer):
             tensors[f"layers.{index}.{name}"] = torch.as_tensor(getattr(layer, name))
@@ -64,6 +66,8 @@ def load(cache: Any, tensors: dict[str, Tensor]) -> None:
         pairs = zip(cache.layers, about["layers"], strict=True)
         made = [loader.layer(index, layer, sides) for index, (layer, sides) in enumerate(pairs)]
     for layer, fields in zip(cache.layers, made, strict=True):
+        if holds_nothing(layer):
+            continue
         vars(layer).update(fields)
         layer.is_initialized, layer.dtype, layer.device = True, layer.keys.dtype, layer.keys.device
         layer.batch_size, layer.num_heads = layer.keys.shape[:2]
@@ -82,23 +86,24 @@ class _Loader:
 
     def layer(self, index: int, layer: Any, sides: dict[str, Any]) -> dict[str, Any]:
         """The attributes of ``layer``, which has this index in the cache."""
-        fields: dict[str, Any] = {}
-        for role, (*shape, dtype) in sides.items():
-            state = self._state(layer.layer_idx, role, tuple(shape), getattr(torch, dtype))
+        fields: dict[str, Any] = {"roles": tuple(sides)} if sides else {}
+        for side, (role, (*shape, dtype)) in zip(("keys", "values"), sides.items(), strict=False):
+            geometry = Geometry(tuple(shape), getattr(torch, dtype), (side, role) == ("values", "key"))
+            state = self._state(layer.layer_idx, role, geometry)
             for name, tensor in state.owned.items():
                 tensor.copy_(self._named(f"layers.{index}.{role}.{name}", tensor))
-            fields[f"{role}s"] = QuantizedKV.of(state)
-        if not sides:
+            fields[side] = QuantizedKV.of(state)
+        if not sides and not holds_nothing(layer):
             fields = {name: _static(self._named(f"layers.{index}.{name}")) for name in ("keys", "values")}
         for name in _counters(layer):
             counter = self._named(f"layers.{index}.{name}")
             fields[name] = int(counter) if isinstance(getattr(layer, name), int) else _static(counter)
         return fields
 
-    def _state(self, layer: int, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> KVState:
+    def _state(self, layer: int, role: str, geometry: Geometry) -> KVState:
         entry = self.cache.plan.layers[layer].of(role)
         below = None if entry.partner is None else self.states.get((entry.partner, role))
-        spec = entry.bind(layer, shape, dtype, None if below is None else below.spec)
+        spec = entry.bind(layer, geometry.shape, geometry.dtype, below and below.spec, geometry.rotary)
         state = self.states[layer, cast(Role, role)] = KVState(spec, self.group, below if spec.borrowed else None)
         return state
 
@@ -112,6 +117,8 @@ class _Loader:
 
 
 def _counters(layer: Any) -> list[str]:
+    if holds_nothing(layer):
+        return []
     names = [name for name in COUNTERS if hasattr(layer, name)]
     if not names or not isinstance(getattr(layer, "keys", None), Tensor | None):
         raise CacheStateError(f"only static layers of keys and values can be saved, not a {type(layer).__name__}")

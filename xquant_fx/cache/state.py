@@ -85,8 +85,12 @@ class KVState:
     def _write(self, x: Tensor, pos: Tensor) -> None:
         fit = self.spec.fit if self.spec.borrowed else None
         given: dict[str, Any] = {**self.tensors, **self.spec.store_constants()}
-        arguments = StoreArguments(x=x, pos=pos, **given, fit=fit)
+        arguments = StoreArguments(x=self._as_stored(x), pos=pos, **given, fit=fit)
         arguments.call(ops.STORE, ops.STORE_BORROWED)
+
+    def _as_stored(self, x: Tensor) -> Tensor:
+        """``x`` rotated, where window and sinks hold rotated tokens."""
+        return ops.ROTATE(x, False) if self.spec.folded else x
 
     @property
     def wants_queries(self) -> bool:
@@ -119,7 +123,8 @@ class KVState:
         tensors = {name: self.tensor(name) for name in STORED}
         if chunk.ring is not None:
             tensors["ring"] = chunk.ring
-        return ops.LOAD(**tensors, past=past, new_tokens=chunk.new, n=n, **self.spec.load_constants(), x=chunk.x)
+        x = None if chunk.x is None else self._as_stored(chunk.x)
+        return ops.LOAD(**tensors, past=past, new_tokens=chunk.new, n=n, **self.spec.load_constants(), x=x)
 
     @property
     def length(self) -> int:

@@ -21,23 +21,26 @@ from torch.fx import GraphModule, Node
 from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.left import leave
 from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.give_back import GiveBack, groups_of
 from xquant_fx.compiler.growing_step import GrowingStep, has_room
 from xquant_fx.compiler.growing_takeover import GrowingTakeover
-from xquant_fx.compiler.left_alone import report_left
+from xquant_fx.compiler.left_alone import report_buffers, report_left, report_uncompiled, report_unfused
 from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, warn_of_lengths, why_not_gradients, why_not_layers
 from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.proof import Call
 from xquant_fx.compiler.restarts import Restarts
+from xquant_fx.compiler.self_check import self_check
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.watch import Watch
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.detect import detect
 from xquant_fx.passes.facts import Facts
+from xquant_fx.passes.find_sites import buffer_name
 from xquant_fx.passes.graph import clone
 from xquant_fx.passes.pipeline import run_passes
 from xquant_fx.passes.records import Detection, Refused
@@ -60,7 +63,8 @@ def xquant_backend(
         mode: one of Inductor's modes (``torch.compile(mode=...)``).
         options: any field of :class:`XQuantConfig`, or ``preset=NAME``, or ``config=XQuantConfig`` or a ``Plan``;
             ``strict=True`` to raise where a KV cache is found and not quantized; ``dump=FOLDER`` for the graph
-            before and after each pass; ``disable=[NAME, ...]`` to leave passes out.
+            before and after each pass; ``disable=[NAME, ...]`` to leave passes out; ``self_check=True`` to compare
+            each rewritten graph at 16 bits with the program's before it is used, and to refuse what differs.
 
     Raises:
         ConfigError: an unknown or contradictory option, or one that differs from the config of the
@@ -83,7 +87,10 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
     if found.ordinary:
         log.info("ordinary KV buffers: the next step runs uncompiled and quantizes what they hold")
         grows = [buffer.write.past is not None for buffer in found.ordinary]
-        return GrowingTakeover(found) if all(grows) else Takeover(found, request)
+        if all(grows):
+            return GrowingTakeover(found)
+        refused = request.self_check and self_check(gm, found, inputs, request, detect_graph).refused
+        return _refused(gm, found, inputs, refused, request, compiler) if refused else Takeover(found, request)
     quantized = [i for i, t in enumerate(inputs) if isinstance(t, STORED_KV)]
     if not quantized:
         compiled = compiler(gm, inputs, request, None)
@@ -92,8 +99,7 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
     try:
         return _compile_quantized(gm, found, inputs, quantized, request, compiler)
     except UnsupportedWriteError as error:
-        groups = groups_of(inputs)
-        if not groups or not all(group.taken_over for group in groups):
+        if not _were_ordinary(inputs):
             raise
         return GiveBack(gm.forward, quantized, str(error), request)
 
@@ -116,6 +122,33 @@ def detect_graph(
         return Refused(surroundings) if surroundings else Refused(call.refuse(node, what, facts), of_call=True)
 
     return detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
+
+
+def _were_ordinary(inputs: list[Any]) -> bool:
+    groups = groups_of(inputs)
+    return bool(groups) and all(group.taken_over for group in groups)
+
+
+def _given_up(
+    gm: GraphModule, inputs: list[Any], quantized: list[int], reason: str, request: Request
+) -> Callable[..., Any]:
+    """What runs in the place of a rewritten graph that is wrong: the program's, op by op."""
+    if _were_ordinary(inputs):
+        return GiveBack(gm.forward, quantized, reason, request)
+    report_uncompiled([inputs[i].origin for i in quantized], reason, request)
+    forward: Callable[..., Any] = gm.forward
+    return forward
+
+
+def _refused(
+    gm: GraphModule, found: Detection, inputs: list[Any], reason: str, request: Request, compiler: Compiler
+) -> Callable[..., Any]:
+    """The graph as it is: its buffers are not taken over, since what would become of it is wrong."""
+    buffers = [buffer for buffer in found.ordinary if buffer.index is not None]
+    report_buffers([(buffer_name(buffer.node), reason) for buffer in buffers], request)
+    for buffer in buffers:
+        leave(inputs[buffer.index], reason)  # type: ignore[index]
+    return compiler(gm, inputs, request, None)
 
 
 def _allocates(gm: GraphModule) -> bool:
@@ -181,6 +214,12 @@ def _compile_quantized(
         log.info("a cache that grows has no room for this step, which runs uncompiled")
         return gm.forward
     written = frozenset(context.placeholders.get(write.buffer, -1) for write in found.writes) & set(quantized)
+    if request.self_check:
+        found, refused = self_check(gm, found, inputs, request, detect_graph)
+        if refused:
+            return _given_up(gm, inputs, quantized, refused, request)
+        report_unfused(found.sites, request)
+        context = Context(found, inputs)
     restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
     run_passes(found.gm, context, request.disable, request.dump)
     shapes = [tuple(inputs[i].shape[1:]) for i in quantized if isinstance(inputs[i], QuantizedKV)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from xquant_fx.cache.folded_weights import FoldedInputs
 from xquant_fx.cache.group import BufferName, CacheGroup
 from xquant_fx.cache.left import ONCE, leave
 from xquant_fx.compiler.restarts import Restarts
@@ -30,6 +31,7 @@ class CompiledStep:
         dequantized: Sequence[int] = (),
     ) -> None:
         self.compiled, self.keep, self.inputs, self.restarts = compiled, keep, inputs, restarts
+        self.folded = FoldedInputs(inputs.folded)
         self.dequantized = dequantized
         self.written = written
         """Arguments that the graph appends to."""
@@ -48,11 +50,12 @@ class CompiledStep:
             if len({id(group) for group in groups}) < len(parts):
                 raise CacheStateError("this graph was compiled for several caches, and was given one for two of them")
         lengths = [args[i].shape[2] for i, _ in self.inputs.lengths]
+        folded = self.folded.of(args) if self.inputs.folded else []
         entered = [(group, names) for group, _, names in found if names]
         for group, names in entered:
             group.enter(names)
         try:
-            out = self.compiled(*[args[i] for i in self.keep], *tensors, *lengths)
+            out = self.compiled(*[args[i] for i in self.keep], *tensors, *lengths, *folded)
         except BaseException:  # Ctrl-C, too
             for group, _ in entered:
                 group.interrupted = True

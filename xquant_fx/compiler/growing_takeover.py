@@ -72,8 +72,8 @@ class _NewCache:
         """An empty state for what ``like`` [B, H, T, D] holds."""
         entry = self.plan.layers[buffer.layer].of(buffer.role)
         lower = None if entry.partner is None else self.states.get((entry.partner, buffer.role))
-        shape, dtype = geometry_of(buffer, like)
-        spec = entry.bind(buffer.layer, shape, dtype, None if lower is None else lower.spec)
+        shape, dtype, rotary = geometry_of(buffer, like)
+        spec = entry.bind(buffer.layer, shape, dtype, None if lower is None else lower.spec, rotary)
         state = KVState(spec, self.group, lower if spec.borrowed else None)
         self.states[buffer.layer, buffer.role] = state
         return state

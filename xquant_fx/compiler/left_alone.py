@@ -12,6 +12,9 @@ from xquant_fx.warn_once import warn_once
 
 log = logging.getLogger(__name__)
 
+#: What a reason begins with that a self-check found.
+CHECKED = "self_check: "
+
 
 def report_left(sites: tuple[Site, ...], request: Request) -> None:
     """Log every site; warn once per reason, or raise under strict, where a KV cache is left alone."""
@@ -21,6 +24,24 @@ def report_left(sites: tuple[Site, ...], request: Request) -> None:
         if site.rewritable and site.dequantized:
             log.info("attention %d (%s) reads dequantized keys and values: %s", number, name, site.dequantized)
     report_buffers([(site.buffer_name, site.reason) for site in sites if site.stays_ordinary], request)
+
+
+def report_unfused(sites: tuple[Site, ...], request: Request) -> None:
+    """Warn once, or raise under strict, where a self-check gave up a fused attention."""
+    found = [(site.buffer_name, site.dequantized) for site in sites if site.dequantized.startswith(CHECKED)]
+    if found and request.strict:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in found)
+        raise NotRewrittenError(f"strict=True: {len(found)} attention(s) are rewritten to something else:\n{lines}")
+    for name, reason in found:
+        warn_once(f"the attention over {name} reads dequantized keys and values: {reason}", key=f"{CHECKED}{name}")
+
+
+def report_uncompiled(names: Sequence[str], reason: str, request: Request) -> None:
+    """Warn once, or raise under strict: a graph of quantized buffers runs as the program has it, op by op."""
+    message = f"the steps of a quantized cache ({names[0]} and {len(names) - 1} more) run uncompiled: {reason}"
+    if request.strict:
+        raise NotRewrittenError(f"strict=True: {message}")
+    warn_once(message, key=f"{CHECKED}{names}")
 
 
 def report_buffers(left: Sequence[tuple[str, str]], request: Request) -> None:

@@ -27,6 +27,8 @@ class Request:
     """Folder for the graphs before and after each pass."""
     disable: frozenset[str] = frozenset()
     """Names of passes that are left out."""
+    self_check: bool = False
+    """Whether each rewritten graph is compared with the program's at 16 bits first."""
 
     @property
     def effective(self) -> XQuantConfig | Plan:
@@ -47,17 +49,22 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> Request:
         raise ConfigError(f"options must be a dict, got {type(options).__name__}")
     given = dict(options or {})
     fields = {f.name for f in dataclasses.fields(XQuantConfig)}
-    valid = sorted(fields | {"preset", "config", "strict", "dump", "disable"})
+    valid = sorted(fields | {"preset", "config", "strict", "dump", "disable", "self_check"})
     unknown = sorted((name for name in given if name not in valid), key=str)
     if unknown:
         raise ConfigError(f"unknown option{'s' * (len(unknown) > 1)} {unknown}; valid options are {valid}")
-    strict = given.pop("strict", False)
-    if not isinstance(strict, bool):
-        raise ConfigError(f"strict must be True or False, got {strict!r}")
+    strict, self_check = (_switch(given, name) for name in ("strict", "self_check"))
     dump, disable = _dump(given.pop("dump", None)), _disable(given.pop("disable", ()))
     config = _config(given)
     warn_of_cost(config)
-    return Request(config, strict, mode, dump, disable)
+    return Request(config, strict, mode, dump, disable, self_check)
+
+
+def _switch(given: dict[str, Any], name: str) -> bool:
+    value = given.pop(name, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def _dump(folder: Any) -> Path | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -56,7 +55,7 @@ def geometry_of(buffer: Buffer, tensor: Tensor) -> Geometry:
     batch, heads, tokens, dim = tensor.shape
     if buffer.write.past is not None:
         tokens = room_for(tokens if isinstance(tokens, int) else tokens.node.hint)
-    return Geometry((batch, heads, tokens, dim), tensor.dtype)
+    return Geometry((batch, heads, tokens, dim), tensor.dtype, buffer.rotary)
 
 
 def _ordinary(gm: GraphModule, sites: list[Site], call: Call, is_together: bool) -> tuple[Buffer, ...]:
@@ -65,22 +64,44 @@ def _ordinary(gm: GraphModule, sites: list[Site], call: Call, is_together: bool)
     With ``is_together`` all are layers of one cache: the settings name each.
     """
     index = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
-    layers = list(dict.fromkeys(site.buffers for site in sites if site.rewritable and not site.is_quantized))
-    layers = [pair for i, pair in enumerate(layers) if pair[0] not in {key for key, _ in layers[:i]}]
+    layers = _layers(sites)
+    rotary = {site.key.root for site in sites if site.key_is_rotary}
     writes = {w.buffer: w for site in sites for w in (site.key_write, site.value_write) if w is not None}
-    groups = numbered((_stack(pair, writes[pair[0]], is_together), _begin(writes[pair[0]], call)) for pair in layers)
+    firsts = [next(iter(layer)) for layer in layers]
+    groups = numbered(
+        (_stack(list(layer), writes[first], is_together), _begin(writes[first], call))
+        for layer, first in zip(layers, firsts, strict=True)
+    )
     found = []
-    for number, ((key, value), group) in enumerate(zip(layers, groups, strict=True)):
+    for number, (buffers, group) in enumerate(zip(layers, groups, strict=True)):
         layer = groups[:number].count(group)
-        for node, role in ((key, "key"), (value, "value")):
+        for node, role in buffers.items():
             foresight = call.foresight_of(writes[node])
-            found.append(Buffer(node, index.get(node), layer, cast(Role, role), writes[node], group, foresight))
+            at = index.get(node)
+            found.append(Buffer(node, at, layer, role, writes[node], group, foresight, node in rotary))
     return tuple(found)
 
 
-def _stack(layer: tuple[Node, Node], write: Write, is_together: bool) -> str:
+def _layers(sites: list[Site]) -> list[dict[Node, Role]]:
+    """The ordinary buffers of each layer with their roles; a site that brings none of its own reads another layer's.
+
+    A site that shares its keys or its values with one before it, or computes both from one latent, brings one buffer.
+    """
+    layers: list[dict[Node, Role]] = []
+    known: set[Node] = set()
+    for site in sites:
+        if site.rewritable and not site.is_quantized:
+            # As values where it is both: a latent's channels are no keys' (docs/quality.md).
+            roles: dict[Node, Role] = {site.key.root: "key"}
+            roles[site.value.root] = "value"
+            layers.append({node: role for node, role in roles.items() if node not in known})
+            known.update(roles)
+    return [layer for layer in layers if layer]
+
+
+def _stack(layer: list[Node], write: Write, is_together: bool) -> str:
     """What the program keeps the buffers of a layer in. A prompt's are kept nowhere yet, and taken for one cache's."""
-    return "" if is_together or write.begins else stack_of(*map(buffer_name, layer))
+    return "" if is_together or write.begins else stack_of(buffer_name(layer[0]), buffer_name(layer[-1]))
 
 
 def _begin(write: Write, call: Call) -> object:

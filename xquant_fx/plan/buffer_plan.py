@@ -15,6 +15,9 @@ from xquant_fx.plan.config import SHARED_FITS, Eta, XQuantConfig, check_scale_dt
 from xquant_fx.plan.spec import KVSpec, Role
 
 SHARED = "reads the codes of the layer below"
+#: Least bits of rotary keys that all heads share beside a latent: a ninth of what is stored, and most of the error
+#: (docs/quality.md).
+ROTARY_BITS = 4
 #: Reasons for codes of one's own that are no news: sharing was not asked for there.
 ORDINARY = ("lower layer of its pair", "the last layer has no partner", "sharing is off", "starts sharing at layer")
 
@@ -49,14 +52,19 @@ class BufferPlan:
     reason: str = ""
     """Why it reads its own codes, or that it does not."""
 
-    def bind(self, layer: int, shape: tuple[int, ...], dtype: torch.dtype, lower: KVSpec | None) -> KVSpec:
+    def bind(
+        self, layer: int, shape: tuple[int, ...], dtype: torch.dtype, lower: KVSpec | None, rotary: bool = False
+    ) -> KVSpec:
         """The spec of a buffer [B, H, N, D] of ``layer``; ``lower`` is that of the same role of the partner.
 
-        A pair whose shapes turn out to differ does not share; the spec's ``reason`` says so.
+        A pair whose shapes turn out to differ does not share; the spec's ``reason`` says so. ``rotary``: it holds the
+        rotary part of keys that are computed from latents, which gets ``ROTARY_BITS`` at least.
 
         Raises:
             ConfigError: ``group_size`` does not divide head_dim.
         """
+        if rotary and self.bits < ROTARY_BITS:
+            return dataclasses.replace(self, bits=ROTARY_BITS, eta=0.0).bind(layer, shape, dtype, lower)
         batch, heads, tokens, dim = shape
         group = self._group_size(dim, layer)
         spec = KVSpec(

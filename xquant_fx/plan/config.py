@@ -63,15 +63,17 @@ class XQuantConfig:
     k_scheme: str = "per_channel_ranked"
     """How keys are quantized: "per_channel_ranked" (mixed widths by channel) or "per_channel" (XQuant, KIVI)."""
     v_scheme: str = "per_token_rotated"
-    """How values are quantized: "per_token_rotated" (after a Hadamard transform) or "per_token" (XQuant, KIVI)."""
+    """How values are quantized: "per_token_rotated" (after a Hadamard transform), "per_token" (XQuant, KIVI), or
+    "per_token_folded": as the first, but the windows hold rotated values, and where a graph allows it the weights of
+    the linear layers before and behind an attention rotate, in rotated copies that take their memory once more."""
     k_bits: Bits = 2
     """Bits of a stored key element, one number or one per layer: 1, 2, 3, 4 or 8; on average 1 to 4 in quarters
-    where channels are ranked; 16: unquantized."""
+    where channels are ranked; 16: unquantized. The rotary part of keys beside a latent (DeepSeek) has 4 at least."""
     v_bits: Bits = 2
     """Bits of a stored value element, one number or one per layer: 1, 2, 3, 4 or 8; 16: unquantized."""
     k_token_norms: bool | None = None
-    """Whether keys are divided by the norm of their token over all KV heads of the layer, kept in 8 bits, before they are
-    quantized; only of "per_channel_ranked". None: where the scheme can."""
+    """Whether keys are divided by the norm of their token, over all KV heads of the layer, before they are quantized.
+    Norms have 8 bits; only of "per_channel_ranked". None: where the scheme can."""
     share_keys_from: ShareFrom = None
     """First layer whose pair shares key codes: an index (int), a fraction of the depth (float), None. Only
     "per_channel" and "per_token" codes can be shared."""

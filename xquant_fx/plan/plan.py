@@ -124,11 +124,11 @@ class Plan:
     def __str__(self) -> str:
         from xquant_fx.tables import render
 
-        columns = ["layer", "role", "scheme", "bits", "group", "eta", "window", "sinks", "codes of", "why"]
+        columns = ["layer", "role", "scheme", "bits", "group", "norms", "eta", "window", "sinks", "codes of", "why"]
         rows = [
             [
                 str(index), f"{e.role}s", e.scheme, str(e.bits), str(e.group_size or "head_dim"),
-                e.eta_text, str(e.residual_length), str(e.sink_tokens),
+                "yes" if e.token_norms else "-", e.eta_text, str(e.residual_length), str(e.sink_tokens),
                 "-" if e.partner is None else str(e.partner), e.reason,
             ]
             for index, layer in enumerate(self.layers)
@@ -175,8 +175,13 @@ def with_windows(layer: LayerPlan, config: XQuantConfig) -> LayerPlan:
 def _keys_want_more(layer: LayerPlan, k_group: int) -> bool:
     """Whether longer windows of keys pay, at the cost of those of values (docs/quality.md): not where values are the
     weaker side."""
-    schemes = (layer.key.scheme, layer.value.scheme) == ("per_channel_ranked", "per_token_rotated")
-    return schemes and layer.key.bits <= layer.value.bits < 16 and KEY_WINDOWS["key"] % k_group == 0
+    values = ("per_token_rotated", "per_token_folded")
+    return (
+        layer.key.scheme == "per_channel_ranked"
+        and layer.value.scheme in values
+        and layer.key.bits <= layer.value.bits < 16
+        and KEY_WINDOWS["key"] % k_group == 0
+    )
 
 
 def _entry(config: XQuantConfig, role: Role, layer: int, num_layers: int, below: list[LayerPlan]) -> BufferPlan:

@@ -11,6 +11,7 @@ import torch
 from xquant_fx.kernels.decode_attention.arguments import why_not_fused as why_no_kernel
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.schemes import SCHEMES
+from xquant_fx.kernels.schemes.per_token_folded import NAME as FOLDED
 
 Role = Literal["key", "value"]
 
@@ -65,6 +66,11 @@ class KVSpec:
     def quantized(self) -> bool:
         """False for 16-bit storage."""
         return self.bits < 16
+
+    @property
+    def folded(self) -> bool:
+        """Whether tokens are stored rotated, in window and sinks, too, so that attention's output is rotated."""
+        return self.quantized and self.scheme == FOLDED
 
     @property
     def ring_tokens(self) -> int:

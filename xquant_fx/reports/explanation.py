@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.fx import Node
 from xquant_fx.compiler.backend import detect_graph
 from xquant_fx.compiler.left_alone import report_left
 from xquant_fx.compiler.options import parse
+from xquant_fx.compiler.self_check import self_check
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.passes import records
 from xquant_fx.passes.find_sites import buffer_name
@@ -59,7 +61,7 @@ def explain(
     Args:
         model: a module or function, compiled or not.
         mode, options: as for ``torch.compile(backend="xquant")``; they decide for caches that are
-            not an XQuantCache.
+            not an XQuantCache. ``self_check=True`` among the options says what a self-check finds, too.
         strict: raise if a KV cache is found and not rewritten.
 
     Raises:
@@ -72,6 +74,9 @@ def explain(
 
     def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         found = detect_graph(gm, inputs, request, originals)
+        if request.self_check:
+            judge = functools.partial(detect_graph, originals=originals)
+            found = self_check(gm, found, inputs, request, judge).explained
         seen.append(found)
         held.save(found, inputs)
         return gm.forward
@@ -112,7 +117,7 @@ def _site(record: records.Site, specs: dict[Node, KVSpec]) -> Site:
         v_bits=bits.get("value"), k_eta=_eta(found.get("key")), v_eta=_eta(found.get("value")),
         bytes=sum(_stored_bytes(spec) for spec in found.values()),
         full_bytes=sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in found.values()),
-        dequantized=record.dequantized, notes=_notes(list(found.values())),
+        dequantized=record.dequantized, notes=(*_notes(list(found.values())), *_rotations(record.folding)),
     )  # fmt: skip
 
 
@@ -153,6 +158,17 @@ def _how(specs: list[KVSpec], is_latent: bool) -> str:
     how = "quantized latents, from which keys and values are computed" if is_latent else "quantized"
     lent = [f"{s.role} codes of layer {s.partner}" for s in specs if s.borrowed]
     return f"{how}, with the {' and '.join(lent)}" if lent else how
+
+
+def _rotations(folding: records.Folding | None) -> tuple[str, ...]:
+    """Who rotates values that are stored rotated, and what that takes."""
+    if folding is None:
+        return ()
+    layers = [linear for linear in (folding.value, folding.output) if linear is not None]
+    weights = [weight for linear in layers for weight in (linear.weight, linear.bias) if weight is not None]
+    size = sum(_full_bytes(fake(weight)) for weight in weights)
+    folded = (f"rotation of values folded into {len(weights)} weights: {size:,} bytes of rotated copies",)
+    return (folded if weights else ()) + tuple(f"values are rotated at each step: {why}" for why in folding.reasons)
 
 
 def _notes(specs: list[KVSpec]) -> tuple[str, ...]:

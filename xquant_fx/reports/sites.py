@@ -25,9 +25,9 @@ class Site:
     value_partner: int | None
     """Layer whose value codes this layer reads."""
     k_bits: float | None
-    """Bits of the buffer that the cache calls keys (latent attention may keep something else in it)."""
+    """Bits of its keys; of latent attention, of their rotary part."""
     v_bits: float | None
-    """Bits of the buffer that the cache calls values."""
+    """Bits of its values; of latent attention, of the latent that keys and values are projected from."""
     k_eta: float | None
     """Relaxation of the range of its keys; None: their scheme has none, or scales are fitted to borrowed codes."""
     v_eta: float | None
@@ -41,7 +41,7 @@ class Site:
 
     Empty as well for a prompt that allocates the cache: it runs uncompiled, attending to itself."""
     notes: tuple[str, ...] = ()
-    """Where codes were to be shared and are not: why."""
+    """Where codes were to be shared and are not: why. Where values are stored rotated: who rotates."""
 
     @property
     def partner(self) -> int | None:

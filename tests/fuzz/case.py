@@ -1,0 +1,129 @@
+"""One drawn program and what happens to its cache: names of rows of the grammar, which JSON can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from hypothesis import strategies as st
+
+from fuzz import appends, attention
+from fuzz.holders import GROWING, HOLDERS
+
+#: Steps: how many new tokens. Events: negative numbers take tokens back, 0 empties the cache.
+STEPS = (1, 1, 1, 1, 2, 7, 9, 12)
+LENGTH = 48  # tokens that a buffer has room for
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Choices of each part of the grammar; see the files that they are rows of."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    dim: int
+    batch: int
+    dtype: str
+    holder: str
+    layout: str
+    position: str
+    append: str
+    read: str
+    mask: str
+    repeat: str
+    attention: str
+    """A row of ``SDPA``, or "written out", made of"""
+    product: str
+    before: str
+    applied: str
+    after: str
+    weights: str
+    output: str
+    in_place: str
+    """What is changed in place: ``IN_PLACE``."""
+    graph_break: str
+    """"", or between which parts of a layer there is one."""
+    bits: int
+    """16, or what is stored."""
+    scheme: str
+    dynamic: bool
+    """Whether Dynamo may make sizes symbols."""
+    eager_prompt: bool
+    """Whether the first step runs uncompiled."""
+    rotating: int
+    """Tokens after which positions begin anew, 0: never."""
+    events: tuple[int, ...]
+    """The prompt and what follows it."""
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Case:
+        """What :meth:`to_json` wrote."""
+        fields = json.loads(text)
+        return cls(**{**fields, "events": tuple(fields["events"])})
+
+
+IN_PLACE = {
+    "": ("", ""),
+    "new keys": ("k.mul_(1.5)", ""),
+    "query": ("", "q.add_(1.0)"),
+    "mask": ("", "seen.logical_not_()\nseen.logical_not_()"),
+    "cache read": ("", "K_.mul_(1.0)"),
+}
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    """Any program of the grammar that eager code can run."""
+    pick = lambda options: draw(st.sampled_from(list(options)))  # noqa: E731
+    mostly = lambda usual, options: usual if draw(st.integers(0, 4)) else pick(options)  # noqa: E731
+    grows = draw(st.integers(0, 4)) == 0
+    position = pick(appends.POSITIONS)
+    has_int = position in appends.HAVE_INT
+    forms = [f for f in appends.APPENDS if has_int or f not in appends.NEEDS_INT]
+    reads = [r for r in attention.READS if (has_int and not grows) or r not in attention.READS_NEED_INT]
+    kv_heads, rotating = pick((1, 2, 2)), 0 if grows or draw(st.integers(0, 9)) else pick((8, 16))
+    return Case(
+        layers=pick((1, 2, 2, 3)), heads=kv_heads * pick((1, 2, 2)), kv_heads=kv_heads, dim=pick((8, 16)),
+        batch=pick((1, 1, 2)), dtype=mostly("float32", ("float32", "bfloat16", "float16", "float64")),
+        holder=pick(GROWING) if grows else mostly("list of tuples", HOLDERS),
+        layout="bhtd" if grows else mostly("bhtd", appends.LAYOUTS),
+        position=position, append="cat" if grows else mostly("indexed", forms), read=mostly("whole", reads),
+        mask="none" if rotating else mostly("causal", attention.MASKS), repeat=pick(attention.REPEATS),
+        attention=pick(("written out", "written out", *attention.SDPA)),
+        product=pick(attention.PRODUCTS), before=pick(attention.BEFORE), applied=pick(attention.APPLIED),
+        after=mostly("nothing", attention.AFTER), weights=mostly("softmax", attention.WEIGHTS),
+        output=pick(attention.OUTPUTS), in_place=mostly("", IN_PLACE),
+        graph_break=mostly("", ("", "between layers", "before attention")),
+        bits=pick((16, 8, 4, 4, 2)), scheme=pick(("kivi", "ranked", "shared")),
+        dynamic=draw(st.integers(0, 3)) == 0, eager_prompt=draw(st.booleans()),
+        rotating=rotating, events=draw(events(grows, bool(rotating))),
+    )  # fmt: skip
+
+
+@st.composite
+def events(draw: Any, grows: bool, rotates: bool) -> tuple[int, ...]:
+    """A prompt, then steps, rollbacks and resets; what is rolled back is at most the 8 latest tokens."""
+    chosen = [draw(st.integers(1, 14))]
+    held, back = chosen[0], 0
+    for _ in range(draw(st.integers(2, 7))):
+        kind = draw(st.integers(0, 11))
+        if kind == 0 and not (grows or rotates):
+            chosen.append(0)
+            held, back = 0, 0
+        elif kind == 1 and held > 3 and not (grows or rotates) and not back:
+            back = min(draw(st.integers(1, 8)), held - 1)
+            chosen.append(-back)
+            held -= back
+        else:
+            step = draw(st.sampled_from(STEPS))
+            step = min(step, LENGTH - held)
+            if step > 0:
+                chosen.append(step)
+                held, back = held + step, 0
+    return tuple(chosen)

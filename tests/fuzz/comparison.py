@@ -1,0 +1,251 @@
+"""Run a case: the program compiled by the backend beside the same program in eager code.
+
+Two rules, at every step:
+
+1. The step is what eager code computes from the same contents: the compiled program's caches are read (dequantized)
+   just before the step, an eager copy of the program runs on ordinary tensors of them, and both results agree. So
+   quantized steps are judged exactly, whatever the scheme.
+2. The whole is what eager code computes from the beginning: exactly at 16 bits, within a bound at 8 and 4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import linecache
+import logging
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from fuzz.case import Case
+from fuzz.program import source
+from xquant_fx import XQuantConfig, ops
+from xquant_fx.cache.growing import GrowingKV
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.compiler.backend import compile_graph, xquant_backend
+from xquant_fx.compiler.options import parse
+from xquant_fx.errors import XQuantError
+from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.shared_code_load.arguments import STORED
+from xquant_fx.warn_once import forget
+
+#: dtype to what rounding explains, relative.
+ROUNDING = {"float32": 1e-4, "float64": 1e-8, "float16": 2e-2, "bfloat16": 0.1}
+#: Bits to how far the results may be from those in full precision.
+BOUND = {8: 0.15, 4: 0.9}
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of a case."""
+
+    kind: str
+    """``right``, ``wrong``, ``crashed``, ``refused`` (by an error of ours), or ``invalid`` (eager code fails)."""
+    detail: str = ""
+    quantized: int = 0
+    """Of the cache's tensors."""
+    tensors: int = 0
+    fused: int = 0
+    reasons: tuple[str, ...] = ()
+    """What was said of tensors that are left alone."""
+    graphs: int = 0
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether tensors were left alone and nothing was said."""
+        return self.kind == "right" and bool(self.graphs) and self.quantized < self.tensors and not self.reasons
+
+
+def settings_of(case: Case) -> XQuantConfig:
+    """What is stored: windows and groups so small that short sequences fill them."""
+    if case.bits == 16:
+        return XQuantConfig.preset("full")
+    small = dict(residual_length=8, k_group_size=4, sink_tokens=0)
+    if case.scheme == "ranked" and case.bits <= 4:
+        return XQuantConfig(k_bits=case.bits, v_bits=case.bits, **{**small, "sink_tokens": 2})
+    name, sharing = ("xquant", dict(share_values_from=0)) if case.scheme == "shared" else ("kivi-2", {})
+    return XQuantConfig.preset(name).replace(k_bits=case.bits, v_bits=case.bits, **small, **sharing)
+
+
+def program_of(case: Case) -> dict[str, Any]:
+    """The names that the case's program defines."""
+    name = "fuzz_program"
+    text = source(case)
+    linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(text, name, "exec"), module.__dict__)
+    return module.__dict__
+
+
+def backend_of(case: Case, by_inductor: bool) -> Any:
+    """The backend; without Inductor rewritten graphs run op by op."""
+    request = parse(None, {"config": settings_of(case)})
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        if by_inductor:
+            return xquant_backend(gm, inputs, options={"config": settings_of(case)})
+        return compile_graph(gm, inputs, request, lambda graph, *_: graph.forward)
+
+    return backend
+
+
+def run(case: Case, by_inductor: bool = False) -> Outcome:
+    """Compare ``case`` with eager code, step by step."""
+    torch._dynamo.reset()
+    forget()
+    counters.clear()
+    with _warnings() as said, torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+        comparison = Comparison(case, backend_of(case, by_inductor))
+        outcome = comparison.run()
+    held = [b for b in comparison.leaves() if isinstance(b, QuantizedKV | GrowingKV)]
+    return dataclasses.replace(
+        outcome, quantized=len(held), tensors=len(comparison.leaves()), fused=counters["xquant"]["fuse_decode"],
+        graphs=counters["xquant"]["detect"],
+        reasons=tuple(dict.fromkeys(text.split(": ", 1)[-1] for text in said if "stays in full precision" in text)),
+    )  # fmt: skip
+
+
+class Comparison:
+    """The compiled program with its cache, and the eager ones with theirs."""
+
+    def __init__(self, case: Case, backend: Any) -> None:
+        self.case, self.names = case, program_of(case)
+        self.model = self.names["Decoder"]().eval()
+        self.step = torch.compile(self.model, backend=backend, dynamic=None if case.dynamic else False)
+        self.cache, self.twin = self.names["empty"](), self.names["empty"]()
+        self.at, self.pad = 0, torch.arange(case.batch) * 2
+        self.random = torch.Generator().manual_seed(0)
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors of the compiled program's cache."""
+        found: list[Tensor] = self.names["leaves"](self.cache)
+        return found
+
+    def run(self) -> Outcome:
+        """All events, up to the first that goes wrong."""
+        for number, event in enumerate(self.case.events):
+            where = f"event {number} ({event}) at position {self.at}: "
+            if event <= 0:
+                self._take_back(-event)
+                continue
+            outcome = self._advance(event, number)
+            if outcome.kind != "right":
+                return dataclasses.replace(outcome, detail=where + outcome.detail)
+        return Outcome("right")
+
+    def _take_back(self, tokens: int) -> None:
+        self.at -= tokens or self.at
+        if not tokens:
+            for cache in (self.cache, self.twin):
+                for buffer in self.names["leaves"](cache):
+                    buffer.zero_()
+
+    def _advance(self, tokens: int, number: int) -> Outcome:
+        first = self.at
+        if self.case.rotating:
+            first = self.at % self.case.rotating
+            tokens = min(tokens, self.case.rotating - first)
+        ids = torch.randint(48, (self.case.batch, tokens), generator=self.random)
+        args = ids, torch.arange(first, first + tokens), first, self.pad
+        copies = self.names["make"]([seen_by_step(buffer, first, 0) for buffer in self._parts()])
+        try:
+            right, self.twin = self.model(*self._fresh(args), self.twin)
+            here, after = self.model(*self._fresh(args), copies)
+        except Exception as error:
+            return Outcome("invalid", f"{type(error).__name__}: {error}")
+        ordinary = [type(buffer) is Tensor for buffer in self.leaves()]
+        step = self.model if number == 0 and self.case.eager_prompt else self.step
+        try:
+            out, self.cache = step(*self._fresh(args), self.cache)
+        except Exception as error:
+            return _failure(error)
+        self.at += tokens
+        if ordinary != [type(buffer) is Tensor for buffer in self.leaves()]:  # they were taken over
+            if self.case.append == "cat":
+                after = self.names["make"](self.leaves())  # it saw full precision, and returned codes
+            elif tokens > STEP_TOKENS:
+                here, after = out, self.names["make"](self.leaves())  # what it saw cannot be had any more
+            else:
+                here, after = self._taken_over(args, first, tokens)
+        return self._judge(out, here, right, self.names["leaves"](after), first, tokens)
+
+    def _taken_over(self, args: tuple[Any, ...], first: int, tokens: int) -> tuple[Tensor, Any]:
+        """The step once more in eager code, on what it saw: tokens before it as they were quantized by it."""
+        seen = [seen_by_step(buffer, first, tokens) for buffer in self.leaves()]
+        for tensor in seen:
+            tensor[:, :, first:] = 0  # only [B, KV, N, D] are taken over
+        out: tuple[Tensor, Any] = self.model(*self._fresh(args), self.names["make"](seen))
+        return out
+
+    def _parts(self) -> list[Tensor]:
+        """What ``make`` was given."""
+        return list(self.cache) if self.case.holder == "stacked" else self.leaves()
+
+    @staticmethod
+    def _fresh(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+
+    def _judge(self, out: Tensor, here: Tensor, right: Tensor, after: list[Tensor], first: int, tokens: int) -> Outcome:
+        rounding = ROUNDING[self.case.dtype]
+        if (error := relative_error(out, here)) > rounding:
+            return Outcome("wrong", f"differs from eager code on the same contents by {error:.2g}")
+        bound = rounding if self.case.bits == 16 else BOUND.get(self.case.bits)
+        if bound is not None and (error := relative_error(out, right)) > bound:
+            return Outcome("wrong", f"differs from eager code from the beginning by {error:.2g}")
+        if self.case.bits == 16 or tokens <= STEP_TOKENS:
+            for i, (mine, theirs) in enumerate(zip(self.leaves(), after, strict=True)):
+                pair = [seen_by_step(buffer, first, tokens) for buffer in (mine, theirs)]
+                if isinstance(mine, QuantizedKV):  # what lies behind is forgotten
+                    pair = [dense[:, :, : first + tokens] for dense in pair]
+                if (error := relative_error(*pair)) > rounding:
+                    return Outcome("wrong", f"tensor {i} of the cache differs from eager code's by {error:.2g}")
+        return Outcome("right")
+
+
+def seen_by_step(buffer: Tensor, past: int, new: int) -> Tensor:
+    """What a step sees that begins with ``past`` tokens and has stored ``new`` more: zeros behind them."""
+    if not isinstance(buffer, QuantizedKV | GrowingKV):
+        return buffer.clone()
+    state = buffer.live
+    tensors = {name: state.tensor(name) for name in STORED}
+    where = dict(past=torch.tensor([past]), new_tokens=new, n=buffer.shape[2])
+    dense: Tensor = ops.LOAD(**tensors, **where, **state.spec.load_constants(), x=None)
+    return dense.clone()
+
+
+def relative_error(mine: Tensor, theirs: Tensor) -> float:
+    """Root of the mean square of the difference, relative; inf where shapes, dtypes or NaN differ."""
+    if mine.shape != theirs.shape or mine.dtype != theirs.dtype or not torch.equal(mine.isnan(), theirs.isnan()):
+        return float("inf")
+    a, b = (t.double().nan_to_num() for t in (mine, theirs))
+    return ((a - b).norm() / b.norm().clamp_min(1e-6)).item()
+
+
+def _failure(error: BaseException) -> Outcome:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, XQuantError):
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__
+    kind = "crashed" if cause is None else "refused"
+    return Outcome(kind, " ".join(f"{type(cause or error).__name__}: {cause or error}".split())[:600])
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    said: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    handler, log = Keep(logging.WARNING), logging.getLogger("xquant_fx")
+    log.addHandler(handler)
+    try:
+        yield said
+    finally:
+        log.removeHandler(handler)

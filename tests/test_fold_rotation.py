@@ -1,0 +1,160 @@
+"""Values that are stored rotated: weights that rotate in the place of a step, and what does not allow it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from dynamo_graphs import tiny
+from numeric import seeded
+from rewrites import count
+from stepping import interpreted, relative_error, run_steps
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+
+from xquant_fx import XQuantCache, XQuantConfig, explain, ops
+from xquant_fx.cache.folded_weights import Fold, FoldedInputs, folded_weight
+from xquant_fx.kernels.rotation import fold_into_columns, fold_into_rows, rotate_values
+
+SHORT = dict(residual_length=16, k_group_size=8, sink_tokens=2)
+INSIDE = XQuantConfig(**SHORT)
+FOLDED = INSIDE.replace(v_scheme="per_token_folded")
+IDS = torch.randint(3, 60, (1, 60), generator=seeded(1))
+
+
+def cache_of(model: nn.Module, config: XQuantConfig = FOLDED) -> XQuantCache:
+    return XQuantCache(model.config, 64, config=config)
+
+
+def steps(model: nn.Module, cache: XQuantCache, step=None) -> Tensor:
+    return run_steps([(model.forward, 40)] + [(step or model.forward, 1)] * 20, IDS, cache)
+
+
+@pytest.mark.parametrize("dim", [8, 24])
+def test_folded_weights_rotate(dim: int) -> None:
+    x, layer = torch.randn(5, 7), nn.Linear(7, 3 * dim)
+    expected = rotate_values(layer(x).unflatten(1, (3, dim)), False).flatten(1)
+    rotated = nn.functional.linear(x, fold_into_rows(layer.weight, dim), fold_into_rows(layer.bias, dim))
+    torch.testing.assert_close(rotated, expected)
+    taker, v = nn.Linear(3 * dim, 4), torch.randn(5, 3 * dim)
+    y = rotate_values(v.unflatten(1, (3, dim)), False).flatten(1)
+    assert not torch.allclose(y, v)
+    torch.testing.assert_close(nn.functional.linear(y, fold_into_columns(taker.weight, dim), taker.bias), taker(v))
+
+
+def test_eager_steps_are_those_of_values_that_are_rotated_inside() -> None:
+    model = tiny("llama")
+    folded, inside = cache_of(model), cache_of(model, INSIDE)
+    assert relative_error(steps(model, folded), steps(model, inside)) < 1e-4
+    ours, theirs = folded.states[1].owned, inside.states[1].owned
+    assert not torch.allclose(ours["ring"], theirs["ring"], atol=1e-3), "the window is rotated"
+    torch.testing.assert_close(rotate_values(ours["ring"], True), theirs["ring"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rotate_values(ours["sink"][:, :, :2], True), theirs["sink"][:, :, :2])
+
+
+@pytest.mark.parametrize("name", ["llama", "phi"])  # the second has biases
+def test_steps_with_folded_weights(name: str) -> None:
+    model, calls = tiny(name), []
+    compiled = torch.compile(model.forward, backend=interpreted(calls), dynamic=False)
+    ours, cache = steps(model, cache_of(model), compiled), cache_of(model, INSIDE)
+    assert relative_error(ours, steps(model, cache)) < 1e-4
+    (graph,) = calls
+    assert (count(graph, ops.DECODE), count(graph, ops.ROTATE)) == (2, 0)
+    folded = [node for node in graph.graph.nodes if node.name.startswith("xquant_folded")]
+    assert len(folded) == (6 if name == "phi" else 4)
+
+
+def test_a_chunk_and_buffers_that_were_taken_over() -> None:
+    """More tokens than the window gives back; a cache of transformers, which a step quantizes; one that grows."""
+    model = tiny("llama")
+    backend = interpreted(v_scheme="per_token_folded", **SHORT)
+    theirs = run_steps(
+        [(model.forward, 25), (model.forward, 15)] + [(model.forward, 1)] * 20, IDS, cache_of(model, INSIDE)
+    )
+    chunked = torch.compile(model.forward, backend=interpreted(), dynamic=False)
+    ours = run_steps([(model.forward, 25), (chunked, 15)] + [(chunked, 1)] * 20, IDS, cache_of(model))
+    assert relative_error(ours, theirs) < 1e-4
+    for cache in (StaticCache(config=model.config, max_cache_len=64), DynamicCache(config=model.config)):
+        torch._dynamo.reset()
+        step = torch.compile(model.forward, backend=backend)
+        taken = run_steps([(model.forward, 25)] + [(step, 1)] * 35, IDS, cache)
+        expected = run_steps([(model.forward, 25)] + [(model.forward, 1)] * 35, IDS, cache_of(model, INSIDE))
+        assert relative_error(taken[:, 26:], expected[:, 26:]) < 1e-2
+
+
+def test_left_out_the_op_rotates() -> None:
+    model, calls = tiny("llama"), []
+    step = torch.compile(model.forward, backend=interpreted(calls, disable=["fold_rotation"]), dynamic=False)
+    assert relative_error(steps(model, cache_of(model), step), steps(model, cache_of(model, INSIDE))) < 1e-4
+    assert (count(calls[0], ops.DECODE), count(calls[0], ops.ROTATE)) == (2, 4)
+
+
+def test_weights_that_change_are_rotated_anew() -> None:
+    model = tiny("llama")
+    step = torch.compile(model.forward, backend=interpreted(), dynamic=False)
+    first = steps(model, cache_of(model), step)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(1.5)
+            layer.self_attn.o_proj.weight.add_(0.1)
+    second = steps(model, cache_of(model), step)
+    assert relative_error(second, steps(model, cache_of(model, INSIDE))) < 1e-4 < relative_error(first, second)
+
+
+def test_copies_belong_to_their_weights() -> None:
+    weight, fold = nn.Parameter(torch.randn(16, 8)), Fold(True, 8)
+    inputs = FoldedInputs([(1, fold)])
+    (copy,) = inputs.of((None, weight))
+    assert copy is folded_weight(weight, fold) is inputs.of((None, weight))[0]
+    weight.data = torch.randn(16, 8)  # another memory
+    assert not torch.equal(inputs.of((None, weight))[0], copy)
+    other = nn.Parameter(weight.detach().clone())
+    (theirs,) = inputs.of((None, other))
+    assert theirs is not copy and torch.equal(theirs, folded_weight(weight, fold))
+    kept = weakref.ref(folded_weight(weight, fold))
+    del weight, other, inputs
+    gc.collect()
+    assert kept() is None
+
+
+class Tapped(nn.Module):
+    """An attention layer of which ``tap`` says what else is done with values or the output."""
+
+    def __init__(self, tap: str) -> None:
+        super().__init__()
+        self.tap = tap
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, pos: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (f(x).view(1, x.shape[1], 2, 16).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if self.tap == "tanh":
+            v = v.tanh()
+        keys.index_copy_(2, pos, k), values.index_copy_(2, pos, v)
+        out = nn.functional.scaled_dot_product_attention(q, keys, values, mask)
+        out = out if self.tap == "heads" else out.transpose(1, 2)
+        out = out.reshape(1, x.shape[1], 32)
+        out = out * 2 if self.tap == "gate" else out
+        return self.o(out), v.sum() if self.tap == "used" else pos
+
+
+REASONS = {
+    "tanh": ("new values come from tanh, not from a linear layer",),
+    "used": ("new values are used for something else, too",),
+    "gate": ("the attention's output goes into mul, not into a linear layer",),
+    "heads": (),
+    "": (),
+}
+
+
+@pytest.mark.parametrize("tap", REASONS)
+def test_what_does_not_allow_it(tap: str) -> None:
+    model, cache = Tapped(tap), [torch.zeros(1, 2, 64, 16) for _ in range(2)]
+    x, mask = torch.randn(1, 1, 32), torch.ones(1, 1, 1, 64, dtype=torch.bool)
+    notes = explain(model, x, *cache, torch.tensor([0]), mask, options=dict(v_scheme="per_token_folded")).sites[0].notes
+    why = tuple(f"values are rotated at each step: {reason}" for reason in REASONS[tap])
+    assert notes[-len(why) or len(notes) :] == why
+    size = 32 * 32 * 4 * (2 - len(why))
+    words = f"{2 - len(why)} weights: {size:,} bytes of rotated copies"
+    assert notes[0] == f"rotation of values folded into {words}"

@@ -1,0 +1,184 @@
+"""Latent attention: a cached latent that keys and values are projected from, beside a rotary key that heads share."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from dynamo_graphs import SHAPE, buffers, decode_sites, fresh, roles, sites_of, tiny
+from stepping import interpreted, logits_of, relative_error, run_steps
+from transformers import DynamicCache, StaticCache
+
+from xquant_fx import XQuantCache, XQuantConfig
+from xquant_fx.cache.growing import STORED_KV
+from xquant_fx.plan.buffer_plan import ROTARY_BITS
+
+sdpa = torch.nn.functional.scaled_dot_product_attention
+FULL = XQuantConfig.preset("full")
+LOW = XQuantConfig(k_bits=2, v_bits=3, k_group_size=8, residual_length=8, sink_tokens=2, rollback_tokens=8)
+IDS = torch.randint(3, 64, (2, 44), generator=torch.Generator().manual_seed(3))
+STEPS = [1, 1, 12, *[1] * 20]
+CACHES = {
+    "XQuantCache": lambda model, config: XQuantCache(model.config, 48, config),
+    "StaticCache": lambda model, config: StaticCache(model.config, max_cache_len=48),
+    "DynamicCache": lambda model, config: DynamicCache(config=model.config),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("deepseek_v3")
+
+
+def logits(model, step, cache):
+    return run_steps([(model.forward, 10), *((step, tokens) for tokens in STEPS)], IDS, cache)
+
+
+def stored(cache):
+    """(specs of what the last layer calls keys, values)."""
+    layer = cache.layers[-1]
+    assert isinstance(layer.keys, STORED_KV) and isinstance(layer.values, STORED_KV)
+    return layer.keys.spec, layer.values.spec
+
+
+@pytest.mark.parametrize("kind, attention", [*((kind, "sdpa") for kind in CACHES), ("StaticCache", "eager")])
+def test_roles_come_from_data_flow(kind, attention):
+    """transformers calls the latent keys, and the rotary part of keys values."""
+    model = tiny("deepseek_v3", attention)
+    for site in decode_sites(model, CACHES[kind](model, LOW)):
+        assert (site.reason, site.has_cache, site.is_latent, site.key_is_rotary) == ("", True, True, True)
+        if kind != "DynamicCache":
+            assert roles(site) == ("values", "keys")
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_exact_at_16_bits(model, kind):
+    step = torch.compile(model.forward, backend=interpreted(**({} if kind == "XQuantCache" else {"preset": "full"})))
+    cache = CACHES[kind](model, FULL)
+    expected = logits(model, model.forward, StaticCache(model.config, max_cache_len=48))
+    assert relative_error(logits(model, step, cache), expected) < 1e-6
+    assert [spec.bits for spec in stored(cache)] == [16, 16]
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_what_is_stored(model, kind):
+    """The latent per token, the rotary key per channel and with more bits: alike in all caches, and seen in results."""
+    cache, compiled = CACHES[kind](model, LOW), torch.compile(model.forward, backend=interpreted(config=LOW))
+    result = logits(model, model.forward if kind == "XQuantCache" else compiled, cache)
+    latent, rotary = stored(cache)
+    assert (latent.role, latent.scheme, latent.bits, latent.shape[3]) == ("value", "per_token_rotated", 3, 16)
+    assert (rotary.role, rotary.scheme, rotary.bits, rotary.shape[3]) == ("key", "per_channel_ranked", ROTARY_BITS, 8)
+    full = logits(model, model.forward, StaticCache(model.config, max_cache_len=48))
+    assert 1e-3 < relative_error(result, full) < 0.1
+
+
+def test_inductor_and_greedy_text(model):
+    expected = model.generate(IDS[:1, :12], max_new_tokens=12, do_sample=False)
+    other = copy.deepcopy(model)
+    other.compile(backend="xquant", options={"preset": "full"})
+    assert torch.equal(other.generate(IDS[:1, :12], max_new_tokens=12, do_sample=False), expected)
+
+
+def test_life_of_the_cache(model):
+    """Saved, forked, cropped and reset, layers keep what their two sides are stored as."""
+    cache = XQuantCache(model.config, 48, LOW)
+    logits_of(model, IDS[:, :20], cache)
+    specs, other = stored(cache), XQuantCache(model.config, 48, LOW)
+    other.load_state_dict(cache.state_dict())
+    assert stored(other) == specs == stored(cache.fork())
+    expected = logits_of(model, IDS[:, 20:24], cache)
+    assert torch.equal(logits_of(model, IDS[:, 20:24], other), expected)
+    cache.crop(-4)
+    assert torch.equal(logits_of(model, IDS[:, 20:24], cache), expected)
+    cache.reset()
+    logits_of(model, IDS[:, :20], cache)
+    assert stored(cache) == specs
+
+
+def test_full_heads_of_the_same_config_are_keys_and_values(model):
+    """An older transformers caches what is projected from the latents: shapes tell."""
+    cache = XQuantCache(model.config, 48, LOW)
+    cache.update(torch.randn(1, 4, 5, 16), torch.randn(1, 4, 5, 8), 0)
+    key, value = cache.layers[0].keys.spec, cache.layers[0].values.spec
+    assert (key.role, value.role, key.bits, value.bits) == ("key", "value", 2, 3)
+
+
+# Hand-written steps: q, k, v [1, 2, 1, 8], buffers [1, 2, 16, 8].
+
+W = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0)) / 3
+
+
+def one_latent(q, k, v, keys, values, pos):
+    """Keys and values are both projected from one buffer."""
+    keys[:, :, pos] = k
+    return sdpa(q, keys @ W[0], torch.nn.functional.linear(keys, W[1]))
+
+
+def rotated_when_read(q, k, v, keys, values, pos):
+    keys[:, :, pos], values[:, :, pos] = k, v
+    angle = torch.arange(16)[:, None] / torch.arange(1, 5)
+    half = torch.cat([-keys[..., 4:], keys[..., :4]], -1)
+    return sdpa(q, keys * angle.cos().repeat(1, 2) + half * angle.sin().repeat(1, 2), values)
+
+
+def put_together(q, k, v, keys, values, pos):
+    """The values' latent and the keys' own part, written into a tensor of both."""
+    keys[:, :, pos], values[:, :, pos] = k, v
+    whole = keys.new_empty(1, 2, 16, 16)
+    whole[..., :8].copy_(values @ W[0])
+    whole[..., 8:] = keys
+    return sdpa(torch.cat([q, q], -1), whole, values @ W[1])
+
+
+def values_make_a_mask(q, k, v, keys, values, pos):
+    keys[:, :, pos], values[:, :, pos] = k, v
+    return sdpa(q, keys, values, attn_mask=(values @ W[0, :, :1]).mT)
+
+
+def norm_of_a_latent(q, k, v, keys, values, pos):
+    keys[:, :, pos], values[:, :, pos] = k, v
+    latent = keys * (keys.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    return torch.softmax(q @ (latent @ W[0]).mT, -1) @ (values + latent @ W[1])
+
+
+HANDMADE = {
+    one_latent: (["value"], True, False),
+    rotated_when_read: (["key", "value"], True, False),
+    put_together: (["key", "value"], True, True),
+    values_make_a_mask: (["key", "value"], False, False),
+    norm_of_a_latent: (["key", "value"], True, False),
+}
+
+
+@pytest.mark.parametrize("step", HANDMADE, ids=lambda step: step.__name__)
+@pytest.mark.parametrize("bits", [16, 3])
+def test_hand_written_latents(step, bits):
+    found, is_latent, key_is_rotary = HANDMADE[step]
+    torch.manual_seed(0)
+    tokens = [fresh() for _ in range(16)]
+    (site,) = sites_of(step, *tokens[0], *buffers(), torch.tensor([0]))
+    assert (site.reason, site.is_latent, site.key_is_rotary) == ("", is_latent, key_is_rotary)
+    options = dict(k_bits=bits, v_bits=bits, k_group_size=4, residual_length=4, sink_tokens=0, rollback_tokens=8)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=interpreted(**options), dynamic=False)
+    mine, theirs = buffers(), buffers()
+    with torch.no_grad():
+        results = [
+            (compiled(*x, *mine, torch.tensor([at])), step(*x, *theirs, torch.tensor([at])))
+            for at, x in enumerate(tokens)
+        ]
+    error = relative_error(*(torch.stack(side) for side in zip(*results, strict=True)))
+    assert error < 1e-6 if bits == 16 else 1e-4 < error < 0.3
+    assert [t.spec.role for t in mine if isinstance(t, STORED_KV)] == found
+    assert site.key_write.buffer.meta["example_value"].shape == SHAPE
+
+
+def test_three_buffers_are_left_alone():
+    def step(q, k, v, keys, values, third, pos):
+        for buffer, x in ((keys, k), (values, v), (third, k)):
+            buffer[:, :, pos] = x
+        return sdpa(q, keys * 2 + third, values)
+
+    (site,) = sites_of(step, *fresh(), *buffers(), torch.zeros(SHAPE), torch.tensor([3]))
+    assert site.reason == "keys and values are computed from 3 buffers" and site.has_cache

@@ -1,0 +1,135 @@
+"""One buffer, several attentions: layers that read another layer's cache, two attentions on one value buffer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dynamo_graphs import SHAPE, SMALL, sites_of
+from stepping import interpreted, logits_of, relative_error, run_steps
+from transformers import (
+    AutoModelForCausalLM,
+    DiffLlamaConfig,
+    DynamicCache,
+    Gemma4TextConfig,
+    StaticCache,
+)
+
+from xquant_fx import XQuantCache, XQuantConfig, ops
+from xquant_fx.cache.growing import STORED_KV
+
+sdpa = torch.nn.functional.scaled_dot_product_attention
+IDS = torch.randint(3, 64, (2, 44), generator=torch.Generator().manual_seed(3))
+STEPS = [1, 1, 12, *[1] * 8]
+NARROW = dict(k_bits=3, v_bits=3, k_group_size=4, residual_length=4, sink_tokens=0, rollback_tokens=8)
+CACHES = {
+    "XQuantCache": lambda config: XQuantCache(config, 48, XQuantConfig.preset("full")),
+    "StaticCache": lambda config: StaticCache(config, max_cache_len=48),
+    "DynamicCache": lambda config: DynamicCache(config=config),
+}
+
+
+def gemma4():
+    """Layers 2 and 3 read what layers 0 and 1 store."""
+    fields = dict(SMALL, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["full_attention"] * 4)
+    more = dict(global_head_dim=8, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8)
+    return Gemma4TextConfig(**fields, **more)
+
+
+CONFIGS = {"diffllama": lambda: DiffLlamaConfig(**SMALL), "gemma4": gemma4}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[request.param]()).eval()
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_models_exactly_at_16_bits(model, kind):
+    calls = []
+    options = {} if kind == "XQuantCache" else {"preset": "full"}
+    step = torch.compile(model.forward, backend=interpreted(calls, **options))
+    cache = CACHES[kind](model.config)
+    mine = run_steps([(model.forward, 10), *((step, n) for n in STEPS)], IDS, cache)
+    full = CACHES["StaticCache"](model.config)
+    theirs = run_steps([(model.forward, 10), *((model.forward, n) for n in STEPS)], IDS, full)
+    assert relative_error(mine, theirs) < 1e-5
+    held = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    assert len(held) == 4 and all(isinstance(t, STORED_KV) for t in held)
+    appends = sum(node.target is ops.STORE for node in calls[-1].graph.nodes)
+    assert appends == 4, "each buffer is appended to once"
+
+
+# Hand-written: q, k, v [1, 2, 1, 8], buffers [1, 2, 16, 8].
+
+
+def one_value_buffer(q, k, v, first, second, values, pos):
+    for buffer, x in ((first, k), (second, -k), (values, v)):
+        buffer[:, :, pos] = x
+    return sdpa(q, first, values) - 0.3 * sdpa(q, second, values)
+
+
+def one_key_buffer(q, k, v, keys, first, second, pos):
+    for buffer, x in ((keys, k), (first, v), (second, v * 2)):
+        buffer[:, :, pos] = x
+    return sdpa(q, keys, first) + sdpa(q * 2, keys, second)
+
+
+def both_of_another_layer(q, k, v, keys, values, third, pos):
+    for buffer, x in ((keys, k), (values, v), (third, v)):
+        buffer[:, :, pos] = x
+    x = sdpa(q, keys, values)
+    return torch.softmax(x @ keys.mT, -1) @ values + sdpa(x, keys, third)
+
+
+@pytest.mark.parametrize("step", [one_value_buffer, one_key_buffer, both_of_another_layer], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("bits", [16, 3])
+def test_hand_written(step, bits):
+    torch.manual_seed(0)
+    tokens = [[torch.randn(1, 2, 1, 8) for _ in range(3)] for _ in range(16)]
+    calls = []
+    compiled = torch.compile(
+        step, backend=interpreted(calls, **{**NARROW, "k_bits": bits, "v_bits": bits}), dynamic=False
+    )
+    mine, theirs = ([torch.zeros(SHAPE) for _ in range(3)] for _ in range(2))
+    with torch.no_grad():
+        results = [
+            (compiled(*x, *mine, torch.tensor([at])), step(*x, *theirs, torch.tensor([at])))
+            for at, x in enumerate(tokens)
+        ]
+    error = relative_error(*(torch.stack(side) for side in zip(*results, strict=True)))
+    assert error < 1e-6 if bits == 16 else 1e-4 < error < 0.4
+    assert all(isinstance(t, STORED_KV) for t in mine)
+    nodes = [node.target for node in calls[-1].graph.nodes]
+    fused = 0 if bits == 16 else 3 if step is both_of_another_layer else 2
+    assert (nodes.count(ops.STORE), nodes.count(ops.DECODE)) == (3, fused)
+
+
+def test_both_roles_are_left_alone():
+    """Keys of one attention that are the values of another have no role."""
+
+    def step(q, k, v, keys, values, third, pos):
+        for buffer, x in ((keys, k), (values, v), (third, v)):
+            buffer[:, :, pos] = x
+        return sdpa(q, keys, values) + sdpa(q, values, third)
+
+    x = torch.randn(1, 2, 1, 8)
+    first, second = sites_of(step, x, x, x, *(torch.zeros(SHAPE) for _ in range(3)), torch.tensor([3]))
+    assert first.reason == second.reason == "keys and values are read from one buffer"
+    assert first.has_cache and second.has_cache
+
+
+def test_life_of_a_cache_with_layers_that_store_nothing():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(gemma4()).eval()
+    cache = XQuantCache(model.config, 48, XQuantConfig(**NARROW))
+    logits_of(model, IDS[:, :20], cache)
+    other = XQuantCache(model.config, 48, XQuantConfig(**NARROW))
+    other.load_state_dict(cache.state_dict())
+    assert torch.equal(*(logits_of(model, IDS[:, 20:22], c) for c in (cache, other)))
+    both = logits_of(model, IDS[:, 22:23], other)
+    cache.batch_select_indices(torch.tensor([1]))
+    torch.testing.assert_close(logits_of(model, IDS[1:, 22:23], cache), both[1:], rtol=0, atol=1e-5)
+    cache.batch_repeat_interleave(2)
+    cache.crop(-1)
+    assert cache.get_seq_length() == 22 and cache.layers[0].batch_size == 2

@@ -1,0 +1,105 @@
+"""The inputs of a graph with their caches rebuilt at 16 bits, of what they hold at the moment: for a self-check.
+
+A cache that is quantized holds dequantized numbers as far as any program can tell. So both sides of a comparison start
+from those: the program's own graph with ordinary tensors of them, the rewritten one with caches that store them as
+they are. Nothing of the cache itself is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xquant_fx.cache.group import CacheGroup
+from xquant_fx.cache.growing import STORED_KV, GrowingKV, Growth
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.state import KVState
+from xquant_fx.plan.config import XQuantConfig
+from xquant_fx.plan.plan import make_plan
+from xquant_fx.plan.spec import KVSpec
+
+#: Groups keep the plan that their states were made by; nothing here asks for it.
+_ANY_PLAN = make_plan(XQuantConfig.preset("full"), 1)
+
+
+def full(spec: KVSpec) -> KVSpec:
+    """The same buffer in full precision, with codes of its own."""
+    return dataclasses.replace(spec, bits=16, partner=None)
+
+
+class Rebuilt:
+    """The arguments of one call, from which each run gets its own copies.
+
+    Args:
+        given: the graph's inputs.
+        written: numbers of those that the graph writes to.
+        ordinary: specs of ordinary buffers [B, H, N, D] that are to be stored as well, by the numbers of the inputs.
+    """
+
+    def __init__(self, given: list[Any], written: Iterable[int], ordinary: Mapping[int, KVSpec]) -> None:
+        self.given, self.written, self.ordinary = [_number(value) for value in given], frozenset(written), ordinary
+        self.contents = {i: _contents(given[i]) for i in (*self._stored(), *ordinary)}
+        self.groups: dict[int, CacheGroup] = {}
+
+    def _stored(self) -> list[int]:
+        return [i for i, value in enumerate(self.given) if isinstance(value, STORED_KV)]
+
+    def plain(self) -> list[Any]:
+        """Arguments for the graph as the program has it: ordinary tensors, copies of what it writes to."""
+        values = list(self.given)
+        for i, (tokens, length) in self.contents.items():
+            values[i] = torch.nn.functional.pad(tokens, (0, 0, 0, length - tokens.shape[2]))
+        for i in self.written - set(self.contents):
+            values[i] = values[i].clone() if isinstance(values[i], Tensor) else values[i]
+        return values
+
+    def stored(self) -> list[Any]:
+        """Arguments for the rewritten graph: caches of 16 bits, copies of what else it writes to."""
+        values, self.groups = self.plain(), {}
+        for i, (tokens, _) in self.contents.items():
+            old = self.given[i]
+            spec, group = (self.ordinary[i], None) if i in self.ordinary else (old.live.spec, old.live.group)
+            state = self._filled(full(spec), tokens, group)
+            growing = isinstance(old, GrowingKV)
+            values[i] = GrowingKV.of(Growth(state, tokens.shape[2])) if growing else QuantizedKV.of(state)
+        return values
+
+    def _filled(self, spec: KVSpec, tokens: Tensor, group: CacheGroup | None) -> KVState:
+        held = tokens.shape[2]
+        if id(group) not in self.groups:
+            start = None if group is None else group.start
+            self.groups[id(group)] = CacheGroup(_ANY_PLAN, spec.shape[0], tokens.device, start)
+        state = KVState(spec, self.groups[id(group)])
+        state.owned["codes"][:, :, :held] = tokens
+        state.owned["length"].fill_(held)
+        return state
+
+    @property
+    def fault(self) -> bool:
+        """Whether a store of the last rewritten run found positions that do not follow what is stored."""
+        return any(bool(group.faults.tensor.any()) for group in self.groups.values())
+
+
+def _number(value: Any) -> Any:
+    return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat) else value
+
+
+def _contents(buffer: Tensor) -> tuple[Tensor, int]:
+    """The tokens that ``buffer`` holds as numbers [B, H, n, D], and the length of the tensor that a program sees."""
+    if isinstance(buffer, GrowingKV):
+        return buffer.dequantize(), buffer.shape[2]
+    if isinstance(buffer, QuantizedKV):
+        return buffer.live.load(buffer.live.length), buffer.shape[2]
+    used = (buffer != 0).any(3).any(1).any(0).nonzero()
+    return buffer[:, :, : int(used[-1]) + 1 if len(used) else 0].clone(), buffer.shape[2]
+
+
+def contents_of(buffer: Any, tokens: int) -> Tensor:
+    """The first ``tokens`` that a cache of :meth:`Rebuilt.stored` holds, and zeros where it holds fewer."""
+    codes: Tensor = buffer.live.owned["codes"]
+    held = torch.arange(codes.shape[2], device=codes.device) < buffer.live.length
+    return torch.where(held[:, None], codes, 0)[:, :, :tokens]
