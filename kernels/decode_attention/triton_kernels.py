@@ -8,7 +8,8 @@ and channels, fill the matrix unit and few query rows waste little of it:
     out^T  [channels, ROWS] = V^T [channels, tokens] @ p^T [tokens, ROWS]
 
 ``decode_kernel`` goes through the zones that tokens are stored in, one call each; ``combine_kernel`` merges
-the splits. Values that were rotated before they were quantized are rotated back as their sum. The pieces:
+the splits. On NVIDIA's chips ``triton_interior.py`` takes whole groups in codes first, where it can. Values that
+were rotated before they were quantized are rotated back as their sum. The pieces:
 
     triton_setup.py    where a program begins: its head, its tokens, its query rows
     triton_zones.py    a zone: which tokens, where their keys and values are

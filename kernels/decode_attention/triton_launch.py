@@ -1,6 +1,6 @@
 """Decode attention on CUDA: one op, ``xquant::triton_decode_attention``, over the kernels of ``triton_kernels``.
 
-The op is a ``triton_op``: Inductor takes it apart and puts the two kernels into the code it generates.
+The op is a ``triton_op``: Inductor takes it apart and puts the kernels into the code it generates.
 All launch parameters come from shapes, so they are fixed for a graph; how far the tokens go is read on
 the device. Importing this module does not need Triton.
 """
