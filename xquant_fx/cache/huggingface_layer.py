@@ -26,6 +26,9 @@ class XQuantLayer(StaticLayer):
     """A static layer whose ``keys`` and ``values`` are quantized buffers, allocated at first use.
 
     ``is_initialized`` says that they are in use: ``reset()`` keeps them, and a prompt that fits takes them again.
+
+    With a sliding ``window`` (0: none) it is written and read as if it held all tokens, by a mask that hides the older
+    ones; stored are those that the window may still see.
     """
 
     is_croppable = True
@@ -37,10 +40,14 @@ class XQuantLayer(StaticLayer):
         siblings: list[XQuantLayer],
         plan: Plan,
         latents: tuple[int, int] | None = None,
+        window: int = 0,
     ) -> None:
         with torch.inference_mode(False):
             super().__init__(max_cache_len=max_cache_len)
-        self.layer_idx = layer_idx
+        self.layer_idx, self.window = layer_idx, window
+        self.is_sliding = window > 0
+        self.left_window = 0
+        """The window of a layer that keeps all tokens nevertheless."""
         self.lower = siblings[-1] if siblings and layer_idx % 2 else None
         self.first = siblings[0] if siblings else self
         self.siblings = siblings
@@ -49,9 +56,8 @@ class XQuantLayer(StaticLayer):
         """Channels of what ``keys`` and ``values`` hold where keys and values are computed from latents."""
         self.roles = KEYS_AND_VALUES
         """What ``keys`` and ``values`` are stored as."""
+        self._set_slots(plan)
         # As text, which Dynamo can put into a graph. The first buffer brings the plan of the whole cache.
-        self.slots = {role: Slot.of(plan, layer_idx, role, max_cache_len).to_json() for role in KEYS_AND_VALUES}
-        self.rotary_slot = Slot.of(plan, layer_idx, "key", max_cache_len, rotary=True).to_json()
         self.plan_text = "" if siblings else plan.to_json()
         self.masked = False
         """Whether masks were made for this cache: a model steps through all layers, not someone's code through one."""
@@ -59,6 +65,16 @@ class XQuantLayer(StaticLayer):
         self.chunk = 0
         self.prompt_left = 0
         """Tokens of a padded prompt that are still to come, of the first layer."""
+
+    def _set_slots(self, plan: Plan) -> None:
+        index, tokens, window = self.layer_idx, self.max_cache_len, self.window
+        self.slots = {role: Slot.of(plan, index, role, tokens, window=window).to_json() for role in KEYS_AND_VALUES}
+        self.rotary_slot = Slot.of(plan, index, "key", tokens, rotary=True, window=window).to_json()
+
+    def keep_all(self, plan: Plan) -> None:
+        """Store tokens that have left the window, too: for looking back. Before the first step."""
+        self.left_window, self.window = self.window, self.max_cache_len
+        self._set_slots(plan)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate codes, scales and residual windows for keys and values such as these."""
