@@ -91,6 +91,7 @@ OTHER = dict(
     group_size=4,
     residual_length=16,
     rollback_tokens=9,
+    window=16,
     token_norms=True,
     eta=0.25,
     sink_tokens=1,
