@@ -94,8 +94,8 @@ constexpr int64_t TOKENS_AT_ONCE = VECTORS_AT_ONCE * L;
 struct ValueWords {
     const int32_t *high, *low;
     ValueWords(const Inputs& in, int64_t head, int64_t t)
-        : high(in.v_codes + (head * V_ROWS + t / V_HIGH_PER_WORD) * DV),
-          low(in.v_codes + (head * V_ROWS + V_TOKENS / V_HIGH_PER_WORD + t / V_LOW_PER_WORD) * DV) {}
+        : high(in.v_codes + (head * V_ROWS + value_slot(t) / V_HIGH_PER_WORD) * DV),
+          low(in.v_codes + (head * V_ROWS + V_TOKENS / V_HIGH_PER_WORD + value_slot(t) / V_LOW_PER_WORD) * DV) {}
 };
 
 // Keys of TOKENS_AT_ONCE tokens are about to be read: fetch keys some way on, and the values of the same tokens,
@@ -112,23 +112,25 @@ ALWAYS_INLINE void prefetch(const int32_t* keys, const ValueWords& values) {
 
 // Scores of tokens [t0, t1), all in the codes.
 inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, int64_t t0, int64_t t1) {
-    const int32_t* codes = in.k_codes + head * K_WORDS * K_TOKENS;
-    const uint8_t* norm = NORMS ? in.k_norm + head / H * K_TOKENS : nullptr;
+    const int64_t shift = key_slot(t0) - t0;
+    const int32_t* codes = in.k_codes + head * K_WORDS * K_TOKENS + shift;
+    const uint8_t* norm = NORMS ? in.k_norm + head / H * K_TOKENS + shift : nullptr;
     for (int64_t t = t0; t < t1;) {
-        const int64_t g = t / K_GROUP, end = std::min(t1, (g + 1) * K_GROUP);
+        const int64_t g = (t + shift) / K_GROUP, end = std::min(t1, (g + 1) * K_GROUP - shift);
         if (g != scratch.group) fold_key_scales(scratch, in, head, g);
         for (; t + TOKENS_AT_ONCE <= end; t += TOKENS_AT_ONCE) {
             dot_keys_with_all_rows<VECTORS_AT_ONCE>(scratch, codes + t, K_TOKENS, norm + t, L, t - t0);
             prefetch(codes + t, ValueWords(in, head, t));
         }
         for (; t < end; t += L) {
-            if (t + L <= K_TOKENS) {
+            const int64_t left = K_TOKENS - t - shift;
+            if (L <= left) {
                 dot_keys_with_all_rows<1>(scratch, codes + t, K_TOKENS, norm + t, L, t - t0);
                 continue;
             }
             int32_t part[K_WORDS][L] = {};  // the buffer ends inside this vector
-            for (int64_t i = 0; i < K_WORDS; i++) std::memcpy(part[i], codes + i * K_TOKENS + t, (K_TOKENS - t) * 4);
-            dot_keys_with_all_rows<1>(scratch, part[0], L, norm + t, K_TOKENS - t, t - t0);
+            for (int64_t i = 0; i < K_WORDS; i++) std::memcpy(part[i], codes + i * K_TOKENS + t, left * 4);
+            dot_keys_with_all_rows<1>(scratch, part[0], L, norm + t, left, t - t0);
         }
         t = end;
     }
@@ -136,7 +138,8 @@ inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, i
 
 // Fold the scales of channel group g into the weights of n tokens.
 inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, int64_t g, int64_t t0, int64_t n) {
-    const int64_t token = (head * V_GROUPS + g) * V_TOKENS + t0, padded = (n + V_BLOCK - 1) / V_BLOCK * V_BLOCK;
+    const int64_t token = (head * V_GROUPS + g) * V_TOKENS + value_slot(t0),
+                  padded = (n + V_BLOCK - 1) / V_BLOCK * V_BLOCK;
     vf largest[ROWS] = {}, z[ROWS] = {}, zero_or_nan = {};
     for (int64_t i = 0; i < n; i += L) {
         const vf s = load_scales(in.v_scale + token + i, n - i);
