@@ -189,7 +189,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 
 #: (Case, chip) whose registers do not do yet, and the most that is spilled.
 SPILLS = {
-    ("ranked, head_dim 256, 3 bits, float32", "gfx942"): 25,
+    ("ranked, head_dim 256, 3 bits, float32", "gfx942"): 29,
     ("ranked, float16 scales, head_dim 256", "sm_90"): 24,
     ("ranked, float16 scales, 3 and 3 bits, head_dim 256", "sm_90"): 24,
 }
