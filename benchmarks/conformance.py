@@ -100,6 +100,9 @@ def examine(name: str) -> dict[str, Any]:
     record: dict[str, Any] = {"eager": ""}
     try:
         full = decode(model, XQuantCache(model.config, MAX_LEN, FULL), Watching())
+        if (error := error_of(full, right)) > EXACT:  # some models take the buffer's length for that of the text
+            record["off with a StaticCache"] = error
+            right = decode(model, XQuantCache(model.config, MAX_LEN, FULL))
         record["error at 16 bits"] = error_of(full, right)
         record["same tokens"] = bool((full.argmax(-1) == right.argmax(-1)).all())
         counters.clear()

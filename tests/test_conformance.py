@@ -37,7 +37,7 @@ def test_no_less_than_recorded(name: str) -> None:
             found = found_in(name)
     finally:
         logging.disable(logging.NOTSET)
-    assert found["sites"] == record["sites"]
+    assert found["sites"] >= record["sites"]
     assert found["quantized"] >= record["quantized"], found["left"]
     assert found["fused"] >= record["fused"], found["read dequantized"]
 

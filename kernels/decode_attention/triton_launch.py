@@ -20,6 +20,7 @@ from xquant_fx.kernels.decode_attention.triton_interior_settings import interior
 from xquant_fx.kernels.decode_attention.triton_settings import LEAST_TILE, ranks, settings
 from xquant_fx.kernels.packing import WORD_BITS, high_and_low
 from xquant_fx.kernels.rotation import rotated_size
+from xquant_fx.kernels.schemes import wrap_of
 from xquant_fx.kernels.triton_host import power_of_two
 
 #: Tokens not written yet whose mask one program reads, beside ``interior_kernel``, at most.
@@ -30,6 +31,14 @@ def why_not(a: DecodeArguments) -> str:
     """Why the kernels do not take these arguments, in words; "" if they do."""
     if a.k_order is not None and a.k_group % LEAST_TILE:
         return f"ranked keys in groups of {a.k_group} tokens, which is no multiple of {LEAST_TILE}"
+    if any(
+        wrap_of(*of)
+        for of in (
+            (a.k_scheme, a.k_codes.shape[3], a.max_len, a.q.shape[3], a.k_bits, a.k_group, a.k_residual),
+            (a.v_scheme, a.v_scale.shape[3], a.max_len, a.v_ring.shape[3], a.v_bits, a.v_group, a.v_residual),
+        )
+    ):
+        return "codes of a sliding window, which start over"
     return ""
 
 

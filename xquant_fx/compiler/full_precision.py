@@ -27,8 +27,8 @@ _ANY_PLAN = make_plan(XQuantConfig.preset("full"), 1)
 
 
 def full(spec: KVSpec) -> KVSpec:
-    """The same buffer in full precision, with codes of its own."""
-    return dataclasses.replace(spec, bits=16, partner=None)
+    """The same buffer in full precision, with codes of its own, and all tokens of a sliding window."""
+    return dataclasses.replace(spec, bits=16, partner=None, window=0)
 
 
 class Rebuilt:
@@ -37,10 +37,11 @@ class Rebuilt:
     Args:
         given: the graph's inputs.
         written: numbers of those that the graph writes to.
-        ordinary: specs of ordinary buffers [B, H, N, D] that are to be stored as well, by the numbers of the inputs.
+        ordinary: specs of ordinary buffers [B, H, N, D] that are to be stored as well, and the numbers of their caches,
+            by the numbers of the inputs.
     """
 
-    def __init__(self, given: list[Any], written: Iterable[int], ordinary: Mapping[int, KVSpec]) -> None:
+    def __init__(self, given: list[Any], written: Iterable[int], ordinary: Mapping[int, tuple[KVSpec, int]]) -> None:
         self.given, self.written, self.ordinary = [_number(value) for value in given], frozenset(written), ordinary
         self.contents = {i: _contents(given[i]) for i in (*self._stored(), *ordinary)}
         self.groups: dict[int, CacheGroup] = {}
@@ -62,18 +63,18 @@ class Rebuilt:
         values, self.groups = self.plain(), {}
         for i, (tokens, _) in self.contents.items():
             old = self.given[i]
-            spec, group = (self.ordinary[i], None) if i in self.ordinary else (old.live.spec, old.live.group)
-            state = self._filled(full(spec), tokens, group)
+            spec, cache = self.ordinary[i] if i in self.ordinary else (old.live.spec, id(old.live.group))
+            start = None if i in self.ordinary else old.live.group.start
+            state = self._filled(full(spec), tokens, cache, start)
             growing = isinstance(old, GrowingKV)
             values[i] = GrowingKV.of(Growth(state, tokens.shape[2])) if growing else QuantizedKV.of(state)
         return values
 
-    def _filled(self, spec: KVSpec, tokens: Tensor, group: CacheGroup | None) -> KVState:
+    def _filled(self, spec: KVSpec, tokens: Tensor, cache: int, start: Tensor | None) -> KVState:
         held = tokens.shape[2]
-        if id(group) not in self.groups:
-            start = None if group is None else group.start
-            self.groups[id(group)] = CacheGroup(_ANY_PLAN, spec.shape[0], tokens.device, start)
-        state = KVState(spec, self.groups[id(group)])
+        if cache not in self.groups:
+            self.groups[cache] = CacheGroup(_ANY_PLAN, spec.shape[0], tokens.device, start)
+        state = KVState(spec, self.groups[cache])
         state.owned["codes"][:, :, :held] = tokens
         state.owned["length"].fill_(held)
         return state

@@ -150,28 +150,30 @@ class _Check:
     def _context(self, again: Detection) -> tuple[Context, Rebuilt]:
         """The context of the passes; the graph's fake inputs become stand-ins where they are to be stored."""
         context = Context(again, [])
-        ordinary = {b.index: b.node for b in again.ordinary if b.index is not None}
-        for node in ordinary.values():
-            node.meta["example_value"] = QuantizedKV(again.specs[node], value_of(node))
+        ordinary = {b.index: (again.specs[b.node], b.group) for b in again.ordinary if b.index is not None}
+        for buffer in again.ordinary:
+            if buffer.index is not None:
+                buffer.node.meta["example_value"] = QuantizedKV(again.specs[buffer.node], value_of(buffer.node))
         written = [context.placeholders[node] for node in again.written]
         written += [context.placeholders[w.buffer] for w in again.writes if w.buffer in context.placeholders]
-        return context, Rebuilt(self.inputs, written, {i: again.specs[n] for i, n in ordinary.items()})
+        return context, Rebuilt(self.inputs, written, ordinary)
 
     def _rewritten(
         self, again: Detection, context: Context, watched: Mapping[Node, int], forced: Mapping[int, Tensor]
     ) -> tuple[_Watched, list[Any]]:
         """A run of the rewritten graph whose attentions give what ``forced`` says, and its results."""
         stored = context.inputs
-        for each in pipeline.PASSES:
-            if each.name not in self.request.disable:
-                each.run(again.gm, context)
+        try:
+            for each in pipeline.PASSES:
+                if each.name not in self.request.disable:
+                    each.run(again.gm, context)
+        except UnsupportedWriteError as error:  # which the graph itself is going to meet, and is told of then
+            raise _CannotCheckError(str(error)) from error
         keep = [value for i, value in enumerate(stored) if i not in self.stored]
         lengths = [stored[i].shape[2] for i, _ in context.state.lengths]  # type: ignore[attr-defined]
         run = _Watched(again.gm, {context.fused.get(node, node): i for node, i in watched.items()}, forced)
         try:
             return run, _run(run, [*keep, *context.state.tensors, *lengths])
-        except UnsupportedWriteError:
-            raise
         except Exception as error:
             raise _CannotCheckError(f"rewritten it does not run: {type(error).__name__}: {error}") from error
 
