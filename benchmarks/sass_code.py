@@ -119,7 +119,7 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def usual_path(body: list[Instruction]) -> list[Instruction]:
-    """``body`` without what its forward branches skip: blocks for what is seldom, such as a mask that hides something."""
+    """``body`` without what its forward branches skip: what is seldom, such as a mask that hides something."""
     path: list[Instruction] = []
     resume = 0
     for one in body:

@@ -137,7 +137,7 @@ def attend_interior(
                 capped: tl.constexpr = LOGITS[SOFTCAP] * LOG2_E
                 r = capped * tanh(r * (1.0 / capped))
             of_row, offset = tl.full((ROWS,), 1.0, tl.float32), tl.zeros((ROWS,), tl.float32)
-        if LOGITS[MASK] == "bool":
+        if LOGITS[MASK] == "bool":  # noqa: SIM102 - known before the kernel runs
             if tl.min(tl.min(seen.to(tl.int32), 1), 0) == 0:  # seldom: a mask hides what is padded, or to come
                 r = tl.where(in_columns(seen, WIDTH).to(tl.int1), r, float("-inf"))
         new_top = tl.maximum(top, tl.max(r, 1) * of_row + offset)
