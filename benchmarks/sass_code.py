@@ -118,9 +118,20 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
     return [code[place[target] : i + 1] for i, target in ends if target in place]
 
 
+def usual_path(body: list[Instruction]) -> list[Instruction]:
+    """``body`` without what its forward branches skip: what is seldom, such as a mask that hides something."""
+    path: list[Instruction] = []
+    resume = 0
+    for one in body:
+        if one.address >= resume:
+            path.append(one)
+            resume = one.target if one.target is not None and one.target > one.address else resume
+    return path
+
+
 def code_loop(code: list[Instruction]) -> list[Instruction]:
-    """The first loop with matrix products: that over tiles of codes."""
-    return next(body for body in loops(code) if any(one.kind in ("HMMA", "HGMMA") for one in body))
+    """The first loop with matrix products, that over tiles of codes, as it usually goes."""
+    return usual_path(next(body for body in loops(code) if any(one.kind in ("HMMA", "HGMMA") for one in body)))
 
 
 def count(body: list[Instruction], what: str) -> Counter[str]:

@@ -107,7 +107,7 @@ MOST: dict[tuple[str, str], tuple[float, int]] = {
     ("xquant-2.2, head_dim 64", "sm_90"): (3.0, 48),
     ("xquant-2.2, q = 8", "sm_90"): (7.5, 96),
 }
-QUICK = [("2/2 bits", "sm_80"), ("xquant-2.2", "sm_90")]
+QUICK = [("2/2 bits", "sm_80")]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,6 @@ def test_instructions_per_code(name: str, chip: str) -> None:
     assert made["warps"] == 1 and made["spilled"] <= spilled
     assert sass_model.instructions_a_code(made, case) <= most
     assert sass_code.count(made["body"], "kind")["STS"] <= 40
-    assert not any(one.name.startswith("BAR.SYNC") for one in made["body"]) or made["warps"] == 1
 
 
 def test_what_float32_queries_pay() -> None:
@@ -152,6 +151,12 @@ def test_the_machine_counts_latency_issue_and_memory() -> None:
     busy = text_of([("IADD3 R0, R1, R2, R3", 1, 7, 0, 0)] * 40)
     adds = sass_machine.Multiprocessor(busy, chip, 16, 1, 0.0).cycles_a_tile(12)
     assert adds == pytest.approx(40 * chip.rates["alu"] / 4, rel=0.1)  # the ALU takes one every other cycle
+
+
+def test_the_usual_path_skips_what_forward_branches_skip() -> None:
+    body = text_of([("FADD R1, R0, R0", 1, 7, 0, 0), ("BRA 0x30", 1, 7, 0, 0x30), ("FSEL R1, R0, R0", 1, 7, 0, 0),
+                    ("MUFU R1, R0", 1, 7, 0, 0), ("BRA 0x0", 1, 7, 0, 0)])  # fmt: skip
+    assert [one.name for one in sass_code.usual_path(body)] == ["FADD", "BRA", "MUFU", "BRA"]
 
 
 def test_programs_of_a_multiprocessor() -> None:
