@@ -19,7 +19,7 @@ TESTS := $(ONE_THREAD) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.inductor
 
 CPP := $(wildcard kernels/*/*.h kernels/*/*.cpp tests/*.h)
 
-.PHONY: demo models test test-all lint fuzz conformance bench compat compat-oldest compat-newest clean
+.PHONY: demo models test test-all lint fuzz conformance bench bench-peers compat compat-oldest compat-newest clean
 
 # On a real model if it can be fetched (some 100 MB), else on the small one that comes with the project.
 demo: $(READY)
@@ -59,6 +59,10 @@ bench: $(READY)
 	.venv/bin/python benchmarks/decode.py --layers 2 --kv-heads 8 --head-dim 128 --hidden 256 --intermediate 512 \
 		--contexts 32768 --steps 15 --name decode-cpu-2-layers-32k
 	.venv/bin/python benchmarks/store.py
+
+bench-peers: $(READY) models
+	.venv/bin/pip install --quiet -c requirements.txt -e '.[bench-peers]'
+	.venv/bin/python benchmarks/peers.py
 
 compat: compat-oldest
 	$(MAKE) compat-newest

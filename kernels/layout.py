@@ -9,12 +9,35 @@ come after store; and so that as many tokens can be rolled back exactly.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 #: How many new tokens one decode step may bring and still find every token that was in full
 #: precision before the step: what the rings hold at least beyond ``residual_length``.
 STEP_TOKENS = 8
+
+#: Where codes start over in a storage that holds a sliding window alone, token t sits in slot t modulo a multiple of
+#: this: a tile or a word of codes never lies across the end.
+WRAP_TOKENS = 128
+#: Tokens before the first one that is seen, which kernels may read with it: they begin at whole words.
+WORD_TOKENS = 32
+
+
+def wrap_tokens(tokens: int, unit: int) -> int:
+    """Room for ``tokens`` where codes may start over, which units of ``unit`` tokens divide."""
+    step = math.lcm(WRAP_TOKENS, unit)
+    return math.ceil(tokens / step) * step
+
+
+def code_slots(tokens: Tensor, end: Tensor, wrap: int, spare: int) -> Tensor:
+    """Slots of codes that start over after ``wrap`` tokens, when those before ``end`` are quantized.
+
+    Tokens that are not, and those that later ones of the same chunk overwrite, go to ``spare`` slots behind the last.
+    """
+    kept = (tokens < end) & (tokens >= end - wrap)
+    return torch.where(kept, tokens % wrap, wrap + tokens % spare)
 
 
 def ring_slots(tokens: Tensor, ring: Tensor) -> Tensor:

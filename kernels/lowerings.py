@@ -17,6 +17,7 @@ from torch.utils._ordered_set import OrderedSet
 
 from xquant_fx.errors import ConfigError
 from xquant_fx.kernels.cpu import build as cpu_build
+from xquant_fx.kernels.cpu.one_call import add_hook
 from xquant_fx.kernels.decode_attention import cpu_call as attention
 from xquant_fx.kernels.decode_attention import cpu_source as cpu_attention
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
@@ -49,6 +50,7 @@ def define(wrapper: Any, name: str, types: tuple[str, ...], code: str) -> str:
     if V.graph.cpp_wrapper:
         raise ConfigError("the kernels for quantized KV caches need Inductor's Python wrapper: turn cpp_wrapper off")
     if code not in wrapper.src_to_kernel:
+        add_hook(wrapper)
         called = wrapper.src_to_kernel[code] = f"cpp_{name}_{wrapper.next_kernel_suffix()}"
         body = f"async_compile.cpp_pybinding({list(types)!r}, r'''\n{code}''')"
         declaration = code[code.rfind('extern "C"') :].split("{", 1)[0] + ";\n"

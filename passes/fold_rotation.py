@@ -26,8 +26,9 @@ def fold_rotation(gm: GraphModule, context: Context) -> int:
         dim = context.detection.specs[site.buffers[1]].shape[3]
         pairs = ((site.folding.value, site.value_write.node, True), (site.folding.output, site.form.output, False))
         for linear, place, rows in pairs:
-            rotation = context.rotations.get(place)
+            rotation = context.rotations.get(place)  # several attentions may read what one append stores
             if linear is not None and rotation is not None:
+                del context.rotations[place]
                 folding.fold(linear, rotation, Fold(rows, dim))
                 count += 1
     return count

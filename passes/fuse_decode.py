@@ -65,7 +65,7 @@ def _replace(
             mask = end if mask is None else widened(graph, mask, stored["max_len"])
         logits = None if form.sinks is None else replaced.get(form.sinks, form.sinks)
         sinks = None if logits is None else call(graph, torch.reshape, (logits, (form.heads,)))
-        ours = dict(q=query, mask=mask, sink_logits=sinks, scale=form.scale, softcap=form.softcap, window=0)
+        ours = dict(q=query, mask=mask, sink_logits=sinks, scale=form.scale, softcap=form.softcap)
         if all(context.detection.specs[buffer].quantized for buffer in site.buffers):
             fused = call(graph, ops.DECODE, (), {**ours, **stored})
             if context.detection.specs[site.buffers[1]].folded:
@@ -73,7 +73,8 @@ def _replace(
         else:  # a self-check: no kernel reads keys and values of 16 bits
             sides = (context.loads[write.node] for write in (site.key_write, site.value_write) if write is not None)
             keys, values = sides
-            fused = call(graph, attend_dense, (), dict(ours, keys=keys, values=values, past=stored["past"]))
+            more = dict(keys=keys, values=values, past=stored["past"], window=stored["window"])
+            fused = call(graph, attend_dense, (), {**ours, **more})
         output = _put_back(graph, fused, form.output_layout)
     form.output.replace_all_uses_with(output)
     _erase_unused(graph, form.output)

@@ -20,7 +20,7 @@ from xquant_fx.kernels.linear_rows.arguments import MOST_ROWS
 from xquant_fx.kernels.linear_rows.cpu_call import DTYPES, is_faster_here
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.trace import fake
+from xquant_fx.passes.trace import fake, memory_of
 from xquant_fx.passes.vocabulary import kind
 
 #: Not subclasses: quantized weights have kernels of their own.
@@ -47,8 +47,14 @@ def _arguments(node: Node) -> tuple[tuple[object, ...], dict[str, object]]:
 
 
 def _fits(node: Node) -> bool:
-    """Plain CPU tensors of one dtype, weights that are one block of memory, few rows, whose number is known."""
+    """Plain CPU tensors of one dtype, weights that are one block of memory, few rows, whose number is known.
+
+    Weights that the graph computes (dequantized, or with an adapter merged in) are left to Inductor, which may not
+    write them to memory at all.
+    """
     (x, weight, bias), _ = _arguments(node)
+    if not isinstance(weight, Node) or memory_of(weight).op not in ("placeholder", "get_attr"):
+        return False
     tensors = [t for each in (x, weight, bias, node) if (t := fake(each)) is not None]
     if len(tensors) != 3 + (bias is not None) or not all(_is_plain(t) for t in tensors):
         return False

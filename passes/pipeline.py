@@ -56,7 +56,8 @@ FAMILIES: dict[str, tuple[Pass, ...]] = {
     ),
 }
 PASSES = tuple(each for family in FAMILIES.values() for each in family)
-MAY_BE_OFF = tuple(each.name for each in PASSES if each.may_be_off)
+#: What a user may leave out: passes, and what comes after them, in the generated module (``kernels/cpu/one_call.py``).
+MAY_BE_OFF = (*(each.name for each in PASSES if each.may_be_off), "one_call")
 
 
 def run_passes(gm: GraphModule, context: Context, off: Collection[str] = (), folder: Path | None = None) -> None:

@@ -215,6 +215,8 @@ class Site:
     """Whether that reason is true of this call's buffers, and others of the same graph may be taken over."""
     form: Decode | None = None
     """How the fused op is called; None where it reads dequantized keys and values."""
+    is_short_window: bool = False
+    """Whether it is left alone as a window that is not longer than what a quantized layer keeps in full precision."""
     dequantized: str = ""
     """Why it reads dequantized keys and values; "" too for a prompt that allocates its cache: it runs uncompiled."""
     folding: Folding | None = None
@@ -232,8 +234,8 @@ class Site:
 
     @property
     def stays_ordinary(self) -> bool:
-        """Whether the site has a KV cache that stays in full precision."""
-        return self.has_cache and not self.rewritable and not self.allocated_here
+        """Whether the site has a KV cache that stays in full precision, of which people are told."""
+        return self.has_cache and not self.rewritable and not self.allocated_here and not self.is_short_window
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # by identity: a slice of positions has no hash

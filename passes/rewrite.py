@@ -95,10 +95,10 @@ class BufferRewrite:
             x, pos = self._new_tokens(write), self._positions(write)
             past = call(self.graph, operator.getitem, (pos, slice(None, 1)))
             new = value_of(x).shape[2]
-            ring = self.tensors["ring"]
-            chunk = ring is not None and new > STEP_TOKENS
+            before: dict[str, Node | None] = {}
+            chunk = bool(spec.overwritten) and new > STEP_TOKENS
             if chunk:
-                ring = call(self.graph, torch.clone, (ring,))
+                before = {name: call(self.graph, torch.clone, (self.tensors[name],)) for name in spec.overwritten}
             if spec.folded:
                 x = self.rotations[node] = call(self.graph, ops.ROTATE, (x, False))
             arguments = dict(x=x, pos=pos, **self.tensors, **spec.store_constants())
@@ -107,7 +107,7 @@ class BufferRewrite:
             else:
                 call(self.graph, ops.STORE, (), arguments)
             tokens = new if isinstance(new, int) else call(self.graph, torch.ops.aten.sym_size.int, (x, 2))
-            self.loaded = self.loads[node] = self._load(past, tokens, ring, x if chunk else None)
+            self.loaded = self.loads[node] = self._load(past, tokens, before, x if chunk else None)
         return self.loaded
 
     def _check_view(self, view: Node, order: dict[Node, int]) -> None:
@@ -138,11 +138,11 @@ class BufferRewrite:
             with self.graph.inserting_before(user):
                 length = call(self.graph, operator.getitem, (self.tensors["length"], slice(None, 1)))
                 past = call(self.graph, torch.sub, (length, self.query)) if self.query else length
-                self.loaded = self._load(past, self.query, self.tensors["ring"], None)
+                self.loaded = self._load(past, self.query, {}, None)
         user.replace_input_with(self.buffer, self.loaded)
 
-    def _load(self, past: Node, new_tokens: Node | int, ring: Node | None, x: Node | None) -> Node:
-        stored = {name: self.tensors[name] for name in STORED} | {"ring": ring}
+    def _load(self, past: Node, new_tokens: Node | int, before: dict[str, Node | None], x: Node | None) -> Node:
+        stored = {name: self.tensors[name] for name in STORED} | before
         where = dict(past=past, new_tokens=new_tokens, n=self.spec.shape[2], x=x)
         return call(self.graph, ops.LOAD, (), dict(**stored, **where, **self.spec.load_constants()))
 

@@ -86,7 +86,7 @@ class GrowthRewrite(BufferRewrite):
 
     def _load_stored(self) -> Node:
         length = call(self.graph, operator.getitem, (self.tensors["length"], slice(None, 1)))
-        return self._load(call(self.graph, torch.clone, (length,)), 0, self.tensors["ring"], None)
+        return self._load(call(self.graph, torch.clone, (length,)), 0, {}, None)
 
     def _cut(self, load: Node, tokens: Any) -> Node:
         return call(self.graph, operator.getitem, (load, (slice(None), slice(None), slice(None, tokens))))

@@ -14,6 +14,8 @@ from xquant_fx.passes.vocabulary import kind, op_name
 
 #: Types of buffers that the ops store.
 STORABLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
+#: Of a buffer that is filled elsewhere, once or in another graph.
+NOT_WRITTEN = "the buffer is read and not written in this graph (cross attention, or a graph break?)"
 
 
 def why_not_operand(source: Source, what: str, facts: Facts) -> str:
@@ -29,6 +31,7 @@ def why_not_operand(source: Source, what: str, facts: Facts) -> str:
     return (
         _why_not_buffer(fake(root), what)
         or _why_not_mutation(root, what, facts)
+        or ("" if facts.writes_to(root) else f"{what}: {NOT_WRITTEN}")
         or why_not_length(root, what, facts)
         or _why_not_uses(root, what, facts)
     )
@@ -90,8 +93,6 @@ def _why_not_mutation(buffer: Node, what: str, facts: Facts) -> str:
 
 def _why_not_uses(buffer: Node, what: str, facts: Facts) -> str:
     writes = facts.writes_to(buffer)
-    if not writes:
-        return f"{what}: the buffer is read and not written in this graph (cross attention, or a graph break?)"
     if len(writes) > 1:
         return f"{what}: the buffer is written {len(writes)} times in this graph, not once"
     write = writes[0]

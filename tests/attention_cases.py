@@ -182,6 +182,68 @@ RANKED_SLOW = {
     for k, v in ((2, 2), (1.5, 1), (3, 2))
 }
 
+#: Steps whose whole groups have a kernel of their own on NVIDIA's chips (``triton_interior.py``).
+WHOLE: dict[str, Any] = dict(
+    dim=128, v_bits=2, past=700, max_len=1024, kv_heads=1, group=4, k_group=128, residual=128,
+)  # fmt: skip
+WHOLE_CASES: dict[str, dict[str, Any]] = {
+    name: {**WHOLE, **case}
+    for name, case in {
+        "whole groups": dict(),
+        "whole groups, head_dim 64, 1 bit": dict(dim=64, k_bits=1, v_bits=1, group=2, kv_heads=2),
+        "whole groups, 4 bits, head_dim 96": dict(dim=96, k_bits=4, v_bits=4, mask="none", group=8),
+        "whole groups, softcap, window": dict(mask="none", softcap=2.0, window=300, query=2, group=3),
+        "whole groups, 16 rows, a mask a head": dict(query=4, mask="heads"),
+        "whole groups, more rows than a program takes": dict(query=5, mask="padded", start=(300,)),
+        "whole groups, an empty row, unwritten tokens": dict(mask="row", past=520),
+        "whole groups, none yet": dict(past=250, dim=64),
+    }.items()
+}
+WHOLE_RANKED: dict[str, dict[str, Any]] = {
+    name: {**WHOLE, **RANKED, "residual": 256, **case}
+    for name, case in {
+        "ranked, whole groups": dict(norms=True, residual=384, v_residual=128),
+        "ranked, whole groups, head_dim 64, keys 1.5, values 1 bit": dict(dim=64, k_bits=1.5, v_bits=1),
+        "ranked, whole groups, sinks, padding": dict(
+            dim=64, sinks=4, start=(150,), mask="padded", query=3, group=2, norms=True
+        ),
+    }.items()
+}
+WHOLE_SLOW: dict[str, dict[str, Any]] = {
+    name: {**WHOLE, **RANKED, "residual": 256, "past": 1200, "max_len": 1400, **case}
+    for name, case in {
+        **{
+            f"ranked, whole groups, head_dim {dim}, keys {k}, values {v} bits": dict(dim=dim, k_bits=k, v_bits=v)
+            for dim, k, v in (
+                (128, 4, 4),
+                (128, 1, 1),
+                (96, 2, 2),
+                (48, 2, 2),
+                (128, 1.5, 2),
+                (64, 3, 4),
+                (128, 2.5, 1),
+            )
+        },
+        "ranked, whole groups, sinks, two sequences": dict(
+            dim=64, sinks=4, batch=2, start=(0, 150), mask="padded", query=3, norms=True
+        ),
+        "whole groups, loud": dict(loud=1e3, scale=1e-6, dim=64, k_scheme="per_channel", v_scheme="per_token"),
+        "whole groups, bfloat16": dict(dtype="bfloat16", k_scheme="per_channel", v_scheme="per_token"),
+        "ranked, whole groups, loud": dict(loud=100.0, scale=1e-3),
+        "ranked, whole groups, values of rotated weights": dict(v_scheme="per_token_folded", dim=64, query=3),
+        "ranked, whole groups, quiet": dict(loud=1e-3, scale=2.0),
+        "ranked, whole groups, one token outweighs all others": dict(peak=11.2),
+        "ranked, whole groups, an empty row with sink logits": dict(query=2, mask="empty", extra=True),
+        "ranked, whole groups, 32 rows, a mask a head": dict(query=8, mask="heads", kv_heads=2, batch=2),
+        "ranked, whole groups, bfloat16": dict(dtype="bfloat16"),
+        "ranked, whole groups, float16 scales": dict(dim=96, scale_dtype="float16", k_bits=3),
+    }.items()
+}
+WHOLE_SPOILED = {
+    **{f"whole groups, {what}": {**WHOLE, "dim": 64, "spoil": what} for what in ("key.zero",)},
+    **{f"ranked, whole groups, {what}": {**WHOLE, **RANKED, "residual": 256, "dim": 64, "spoil": what}
+       for what in ("value.scale",)},
+}  # fmt: skip
 
 #: Of ranked keys a logit is a sum of five parts (three planes of codes, mid points, the center), each of which rounds
 #: at its own size before they cancel.

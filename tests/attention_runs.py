@@ -220,11 +220,17 @@ def errors(s: Setup, out: Tensor, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def interpret(hip: bool = False, **kwargs: Any) -> dict[str, Any]:
-    """Errors of the Triton kernels, run by the interpreter, of ``Setup(**kwargs)``; ``hip``: as on AMD's GPUs."""
+    """Errors of the Triton kernels, in the interpreter, of ``Setup(**kwargs)``, and which ran; ``hip``: as on AMD's."""
     from xquant_fx.kernels.decode_attention.triton_launch import launch
 
     kwargs["start"] = tuple(kwargs.get("start", ()))
     setup = Setup(**kwargs)
     given = inputs(setup)
-    out = launch(DecodeArguments(**arguments(setup, given)), wrap=lambda kernel: kernel, interpret=True, hip=hip)
-    return errors(setup, out, given)
+    ran: list[str] = []
+
+    def wrap(kernel: Any) -> Any:
+        ran.append(kernel.fn.__name__)
+        return kernel
+
+    out = launch(DecodeArguments(**arguments(setup, given)), wrap=wrap, interpret=True, hip=hip)
+    return {**errors(setup, out, given), "kernels": ran}

@@ -15,14 +15,14 @@ from reference_cache import ReferenceCache
 from states import range_config
 from stepping import logits_of
 
-from xquant_fx import PRESETS, ConfigError, XQuantConfig, make_plan, quality_report
+from xquant_fx import PRESETS, ConfigError, XQuantCache, XQuantConfig, make_plan, quality_report
 from xquant_fx.errors import ArgumentError
 from xquant_fx.evaluate import attention, models, quality, results, simulate
 from xquant_fx.evaluate.measures import Measured, measure, paired, summarize
 from xquant_fx.evaluate.quality import Reading
 from xquant_fx.evaluate.settings import Setting
 from xquant_fx.evaluate.simulate import Prefilled, reference_logits, simulated_logits
-from xquant_fx.evaluate.size import true_bits
+from xquant_fx.evaluate.size import size_of, true_bits
 from xquant_fx.evaluate.steps import step_logits
 from xquant_fx.evaluate.windows import cut_windows
 from xquant_fx.reports.quality import kl_divergence
@@ -110,6 +110,26 @@ def test_compiled_steps(tiny_llama):
     compiled, _ = step_logits(model, ids, 29, keep, range_config(**SHORT), compiled=True)
     assert torch._dynamo.utils.counters["xquant"]["fuse_decode"] > 0
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-3)
+
+
+def test_sliding_windows_that_are_quantized():
+    """Steps overwrite what has left the window; one pass looks back on all of it."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=40, initializer_range=0.2,
+    )).eval()  # fmt: skip
+    config = XQuantConfig(**SHORT, sliding_windows=True)
+    full, simulated, steps = both(model, tokens(200), 60, config)
+    assert float((simulated - steps).abs().max()) < 1e-3
+    assert kl_divergence(full, steps) > 1e-5
+    window, stepped = Prefilled.of(model, tokens(200), 60), XQuantCache(model.config, 200, config=config)
+    with torch.no_grad():
+        model(tokens(199), past_key_values=stepped)
+    looked_back = simulated_logits(window, torch.tensor([198]), config)[1]
+    assert size_of(looked_back) == size_of(stepped) and size_of(stepped).true_bits > 2
 
 
 def test_sliding_windows_stay_in_full_precision():

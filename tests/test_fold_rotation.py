@@ -133,6 +133,9 @@ class Tapped(nn.Module):
             v = v.tanh()
         keys.index_copy_(2, pos, k), values.index_copy_(2, pos, v)
         out = nn.functional.scaled_dot_product_attention(q, keys, values, mask)
+        if self.tap == "twice":  # another attention to the same buffers
+            other = nn.functional.scaled_dot_product_attention(q.flip(3), keys, values, mask).transpose(1, 2)
+            pos = self.k(other.reshape(1, x.shape[1], 32))
         out = out if self.tap == "heads" else out.transpose(1, 2)
         out = out.reshape(1, x.shape[1], 32)
         out = out * 2 if self.tap == "gate" else out
@@ -158,3 +161,22 @@ def test_what_does_not_allow_it(tap: str) -> None:
     size = 32 * 32 * 4 * (2 - len(why))
     words = f"{2 - len(why)} weights: {size:,} bytes of rotated copies"
     assert notes[0] == f"rotation of values folded into {words}"
+
+
+def test_two_attentions_to_one_buffer() -> None:
+    torch.manual_seed(0)
+    model, x, calls = Tapped("twice"), torch.randn(1, 40, 32), []
+    outs = []
+    for scheme in ("per_token_folded", "per_token_rotated"):
+        torch._dynamo.reset()
+        step = torch.compile(model, backend=interpreted(calls, v_scheme=scheme, **SHORT), dynamic=False)
+        cache, mask = [torch.zeros(1, 2, 64, 16) for _ in range(2)], torch.zeros(1, 1, 1, 64, dtype=torch.bool)
+        found = []
+        with torch.no_grad():
+            for t in range(40):
+                mask[..., t] = True
+                found += step(x[:, t : t + 1], *cache, torch.tensor([t]), mask)
+        outs.append(torch.cat(found))
+    assert relative_error(*outs) < 1e-4
+    assert [count(graph, ops.ROTATE) for graph in calls] == [0] * len(calls)
+    assert [count(graph, ops.DECODE) for graph in calls] == [2] * len(calls)

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import CASES, RANKED_CASES, RANKED_SPOILED, SPOILED, allowed
+from attention_cases import (
+    CASES,
+    RANKED_CASES,
+    RANKED_SPOILED,
+    SPOILED,
+    WHOLE_CASES,
+    WHOLE_RANKED,
+    WHOLE_SLOW,
+    WHOLE_SPOILED,
+    allowed,
+)
 from attention_runs import Setup, arguments, errors, inputs
 from dynamo_graphs import tiny
 from states import layers_of
@@ -21,7 +31,8 @@ def moved(values: dict[str, Any]) -> dict[str, Any]:
     return {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
 
 
-EVERY = {**CASES, **SPOILED, **RANKED_CASES, **RANKED_SPOILED}
+WHOLE = {**WHOLE_CASES, **WHOLE_RANKED, **WHOLE_SLOW, **WHOLE_SPOILED}
+EVERY = {**CASES, **SPOILED, **RANKED_CASES, **RANKED_SPOILED, **WHOLE}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

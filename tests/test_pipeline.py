@@ -42,7 +42,7 @@ def test_every_pass_is_listed_once():
     assert names == [
         "add_state_inputs", "rewrite_growth", "rewrite", "fuse_decode", "fold_rotation", "linear_rows", "verify",
     ]  # fmt: skip
-    assert MAY_BE_OFF == ("fuse_decode", "fold_rotation", "linear_rows")
+    assert MAY_BE_OFF == ("fuse_decode", "fold_rotation", "linear_rows", "one_call")
 
 
 def test_detection_runs_once_per_graph(monkeypatch):
@@ -143,7 +143,8 @@ def test_explain_knows_what_is_switched_off():
     [
         (
             {"disable": ["rewrite"]},
-            r"disable must be a list of passes that may be off, \['fuse_decode', 'fold_rotation', 'linear_rows'\], got",
+            r"disable must be a list of passes that may be off, \['fuse_decode', 'fold_rotation', 'linear_rows', "
+            r"'one_call'\], got",
         ),
         ({"disable": "fuse_decode"}, "disable must be a list"),
         ({"disable": 3}, "disable must be a list"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from dynamo_graphs import SHAPE, buffers, decode_sites, fresh, graphs_of, sites_of, tiny
+from stepping import interpreted
 from transformers import DynamicCache, StaticCache
 
 from xquant_fx import XQuantCache
@@ -349,3 +352,72 @@ def scaled_hidden(x, weights, experts):
 def test_softmax_that_is_no_attention(function):
     ((gm, _),) = graphs_of(function, torch.randn(4, D), torch.randn(D, 3), torch.randn(3, D, D))
     assert find_attention(gm.graph) == []
+
+
+# Ragged batches: each row of the batch is written at a position of its own.
+
+ROWS = 2
+
+
+def ragged_index(q, k, v, keys, values, pos):
+    rows = torch.arange(ROWS)
+    keys[rows, :, pos] = k[:, :, 0]
+    values[rows, :, pos] = v[:, :, 0]
+    return keys, values
+
+
+def ragged_scatter(q, k, v, keys, values, pos):
+    at = pos[:, None, None, None].expand(k.shape)
+    keys.scatter_(2, at, k)
+    values.scatter_(2, at, v)
+    return keys, values
+
+
+def ragged_index_put(q, k, v, keys, values, pos):
+    at = (torch.arange(ROWS)[:, None, None], torch.arange(H)[None, :, None], pos[:, None, None])
+    keys.index_put_(at, k)
+    values.index_put_(at, v)
+    return keys, values
+
+
+def ragged_where(q, k, v, keys, values, pos):
+    here = (torch.arange(N) == pos[:, None])[:, None, :, None]
+    keys.copy_(torch.where(here, k, keys))
+    values.copy_(torch.where(here, v, values))
+    return keys, values
+
+
+def ragged_rows(q, k, v, keys, values, pos):
+    for row in range(ROWS):
+        keys[row].index_copy_(1, pos[row : row + 1], k[row])
+        values[row].index_copy_(1, pos[row : row + 1], v[row])
+    return keys, values
+
+
+def ragged_concatenation(q, k, v, keys, values, pos):
+    """Rows that have ended keep what they had: what is appended is chosen by row."""
+    new = [torch.where((pos > 3)[:, None, None, None], x, torch.zeros_like(x)) for x in (k, v)]
+    return torch.cat([keys[:, :, :4], new[0]], 2), torch.cat([values[:, :, :4], new[1]], 2)
+
+
+@pytest.mark.parametrize(
+    "write", [ragged_index, ragged_scatter, ragged_index_put, ragged_where, ragged_rows, ragged_concatenation],
+    ids=lambda write: write.__name__,
+)  # fmt: skip
+def test_ragged_batches_are_right_and_left_alone(write):
+    def step(q, k, v, keys, values, pos):
+        seen = (torch.arange(N) <= pos[:, None])[:, None, None]
+        keys, values = write(q, k, v, keys, values, pos)
+        return sdpa(q, keys, values, attn_mask=seen[..., : keys.shape[2]])
+
+    torch.manual_seed(0)
+    mine, theirs = ([torch.zeros(ROWS, H, N, D) for _ in range(2)] for _ in range(2))
+    compiled = torch.compile(step, backend=interpreted(k_bits=1, v_bits=1, residual_length=1, k_group_size=1))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is left alone is warned of
+        for t in range(6):
+            x = [torch.randn(ROWS, H, 1, D) for _ in range(3)]
+            pos = torch.tensor([t, 2 * t])
+            assert torch.equal(compiled(*x, *mine, pos), step(*x, *theirs, pos))
+    (site,) = sites_of(step, *x, *mine, pos)
+    assert site.reason and type(mine[0]) is torch.Tensor

@@ -111,15 +111,17 @@ inline void attend_tokens(Scratch& scratch, const Inputs& in, RunningSoftmax sof
     const int64_t head = block / ROW_BLOCKS;
     softmax.clear();
     load_queries(scratch, in, head, block % ROW_BLOCKS * ROWS);
-    for (int64_t t = t0; t < t1; t += SPAN) attend_span(scratch, in, softmax, head, t, std::min(t1, t + SPAN));
+    for (int64_t t = t0; t < t1; t = span_end(t, t1)) attend_span(scratch, in, softmax, head, t, span_end(t, t1));
 }
 
 void attend(const Tensors& tensors, T* out) {
     const int64_t past = std::clamp<int64_t>(*tensors.past, 0, N - Q);
     const int64_t keys = RANKED ? ranked_limit(past, K_RESIDUAL, K_GROUP) : past / K_RESIDUAL * K_RESIDUAL;
     const Inputs in = {tensors, out, past, past + Q, keys, std::max<int64_t>(past - V_RESIDUAL, 0)};
-    const int64_t spans = (in.length + SPAN - 1) / SPAN, blocks = B * H * ROW_BLOCKS;
-    const int num_threads = blocks * ROWS * in.length < 8192 ? 1 : max_threads();
+    // Whole words of codes, from the one on that holds the first token which any query sees.
+    const int64_t begin = WINDOW ? std::max<int64_t>(past - WINDOW + 1, 0) / V_BLOCK * V_BLOCK : 0;
+    const int64_t spans = (in.length - begin + SPAN - 1) / SPAN, blocks = B * H * ROW_BLOCKS;
+    const int num_threads = blocks * ROWS * (in.length - begin) < 8192 ? 1 : max_threads();
     // Tokens are split, too, so that there are pieces enough for threads that are not equally fast.
     const int64_t wanted_splits = num_threads == 1 ? 1 : (16 * num_threads + blocks - 1) / blocks;
     const int64_t splits = std::clamp<int64_t>(wanted_splits, 1, std::max<int64_t>(SPAN > 256 ? spans : spans / 2, 1));
@@ -136,8 +138,8 @@ void attend(const Tensors& tensors, T* out) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < blocks * splits; i++) {
             const int64_t block = i / splits, split = i % splits;
-            const int64_t end = std::min(in.length, spans * (split + 1) / splits * SPAN);
-            attend_tokens(*scratch, in, part(i), block, spans * split / splits * SPAN, end);
+            const int64_t end = std::min(in.length, begin + spans * (split + 1) / splits * SPAN);
+            attend_tokens(*scratch, in, part(i), block, begin + spans * split / splits * SPAN, end);
         }
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) {

@@ -9,6 +9,7 @@ from torch import Tensor
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.decode_attention.cpu_source import Problem, source
+from xquant_fx.kernels.schemes import wrap_of
 
 
 def empty_output(*args: Any, **kwargs: Any) -> Tensor:
@@ -27,6 +28,7 @@ def problem_of(a: DecodeArguments, sizes: Any = sizes_of, dtype: Any = dtype_of)
     if a.mask is not None:
         b, h, q, n = sizes(a.mask)
         mask_strides = (h * q * n if b > 1 else 0, q * n if h > 1 else 0, n if q > 1 else 0)
+    k_tokens, v_tokens = sizes(a.k_codes)[3], sizes(a.v_scale)[3]
     return Problem(
         dtype=dtype(a.q),
         scale_dtype=dtype(a.k_scale),
@@ -40,13 +42,15 @@ def problem_of(a: DecodeArguments, sizes: Any = sizes_of, dtype: Any = dtype_of)
         k_scheme=a.k_scheme,
         k_bits=a.k_bits,
         k_group=a.k_group,
-        k_tokens=sizes(a.k_codes)[3],
+        k_tokens=k_tokens,
+        k_wrap=wrap_of(a.k_scheme, k_tokens, a.max_len, k_dim, a.k_bits, a.k_group, a.k_residual),
         k_residual=a.k_residual,
         k_ring=sizes(a.k_ring)[2],
         v_scheme=a.v_scheme,
         v_bits=a.v_bits,
         v_group=a.v_group,
-        v_tokens=sizes(a.v_scale)[3],
+        v_tokens=v_tokens,
+        v_wrap=wrap_of(a.v_scheme, v_tokens, a.max_len, sizes(a.v_ring)[3], a.v_bits, a.v_group, a.v_residual),
         v_residual=a.v_residual,
         v_ring=sizes(a.v_ring)[2],
         sinks=sizes(a.k_sink)[2] - 1 if a.k_sink is not None else 0,

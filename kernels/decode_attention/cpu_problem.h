@@ -25,12 +25,21 @@ constexpr int64_t K_ELEMENTS =
 constexpr int64_t DK_PAD = std::max<int64_t>(K_ELEMENTS, (DK + L - 1) / L * L);
 constexpr int64_t V_GROUPS = DV / V_GROUP;
 constexpr int64_t DV_PAD = (DV + L - 1) / L * L;
+// Where the codes of token t are: those of a sliding window start over (kernels/layout.py).
+constexpr int64_t key_slot(int64_t t) { return K_WRAP ? t % (K_WRAP ? K_WRAP : 1) : t; }
+constexpr int64_t value_slot(int64_t t) { return V_WRAP ? t % (V_WRAP ? V_WRAP : 1) : t; }
+// Last token + 1 of a span that begins at t and ends at `end` at the latest.
+constexpr int64_t span_end(int64_t t, int64_t end) {
+    end = std::min(end, t + SPAN);
+    if (K_WRAP) end = std::min(end, t - key_slot(t) + K_WRAP);
+    return V_WRAP ? std::min(end, t - value_slot(t) + V_WRAP) : end;
+}
 // Where values are rotated, what comes from codes is summed apart, behind the rest, and rotated back in the end.
 constexpr int64_t CODES_AT = ROTATED ? DV_PAD : 0, ACC = DV_PAD + CODES_AT;
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 constexpr int64_t MASK_ROWS = (MASK_B ? B : 1) * (MASK_H ? HQ : 1) * (MASK_Q ? Q : 1);
 static_assert(SPAN % V_BLOCK == 0, "a word of values lies in one span");
-static_assert(V_GROUP % L == 0 || (V_TOKENS / V_BLOCK - (N + V_BLOCK - 1) / V_BLOCK) * DV >= L,
+static_assert(V_GROUP % L == 0 || (V_TOKENS / V_BLOCK - ((V_WRAP ? V_WRAP : N) + V_BLOCK - 1) / V_BLOCK) * DV >= L,
               "loads of whole vectors end in spare rows");
 
 // Tensors holds the op's tensor arguments; kernels/cpu/source.py writes it. `past` is the number in its member of that

@@ -49,10 +49,11 @@ template <int BITS, int NR, int NV> ALWAYS_INLINE void make_room(vi (&acc)[NR][D
             for (int v = 0; v < NV; v++) acc[r][d][v] *= 1 << BITS;
 }
 
-// Scores of NV vectors of tokens with NR rows, from `offset` of the span on.
+// Scores of NV vectors of tokens with NR rows, from `offset` of the span on; `norm` is of up to n of the tokens, the
+// others are read by nobody.
 template <int NR, int NV>
-inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, [[maybe_unused]] const vf (&norms)[NV],
-                     int64_t row, int64_t offset) {
+inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, [[maybe_unused]] const uint8_t* norm,
+                     [[maybe_unused]] int64_t n, int64_t row, int64_t offset) {
     constexpr int64_t TO_4 = K_WORDS_8, TO_2 = TO_4 + K_WORDS_4, TO_1 = TO_2 + K_WORDS_2;
     const auto digits = scratch.q_digits + row;
     vi acc[NR][DIGITS][NV] = {};
@@ -68,24 +69,23 @@ inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, [[m
     }
     vf out[NR][NV];
     join_digits(acc, out);
-    for (int r = 0; r < NR; r++)
-        for (int v = 0; v < NV; v++) {
+    for (int v = 0; v < NV; v++) {
+        vf norms = {};
+        if constexpr (NORMS) norms = load_norms(norm + v * L, n);
+        for (int r = 0; r < NR; r++) {
             const vf score = fma(out[r][v], splat(scratch.q_unit[row + r]), splat(scratch.q_zero[row + r]));
-            store(scratch.score[row + r] + offset + v * L, NORMS ? score * norms[v] : score);
+            store(scratch.score[row + r] + offset + v * L, NORMS ? score * norms : score);
         }
+    }
 }
 
-// The same with all rows; `norm` is of up to n of the tokens, the others are read by nobody.
 template <int NV>
 inline void dot_keys_with_all_rows(Scratch& scratch, const int32_t* codes, int64_t stride, const uint8_t* norm,
                                    int64_t n, int64_t offset) {
-    vf norms[NV] = {};
-    if constexpr (NORMS)
-        for (int v = 0; v < NV; v++) norms[v] = load_norms(norm + v * L, n);
     for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
-        dot_keys<ROWS_AT_ONCE, NV>(scratch, codes, stride, norms, r, offset);
+        dot_keys<ROWS_AT_ONCE, NV>(scratch, codes, stride, norm, n, r, offset);
     if constexpr (ROWS % ROWS_AT_ONCE)
-        dot_keys<ROWS % ROWS_AT_ONCE, NV>(scratch, codes, stride, norms, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, offset);
+        dot_keys<ROWS % ROWS_AT_ONCE, NV>(scratch, codes, stride, norm, n, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, offset);
 }
 
 constexpr int64_t TOKENS_AT_ONCE = VECTORS_AT_ONCE * L;
@@ -94,8 +94,8 @@ constexpr int64_t TOKENS_AT_ONCE = VECTORS_AT_ONCE * L;
 struct ValueWords {
     const int32_t *high, *low;
     ValueWords(const Inputs& in, int64_t head, int64_t t)
-        : high(in.v_codes + (head * V_ROWS + t / V_HIGH_PER_WORD) * DV),
-          low(in.v_codes + (head * V_ROWS + V_TOKENS / V_HIGH_PER_WORD + t / V_LOW_PER_WORD) * DV) {}
+        : high(in.v_codes + (head * V_ROWS + value_slot(t) / V_HIGH_PER_WORD) * DV),
+          low(in.v_codes + (head * V_ROWS + V_TOKENS / V_HIGH_PER_WORD + value_slot(t) / V_LOW_PER_WORD) * DV) {}
 };
 
 // Keys of TOKENS_AT_ONCE tokens are about to be read: fetch keys some way on, and the values of the same tokens,
@@ -112,23 +112,25 @@ ALWAYS_INLINE void prefetch(const int32_t* keys, const ValueWords& values) {
 
 // Scores of tokens [t0, t1), all in the codes.
 inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, int64_t t0, int64_t t1) {
-    const int32_t* codes = in.k_codes + head * K_WORDS * K_TOKENS;
-    const uint8_t* norm = NORMS ? in.k_norm + head / H * K_TOKENS : nullptr;
+    const int64_t shift = key_slot(t0) - t0;
+    const int32_t* codes = in.k_codes + head * K_WORDS * K_TOKENS + shift;
+    const uint8_t* norm = NORMS ? in.k_norm + head / H * K_TOKENS + shift : nullptr;
     for (int64_t t = t0; t < t1;) {
-        const int64_t g = t / K_GROUP, end = std::min(t1, (g + 1) * K_GROUP);
+        const int64_t g = (t + shift) / K_GROUP, end = std::min(t1, (g + 1) * K_GROUP - shift);
         if (g != scratch.group) fold_key_scales(scratch, in, head, g);
         for (; t + TOKENS_AT_ONCE <= end; t += TOKENS_AT_ONCE) {
             dot_keys_with_all_rows<VECTORS_AT_ONCE>(scratch, codes + t, K_TOKENS, norm + t, L, t - t0);
             prefetch(codes + t, ValueWords(in, head, t));
         }
         for (; t < end; t += L) {
-            if (t + L <= K_TOKENS) {
+            const int64_t left = K_TOKENS - t - shift;
+            if (L <= left) {
                 dot_keys_with_all_rows<1>(scratch, codes + t, K_TOKENS, norm + t, L, t - t0);
                 continue;
             }
             int32_t part[K_WORDS][L] = {};  // the buffer ends inside this vector
-            for (int64_t i = 0; i < K_WORDS; i++) std::memcpy(part[i], codes + i * K_TOKENS + t, (K_TOKENS - t) * 4);
-            dot_keys_with_all_rows<1>(scratch, part[0], L, norm + t, K_TOKENS - t, t - t0);
+            for (int64_t i = 0; i < K_WORDS; i++) std::memcpy(part[i], codes + i * K_TOKENS + t, left * 4);
+            dot_keys_with_all_rows<1>(scratch, part[0], L, norm + t, left, t - t0);
         }
         t = end;
     }
@@ -136,7 +138,8 @@ inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, i
 
 // Fold the scales of channel group g into the weights of n tokens.
 inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, int64_t g, int64_t t0, int64_t n) {
-    const int64_t token = (head * V_GROUPS + g) * V_TOKENS + t0, padded = (n + V_BLOCK - 1) / V_BLOCK * V_BLOCK;
+    const int64_t token = (head * V_GROUPS + g) * V_TOKENS + value_slot(t0),
+                  padded = (n + V_BLOCK - 1) / V_BLOCK * V_BLOCK;
     vf largest[ROWS] = {}, z[ROWS] = {}, zero_or_nan = {};
     for (int64_t i = 0; i < n; i += L) {
         const vf s = load_scales(in.v_scale + token + i, n - i);

@@ -48,6 +48,9 @@ class Problem:
     v_bits: float
     v_group: int
     v_tokens: int
+    k_wrap: int = 0
+    """After how many tokens the codes of keys start over, and those of values; 0: they do not."""
+    v_wrap: int = 0
     v_residual: int
     v_ring: int
     sinks: int
@@ -89,6 +92,7 @@ def constants(p: Problem) -> str:
         "K_RESIDUAL": p.k_residual, "K_RING": p.k_ring,
         "ROTATED": rotated_size(p.v_dim) if p.v_scheme == ROTATED else 0,
         "V_HIGH": v_high, "V_LOW": v_low, "V_GROUP": p.v_group, "V_TOKENS": p.v_tokens,
+        "K_WRAP": p.k_wrap, "V_WRAP": p.v_wrap,
         "V_RESIDUAL": p.v_residual, "V_RING": p.v_ring, "SINKS": p.sinks, "WINDOW": p.window,
         "MASK_B": p.mask_strides[0], "MASK_H": p.mask_strides[1], "MASK_Q": p.mask_strides[2],
         "ROWS": p.row_block, "DIGITS": 3 if p.dtype == torch.float32 else 2,

@@ -22,6 +22,7 @@ def _loaded(a: DecodeArguments) -> tuple[Tensor, Tensor]:
                 past=a.past,
                 new_tokens=a.new_tokens,
                 n=a.max_len,
+                max_len=a.max_len,
                 group_size=getattr(a, f"{side}_group"),
                 residual_length=getattr(a, f"{side}_residual"),
                 x=getattr(a, f"{side}_new"),

@@ -8,7 +8,8 @@ and channels, fill the matrix unit and few query rows waste little of it:
     out^T  [channels, ROWS] = V^T [channels, tokens] @ p^T [tokens, ROWS]
 
 ``decode_kernel`` goes through the zones that tokens are stored in, one call each; ``combine_kernel`` merges
-the splits. Values that were rotated before they were quantized are rotated back as their sum. The pieces:
+the splits. On NVIDIA's chips ``triton_interior.py`` takes whole groups in codes first, where it can. Values that
+were rotated before they were quantized are rotated back as their sum. The pieces:
 
     triton_setup.py    where a program begins: its head, its tokens, its query rows
     triton_zones.py    a zone: which tokens, where their keys and values are
@@ -23,11 +24,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from xquant_fx.kernels.decode_attention.triton_parts import store_part
 from xquant_fx.kernels.decode_attention.triton_ranked import ranked_query
 from xquant_fx.kernels.decode_attention.triton_setup import (
     code_query,
     codes_of,
+    edge_of,
     full_query,
+    interior_of,
     limits_of,
     mask_rows_of,
     norms_of,
@@ -44,18 +48,6 @@ from xquant_fx.kernels.decode_attention.triton_zones import (
     attend_window,
 )
 from xquant_fx.kernels.triton_rotation import rotate_back
-
-
-@triton.jit
-def store_part(part, stats, index, valid_rows, sums, V_DIM: tl.constexpr):
-    """Sums of a split to places ``index`` [ROWS]: unnormalized output, top and total of each row."""
-    top, total, acc = sums
-    d = tl.arange(0, acc.shape[0])
-    # Rows with no token in this split have total 0, and their part is not read either.
-    in_bounds = (d < V_DIM)[:, None] & (valid_rows & (total != 0))[None, :]
-    tl.store(part + index[None, :] * V_DIM + d[:, None], acc, mask=in_bounds)
-    tl.store(stats + index * 2, top, mask=valid_rows)
-    tl.store(stats + index * 2 + 1, total, mask=valid_rows)
 
 
 @triton.jit
@@ -116,6 +108,8 @@ def decode_kernel(
     ROW_BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
     MIXED_SPLIT: tl.constexpr,
+    INTERIOR_SPLITS: tl.constexpr,
+    INTERIOR_TILE: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
     FULL_TILE: tl.constexpr,
@@ -214,7 +208,12 @@ def decode_kernel(
     LATE_VALUES: tl.constexpr = (not RANKED) or K_RESIDUAL < V_RESIDUAL + K_GROUP
     both = tl.minimum(k_limit, v_limit) if LATE_KEYS else v_limit
     zone = (first, both, first_sink)
-    split_range = range_of_split(split, first, both, SPLITS, TILE)
+    if INTERIOR_SPLITS > 0:
+        limit = tl.minimum(k_limit, v_limit)
+        interior = interior_of(past_tokens, limit, first_sink, QUERY, WINDOW, SINK_TOKENS, INTERIOR_TILE)
+        split_range = edge_of(split, first, both, interior, SPLITS, TILE)
+    else:
+        split_range = range_of_split(split, first, both, SPLITS, TILE)
     sums = attend_codes(x, keys, values, view, zone, split_range, KEYS, VALUES, LOGITS, TILE, STAGES)
     mixed = split == MIXED_SPLIT
     if LATE_KEYS:
@@ -231,7 +230,7 @@ def decode_kernel(
         zone = (tl.maximum(v_limit, first), k_limit, first_sink)
         sums = attend_mixed(x, keys, residual, view, zone, mixed, sums, KEYS, VALUES, LOGITS, RINGS, TILES)
     x = full_query(q, query_rows, valid_rows, K_CHANNELS, KEYS)
-    last = split == PARTS - 1
+    last = split == PARTS - INTERIOR_SPLITS - 1
     late = tl.maximum(k_limit, v_limit) if LATE_KEYS else k_limit
     zone = (tl.maximum(late, first), past_tokens if HAS_NEW else stored, first_sink)
     sums = attend_window(x, residual, view, zone, last, sums, KEYS, VALUES, LOGITS, RINGS, TILES)
@@ -243,8 +242,8 @@ def decode_kernel(
         sinks = rows_of(head, k_sink, v_sink, (SINK_TOKENS + 1, SINK_TOKENS + 1), KEYS, VALUES)
         zone = (first_sink, stored, first_sink)
         sums = attend_sinks(x, sinks, view, zone, last, sums, KEYS, VALUES, LOGITS, TILES)
-    sums = attend_unwritten(mask_rows, stored, split, sums, LOGITS, MAX_LEN, PARTS, TAIL)
-    store_part(part, stats, query_rows * PARTS + split, valid_rows, sums, V_DIM)
+    sums = attend_unwritten(mask_rows, stored, split, sums, LOGITS, MAX_LEN, PARTS - INTERIOR_SPLITS, TAIL)
+    store_part(part, stats, query_rows * PARTS + INTERIOR_SPLITS + split, valid_rows, sums, V_DIM)
 
 
 @triton.jit

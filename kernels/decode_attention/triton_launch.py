@@ -1,6 +1,6 @@
 """Decode attention on CUDA: one op, ``xquant::triton_decode_attention``, over the kernels of ``triton_kernels``.
 
-The op is a ``triton_op``: Inductor takes it apart and puts the two kernels into the code it generates.
+The op is a ``triton_op``: Inductor takes it apart and puts the kernels into the code it generates.
 All launch parameters come from shapes, so they are fixed for a graph; how far the tokens go is read on
 the device. Importing this module does not need Triton.
 """
@@ -8,6 +8,7 @@ the device. Importing this module does not need Triton.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +16,29 @@ import torch
 from torch import Tensor
 
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.decode_attention.triton_interior_settings import interior_planes, why_no_interior
 from xquant_fx.kernels.decode_attention.triton_settings import LEAST_TILE, ranks, settings
 from xquant_fx.kernels.packing import WORD_BITS, high_and_low
 from xquant_fx.kernels.rotation import rotated_size
+from xquant_fx.kernels.schemes import wrap_of
 from xquant_fx.kernels.triton_host import power_of_two
+
+#: Tokens not written yet whose mask one program reads, beside ``interior_kernel``, at most.
+TAIL_OF_PROGRAM = 8192
 
 
 def why_not(a: DecodeArguments) -> str:
     """Why the kernels do not take these arguments, in words; "" if they do."""
     if a.k_order is not None and a.k_group % LEAST_TILE:
         return f"ranked keys in groups of {a.k_group} tokens, which is no multiple of {LEAST_TILE}"
+    if any(
+        wrap_of(*of)
+        for of in (
+            (a.k_scheme, a.k_codes.shape[3], a.max_len, a.q.shape[3], a.k_bits, a.k_group, a.k_residual),
+            (a.v_scheme, a.v_scale.shape[3], a.max_len, a.v_ring.shape[3], a.v_bits, a.v_group, a.v_residual),
+        )
+    ):
+        return "codes of a sliding window, which start over"
     return ""
 
 
@@ -47,6 +61,19 @@ def warps_of(a: DecodeArguments, hip: bool) -> int:
     return 8 if a.q.dtype == torch.float32 or small or large else 4
 
 
+def edges_of(a: DecodeArguments, hip: bool) -> dict[str, int]:
+    """What ``settings`` takes where ``interior_kernel`` runs: tokens remain after its tiles, sometimes before."""
+    if why_no_interior(a, hip):
+        return {}
+    before = a.window > 0 or a.k_sink is not None
+    return {"edges": 1 + before, "tails": 0 if a.mask is None else min(math.ceil(a.max_len / TAIL_OF_PROGRAM), 16)}
+
+
+def needed(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``constants`` that ``kernel`` has."""
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}
+
+
 def rotation_of(a: DecodeArguments) -> int:
     """``ROTATION`` of the values (triton_unpack.py)."""
     if a.v_zero is not None:
@@ -62,6 +89,7 @@ def launch(
     hip: bool = torch.version.hip is not None,
 ) -> Tensor:
     """Run both kernels; ``wrap`` is ``wrap_triton``, or nothing in the interpreter."""
+    from xquant_fx.kernels.decode_attention.triton_interior import interior_kernel
     from xquant_fx.kernels.decode_attention.triton_kernels import combine_kernel, decode_kernel
 
     batch, heads, query, k_dim = a.q.shape
@@ -83,6 +111,7 @@ def launch(
         interpret=interpret,
         chunk=a.k_new is not None,
         hip=hip,
+        **edges_of(a, hip),
     )
     a = a.mapped(Tensor.contiguous, ("q", "k_new", "v_new")).mapped(dense_mask, ("mask",))
     mask_shape = (1, 1, 1) if a.mask is None else a.mask.shape[:3]
@@ -90,10 +119,7 @@ def launch(
     part = torch.empty((batch * heads * query, parts, v_dim), dtype=torch.float32, device=a.q.device)
     stats = torch.empty((batch * heads * query, parts, 2), dtype=torch.float32, device=a.q.device)
     out = torch.empty((batch, heads, query, v_dim), dtype=a.q.dtype, device=a.q.device)
-    wrap(decode_kernel)[(parts, kv_heads * chosen.ROW_BLOCKS, batch)](
-        *a.positional(without=("sink_logits",)),
-        part,
-        stats,
+    constants = dict(
         KV_HEADS=kv_heads,
         HEADS_PER_KV=heads // kv_heads,
         QUERY=query,
@@ -126,9 +152,18 @@ def launch(
         MASK_QUERY=mask_shape[2],
         HAS_NEW=a.k_new is not None,
         ROTATION=rotation_of(a),
-        num_warps=warps_of(a, hip),
         **ranks(a.k_bits, k_dim, ranked),
+        **interior_planes(a.k_bits, k_dim, ranked),
         **dataclasses.asdict(chosen),
+    )
+    tensors = (*a.positional(without=("sink_logits",)), part, stats)
+    interior = chosen.INTERIOR_SPLITS
+    if interior:
+        wrap(interior_kernel)[(interior, kv_heads * chosen.INTERIOR_BLOCKS, batch)](
+            *tensors, **needed(interior_kernel, constants), num_warps=1, num_stages=chosen.INTERIOR_STAGES
+        )
+    wrap(decode_kernel)[(parts - interior, kv_heads * chosen.ROW_BLOCKS, batch)](
+        *tensors, **needed(decode_kernel, constants), num_warps=warps_of(a, hip)
     )
     wrap(combine_kernel)[(batch * heads * query,)](
         part,

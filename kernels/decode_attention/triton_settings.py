@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from xquant_fx.kernels.decode_attention.triton_interior_settings import interior_settings
 from xquant_fx.kernels.packing import codes_per_word, high_and_low
 from xquant_fx.kernels.triton_host import power_of_two, rank_counts
 from xquant_fx.kernels.widths import planes
@@ -57,6 +58,19 @@ class Settings:
     MIXED_SPLIT: int
     #: All programs of one KV head and block of rows; each leaves a part, and the last one takes the windows.
     PARTS: int
+    #: Of these, programs of ``interior_kernel``; 0: it does not run, and SPLITS are for all tokens in codes, not for
+    #: those before and after its tiles.
+    INTERIOR_SPLITS: int
+    #: Query rows of a program of ``interior_kernel``.
+    INTERIOR_ROWS: int
+    #: Programs of ``interior_kernel`` that share the query rows of one KV head.
+    INTERIOR_BLOCKS: int
+    #: Tokens of its tiles.
+    INTERIOR_TILE: int
+    #: Its tiles of codes in flight at a time.
+    INTERIOR_STAGES: int
+    #: Whether it may be given an instruction by name, which the interpreter does not know.
+    ASM: bool
     #: Tokens of a tile of codes.
     TILE: int
     #: Tokens of a tile with values, or keys and values, in full precision.
@@ -103,9 +117,13 @@ def model_dtype(dtype: torch.dtype, interpret: bool) -> str:
 def settings(
     *, batch: int, kv_heads: int, rows: int, k_dim: int, v_dim: int, max_len: int, k_bits: int, k_group: int,
     v_bits: int, v_group: int, dtype: torch.dtype, ranked: bool = False, chunk: bool = False,
-    interpret: bool = False, hip: bool = False,
+    interpret: bool = False, hip: bool = False, edges: int = 0, tails: int = 0,
 ) -> Settings:  # fmt: skip
-    """What ``decode_kernel`` is compiled with for a problem of this shape."""
+    """What ``decode_kernel`` is compiled with for a problem of this shape.
+
+    With ``edges``, ``interior_kernel`` takes the whole groups and so many splits what lies before and after them; then
+    ``tails`` programs, if these are more, share the mask of tokens that are not written yet.
+    """
     # The query rows are the short side of the products: 8 columns are the least of NVIDIA's matrix units.
     dim, fold_v = max(k_dim, v_dim), v_group == v_dim
     (k_high, k_low), (v_high, v_low) = high_and_low(k_bits), high_and_low(v_bits)
@@ -122,9 +140,15 @@ def settings(
     k_channels = max(power_of_two(k_dim), 16)
     least_full = min(full_tile, tile) if fold_k else full_tile  # a tile of codes lies in one group
     splits = max(1, min(PROGRAMS // (batch * kv_heads * row_blocks), math.ceil(max_len / (2 * tile)), 128))
+    interior = interior_settings(
+        batch=batch, kv_heads=kv_heads, rows=rows, v_bits=v_bits, max_len=max_len, interpret=interpret, runs=edges > 0
+    )
+    splits = edges or splits
+    parts = splits if chunk else max(splits + 2, tails)
     return Settings(
         ROWS=row_tile, ROW_BLOCKS=row_blocks,
-        SPLITS=splits, MIXED_SPLIT=splits - 1 if chunk else splits, PARTS=splits if chunk else splits + 2,
+        SPLITS=splits, MIXED_SPLIT=splits - 1 if chunk else splits, PARTS=parts + interior["INTERIOR_SPLITS"],
+        **interior,
         TILE=tile, FULL_TILE=least_full, LATE_TILE=max(least_full, LEAST_TILE),
         TAIL=256, STAGES=3, FULL_STAGES=1 if hip else 2,
         CODE_CHANNELS=k_channels if ranked else k_words * codes_per_word(k_high), K_CHANNELS=k_channels,

@@ -61,6 +61,27 @@ def range_of_split(split, first, limit, SPLITS: tl.constexpr, TILE: tl.constexpr
 
 
 @triton.jit
+def interior_of(
+    past_tokens, limit, first_sink, QUERY: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, TILE: tl.constexpr
+):
+    """(low, high): the whole tiles of tokens in codes, below ``limit``, that every row sees and that have no sinks."""
+    high = limit // TILE * TILE
+    low = tl.maximum(past_tokens + QUERY - WINDOW, 0) if WINDOW > 0 else past_tokens * 0
+    if SINKS > 0:
+        low = tl.maximum(low, first_sink + SINKS)
+    return tl.minimum(tl.cdiv(low, TILE) * TILE, high), high
+
+
+@triton.jit
+def edge_of(split, first, limit, interior, EDGES: tl.constexpr, TILE: tl.constexpr):
+    """(low, high): what is before the ``interior`` and after it, for the first of two splits, and the last one."""
+    low, high = interior
+    before = (split == 0) & (EDGES > 1)
+    begin = tl.where(before, first // TILE * TILE, high)
+    return begin, tl.where(before, low, tl.where(split < EDGES, limit, begin))
+
+
+@triton.jit
 def mask_rows_of(
     mask,
     rows,

@@ -42,6 +42,9 @@ constexpr uint32_t field_of(const Plane& plane, uint32_t code) {
 }
 inline vf to_floats(vub codes) { return __builtin_convertvector(widen(codes), vf); }
 
+// Where the codes of token t are: those of a sliding window start over (kernels/layout.py).
+constexpr int64_t slot_of(int64_t t) { return WRAP ? t % (WRAP ? WRAP : 1) : t; }
+
 inline T* ring_token(const Inputs& in, int64_t head, int64_t t) { return in.ring + (head * RING + t % RING) * D; }
 
 // Token t in full precision, a new one or one that the window still holds: it takes the new ones last.

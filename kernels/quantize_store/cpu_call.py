@@ -10,7 +10,7 @@ from torch import Tensor
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.quantize_store.cpu_source import ANY, Append, source
-from xquant_fx.kernels.schemes import SCHEMES
+from xquant_fx.kernels.schemes import SCHEMES, wrap_of
 
 
 def no_output(*args: Any, **kwargs: Any) -> None:
@@ -20,6 +20,7 @@ def no_output(*args: Any, **kwargs: Any) -> None:
 def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) -> Append:
     """The kernel for these arguments; ``sizes`` and ``dtype`` read a tensor's shape and dtype."""
     scheme = SCHEMES[a.scheme]
+    tokens = scheme.tokens_of(sizes(a.codes), sizes(a.scale))
     return Append(
         dtype=dtype(a.ring),
         scale_dtype=dtype(a.scale),
@@ -29,7 +30,8 @@ def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) 
         group=a.group_size,
         residual=a.residual_length,
         ring=sizes(a.ring)[2],
-        tokens=scheme.tokens_of(sizes(a.codes), sizes(a.scale)),
+        tokens=tokens,
+        wrap=wrap_of(a.scheme, tokens, a.max_len, sizes(a.x)[3], a.bits, a.group_size, a.residual_length),
         eta=a.eta,
         sinks=a.sink_tokens,
         max_len=a.max_len,
@@ -48,6 +50,9 @@ def why_no_chunk(a: StoreArguments) -> str:
     """Why chunks are not appended by the kernel, in words; "" if they are. Uncompiled code works without a compiler."""
     from xquant_fx.kernels.cpu import build as cpu_build
 
+    tokens = SCHEMES[a.scheme].tokens_of(a.codes.shape, a.quantized.scale.shape)
+    if wrap_of(a.scheme, tokens, a.max_len, a.x.shape[3], a.bits, a.group_size, a.residual_length):
+        return "a chunk may overwrite its own codes where those of a sliding window start over"
     return "" if cpu_build.has_compiler() else "no C++ compiler"
 
 

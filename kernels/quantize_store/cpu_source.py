@@ -37,6 +37,8 @@ class Append:
     ring: int
     tokens: int
     """Tokens that the codes have room for."""
+    wrap: int
+    """After how many tokens codes start over; 0: they do not."""
     eta: float
     sinks: int
     max_len: int
@@ -58,7 +60,7 @@ def constants(a: Append) -> str:
         "BITS": 8 if is_ranked(a) else int(a.bits), "GROUP": a.group,
         "WORDS": words_of(a.bits, dim) if is_ranked(a) else word_count(a.bits, dim),
         "ROTATED": rotated_size(dim) if a.append == "rotated" else 0,
-        "TOKENS": a.tokens, "RESIDUAL": a.residual, "RING_SLACK": a.ring - a.residual, "SINKS": a.sinks,
+        "TOKENS": a.tokens, "WRAP": a.wrap, "RESIDUAL": a.residual, "RING_SLACK": a.ring - a.residual, "SINKS": a.sinks,
         "STEP_TOKENS": STEP_TOKENS, **{fault.name: int(fault) for fault in Fault},
     }  # fmt: skip
     flags = {"BORROWED": a.fit is not None, "LEAST_SQUARES": a.fit == "least_squares", "NORMS": a.norms}

@@ -83,9 +83,10 @@ ALWAYS_INLINE void fit_channels(const KeyGroup& keys, int64_t d, const uint8_t* 
 
 inline void store_key_group(const Inputs& in, int64_t head, int64_t t0) {
     const KeyGroup keys = {in, head, t0, std::max<int64_t>(in.start[head / H] + SINKS - t0, 0)};
-    S* scale = in.scale + (head * (TOKENS / GROUP) + t0 / GROUP) * D;
-    S* zero = in.zero + (head * (TOKENS / GROUP) + t0 / GROUP) * D;
-    Codes* packed = in.codes + head * WORDS * TOKENS + t0;
+    const int64_t slot = slot_of(t0), row = (head * (TOKENS / GROUP) + slot / GROUP) * D;
+    S* scale = in.scale + row;
+    S* zero = in.zero + row;
+    Codes* packed = in.codes + head * WORDS * TOKENS + slot;
     std::unique_ptr<uint8_t[]> buffer(new uint8_t[GROUP * PITCH]());
     uint8_t* codes = buffer.get();
     if (BORROWED) unpack_key_codes(packed, codes);

@@ -16,7 +16,7 @@ inline RankedGroup load_group(const Inputs& in, int64_t head, int64_t t0) {
     keys.count = GROUP - keys.first;
     keys.x.reset(new float[GROUP * D_PAD]);
     for (int64_t t = 0; t < GROUP; t++) {
-        const float norm = NORMS ? decode_scale(in.norm[head / H * TOKENS + t0 + t]) : 1.0f;
+        const float norm = NORMS ? decode_scale(in.norm[head / H * TOKENS + slot_of(t0 + t)]) : 1.0f;
         for (int64_t d = 0; d < D; d += L)
             store(keys.x.get() + t * D_PAD + d, load_up_to(token(in, head, t0 + t) + d, D - d) / norm);
     }
@@ -138,12 +138,12 @@ inline void store_ranked_group(const Inputs& in, int64_t head, int64_t t0) {
     }
     S scale[D_PAD], zero[D_PAD];
     for (int64_t d = 0; d < D; d += L) quantize_ranked(keys, d, load<vf>(n + d), center, buffer.get(), scale, zero);
-    const int64_t row = (head * (TOKENS / GROUP) + t0 / GROUP) * D;
+    const int64_t slot = slot_of(t0), row = (head * (TOKENS / GROUP) + slot / GROUP) * D;
     for (int64_t r = 0; r < D; r++) {
         in.scale[row + r] = scale[order[r]];
         in.zero[row + r] = zero[order[r]];
     }
-    pack_ranked(buffer.get(), order, in.codes + head * WORDS * TOKENS + t0);
+    pack_ranked(buffer.get(), order, in.codes + head * WORDS * TOKENS + slot);
 }
 
 constexpr int64_t SLICE = GROUP;
@@ -161,7 +161,7 @@ inline void note_tokens(const Inputs& in, int64_t row, int64_t from, int64_t to)
                 const vf x = load_up_to(token(in, head, t) + d, D - d);
                 squares = fma(x, x, squares);
             }
-        encode_norm(std::sqrt(sum(squares) / (H * D)), in.norm + row * TOKENS + t);
+        encode_norm(std::sqrt(sum(squares) / (H * D)), in.norm + row * TOKENS + slot_of(t));
     }
 }
 

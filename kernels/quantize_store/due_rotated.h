@@ -6,6 +6,7 @@ namespace xq {
 
 inline void store_rotated(const Inputs& in, int64_t head, int64_t t) {
     const T* row = token(in, head, t);
+    const int64_t slot = slot_of(t);
     float y[D_PAD + L] = {};
     for (int64_t d = 0; d < D; d++) y[d] = to_float(row[d]);
     if constexpr (ROTATED > 0) {
@@ -32,9 +33,9 @@ inline void store_rotated(const Inputs& in, int64_t head, int64_t t) {
             store_up_to(codes + g * GROUP + i, narrow(whole), GROUP - i);
         }
         const float aligned = sum(products);
-        encode_scale(square == 0.0f ? 0.0f : square / aligned, in.scale + (head * (D / GROUP) + g) * TOKENS + t);
+        encode_scale(square == 0.0f ? 0.0f : square / aligned, in.scale + (head * (D / GROUP) + g) * TOKENS + slot);
     }
-    put_codes(in.codes + head * CODE_ROWS * D, t, D, codes);
+    put_codes(in.codes + head * CODE_ROWS * D, slot, D, codes);
 }
 
 constexpr int64_t SLICE = 64;

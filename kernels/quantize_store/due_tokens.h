@@ -48,15 +48,16 @@ ALWAYS_INLINE void fit_values(const float* x, const int32_t* words, int64_t t, S
 // Values of one token.
 inline void store_value(const Inputs& in, int64_t head, int64_t t) {
     const T* row = token(in, head, t);
+    const int64_t slot = slot_of(t);
     for (int64_t g = 0; g < D / GROUP; g++) {
-        S* scale = in.scale + (head * (D / GROUP) + g) * TOKENS + t;
-        S* zero = in.zero + (head * (D / GROUP) + g) * TOKENS + t;
+        S* scale = in.scale + (head * (D / GROUP) + g) * TOKENS + slot;
+        S* zero = in.zero + (head * (D / GROUP) + g) * TOKENS + slot;
         Codes* words = in.codes + head * CODE_ROWS * D + g * GROUP;
         float x[GROUP + L];
         vf lows, step;
         range_of_values(row + g * GROUP, x, lows, step);
-        if (!BORROWED) encode_values(x, lows, step, words, t);
-        if (FIT) fit_values(x, words, t, scale, zero);
+        if (!BORROWED) encode_values(x, lows, step, words, slot);
+        if (FIT) fit_values(x, words, slot, scale, zero);
         else store_relaxed(scale, zero, lows, step, 1);
     }
 }

@@ -14,6 +14,7 @@ constexpr int64_t GROUP = 128;
 constexpr int64_t WORDS = 8;
 constexpr int64_t ROTATED = 0;
 constexpr int64_t TOKENS = 1152;
+constexpr int64_t WRAP = 0;
 constexpr int64_t RESIDUAL = 128;
 constexpr int64_t RING_SLACK = 8;
 constexpr int64_t SINKS = 4;

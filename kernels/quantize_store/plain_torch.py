@@ -60,10 +60,18 @@ def advance(length: Tensor, past: Tensor, new: int) -> None:
 
 
 def store_full(a: StoreArguments) -> None:
-    """Write ``x`` to 16-bit storage; what is past the end overwrites the last token, and is a fault."""
-    a.fault.copy_(torch.maximum(a.fault, fault_code(a.pos, a.length, a.max_len, rollback=None)))
-    a.codes.index_copy_(2, a.pos.clamp(0, a.max_len - 1), a.x.to(a.codes.dtype))
-    advance(a.length, a.pos[:1], a.x.shape[2])
+    """Write ``x`` to 16-bit storage; what is past the end overwrites the last token, and is a fault.
+
+    Of a sliding window, whose storage starts over, ``residual_length`` tokens are seen and the others can be rolled
+    back.
+    """
+    slots, new = a.codes.shape[2], a.x.shape[2]
+    rollback = slots - a.residual_length if slots < a.max_len else None
+    a.fault.copy_(torch.maximum(a.fault, fault_code(a.pos, a.length, a.max_len, rollback)))
+    kept = torch.sym_min(new, slots)
+    pos = a.pos[new - kept :].clamp(0, a.max_len - 1)
+    a.codes.index_copy_(2, pos % slots if rollback else pos, a.x.narrow(2, new - kept, kept).to(a.codes.dtype))
+    advance(a.length, a.pos[:1], new)
 
 
 def store(a: StoreArguments) -> None:

@@ -18,7 +18,7 @@ from xquant_fx.kernels.arguments import Overload
 from xquant_fx.kernels.packing import high_and_low
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.rotation import rotated_size
-from xquant_fx.kernels.schemes import SCHEMES
+from xquant_fx.kernels.schemes import SCHEMES, wrap_of
 from xquant_fx.kernels.schemes.per_token_rotated import GAUSSIAN_STEP
 from xquant_fx.kernels.triton_host import power_of_two, rank_counts
 
@@ -32,6 +32,9 @@ def why_not(a: StoreArguments) -> str:
     """Why the kernels do not take these arguments, in words; "" if they do."""
     if SCHEMES[a.scheme].APPEND == "ranked" and a.x.shape[3] > MOST_CHANNELS:
         return f"channels are ranked up to head_dim {MOST_CHANNELS}"
+    tokens = SCHEMES[a.scheme].tokens_of(a.codes.shape, a.quantized.scale.shape)
+    if wrap_of(a.scheme, tokens, a.max_len, a.x.shape[3], a.bits, a.group_size, a.residual_length):
+        return "codes of a sliding window, which start over"
     return ""
 
 

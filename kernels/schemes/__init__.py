@@ -10,7 +10,7 @@ import xquant_fx.kernels.schemes.per_channel_ranked as per_channel_ranked
 import xquant_fx.kernels.schemes.per_token as per_token
 import xquant_fx.kernels.schemes.per_token_folded as per_token_folded
 import xquant_fx.kernels.schemes.per_token_rotated as per_token_rotated
-from xquant_fx.kernels.schemes.base import Scheme
+from xquant_fx.kernels.schemes.base import Scheme, wraps_at
 
 SCHEMES: dict[str, Scheme] = {
     "per_channel": per_channel,
@@ -19,3 +19,8 @@ SCHEMES: dict[str, Scheme] = {
     "per_token_folded": per_token_folded,
     "per_token_rotated": per_token_rotated,
 }
+
+
+def wrap_of(scheme: str, tokens: int, max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
+    """After how many tokens codes with room for ``tokens`` start over in a cache of ``max_len``; 0: they do not."""
+    return wraps_at(tokens, SCHEMES[scheme].stored_tokens(0, dim, bits, group, residual), max_len)

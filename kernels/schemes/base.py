@@ -29,6 +29,14 @@ class Stored(NamedTuple):
     norm: Tensor | None
 
 
+def wraps_at(tokens: int, spare: int, max_len: int) -> int:
+    """After how many tokens codes start over; 0: they do not.
+
+    ``tokens`` is what they have room for, of which ``spare`` are padding (``stored_tokens`` of nothing).
+    """
+    return tokens - spare if tokens - spare < max_len else 0
+
+
 class Scheme(Protocol):
     """How keys or values are quantized."""
 
@@ -50,6 +58,12 @@ class Scheme(Protocol):
 
     def stored_tokens(self, max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
         """Tokens that the codes have room for: ``max_len`` and some padding that is never read."""
+
+    def window_tokens(self, reach: int, group: int, residual: int) -> int:
+        """Slots of codes where they start over (``layout.WRAP_TOKENS``) and the latest ``reach`` tokens are read."""
+
+    def first_kept(self, end: Past, wrap: int) -> Past:
+        """The first token that a chunk leaves in them, with those before ``end`` quantized."""
 
     def shapes(self, tokens: int, dim: int, bits: float, group: int, scale_dtype: torch.dtype) -> Shapes:
         """Codes, scales and what else it stores, with room for ``tokens``."""

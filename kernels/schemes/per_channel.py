@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xquant_fx.kernels.layout import full_precision
+from xquant_fx.kernels.layout import code_slots, full_precision, wrap_tokens
 from xquant_fx.kernels.packing import pack_words, unpack_words, word_count
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.reference import fit_codes, own_codes
-from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
+from xquant_fx.kernels.schemes.base import Past, Shapes, Stored, wraps_at
 
 APPEND = "blocks"
 BITS: tuple[float, ...] = (1, 2, 3, 4, 8)
@@ -32,6 +32,16 @@ TOKEN_NORMS = False
 def stored_tokens(max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
     """Whole blocks, and one more: where a block that is not full is quantized to."""
     return (math.ceil(max_len / residual) + 1) * residual
+
+
+def window_tokens(reach: int, group: int, residual: int) -> int:
+    """From the group of the first token that is read to the last full block."""
+    return wrap_tokens(reach + group, residual)
+
+
+def first_kept(end: Past, wrap: int) -> Past:
+    """Whole groups."""
+    return end - wrap
 
 
 def shapes(tokens: int, dim: int, bits: float, group: int, scale_dtype: torch.dtype) -> Shapes:
@@ -61,6 +71,9 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
     valid = tokens >= a.start[:, None] + a.sink_tokens
     valid = valid.unflatten(1, (groups, a.group_size))[:, None, :, :, None]
     stats: dict[str, Any] = dict(bits=int(a.bits), eta=a.eta, dim=3, dtype=stored.scale.dtype, valid=valid)
+    wrap = wraps_at(a.codes.shape[3], a.residual_length, a.max_len)
+    if wrap:
+        tokens = code_slots(tokens, quantized_limit(past + x.shape[2], 0, a.residual_length), wrap, a.residual_length)
     if a.fit is None:
         codes, scale, zero = own_codes(grouped, **stats)
         a.codes.index_copy_(3, tokens, pack_words(codes.flatten(2, 3), a.bits, 3).transpose(2, 3))
@@ -68,7 +81,7 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
         words = a.codes.index_select(3, tokens)
         borrowed = unpack_words(words, a.bits, 2, x.shape[3]).transpose(2, 3)
         scale, zero = fit_codes(grouped, borrowed.unflatten(2, (groups, a.group_size)), fit=a.fit, **stats)
-    rows = first // a.group_size + torch.arange(groups, device=x.device)
+    rows = tokens[:: a.group_size] // a.group_size
     stored.scale.index_copy_(2, rows, scale.squeeze(3))
     a.zero_points.index_copy_(2, rows, zero.squeeze(3))
 

@@ -37,11 +37,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xquant_fx.kernels.layout import full_precision
+from xquant_fx.kernels.layout import code_slots, full_precision, wrap_tokens
 from xquant_fx.kernels.packing import pack_words, unpack_words
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.reference import encode, kept_spread, masked_mean, minmax_range
-from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
+from xquant_fx.kernels.schemes.base import Past, Shapes, Stored, wraps_at
 from xquant_fx.kernels.small_floats import (
     DTYPES,
     LARGEST_MID,
@@ -63,6 +63,16 @@ TOKEN_NORMS = True
 def stored_tokens(max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
     """Whole groups, and one more: where a group that is not full is quantized to."""
     return (math.ceil(max_len / group) + 1) * group
+
+
+def window_tokens(reach: int, group: int, residual: int) -> int:
+    """From the group of the first token that is read to that of the last quantized one."""
+    return wrap_tokens((math.ceil((reach - 1) / group) + 1) * group - residual, group)
+
+
+def first_kept(end: Past, wrap: int) -> Past:
+    """Whole groups."""
+    return end - wrap
 
 
 def shapes(tokens: int, dim: int, bits: float, group: int, scale_dtype: torch.dtype) -> Shapes:
@@ -99,7 +109,11 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
     split = (groups, group)
     grouped = full_precision(x, a.quantized.ring, tokens, past, in_ring).unflatten(2, split)
     valid = (tokens >= a.start[:, None] + a.sink_tokens).unflatten(1, split)[:, None, :, :, None]
-    due = (tokens < quantized_limit(past + new, group, a.residual_length)).unflatten(0, split)[..., None]
+    end = quantized_limit(past + new, group, a.residual_length)
+    due = (tokens < end).unflatten(0, split)[..., None]
+    wrap = wraps_at(a.codes.shape[3], group, a.max_len)
+    if wrap:
+        tokens = code_slots(tokens, end, wrap, group)
     if a.norm is not None:
         norm = token_norms(grouped)
         a.norm.index_copy_(1, tokens, norm.flatten(1))
@@ -108,7 +122,7 @@ def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None
     ranked = grouped.gather(4, a.ranks.order.long()[:, :, None, None].expand(grouped.shape))
     codes, scale, zero = quantize(ranked, valid, a.ranks.center[:, :, None, None], a.bits, a.quantized.scale.dtype)
     a.codes.index_copy_(3, tokens, pack(codes.flatten(2, 3), a.bits))
-    rows = first // group + torch.arange(groups, device=x.device)
+    rows = tokens[::group] // group
     a.quantized.scale.index_copy_(2, rows, scale.squeeze(3))
     a.zero_points.index_copy_(2, rows, zero.squeeze(3))
 

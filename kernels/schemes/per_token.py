@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xquant_fx.kernels.layout import full_precision
+from xquant_fx.kernels.layout import WORD_TOKENS, full_precision, wrap_tokens
 from xquant_fx.kernels.packing import (
     WORD_BITS,
     CodePlane,
@@ -29,7 +29,7 @@ from xquant_fx.kernels.packing import (
 )
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.reference import fit_codes, own_codes
-from xquant_fx.kernels.schemes.base import Past, Shapes, Stored
+from xquant_fx.kernels.schemes.base import Past, Shapes, Stored, wraps_at
 
 APPEND = "tokens"
 BITS: tuple[float, ...] = (1, 2, 3, 4, 8)
@@ -48,6 +48,22 @@ def stored_tokens(max_len: int, dim: int, bits: float, group: int, residual: int
     """Whole words, and spare ones: where tokens that are not due are quantized to, and a vector's last load ends."""
     per = codes_per_block(bits)
     return (math.ceil(max_len / per) + max(1, math.ceil(VECTOR / dim))) * per
+
+
+def window_tokens(reach: int, group: int, residual: int) -> int:
+    """From the first token that is read to the last quantized one, which share no word."""
+    return wrap_tokens(reach - residual + WORD_TOKENS, WORD_TOKENS)
+
+
+def first_kept(end: Past, wrap: int) -> Past:
+    """Behind the word that the last token shares with the first one."""
+    return end - wrap + WORD_TOKENS
+
+
+def wrap_of(a: StoreArguments) -> int:
+    """After how many tokens codes start over; 0: they do not."""
+    spare = stored_tokens(0, a.x.shape[3], a.bits, a.group_size, a.residual_length)
+    return wraps_at(a.quantized.scale.shape[3], spare, a.max_len)
 
 
 def shapes(tokens: int, dim: int, bits: float, group: int, scale_dtype: torch.dtype) -> Shapes:
@@ -81,8 +97,12 @@ def store_leaving(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool, qua
     new, first = x.shape[2], (past - a.residual_length).clamp_min(0)
     count = (new + 2 * per - 2) // per * per
     tokens = first // per * per + torch.arange(count, device=x.device)
-    leaves = (tokens >= first) & (tokens < past - a.residual_length + new)
-    rows = torch.cat([_rows(p, tokens, leaves) for p in code_planes(a.bits, a.codes.shape[2])])
+    end, wrap = past - a.residual_length + new, wrap_of(a)
+    leaves = (tokens >= first) & (tokens < end)
+    if wrap:
+        leaves = leaves & (tokens >= first_kept(end, wrap))
+    slots = tokens % wrap if wrap else tokens
+    rows = torch.cat([_rows(p, slots, leaves) for p in code_planes(a.bits, a.codes.shape[2])])
     old = a.codes.index_select(2, rows)
     values = full_precision(x, ring, tokens, past, False)
     codes, scale, zero = quantize(a, values, unpack_words(old, a.bits, 2, count))
@@ -90,7 +110,7 @@ def store_leaving(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool, qua
         ones = torch.where(leaves, 2 ** int(a.bits) - 1, 0)[:, None]
         kept = old & ~pack_words(ones, a.bits, 0)
         a.codes.index_copy_(2, rows, kept | pack_words(torch.where(leaves[:, None], codes, 0), a.bits, 2))
-    put_scales(a, torch.where(leaves, tokens, a.quantized.scale.shape[3] - 1), scale, zero)
+    put_scales(a, torch.where(leaves, slots, a.quantized.scale.shape[3] - 1), scale, zero)
 
 
 def _rows(plane: CodePlane, tokens: Tensor, due: Tensor) -> Tensor:
@@ -103,6 +123,8 @@ def store_one(a: StoreArguments, token: Tensor, quantize: Quantize) -> None:
     """Quantize one token (int64 [1]) out of the ring; a negative one goes to padding."""
     ring, due = a.quantized.ring, token >= 0
     value = full_precision(ring, ring, token, token, True)
+    wrap = wrap_of(a)
+    token = token % wrap if wrap else token
     places = [_place(a, plane, token, due) for plane in code_planes(a.bits, a.codes.shape[2])]
     stored = [(old >> shift & mask) << plane.shift for plane, _, shift, mask, old in places]
     codes, scale, zero = quantize(a, value, sum(stored[1:], stored[0]))

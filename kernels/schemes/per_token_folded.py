@@ -19,7 +19,7 @@ APPEND = "folded"
 BITS, SCALE_DTYPES, RANGE_CODES, TOKEN_NORMS = inside.BITS, inside.SCALE_DTYPES, inside.RANGE_CODES, inside.TOKEN_NORMS
 
 stored_tokens, tokens_of, quantized_limit = inside.stored_tokens, inside.tokens_of, inside.quantized_limit
-shapes = inside.shapes
+window_tokens, first_kept, shapes = inside.window_tokens, inside.first_kept, inside.shapes
 
 
 def store_due(a: StoreArguments, x: Tensor, past: Tensor, in_ring: bool) -> None:

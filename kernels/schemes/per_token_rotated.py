@@ -34,6 +34,7 @@ TOKEN_NORMS = False
 GAUSSIAN_STEP: dict[float, float] = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
 
 stored_tokens, tokens_of, quantized_limit = per_token.stored_tokens, per_token.tokens_of, per_token.quantized_limit
+window_tokens, first_kept = per_token.window_tokens, per_token.first_kept
 
 
 def shapes(tokens: int, dim: int, bits: float, group: int, scale_dtype: torch.dtype) -> Shapes:

@@ -33,6 +33,7 @@ class LoadArguments(Arguments):
     bits: float
     group_size: int
     residual_length: int
+    max_len: int
     x: Annotated[Tensor | None, Elements("T")] = None
     """The step's own tokens, where they are too many for the ring; the ring is as it was before them."""
 

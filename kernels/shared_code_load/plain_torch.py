@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xquant_fx.kernels.layout import ring_slots
 from xquant_fx.kernels.rotation import rotate_values
-from xquant_fx.kernels.schemes import SCHEMES
+from xquant_fx.kernels.schemes import SCHEMES, wrap_of
 from xquant_fx.kernels.schemes.base import Stored
 from xquant_fx.kernels.schemes.per_token_folded import NAME as FOLDED
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
@@ -37,8 +37,8 @@ def with_sinks(out: Tensor, sink: Tensor, tokens: Tensor, start: Tensor) -> Tens
 def load(a: LoadArguments) -> Tensor:
     """What attention sees in a step that brings ``new_tokens`` tokens after ``past``: [B, H, n, D].
 
-    Tokens at or past ``past + new_tokens`` read as zero, as in a fresh static cache. What is stored rotated is rotated
-    back, the step's own tokens ``x``, too.
+    Tokens at or past ``past + new_tokens`` read as zero, as in a fresh static cache, and so do those before a sliding
+    window that later ones have overwritten. What is stored rotated is rotated back, the step's own tokens ``x``, too.
     """
     out = load_as_stored(a)
     return rotate_values(out, back=True) if a.bits < 16 and a.scheme == FOLDED else out
@@ -49,10 +49,17 @@ def load_as_stored(a: LoadArguments) -> Tensor:
     tokens = torch.arange(a.n, device=a.codes.device)
     written = (tokens < a.past + a.new_tokens)[:, None]
     if a.bits == 16:
-        return torch.where(written, a.codes[:, :, : a.n], 0.0).contiguous()
+        return torch.where(*_unquantized(a, tokens, written), 0.0).contiguous()
     assert a.scale is not None and a.ring is not None
     scheme, stored = SCHEMES[a.scheme], Stored(a.codes, a.scale, a.zero, a.order, a.center, a.norm)
-    dense = scheme.dequantize(stored, a.bits, a.group_size, a.n, a.ring.shape[3]).to(a.ring.dtype)
+    dim = a.ring.shape[3]
+    tokens_stored = scheme.tokens_of(a.codes.shape, a.scale.shape)
+    wrap = wrap_of(a.scheme, tokens_stored, a.max_len, dim, a.bits, a.group_size, a.residual_length)
+    dense = scheme.dequantize(stored, a.bits, a.group_size, wrap or a.n, dim).to(a.ring.dtype)
+    if wrap:
+        dense = dense.index_select(2, tokens % wrap)
+        end = scheme.quantized_limit(a.past + _stored_new(a), a.group_size, a.residual_length)
+        written = written & (tokens >= scheme.first_kept(end, wrap))[:, None]
     full = residual_tokens(a.ring, tokens, a.past, a.x)
     limit = scheme.quantized_limit(a.past, a.group_size, a.residual_length)
     out = torch.where((tokens < limit)[:, None], dense, full)
@@ -60,3 +67,17 @@ def load_as_stored(a: LoadArguments) -> Tensor:
         out = with_sinks(out, a.sink, tokens, a.start)
     # Contiguous like the buffer it stands for: SDPA kernels are chosen by strides.
     return torch.where(written, out, 0.0).contiguous()
+
+
+def _stored_new(a: LoadArguments) -> int:
+    """Tokens of the step that are among the stored ones already."""
+    return a.new_tokens if a.x is None else 0
+
+
+def _unquantized(a: LoadArguments, tokens: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+    """(which tokens are there, tokens [B, H, n, D]) of 16-bit storage."""
+    slots = a.codes.shape[2]
+    if slots >= a.max_len:
+        return written, a.codes[:, :, : a.n]
+    seen = written & (tokens >= a.past + _stored_new(a) - slots)[:, None]
+    return seen, residual_tokens(a.codes, tokens, a.past, a.x)

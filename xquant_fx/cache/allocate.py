@@ -48,22 +48,24 @@ class Slot:
     """What is planned for it."""
     rotary: bool = False
     """Whether it holds the rotary part of keys that are computed from latents."""
+    window: int = 0
+    """Tokens that a query sees (a sliding window); 0: all."""
 
     @classmethod
-    def of(cls, plan: Plan, layer: int, role: Role, max_len: int, rotary: bool = False) -> Slot:
+    def of(cls, plan: Plan, layer: int, role: Role, max_len: int, rotary: bool = False, window: int = 0) -> Slot:
         """The slot of ``layer`` in a cache that was made by ``plan``."""
-        return cls(layer, max_len, plan.layers[layer].of(role), rotary)
+        return cls(layer, max_len, plan.layers[layer].of(role), rotary, window)
 
     def to_json(self) -> str:
         """The slot as text, which a graph can hold."""
-        return json.dumps([self.layer, self.max_len, self.entry.to_dict(), self.rotary])
+        return json.dumps([self.layer, self.max_len, self.entry.to_dict(), self.rotary, self.window])
 
     @classmethod
     @functools.lru_cache(maxsize=1024)
     def from_json(cls, text: str) -> Slot:
         """The slot that :meth:`to_json` wrote."""
-        layer, max_len, entry, rotary = json.loads(text)
-        return cls(layer, max_len, BufferPlan.from_dict(entry, f"layer {layer}"), rotary)
+        layer, max_len, entry, rotary, window = json.loads(text)
+        return cls(layer, max_len, BufferPlan.from_dict(entry, f"layer {layer}"), rotary, window)
 
     @property
     def name(self) -> str:
@@ -73,7 +75,7 @@ class Slot:
     def bind(self, like: Tensor, lower: KVSpec | None) -> KVSpec:
         """The spec of a buffer for tokens such as ``like`` [B, H, any, D]."""
         shape = (like.shape[0], like.shape[1], self.max_len, like.shape[3])
-        return self.entry.bind(self.layer, shape, like.dtype, lower, self.rotary)
+        return self.entry.bind(self.layer, shape, like.dtype, lower, self.rotary, self.window)
 
 
 def quantized_empty(

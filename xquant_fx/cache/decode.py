@@ -44,7 +44,7 @@ def decode_attention(
             float (added to the logits), broadcastable to [B, Hq, q, N], N being max_cache_len (not 1).
         scale: of the logits; default 1 / sqrt(D).
         softcap: logits become ``softcap * tanh(logits / softcap)``; 0 is off.
-        window: tokens a query sees, its own included; 0 is off.
+        window: tokens a query sees, its own included; 0 is off. A layer with a sliding window shows no more than that.
         sink_logits: [Hq], one logit per head that joins the softmax without a value.
 
     Returns:
@@ -68,6 +68,8 @@ def decode_attention(
         sink_logits = _logits(sink_logits, q, where)
     past = key.owned["length"][:1] - new
     mask = _causal(key, past, new) if mask is None else _fitting(mask, (*q.shape[:3], spec.shape[2]), where)
+    fixed = spec.decode_constants(value.spec)
+    fixed["window"] = min((n for n in (window, spec.window) if n), default=0)
     out = ops.DECODE(
         q=q,
         **of_sides(key.tensor, value.tensor),
@@ -76,10 +78,9 @@ def decode_attention(
         mask=mask,
         sink_logits=sink_logits,
         new_tokens=new,
-        **spec.decode_constants(value.spec),
+        **fixed,
         scale=scale,
         softcap=softcap,
-        window=window,
     )
     return ops.ROTATE(out, True) if value.spec.folded else out
 

@@ -34,10 +34,10 @@ class Member(Protocol):
 
 
 class Chunk:
-    """The last eager write: ``x`` [B, H, q, D] after ``past`` tokens, and the ring before it."""
+    """The last eager write: ``x`` [B, H, q, D] after ``past`` tokens, and what it overwrote, as it was before."""
 
-    def __init__(self, x: Tensor | None, past: int, new: int, ring: Tensor | None) -> None:
-        self.x, self.past, self.new, self.ring = x, past, new, ring
+    def __init__(self, x: Tensor | None, past: int, new: int, before: dict[str, Tensor] | None = None) -> None:
+        self.x, self.past, self.new, self.before = x, past, new, before or {}
 
 
 class CacheGroup:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.huggingface_layer import XQuantLayer, minus_tokens
@@ -25,6 +25,7 @@ from xquant_fx.errors import ArgumentError, CacheStateError, ConfigError
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan, make_plan
 from xquant_fx.plan.warnings import warn_of_cost
+from xquant_fx.plan.windows import why_not_windows
 
 #: Tokens that ``max_cache_len`` may be at most.
 LONGEST_CACHE = 2**30
@@ -33,15 +34,16 @@ LONGEST_CACHE = 2**30
 class XQuantCache(StaticCache):
     """KV cache of 1 to 16 bits per element, for ``past_key_values=`` (``cache=`` from transformers 5.24 on).
 
-    Full-attention layers are quantized; other kinds (sliding window, linear attention) stay as in
-    ``StaticCache``. Memory is allocated at the first step and never holds full-precision keys or
-    values but for the residual windows.
+    Full-attention layers are quantized, and so are long sliding windows (``xquant_fx/plan/windows.py``); other kinds
+    (linear attention) stay as in ``StaticCache``. Memory is allocated at the first step and never holds full-precision
+    keys or values but for the residual windows.
 
     Args:
         model_config: the model's ``config``; or the model, with whose weights a plan made for one model is compared.
             ``config=`` takes a model's config, too, as other caches do.
         max_cache_len: tokens the cache can hold.
-        config: settings, or a plan for as many layers as the model has quantized ones; default: ``XQuantConfig()``.
+        config: settings, or a plan for as many layers as the model has quantized ones; default: ``XQuantConfig()``. A
+            plan for the full-attention layers alone leaves sliding windows in full precision.
         padding_mask: int or bool [B, S], 0 for left padding of the first prompt. Padding then takes no part in scales
             and fits; without it padding counts as tokens. Forgotten by ``reset()``.
 
@@ -78,12 +80,19 @@ class XQuantCache(StaticCache):
             super().__init__(config=of_model, max_cache_len=max_cache_len)
         self.xquant_config = config if config is not None else XQuantConfig()
         warn_of_cost(self.xquant_config)
-        full = [i for i, layer in enumerate(self.layers) if type(layer) is StaticLayer]
+        full = {i: 0 for i, layer in enumerate(self.layers) if type(layer) is StaticLayer}
+        sliding = {i: layer for i, layer in enumerate(self.layers) if type(layer) is StaticSlidingWindowLayer}
+        windows = {i: int(layer.get_max_length()) for i, layer in sliding.items()}
+        self.windows_left = why_not_windows(list(windows.values()), len(full), self.xquant_config)
+        """Why sliding windows stay in full precision; "" where there are none, or none stays."""
+        chosen = full if self.windows_left else full | windows
         self.quantized_layers: list[XQuantLayer] = []
-        self.plan = make_plan(self.xquant_config, len(full)) if full else None
-        for layer_idx, index in enumerate(full):
+        self.plan = make_plan(self.xquant_config, len(chosen)) if chosen else None
+        for layer_idx, index in enumerate(sorted(chosen)):
             assert self.plan is not None
-            layer = XQuantLayer(max_cache_len, layer_idx, self.quantized_layers, self.plan, _latents(of_model))
+            window = chosen[index] % max_cache_len  # one as long as the cache never slides
+            of_layer = (max_cache_len, layer_idx, self.quantized_layers, self.plan)
+            layer = XQuantLayer(*of_layer, _latents(of_model), window)
             self.layers[index] = layer
             self.quantized_layers.append(layer)
         if padding_mask is not None:

@@ -26,6 +26,9 @@ class XQuantLayer(StaticLayer):
     """A static layer whose ``keys`` and ``values`` are quantized buffers, allocated at first use.
 
     ``is_initialized`` says that they are in use: ``reset()`` keeps them, and a prompt that fits takes them again.
+
+    With a sliding ``window`` (0: none) it is written and read as if it held all tokens, by a mask that hides the older
+    ones; stored are those that the window may still see.
     """
 
     is_croppable = True
@@ -37,10 +40,14 @@ class XQuantLayer(StaticLayer):
         siblings: list[XQuantLayer],
         plan: Plan,
         latents: tuple[int, int] | None = None,
+        window: int = 0,
     ) -> None:
         with torch.inference_mode(False):
             super().__init__(max_cache_len=max_cache_len)
-        self.layer_idx = layer_idx
+        self.layer_idx, self.window = layer_idx, window
+        self.is_sliding = window > 0
+        self.left_window = 0
+        """The window of a layer that keeps all tokens nevertheless."""
         self.lower = siblings[-1] if siblings and layer_idx % 2 else None
         self.first = siblings[0] if siblings else self
         self.siblings = siblings
@@ -49,9 +56,8 @@ class XQuantLayer(StaticLayer):
         """Channels of what ``keys`` and ``values`` hold where keys and values are computed from latents."""
         self.roles = KEYS_AND_VALUES
         """What ``keys`` and ``values`` are stored as."""
+        self._set_slots(plan)
         # As text, which Dynamo can put into a graph. The first buffer brings the plan of the whole cache.
-        self.slots = {role: Slot.of(plan, layer_idx, role, max_cache_len).to_json() for role in KEYS_AND_VALUES}
-        self.rotary_slot = Slot.of(plan, layer_idx, "key", max_cache_len, rotary=True).to_json()
         self.plan_text = "" if siblings else plan.to_json()
         self.masked = False
         """Whether masks were made for this cache: a model steps through all layers, not someone's code through one."""
@@ -59,6 +65,16 @@ class XQuantLayer(StaticLayer):
         self.chunk = 0
         self.prompt_left = 0
         """Tokens of a padded prompt that are still to come, of the first layer."""
+
+    def _set_slots(self, plan: Plan) -> None:
+        index, tokens, window = self.layer_idx, self.max_cache_len, self.window
+        self.slots = {role: Slot.of(plan, index, role, tokens, window=window).to_json() for role in KEYS_AND_VALUES}
+        self.rotary_slot = Slot.of(plan, index, "key", tokens, rotary=True, window=window).to_json()
+
+    def keep_all(self, plan: Plan) -> None:
+        """Store tokens that have left the window, too: for looking back. Before the first step."""
+        self.left_window, self.window = self.window, self.max_cache_len
+        self._set_slots(plan)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate codes, scales and residual windows for keys and values such as these."""
@@ -109,21 +125,22 @@ class XQuantLayer(StaticLayer):
 
     def _check(self, key_states: Tensor, value_states: Tensor, cold: bool) -> None:
         """Whatever can be known before anything is written; Dynamo traces this, and leaves what is refused to eager."""
-        new, where = key_states.shape[2], f"layer {self.layer_idx}: "
-        if new > self.max_cache_len:
+        # Attributes that are read here only to be told are read then: Dynamo guards on each that it meets.
+        new, room = key_states.shape[2], self.max_cache_len if cold or self.keys is None else self.keys.shape[2]
+        if new > room:
             raise CacheStateError(
-                f"{where}a step of {new} tokens does not fit into a cache of {self.max_cache_len} (max_cache_len)"
+                f"layer {self.layer_idx}: a step of {new} tokens does not fit into a cache of {room} (max_cache_len)"
             )
         if not cold:
             for buffer, x in ((self.keys, key_states), (self.values, value_states)):
                 if buffer is None:
                     continue
                 if reason := why_not_tokens(x, buffer.shape, buffer.dtype):
-                    raise CacheStateError(where + reason)
+                    raise CacheStateError(f"layer {self.layer_idx}: {reason}")
                 if buffer.device != x.device:
                     raise CacheStateError(
-                        f"{where}this cache is on {buffer.device}, the step on {x.device}: make the cache after the "
-                        "model was moved, or move the cache (cache.to(device))"
+                        f"layer {self.layer_idx}: this cache is on {buffer.device}, the step on {x.device}: make the "
+                        "cache after the model was moved, or move the cache (cache.to(device))"
                     )
         if self.first is self:
             self._check_step(new, cold)

@@ -54,6 +54,8 @@ class QuantizedKV(Dequantized):
     def __init__(self, spec: KVSpec, anchor: Tensor, state: KVState | None = None, span: tuple[int, int] | None = None):
         self.spec, self.anchor, self.state = spec, anchor, state
         self.span = span or (0, spec.shape[2])
+        # Made once: Dynamo's guards ask for it in each step.
+        self.flattened = ["anchor"], (spec, self.span)
 
     @classmethod
     def of(cls, state: KVState) -> QuantizedKV:
@@ -64,7 +66,7 @@ class QuantizedKV(Dequantized):
 
     # The one inner tensor that Dynamo gets to see tells it the device; the rest is in the spec.
     def __tensor_flatten__(self) -> tuple[list[str], tuple[KVSpec, tuple[int, int]]]:
-        return ["anchor"], (self.spec, self.span)
+        return self.flattened
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> QuantizedKV:

@@ -89,7 +89,7 @@ class _Loader:
         fields: dict[str, Any] = {"roles": tuple(sides)} if sides else {}
         for side, (role, (*shape, dtype)) in zip(("keys", "values"), sides.items(), strict=False):
             geometry = Geometry(tuple(shape), getattr(torch, dtype), (side, role) == ("values", "key"))
-            state = self._state(layer.layer_idx, role, geometry)
+            state = self._state(layer, role, geometry)
             for name, tensor in state.owned.items():
                 tensor.copy_(self._named(f"layers.{index}.{role}.{name}", tensor))
             fields[side] = QuantizedKV.of(state)
@@ -100,10 +100,12 @@ class _Loader:
             fields[name] = int(counter) if isinstance(getattr(layer, name), int) else _static(counter)
         return fields
 
-    def _state(self, layer: int, role: str, geometry: Geometry) -> KVState:
+    def _state(self, of_cache: Any, role: str, geometry: Geometry) -> KVState:
+        layer = of_cache.layer_idx
         entry = self.cache.plan.layers[layer].of(role)
         below = None if entry.partner is None else self.states.get((entry.partner, role))
-        spec = entry.bind(layer, geometry.shape, geometry.dtype, below and below.spec, geometry.rotary)
+        lower = None if below is None else below.spec
+        spec = entry.bind(layer, geometry.shape, geometry.dtype, lower, geometry.rotary, of_cache.window)
         state = self.states[layer, cast(Role, role)] = KVState(spec, self.group, below if spec.borrowed else None)
         return state
 

@@ -75,10 +75,10 @@ class KVState:
         self.group.enter((self.name,), x.shape[2])
         past, new = self._checked_past(x, pos), x.shape[2]
         x, pos = x.to(self.spec.dtype), pos.to(torch.int64)
-        ring = self.owned.get("ring")
-        chunk = Chunk(None, past, new, None)
-        if new > STEP_TOKENS and ring is not None:
-            chunk = Chunk(x, past, new, ring.clone() if past else ring)
+        chunk = Chunk(None, past, new)
+        if new > STEP_TOKENS and self.spec.overwritten:
+            before = {name: self.owned[name].clone() for name in self.spec.overwritten} if past else {}
+            chunk = Chunk(x, past, new, before)
         self.group.hold(self, chunk)
         self._write(x, pos)
 
@@ -120,9 +120,7 @@ class KVState:
         if chunk.x is not None and chunk.past == 0:  # a prompt: nothing quantized is seen
             return torch.nn.functional.pad(chunk.x[:, :, :n], (0, 0, 0, max(n - chunk.new, 0)))
         past = torch.tensor([chunk.past], device=self.group.start.device)
-        tensors = {name: self.tensor(name) for name in STORED}
-        if chunk.ring is not None:
-            tensors["ring"] = chunk.ring
+        tensors = {name: self.tensor(name) for name in STORED} | chunk.before
         x = None if chunk.x is None else self._as_stored(chunk.x)
         return ops.LOAD(**tensors, past=past, new_tokens=chunk.new, n=n, **self.spec.load_constants(), x=x)
 
@@ -186,10 +184,11 @@ class KVState:
         """
         stored, furthest = self.owned["length"].tolist()
         most = self.spec.rollback_tokens
-        if self.spec.quantized and length and furthest - length > most:
+        if not self.spec.is_exact_back and length and furthest - length > most:
+            why = "quantized" if self.spec.quantized else "overwritten by what followed the window"
             raise CacheStateError(
                 f"layer {self.spec.layer}: at most {most} tokens can be rolled back exactly (the ones before them are "
-                f"quantized), asked for {furthest - length} of {furthest}: set num_assistant_tokens or "
+                f"{why}), asked for {furthest - length} of {furthest}: set num_assistant_tokens or "
                 f"prompt_lookup_num_tokens to {most} or less, or rollback_tokens of the cache's config to more"
             )
         if length > stored:
@@ -210,7 +209,7 @@ class KVState:
         next step finds that lengths differ."""
         stored, furthest = self.owned["length"].tolist()
         if stored > length and (
-            not self.spec.quantized or not length or furthest - length <= self.spec.rollback_tokens
+            self.spec.is_exact_back or not length or furthest - length <= self.spec.rollback_tokens
         ):
             self.owned["length"][:1].fill_(length)
         self.group.drop()
@@ -236,7 +235,7 @@ class KVState:
             raise CacheStateError(where + FAULTS[Fault.FULL] + seen)
         if past > length or past < 0:
             raise CacheStateError(where + FAULTS[Fault.NOT_APPENDED] + seen)
-        if self.spec.quantized and past and self.furthest - past > self.spec.rollback_tokens:
+        if not self.spec.is_exact_back and past and self.furthest - past > self.spec.rollback_tokens:
             raise CacheStateError(where + FAULTS[Fault.ROLLED_BACK_TOO_FAR] + seen)
         if past == 0 and may_wrap(length, new, self.spec.shape[2]):
             raise CacheStateError(where + FAULTS[Fault.RESTARTED] + seen)
@@ -252,4 +251,4 @@ class KVState:
         if held is not None and held.past + held.new == length:
             return held
         new = min(self.group.step_tokens, length)
-        return Chunk(None, length - new, new, None)
+        return Chunk(None, length - new, new)

@@ -34,9 +34,11 @@ from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.proof import Call
 from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.compiler.self_check import self_check
+from xquant_fx.compiler.short_windows import note_short_windows
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.watch import Watch
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
+from xquant_fx.kernels.cpu.one_call import switched
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.detect import detect
 from xquant_fx.passes.facts import Facts
@@ -121,7 +123,8 @@ def detect_graph(
     def refusal(node: Node, what: str, facts: Facts) -> Refused:
         return Refused(surroundings) if surroundings else Refused(call.refuse(node, what, facts), of_call=True)
 
-    return detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
+    found = detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
+    return note_short_windows(found, request)
 
 
 def _were_ordinary(inputs: list[Any]) -> bool:
@@ -186,6 +189,7 @@ def _check_config(buffers: list[QuantizedKV | GrowingKV], request: Request) -> N
 
 
 def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: str | None) -> Callable[..., Any]:
+    from torch._inductor import config as inductor_config
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -194,7 +198,10 @@ def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: st
     patches = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
     if settings is not None:
         patches.update(cache_key_patch(settings))
-    compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
+        # A step's loops are short: of 512 numbers a second thread starts later than the first is through with all.
+        patches["cpp.min_chunk_size"] = max(inductor_config.cpp.min_chunk_size, 4096)
+    with switched("one_call" not in request.disable):
+        compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
     return compiled
 
 

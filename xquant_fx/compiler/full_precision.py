@@ -27,8 +27,8 @@ _ANY_PLAN = make_plan(XQuantConfig.preset("full"), 1)
 
 
 def full(spec: KVSpec) -> KVSpec:
-    """The same buffer in full precision, with codes of its own."""
-    return dataclasses.replace(spec, bits=16, partner=None)
+    """The same buffer in full precision, with codes of its own, and all tokens of a sliding window."""
+    return dataclasses.replace(spec, bits=16, partner=None, window=0)
 
 
 class Rebuilt:

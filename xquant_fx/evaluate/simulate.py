@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from xquant_fx import ops
 from xquant_fx.cache.huggingface import XQuantCache
@@ -57,6 +58,8 @@ class WatchedCache(DynamicCache):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # Masks hide what has left a sliding window.
+        self.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in self.layers]
         self.queries = {}
 
     def update(
@@ -141,6 +144,9 @@ def simulated_logits(
         ConfigError: ``config`` does not fit the model.
     """
     cache = XQuantCache(window.model.config, max_cache_len=window.ids.shape[1], config=config)
+    for layer in cache.quantized_layers:
+        if layer.window and cache.plan is not None:
+            layer.keep_all(cache.plan)
     with attending(window.model, _Pass(window, cache, observer, lean)):
         return window.rest(keep), cache
 

@@ -10,7 +10,7 @@ import torch
 
 from xquant_fx.cache.huggingface import XQuantCache
 from xquant_fx.plan.spec import KVSpec
-from xquant_fx.reports.memory import memory_report
+from xquant_fx.reports.memory import MemoryReport, memory_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,27 @@ def size_of(cache: XQuantCache) -> Size:
     """The size of a cache that has been written to."""
     report = memory_report(SimpleNamespace(layers=cache.quantized_layers))
     bits = true_bits([state.spec for state in cache.states])
+    report = _without_what_left(report, cache)
     return Size(bits, report.bits_per_element, report.total_bytes, report.ratio)
+
+
+def _without_what_left(report: MemoryReport, cache: XQuantCache) -> MemoryReport:
+    """``report`` without tokens that have left a sliding window and are kept for looking back."""
+    codes = full = elements = 0
+    for layer in cache.quantized_layers:
+        for state in layer.states if layer.left_window else ():
+            spec, window = state.spec, dataclasses.replace(state.spec, window=layer.left_window)
+            each = spec.shape[0] * spec.shape[1] * spec.shape[3]
+            codes += _stored(spec) - _stored(window)
+            full += (spec.full_tokens - window.full_tokens) * each * spec.dtype.itemsize
+            elements += max(state.length - window.full_tokens, 0) * each
+    return dataclasses.replace(
+        report, codes=report.codes - codes, full_bytes=report.full_bytes - full, elements=report.elements - elements
+    )
+
+
+def _stored(spec: KVSpec) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.tensor_shapes().values())
 
 
 def saved(cache: XQuantCache) -> float:
@@ -43,12 +63,15 @@ def saved(cache: XQuantCache) -> float:
     Windows are counted at 16 bits, whatever dtype the model is measured in.
     """
     tokens, specs = int(cache.get_seq_length()), [state.spec for state in cache.states]
-    elements = sum(tokens * spec.shape[0] * spec.shape[1] * spec.shape[3] for spec in specs)
-    return 1 - sum(_bits(spec, tokens) for spec in specs) / (16 * elements)
+    elements = sum(min(tokens, spec.full_tokens) * spec.shape[0] * spec.shape[1] * spec.shape[3] for spec in specs)
+    return 1 - sum(_bits(spec, tokens, spec.window) for spec in specs) / (16 * elements)
 
 
 def true_bits(specs: list[KVSpec]) -> float:
-    """Bits that one more element costs: what all buffers grow by from one long text to another twice as long."""
+    """Bits that one more element costs: what all buffers grow by from one long text to another twice as long.
+
+    Of sliding windows: what they would grow by if they kept all tokens.
+    """
     tokens = _whole_blocks(specs)
     return sum(growth(specs)) / sum(tokens * spec.shape[0] * spec.shape[1] * spec.shape[3] for spec in specs)
 
@@ -64,7 +87,8 @@ def _whole_blocks(specs: list[KVSpec]) -> int:
     return math.lcm(*(spec.residual_length for spec in specs)) * 32
 
 
-def _bits(spec: KVSpec, tokens: int) -> int:
+def _bits(spec: KVSpec, tokens: int, window: int = 0) -> int:
     batch, heads, _, dim = spec.shape
-    longer = dataclasses.replace(spec, shape=(batch, heads, tokens, dim), dtype=torch.bfloat16)
-    return sum(8 * math.prod(shape) * dtype.itemsize for shape, dtype in longer.tensor_shapes().values())
+    return 8 * _stored(
+        dataclasses.replace(spec, shape=(batch, heads, tokens, dim), dtype=torch.bfloat16, window=window)
+    )

@@ -53,25 +53,32 @@ class BufferPlan:
     """Why it reads its own codes, or that it does not."""
 
     def bind(
-        self, layer: int, shape: tuple[int, ...], dtype: torch.dtype, lower: KVSpec | None, rotary: bool = False
+        self,
+        layer: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        lower: KVSpec | None,
+        rotary: bool = False,
+        window: int = 0,
     ) -> KVSpec:
         """The spec of a buffer [B, H, N, D] of ``layer``; ``lower`` is that of the same role of the partner.
 
-        A pair whose shapes turn out to differ does not share; the spec's ``reason`` says so. ``rotary``: it holds the
-        rotary part of keys that are computed from latents, which gets ``ROTARY_BITS`` at least.
+        A pair whose shapes turn out to differ does not share, nor does one with a sliding ``window`` (0: none); the
+        spec's ``reason`` says so. ``rotary``: it holds the rotary part of keys that are computed from latents, which
+        gets ``ROTARY_BITS`` at least.
 
         Raises:
             ConfigError: ``group_size`` does not divide head_dim.
         """
         if rotary and self.bits < ROTARY_BITS:
-            return dataclasses.replace(self, bits=ROTARY_BITS, eta=0.0).bind(layer, shape, dtype, lower)
+            return dataclasses.replace(self, bits=ROTARY_BITS, eta=0.0).bind(layer, shape, dtype, lower, window=window)
         batch, heads, tokens, dim = shape
         group = self._group_size(dim, layer)
         spec = KVSpec(
             role=self.role, scheme=self.scheme, layer=layer, shape=(batch, heads, tokens, dim), dtype=dtype,
             bits=self.bits, group_size=group, residual_length=self.residual_length, eta=self.eta_of(group),
             sink_tokens=self.sink_tokens, rollback_tokens=self.rollback_tokens, scale_dtype=self.scale_dtype,
-            token_norms=self.token_norms, partner=self.partner, fit=self.fit, reason=self.reason,
+            token_norms=self.token_norms, partner=self.partner, fit=self.fit, window=window, reason=self.reason,
         )  # fmt: skip
         refusal = "" if self.partner is None else _why_not_geometry(spec, lower, self.partner)
         return dataclasses.replace(spec, partner=None, reason=refusal) if refusal else spec
@@ -130,6 +137,8 @@ def is_denied(partner: int | None, reason: str) -> bool:
 def _why_not_geometry(spec: KVSpec, lower: KVSpec | None, partner: int) -> str:
     if lower is None:
         return f"layer {partner} is not in reach"
+    if spec.window or lower.window:
+        return f"layers {partner} and {spec.layer} have a sliding window, which overwrites codes"
     ours, theirs = ((s.shape, s.dtype, s.group_size) for s in (spec, lower))
     if ours != theirs:
         return f"layers {partner} and {spec.layer} differ in geometry: {theirs} and {ours}"

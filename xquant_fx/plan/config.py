@@ -104,6 +104,9 @@ class XQuantConfig:
     rollback_tokens: int = 20
     """Latest tokens that can be taken back exactly (``crop``, assisted decoding, prompt lookup), at least 8: the
     windows hold as many tokens more than ``residual_length``."""
+    sliding_windows: bool | Literal["auto"] = "auto"
+    """Whether an ``XQuantCache`` quantizes sliding windows. True: those longer than ``residual_length`` and
+    ``rollback_tokens`` together. "auto": those of 4 residual lengths and more, which get less than half as large."""
     scale_dtype: torch.dtype | None = None
     """dtype of scales and zero points: of "per_channel" and "per_token" float16, bfloat16 or float32, of the other
     schemes uint8 (8-bit floats, kernels/small_floats.py) or float16. None: the one named first."""
@@ -245,6 +248,8 @@ class XQuantConfig:
             known = isinstance(value, str) and value == "auto"
             if not known and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 0.5):
                 raise ConfigError(f'{name} must be in [0, 0.5) or "auto", got {value!r}')
+        if not isinstance(self.sliding_windows, bool) and self.sliding_windows != "auto":
+            raise ConfigError(f'sliding_windows must be True, False or "auto", got {self.sliding_windows!r}')
         if not isinstance(self.shared_fit, str) or self.shared_fit not in SHARED_FITS:
             raise ConfigError(f"shared_fit must be one of {SHARED_FITS}, got {self.shared_fit!r}")
         if self.k_token_norms is not None and not isinstance(self.k_token_norms, bool):

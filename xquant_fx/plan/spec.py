@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from xquant_fx.kernels.decode_attention.arguments import why_not_fused as why_no_kernel
-from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.layout import STEP_TOKENS, WORD_TOKENS
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.kernels.schemes.per_token_folded import NAME as FOLDED
 
@@ -50,12 +50,18 @@ class KVSpec:
     """dtype of scales and zero points; uint8: 8-bit floats (``kernels/small_floats.py``)."""
     partner: int | None
     """Layer whose codes this one reads (upper layer of a sharing pair), else None."""
+    window: int = 0
+    """Tokens that a query sees, its own included (a sliding window); 0: all. Older ones are not kept."""
     token_norms: bool = False
     """Whether a token is divided by its norm over all heads before it is quantized."""
     fit: str
     """How a borrowing layer gets its scales: "least_squares" or "minmax"."""
     reason: str = dataclasses.field(default="", compare=False, repr=False)
     """Why it reads its own codes, or that it borrows, for people: graphs do not rely on it."""
+
+    def __deepcopy__(self, memo: object) -> KVSpec:
+        """Itself, as it never changes: Dynamo's guards keep a deep copy, and compare it in each step."""
+        return self
 
     @property
     def borrowed(self) -> bool:
@@ -80,10 +86,43 @@ class KVSpec:
     @property
     def stored_tokens(self) -> int:
         """Tokens the code tensors have room for: N and some padding that is never read."""
-        _, _, max_len, dim = self.shape
+        kept, dim = self._kept_tokens, self.shape[3]
         if not self.quantized:
+            return kept
+        return SCHEMES[self.scheme].stored_tokens(kept, dim, self.bits, self.group_size, self.residual_length)
+
+    @property
+    def _kept_tokens(self) -> int:
+        """Tokens that have a slot of their own: N, or as many as a window may read after the furthest rollback."""
+        max_len, reach = self.shape[2], self.window + self.rollback_tokens
+        if not 0 < self.window < max_len:
             return max_len
-        return SCHEMES[self.scheme].stored_tokens(max_len, dim, self.bits, self.group_size, self.residual_length)
+        if self.quantized:
+            of_scheme = SCHEMES[self.scheme].window_tokens
+            reach = of_scheme(reach + WORD_TOKENS - 1, self.group_size, self.residual_length)
+        return min(max_len, reach)
+
+    @property
+    def full_tokens(self) -> int:
+        """Tokens that the buffer would hold in full precision."""
+        return min(self.window or self.shape[2], self.shape[2])
+
+    @property
+    def wraps(self) -> bool:
+        """Whether what is stored starts over: later tokens overwrite those that have left the window."""
+        return self._kept_tokens < self.shape[2]
+
+    @property
+    def overwritten(self) -> tuple[str, ...]:
+        """The stored tensors of which a chunk of more than STEP_TOKENS may overwrite what its own queries see."""
+        if not self.wraps:
+            return ("ring",) if self.quantized else ()
+        return tuple(name for name in ("codes", "scale", "zero", "norm", "ring") if name in self.tensor_shapes())
+
+    @property
+    def is_exact_back(self) -> bool:
+        """Whether any number of tokens can be taken back: none is quantized and none overwritten."""
+        return not self.quantized and not self.wraps
 
     def why_not(self, x: torch.Tensor) -> str:
         """Why ``x`` [B, H, q, D] cannot be tokens of this buffer, in words; "" if it can."""
@@ -92,14 +131,14 @@ class KVSpec:
 
     def load_constants(self) -> dict[str, Any]:
         """What ``xquant::shared_code_load`` takes besides tensors and lengths."""
+        seen = self.window if self.wraps and not self.quantized else self.residual_length
         return dict(
-            scheme=self.scheme, bits=self.bits, group_size=self.group_size, residual_length=self.residual_length
+            scheme=self.scheme, bits=self.bits, group_size=self.group_size, residual_length=seen, max_len=self.shape[2]
         )
 
     def store_constants(self) -> dict[str, Any]:
         """What ``xquant::quantize_store`` takes besides tensors (and ``fit``, where codes are borrowed)."""
-        more = dict(eta=self.eta, sink_tokens=self.sink_tokens, max_len=self.shape[2])
-        return {**self.load_constants(), **more}
+        return {**self.load_constants(), "eta": self.eta, "sink_tokens": self.sink_tokens}
 
     def decode_constants(self, value: KVSpec) -> dict[str, Any]:
         """What ``xquant::decode_attention`` takes besides tensors and what the attention says; ``self`` is the keys'.
@@ -107,7 +146,7 @@ class KVSpec:
         Only where :func:`why_not_fused` gives no reason: both sides then agree in what it takes once.
         """
         return dict(
-            max_len=self.shape[2],
+            max_len=self.shape[2], window=self.window,
             k_scheme=self.scheme, k_bits=self.bits, k_group=self.group_size, k_residual=self.residual_length,
             v_scheme=value.scheme, v_bits=value.bits, v_group=value.group_size, v_residual=value.residual_length,
         )  # fmt: skip
@@ -157,7 +196,7 @@ def why_not_fused(key: KVSpec, value: KVSpec) -> str:
     reason = why_no_kernel(key.scheme, key.bits, value.scheme, value.bits)
     if reason:
         return reason
-    for name in ("sink_tokens", "rollback_tokens", "scale_dtype"):
+    for name in ("sink_tokens", "rollback_tokens", "scale_dtype", "window"):
         ours, theirs = getattr(key, name), getattr(value, name)
         if ours != theirs:
             return f"keys and values differ in {name}: {ours} and {theirs}"

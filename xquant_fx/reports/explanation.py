@@ -116,9 +116,14 @@ def _site(record: records.Site, specs: dict[Node, KVSpec]) -> Site:
         key_partner=partner.get("key"), value_partner=partner.get("value"), k_bits=bits.get("key"),
         v_bits=bits.get("value"), k_eta=_eta(found.get("key")), v_eta=_eta(found.get("value")),
         bytes=sum(_stored_bytes(spec) for spec in found.values()),
-        full_bytes=sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in found.values()),
+        full_bytes=sum(_full(spec) for spec in found.values()),
         dequantized=record.dequantized, notes=(*_notes(list(found.values())), *_rotations(record.folding)),
     )  # fmt: skip
+
+
+def _full(spec: KVSpec) -> int:
+    batch, heads, _, dim = spec.shape
+    return batch * heads * spec.full_tokens * dim * spec.dtype.itemsize
 
 
 def _left_alone(record: records.Site) -> Site:

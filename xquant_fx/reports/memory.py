@@ -36,10 +36,11 @@ class MemoryReport:
     other: int
     """Bytes of lengths, counters, padding, and of layers that are not quantized."""
     full_bytes: int
-    """Bytes of the same keys, values and other states in the model's dtype, for the same max_cache_len; of a cache
-    that grows by concatenation for its current length."""
+    """Bytes of the same keys, values and other states in the model's dtype, for the same max_cache_len (of a sliding
+    window: for the window); of a cache that grows by concatenation for its current length."""
     elements: int
-    """K and V elements at the cache's current length; all elements of layers that are not quantized."""
+    """K and V elements at the cache's current length, of a sliding window those in it; all elements of layers that are
+    not quantized."""
 
     @property
     def total_bytes(self) -> int:
@@ -106,9 +107,10 @@ def _count(states: list[KVState], plain: list[Tensor], growing: set[int]) -> Mem
         bytes_of["other"] += group.start.untyped_storage().nbytes() + group.faults.tensor.untyped_storage().nbytes()
     full, elements = 0, 0
     for state in states:
-        batch, heads, max_len, dim = state.spec.shape
-        full += batch * heads * dim * state.spec.dtype.itemsize * (state.length if id(state) in growing else max_len)
-        elements += batch * heads * dim * state.length
+        batch, heads, _, dim = state.spec.shape
+        most = state.spec.full_tokens
+        full += batch * heads * dim * state.spec.dtype.itemsize * (state.length if id(state) in growing else most)
+        elements += batch * heads * dim * min(state.length, most)
     bytes_of["other"] += sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}.values())
     for tensor in plain:
         if tensor.is_floating_point():  # integers only count tokens

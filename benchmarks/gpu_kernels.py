@@ -1,0 +1,241 @@
+"""Decode kernels on a GPU: time in CUDA graphs, registers, clocks, and a sweep; one JSON line for each result.
+
+    python benchmarks/gpu_kernels.py facts bar --out gpu.jsonl        # what machine this is, and the bar
+    python benchmarks/gpu_kernels.py compile all sweep --out gpu.jsonl
+    python benchmarks/gpu_kernels.py facts bar compile all sweep --dry-run   # without a GPU: what would be launched
+
+Times are of the device: a graph of some calls is replayed between two events, so that no launch is waited for. A line
+says what share of the bandwidth of a copy, measured in the same process, a step reached. What fails is a line, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from gpu_cases import BAR, Case, bytes_read, cases, copies, full_precision, step
+from results import where
+from triton_compiled import launches
+
+from xquant_fx import ops
+from xquant_fx.kernels.decode_attention import triton_interior_settings, triton_launch
+
+CALLS, REPLAYS = 4, 5
+COMPILERS = 8
+"""Processes that compile at a time."""
+
+
+class Run:
+    """Where results go, and whether there is a GPU."""
+
+    def __init__(self, out: str, dry: bool) -> None:
+        self.out, self.dry, self.device = Path(out), dry, "meta" if dry else "cuda"
+        self.bandwidth: float | None = None
+
+    def note(self, what: str, **result: Any) -> None:
+        """Append a line."""
+        line = json.dumps({"what": what, "at": round(time.time(), 1), **result}, default=str)
+        with self.out.open("a") as file:
+            file.write(line + "\n")
+        print(line[:240], flush=True)
+
+    def attempt(self, what: str, body: Callable[[], dict[str, Any]], **about: Any) -> dict[str, Any]:
+        """Note what ``body`` gives, or why it failed."""
+        try:
+            result = body()
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {str(error)[:400]}"}
+        self.note(what, **about, **result)
+        return result
+
+
+def smi(*fields: str) -> dict[str, str]:
+    """What nvidia-smi says of the first GPU."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"nvidia-smi": str(error)}
+    return dict(zip(fields, (part.strip() for part in text.strip().split(",")), strict=False))
+
+
+def microseconds(calls: list[Callable[[], Any]]) -> float:
+    """Median time on the device of one of ``calls``, which are captured in one graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()  # compiles, and warms up
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            for call in calls:
+                call()
+    times = []
+    for _ in range(REPLAYS + 1):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end) / CALLS / len(calls))
+    return statistics.median(times[1:])
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a copy of 2 GB, reads and writes together."""
+    x = torch.zeros(2**29, dtype=torch.float32, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.numel() * 4 / (microseconds([lambda: y.copy_(x)]) * 1e-6)
+
+
+def facts(run: Run, args: argparse.Namespace) -> None:
+    """Machine, versions, clocks, bandwidth."""
+    run.note("facts", **where(args), **smi("name", "clocks.max.sm", "clocks.sm", "clocks.mem", "power.limit"))
+    if not run.dry:
+        result = run.attempt("copy", lambda: {"bytes_a_second": copy_bandwidth()})
+        run.bandwidth = result.get("bytes_a_second")
+
+
+def needs() -> list[dict[str, Any]]:
+    """Registers, spills and shared memory of the kernels that this process has loaded."""
+    from xquant_fx.kernels.decode_attention.triton_interior import interior_kernel
+    from xquant_fx.kernels.decode_attention.triton_kernels import combine_kernel, decode_kernel
+
+    return [
+        {"kernel": kernel.fn.__name__, "registers": one.n_regs, "spilled": one.n_spills, "shared": one.metadata.shared}
+        for kernel in (interior_kernel, decode_kernel, combine_kernel)
+        for cached in kernel.device_caches.values()
+        for one in cached[0].values()
+    ]
+
+
+def time_case(run: Run, case: Case) -> dict[str, Any]:
+    """Microseconds of a step, of its kernels, and the share of the bandwidth of a copy."""
+    own, full = bytes_read(case)
+    if run.dry:
+        made = launches(triton_launch.launch, step(case, "meta"), hip=False)
+        return {"bytes": own, "full_bytes": full, "kernels": [one.kernel.fn.__name__ for one in made]}
+    sets = [step(case, "cuda")._asdict() for _ in range(copies(case))]
+    us = microseconds([lambda given=given: ops.DECODE(**given) for given in sets])
+    share = own / (us * 1e-6) / run.bandwidth if run.bandwidth else None
+    ideal = full / (0.9 * run.bandwidth) * 1e6 if run.bandwidth else None  # full precision at 90 percent of a copy
+    times = by_kernel(lambda: ops.DECODE(**sets[0]))
+    faster = ideal and ideal / us
+    clocks = smi("clocks.sm", "temperature.gpu", "power.draw")
+    return {"us": us, "bytes": own, "of_copy": share, "times_faster_than_ideal": faster, "by_kernel": times, **clocks}
+
+
+def by_kernel(call: Callable[[], Any]) -> dict[str, float]:
+    """Microseconds of each kernel of a call, by the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+    return {event.key[:40]: event.device_time_total / 3 for event in found.key_averages() if event.device_time_total}
+
+
+def time_full(run: Run, case: Case) -> None:
+    """Microseconds of each full-precision way."""
+    about = {key: case[key] for key in ("length", "batch", "group", "query", "dim") if key in case}
+    for name, call in full_precision(case, "meta" if run.dry else "cuda").items():
+        body = (lambda: {}) if run.dry else lambda call=call: {"us": microseconds([call])}
+        run.attempt("full precision", body, way=name, **about)
+
+
+def bar(run: Run, args: argparse.Namespace) -> None:
+    """The step that the project is measured by: default and paper's settings, beside full precision."""
+    for case in cases()[:2]:
+        run.attempt("step", lambda case=case: time_case(run, case), **case)
+    time_full(run, BAR)
+    if not run.dry:
+        run.attempt("needs", lambda: {"kernels": needs()})
+
+
+def compile_one(case: Case) -> str:
+    """Fill Triton's cache with the kernels of ``case``; "" or what went wrong."""
+    try:
+        ops.DECODE(**step(case, "cuda")._asdict())
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return ""
+
+
+def compile_all(run: Run, args: argparse.Namespace) -> None:
+    """Compile the kernels of all cases, in several processes."""
+    begin = time.time()
+    if run.dry:
+        run.note("compiled", cases=len(cases()))
+        return
+    import multiprocessing
+
+    fresh = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
+    with concurrent.futures.ProcessPoolExecutor(COMPILERS, mp_context=fresh) as pool:
+        for case, wrong in zip(cases(), pool.map(compile_one, cases()), strict=True):
+            if wrong:
+                run.note("compile", **case, error=wrong)
+    run.note("compiled", seconds=time.time() - begin)
+
+
+def every(run: Run, args: argparse.Namespace) -> None:
+    """All cases; full precision once for each shape."""
+    seen = set()
+    for case in cases():
+        run.attempt("step", lambda case=case: time_case(run, case), **case)
+        shape = tuple(case.get(key) for key in ("length", "batch", "group", "query", "dim"))
+        if shape not in seen and case.get("max_len") is None:
+            time_full(run, case)
+        seen.add(shape)
+        if not run.dry:
+            torch.cuda.empty_cache()
+
+
+def sweep(run: Run, args: argparse.Namespace) -> None:
+    """The bar with other numbers of programs and stages: what is chosen now was chosen without a GPU."""
+    chosen = triton_interior_settings.interior_settings
+    for slots in (528, 1056, 2112):
+        for stages in (2, 3, 4):
+
+            def other(stages: int = stages, **given: Any) -> dict[str, Any]:
+                return chosen(**given) | {"INTERIOR_STAGES": stages}
+
+            with (
+                mock.patch.object(triton_interior_settings, "SLOTS", slots),
+                mock.patch("xquant_fx.kernels.decode_attention.triton_settings.interior_settings", other),
+            ):
+                for case in cases()[:2]:
+                    run.attempt("sweep", lambda case=case: time_case(run, case), slots=slots, stages=stages, **case)
+
+
+JOBS = {"facts": facts, "bar": bar, "compile": compile_all, "all": every, "sweep": sweep}
+
+
+def main() -> None:
+    """Do the jobs that are asked for, in order."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="+", choices=list(JOBS))
+    parser.add_argument("--out", default="benchmarks/results/gpu.jsonl", help="file of results, appended to")
+    parser.add_argument("--dry-run", action="store_true", help="no GPU: say what would be launched")
+    args = parser.parse_args()
+    args.device = "cpu" if args.dry_run else "cuda"
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    run = Run(args.out, args.dry_run)
+    if not run.dry and "facts" not in args.jobs:
+        run.bandwidth = run.attempt("copy", lambda: {"bytes_a_second": copy_bandwidth()}).get("bytes_a_second")
+    for job in args.jobs:
+        JOBS[job](run, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The loop of ``triton_interior.py`` over whole groups.
+
+Codes of keys are the right operand, and the logits of a thread are of the tokens whose values it multiplies next, so
+probabilities stay where they are. A tile lies in one group and every row sees all of it but for a mask of bool. Sums
+are as in ``triton_softmax.py``, times 2**14, and logits in base 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from xquant_fx.kernels.decode_attention.triton_fragments import (
+    exp2,
+    fragment,
+    inverse_power,
+    power_above,
+    right_operand,
+    to_columns,
+)
+from xquant_fx.kernels.decode_attention.triton_interior_keys import (
+    LOG2_E,
+    interior_logits,
+)
+from xquant_fx.kernels.decode_attention.triton_interior_scales import interior_scales
+from xquant_fx.kernels.decode_attention.triton_products import LARGEST, SUBNORMAL
+from xquant_fx.kernels.decode_attention.triton_softmax import MASK, SM_SCALE, SOFTCAP, tanh
+from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, NORMS, ROTATION
+from xquant_fx.kernels.triton_small_floats import UNIT_OF_SCALES, decode_scale, scale_in_units
+
+# Top of a row that has seen nothing yet: finite, so that differences are numbers.
+NOTHING = tl.constexpr(-1e30)
+LARGEST_LOG2 = tl.constexpr(14.0)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def value_scales(values, t0, TILE: tl.constexpr, VALUES: tl.constexpr):
+    """(scales, zero points) [TILE] of a tile, as stored."""
+    _, scale, zero = values
+    tokens = t0 + tl.arange(0, TILE)
+    s = tl.load(scale + tokens)
+    return s, s if VALUES[ROTATION] != -1 else tl.load(zero + tokens)
+
+
+@triton.jit
+def token_norms(keys, t0, TILE: tl.constexpr, KEYS: tl.constexpr):
+    """The norms [TILE] of a tile's keys, as stored; nothing of use where there are none."""
+    if KEYS[NORMS]:
+        return tl.load(keys[3] + t0 + tl.arange(0, TILE))
+    else:
+        return tl.zeros((1,), tl.uint8)
+
+
+@triton.jit
+def interior_mask(mask_rows, t0, TILE: tl.constexpr, MASK_KIND: tl.constexpr):
+    """The mask [rows or 1, TILE] of a tile; nothing of use without one."""
+    if MASK_KIND == "none":
+        return tl.zeros((1, 1), tl.int1)
+    else:
+        return tl.load(mask_rows[:, None] + (t0 + tl.arange(0, TILE))[None, :])
+
+
+@triton.jit
+def in_columns(seen, COLUMN_BITS: tl.constexpr):
+    """A mask [rows or 1, tokens] with tokens in the order of columns."""
+    if seen.shape[0] == 1:
+        return to_columns(tl.reshape(seen, (seen.shape[1],)), COLUMN_BITS)[None, :]
+    else:
+        planes: tl.constexpr = 8 // COLUMN_BITS
+        x = tl.reshape(seen, (seen.shape[0], seen.shape[1] // (16 * planes), 4, planes, 2, 2))
+        return tl.reshape(tl.permute(x, (0, 1, 3, 5, 2, 4)), seen.shape)
+
+
+@triton.jit
+def quad_sums(x):
+    """[rows, 4]: sums over tokens [rows, tokens] of what each thread of four has."""
+    x = tl.reshape(x, (x.shape[0], x.shape[1] // 8, 4, 2))
+    return tl.sum(tl.sum(x, 3), 1)
+
+
+@triton.jit
+def value_words(codes, t0, TILE: tl.constexpr, VALUES: tl.constexpr):
+    """Words [words, channels] of a tile of values, as they lie in memory."""
+    w = t0 // (32 // VALUES[BITS]) + tl.arange(0, TILE * VALUES[BITS] // 32)
+    d = tl.arange(0, VALUES[CHANNELS])
+    pointers = codes + w[:, None] * VALUES[DIM] + d[None, :]
+    if VALUES[CHANNELS] == VALUES[DIM]:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(d < VALUES[DIM])[None, :], other=0)
+
+
+@triton.jit
+def attend_interior(
+    q,
+    keys,
+    values,
+    mask_rows,
+    tile_range,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TILE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Sums (top [ROWS], total [ROWS], acc [channels, ROWS]) of tokens of ``tile_range`` = (low, high), whole tiles."""
+    low, high = tile_range
+    ROWS: tl.constexpr = q[4].shape[0]
+    BYTES: tl.constexpr = values[1].dtype.element_ty == tl.uint8
+    WIDTH: tl.constexpr = VALUES[BITS]
+    last = tl.maximum(high - TILE, 0)
+    top = tl.full((ROWS,), NOTHING, tl.float32)
+    total = tl.zeros((ROWS, 4), tl.float32)
+    from_zeros = tl.zeros((ROWS, 4), tl.float32)
+    acc = tl.zeros((VALUES[CHANNELS], ROWS), tl.float32)
+    unit = tl.full((1,), 2.0**-100, tl.float32)  # of values' scales: a power of two above all so far
+    plane = tl.arange(0, TILE) // 16 % (8 // WIDTH)
+    factor = tl.exp2((-WIDTH * plane).to(tl.float32))
+    next_keys = interior_scales(keys, tl.minimum(low, last), VALUES[CHANNELS], KEYS)
+    next_s, next_z = value_scales(values, tl.minimum(low, last), TILE, VALUES)
+    next_norms = token_norms(keys, tl.minimum(low, last), TILE, KEYS)
+    next_seen = interior_mask(mask_rows, tl.minimum(low, last), TILE, LOGITS[MASK])
+    for t0 in tl.range(low, high, TILE):
+        for_keys, s, z, norms, seen = next_keys, next_s, next_z, next_norms, next_seen
+        t1 = tl.minimum(t0 + TILE, last)
+        next_keys = interior_scales(keys, t1, VALUES[CHANNELS], KEYS)
+        next_s, next_z = value_scales(values, t1, TILE, VALUES)
+        next_norms = token_norms(keys, t1, TILE, KEYS)
+        next_seen = interior_mask(mask_rows, t1, TILE, LOGITS[MASK])
+        r, of_row, offset = interior_logits(q, keys, for_keys, t0, TILE, WIDTH, LOGITS[SM_SCALE], BYTES, KEYS)
+        if KEYS[NORMS] or LOGITS[SOFTCAP] != 0.0:
+            r = r * of_row[:, None] + offset[:, None]
+            if KEYS[NORMS]:
+                r = r * to_columns(decode_scale(norms), WIDTH)[None, :]
+            if LOGITS[SOFTCAP] != 0.0:
+                capped: tl.constexpr = LOGITS[SOFTCAP] * LOG2_E
+                r = capped * tanh(r * (1.0 / capped))
+            of_row, offset = tl.full((ROWS,), 1.0, tl.float32), tl.zeros((ROWS,), tl.float32)
+        if LOGITS[MASK] == "bool":
+            r = tl.where(in_columns(seen, WIDTH).to(tl.int1), r, float("-inf"))
+        new_top = tl.maximum(top, tl.max(r, 1) * of_row + offset)
+        p = exp2(r * of_row[:, None] + (offset + LARGEST_LOG2 - new_top)[:, None], ASM)
+        alpha = exp2(top - new_top, ASM)
+        top = new_top
+        s = to_columns(scale_in_units(s), WIDTH)
+        new_unit = tl.maximum(unit, power_above(tl.max(tl.abs(s), 0)))
+        ps = p.to(tl.float16) * (s * (factor * inverse_power(new_unit))).to(tl.float16)[None, :]
+        z = s if VALUES[ROTATION] != -1 else to_columns(z.to(tl.float32), WIDTH)
+        total = total * alpha[:, None] + quad_sums(p)
+        from_zeros = from_zeros * alpha[:, None] + quad_sums(p * z[None, :])
+        back = alpha * (unit * inverse_power(new_unit))
+        unit = new_unit
+        words = tl.trans(value_words(values[0], t0, TILE, VALUES))
+        acc = tl.dot(fragment(words, WIDTH, TILE * WIDTH // 32, False), right_operand(ps), acc=acc * back[None, :])
+    scale_unit: tl.constexpr = UNIT_OF_SCALES if BYTES else 1.0
+    down: tl.constexpr = 1.0 / LARGEST
+    # Values about zero have zero point -n / 2 times their scale.
+    middle: tl.constexpr = -0.5 * ((1 << WIDTH) - 1) * scale_unit if VALUES[ROTATION] != -1 else 1.0
+    acc = acc * (unit * (SUBNORMAL * scale_unit * down))[:, None] + (tl.sum(from_zeros, 1) * (middle * down))[None, :]
+    total = tl.sum(total, 1) * down
+    return tl.where(total == 0, float("-inf"), top * LN_2), total, acc

@@ -1,0 +1,85 @@
+"""When ``interior_kernel`` runs, and its constants: the one place where that is decided."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.packing import codes_per_word
+from xquant_fx.kernels.triton_host import power_of_two
+from xquant_fx.kernels.widths import planes
+
+#: Most tokens of a tile, which must lie in one group.
+TILE = 128
+#: Programs of one warp that a large GPU runs at a time: 8 on each of 132 multiprocessors, by their registers.
+SLOTS = 1056
+#: Caches for fewer tokens have few whole tiles, which are not worth a launch of their own.
+LEAST_LENGTH = 1024
+#: Most channels of keys or values: a program of one warp has registers for no more.
+MOST_CHANNELS = 128
+#: Bits of a plane of codes to the constant that says how many words of a token it is filled up to.
+PLANES = {4: "FOUR_WORDS", 2: "TWO_WORDS", 1: "ONE_WORDS"}
+
+
+def why_no_interior(a: DecodeArguments, hip: bool) -> str:
+    """Why ``decode_kernel`` reads all codes itself, in words; "" if ``interior_kernel`` takes the whole groups."""
+    ranked, v_dim = a.k_order is not None, a.v_ring.shape[3]
+    if hip:
+        return "AMD's matrix units flush codes that are taken for float16 numbers to zero"
+    if a.k_new is not None:
+        return "the query rows of a chunk keep a GPU busy"
+    if a.q.dtype == torch.float32:
+        return "float32 products are not of the matrix unit's"
+    if a.mask is not None and a.mask.dtype != torch.bool:
+        return "a mask is added to the logits"
+    if a.k_group % TILE:
+        return f"groups of {a.k_group} tokens are no multiple of {TILE}"
+    if a.v_group != v_dim:
+        return "a token's values have several scales"
+    if a.v_bits not in PLANES or not (ranked or a.k_bits in PLANES):
+        return "a code is not one field of 1, 2 or 4 bits"
+    if not {a.k_scale.dtype, a.v_scale.dtype} <= {torch.uint8, torch.float16}:
+        return "scales are neither bytes nor float16 numbers"
+    if a.q.shape[3] % 16 or max(a.q.shape[3], v_dim) > MOST_CHANNELS:
+        return f"head_dim is no multiple of 16 up to {MOST_CHANNELS}"
+    if a.max_len < LEAST_LENGTH:
+        return f"the cache is for fewer than {LEAST_LENGTH} tokens"
+    return ""
+
+
+def plane_words(width: int, words: int) -> int:
+    """``words`` of a token filled up: at least so many that there are 32 fields, two steps of a matrix product."""
+    return max(power_of_two(words), width)
+
+
+def interior_planes(bits: float, dim: int, ranked: bool) -> dict[str, int]:
+    """Constants of ``interior_kernel``: the words of each plane of keys, 0 for planes that are not there."""
+    if ranked:
+        words = {plane.width: plane.words for plane in planes(bits, dim)}
+    else:
+        words = {int(bits): math.ceil(dim / codes_per_word(bits))}
+    return {name: plane_words(width, words[width]) if width in words else 0 for width, name in PLANES.items()}
+
+
+def rows_and_tokens(rows: int, v_bits: float) -> tuple[int, int]:
+    """Query rows and tokens of a program's tile, for ``rows`` of a KV head: what one warp has registers for.
+
+    A tile of fewer tokens has as many words of values as four threads share, but for 1 bit.
+    """
+    return (8, TILE) if rows <= 8 or v_bits < 2 else (16, TILE // 2)
+
+
+def interior_settings(
+    *, batch: int, kv_heads: int, rows: int, v_bits: float, max_len: int, interpret: bool, runs: bool
+) -> dict[str, Any]:
+    """Fields of ``Settings`` of ``interior_kernel``, if it ``runs``."""
+    row_tile, tile = rows_and_tokens(rows, v_bits)
+    blocks = math.ceil(rows / row_tile)
+    splits = max(1, min(SLOTS // (batch * kv_heads * blocks), max_len // (2 * tile), 128))
+    return dict(
+        INTERIOR_SPLITS=splits if runs else 0, INTERIOR_ROWS=row_tile, INTERIOR_BLOCKS=blocks, INTERIOR_TILE=tile,
+        INTERIOR_STAGES=3, ASM=not interpret,
+    )  # fmt: skip

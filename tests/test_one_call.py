@@ -1,0 +1,120 @@
+"""Kernels by one call: what is read of a generated wrapper, what is refused, and that a step stays the same."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+import pytest
+import torch
+from dynamo_graphs import fresh
+from rewrites import quantized_layers, two_layers
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from xquant_fx.kernels.cpu.one_call import joined, source
+from xquant_fx.kernels.cpu.wrapper_code import NotReadError, WrapperCode, read_wrapper
+
+WRAPPER = """
+def call(self, args):
+    arg0_1, arg1_1 = args
+    args.clear()
+    assert_size_stride(arg0_1, (4, 8), (8, 1), 'input')
+    buf0 = empty_strided_cpu((4, 8), (8, 1), torch.float32)
+    cpp_a(arg0_1, buf0)
+    buf1 = reinterpret_tensor(buf0, (2, 8), (8, 1), 16)  # alias
+    buf2 = empty_strided_cpu((100, ), (1, ), torch.bfloat16)
+    cpp_b(buf1, buf2, 576)
+    del buf1
+    buf3 = buf0; del buf0  # reuse
+    cpp_a(reinterpret_tensor(arg1_1, (8, 4), (4, 1), 0), buf3)
+    del buf3
+    buf4 = empty_strided_cpu((32, ), (1, ), torch.float32)
+    buf5 = empty_strided_cpu((2, 3), (3, 1), torch.int64)
+    cpp_c(buf4, buf5)
+    return (reinterpret_tensor(buf5, (3, 2), (1, 3), 0), arg0_1, None, )
+"""
+
+
+def function(text: str) -> ast.FunctionDef:
+    found = ast.parse(text).body[0]
+    assert isinstance(found, ast.FunctionDef)
+    return found
+
+
+def addresses(code: WrapperCode) -> list[str]:
+    """What each kernel gets, in words of the C++ source."""
+    kernels = sorted({call.name for call in code.calls})
+    _, text = source(code, kernels, [*code.allocated, "arg0_1", "arg1_1"])
+    return re.findall(r"kernels\[(.*)\);", text)
+
+
+def test_what_is_read() -> None:
+    code = read_wrapper(function(WRAPPER))
+    assert code.arguments == ["arg0_1", "arg1_1"]
+    assert addresses(code) == [
+        "0])(t1 + 0, scratch + 0",
+        "1])(scratch + 64, scratch + 128, 576L",  # 16 floats behind the first; 128 bytes are the first's
+        "0])(t2 + 0, scratch + 0",  # the first by its new name
+        "2])(scratch + 0, t0 + 0",  # the first is gone: its memory is used again; the other is returned
+    ]
+    assert code.scratch == 128 + 256
+    assert list(code.allocated.values()) == ["empty_strided_cpu((2, 3), (3, 1), torch.int64)"]
+    (memory,) = code.allocated
+    assert [place and place.python for place in code.results] == [
+        f"reinterpret_tensor({memory}, (3, 2), (1, 3), 0)", "arg0_1", None,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "extern_kernels.mm(arg0_1, arg1_1, out=buf0)",
+        "buf0 = torch.ops.aten.sort.default(arg0_1)",
+        "buf0 = empty_strided_cpu((s0, 8), (8, 1), torch.float32)",
+        "buf0 = reinterpret_tensor(arg0_1, (2, ), (1, ), 2)",  # of how many bytes?
+        "cpp_a(arg0_1, 0.5)",
+        "cpp_a(arg0_1, s0 + 1)",
+        "partition0_args = [arg0_1]",
+        "if arg0_1: cpp_a(arg0_1)",
+        "return arg0_1",
+    ],
+)
+def test_what_is_refused(statement: str) -> None:
+    with pytest.raises(NotReadError):
+        read_wrapper(function(f"def call(args):\n    arg0_1, arg1_1 = args\n    {statement}\n"))
+
+
+def test_a_wrapper_that_is_not_read_stays() -> None:
+    def wrapper(args: Any) -> Any:
+        return [sum(args)]
+
+    counters.clear()
+    call = joined(wrapper, {})
+    assert call([1, 2]) == [3] and call([3, 4]) == [7]
+    (reason,) = counters["xquant"]
+    assert reason == "kernels called one by one: return [sum(args)]"
+
+
+def steps(options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], dict[str, int]]:
+    """Outputs of a few compiled steps, what the cache holds after them, and the counters."""
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    layers, outputs = quantized_layers(), []
+    step = torch.compile(two_layers, backend="xquant", options=options, dynamic=False)
+    with torch.no_grad():
+        for position in range(10):
+            outputs.append(step(*fresh(1), layers, torch.tensor([position])))
+    stored = [tensor for layer in layers for buffer in layer for tensor in buffer.live.owned.values()]
+    return outputs, stored, dict(counters["xquant"])
+
+
+def test_steps_are_the_same() -> None:
+    outputs, stored, counted = steps({})
+    one_by_one, expected, counted_before = steps({"disable": ["one_call"]})
+    assert (counted["one_call"], "one_call" in counted_before) == (1, False)
+    for found, truth in zip([*outputs, *stored], [*one_by_one, *expected], strict=True):
+        assert torch.equal(found, truth)
+    assert len({output.data_ptr() for output in outputs}) == len(outputs)  # each step's result is its own

@@ -1,0 +1,52 @@
+"""Which decode steps are compiled anew: those of another shape, and no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from dynamo_graphs import SMALL
+from numeric import seeded
+from stepping import interpreted
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from xquant_fx import XQuantCache, XQuantConfig
+
+
+def prompt(tokens: int, batch: int = 1) -> Tensor:
+    return torch.randint(3, 64, (batch, tokens), generator=seeded(tokens))
+
+
+class Steps:
+    """A model whose steps are compiled, and the graphs that Inductor would have got."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model, self.graphs = LlamaForCausalLM(LlamaConfig(**SMALL)).eval(), list[Any]()
+        self.step = torch.compile(self.model.forward, backend=interpreted(self.graphs), dynamic=False)
+
+    def cache(self, length: int = 32) -> XQuantCache:
+        config = XQuantConfig.preset("xquant-1bit").replace(k_group_size=4, residual_length=4)
+        return XQuantCache(self.model.config, max_cache_len=length, config=config)
+
+    @torch.no_grad()
+    def run(self, cache: XQuantCache, ids: Tensor, count: int = 2) -> int:
+        """An uncompiled prompt and ``count`` steps; how many graphs there are now."""
+        self.model(ids, past_key_values=cache)
+        token = torch.ones(ids.shape[0], 1, dtype=torch.long)  # not ids[:, -1:], whose strides tell of the prompt
+        for _ in range(count):
+            self.step(token, past_key_values=cache)
+        return len(self.graphs)
+
+
+def test_steps_are_compiled_once_per_shape() -> None:
+    steps = Steps()
+    cache = steps.cache()
+    assert steps.run(cache, prompt(5), count=6) == 1
+    cache.reset()
+    assert steps.run(cache, prompt(11)) == 1  # another prompt, of another length
+    assert steps.run(steps.cache(), prompt(7)) == 1  # another cache of the same config
+    assert steps.run(steps.cache(), prompt(5, batch=2)) == 2
+    assert steps.run(steps.cache(length=48), prompt(5)) == 3
+    assert steps.run(cache.fork(), prompt(3)) == 3 and steps.run(steps.cache(), prompt(9, batch=2)) == 3

@@ -1,0 +1,175 @@
+"""The kernel of whole groups: against the float64 truth in Triton's interpreter, when it runs, and its machine code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import WHOLE_CASES, WHOLE_RANKED, WHOLE_SLOW, WHOLE_SPOILED, allowed
+from test_triton_compile import decode_arguments, empty
+from triton_compiled import launches
+from triton_interpreter import Interpreter
+
+from xquant_fx.kernels.decode_attention import triton_launch
+from xquant_fx.kernels.decode_attention.triton_interior_settings import interior_planes, why_no_interior
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import sass_code
+import sass_machine
+import sass_model
+
+INTERIOR = ["interior_kernel", "decode_kernel", "combine_kernel"]
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    process = Interpreter()
+    yield process
+    process.close()
+
+
+@pytest.mark.parametrize(
+    "name", [*WHOLE_CASES, *WHOLE_RANKED, *(pytest.param(name, marks=pytest.mark.slow) for name in WHOLE_SLOW)]
+)
+def test_against_the_truth(name: str, interpreter: Interpreter) -> None:
+    case = {**WHOLE_CASES, **WHOLE_RANKED, **WHOLE_SLOW}[name]
+    result = interpreter.call("attention_runs:interpret", **case)
+    assert result["kernels"] == INTERIOR
+    assert result["same_nan"] and result["zeros_are_zero"] and result["largest"] > 0
+    assert result["error"] <= allowed(result, case), result
+
+
+@pytest.mark.parametrize("name", WHOLE_SPOILED)
+def test_nan_propagates(name: str, interpreter: Interpreter) -> None:
+    result = interpreter.call("attention_runs:interpret", **WHOLE_SPOILED[name])
+    assert result["kernels"] == INTERIOR and result["same_nan"] and result["nans"]
+
+
+LEFT_ALONE: dict[str, tuple[dict[str, Any], str]] = {
+    "a chunk": (dict(query=64), "the query rows of a chunk keep a GPU busy"),
+    "float32": (dict(dtype=torch.float32), "float32 products are not of the matrix unit's"),
+    "a float mask": (dict(mask=torch.bfloat16), "a mask is added to the logits"),
+    "small groups": (dict(k_group=32), "groups of 32 tokens are no multiple of 128"),
+    "groups of channels": (dict(v_group=32), "a token's values have several scales"),
+    "3 bits": (dict(v_bits=3), "a code is not one field of 1, 2 or 4 bits"),
+    "keys of 8 bits": (dict(k_bits=8), "a code is not one field of 1, 2 or 4 bits"),
+    "bfloat16 scales": (dict(scales=torch.bfloat16), "scales are neither bytes nor float16 numbers"),
+    "head_dim 256": (dict(dim=256), "head_dim is no multiple of 16 up to 128"),
+    "head_dim 40": (dict(dim=40), "head_dim is no multiple of 16 up to 128"),
+    "a short cache": (dict(max_len=512), "the cache is for fewer than 1024 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_when_it_does_not_run(name: str) -> None:
+    case, reason = LEFT_ALONE[name]
+    given = decode_arguments(**case)
+    assert why_no_interior(given, hip=False) == reason
+    names = [one.kernel.fn.__name__ for one in launches(triton_launch.launch, given, hip=False)]
+    assert names == INTERIOR[1:]
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+def test_when_it_runs(ranked: bool) -> None:
+    """Not on AMD's chips; and only beside windows and sinks a second program of the other kernel takes its edges."""
+    residual = 256 if ranked else 128
+    given = decode_arguments(ranked=ranked, residual=residual)
+    assert why_no_interior(given, hip=True) and not why_no_interior(given, hip=False)
+    for case, edges in ((dict(), 1), (dict(window=4096), 2), (dict(sinks=4), 2)):
+        both = launches(triton_launch.launch, decode_arguments(ranked=ranked, residual=residual, **case), hip=False)
+        assert [one.kernel.fn.__name__ for one in both] == INTERIOR
+        assert both[1].arguments["SPLITS"] == edges
+        assert both[0].options["num_warps"] == 1
+
+
+def test_planes_have_32_fields_at_least() -> None:
+    assert interior_planes(2, 128, True) == {"FOUR_WORDS": 4, "TWO_WORDS": 4, "ONE_WORDS": 2}
+    assert interior_planes(2, 64, False) == {"FOUR_WORDS": 0, "TWO_WORDS": 4, "ONE_WORDS": 0}
+    assert interior_planes(1, 64, True) == {"FOUR_WORDS": 0, "TWO_WORDS": 2, "ONE_WORDS": 1}
+
+
+#: Instructions that a lane executes per code at most, and bytes a thread may spill, by configuration and chip.
+MOST: dict[tuple[str, str], tuple[float, int]] = {
+    ("2/2 bits", "sm_90"): (1.8, 0),
+    ("2/2 bits", "sm_80"): (1.8, 0),
+    ("2/1 bits", "sm_90"): (1.8, 0),
+    ("2/2 bits, head_dim 64", "sm_90"): (2.4, 0),
+    ("2/2 bits, q = 8", "sm_90"): (6.0, 64),
+    ("xquant-2.2", "sm_90"): (2.2, 48),
+    ("xquant-2.2", "sm_80"): (2.2, 48),
+    ("xquant-1.7", "sm_90"): (2.2, 48),
+    ("xquant-2.2, head_dim 64", "sm_90"): (3.0, 48),
+    ("xquant-2.2, q = 8", "sm_90"): (7.5, 96),
+}
+QUICK = [("2/2 bits", "sm_80"), ("xquant-2.2", "sm_90")]
+
+
+@pytest.mark.parametrize(
+    ("name", "chip"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in MOST]
+)
+def test_instructions_per_code(name: str, chip: str) -> None:
+    """The loop does not grow; decoded codes never pass through shared memory, which would be stores by the hundred."""
+    case = sass_model.CONFIGURATIONS[name]
+    made = sass_model.loop_of(case, chip)
+    most, spilled = MOST[name, chip]
+    assert made["warps"] == 1 and made["spilled"] <= spilled
+    assert sass_model.instructions_a_code(made, case) <= most
+    assert sass_code.count(made["body"], "kind")["STS"] <= 40
+    assert not any(one.name.startswith("BAR.SYNC") for one in made["body"]) or made["warps"] == 1
+
+
+def test_what_float32_queries_pay() -> None:
+    """A cache that the other kernel reads has another loop: more warps, more instructions per code."""
+    made = sass_model.loop_of(dict(sass_model.PAPER, k_bits=2, v_bits=2, dim=64, mask=torch.bfloat16), "sm_80")
+    assert made["warps"] == 4
+    assert sass_model.instructions_a_code(made, dict(dim=64)) > 3
+
+
+def text_of(lines: list[tuple[str, int, int, int, int]]) -> list[sass_code.Instruction]:
+    """Instructions of (text, stall, scoreboard on write, scoreboards waited for, address of a branch or 0)."""
+    return [
+        sass_code.Instruction(16 * i, text.split()[0], text, stall, board, 7, waits, target or None)
+        for i, (text, stall, board, waits, target) in enumerate(lines)
+    ]
+
+
+def test_the_machine_counts_latency_issue_and_memory() -> None:
+    chip = sass_machine.CHIPS["A100"]
+    chain = text_of([("LDG.E R0, [R2]", 1, 0, 0, 0), ("FADD R1, R0, R0", 4, 7, 1, 0)])
+    one = sass_machine.Multiprocessor(chain, chip, 1, 1, 4.0).cycles_a_tile(40)
+    assert one == pytest.approx(chip.memory_latency, rel=0.05)  # a warp alone waits for each load
+    many = sass_machine.Multiprocessor(chain, chip, 8, 1, 4.0).cycles_a_tile(40)
+    assert one / 10 < many < one / 6  # eight warps wait at the same time
+    bytes_a_tile = 4000.0
+    full = sass_machine.Multiprocessor(chain, chip, 16, 1, bytes_a_tile).cycles_a_tile(12)
+    assert full == pytest.approx(bytes_a_tile / chip.bytes_a_cycle, rel=0.1)  # until the memory is busy
+    busy = text_of([("IADD3 R0, R1, R2, R3", 1, 7, 0, 0)] * 40)
+    adds = sass_machine.Multiprocessor(busy, chip, 16, 1, 0.0).cycles_a_tile(12)
+    assert adds == pytest.approx(40 * chip.rates["alu"] / 4, rel=0.1)  # the ALU takes one every other cycle
+
+
+def test_programs_of_a_multiprocessor() -> None:
+    chip = sass_machine.CHIPS["H100"]
+    assert chip.programs(255, 24576, 1) == 8  # by registers
+    assert sass_machine.CHIPS["A100"].programs(168, 24576, 1) == 6  # by shared memory
+    assert chip.programs(32, 0, 4) == 16  # by warps
+
+
+@pytest.mark.parametrize("mask", [None, torch.bool])
+def test_programs_that_read_the_mask_of_tokens_to_come(mask: torch.dtype | None) -> None:
+    given = decode_arguments(max_len=131072, mask=mask)
+    interior, decode, _ = launches(triton_launch.launch, given, hip=False)
+    assert decode.arguments["PARTS"] - interior.arguments["INTERIOR_SPLITS"] == (3 if mask is None else 16)
+
+
+def test_rows_that_differ_in_their_masks_read_them() -> None:
+    a = decode_arguments(query=8)
+    own, full = sass_model.bytes_a_token(a)
+    less, same = sass_model.bytes_a_token(a.replace(mask=empty(1, 1, 1, a.max_len, dtype=torch.bool)))
+    assert own == less + 7 and full == same == 512
