@@ -6,8 +6,8 @@ is compared on its own (the rewritten run goes on with the program's result), th
 else was written to. A difference beyond rounding is a fault of the rewrite, never of quantization. First the fused op
 of the attentions that differ is given up, then the graph.
 
-Kernels are not part of this: both runs are plain torch. Nor is the first step of a cache that grows, which runs as it
-stands.
+Kernels are not part of this (both runs are plain torch), nor are rotations folded into weights. Nor is the first step
+of a cache that grows, which runs as it stands.
 """
 
 from __future__ import annotations
