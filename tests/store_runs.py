@@ -92,13 +92,13 @@ class ThroughOps(ThroughState):
     Only a full cache is told to start anew: there position 0 alone is a fault (test_store_faults.py).
     """
 
-    append = staticmethod(append)
+    by_op = staticmethod(append)
 
     def step(self, layer: int, past: int, x: Tensor) -> Tensor:
         state, new = self.states[layer], x.shape[2]
         chunk = new > STEP_TOKENS and state.spec.quantized
         ring = state.tensor("ring").clone() if chunk else state.tensor("ring")
-        self.append(state, x, torch.arange(past, past + new))
+        self.by_op(state, x, torch.arange(past, past + new))
         assert state.length == past + new and int(state.tensor("fault")) == 0
         return self._load(state, ring, past, new, x if chunk else None)
 

@@ -40,7 +40,7 @@ from xquant_fx.plan.model_facts import ModelFacts
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT / "models" / "smollm2-135m-instruct"
 SHORT = XQuantConfig(residual_length=16, k_group_size=16, sink_tokens=2)
-DIM = 32
+DIM, KV_HEADS = 32, 2
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def bits_of(plan: Plan) -> list[tuple[float, float]]:
 
 
 def true_bits_by_hand(plan: Plan) -> float:
-    """Key scales and mid points, value scales: 8 bits each."""
-    each = [key + 16 / SHORT.k_group_size + value + 8 / DIM for key, value in bits_of(plan)]
+    """Key scales and mid points, value scales, norms of tokens over all KV heads: 8 bits each."""
+    each = [key + 16 / SHORT.k_group_size + 8 / (KV_HEADS * DIM) + value + 8 / DIM for key, value in bits_of(plan)]
     return sum(each) / (2 * len(each))
 
 
@@ -269,7 +269,7 @@ def test_arguments_are_checked(small, tiny_llama):
     for goal in ({"bits": 0}, {"bits": True}, {"max_kl": -1.0}, {"max_kl": math.nan}, {"bits": "2"}):
         with pytest.raises(ArgumentError, match="must be a positive number, got"):
             auto_plan(model, text=ids, **goal)
-    with pytest.raises(ConfigError, match="must leave something to quantize of a prompt of 48 tokens, got 256 and 4"):
+    with pytest.raises(ConfigError, match="must leave something to quantize of a prompt of 48 tokens, got 384 and 4"):
         auto_plan(model, bits=2, text=ids)
     with pytest.raises(ArgumentError, match="config must be an XQuantConfig, whose bits are chosen anew, got Plan"):
         auto_plan(model, bits=2, text=ids, config=make_plan(SHORT, 4))
@@ -351,7 +351,7 @@ def test_windows_fit_the_context():
 def quick(monkeypatch):
     """Short windows and few groups."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(Windows, "for_model", classmethod(lambda cls, config: cls(1, 340, 300)))
+    monkeypatch.setattr(Windows, "for_model", classmethod(lambda cls, config: cls(1, 440, 400)))
     monkeypatch.setattr(sensitivity, "GROUPS", 2)
 
 
@@ -360,7 +360,7 @@ def test_command_plan(quick, capsys, tmp_path):
     out = tmp_path / "plan.json"
     args = ["plan", "examples/model", "--bits", "2.2", "--config", str(tmp_path / "base.json"), "-o", str(out)]
     assert cli.main([*args, "--text", "LICENSE"]) == 0
-    assert "xquant plan for examples/model: 1 window(s) of 340 tokens" in capsys.readouterr().out
+    assert "xquant plan for examples/model: 1 window(s) of 440 tokens" in capsys.readouterr().out
     plan = Plan.from_json(out.read_text())
     assert plan.layers[0].key.residual_length == 16
     assert true_bits_by_hand(plan) <= 2.2
@@ -368,7 +368,7 @@ def test_command_plan(quick, capsys, tmp_path):
 
 
 def test_command_eval_of_auto(quick, capsys):
-    args = ["eval", "examples/model", "--text", "LICENSE", "--window", "360", "--prompt", "320", "--windows", "1"]
+    args = ["eval", "examples/model", "--text", "LICENSE", "--window", "440", "--prompt", "400", "--windows", "1"]
     assert cli.main([*args, "--preset", "auto", "kivi-2", "--bits", "2.3"]) == 0
     printed = capsys.readouterr().out
     assert "more than auto" in printed

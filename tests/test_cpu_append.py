@@ -44,7 +44,7 @@ class ChunksThroughCpp(ThroughOps):
     """Chunks, and steps, too, by the one C++ kernel that takes any number of tokens."""
 
     @staticmethod
-    def append(state: KVState, x: Tensor, pos: Tensor) -> None:
+    def by_op(state: KVState, x: Tensor, pos: Tensor) -> None:
         append.run_chunk(store_arguments(state, x.to(state.spec.dtype), pos))
 
 
@@ -111,7 +111,7 @@ def test_faults_of_chunks(side: str, what: str) -> None:
     case, bad = Case(side=side, batch=1, shared=False), BAD_POSITIONS[what]
     layers = ChunksThroughCpp(case)
     layers.step(0, 0, case.tokens(bad.stored, 0))
-    ChunksThroughCpp.append(layers.states[0], case.tokens(len(bad.positions), 1), torch.tensor(bad.positions))
+    ChunksThroughCpp.by_op(layers.states[0], case.tokens(len(bad.positions), 1), torch.tensor(bad.positions))
     assert int(layers.states[0].tensor("fault")) == bad.fault
 
 
@@ -159,7 +159,7 @@ def test_ranked_and_rotated_as_the_ops(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in RANKED if "," in name and "bits" not in name])
 def test_ranked_and_rotated_chunks_as_the_ops(name: str) -> None:
     case = {**RANKED[name], "script": [50, 3, 20, -5, 30, 0, 70, 9, 8, 23]}
-    check_ranked(differences_by(ChunksThroughCpp.append, longest=10**6, **case))
+    check_ranked(differences_by(ChunksThroughCpp.by_op, longest=10**6, **case))
 
 
 @pytest.mark.parametrize("bad", BAD)

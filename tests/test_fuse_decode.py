@@ -287,7 +287,7 @@ def test_left_to_torch(name, caplog):
         ("llama", "eager", 2),
         ("gpt2", "eager", 2),
         ("falcon", "sdpa", 2),
-        ("gemma2", "eager", 1),
+        ("gemma2", "eager", 2),
         ("gpt_oss", "eager", 2),
         ("codegen", "eager", 2),
         pytest.param("bloom", "eager", 2, marks=OLD_BLOOM),

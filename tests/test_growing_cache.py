@@ -190,11 +190,13 @@ def test_generate_without_a_cache(models):
 def test_generate_is_as_with_an_xquant_cache(models):
     plain, made = models
     torch._dynamo.reset()
+    counters.clear()
     ids, config = prompt(length=300), XQuantConfig.preset("kivi-2")
     out = generate(made["kivi-2"], ids, return_dict_in_generate=True, output_logits=True)
     cache = XQuantCache(plain.config, 512, config)
     want = generate(made["kivi-2"], ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True)
     assert torch.equal(out.sequences, want.sequences)
+    assert counters["xquant"]["one_call"] == 2 and not any("one by one" in name for name in counters["xquant"])
     torch.testing.assert_close(out.logits, want.logits, rtol=0, atol=2e-5)
     mine, theirs = memory_report(out.past_key_values), memory_report(cache)
     assert mine.parts | {"other": 0} == theirs.parts | {"other": 0}

@@ -18,8 +18,9 @@ from xquant_fx.kernels.cpu.wrapper_code import NotReadError, WrapperCode, read_w
 
 WRAPPER = """
 def call(self, args):
-    arg0_1, arg1_1 = args
+    arg0_1, arg1_1, arg2_1 = args
     args.clear()
+    s7 = arg2_1
     assert_size_stride(arg0_1, (4, 8), (8, 1), 'input')
     buf0 = empty_strided_cpu((4, 8), (8, 1), torch.float32)
     cpp_a(arg0_1, buf0)
@@ -28,7 +29,7 @@ def call(self, args):
     cpp_b(buf1, buf2, 576)
     del buf1
     buf3 = buf0; del buf0  # reuse
-    cpp_a(reinterpret_tensor(arg1_1, (8, 4), (4, 1), 0), buf3)
+    cpp_a(reinterpret_tensor(arg1_1, (8, 4), (4, 1), 0), buf3, s7)
     del buf3
     buf4 = empty_strided_cpu((32, ), (1, ), torch.float32)
     buf5 = empty_strided_cpu((2, 3), (3, 1), torch.int64)
@@ -46,17 +47,17 @@ def function(text: str) -> ast.FunctionDef:
 def addresses(code: WrapperCode) -> list[str]:
     """What each kernel gets, in words of the C++ source."""
     kernels = sorted({call.name for call in code.calls})
-    _, text = source(code, kernels, [*code.allocated, "arg0_1", "arg1_1"])
+    _, text = source(code, kernels, [*code.allocated, "arg0_1", "arg1_1"], ["arg2_1"])
     return re.findall(r"kernels\[(.*)\);", text)
 
 
 def test_what_is_read() -> None:
     code = read_wrapper(function(WRAPPER))
-    assert code.arguments == ["arg0_1", "arg1_1"]
+    assert code.arguments == ["arg0_1", "arg1_1", "arg2_1"]
     assert addresses(code) == [
         "0])(t1 + 0, scratch + 0",
         "1])(scratch + 64, scratch + 128, 576L",  # 16 floats behind the first; 128 bytes are the first's
-        "0])(t2 + 0, scratch + 0",  # the first by its new name
+        "0])(t2 + 0, scratch + 0, n0",  # the first by its new name
         "2])(scratch + 0, t0 + 0",  # the first is gone: its memory is used again; the other is returned
     ]
     assert code.scratch == 128 + 256
@@ -76,6 +77,7 @@ def test_what_is_read() -> None:
         "buf0 = reinterpret_tensor(arg0_1, (2, ), (1, ), 2)",  # of how many bytes?
         "cpp_a(arg0_1, 0.5)",
         "cpp_a(arg0_1, s0 + 1)",
+        "buf0 = empty_strided_cpu((arg0_1, 8), (8, 1), torch.float32)",
         "partition0_args = [arg0_1]",
         "if arg0_1: cpp_a(arg0_1)",
         "return arg0_1",

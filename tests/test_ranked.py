@@ -143,7 +143,7 @@ CONFIG = XQuantConfig(k_group_size=16, residual_length=32, sink_tokens=2)
 
 
 def keys_state(max_len: int = 200, dim: int = 64, batch: int = 1, start: Tensor | None = None) -> KVState:
-    return layers_of(CONFIG, (batch, 1, max_len, dim), torch.float32, start=start)[0][0]
+    return layers_of(CONFIG.replace(k_token_norms=False), (batch, 1, max_len, dim), torch.float32, start=start)[0][0]
 
 
 def keys(count: int, dim: int = 64, batch: int = 1) -> Tensor:

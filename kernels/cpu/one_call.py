@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from xquant_fx.kernels.cpu.wrapper_code import KernelCall, NotReadError, Place, WrapperCode, read_wrapper
+from xquant_fx.kernels.cpu.wrapper_code import KernelCall, NotReadError, Place, Size, WrapperCode, read_wrapper
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,8 @@ def _python(function: ast.FunctionDef, code: WrapperCode, module: dict[str, Any]
     kernels = sorted({call.name for call in code.calls})
     tensors = [*code.allocated, *_outside(code, module)]
     table, libraries = _addresses([module[name] for name in kernels])
-    one_call = build.load(*source(code, kernels, tensors))
+    sizes = sorted({arg.argument for call in code.calls for arg in call.args if isinstance(arg, Size)})
+    one_call = build.load(*source(code, kernels, tensors, sizes))
     results = ", ".join("None" if place is None else place.python for place in code.results)
     lines = [
         f"def call({', '.join(arg.arg for arg in function.args.args)}):",
@@ -103,7 +104,7 @@ def _python(function: ast.FunctionDef, code: WrapperCode, module: dict[str, Any]
         "    args.clear()",
         *(f"    {memory} = {python}" for memory, python in code.allocated.items()),
         f"    scratch = empty_strided_cpu(({code.scratch},), (1,), torch.uint8)",
-        f"    xquant_one_call(xquant_kernels, scratch, {', '.join(tensors)})",
+        f"    xquant_one_call({', '.join(['xquant_kernels', 'scratch', *tensors, *sizes])})",
         f"    return ({results},)" if results else "    return ()",
     ]
     names = {**module, "xquant_one_call": one_call, "xquant_kernels": table, "xquant_libraries": libraries}
@@ -130,25 +131,27 @@ def _addresses(kernels: list[Any]) -> tuple[torch.Tensor, list[ctypes.CDLL]]:
     return torch.tensor(addresses, dtype=torch.int64), libraries
 
 
-def source(code: WrapperCode, kernels: list[str], tensors: list[str]) -> tuple[tuple[str, ...], str]:
-    """(argument types, C++ source of ``kernel``): the kernels' addresses, scratch memory, ``tensors``."""
-    types = ("const int64_t*", "uint8_t*", *("uint8_t*" for _ in tensors))
-    names = ("kernels", "scratch", *(f"t{i}" for i in range(len(tensors))))
-    number = {memory: i for i, memory in enumerate(tensors)}
-    lines = [f"    {_cpp(call, kernels.index(call.name), code, number)}\n" for call in code.calls]
+def source(code: WrapperCode, kernels: list[str], tensors: list[str], sizes: list[str]) -> tuple[tuple[str, ...], str]:
+    """(argument types, C++ source of ``kernel``): the kernels' addresses, scratch memory, ``tensors``, ``sizes``."""
+    given = {memory: f"t{i}" for i, memory in enumerate(tensors)} | {size: f"n{i}" for i, size in enumerate(sizes)}
+    types = ("const int64_t*", "uint8_t*", *("uint8_t*" for _ in tensors), *("int64_t" for _ in sizes))
+    names = ("kernels", "scratch", *given.values())
+    lines = [f"    {_cpp(call, kernels.index(call.name), code, given)}\n" for call in code.calls]
     signature = ", ".join(f"{kind} {name}" for kind, name in zip(types, names, strict=True))
     return types, f'#include <cstdint>\nextern "C" void kernel({signature}) {{\n{"".join(lines)}}}\n'
 
 
-def _cpp(call: KernelCall, kernel: int, code: WrapperCode, number: dict[str, int]) -> str:
-    kinds = ", ".join("int64_t" if isinstance(arg, int) else "void*" for arg in call.args)
-    given = ", ".join(_address(arg, code, number) for arg in call.args)
+def _cpp(call: KernelCall, kernel: int, code: WrapperCode, names: dict[str, str]) -> str:
+    kinds = ", ".join("void*" if isinstance(arg, Place) else "int64_t" for arg in call.args)
+    given = ", ".join(_cpp_argument(arg, code, names) for arg in call.args)
     return f"((void (*)({kinds}))kernels[{kernel}])({given});"
 
 
-def _address(arg: Place | int, code: WrapperCode, number: dict[str, int]) -> str:
+def _cpp_argument(arg: Place | Size | int, code: WrapperCode, names: dict[str, str]) -> str:
     if isinstance(arg, int):
         return f"{arg}L"
+    if isinstance(arg, Size):
+        return names[arg.argument]
     if arg.memory in code.offsets:
         return f"scratch + {code.offsets[arg.memory] + arg.offset}"
-    return f"t{number[arg.memory]} + {arg.offset}"
+    return f"{names[arg.memory]} + {arg.offset}"

@@ -32,12 +32,18 @@ class Place(NamedTuple):
     python: str
 
 
+class Size(NamedTuple):
+    """A size that is known in a step only, one of the wrapper's arguments."""
+
+    argument: str
+
+
 @dataclasses.dataclass
 class KernelCall:
     """One kernel and what it is given."""
 
     name: str
-    args: list[Place | int]
+    args: list[Place | Size | int]
 
 
 @dataclasses.dataclass
@@ -59,7 +65,8 @@ def read_wrapper(function: ast.FunctionDef) -> WrapperCode:
     """What the wrapper ``function`` does.
 
     Raises:
-        NotReadError: it does something that is not read here, such as a call of an ATen operation or a symbolic size.
+        NotReadError: it does something that is not read here, such as a call of an ATen operation, or allocates a
+            buffer of a size that is known in a step only.
     """
     reader = _Reader()
     for statement in function.body:
@@ -74,6 +81,7 @@ class _Reader:
         self.code = WrapperCode()
         self.names: dict[str, Place] = {}
         self.sizes: dict[str, int] = {}
+        self.sizes_given: dict[str, Size] = {}
         self.allocations: dict[str, str] = {}
         self.events: list[tuple[str, bool]] = []
         """Buffers in the order in which they came (True) and went (False)."""
@@ -84,6 +92,8 @@ class _Reader:
             case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Name(id="args")):
                 for name in names:
                     self._argument(name)
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Name(id=given)) if _is_size(name, given, self.code):
+                self.sizes_given[name] = Size(given)
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 self.names[name] = self._allocation(name, value) or self._place(value)
             case ast.Delete(targets=targets):
@@ -132,9 +142,11 @@ class _Reader:
                 return Place(of.memory, of.offset + elements * (of.itemsize or 0), of.itemsize, python)
         raise NotReadError(ast.unparse(value)[:200])
 
-    def _given(self, value: ast.expr) -> Place | int:
+    def _given(self, value: ast.expr) -> Place | Size | int:
         if isinstance(value, ast.Constant) and type(value.value) is int:
             return value.value
+        if isinstance(value, ast.Name) and value.id in self.sizes_given:
+            return self.sizes_given[value.id]
         return self._place(value)
 
     def _delete(self, target: ast.expr) -> None:
@@ -163,6 +175,11 @@ class _Reader:
             else:
                 code.offsets[memory], code.scratch = code.scratch, code.scratch + size
         return code
+
+
+def _is_size(name: str, given: str, code: WrapperCode) -> bool:
+    """Whether ``name = given`` names a size: what else gets a new name is a buffer."""
+    return given in code.arguments and not name.startswith("buf")
 
 
 def _is_none(node: ast.expr) -> bool:

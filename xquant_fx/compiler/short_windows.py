@@ -20,7 +20,9 @@ def note_short_windows(found: Detection, request: Request) -> Detection:
 def _noted(site: Site, held: int) -> Site:
     buffer = fake(site.key.root)
     tokens = buffer.shape[2] if buffer is not None and buffer.dim() == 4 else None
-    if not site.stays_ordinary or "a sliding window" not in site.reason or not isinstance(tokens, int):
+    # What grows is as long as it happens to be, which says nothing of the window.
+    is_window = "a sliding window" in site.reason and "grow by concatenation" not in site.reason
+    if not site.stays_ordinary or not is_window or not isinstance(tokens, int):
         return site
     reason = why_short(tokens, held)
     return dataclasses.replace(site, reason=reason, is_short_window=True) if reason else site
