@@ -29,7 +29,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({k: MappingProxyType
 #: Mean KL divergence, in nats per token, of next tokens on SmolLM2-135M-Instruct, as docs/quality.md measures it.
 MEASURED_KL: Mapping[str, float] = MappingProxyType(
     {
-        "xquant-2.7": 0.008, "xquant-2.2": 0.015, "xquant-1.7": 0.030, "xquant-1.4": 0.042, "kivi-4": 0.006,
+        "xquant-2.7": 0.006, "xquant-2.2": 0.011, "xquant-1.7": 0.028, "xquant-1.4": 0.035, "kivi-4": 0.006,
         "kivi-2": 0.39, "asymkv-1.5": 1.52, "xquant": 0.52, "xquant-paper": 1.05, "xquant-1bit": 1.32,
     }
 )  # fmt: skip
