@@ -12,7 +12,7 @@ from xquant_fx.passes.find_writes import concatenation, is_factory
 from xquant_fx.passes.records import Attention, Refused, Site, Source, Write
 from xquant_fx.passes.trace import fake, is_shape_query, same_value
 from xquant_fx.passes.vocabulary import op_name
-from xquant_fx.passes.why_left_alone import why_not_length, why_not_operand, why_not_pair
+from xquant_fx.passes.why_left_alone import why_not_length, why_not_operand, why_not_pair, window_tokens
 
 NOT_RECOGNISED = "and no attention that is recognised reads it here (one that is spelt out, or a graph break?)"
 #: Writes to places that an index names, as a KV cache's; ops that append are known by themselves.
@@ -82,6 +82,7 @@ def _site(attention: Attention, facts: Facts, refusal: Refusal) -> Site:
         attention, key, value, *writes, name,
         has_cache=bool(caches), is_quantized=quantized, is_latent=is_latent, key_is_rotary=key_is_rotary,
         allocated_here=allocated_here, reason=reason, of_call=of_call,
+        window_tokens=window_tokens(key.root, facts) if reason and caches else 0,
     )  # fmt: skip
 
 

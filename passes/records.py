@@ -215,6 +215,8 @@ class Site:
     """Whether that reason is true of this call's buffers, and others of the same graph may be taken over."""
     form: Decode | None = None
     """How the fused op is called; None where it reads dequantized keys and values."""
+    window_tokens: int = 0
+    """Tokens that its key buffer has room for, if that is taken for a sliding window's; 0: it is not."""
     is_short_window: bool = False
     """Whether it is left alone as a window that is not longer than what a quantized layer keeps in full precision."""
     dequantized: str = ""
@@ -278,6 +280,6 @@ class Detection:
     @property
     def left_for_now(self) -> tuple[int, ...]:
         """Numbers of the arguments that stay as they are for what they are in this call; others might not."""
-        inputs = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        inputs = self.gm.graph.find_nodes(op="placeholder")
         left = {node for site in self.sites if site.of_call for node in site.buffers}
         return tuple(i for i, node in enumerate(inputs) if node in left)

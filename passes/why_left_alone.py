@@ -56,6 +56,23 @@ def why_not_length(buffer: Node, what: str, facts: Facts) -> str:
     return ""
 
 
+def window_tokens(root: Node, facts: Facts) -> int:
+    """Tokens of the buffer that ``root`` is, or that new tokens ``root`` overflow, if it is a sliding window's; else 0.
+
+    What grows by concatenation is as long as it happens to be, which says nothing of a window.
+    """
+    buffer = facts.overflows(root)
+    if buffer is None and (root.op == "placeholder" or (is_factory(root) and facts.writes_to(root))):
+        buffer = root if _is_copied_over(root, facts) or why_not_length(root, "", facts) else None
+    value = None if buffer is None else fake(buffer)
+    return value.shape[2] if value is not None and value.dim() == 4 and isinstance(value.shape[2], int) else 0
+
+
+def _is_copied_over(buffer: Node, facts: Facts) -> bool:
+    mutation = facts.mutated(buffer)
+    return mutation is not None and kind(mutation.node) == "copy" and mutation.target is buffer
+
+
 def _why_not_computed(root: Node, what: str, facts: Facts) -> str:
     """``root`` is no input of the graph."""
     if facts.overflows(root) is not None:
@@ -86,7 +103,7 @@ def _why_not_mutation(buffer: Node, what: str, facts: Facts) -> str:
     mutation = facts.mutated(buffer)
     if mutation is None:
         return ""
-    if kind(mutation.node) == "copy" and mutation.target is buffer:
+    if _is_copied_over(buffer, facts):
         return f"{what}: the buffer is also written by copy_, which is no append (a sliding window?)"
     return f"{what}: the buffer is also written by {op_name(mutation.node)}, which is no append along dimension 2"
 

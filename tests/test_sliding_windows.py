@@ -202,6 +202,16 @@ def test_short_windows_are_counted_so() -> None:
     assert found.sites[0].reason == "window of 40 tokens is within the residual window, which holds 52"
 
 
+def test_a_long_prompt_says_nothing_of_the_window() -> None:
+    """Attention reads the prompt's own keys, of which the buffer of a ``StaticCache`` gets the last."""
+    model = model_of("Gemma3Text")
+    cache = transformers.StaticCache(model.config, LENGTH)
+    found = explain(
+        model, ids_of(1)[:, :100], past_key_values=cache, options={"config": LOW.replace(residual_length=64)}
+    )
+    assert found.sites[0].reason == "window of 40 tokens is within the residual window, which holds 84"
+
+
 def test_windows_of_several_lengths_stay() -> None:
     model = model_of("Mistral")
     model.config.layer_types = ["sliding_attention"] * 2

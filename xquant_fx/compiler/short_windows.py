@@ -6,7 +6,6 @@ import dataclasses
 
 from xquant_fx.compiler.options import Request
 from xquant_fx.passes.records import Detection, Site
-from xquant_fx.passes.trace import fake
 from xquant_fx.plan.windows import full_precision_tokens, why_short
 
 
@@ -18,11 +17,7 @@ def note_short_windows(found: Detection, request: Request) -> Detection:
 
 
 def _noted(site: Site, held: int) -> Site:
-    buffer = fake(site.key.root)
-    tokens = buffer.shape[2] if buffer is not None and buffer.dim() == 4 else None
-    # What grows is as long as it happens to be, which says nothing of the window.
-    is_window = "a sliding window" in site.reason and "grow by concatenation" not in site.reason
-    if not site.stays_ordinary or not is_window or not isinstance(tokens, int):
+    if not site.stays_ordinary or not site.window_tokens:
         return site
-    reason = why_short(tokens, held)
+    reason = why_short(site.window_tokens, held)
     return dataclasses.replace(site, reason=reason, is_short_window=True) if reason else site
