@@ -100,6 +100,9 @@ inline vi encode(vf x, vf low, vf step, vi largest = splat(MAX_CODE)) {
 #elif defined(XQ_APPEND_ROTATED)
 #include "due_rotated.h"
 #endif
+#if defined(XQ_APPEND_TOKENS) || defined(XQ_APPEND_ROTATED)
+#include "leaving_tokens.h"
+#endif
 
 namespace xq {
 

@@ -50,8 +50,7 @@ def why_no_chunk(a: StoreArguments) -> str:
     """Why chunks are not appended by the kernel, in words; "" if they are. Uncompiled code works without a compiler."""
     from xquant_fx.kernels.cpu import build as cpu_build
 
-    tokens = SCHEMES[a.scheme].tokens_of(a.codes.shape, a.quantized.scale.shape)
-    if wrap_of(a.scheme, tokens, a.max_len, a.x.shape[3], a.bits, a.group_size, a.residual_length):
+    if problem_of(a).wrap:
         return "a chunk may overwrite its own codes where those of a sliding window start over"
     return "" if cpu_build.has_compiler() else "no C++ compiler"
 

@@ -4,7 +4,7 @@
 
 namespace xq {
 
-inline void store_rotated(const Inputs& in, int64_t head, int64_t t) {
+inline void store_token(const Inputs& in, int64_t head, int64_t t) {
     const T* row = token(in, head, t);
     const int64_t slot = slot_of(t);
     float y[D_PAD + L] = {};
@@ -36,19 +36,6 @@ inline void store_rotated(const Inputs& in, int64_t head, int64_t t) {
         encode_scale(square == 0.0f ? 0.0f : square / aligned, in.scale + (head * (D / GROUP) + g) * TOKENS + slot);
     }
     put_codes(in.codes + head * CODE_ROWS * D, slot, D, codes);
-}
-
-constexpr int64_t SLICE = 64;
-constexpr bool DUE_IS_MUCH = false;
-
-inline int64_t due_end(int64_t stored) { return std::max<int64_t>(stored - RESIDUAL, 0); }
-
-inline void note_tokens(const Inputs&, int64_t, int64_t, int64_t) {}
-
-inline void prepare_due(const Inputs&, int64_t, int64_t, int64_t) {}
-
-inline void quantize_due(const Inputs& in, int64_t head, int64_t from, int64_t to) {
-    for (int64_t t = from; t < to; t++) store_rotated(in, head, t);
 }
 
 }  // namespace xq

@@ -46,7 +46,7 @@ ALWAYS_INLINE void fit_values(const float* x, const int32_t* words, int64_t t, S
 }
 
 // Values of one token.
-inline void store_value(const Inputs& in, int64_t head, int64_t t) {
+inline void store_token(const Inputs& in, int64_t head, int64_t t) {
     const T* row = token(in, head, t);
     const int64_t slot = slot_of(t);
     for (int64_t g = 0; g < D / GROUP; g++) {
@@ -60,19 +60,6 @@ inline void store_value(const Inputs& in, int64_t head, int64_t t) {
         if (FIT) fit_values(x, words, slot, scale, zero);
         else store_relaxed(scale, zero, lows, step, 1);
     }
-}
-
-constexpr int64_t SLICE = 64;
-constexpr bool DUE_IS_MUCH = false;
-
-inline int64_t due_end(int64_t stored) { return std::max<int64_t>(stored - RESIDUAL, 0); }
-
-inline void note_tokens(const Inputs&, int64_t, int64_t, int64_t) {}
-
-inline void prepare_due(const Inputs&, int64_t, int64_t, int64_t) {}
-
-inline void quantize_due(const Inputs& in, int64_t head, int64_t from, int64_t to) {
-    for (int64_t t = from; t < to; t++) store_value(in, head, t);
 }
 
 }  // namespace xq
