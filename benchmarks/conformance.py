@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any
 
 import torch
 from conformance_report import page
-from survey import in_words
+from forked import in_process, in_words
 from tiny_models import build
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -119,35 +117,18 @@ def examine(name: str) -> dict[str, Any]:
     return record
 
 
+def recorded(name: str) -> dict[str, Any]:
+    """``examine``, with a record of a model that cannot be built, too."""
+    try:
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return examine(name)
+    except Exception as error:  # whatever a model's code raises
+        return {"eager": f"it cannot be built: {in_words(error)}"}
+
+
 def error_of(mine: Tensor, right: Tensor) -> float:
     """Relative error of logits, rounded to two digits."""
     return float(f"{((mine - right).norm() / right.norm()).item():.1e}")
-
-
-def _child(name: str, pipe: Any) -> None:
-    torch.set_num_threads(1)
-    logging.disable(logging.CRITICAL)
-    try:
-        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
-            pipe.send(examine(name))
-    except Exception as error:
-        pipe.send({"eager": f"it cannot be built: {in_words(error)}"})
-
-
-def in_process(name: str, seconds: float) -> dict[str, Any]:
-    """``examine`` in a forked process that may take ``seconds``."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(name, theirs))
-    child.start()
-    theirs.close()
-    try:
-        return ours.recv() if ours.poll(seconds) else {"error": f"no answer in {seconds:.0f} s"}
-    except EOFError:
-        return {"error": "the process died"}
-    finally:
-        child.kill()
-        child.join()
 
 
 def write(records: dict[str, dict[str, Any]], folder: Path) -> None:
@@ -169,7 +150,7 @@ def main() -> None:
     records = json.loads(path.read_text()) if path.exists() and not args.fresh else {}
     missing = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in records]
     for name in tqdm(args.only or missing, unit=" architectures"):
-        records[name] = in_process(name, args.seconds)
+        records[name] = in_process(recorded, name, args.seconds)
         write(records, args.folder)
     print((args.folder / "conformance.md").read_text())
 

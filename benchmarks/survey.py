@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import multiprocessing
-import re
 import time
 from collections import Counter
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from forked import in_process, in_words
 from tiny_models import WINDOW, build
 from torch.fx import GraphModule
 from transformers import StaticCache
@@ -78,37 +75,6 @@ def survey(name: str) -> dict[str, Any]:
         except Exception as error:  # whatever a model's code raises becomes its record
             record[kind] = {"verdict": "error", "error": in_words(error)}
     return record
-
-
-def in_words(error: Exception) -> str:
-    """An error on one line, the same in every run."""
-    return re.sub("0x[0-9a-f]+", "0x..", " ".join(f"{type(error).__name__}: {error}".split()))[:200]
-
-
-def _child(name: str, pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    logging.disable(logging.CRITICAL)
-    try:
-        with torch.no_grad():
-            pipe.send(survey(name))
-    except Exception as error:
-        pipe.send({"architecture": name, "error": in_words(error)})
-
-
-def in_process(name: str, seconds: float) -> dict[str, Any]:
-    """``survey`` in a forked process that may take ``seconds``."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(name, theirs))
-    child.start()
-    theirs.close()
-    try:
-        return ours.recv() if ours.poll(seconds) else {"architecture": name, "error": f"no answer in {seconds} s"}
-    except EOFError:
-        return {"architecture": name, "error": "the process died"}
-    finally:
-        child.kill()
-        child.join()
 
 
 def verdict(sites: list[dict[str, Any]]) -> str:
@@ -167,7 +133,7 @@ def main() -> None:
     if args.out and args.out.exists():
         records = {row["architecture"]: row for row in json.loads(args.out.read_text())["architectures"]}
     for name in args.only or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        records[name] = in_process(name, args.seconds)
+        records[name] = {"architecture": name, **in_process(survey, name, args.seconds)}
         print(line(records[name]), flush=True)
         if args.out:
             write(args.out, records)

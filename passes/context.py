@@ -111,7 +111,7 @@ class Context:
 
     def __post_init__(self) -> None:
         """Count the inputs before a pass adds or drops any."""
-        inputs = (node for node in self.detection.gm.graph.nodes if node.op == "placeholder")
+        inputs = self.detection.gm.graph.find_nodes(op="placeholder")
         self.placeholders = {node: i for i, node in enumerate(inputs)}
         """Inputs of the graph as Dynamo made it, by node, with the numbers of their arguments."""
 

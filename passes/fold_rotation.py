@@ -54,7 +54,7 @@ class _Folding:
     def _rotated(self, weight: Node, fold: Fold) -> Node:
         if (weight, fold) not in self.known:
             index, state = self.context.index_of(weight), self.context.state
-            last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+            last = self.graph.find_nodes(op="placeholder")[-1]
             example = folded_weight(self.context.inputs[index], fold)  # type: ignore[arg-type]
             node = add_input(self.graph, last, f"xquant_folded{len(state.folded)}", example)
             state.folded.append((index, fold))

@@ -64,7 +64,7 @@ def add_input(graph: Graph, after: Node, name: str, tensor: Tensor) -> Node:
 
 def input_of_size(graph: Graph, size: Any) -> tuple[Node, bool]:
     """The placeholder that is the symbolic ``size``, and whether it had to be added, as the last one."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = graph.find_nodes(op="placeholder")
     for node in inputs:
         if _same_size(node.meta.get("example_value"), size):
             return node, False
@@ -77,7 +77,7 @@ def input_of_size(graph: Graph, size: Any) -> tuple[Node, bool]:
 
 def size_among_inputs(graph: Graph, size: Any) -> tuple[int, int] | None:
     """(number of the input, dimension) of a tensor that has the symbolic ``size``; None if no input has."""
-    inputs = [node.meta.get("example_value") for node in graph.nodes if node.op == "placeholder"]
+    inputs = [node.meta.get("example_value") for node in graph.find_nodes(op="placeholder")]
     for index, value in enumerate(inputs):
         for dim, length in enumerate(value.shape if isinstance(value, Tensor) else ()):
             if _same_size(length, size):

@@ -15,7 +15,7 @@ from xquant_fx.passes.trace import fake
 
 def add_state_inputs(gm: GraphModule, context: Context) -> int:
     """Add a placeholder for every stored tensor of every quantized input; returns how many. Removes nothing."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    placeholders = gm.graph.find_nodes(op="placeholder")
     adding = _Adding(gm, placeholders[-1], context.state)
     for index, node in enumerate(placeholders):
         buffer = context.inputs[index]

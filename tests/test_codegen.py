@@ -273,7 +273,7 @@ def test_state_inputs_are_static(preset: str, monkeypatch: pytest.MonkeyPatch) -
             return gm(*args)
 
         run._boxed_call = True
-        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        placeholders = gm.graph.find_nodes(op="placeholder")
         copies = [node for node in gm.graph.nodes if node.target is torch.ops.aten.copy_.default]
         seen.append(
             {

@@ -102,7 +102,7 @@ def test_a_pair_shares_one_codes_input():
     seen = Rewrites()
     run_both(two_layers, [5], seen)
     (made,), (inputs,) = seen.made, seen.inputs
-    placeholders = [node for node in made.graph.nodes if node.op == "placeholder"]
+    placeholders = made.graph.find_nodes(op="placeholder")
     assert len(placeholders) == len(inputs) == len({id(tensor) for tensor in inputs})
     stores = [StoreArguments.of(node) for node in made.graph.nodes if node.target in STORES]
     lower, upper = (store for store in stores if store.scheme == "per_channel")

@@ -6,13 +6,12 @@ wrong, so there the kernels are told to compute in float32 and only reading and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from attention_cases import CASES, RANKED_CASES, RANKED_SLOW, RANKED_SPOILED, SPOILED, allowed
 from triton_interpreter import Interpreter
 
 pytest.importorskip("triton")
+pytest_plugins = ["triton_fixture"]
 AMD = (
     "float16",
     "float32",
@@ -21,13 +20,6 @@ AMD = (
     "ranked, float32",
     "ranked, head_dim 96, keys 1.5, values 2 bits",
 )
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    process = Interpreter()
-    yield process
-    process.close()
 
 
 @pytest.mark.parametrize(

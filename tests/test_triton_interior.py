@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,9 @@ import sass_code
 import sass_machine
 import sass_model
 
+pytest_plugins = ["triton_fixture"]
+
 INTERIOR = ["interior_kernel", "decode_kernel", "combine_kernel"]
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    process = Interpreter()
-    yield process
-    process.close()
 
 
 @pytest.mark.parametrize(

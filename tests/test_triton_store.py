@@ -5,7 +5,6 @@ The interpreter cuts numbers off where it should round them to bfloat16, so noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from triton_interpreter import Interpreter
 from xquant_fx.kernels.faults import Fault
 
 pytest.importorskip("triton")
+pytest_plugins = ["triton_fixture"]
 
 SCRIPT = [19, 1, 2, 3, 5, 6, 7, 8, 20, 3, -8, 5, 4]
 SHAPE = dict(residual=16, group=8, max_len=110, eta=0.1, batch=1)
@@ -45,13 +45,6 @@ CASES: dict[str, dict[str, Any]] = {
     "loud values": dict(side="value", scale=64.0, **SHAPE),
     "scales that do not fit": dict(side="key", scale=2.0**14, **SHAPE),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    process = Interpreter()
-    yield process
-    process.close()
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "scales that do not fit"])

@@ -88,11 +88,12 @@ class XQuantCache(StaticCache):
         chosen = full if self.windows_left else full | windows
         self.quantized_layers: list[XQuantLayer] = []
         self.plan = make_plan(self.xquant_config, len(chosen)) if chosen else None
+        latents = _latents(of_model)
         for layer_idx, index in enumerate(sorted(chosen)):
             assert self.plan is not None
             window = chosen[index] % max_cache_len  # one as long as the cache never slides
             of_layer = (max_cache_len, layer_idx, self.quantized_layers, self.plan)
-            layer = XQuantLayer(*of_layer, _latents(of_model), window)
+            layer = XQuantLayer(*of_layer, latents, window)
             self.layers[index] = layer
             self.quantized_layers.append(layer)
         if padding_mask is not None:

@@ -115,7 +115,7 @@ def detect_graph(
     of the original.
     """
     copy = clone(gm)
-    given = dict(zip((n for n in copy.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+    given = dict(zip(copy.graph.find_nodes(op="placeholder"), inputs, strict=True))
     surroundings = why_not_gradients() or why_not_layers(gm, request)
     unfused = "the pass fuse_decode is switched off" if "fuse_decode" in request.disable else ""
     call = Call(copy, given, originals=originals)

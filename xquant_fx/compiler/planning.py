@@ -63,7 +63,7 @@ def _ordinary(gm: GraphModule, sites: list[Site], call: Call, is_together: bool)
 
     With ``is_together`` all are layers of one cache: the settings name each.
     """
-    index = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    index = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
     layers = _layers(sites)
     rotary = {site.key.root for site in sites if site.key_is_rotary}
     writes = {w.buffer: w for site in sites for w in (site.key_write, site.value_write) if w is not None}

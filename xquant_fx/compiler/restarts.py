@@ -35,7 +35,7 @@ class Restarts:
 
     def __init__(self, gm: GraphModule, found: Detection, request: Request, judge: Judge) -> None:
         self.gm, self.request, self.judge = gm, request, judge
-        places = {node: i for i, node in enumerate(n for n in found.gm.graph.nodes if n.op == "placeholder")}
+        places = {node: i for i, node in enumerate(found.gm.graph.find_nodes(op="placeholder"))}
         self.written: dict[int | None, list[int]] = {}
         """Argument index of the first position (None: it is 0) to those of the buffers."""
         for write in found.writes:
@@ -75,7 +75,7 @@ class Restarts:
         """Whether the masks of all attentions hide all tokens behind the new ones."""
         found = self.judge(self.gm, list(args), self.request)
         graph = found.gm.graph
-        given = dict(zip((n for n in graph.nodes if n.op == "placeholder"), args, strict=True))
+        given = dict(zip(graph.find_nodes(op="placeholder"), args, strict=True))
         call, facts = Call(found.gm, given), Facts(graph)
         sites = [site for site in found.sites if site.is_quantized]
         return all(call.hides_the_rest(site, facts) for site in sites)

@@ -57,7 +57,7 @@ class Takeover(torch.fx.Interpreter):
         return _Step(self, call, tensors).take_over(*args)
 
     def _call(self, args: tuple[Any, ...]) -> Call:
-        placeholders = (node for node in self.gm.graph.nodes if node.op == "placeholder")
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
         foresights = {buffer.write.node: buffer.foresight for buffer in self.buffers}
         return Call(self.gm, dict(zip(placeholders, args, strict=True)), foresights)
 

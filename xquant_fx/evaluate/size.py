@@ -45,16 +45,12 @@ def _without_what_left(report: MemoryReport, cache: XQuantCache) -> MemoryReport
         for state in layer.states if layer.left_window else ():
             spec, window = state.spec, dataclasses.replace(state.spec, window=layer.left_window)
             each = spec.shape[0] * spec.shape[1] * spec.shape[3]
-            codes += _stored(spec) - _stored(window)
+            codes += spec.stored_bytes - window.stored_bytes
             full += (spec.full_tokens - window.full_tokens) * each * spec.dtype.itemsize
             elements += max(state.length - window.full_tokens, 0) * each
     return dataclasses.replace(
         report, codes=report.codes - codes, full_bytes=report.full_bytes - full, elements=report.elements - elements
     )
-
-
-def _stored(spec: KVSpec) -> int:
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.tensor_shapes().values())
 
 
 def saved(cache: XQuantCache) -> float:
@@ -89,6 +85,5 @@ def _whole_blocks(specs: list[KVSpec]) -> int:
 
 def _bits(spec: KVSpec, tokens: int, window: int = 0) -> int:
     batch, heads, _, dim = spec.shape
-    return 8 * _stored(
-        dataclasses.replace(spec, shape=(batch, heads, tokens, dim), dtype=torch.bfloat16, window=window)
-    )
+    of_text = dataclasses.replace(spec, shape=(batch, heads, tokens, dim), dtype=torch.bfloat16, window=window)
+    return 8 * of_text.stored_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -118,6 +119,11 @@ class KVSpec:
         if not self.wraps:
             return ("ring",) if self.quantized else ()
         return tuple(name for name in ("codes", "scale", "zero", "norm", "ring") if name in self.tensor_shapes())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors that the buffer owns."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensor_shapes().values())
 
     @property
     def is_exact_back(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import torch
@@ -115,7 +114,7 @@ def _site(record: records.Site, specs: dict[Node, KVSpec]) -> Site:
         write=_write(record), read=_read(record), rewritten=True, reason=_how(list(found.values()), record.is_latent),
         key_partner=partner.get("key"), value_partner=partner.get("value"), k_bits=bits.get("key"),
         v_bits=bits.get("value"), k_eta=_eta(found.get("key")), v_eta=_eta(found.get("value")),
-        bytes=sum(_stored_bytes(spec) for spec in found.values()),
+        bytes=sum(spec.stored_bytes for spec in found.values()),
         full_bytes=sum(_full(spec) for spec in found.values()),
         dequantized=record.dequantized, notes=(*_notes(list(found.values())), *_rotations(record.folding)),
     )  # fmt: skip
@@ -149,10 +148,6 @@ def _eta(spec: KVSpec | None) -> float | None:
     if spec is None or not spec.quantized or not SCHEMES[spec.scheme].RANGE_CODES:
         return None
     return None if spec.borrowed and spec.fit == "least_squares" else spec.eta
-
-
-def _stored_bytes(spec: KVSpec) -> int:
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.tensor_shapes().values())
 
 
 def _full_bytes(value: Tensor | None) -> int:

@@ -31,7 +31,7 @@ class HeldTensors:
 
     def save(self, found: Detection, inputs: list[object]) -> None:
         """Copy what the graph is about to write to, unless an earlier graph of the same call did."""
-        placeholders = (n for n in found.gm.graph.nodes if n.op == "placeholder")
+        placeholders = found.gm.graph.find_nodes(op="placeholder")
         for node, tensor in zip(placeholders, inputs, strict=True):
             if node in found.written and isinstance(tensor, Tensor) and id(tensor) in self.ids - set(self.saved):
                 self.saved[id(tensor)] = tensor, {name: part.clone() for name, part in _parts(tensor).items()}

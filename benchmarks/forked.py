@@ -1,0 +1,44 @@
+"""Work on one architecture after the other, each in a process of its own that may fail or take too long."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Work = Callable[[str], dict[str, Any]]
+
+
+def in_words(error: Exception) -> str:
+    """An error on one line, the same in every run."""
+    return re.sub("0x[0-9a-f]+", "0x..", " ".join(f"{type(error).__name__}: {error}".split()))[:200]
+
+
+def in_process(work: Work, name: str, seconds: float) -> dict[str, Any]:
+    """``work(name)`` in a forked process of one thread that may take ``seconds``; or its error, as {"error": ...}."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(work, name, theirs))
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(seconds) else {"error": f"no answer in {seconds:.0f} s"}
+    except EOFError:
+        return {"error": "the process died"}
+    finally:
+        child.kill()
+        child.join()
+
+
+def _child(work: Work, name: str, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    try:
+        with torch.no_grad():
+            pipe.send(work(name))
+    except Exception as error:  # whatever a model's code raises becomes its record
+        pipe.send({"error": in_words(error)})
