@@ -109,6 +109,7 @@ def attend_interior(
     ROWS: tl.constexpr = q[4].shape[0]
     BYTES: tl.constexpr = values[1].dtype.element_ty == tl.uint8
     WIDTH: tl.constexpr = VALUES[BITS]
+    FEW: tl.constexpr = ROWS <= 8  # more leave no registers for a mask ahead of its tile, or a loop with two ways
     last = tl.maximum(high - TILE, 0)
     top = tl.full((ROWS,), NOTHING, tl.float32)
     total = tl.zeros((ROWS, 4), tl.float32)
@@ -122,12 +123,14 @@ def attend_interior(
     next_norms = token_norms(keys, tl.minimum(low, last), TILE, KEYS)
     next_seen = interior_mask(mask_rows, tl.minimum(low, last), TILE, LOGITS[MASK])
     for t0 in tl.range(low, high, TILE):
-        for_keys, s, z, norms, seen = next_keys, next_s, next_z, next_norms, next_seen
+        for_keys, s, z, norms = next_keys, next_s, next_z, next_norms
+        seen = next_seen if FEW else interior_mask(mask_rows, t0, TILE, LOGITS[MASK])
         t1 = tl.minimum(t0 + TILE, last)
         next_keys = interior_scales(keys, t1, VALUES[CHANNELS], KEYS)
         next_s, next_z = value_scales(values, t1, TILE, VALUES)
         next_norms = token_norms(keys, t1, TILE, KEYS)
-        next_seen = interior_mask(mask_rows, t1, TILE, LOGITS[MASK])
+        if FEW:
+            next_seen = interior_mask(mask_rows, t1, TILE, LOGITS[MASK])
         r, of_row, offset = interior_logits(q, keys, for_keys, t0, TILE, WIDTH, LOGITS[SM_SCALE], BYTES, KEYS)
         if KEYS[NORMS] or LOGITS[SOFTCAP] != 0.0:
             r = r * of_row[:, None] + offset[:, None]
@@ -138,7 +141,8 @@ def attend_interior(
                 r = capped * tanh(r * (1.0 / capped))
             of_row, offset = tl.full((ROWS,), 1.0, tl.float32), tl.zeros((ROWS,), tl.float32)
         if LOGITS[MASK] == "bool":  # noqa: SIM102 - known before the kernel runs
-            if tl.min(tl.min(seen.to(tl.int32), 1), 0) == 0:  # seldom: a mask hides what is padded, or to come
+            # Of few rows it is seldom applied: a mask hides what is padded, or to come.
+            if not FEW or tl.min(tl.min(seen.to(tl.int32), 1), 0) == 0:
                 r = tl.where(in_columns(seen, WIDTH).to(tl.int1), r, float("-inf"))
         new_top = tl.maximum(top, tl.max(r, 1) * of_row + offset)
         p = exp2(r * of_row[:, None] + (offset + LARGEST_LOG2 - new_top)[:, None], ASM)
