@@ -24,6 +24,7 @@ from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.growth_masks import end_of_growth, widened
 from xquant_fx.passes.masks import build_mask
+from xquant_fx.passes.pair_heads import calls, in_order, put_back
 from xquant_fx.passes.records import Layout, Site
 
 
@@ -65,20 +66,27 @@ def _replace(
             mask = end if mask is None else widened(graph, mask, stored["max_len"])
         logits = None if form.sinks is None else replaced.get(form.sinks, form.sinks)
         sinks = None if logits is None else call(graph, torch.reshape, (logits, (form.heads,)))
-        ours = dict(q=query, mask=mask, sink_logits=sinks, scale=form.scale, softcap=form.softcap)
-        if all(context.detection.specs[buffer].quantized for buffer in site.buffers):
-            fused = call(graph, ops.DECODE, (), {**ours, **stored})
-            if context.detection.specs[site.buffers[1]].folded:
-                fused = context.rotations[form.output] = call(graph, ops.ROTATE, (fused, True))
-        else:  # a self-check: no kernel reads keys and values of 16 bits
-            sides = (context.loads[write.node] for write in (site.key_write, site.value_write) if write is not None)
-            keys, values = sides
-            more = dict(keys=keys, values=values, past=stored["past"], window=stored["window"])
-            fused = call(graph, attend_dense, (), {**ours, **more})
+        ours = in_order(graph, dict(q=query, mask=mask, sink_logits=sinks), form.pairing)
+        target, theirs = _op(site, stored, context)
+        arguments = dict(**ours, **theirs, scale=form.scale, softcap=form.softcap)
+        fused = put_back(
+            graph, [call(graph, target, (), each) for each in calls(graph, arguments, form.pairing)], form.pairing
+        )
+        if context.detection.specs[site.buffers[1]].folded and target is ops.DECODE:
+            fused = context.rotations[form.output] = call(graph, ops.ROTATE, (fused, True))
         output = _put_back(graph, fused, form.output_layout)
     form.output.replace_all_uses_with(output)
     _erase_unused(graph, form.output)
     return output
+
+
+def _op(site: Site, stored: dict[str, Any], context: Context) -> tuple[Any, dict[str, Any]]:
+    """The op, or in a self-check what it computes, as no kernel reads keys and values of 16 bits; and its arguments."""
+    if all(context.detection.specs[buffer].quantized for buffer in site.buffers):
+        return ops.DECODE, stored
+    sides = (context.loads[write.node] for write in (site.key_write, site.value_write) if write is not None)
+    keys, values = sides
+    return attend_dense, dict(keys=keys, values=values, past=stored["past"], window=stored["window"])
 
 
 def _laid_out(graph: Graph, node: Node, layout: Layout) -> Node:

@@ -124,6 +124,24 @@ class Layout:
     """Shape to give, or None."""
 
 
+class HeadPart(NamedTuple):
+    """Heads side by side that one call of the op takes: of the query in its order, of keys and of values."""
+
+    query: slice
+    keys: slice
+    values: slice
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+    """In which calls query heads meet their KV heads."""
+
+    turned: tuple[int, int, int] | None = None
+    """(a, b, c): query heads [a, b, c] of the program are taken as [b, a, c]."""
+    parts: tuple[HeadPart, ...] = ()
+    """Of each call; () if one call takes all heads."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Decode:
     """One attention as ``xquant::decode_attention`` takes it."""
@@ -144,6 +162,8 @@ class Decode:
     """Reshape, then permute, the result [B, Hq, q, Dv] to that of ``output``."""
     carriers: frozenset[Node] = frozenset()
     """Nodes that carry the scores, where they are written out."""
+    pairing: Pairing = Pairing()
+    """Which KV heads the query heads read."""
 
 
 class Linear(NamedTuple):
