@@ -20,6 +20,7 @@ from xquant_fx import ops
 from xquant_fx.kernels.decode_attention.arguments import of_sides
 from xquant_fx.kernels.decode_attention.plain_torch import attend_dense
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
+from xquant_fx.passes.absorb_query import absorb_query, project_result
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.growth_masks import end_of_growth, widened
@@ -66,6 +67,9 @@ def _replace(
             mask = end if mask is None else widened(graph, mask, stored["max_len"])
         logits = None if form.sinks is None else replaced.get(form.sinks, form.sinks)
         sinks = None if logits is None else call(graph, torch.reshape, (logits, (form.heads,)))
+        if form.absorbed is not None and site.value_write is not None:
+            latents = context.loads[site.value_write.node]
+            query, mask = absorb_query(graph, query, latents, mask, form.absorbed, form.scale)
         ours = in_order(graph, dict(q=query, mask=mask, sink_logits=sinks), form.pairing)
         target, theirs = _op(site, stored, context)
         arguments = dict(**ours, **theirs, scale=form.scale, softcap=form.softcap)
@@ -74,9 +78,12 @@ def _replace(
         )
         if context.detection.specs[site.buffers[1]].folded and target is ops.DECODE:
             fused = context.rotations[form.output] = call(graph, ops.ROTATE, (fused, True))
+        if form.absorbed is not None:
+            fused = project_result(graph, fused, form.absorbed.value)
         output = _put_back(graph, fused, form.output_layout)
     form.output.replace_all_uses_with(output)
-    _erase_unused(graph, form.output)
+    for node in (*(() if form.absorbed is None else form.absorbed.assembling), form.output):
+        _erase_unused(graph, node)
     return output
 
 

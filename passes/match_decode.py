@@ -14,7 +14,7 @@ from torch.fx import Node
 from xquant_fx.passes.late_sinks import late_sinks
 from xquant_fx.passes.layouts import mask_shape, output_layout, query_layout
 from xquant_fx.passes.pair_heads import NOT_HEADS, heads_of_operand, paired
-from xquant_fx.passes.records import Attention, Decode, Layout, MaskTerm, Pairing, Source
+from xquant_fx.passes.records import Absorbed, Attention, Decode, Layout, MaskTerm, Pairing, Source
 from xquant_fx.passes.scores import Scene, keeps_last_two
 from xquant_fx.passes.trace import argument, fake, keeps_numbers, operand, value_of
 from xquant_fx.passes.track_axes import tracked
@@ -22,8 +22,12 @@ from xquant_fx.passes.vocabulary import kind
 from xquant_fx.passes.walk_scores import walk
 
 
-def match_decode(attention: Attention, key: Source, value: Source) -> Decode | str:
-    """The op's arguments, or why ``attention`` reads dequantized keys and values instead."""
+def match_decode(attention: Attention, key: Source, value: Source, absorbed: Absorbed | None = None) -> Decode | str:
+    """The op's arguments, or why ``attention`` reads dequantized keys and values instead.
+
+    Args:
+        absorbed: of latents, what lies between them and the attention.
+    """
     query = fake(attention.query)
     if query is None or fake(key.root) is None or fake(value.root) is None:
         return "the shapes of query and cache are unknown"
@@ -31,7 +35,8 @@ def match_decode(attention: Attention, key: Source, value: Source) -> Decode | s
         return "the number of query tokens is dynamic"
     if attention.kind == "flex_attention":
         return "flex_attention is not fused"
-    found = _one_op(attention, key, value) if attention.scores is None else _written_out(attention, key, value)
+    is_one = attention.scores is None
+    found = _one_op(attention, key, value, absorbed) if is_one else _written_out(attention, key, value)
     if isinstance(found, str):
         return found
     if not (math.isfinite(found.scale) and math.isfinite(found.softcap)):
@@ -39,7 +44,7 @@ def match_decode(attention: Attention, key: Source, value: Source) -> Decode | s
     return _why_not_types(attention, found, key, value) or _why_not_masks(found, key) or found
 
 
-def _one_op(attention: Attention, key: Source, value: Source) -> Decode | str:
+def _one_op(attention: Attention, key: Source, value: Source, absorbed: Absorbed | None) -> Decode | str:
     node, query = attention.node, value_of(attention.query)
     defaults = ((3, "attn_mask", None), (4, "dropout_p", 0.0), (5, "is_causal", False), (6, "scale", None))
     mask, dropout, causal, scale = (argument(node, *each) for each in defaults)
@@ -51,13 +56,15 @@ def _one_op(attention: Attention, key: Source, value: Source) -> Decode | str:
         return "the query has no shape [B, H, q, D]"
     grouped = bool(argument(node, 7, "enable_gqa", False))
     sides = ((attention.key, key.root, "keys"), (attention.value, value.root, "values"))
-    of_keys, of_values = (_kv_heads(*side, query.shape, grouped) for side in sides)
-    pairing = _paired(of_keys, of_values, key.root)
+    pairing: Pairing | str = Pairing()
+    if absorbed is None:
+        of_keys, of_values = (_kv_heads(*side, query.shape, grouped) for side in sides)
+        pairing = _paired(of_keys, of_values, key.root)
     if isinstance(pairing, str):
         return pairing
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     terms = _mask_of_sdpa(mask, (*query.shape[:3], value_of(key.root).shape[2]))
-    return Decode(node, attention.query, scale, terms=terms, heads=query.shape[1], pairing=pairing)
+    return Decode(node, attention.query, scale, terms=terms, heads=query.shape[1], pairing=pairing, absorbed=absorbed)
 
 
 def _kv_heads(taken: Node, root: Node, what: str, query: torch.Size, grouped: bool) -> tuple[int, ...] | str:

@@ -142,6 +142,37 @@ class Pairing:
     """Of each call; () if one call takes all heads."""
 
 
+class Projection(NamedTuple):
+    """Rows of a linear layer's weight that make keys or values of latents."""
+
+    linear: Node
+    x: Node
+    """Its operand, a view of the latents."""
+    weight: Node
+    """[heads * width, R]."""
+    width: int
+    """Rows of a head,"""
+    first: int
+    """of which those from here on are meant,"""
+    size: int
+    """so many of them."""
+
+
+class Absorbed(NamedTuple):
+    """Linear layers between an attention and the latents that are stored, which its queries absorb."""
+
+    key: Projection
+    value: Projection
+    query: slice
+    """Channels of the query that meet projected latents,"""
+    rotary: slice
+    """and those that meet the stored rotary keys."""
+    rotary_read: tuple[Node, Node]
+    """The operand that these are, and what takes it."""
+    assembling: tuple[Node, ...]
+    """What writes both parts of the keys into one tensor, and runs no more."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Decode:
     """One attention as ``xquant::decode_attention`` takes it."""
@@ -164,6 +195,8 @@ class Decode:
     """Nodes that carry the scores, where they are written out."""
     pairing: Pairing = Pairing()
     """Which KV heads the query heads read."""
+    absorbed: Absorbed | None = None
+    """Of attention to latents."""
 
 
 class Linear(NamedTuple):
