@@ -6,6 +6,7 @@ What is compiled is what the host code would launch, constants included. Nothing
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,9 +19,11 @@ from triton_compiled import CHIPS, Needs, compiled, launches
 from xquant_fx import XQuantConfig, ops
 from xquant_fx.kernels.decode_attention import triton_launch as triton_attention
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments, of_sides
+from xquant_fx.kernels.decode_attention.triton_settings import shared_bytes
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store import triton_launch as triton_store
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.kernels.triton_device import SYSTEM_SHARED, Device
 
 triton = pytest.importorskip("triton")
 
@@ -257,6 +260,11 @@ def test_occupancy_at_head_dim_128(chip: str, case: str) -> None:
     needs = compiled(decode, chip)
     assert 2 * 128 * needs.registers <= 65536
     assert 2 * needs.shared <= CHIPS[chip][3]
+    facts = decode.arguments
+    bits = 2.0 if case == "ranked" else 2
+    most = shared_bytes(128, 128, bits, facts["V_BITS"], torch.bfloat16, facts["TILE"], facts["FULL_TILE"], 2)
+    assert needs.shared <= most  # what the number of splits comes from
+    assert Device(1, shared=CHIPS[chip][3] + SYSTEM_SHARED).programs(warps=4, shared=most) == 2
 
 
 @pytest.mark.parametrize("case", ["head_dim 128", "ranked"])
@@ -275,16 +283,21 @@ def test_codes_stay_in_registers(case: str) -> None:
 
 @pytest.mark.parametrize("ranked", [False, True])
 def test_inductor_inlines_the_kernels(ranked: bool) -> None:
-    """No call back into Python, no copies: partial results and the output are all that is allocated."""
-    from fake_cuda import fake_cuda, generated_code
+    """No call back into Python, no copies: partial results and the output are all that is allocated.
+
+    As many parts as the card has room for, here 12 multiprocessors.
+    """
+    from fake_cuda import CARD, fake_cuda, generated_code
 
     def make_args() -> tuple[Any, ...]:
         given = decode_arguments(query=2, max_len=4096, ranked=ranked)
         return (given.mapped(lambda t: torch.zeros(t.shape, dtype=t.dtype, device="cuda"))._asdict(),)
 
-    with fake_cuda():
+    with fake_cuda(SimpleNamespace(**{**vars(CARD), "multi_processor_count": 12})):
         code = generated_code(lambda given: triton_attention.decode_attention(**given), make_args, backend="inductor")
     call = code[code.index("def call(") :]
+    parts = 12 * 8 // 8 + 3  # programs of 8 KV heads at a time, and those of the edges and windows
+    assert f"= empty_strided_cuda((64, {parts}, 128)" in call
     assert "torch.ops.xquant" not in call and ".clone(" not in call
     runs = [call.count(f"{name}_kernel_{i}.run(") for i, name in enumerate(("interior", "decode", "combine"))]
     assert runs == [1, 1, 1]
