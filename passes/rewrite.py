@@ -69,6 +69,7 @@ class BufferRewrite:
 
     def __init__(self, gm: GraphModule, buffer: Node, context: Context) -> None:
         self.graph, self.buffer, self.loads, self.rotations = gm.graph, buffer, context.loads, context.rotations
+        self.stores = context.stores
         self.spec, self.tensors = context.detection.specs[buffer], context.state.nodes[buffer]
         self.writes = {write.node: write for write in context.detection.writes if write.buffer is buffer}
         self.query = _query_length(buffer, context.detection)
@@ -104,9 +105,9 @@ class BufferRewrite:
                 x = self.rotations[node] = call(self.graph, ops.ROTATE, (x, False))
             arguments = dict(x=x, pos=pos, **self.tensors, **spec.store_constants())
             if spec.borrowed:
-                call(self.graph, ops.STORE_BORROWED, (), dict(arguments, fit=spec.fit))
+                self.stores[node] = call(self.graph, ops.STORE_BORROWED, (), dict(arguments, fit=spec.fit))
             else:
-                call(self.graph, ops.STORE, (), arguments)
+                self.stores[node] = call(self.graph, ops.STORE, (), arguments)
             tokens = new if isinstance(new, int) else call(self.graph, torch.ops.aten.sym_size.int, (x, 2))
             self.loaded = self.loads[node] = self._load(past, tokens, before, x if chunk else None)
         return self.loaded
