@@ -11,6 +11,7 @@ A longer chunk loads its own tokens from ``k`` itself and older ones from the ri
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -144,7 +145,10 @@ class BufferRewrite:
     def _load(self, past: Node, new_tokens: Node | int, before: dict[str, Node | None], x: Node | None) -> Node:
         stored = {name: self.tensors[name] for name in STORED} | before
         where = dict(past=past, new_tokens=new_tokens, n=self.spec.shape[2], x=x)
-        return call(self.graph, ops.LOAD, (), dict(**stored, **where, **self.spec.load_constants()))
+        arguments = dict(**stored, **where, **self.spec.load_constants())
+        # The op's dozens of steps took longer than all else here, and most loads are gone once attention is fused.
+        like: dict[str, Any] = dict(dtype=self.spec.dtype, device=value_of(self.buffer).device)
+        return call(self.graph, ops.LOAD, (), arguments, lambda: torch.empty(self.spec.shape, **like))
 
     def _new_tokens(self, write: Write) -> Node:
         """What is appended, as the graph has it now: what it was detected as may have been replaced since."""

@@ -20,6 +20,8 @@ CTYPES = {
 }  # fmt: skip
 
 SIMD = "cpu/simd.h"
+#: Inductor compiles what names this with the flags of its own kernels, and thus with one precompiled header for both.
+_FLAGS = "// Not used here: at::vec::\n"
 EXAMPLE = "example_problem.h"  # beside each kernel's cpu.cpp
 _INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
 
@@ -119,7 +121,13 @@ def assemble(
     members = ", ".join(name if name in given else "nullptr" for name in tensors)
     call = ", ".join([f"{{{members}}}", *outputs])
     entry = f'\nextern "C" void kernel({signature}) {{\n    xq::{function}({call});\n}}\n'
-    parts = (f"#define {isa.macro}\n", with_headers(SIMD, isa, set()), fixed, struct(tensors))
+    parts = (
+        f"#define {isa.macro}\n",
+        _FLAGS if isa.name.startswith("avx") else "",
+        with_headers(SIMD, isa, set()),
+        fixed,
+        struct(tensors),
+    )
     return tuple(given.values()), "".join(parts) + with_headers(file, isa, set()) + entry
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import dynamo_timed
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import quantized_empty
@@ -123,7 +124,8 @@ def detect_graph(
     def refusal(node: Node, what: str, facts: Facts) -> Refused:
         return Refused(surroundings) if surroundings else Refused(call.refuse(node, what, facts), of_call=True)
 
-    found = detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
+    with dynamo_timed("xquant_detect"):  # for torch._dynamo.utils.compile_times()
+        found = detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
     return note_short_windows(found, request)
 
 
@@ -228,7 +230,8 @@ def _compile_quantized(
         report_unfused(found.sites, request)
         context = Context(found, inputs)
     restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
-    run_passes(found.gm, context, request.disable, request.dump)
+    with dynamo_timed("xquant_passes"):
+        run_passes(found.gm, context, request.disable, request.dump)
     shapes = [tuple(inputs[i].shape[1:]) for i in quantized if isinstance(inputs[i], QuantizedKV)]
     results: Any = found.gm.graph.output_node().args[0]
     whole = [i for i, node in enumerate(results) if _whole_numbers(fake(node)) in shapes]
