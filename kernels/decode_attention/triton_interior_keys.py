@@ -53,6 +53,15 @@ def real_numbers(x, ROWS: tl.constexpr):
 
 
 @triton.jit
+def padded(x):
+    """``x`` [ROWS, N], 8 rows or PADDED_ROWS, filled up to PADDED_ROWS by itself, which takes no registers."""
+    if x.shape[0] == PADDED_ROWS:
+        return x
+    else:
+        return tl.reshape(tl.broadcast_to(x[None, :, :], (2, x.shape[0], x.shape[1])), (PADDED_ROWS, x.shape[1]))
+
+
+@triton.jit
 def place_weights(place, PLANE: tl.constexpr, KEYS: tl.constexpr):
     """(rank or channel, weight) of each ``place`` of a plane; weight 0 for padding."""
     field, plane = field_at(place, PLANE[WIDTH], PLANE[WORDS])
@@ -111,7 +120,7 @@ def quad_order(COUNT: tl.constexpr):
 
 
 @triton.jit
-def interior_query(q, rows, valid_rows, order, center, ROWS: tl.constexpr, CHANNELS_TILE: tl.constexpr,
+def interior_query(q, rows, valid_rows, order, center, CHANNELS_TILE: tl.constexpr,
                    KEYS: tl.constexpr):  # fmt: skip
     """Query rows for whole groups: by rank or channel, those of each plane, their unit, times centers."""
     rank = quad_order(CHANNELS_TILE)
@@ -128,7 +137,7 @@ def interior_query(q, rows, valid_rows, order, center, ROWS: tl.constexpr, CHANN
     two = plane_query(q, order, unit, rows, valid_rows, KEYS[PLANES][1], KEYS)
     one = plane_query(q, order, unit, rows, valid_rows, KEYS[PLANES][2], KEYS)
     x = (x * inverse_power(unit)[:, None]).to(tl.float16)
-    return x, four, two, one, real_numbers(unit, ROWS), real_numbers(from_center, ROWS)
+    return x, four, two, one, unit, from_center
 
 
 @triton.jit
@@ -166,7 +175,7 @@ def add_plane(sums, levels, codes, t0, q, s, factor, V_BITS: tl.constexpr, BYTES
     else:
         words = rows_to_columns(plane_words(codes, t0, sums.shape[1], PLANE, KEYS), PLANE[WORDS], V_BITS)
         run: tl.constexpr = 4 if PLANE[WORDS] >= 4 else PLANE[WORDS]
-        qs = q * (halves_of_run(s, run, BYTES, False) * factor)[None, :]
+        qs = padded(q * (halves_of_run(s, run, BYTES, False) * factor)[None, :])
         sums = tl.dot(qs, fragment(words, PLANE[WIDTH], PLANE[WORDS], True), acc=sums)
         if KEYS[RANKED]:
             levels = tl.dot(qs, fragment(words_of_ones(PLANE), PLANE[WIDTH], PLANE[WORDS], True), acc=levels)
@@ -197,7 +206,7 @@ def interior_logits(q, keys, scales, t0, TILE: tl.constexpr, V_BITS: tl.constexp
     else:
         of_scale = unit * (1.0 / SCALED)
         z = mid
-    offset = tl.dot(x, tl.broadcast_to(z[:, None], (z.shape[0], 8)))
+    offset = tl.dot(padded(x), tl.broadcast_to(z[:, None], (z.shape[0], 8)))
     if KEYS[RANKED]:
         offset = (of_scale * UNIT_OF_MIDS) * offset - (of_scale * (0.5 * SUBNORMAL)) * levels
     scaled: tl.constexpr = SM_SCALE * LOG2_E
