@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.decode_attention.triton_interior_keys import PADDED_ROWS, interior_query
+from xquant_fx.kernels.decode_attention.triton_interior_keys import interior_query
 from xquant_fx.kernels.decode_attention.triton_interior_loop import attend_interior
 from xquant_fx.kernels.decode_attention.triton_parts import store_part
 from xquant_fx.kernels.decode_attention.triton_setup import (
