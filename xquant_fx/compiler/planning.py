@@ -55,7 +55,7 @@ def geometry_of(buffer: Buffer, tensor: Tensor) -> Geometry:
     batch, heads, tokens, dim = tensor.shape
     if buffer.write.past is not None:
         tokens = room_for(tokens if isinstance(tokens, int) else tokens.node.hint)
-    return Geometry((batch, heads, tokens, dim), tensor.dtype, buffer.rotary)
+    return Geometry((batch, heads, tokens, dim), tensor.dtype, buffer.rotary, buffer.write.window)
 
 
 def _ordinary(gm: GraphModule, sites: list[Site], call: Call, is_together: bool) -> tuple[Buffer, ...]:
@@ -139,10 +139,15 @@ def _settings(gm: GraphModule, request: Request) -> XQuantConfig | Plan:
     settings = request.effective
     if not is_partial(gm) or isinstance(settings, Plan):
         return settings
-    alone = settings.replace(share_keys_from=None, share_values_from=None)
+    alone = without_sharing(settings)
     if alone != settings:
         warn_once("a graph break hides the other layers: no layer reads another's codes; an XQuantCache pairs them")
     return alone
+
+
+def without_sharing(settings: XQuantConfig | Plan) -> XQuantConfig | Plan:
+    """What becomes of ``settings`` where a graph break hides the other layers; a plan names them itself."""
+    return settings if isinstance(settings, Plan) else settings.replace(share_keys_from=None, share_values_from=None)
 
 
 _lengths: dict[str, set[int]] = {}
