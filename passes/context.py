@@ -106,6 +106,8 @@ class Context:
     """Inputs that grow; the graph itself does not return the longer ones."""
     rotations: dict[Node, Node] = dataclasses.field(default_factory=dict)
     """Append of the old graph, or output of an attention, to the node that rotates there."""
+    stores: dict[Node, Node] = dataclasses.field(default_factory=dict)
+    """Append of the old graph to the ``quantize_store`` that it became."""
     loads: dict[Node, Node] = dataclasses.field(default_factory=dict)
     """Append of the old graph to the ``shared_code_load`` that reads after it."""
     fused: dict[Node, Node] = dataclasses.field(default_factory=dict)

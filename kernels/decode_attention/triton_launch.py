@@ -1,8 +1,8 @@
 """Decode attention on CUDA: one op, ``xquant::triton_decode_attention``, over the kernels of ``triton_kernels``.
 
 The op is a ``triton_op``: Inductor takes it apart and puts the kernels into the code it generates.
-All launch parameters come from shapes, so they are fixed for a graph; how far the tokens go is read on
-the device. Importing this module does not need Triton.
+All launch parameters come from shapes and from what the GPU is, so they are fixed for a graph; how far the tokens go is
+read on the device. Importing this module does not need Triton.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from xquant_fx.kernels.decode_attention.triton_settings import LEAST_TILE, ranks
 from xquant_fx.kernels.packing import WORD_BITS, high_and_low
 from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.schemes import wrap_of
+from xquant_fx.kernels.triton_device import Device, device_of
 from xquant_fx.kernels.triton_host import power_of_two
 
 #: Tokens not written yet whose mask one program reads, beside ``interior_kernel``, at most.
@@ -87,8 +88,9 @@ def launch(
     wrap: Callable[[Any], Any],
     interpret: bool = False,
     hip: bool = torch.version.hip is not None,
+    device: Device | None = None,
 ) -> Tensor:
-    """Run both kernels; ``wrap`` is ``wrap_triton``, or nothing in the interpreter."""
+    """Run the kernels; ``wrap`` is ``wrap_triton``, or nothing in the interpreter; ``device``: that of the tensors."""
     from xquant_fx.kernels.decode_attention.triton_interior import interior_kernel
     from xquant_fx.kernels.decode_attention.triton_kernels import combine_kernel, decode_kernel
 
@@ -102,7 +104,7 @@ def launch(
         k_dim=k_dim,
         v_dim=v_dim,
         max_len=a.max_len,
-        k_bits=int(a.k_bits),
+        k_bits=a.k_bits,
         k_group=a.k_group,
         v_bits=int(a.v_bits),
         v_group=a.v_group,
@@ -111,6 +113,8 @@ def launch(
         interpret=interpret,
         chunk=a.k_new is not None,
         hip=hip,
+        warps=warps_of(a, hip),
+        device=device or device_of(a.q.device),
         **edges_of(a, hip),
     )
     a = a.mapped(Tensor.contiguous, ("q", "k_new", "v_new")).mapped(dense_mask, ("mask",))

@@ -136,47 +136,15 @@ def flush_ranked(
 
 
 @triton.jit
-def append_ranked_kernel(
-    x,
-    pos,
-    codes,
-    scale,
-    zero,
-    ring,
-    sink,
-    order,
-    center,
-    energy,
-    norm,
-    start,
-    length,
-    fault,
-    HEADS: tl.constexpr,
-    NEW_TOKENS: tl.constexpr,
-    NEW_TILE: tl.constexpr,
-    DIM: tl.constexpr,
-    RING: tl.constexpr,
-    SINK_TOKENS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    GROUP: tl.constexpr,
-    MAX_LEN: tl.constexpr,
-    ROLLBACK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WORDS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TILE: tl.constexpr,
-    RANKS_1: tl.constexpr,
-    RANKS_2: tl.constexpr,
-    RANKS_3: tl.constexpr,
-    RANKS_4: tl.constexpr,
-    RANKS_5: tl.constexpr,
-    RANKS_6: tl.constexpr,
-    RANKS_7: tl.constexpr,
-):
-    """Program (batch and head): write the new tokens, quantize the groups that become due."""
-    COUNTS: tl.constexpr = (RANKS_1, RANKS_2, RANKS_3, RANKS_4, RANKS_5, RANKS_6, RANKS_7)
-    row = tl.program_id(0)
+def append_ranked(
+    program, x, pos, codes, scale, zero, ring, sink, order, center, energy, norm, start, length, fault,
+    HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
+    SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
+    ROLLBACK: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, CHANNELS: tl.constexpr,
+    TILE: tl.constexpr, COUNTS: tl.constexpr,
+):  # fmt: skip
+    """A program has a batch row and head: it writes the new tokens and quantizes the groups that become due."""
+    row = program
     head = row.to(tl.int64)
     order += head * DIM
     center += head * DIM
@@ -185,7 +153,7 @@ def append_ranked_kernel(
     _, _, past = source
     d = tl.arange(0, CHANNELS)
     write_step(source, pos, sink, head, first_token, d, d < DIM, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
-    if row == 0:
+    if program == 0:
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     first, end = ranked_limit(past, RESIDUAL, GROUP), ranked_limit(past + NEW_TOKENS, RESIDUAL, GROUP)
     if norm is not None:

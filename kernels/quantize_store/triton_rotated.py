@@ -61,36 +61,15 @@ def flush_rotated(
 
 
 @triton.jit
-def append_rotated_kernel(
-    x,
-    pos,
-    codes,
-    scale,
-    ring,
-    sink,
-    start,
-    length,
-    fault,
-    HEADS: tl.constexpr,
-    NEW_TOKENS: tl.constexpr,
-    NEW_TILE: tl.constexpr,
-    DIM: tl.constexpr,
-    RING: tl.constexpr,
-    SINK_TOKENS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    GROUP: tl.constexpr,
-    MAX_LEN: tl.constexpr,
-    ROLLBACK: tl.constexpr,
-    BITS: tl.constexpr,
-    LOW: tl.constexpr,
-    STEP: tl.constexpr,
-    LEVELS: tl.constexpr,
-    WORDS: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """Program (batch and head, group of channels): quantize each token that leaves the window."""
-    row, group = tl.program_id(0), tl.program_id(1)
+def append_rotated(
+    program, x, pos, codes, scale, ring, sink, start, length, fault,
+    HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
+    SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
+    ROLLBACK: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, STEP: tl.constexpr, LEVELS: tl.constexpr,
+    WORDS: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A program has a batch row and head, and a group of channels: it quantizes each token that leaves the window."""
+    row, group = program // (DIM // GROUP), program % (DIM // GROUP)
     head = row.to(tl.int64)
     codes += head * (WORDS * DIM)
     scale += (head * (DIM // GROUP) + group) * STRIDE
@@ -100,24 +79,9 @@ def append_rotated_kernel(
     d = tl.arange(0, CHANNELS)
     in_group = d // GROUP == group
     write_step(source, pos, sink, head, first_token, d, in_group, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
-    if row + group == 0:
+    if program == 0:
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
-    low_codes = codes + STRIDE * (BITS - LOW) // 32 * DIM
     flush_rotated(
-        source,
-        codes,
-        low_codes,
-        scale,
-        d,
-        in_group,
-        NEW_TOKENS,
-        NEW_TILE,
-        DIM,
-        RING,
-        RESIDUAL,
-        GROUP,
-        BITS,
-        LOW,
-        STEP,
-        LEVELS,
-    )
+        source, codes, codes + STRIDE * (BITS - LOW) // 32 * DIM, scale, d, in_group,
+        NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, GROUP, BITS, LOW, STEP, LEVELS,
+    )  # fmt: skip
