@@ -93,14 +93,12 @@ def decode_attention_cpu(*args: Any, **kwargs: Any) -> Any:
 
 @register_lowering(torch.ops.xquant.linear_rows.default, type_promotion_kind=None)
 def linear_rows(*args: Any, **kwargs: Any) -> Any:
-    """One C++ kernel for all sizes in the generated module, where ``kernels/linear_rows`` has one; else plain torch."""
+    """One C++ kernel for all sizes in the generated module."""
     a: Any = LinearArguments(*args, **kwargs).mapped(contiguous)  # of Inductor's buffers
-    types, code = cpu_linear.source(linear.problem_of(a, sizes, dtype), cpu_build.isa())
-    out_size, in_size = sizes(a.weight)
-    shape = (*sizes(a.x)[:-1], out_size)
-    layout = ir.FixedLayout(a.x.get_device(), a.x.get_dtype(), list(shape), ir.FlexibleLayout.contiguous_strides(shape))
-    made = CppOut(layout, list(a.tensors.values()), "xquant_linear_rows", types, code, (in_size, out_size))
-    return ir.TensorBox.create(made)
+    problem, numbers = linear.problem_of(a, sizes, dtype), linear.sizes_given(a, sizes)
+    types, code = cpu_linear.source(problem, cpu_build.isa())
+    layout = ir.FixedLayout(a.x.get_device(), a.x.get_dtype(), [problem.rows * sum(numbers[1:])], [1])
+    return ir.TensorBox.create(CppOut(layout, a.tensors, "xquant_linear_rows", types, code, tuple(numbers)))
 
 
 class CppInPlace(ir.ExternKernel):

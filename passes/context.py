@@ -83,6 +83,8 @@ class Grown:
     """Positions among the results."""
     tokens: int | tuple[int, int]
     """How many tokens are new, or the argument and its dimension that say so."""
+    keep: int = 0
+    """Tokens that are kept, of a sliding window; 0: all."""
 
     def tokens_of(self, args: tuple[Any, ...]) -> int:
         """New tokens in a step with these arguments."""

@@ -11,6 +11,7 @@ A longer chunk loads its own tokens from ``k`` itself and older ones from the ri
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -144,8 +145,12 @@ class BufferRewrite:
 
     def _load(self, past: Node, new_tokens: Node | int, before: dict[str, Node | None], x: Node | None) -> Node:
         stored = {name: self.tensors[name] for name in STORED} | before
-        where = dict(past=past, new_tokens=new_tokens, n=self.spec.shape[2], x=x)
+        where = dict(past=past, new_tokens=new_tokens, x=x, **self._span(past, new_tokens))
         return call(self.graph, ops.LOAD, (), dict(**stored, **where, **self.spec.load_constants()))
+
+    def _span(self, past: Node, new_tokens: Node | int) -> dict[str, Any]:
+        """Which tokens a load gives back: all that there is room for."""
+        return dict(n=self.spec.shape[2])
 
     def _new_tokens(self, write: Write) -> Node:
         """What is appended, as the graph has it now: what it was detected as may have been replaced since."""

@@ -20,6 +20,7 @@ from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.linear_rows import cpu_call as cpu_linear
 from xquant_fx.kernels.linear_rows import plain_torch as plain_linear
+from xquant_fx.kernels.linear_rows.arguments import SCHEMA as LINEAR_SCHEMA
 from xquant_fx.kernels.linear_rows.arguments import LinearArguments
 from xquant_fx.kernels.quantize_store import cpu_call as cpu_store
 from xquant_fx.kernels.quantize_store import plain_torch as plain_store
@@ -43,7 +44,7 @@ for _schema in (
     LoadArguments.schema("shared_code_load", returns="Tensor"),
     DecodeArguments.schema("decode_attention", returns="Tensor"),
     DecodeArguments.schema("decode_attention_cpu", returns="Tensor"),
-    LinearArguments.schema("linear_rows", returns="Tensor"),
+    LINEAR_SCHEMA,
 ):
     _lib.define(_schema)
 
@@ -170,7 +171,7 @@ def decode_attention(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def linear_rows(*args: Any, **kwargs: Any) -> Tensor:
-    """A linear layer of up to 8 rows, ``x`` [..., in]; summed in float32 and rounded once."""
+    """Linear layers of up to 8 rows, ``x`` [..., in]; summed in float32, rounded once, one behind the other."""
     return plain_linear.linear(LinearArguments(*args, **kwargs))
 
 

@@ -34,7 +34,7 @@ from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.proof import Call
 from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.compiler.self_check import self_check
-from xquant_fx.compiler.short_windows import note_short_windows
+from xquant_fx.compiler.short_windows import note_short_windows, why_not_growing_window
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.watch import Watch
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
@@ -121,7 +121,8 @@ def detect_graph(
     call = Call(copy, given, originals=originals)
 
     def refusal(node: Node, what: str, facts: Facts) -> Refused:
-        return Refused(surroundings) if surroundings else Refused(call.refuse(node, what, facts), of_call=True)
+        lasting = surroundings or why_not_growing_window(node, facts, request)
+        return Refused(lasting) if lasting else Refused(call.refuse(node, what, facts), of_call=True)
 
     found = detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
     return note_short_windows(found, request)

@@ -55,7 +55,7 @@ def geometry_of(buffer: Buffer, tensor: Tensor) -> Geometry:
     batch, heads, tokens, dim = tensor.shape
     if buffer.write.past is not None:
         tokens = room_for(tokens if isinstance(tokens, int) else tokens.node.hint)
-    return Geometry((batch, heads, tokens, dim), tensor.dtype, buffer.rotary)
+    return Geometry((batch, heads, tokens, dim), tensor.dtype, buffer.rotary, buffer.write.window)
 
 
 def _ordinary(gm: GraphModule, sites: list[Site], call: Call, is_together: bool) -> tuple[Buffer, ...]:
