@@ -50,7 +50,13 @@ MAY_BE_IMPORTED_BY = {
     "kernels.lowerings": ["compiler.backend"],
     "transformers": ["cache.huggingface", "cache.huggingface_layer", "evaluate.models", "evaluate.simulate"],
     "matplotlib": ["evaluate.plots"],
-    "torch._inductor": ["compiler.backend", "compiler.cache_key", "kernels.lowerings", "kernels.cpu.build"],
+    "torch._inductor": [
+        "compiler.backend",
+        "compiler.cache_key",
+        "kernels.lowerings",
+        "kernels.cpu.build",
+        "kernels.cpu.one_unit",
+    ],
 }
 
 #: Module pattern to all that it may import of this package, where that is less than its floor has.

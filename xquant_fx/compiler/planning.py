@@ -139,10 +139,15 @@ def _settings(gm: GraphModule, request: Request) -> XQuantConfig | Plan:
     settings = request.effective
     if not is_partial(gm) or isinstance(settings, Plan):
         return settings
-    alone = settings.replace(share_keys_from=None, share_values_from=None)
+    alone = without_sharing(settings)
     if alone != settings:
         warn_once("a graph break hides the other layers: no layer reads another's codes; an XQuantCache pairs them")
     return alone
+
+
+def without_sharing(settings: XQuantConfig | Plan) -> XQuantConfig | Plan:
+    """What becomes of ``settings`` where a graph break hides the other layers; a plan names them itself."""
+    return settings if isinstance(settings, Plan) else settings.replace(share_keys_from=None, share_values_from=None)
 
 
 _lengths: dict[str, set[int]] = {}
