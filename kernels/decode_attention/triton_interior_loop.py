@@ -14,8 +14,8 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
     exp2,
     fragment,
     inverse_power,
-    power_above,
     numbers_to_places,
+    power_above,
     to_places,
 )
 from xquant_fx.kernels.decode_attention.triton_interior_keys import (
