@@ -35,7 +35,7 @@ def call(self, args):
     buf4 = empty_strided_cpu((32, ), (1, ), torch.float32)
     buf5 = empty_strided_cpu((2, 3), (3, 1), torch.int64)
     cpp_c(buf4, buf5)
-    return (reinterpret_tensor(buf5, (3, 2), (1, 3), 0), arg0_1, None, )
+    return (reinterpret_tensor(buf5, (3, 2), (1, 3), 0), arg0_1, None, 1 + s7, 40, )
 """
 
 
@@ -65,7 +65,7 @@ def test_what_is_read() -> None:
     assert list(code.allocated.values()) == ["empty_strided_cpu((2, 3), (3, 1), torch.int64)"]
     (memory,) = code.allocated
     assert [place and place.python for place in code.results] == [
-        f"reinterpret_tensor({memory}, (3, 2), (1, 3), 0)", "arg0_1", None,
+        f"reinterpret_tensor({memory}, (3, 2), (1, 3), 0)", "arg0_1", None, "1 + arg2_1", "40",
     ]  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def _python(function: ast.FunctionDef, code: WrapperCode, module: dict[str, Any]
 def _outside(code: WrapperCode, module: dict[str, Any]) -> list[str]:
     """Arguments that kernels get, and constants of the module."""
     used = {arg.memory for call in code.calls for arg in call.args if isinstance(arg, Place)}
-    used |= {place.memory for place in code.results if place is not None}
+    used |= {place.memory for place in code.results if isinstance(place, Place)}
     found = sorted(used - set(code.offsets) - set(code.allocated))
     for name in set(found) - set(code.arguments):
         if not isinstance(module.get(name), torch.Tensor):
