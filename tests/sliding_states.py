@@ -33,7 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 WINDOW = 100
 #: Tokens of each step; less than 0: taken back. Of fewer than 256, from which on uncompiled chunks have a kernel.
-STEPS = [250, 50, 1, 5, 8, 1, -6, 3, 40, 1, 1, 8, -8, 2, 150, 1, 7]
+STEPS = [250, 50, 1, 5, 8, 1, -6, 3, 40, 1, 1, 8, -8, 2, 150, 1, 7, 1]
 Append = Callable[[KVState, Tensor, Tensor], None]
 
 

@@ -140,7 +140,7 @@ CARDS = [
     (108, 164, 64, 1, 10),  # A100: 6, as shared memory says
     (128, 100, 64, 1, 8),  # RTX 4090: 4
     (132, 228, 8, 1, 122),  # few heads: all that run at a time, less what a round may lack
-    (132, 228, 8, 8, 63),  # 32 query rows: two programs a head
+    (132, 228, 8, 8, 32),  # 32 query rows: four programs a head
     (24, 228, 192, 1, 1),  # a small one is full
     (16, 228, 192, 1, 2),  # one and a half rounds would leave it half empty: three
     (132, 0, 64, 1, 2),  # no room at all: a program each
