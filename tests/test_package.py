@@ -48,7 +48,13 @@ MAY_BE_IMPORTED_BY = {
     "passes.fuse_decode": ["passes.pipeline"],
     "passes.detect": ["compiler.backend"],
     "kernels.lowerings": ["compiler.backend"],
-    "transformers": ["cache.huggingface", "cache.huggingface_layer", "evaluate.models", "evaluate.simulate"],
+    "transformers": [
+        "cache.huggingface",
+        "cache.huggingface_layer",
+        "cache.huggingface_layers",
+        "evaluate.models",
+        "evaluate.simulate",
+    ],
     "matplotlib": ["evaluate.plots"],
     "torch._inductor": [
         "compiler.backend",
