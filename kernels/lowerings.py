@@ -45,6 +45,12 @@ def dtype(x: Any) -> torch.dtype:
     return x.get_dtype()
 
 
+def begin(types: tuple[str, ...], code: str) -> None:
+    """Let the compiler begin with a kernel while Inductor goes on with the graph; ``define`` names it the same."""
+    if not V.graph.cpp_wrapper:
+        cpu_build.begin(types, f"\n{code}")
+
+
 def define(wrapper: Any, name: str, types: tuple[str, ...], code: str) -> str:
     """Put a kernel's source into the generated module, once; returns what it is called there."""
     if V.graph.cpp_wrapper:
@@ -71,6 +77,7 @@ class CppOut(ir.ExternKernelOut):
         numbers: tuple[int, ...] = (),
     ) -> None:
         super().__init__(layout, inputs)
+        begin(types, code)
         self.kernel, self.types, self.code, self.numbers = name, types, code, numbers
 
     def codegen(self, wrapper: Any) -> None:
@@ -105,6 +112,7 @@ class CppInPlace(ir.ExternKernel):
     """A call of a C++ kernel that changes some of its arguments and returns nothing."""
 
     def __init__(self, inputs: list[Any], mutated: list[Any], name: str, types: tuple[str, ...], code: str) -> None:
+        begin(types, code)
         self.device = inputs[0].get_device()
         none = ir.NoneLayout(device=self.device)
         super().__init__(None, none, self.unwrap_storage(inputs))

@@ -66,7 +66,9 @@ def widened(graph: Graph, mask: Node, room: int, first: Node | None) -> Node:
 def _placed(graph: Graph, mask: Node, width: Any, room: int, first: Node) -> Node:
     value = value_of(mask)
     columns = call(graph, operator.sub, (call(graph, torch.arange, (room,), {"device": value.device}), first))
-    inside = call(graph, operator.and_, (call(graph, operator.ge, (columns, 0)), call(graph, operator.lt, (columns, width))))
+    inside = call(
+        graph, operator.and_, (call(graph, operator.ge, (columns, 0)), call(graph, operator.lt, (columns, width)))
+    )
     columns = call(graph, torch.where, (inside, columns, 0))
     moved = call(graph, torch.index_select, (mask, value.dim() - 1, columns))
     hidden = False if value.dtype == torch.bool else -math.inf

@@ -145,8 +145,13 @@ class BufferRewrite:
 
     def _load(self, past: Node, new_tokens: Node | int, before: dict[str, Node | None], x: Node | None) -> Node:
         stored = {name: self.tensors[name] for name in STORED} | before
-        where = dict(past=past, new_tokens=new_tokens, x=x, **self._span(past, new_tokens))
-        return call(self.graph, ops.LOAD, (), dict(**stored, **where, **self.spec.load_constants()))
+        span = self._span(past, new_tokens)
+        arguments = dict(**stored, past=past, new_tokens=new_tokens, x=x, **span, **self.spec.load_constants())
+        if span != {"n": self.spec.shape[2]}:
+            return call(self.graph, ops.LOAD, (), arguments)
+        # The op's dozens of steps took longer than all else here, and most loads are gone once attention is fused.
+        like: dict[str, Any] = dict(dtype=self.spec.dtype, device=value_of(self.buffer).device)
+        return call(self.graph, ops.LOAD, (), arguments, lambda: torch.empty(self.spec.shape, **like))
 
     def _span(self, past: Node, new_tokens: Node | int) -> dict[str, Any]:
         """Which tokens a load gives back: all that there is room for."""

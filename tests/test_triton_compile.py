@@ -5,6 +5,7 @@ What is compiled is what the host code would launch, constants included. Nothing
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -266,6 +267,21 @@ def test_append_of_both_sides(name: str, chip: str) -> None:
     (kernel,) = launches(triton_store.launch, *sides)
     assert kernel.options["num_warps"] == (8 if "ranked" in name else 4)
     check(compiled(kernel, chip), chip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["head_dim 128", "ranked", "small groups"])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_codes_that_start_over(name: str, chip: str) -> None:
+    """The storage of a sliding window takes no more registers than there are."""
+    made = launches(triton_attention.launch, decode_arguments(**{**FAST, **MORE}[name]), hip=chip[:3] == "gfx")[:-1]
+    sides = [append_arguments(side=side, ranked=name == "ranked", residual=256) for side in ("key", "value")]
+    for launch in made + launches(triton_store.launch, *sides):
+        wraps = {constant: 1024 for constant in launch.arguments if "WRAP" in constant}
+        assert len(wraps) == 2
+        needs = compiled(dataclasses.replace(launch, arguments={**launch.arguments, **wraps}), chip)
+        assert needs.spilled <= (48 if launch.kernel.fn.__name__ == "interior_kernel" else 0)
+        assert needs.shared <= CHIPS[chip][3]
 
 
 @pytest.mark.parametrize("case", ["head_dim 128", "ranked"])

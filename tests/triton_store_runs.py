@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sliding_states
 import torch
 from ranked_store import BAD, case_of, differences_by, read
 from states import layers_of
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from xquant_fx import XQuantConfig, ops
 from xquant_fx.cache.state import KVState
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.decode_attention.triton_launch import launch as attend
+from xquant_fx.kernels.decode_attention.triton_launch import why_not
 from xquant_fx.kernels.quantize_store.triton_launch import launch
 
 
@@ -130,3 +134,25 @@ def both(script: list[int], config: dict[str, Any], positions: list[int]) -> dic
     found["faults_before"] = [int(layers[0][0].tensor("fault")) for layers in (ours, theirs)]
     step(0, [torch.zeros(1, 2, len(positions), 16)] * 2, torch.tensor(positions))
     return {**found, "faults": [int(layers[0][0].tensor("fault")) for layers in (ours, theirs)], "launched": launched}
+
+
+def sliding(what: str, **fields: Any) -> None:
+    """A layer with a sliding window and one without are stored to and read the same; see sliding_states.py."""
+    sliding_states.play(XQuantConfig(**sliding_states.CONFIGS[what], **fields), append)
+
+
+def sliding_attention(config: dict[str, Any], dtype: str, new: int, **sizes: int) -> dict[str, Any]:
+    """Largest error of the kernels on a sliding window's storage, and which ran."""
+    ran: list[str] = []
+
+    def noted(kernel: Any) -> Any:
+        ran.append(kernel.fn.__name__)
+        return kernel
+
+    def run(a: DecodeArguments) -> Tensor:
+        assert not why_not(a)
+        return attend(a, wrap=noted, interpret=True, hip=False)
+
+    ours, theirs = sliding_states.decode(XQuantConfig(**config), run, getattr(torch, dtype), new, **sizes)
+    assert ours.isfinite().all() and theirs.abs().max() > 0.1
+    return {"error": float((ours.double() - theirs.double()).abs().max()), "ran": ran}

@@ -72,13 +72,6 @@ template <> struct Dot<8> {  // a nibble at a time
 };
 #endif
 
-// The sums of four vectors, one after the other.
-#ifndef XQ_STORE_SUMS
-inline void store_sums(float* out, const vf (&x)[4]) {
-    for (int i = 0; i < 4; i++) out[i] = sum(x[i]);
-}
-#endif
-
 inline vf abs(vf x) { return (vf)((vu)x & 0x7fffffffu); }
 
 // The vector 0, 1, 2 ...

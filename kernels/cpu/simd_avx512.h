@@ -22,14 +22,6 @@ inline vi add_pairs(vs x) { return (vi)_mm512_madd_epi16((__m512i)x, _mm512_set1
 
 inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline float sum(vf x) { return _mm512_reduce_add_ps((__m512)x); }
-#define XQ_STORE_SUMS
-inline void store_sums(float* out, const vf (&x)[4]) {
-    __m256 half[4];
-    for (int i = 0; i < 4; i++)
-        half[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)x[i]), _mm512_extractf32x8_ps((__m512)x[i], 1));
-    const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
-}
 inline float max(vf x) { return _mm512_reduce_max_ps((__m512)x); }
 inline vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 inline bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }

@@ -20,6 +20,8 @@ CTYPES = {
 }  # fmt: skip
 
 SIMD = "cpu/simd.h"
+#: Inductor compiles what names this with the flags of its own kernels, and thus with one precompiled header for both.
+_FLAGS = "// Not used here: at::vec::\n"
 EXAMPLE = "example_problem.h"  # beside each kernel's cpu.cpp
 _INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
 
@@ -123,7 +125,13 @@ def assemble(
 def whole_source(isa: Isa, fixed: str, file: str, given: Mapping[str, str], entry: str) -> tuple[tuple[str, ...], str]:
     """(argument types, whole source of ``kernel``): ``file`` behind ``fixed``; ``kernel`` takes ``given``."""
     signature = ", ".join(f"{kind} {name}" for name, kind in given.items())
-    parts = (f"#define {isa.macro}\n", with_headers(SIMD, isa, set()), fixed, with_headers(file, isa, set()))
+    parts = (
+        f"#define {isa.macro}\n",
+        _FLAGS if isa.name.startswith("avx") else "",
+        with_headers(SIMD, isa, set()),
+        fixed,
+        with_headers(file, isa, set()),
+    )
     code = "".join(parts) + f'\nextern "C" void kernel({signature}) {{\n    {entry}\n}}\n'
     return tuple(given.values()), code
 

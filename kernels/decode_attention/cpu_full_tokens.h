@@ -50,12 +50,8 @@ template <int NT, int NR> inline void score_tokens(Scratch& scratch, const T* ke
         }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < NR; r++) {
-        float* score = scratch.score[row + r] + offset;
-        if constexpr (NT == 4) store_sums(score, s[r]);
-        else
-            for (int i = 0; i < NT; i++) score[i] = sum(s[r][i]);
-    }
+    for (int r = 0; r < NR; r++)
+        for (int i = 0; i < NT; i++) scratch.score[row + r][offset + i] = sum(s[r][i]);
 }
 
 template <int NT> inline void score_tokens_with_all_rows(Scratch& scratch, const T* keys, int64_t offset) {

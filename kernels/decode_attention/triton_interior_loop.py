@@ -14,9 +14,9 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
     exp2,
     fragment,
     inverse_power,
+    numbers_to_places,
     power_above,
-    right_operand,
-    to_columns,
+    to_places,
 )
 from xquant_fx.kernels.decode_attention.triton_interior_keys import (
     LOG2_E,
@@ -25,7 +25,7 @@ from xquant_fx.kernels.decode_attention.triton_interior_keys import (
 from xquant_fx.kernels.decode_attention.triton_interior_scales import interior_scales
 from xquant_fx.kernels.decode_attention.triton_products import LARGEST, SUBNORMAL
 from xquant_fx.kernels.decode_attention.triton_softmax import MASK, SM_SCALE, SOFTCAP, tanh
-from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, NORMS, ROTATION
+from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, NORMS, ROTATION, code_slot
 from xquant_fx.kernels.triton_small_floats import UNIT_OF_SCALES, decode_scale, scale_in_units
 
 # Top of a row that has seen nothing yet: finite, so that differences are numbers.
@@ -38,16 +38,16 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def value_scales(values, t0, TILE: tl.constexpr, VALUES: tl.constexpr):
     """(scales, zero points) [TILE] of a tile, as stored."""
     _, scale, zero = values
-    tokens = t0 + tl.arange(0, TILE)
-    s = tl.load(scale + tokens)
-    return s, s if VALUES[ROTATION] != -1 else tl.load(zero + tokens)
+    slots = code_slot(t0, VALUES) + tl.arange(0, TILE)
+    s = tl.load(scale + slots)
+    return s, s if VALUES[ROTATION] != -1 else tl.load(zero + slots)
 
 
 @triton.jit
 def token_norms(keys, t0, TILE: tl.constexpr, KEYS: tl.constexpr):
     """The norms [TILE] of a tile's keys, as stored; nothing of use where there are none."""
     if KEYS[NORMS]:
-        return tl.load(keys[3] + t0 + tl.arange(0, TILE))
+        return tl.load(keys[3] + code_slot(t0, KEYS) + tl.arange(0, TILE))
     else:
         return tl.zeros((1,), tl.uint8)
 
@@ -62,27 +62,15 @@ def interior_mask(mask_rows, t0, TILE: tl.constexpr, MASK_KIND: tl.constexpr):
 
 
 @triton.jit
-def in_columns(seen, COLUMN_BITS: tl.constexpr):
-    """A mask [rows or 1, tokens] with tokens in the order of columns."""
-    if seen.shape[0] == 1:
-        return to_columns(tl.reshape(seen, (seen.shape[1],)), COLUMN_BITS)[None, :]
-    else:
-        planes: tl.constexpr = 8 // COLUMN_BITS
-        x = tl.reshape(seen, (seen.shape[0], seen.shape[1] // (16 * planes), 4, planes, 2, 2))
-        return tl.reshape(tl.permute(x, (0, 1, 3, 5, 2, 4)), seen.shape)
-
-
-@triton.jit
-def quad_sums(x):
-    """[rows, 4]: sums over tokens [rows, tokens] of what each thread of four has."""
-    x = tl.reshape(x, (x.shape[0], x.shape[1] // 8, 4, 2))
-    return tl.sum(tl.sum(x, 3), 1)
+def eighth_sums(x):
+    """[8, rows]: sums over tokens of ``x`` [tokens, rows], of what each of eight threads has."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 8, 8, x.shape[1])), 0)
 
 
 @triton.jit
 def value_words(codes, t0, TILE: tl.constexpr, VALUES: tl.constexpr):
     """Words [words, channels] of a tile of values, as they lie in memory."""
-    w = t0 // (32 // VALUES[BITS]) + tl.arange(0, TILE * VALUES[BITS] // 32)
+    w = code_slot(t0, VALUES) // (32 // VALUES[BITS]) + tl.arange(0, TILE * VALUES[BITS] // 32)
     d = tl.arange(0, VALUES[CHANNELS])
     pointers = codes + w[:, None] * VALUES[DIM] + d[None, :]
     if VALUES[CHANNELS] == VALUES[DIM]:
@@ -112,8 +100,8 @@ def attend_interior(
     FEW: tl.constexpr = ROWS <= 8  # more leave no registers for a mask ahead of its tile, or a loop with two ways
     last = tl.maximum(high - TILE, 0)
     top = tl.full((ROWS,), NOTHING, tl.float32)
-    total = tl.zeros((ROWS, 4), tl.float32)
-    from_zeros = tl.zeros((ROWS, 4), tl.float32)
+    total = tl.zeros((8, ROWS), tl.float32)
+    from_zeros = tl.zeros((8, ROWS), tl.float32)
     acc = tl.zeros((VALUES[CHANNELS], ROWS), tl.float32)
     unit = tl.full((1,), 2.0**-100, tl.float32)  # of values' scales: a power of two above all so far
     plane = tl.arange(0, TILE) // 16 % (8 // WIDTH)
@@ -133,9 +121,9 @@ def attend_interior(
             next_seen = interior_mask(mask_rows, t1, TILE, LOGITS[MASK])
         r, of_row, offset = interior_logits(q, keys, for_keys, t0, TILE, WIDTH, LOGITS[SM_SCALE], BYTES, KEYS)
         if KEYS[NORMS] or LOGITS[SOFTCAP] != 0.0:
-            r = r * of_row[:, None] + offset[:, None]
+            r = r * of_row[None, :] + offset[None, :]
             if KEYS[NORMS]:
-                r = r * to_columns(decode_scale(norms), WIDTH)[None, :]
+                r = r * numbers_to_places(decode_scale(norms), WIDTH)
             if LOGITS[SOFTCAP] != 0.0:
                 capped: tl.constexpr = LOGITS[SOFTCAP] * LOG2_E
                 r = capped * tanh(r * (1.0 / capped))
@@ -143,25 +131,25 @@ def attend_interior(
         if LOGITS[MASK] == "bool":  # noqa: SIM102 - known before the kernel runs
             # Of few rows it is seldom applied: a mask hides what is padded, or to come.
             if not FEW or tl.min(tl.min(seen.to(tl.int32), 1), 0) == 0:
-                r = tl.where(in_columns(seen, WIDTH).to(tl.int1), r, float("-inf"))
-        new_top = tl.maximum(top, tl.max(r, 1) * of_row + offset)
-        p = exp2(r * of_row[:, None] + (offset + LARGEST_LOG2 - new_top)[:, None], ASM)
+                r = tl.where(to_places(tl.trans(seen), WIDTH).to(tl.int1), r, float("-inf"))
+        new_top = tl.maximum(top, tl.max(r, 0) * of_row + offset)
+        p = exp2(r * of_row[None, :] + (offset + LARGEST_LOG2 - new_top)[None, :], ASM)
         alpha = exp2(top - new_top, ASM)
         top = new_top
-        s = to_columns(scale_in_units(s), WIDTH)
-        new_unit = tl.maximum(unit, power_above(tl.max(tl.abs(s), 0)))
-        ps = p.to(tl.float16) * (s * (factor * inverse_power(new_unit))).to(tl.float16)[None, :]
-        z = s if VALUES[ROTATION] != -1 else to_columns(z.to(tl.float32), WIDTH)
-        total = total * alpha[:, None] + quad_sums(p)
-        from_zeros = from_zeros * alpha[:, None] + quad_sums(p * z[None, :])
+        s = numbers_to_places(scale_in_units(s), WIDTH)
+        new_unit = tl.maximum(unit, power_above(tl.max(tl.max(tl.abs(s), 0), 0)))
+        ps = p.to(tl.float16) * (s * (factor * inverse_power(new_unit))[:, None]).to(tl.float16)
+        z = s if VALUES[ROTATION] != -1 else numbers_to_places(z.to(tl.float32), WIDTH)
+        total = total * alpha[None, :] + eighth_sums(p)
+        from_zeros = from_zeros * alpha[None, :] + eighth_sums(p * z)
         back = alpha * (unit * inverse_power(new_unit))
         unit = new_unit
         words = tl.trans(value_words(values[0], t0, TILE, VALUES))
-        acc = tl.dot(fragment(words, WIDTH, TILE * WIDTH // 32, False), right_operand(ps), acc=acc * back[None, :])
+        acc = tl.dot(fragment(words, WIDTH, TILE * WIDTH // 32), ps, acc=acc * back[None, :])
     scale_unit: tl.constexpr = UNIT_OF_SCALES if BYTES else 1.0
     down: tl.constexpr = 1.0 / LARGEST
     # Values about zero have zero point -n / 2 times their scale.
     middle: tl.constexpr = -0.5 * ((1 << WIDTH) - 1) * scale_unit if VALUES[ROTATION] != -1 else 1.0
-    acc = acc * (unit * (SUBNORMAL * scale_unit * down))[:, None] + (tl.sum(from_zeros, 1) * (middle * down))[None, :]
-    total = tl.sum(total, 1) * down
+    acc = acc * (unit * (SUBNORMAL * scale_unit * down))[:, None] + (tl.sum(from_zeros, 0) * (middle * down))[None, :]
+    total = tl.sum(total, 0) * down
     return tl.where(total == 0, float("-inf"), top * LN_2), total, acc

@@ -32,15 +32,16 @@ def why_not(a: DecodeArguments) -> str:
     """Why the kernels do not take these arguments, in words; "" if they do."""
     if a.k_order is not None and a.k_group % LEAST_TILE:
         return f"ranked keys in groups of {a.k_group} tokens, which is no multiple of {LEAST_TILE}"
-    if any(
-        wrap_of(*of)
-        for of in (
-            (a.k_scheme, a.k_codes.shape[3], a.max_len, a.q.shape[3], a.k_bits, a.k_group, a.k_residual),
-            (a.v_scheme, a.v_scale.shape[3], a.max_len, a.v_ring.shape[3], a.v_bits, a.v_group, a.v_residual),
-        )
-    ):
-        return "codes of a sliding window, which start over"
     return ""
+
+
+def wraps(a: DecodeArguments) -> dict[str, int]:
+    """After how many tokens codes of each side start over; 0: they do not."""
+    k_dim, v_dim = a.q.shape[3], a.v_ring.shape[3]
+    return dict(
+        K_WRAP=wrap_of(a.k_scheme, a.k_codes.shape[3], a.max_len, k_dim, a.k_bits, a.k_group, a.k_residual),
+        V_WRAP=wrap_of(a.v_scheme, a.v_scale.shape[3], a.max_len, v_dim, a.v_bits, a.v_group, a.v_residual),
+    )
 
 
 def dense_mask(mask: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ def launch(
         rows=rows,
         k_dim=k_dim,
         v_dim=v_dim,
-        max_len=a.max_len,
+        max_len=min(a.max_len, a.window or a.max_len),  # what is read
         k_bits=a.k_bits,
         k_group=a.k_group,
         v_bits=int(a.v_bits),
@@ -156,6 +157,7 @@ def launch(
         MASK_QUERY=mask_shape[2],
         HAS_NEW=a.k_new is not None,
         ROTATION=rotation_of(a),
+        **wraps(a),
         **ranks(a.k_bits, k_dim, ranked),
         **interior_planes(a.k_bits, k_dim, ranked),
         **dataclasses.asdict(chosen),

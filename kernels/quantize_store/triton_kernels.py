@@ -28,7 +28,7 @@ from xquant_fx.kernels.faults import Fault
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.triton_keys import flush_keys
 from xquant_fx.kernels.quantize_store.triton_values import flush_values
-from xquant_fx.kernels.quantize_store.triton_window import source_of, write_step
+from xquant_fx.kernels.quantize_store.triton_window import source_of, turns_before, write_step
 
 NOT_APPENDED = tl.constexpr(int(Fault.NOT_APPENDED))
 FULL = tl.constexpr(int(Fault.FULL))
@@ -72,7 +72,8 @@ def append_blocks(
     program, x, pos, codes, scale, zero, ring, sink, start, length, fault,
     HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
     SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
-    ROLLBACK: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, ETA: tl.constexpr, FIT: tl.constexpr,
+    ROLLBACK: tl.constexpr, WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr,
+    ETA: tl.constexpr, FIT: tl.constexpr,
     TOKENS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A program has a batch row and head, a group of tokens that the step may complete, and a chunk of channels."""
@@ -94,9 +95,12 @@ def append_blocks(
         codes += head * ((HIGH_WORDS + (DIM * LOW + 31) // 32) * TOKENS)
         scale += head * (GROUPS * DIM)
         zero += head * (GROUPS * DIM)
+        t0 = past // RESIDUAL * RESIDUAL + part * GROUP
+        before = turns_before(t0, WRAP)
+        codes -= before
         flush_keys(
-            source, codes, codes + HIGH_WORDS * TOKENS, scale, zero, first_token + SINK_TOKENS,
-            past // RESIDUAL * RESIDUAL + part * GROUP, chunk * CHUNK,
+            source, codes, codes + HIGH_WORDS * TOKENS, scale - before // GROUP * DIM, zero - before // GROUP * DIM,
+            first_token + SINK_TOKENS, t0, chunk * CHUNK,
             DIM, RING, GROUP, TILE, CHUNK, BITS, LOW, TOKENS, ETA, FIT,
         )  # fmt: skip
 
@@ -106,7 +110,8 @@ def append_tokens(
     program, x, pos, codes, scale, zero, ring, sink, start, length, fault,
     HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
     SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
-    ROLLBACK: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, ETA: tl.constexpr, FIT: tl.constexpr,
+    ROLLBACK: tl.constexpr, WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr,
+    ETA: tl.constexpr, FIT: tl.constexpr,
     WORDS: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """A program has a batch row and head, and a group of channels: it quantizes each token that leaves the window."""
@@ -125,5 +130,5 @@ def append_tokens(
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     flush_values(
         source, codes, codes + STRIDE * (BITS - LOW) // 32 * DIM, scale, zero, d, valid_channels,
-        NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, GROUP, BITS, LOW, ETA, FIT,
+        NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, GROUP, WRAP, BITS, LOW, ETA, FIT,
     )  # fmt: skip

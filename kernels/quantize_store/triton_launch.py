@@ -31,10 +31,13 @@ def why_not(a: StoreArguments) -> str:
     """Why the kernels do not take these arguments, in words; "" if they do."""
     if SCHEMES[a.scheme].APPEND == "ranked" and a.x.shape[3] > MOST_CHANNELS:
         return f"channels are ranked up to head_dim {MOST_CHANNELS}"
-    tokens = SCHEMES[a.scheme].tokens_of(a.codes.shape, a.quantized.scale.shape)
-    if wrap_of(a.scheme, tokens, a.max_len, a.x.shape[3], a.bits, a.group_size, a.residual_length):
-        return "codes of a sliding window, which start over"
     return ""
+
+
+def wrap_of_side(a: StoreArguments) -> int:
+    """After how many tokens codes start over; 0: they do not."""
+    tokens = SCHEMES[a.scheme].tokens_of(a.codes.shape, a.quantized.scale.shape)
+    return wrap_of(a.scheme, tokens, a.max_len, a.x.shape[3], a.bits, a.group_size, a.residual_length)
 
 
 def blocks(a: StoreArguments) -> dict[str, Any]:
@@ -80,8 +83,8 @@ def rotated(a: StoreArguments) -> dict[str, Any]:
 PLANS = {"blocks": blocks, "tokens": tokens, "ranked": ranked, "rotated": rotated, "folded": rotated}
 #: What a side has that is not there, or that has no such constants.
 NOTHING = dict(
-    APPEND="", PROGRAMS=0, HEADS=0, DIM=0, RING=0, SINKS=0, RESIDUAL=0, GROUP=0, MAX_LEN=0, BITS=0, LOW=0, ETA=0.0,
-    FIT="own", ABOUT_ZERO=0.0, LEVELS=0, TOKENS=0, GROUPS=0, WORDS=0, CHANNELS=0, TILE=0,
+    APPEND="", PROGRAMS=0, HEADS=0, DIM=0, RING=0, SINKS=0, RESIDUAL=0, GROUP=0, MAX_LEN=0, WRAP=0, BITS=0, LOW=0,
+    ETA=0.0, FIT="own", ABOUT_ZERO=0.0, LEVELS=0, TOKENS=0, GROUPS=0, WORDS=0, CHANNELS=0, TILE=0,
     **{f"RANKS_{least}": 0 for least in range(1, 8)},
 )  # fmt: skip
 
@@ -95,7 +98,7 @@ def constants(a: StoreArguments | None) -> dict[str, Any]:
         APPEND=append, HEADS=a.x.shape[1], DIM=a.x.shape[3], RING=a.quantized.ring.shape[2], SINKS=a.sink_tokens,
         RESIDUAL=a.residual_length, GROUP=a.group_size, MAX_LEN=a.max_len, WORDS=a.codes.shape[2],
         BITS=0 if append == "ranked" else int(a.bits), LOW=0 if append == "ranked" else high_and_low(a.bits)[1],
-        ETA=a.eta, FIT=a.fit or "own",
+        ETA=a.eta, FIT=a.fit or "own", WRAP=wrap_of_side(a),
     )  # fmt: skip
     return {**NOTHING, **given, **PLANS[append](a)}
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.growth import Growth, room_for
+from xquant_fx.cache.growth import Growth
 from xquant_fx.cache.kv_tensor import QuantizedKV, _refuse_aot
 from xquant_fx.cache.reads import Dequantized, read
 from xquant_fx.cache.select import select
@@ -31,6 +31,7 @@ from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.plan.spec import KVSpec
 
 aten = torch.ops.aten
+
 
 class GrowingKV(Dequantized):
     """Keys or values [B, H, T, D] whose storage is the state of a :class:`Growth`: its T tokens from ``begin`` on.
@@ -53,7 +54,13 @@ class GrowingKV(Dequantized):
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
 
     def __init__(
-        self, spec: KVSpec, anchor: Tensor, tokens: Any, growth: Growth | None = None, begin: int = 0, tail: bool = False
+        self,
+        spec: KVSpec,
+        anchor: Tensor,
+        tokens: Any,
+        growth: Growth | None = None,
+        begin: int = 0,
+        tail: bool = False,
     ) -> None:
         self._spec, self.anchor, self.growth, self.begin = spec, anchor, growth, begin
         self.is_tail = tail or bool(begin or spec.window)
@@ -163,7 +170,7 @@ class GrowingKV(Dequantized):
         return GrowingKV.of(self.growth, begin=self.begin)
 
     def appended(self, new: int, keep: int) -> GrowingKV:
-        """The last ``keep`` tokens (0: all) after a compiled step stored ``new`` ones; there is room for the next step."""
+        """The last ``keep`` tokens (0: all) after a compiled step stored ``new``; there is room for the next one."""
         assert self.growth is not None
         self.growth.added(new)
         self.growth.reserve(self.growth.tokens + STEP_TOKENS)

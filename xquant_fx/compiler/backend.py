@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import dynamo_timed
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import quantized_empty
@@ -124,7 +125,8 @@ def detect_graph(
         lasting = surroundings or why_not_growing_window(node, facts, request)
         return Refused(lasting) if lasting else Refused(call.refuse(node, what, facts), of_call=True)
 
-    found = detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
+    with dynamo_timed("xquant_detect"):  # for torch._dynamo.utils.compile_times()
+        found = detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
     return note_short_windows(found, request)
 
 
@@ -232,7 +234,8 @@ def _compile_quantized(
         report_unfused(found.sites, request)
         context = Context(found, inputs)
     restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
-    run_passes(found.gm, context, request.disable, request.dump)
+    with dynamo_timed("xquant_passes"):
+        run_passes(found.gm, context, request.disable, request.dump)
     shapes = [tuple(inputs[i].shape[1:]) for i in quantized if isinstance(inputs[i], QuantizedKV)]
     results: Any = found.gm.graph.output_node().args[0]
     whole = [i for i, node in enumerate(results) if _whole_numbers(fake(node)) in shapes]

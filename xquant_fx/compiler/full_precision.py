@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from xquant_fx.cache.group import CacheGroup
-from xquant_fx.cache.growing import STORED_KV, GrowingKV, Growth
+from xquant_fx.cache.growing import STORED_KV, GrowingKV
+from xquant_fx.cache.growth import Growth
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import KVState
 from xquant_fx.plan.config import XQuantConfig

@@ -15,7 +15,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from xquant_fx.cache.group import CacheGroup
-from xquant_fx.cache.growing import GrowingKV, Growth
+from xquant_fx.cache.growing import GrowingKV
+from xquant_fx.cache.growth import Growth
 from xquant_fx.cache.state import KVState
 from xquant_fx.compiler.planning import geometry_of
 from xquant_fx.compiler.prompt_queries import queries_of, show_query
@@ -73,8 +74,8 @@ class _NewCache:
         """An empty state for what ``like`` [B, H, T, D] holds."""
         entry = self.plan.layers[buffer.layer].of(buffer.role)
         lower = None if entry.partner is None else self.states.get((entry.partner, buffer.role))
-        shape, dtype, *more = geometry_of(buffer, like)
-        spec = entry.bind(buffer.layer, shape, dtype, None if lower is None else lower.spec, *more)
+        shape, dtype, rotary, window = geometry_of(buffer, like)
+        spec = entry.bind(buffer.layer, shape, dtype, None if lower is None else lower.spec, rotary, window)
         state = KVState(spec, self.group, lower if spec.borrowed else None)
         self.states[buffer.layer, buffer.role] = state
         return state

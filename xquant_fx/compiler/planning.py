@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import Geometry, Slot, bind_all, quantized_empty
-from xquant_fx.cache.growing import STORED_KV, room_for
+from xquant_fx.cache.growing import STORED_KV
+from xquant_fx.cache.growth import room_for
 from xquant_fx.compiler.dynamo_frames import is_partial
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.proof import Call
