@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
@@ -125,12 +126,16 @@ class Context:
         """Inputs of the graph as Dynamo made it, by node, with the numbers of their arguments."""
 
     @staticmethod
-    def described(graph: Graph) -> list[str]:
-        """Shape and dtype of each result; "" of what is no tensor."""
+    def described(graph: Graph) -> list[tuple[tuple[int | None, ...], torch.dtype] | None]:
+        """Shape (None: a symbol) and dtype of each result; None of what is no tensor."""
         results: Any = graph.output_node().args[0]
         values = [each.meta.get("example_value") if isinstance(each, Node) else each for each in results]
-        return [f"{tuple(v.shape)}, {v.dtype}" if isinstance(v, Tensor) else "" for v in values]
+        return [(_known_sizes(v), v.dtype) if isinstance(v, Tensor) else None for v in values]
 
     def index_of(self, placeholder: Node) -> int:
         """The number of the argument that was ``placeholder`` in the graph as Dynamo made it."""
         return self.placeholders[placeholder]
+
+
+def _known_sizes(value: Tensor) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) else None for size in value.shape)
