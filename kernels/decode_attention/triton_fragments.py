@@ -88,17 +88,11 @@ def fragment(words, BITS: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def to_places(x, BITS: tl.constexpr):
-    """``x`` [tokens, N] in the order of places of values of BITS bits: word // 4, plane, word % 4, odd, half."""
-    planes: tl.constexpr = 8 // BITS
-    count: tl.constexpr = x.shape[0]
-    x = tl.reshape(x, (count // (16 * planes), 4, planes, 2, 2, x.shape[1]))
-    return tl.reshape(tl.permute(x, (0, 2, 1, 4, 3, 5)), (count, x.shape[5]))
-
-
-@triton.jit
 def numbers_to_places(x, BITS: tl.constexpr):
-    """The same of ``x`` [tokens], as a column [tokens, 1]."""
+    """``x`` [tokens] in the order of places of values of BITS bits, as a column [tokens, 1].
+
+    That is word // 4, plane, word % 4, odd byte, half, highest first.
+    """
     planes: tl.constexpr = 8 // BITS
     count: tl.constexpr = x.shape[0]
     x = tl.reshape(x, (count // (16 * planes), 4, planes, 2, 2))

@@ -144,7 +144,7 @@ def interior_kernel(
     if RANKED:
         order, center = k_order + head * K_DIM, k_center + head * K_DIM
     x = interior_query(q, query_rows + rows, valid_rows, order, center, K_CHANNELS, KEYS)
-    sums = attend_interior(x, keys, values, mask_rows, tile_range, KEYS, VALUES, LOGITS, INTERIOR_TILE, ASM)
+    sums = attend_interior(x, keys, values, mask_rows, tile_range, KEYS, VALUES, LOGITS, INTERIOR_TILE, MAX_LEN % 4 == 0, ASM)
     if ROTATION >= 0:
         sums = sums[0], sums[1], rotate_back(sums[2], ROTATION)
     store_part(part, stats, (query_rows + rows) * PARTS + split, valid_rows, sums, V_DIM)

@@ -16,7 +16,6 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
     inverse_power,
     numbers_to_places,
     power_above,
-    to_places,
 )
 from xquant_fx.kernels.decode_attention.triton_interior_keys import (
     LOG2_E,
@@ -53,12 +52,32 @@ def token_norms(keys, t0, TILE: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def interior_mask(mask_rows, t0, TILE: tl.constexpr, MASK_KIND: tl.constexpr):
-    """The mask [rows or 1, TILE] of a tile; nothing of use without one."""
+def mask_bits(mask_rows, t0, TILE: tl.constexpr, MASK_KIND: tl.constexpr, FOURS: tl.constexpr):
+    """A byte a token of a tile, of which bit r says whether row r sees it; with FOURS four of them in each int32.
+
+    So a mask ahead of its tile takes a register or two. Nothing of use without a mask.
+    """
+    ROWS: tl.constexpr = mask_rows.shape[0]
     if MASK_KIND == "none":
-        return tl.zeros((1, 1), tl.int1)
+        return tl.zeros((1,), tl.int32)
     else:
-        return tl.load(mask_rows[:, None] + (t0 + tl.arange(0, TILE))[None, :])
+        if FOURS:
+            rows = mask_rows.to(tl.pointer_type(tl.int32), bitcast=True)
+            seen = tl.load(rows[:, None] + (t0 // 4 + tl.arange(0, TILE // 4))[None, :])
+        else:
+            seen = tl.load(mask_rows[:, None] + (t0 + tl.arange(0, TILE))[None, :]).to(tl.int32)
+        if ROWS == 1:
+            return tl.reshape(seen, (seen.shape[1],)) * 255
+        else:
+            return tl.xor_sum(seen << tl.arange(0, ROWS)[:, None], 0)
+
+
+@triton.jit
+def rows_that_see(bits, ROWS: tl.constexpr, WIDTH: tl.constexpr, FOURS: tl.constexpr):
+    """[tokens, ROWS] of ``mask_bits``, tokens in the order of places of values."""
+    if FOURS:
+        bits = tl.reshape(bits[:, None] >> (tl.arange(0, 4) * 8)[None, :], (bits.shape[0] * 4,))
+    return (numbers_to_places(bits, WIDTH) >> tl.arange(0, ROWS)[None, :]) & 1
 
 
 @triton.jit
@@ -90,6 +109,7 @@ def attend_interior(
     VALUES: tl.constexpr,
     LOGITS: tl.constexpr,
     TILE: tl.constexpr,
+    FOURS: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Sums (top [ROWS], total [ROWS], acc [channels, ROWS]) of tokens of ``tile_range`` = (low, high), whole tiles."""
@@ -97,7 +117,7 @@ def attend_interior(
     ROWS: tl.constexpr = q[4].shape[0]
     BYTES: tl.constexpr = values[1].dtype.element_ty == tl.uint8
     WIDTH: tl.constexpr = VALUES[BITS]
-    FEW: tl.constexpr = ROWS <= 8  # more leave no registers for a mask ahead of its tile, or a loop with two ways
+    ALL_SEE: tl.constexpr = -1 if FOURS else 255
     last = tl.maximum(high - TILE, 0)
     top = tl.full((ROWS,), NOTHING, tl.float32)
     total = tl.zeros((8, ROWS), tl.float32)
@@ -109,16 +129,14 @@ def attend_interior(
     next_keys = interior_scales(keys, tl.minimum(low, last), VALUES[CHANNELS], KEYS)
     next_s, next_z = value_scales(values, tl.minimum(low, last), TILE, VALUES)
     next_norms = token_norms(keys, tl.minimum(low, last), TILE, KEYS)
-    next_seen = interior_mask(mask_rows, tl.minimum(low, last), TILE, LOGITS[MASK])
+    next_seen = mask_bits(mask_rows, tl.minimum(low, last), TILE, LOGITS[MASK], FOURS)
     for t0 in tl.range(low, high, TILE):
-        for_keys, s, z, norms = next_keys, next_s, next_z, next_norms
-        seen = next_seen if FEW else interior_mask(mask_rows, t0, TILE, LOGITS[MASK])
+        for_keys, s, z, norms, seen = next_keys, next_s, next_z, next_norms, next_seen
         t1 = tl.minimum(t0 + TILE, last)
         next_keys = interior_scales(keys, t1, VALUES[CHANNELS], KEYS)
         next_s, next_z = value_scales(values, t1, TILE, VALUES)
         next_norms = token_norms(keys, t1, TILE, KEYS)
-        if FEW:
-            next_seen = interior_mask(mask_rows, t1, TILE, LOGITS[MASK])
+        next_seen = mask_bits(mask_rows, t1, TILE, LOGITS[MASK], FOURS)
         r, of_row, offset = interior_logits(q, keys, for_keys, t0, TILE, WIDTH, LOGITS[SM_SCALE], BYTES, KEYS)
         if KEYS[NORMS] or LOGITS[SOFTCAP] != 0.0:
             r = r * of_row[None, :] + offset[None, :]
@@ -129,9 +147,9 @@ def attend_interior(
                 r = capped * tanh(r * (1.0 / capped))
             of_row, offset = tl.full((ROWS,), 1.0, tl.float32), tl.zeros((ROWS,), tl.float32)
         if LOGITS[MASK] == "bool":  # noqa: SIM102 - known before the kernel runs
-            # Of few rows it is seldom applied: a mask hides what is padded, or to come.
-            if not FEW or tl.min(tl.min(seen.to(tl.int32), 1), 0) == 0:
-                r = tl.where(to_places(tl.trans(seen), WIDTH).to(tl.int1), r, float("-inf"))
+            # It is seldom applied: a mask hides what is padded, or to come.
+            if tl.max((seen != ALL_SEE).to(tl.int32), 0) != 0:
+                r = tl.where(rows_that_see(seen, ROWS, WIDTH, FOURS) != 0, r, float("-inf"))
         new_top = tl.maximum(top, tl.max(r, 0) * of_row + offset)
         p = exp2(r * of_row[None, :] + (offset + LARGEST_LOG2 - new_top)[None, :], ASM)
         alpha = exp2(top - new_top, ASM)

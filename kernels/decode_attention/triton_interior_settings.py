@@ -72,7 +72,7 @@ def rows_and_tokens(rows: int, v_bits: float) -> tuple[int, int]:
 
     A tile of fewer tokens has as many words of values as four threads share, but for 1 bit.
     """
-    return (8, TILE) if rows <= 8 or v_bits < 2 else (16, TILE // 2)
+    return 8, TILE
 
 
 def shared_bytes(k_bits: float, v_bits: float, k_dim: int, v_dim: int, ranked: bool, tile: int) -> int:
