@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from xquant_fx.cache.folded_weights import Fold
 from xquant_fx.cache.growing import STORED_KV
@@ -113,12 +114,28 @@ class Context:
     fused: dict[Node, Node] = dataclasses.field(default_factory=dict)
     """Output of an attention of the old graph to that of the fused op."""
 
+    done: list[str] = dataclasses.field(default_factory=list)
+    """Passes that have run."""
+
     def __post_init__(self) -> None:
-        """Count the inputs before a pass adds or drops any."""
+        """Count the inputs and the results before a pass adds or drops any."""
+        self.results = self.described(self.detection.gm.graph)
+        """Shape and dtype of each result of the graph as Dynamo made it."""
         inputs = self.detection.gm.graph.find_nodes(op="placeholder")
         self.placeholders = {node: i for i, node in enumerate(inputs)}
         """Inputs of the graph as Dynamo made it, by node, with the numbers of their arguments."""
 
+    @staticmethod
+    def described(graph: Graph) -> list[tuple[tuple[int | None, ...], torch.dtype] | None]:
+        """Shape (None: a symbol) and dtype of each result; None of what is no tensor."""
+        results: Any = graph.output_node().args[0]
+        values = [each.meta.get("example_value") if isinstance(each, Node) else each for each in results]
+        return [(_known_sizes(v), v.dtype) if isinstance(v, Tensor) else None for v in values]
+
     def index_of(self, placeholder: Node) -> int:
         """The number of the argument that was ``placeholder`` in the graph as Dynamo made it."""
         return self.placeholders[placeholder]
+
+
+def _known_sizes(value: Tensor) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) else None for size in value.shape)

@@ -11,7 +11,8 @@
 | linear_rows | linear layers of few rows read weights at the memory's speed | linear_rows.py |
 | verify | Inductor sees plain tensors only | verify.py |
 
-A pass takes the graph and the context, changes the graph in place, and returns how many things it did.
+A pass takes the graph and the context, changes the graph in place, and returns how many things it did. What must hold
+afterwards is a row of ``conditions.py``, looked at after every pass.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 from xquant_fx.passes import dump
+from xquant_fx.passes.conditions import check_after
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.fold_rotation import fold_rotation
 from xquant_fx.passes.fuse_decode import fuse_decode
@@ -63,6 +65,17 @@ PASSES = tuple(each for family in FAMILIES.values() for each in family)
 MAY_BE_OFF = (*(each.name for each in PASSES if each.may_be_off), "one_call")
 
 
+def run_pass(each: Pass, gm: GraphModule, context: Context) -> int:
+    """Run one pass; returns how many things it did.
+
+    Raises:
+        PassError: the graph breaks a condition of ``conditions.py`` afterwards.
+    """
+    done = each.run(gm, context)
+    check_after(each.name, gm.graph, context)
+    return done
+
+
 def run_passes(gm: GraphModule, context: Context, off: Collection[str] = (), folder: Path | None = None) -> None:
     """Run every pass that is not in ``off`` on ``gm``, in order, in place.
 
@@ -73,5 +86,5 @@ def run_passes(gm: GraphModule, context: Context, off: Collection[str] = (), fol
     for step, each in enumerate(PASSES, start=1):
         if each.name in off:
             continue
-        counters["xquant"][each.name] += each.run(gm, context)
+        counters["xquant"][each.name] += run_pass(each, gm, context)
         dump.graph(gm, f"{number}-{step}-after-{each.name}", folder)

@@ -51,6 +51,21 @@ FOUND = {
     ),
 }
 
+#: What is refused, with words of the error.
+REFUSED = {
+    "a rotating buffer whose positions the graph computes": (
+        case(position="scalar tensor", rotating=8, mask="none", bits=2, eager_prompt=False, events=(11, 1)),
+        "a step wrote at a position that the program computes",
+    )
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_an_error(name: str) -> None:
+    tried, words = REFUSED[name]
+    outcome = run(tried)
+    assert outcome.kind == "refused" and words in outcome.detail, outcome
+
 
 def test_a_short_run() -> None:
     """The first cases of the first seed, as many as there is time for; `make fuzz` goes on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from dynamo_graphs import fresh, tiny
-from rewrites import CONFIG, Rewrites, count, quantized_layers, two_layers
+from rewrites import CONFIG, STORES, Rewrites, count, quantized_layers, two_layers
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 from xquant_fx import ConfigError, XQuantCache, explain, ops
 from xquant_fx.compiler.options import parse
-from xquant_fx.passes import facts, find_attention, find_writes
+from xquant_fx.passes import facts, find_attention, find_writes, pipeline
+from xquant_fx.passes.conditions import CONDITIONS
+from xquant_fx.passes.graph import call
 from xquant_fx.passes.pipeline import FAMILIES, MAY_BE_OFF, PASSES
 
 
@@ -156,3 +160,86 @@ def test_explain_knows_what_is_switched_off():
 def test_options_that_make_no_sense(options, words):
     with pytest.raises(ConfigError, match=words):
         parse(None, options)
+
+
+def sabotaged(monkeypatch, name: str, change) -> None:
+    """The pass ``name`` does its work, and ``change(gm, context)`` more."""
+
+    def run(each):
+        return lambda gm, context: (each.run(gm, context), change(gm, context))[0]
+
+    passes = tuple(dataclasses.replace(p, run=run(p)) if p.name == name else p for p in PASSES)
+    monkeypatch.setattr(pipeline, "PASSES", passes)
+
+
+def first(gm, *targets):
+    return next(node for node in gm.graph.nodes if node.target in targets)
+
+
+def lose_an_input(gm, context):
+    context.state.tensors.pop()
+
+
+def swap_inputs(gm, context):
+    a, b = gm.graph.find_nodes(op="placeholder")[:2]
+    b.append(a)
+
+
+def keep_a_buffer(gm, context):
+    buffer = next(iter(context.state.nodes))
+    kept = gm.graph.find_nodes(op="placeholder")[-1]
+    kept.meta["example_value"] = buffer.meta["example_value"]
+    context.state.nodes[kept] = {}
+
+
+def lose_a_store(gm, context):
+    gm.graph.erase_node(first(gm, *STORES))
+
+
+def store_to_a_copy(gm, context):
+    node = first(gm, *STORES)
+    with gm.graph.inserting_before(node):
+        copy = gm.graph.call_function(torch.clone, (node.kwargs["ring"],))
+    node.kwargs = {**node.kwargs, "ring": copy}
+
+
+def store_too_late(gm, context):
+    load, store = first(gm, ops.LOAD), first(gm, *STORES)
+    load.append(store)
+
+
+def another_result(gm, context):
+    output = gm.graph.output_node()
+    with gm.graph.inserting_before(output):
+        result = call(gm.graph, torch.Tensor.double, (output.args[0][0],))
+    output.args = ((result, *output.args[0][1:]),)
+
+
+def forget_a_fusion(gm, context):
+    context.fused.popitem()
+
+
+SABOTAGE = {
+    "a stored tensor is not given": ("add_state_inputs", lose_an_input, "inputs were added, and"),
+    "inputs in another order": ("add_state_inputs", swap_inputs, "no longer the first ones"),
+    "a buffer is left": ("rewrite", keep_a_buffer, "still an input, a QuantizedKV"),
+    "a store is lost": ("rewrite", lose_a_store, "appends were rewritten"),
+    "a store is lost later": ("fuse_decode", lose_a_store, "appends were rewritten"),
+    "what is stored is lost": ("rewrite", store_to_a_copy, "writes its ring to clone, which is no input"),
+    "a load before its store": ("rewrite", store_too_late, "reads before"),
+    "another dtype": ("fuse_decode", another_result, "result 0 is .*float64.*, in the program's graph"),
+    "an attention is not fused": ("fuse_decode", forget_a_fusion, "no fused op has taken the place of"),
+    "the last pass": ("verify", another_result, "result 0 is"),
+}
+
+
+@pytest.mark.parametrize("what", SABOTAGE)
+def test_a_pass_that_does_wrong_is_named(what, monkeypatch):
+    name, change, words = SABOTAGE[what]
+    sabotaged(monkeypatch, name, change)
+    with pytest.raises(BackendCompilerFailed, match=f"PassError: after the pass {name}: .*{words}"):
+        steps(Rewrites(), sizes=(1,))
+
+
+def test_every_pass_has_conditions_or_none_of_its_own():
+    assert set(CONDITIONS) - {""} <= {each.name for each in PASSES}

@@ -21,5 +21,9 @@ class UnsupportedWriteError(XQuantError, RuntimeError):
     """Something wrote to a quantized KV buffer in a way that cannot be quantized."""
 
 
+class PassError(XQuantError, RuntimeError):
+    """A pass left a graph that breaks a condition of ``passes/conditions.py``: a fault of this project."""
+
+
 class NotRewrittenError(XQuantError, RuntimeError):
     """Under ``strict=True``: a KV cache was found and left in full precision."""

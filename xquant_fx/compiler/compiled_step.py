@@ -54,6 +54,7 @@ class CompiledStep:
         entered = [(group, names) for group, _, names in found if names]
         for group, names in entered:
             group.enter(names)
+        before = self.restarts.before(args) if self.restarts.computed else []
         try:
             out = self.compiled(*[args[i] for i in self.keep], *tensors, *lengths, *folded)
         except BaseException:  # Ctrl-C, too
@@ -67,6 +68,7 @@ class CompiledStep:
                 group.stepped(part.step_tokens)
         for group in groups:
             group.faults.check()
+        self.restarts.check(args, before)
         for group, names in entered:
             group.leave(names)
         return out

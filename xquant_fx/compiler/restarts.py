@@ -5,8 +5,9 @@ Or the buffer rotates, or its tokens are slots in any order, and the old ones ar
 tell: those of a sequence hide all that lies behind its new tokens. Where they do not, or where there is none, the
 buffers are given back, before anything is written.
 
-Positions that the program passes in on the CPU are looked at before each step. Others are not: computed ones, and those
-on a device that would have to be waited for. There the kernels find the fault (``Fault.RESTARTED``).
+Positions that the program passes in on the CPU are looked at before each step. Computed ones are known after it, by how
+many tokens are stored then: what is wrong raises. Those on a device would have to be waited for. There the kernels find
+the fault (``Fault.RESTARTED``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
 from xquant_fx.compiler.give_back import give_back, groups_of
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.proof import Call
+from xquant_fx.errors import CacheStateError
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.records import Detection
 
@@ -38,11 +40,15 @@ class Restarts:
         places = {node: i for i, node in enumerate(found.gm.graph.find_nodes(op="placeholder"))}
         self.written: dict[int | None, list[int]] = {}
         """Argument index of the first position (None: it is 0) to those of the buffers."""
+        self.computed: list[tuple[int, object]] = []
+        """Argument indices of buffers whose positions the graph computes, and how many tokens it appends to them."""
         for write in found.writes:
             first = write.positions.start if isinstance(write.positions, slice) else write.positions
             place = places.get(first) if isinstance(first, Node) else (None if first == 0 else -1)
             if place != -1 and not (place is None and isinstance(first, Node)):
                 self.written.setdefault(place, []).append(places.get(write.buffer, -1))
+            elif write.buffer in places:
+                self.computed.append((places[write.buffer], write.tokens))
 
     @property
     def graph(self) -> Callable[..., Any]:
@@ -76,6 +82,35 @@ class Restarts:
         give_back(groups_of(args), REASON, self.request)
         forget_compiled_frame()
         return True
+
+    def before(self, args: tuple[Any, ...]) -> list[tuple[KVState, int, int]]:
+        """What was taken over and is appended to at computed positions: a state of each cache, its length, new tokens.
+
+        Only on the CPU, where that is to be had without waiting.
+        """
+        found: dict[int, tuple[KVState, int, int]] = {}
+        for index, tokens in self.computed:
+            buffer = args[index]
+            if isinstance(buffer, QuantizedKV) and isinstance(tokens, int) and id(buffer.live.group) not in found:
+                state = buffer.live
+                if state.group.taken_over and state.group.start.device.type == "cpu":
+                    found[id(state.group)] = state, state.length, tokens
+        return list(found.values())
+
+    def check(self, args: tuple[Any, ...], before: list[tuple[KVState, int, int]]) -> None:
+        """After the step: where it wrote over old tokens, masks must have hidden those behind.
+
+        Raises:
+            CacheStateError: they did not, so what the step gave is wrong.
+        """
+        back = [(state, past) for state, past, tokens in before if state.length < past + tokens]
+        if back and not self._hides_old(args):
+            state, past = back[0]
+            raise CacheStateError(
+                f"quantized KV cache: a step wrote at a position that the program computes, before the {past} tokens "
+                f"stored, and attends to tokens behind it (a rotating buffer, or slots?); {state.length} are left. Its "
+                "contents are no longer right: reset() it; pass positions in, and such buffers stay in full precision"
+            )
 
     def _hides_old(self, args: tuple[Any, ...]) -> bool:
         """Whether the masks of all attentions hide all tokens behind the new ones."""

@@ -166,7 +166,7 @@ class _Check:
         try:
             for each in pipeline.PASSES:
                 if each.name not in self.request.disable:
-                    each.run(again.gm, context)
+                    pipeline.run_pass(each, again.gm, context)
         except UnsupportedWriteError as error:  # which the graph itself is going to meet, and is told of then
             raise _CannotCheckError(str(error)) from error
         keep = [value for i, value in enumerate(stored) if i not in self.stored]
