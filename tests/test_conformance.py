@@ -24,7 +24,7 @@ THIRTY = (
     "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj",
     "granite", "llama", "mistral", "mixtral", "nemotron", "olmo2", "opt", "phi", "qwen3", "stablelm",
 )  # fmt: skip
-WORST = 0.25  # relative error of logits at 4 bits, of random models
+WORST = 0.5  # relative error of logits at 4 bits, of random models, whose routers may choose other experts
 
 
 @pytest.mark.parametrize("name", [name for name in THIRTY if name in RECORDS])
