@@ -18,7 +18,7 @@ from xquant_fx.passes.match_latent import match_latent
 from xquant_fx.passes.normalize import normalize
 from xquant_fx.passes.products import query_tokens
 from xquant_fx.passes.records import Buffer, Decode, Detection, Site, Source, Write
-from xquant_fx.passes.trace import same_value
+from xquant_fx.passes.trace import fake, same_value
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec, why_not_fused
 
@@ -85,6 +85,8 @@ def _why_not_step(site: Site, form: Decode, facts: Facts) -> str:
     key, value = site.key_write, site.value_write
     if key is None or value is None:
         return "keys and values are not appended in this graph"
+    if any(getattr(fake(write.past), "is_tail", False) and not write.keep for write in (key, value)):
+        return "the last tokens of a sliding window are kept, and all of them returned"
     if key.tokens != value.tokens:
         return "keys and values are not written by one step"
     if not isinstance(key.tokens, int):

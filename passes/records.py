@@ -30,6 +30,20 @@ class Write:
     """Number of new tokens q: an int, or symbolic."""
     past: Node | None = None
     """Of a concatenation: what ``x`` is put behind, an input or an empty tensor."""
+    kept: Node | None = None
+    """Of a concatenation of which the last tokens alone are returned (a sliding window): those."""
+    keep: int = 0
+    """How many that are; 0: all."""
+
+    @property
+    def returned(self) -> Node:
+        """Of a concatenation: what the graph returns of it, the cache of the next step."""
+        return self.kept or self.node
+
+    @property
+    def window(self) -> int:
+        """Tokens that a single new one sees, itself included, where only the last are kept; 0: all."""
+        return self.keep and self.keep + 1
 
     @property
     def begins(self) -> bool:

@@ -63,8 +63,8 @@ def spread(words, WORDS: tl.constexpr):
 
 
 @triton.jit
-def fragment(words, BITS: tl.constexpr, WORDS: tl.constexpr, FIRST: tl.constexpr):
-    """Words, or parts of them, [N, 4 or more] to float16 [N, places], or [places, N] with FIRST: c * 2**(s - 24)."""
+def fragment(words, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """Words, or parts of them, [N, 4 or more] to float16 [N, places]: c * 2**(s - 24)."""
     rows: tl.constexpr = words.shape[0]
     count: tl.constexpr = words.shape[1]
     planes: tl.constexpr = 8 // BITS if WORDS > 1 else 4 // BITS
@@ -74,54 +74,40 @@ def fragment(words, BITS: tl.constexpr, WORDS: tl.constexpr, FIRST: tl.constexpr
     x = masked(x, field, BITS, planes)  # rows, word // 4, thread, (odd,) planes, lowest bit last
     x = tl.join(x.to(tl.int16), (x >> 16).to(tl.int16))  # and half
     if WORDS >= 4:
-        if planes == 1:
-            x = tl.permute(x, (1, 2, 3, 4, 0)) if FIRST else x
-        elif planes == 2:
-            x = tl.permute(x, (1, 4, 2, 3, 5, 0)) if FIRST else tl.permute(x, (0, 1, 4, 2, 3, 5))
+        if planes == 2:
+            x = tl.permute(x, (0, 1, 4, 2, 3, 5))
         elif planes == 4:
-            x = tl.permute(x, (1, 5, 4, 2, 3, 6, 0)) if FIRST else tl.permute(x, (0, 1, 5, 4, 2, 3, 6))
-        else:
-            x = tl.permute(x, (1, 6, 5, 4, 2, 3, 7, 0)) if FIRST else tl.permute(x, (0, 1, 6, 5, 4, 2, 3, 7))
-    elif planes == 2:
-        x = tl.permute(x, (1, 2, 3, 4, 0)) if FIRST else x
+            x = tl.permute(x, (0, 1, 5, 4, 2, 3, 6))
+        elif planes == 8:
+            x = tl.permute(x, (0, 1, 6, 5, 4, 2, 3, 7))
     elif planes == 4:
-        x = tl.permute(x, (1, 4, 2, 3, 5, 0)) if FIRST else tl.permute(x, (0, 1, 4, 2, 3, 5))
-    else:
-        x = tl.permute(x, (1, 5, 4, 2, 3, 6, 0)) if FIRST else tl.permute(x, (0, 1, 5, 4, 2, 3, 6))
-    x = tl.reshape(x, (places, rows)) if FIRST else tl.reshape(x, (rows, places))
-    return x.to(tl.float16, bitcast=True)
+        x = tl.permute(x, (0, 1, 4, 2, 3, 5))
+    elif planes == 8:
+        x = tl.permute(x, (0, 1, 5, 4, 2, 3, 6))
+    return tl.reshape(x, (rows, places)).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def to_columns(x, BITS: tl.constexpr):
-    """``x`` [tokens] in the order of columns of logits: word // 4, plane, odd, word % 4, half, highest first.
+def numbers_to_places(x, BITS: tl.constexpr):
+    """``x`` [tokens] in the order of places of values of BITS bits, as a column [tokens, 1].
 
-    So a thread's logits are of the tokens whose codes of BITS bits it multiplies next, and probabilities stay with it.
+    That is word // 4, plane, word % 4, odd byte, half, highest first.
     """
     planes: tl.constexpr = 8 // BITS
     count: tl.constexpr = x.shape[0]
     x = tl.reshape(x, (count // (16 * planes), 4, planes, 2, 2))
-    return tl.reshape(tl.permute(x, (0, 2, 4, 1, 3)), (count,))
+    return tl.reshape(tl.permute(x, (0, 2, 1, 4, 3)), (count,))[:, None]
 
 
 @triton.jit
-def rows_to_columns(x, WORDS: tl.constexpr, BITS: tl.constexpr):
-    """``x`` [words, tokens] as [tokens, 4 parts of words or more], tokens in the order of columns."""
+def words_to_places(x, WORDS: tl.constexpr, BITS: tl.constexpr):
+    """``x`` [words, tokens] as [tokens, 4 parts of words or more], tokens in the order of places of values."""
     planes: tl.constexpr = 8 // BITS
     parts: tl.constexpr = 4 // WORDS if WORDS < 4 else 1
     words: tl.constexpr = x.shape[0]
     count: tl.constexpr = x.shape[1] // parts
     x = tl.reshape(x, (words, count // (16 * planes), 4, planes, 2, 2, parts))
-    return tl.reshape(tl.permute(x, (1, 3, 5, 2, 4, 0, 6)), (count, words * parts))
-
-
-@triton.jit
-def right_operand(p):
-    """Weights ``p`` [rows, tokens], tokens in the order of columns, as [places, rows] of the next product."""
-    rows: tl.constexpr = p.shape[0]
-    count: tl.constexpr = p.shape[1]
-    p = tl.permute(tl.reshape(p, (rows, count // 16, 2, 4, 2)), (1, 3, 2, 4, 0))
-    return tl.reshape(p, (count, rows))
+    return tl.reshape(tl.permute(x, (1, 3, 2, 5, 4, 0, 6)), (count, words * parts))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.decode_attention.triton_interior_keys import PADDED_ROWS, interior_query
+from xquant_fx.kernels.decode_attention.triton_interior_keys import interior_query
 from xquant_fx.kernels.decode_attention.triton_interior_loop import attend_interior
 from xquant_fx.kernels.decode_attention.triton_parts import store_part
 from xquant_fx.kernels.decode_attention.triton_setup import (
@@ -69,6 +69,8 @@ def interior_kernel(
     V_GROUP: tl.constexpr,
     V_TOKENS: tl.constexpr,
     V_STRIDE: tl.constexpr,
+    K_WRAP: tl.constexpr,
+    V_WRAP: tl.constexpr,
     K_RESIDUAL: tl.constexpr,
     V_RESIDUAL: tl.constexpr,
     SINK_TOKENS: tl.constexpr,
@@ -113,10 +115,10 @@ def interior_kernel(
     # In the order of the fields in triton_unpack.py and triton_softmax.py.
     KEYS: tl.constexpr = (
         K_DIM, K_CHANNELS, K_BITS, 4, K_TOKENS, K_GROUP, K_DIM, True, True, "fp16", RANKED, PLANES, COUNTS, 0,
-        k_norm is not None,
+        k_norm is not None, K_WRAP,
     )  # fmt: skip
     VALUES: tl.constexpr = (
-        V_DIM, V_CHANNELS, V_BITS, 4, V_TOKENS, V_GROUP, V_STRIDE, True, True, "fp16", ROTATION,
+        V_DIM, V_CHANNELS, V_BITS, 4, V_TOKENS, V_GROUP, V_STRIDE, True, True, "fp16", ROTATION, 0, 0, 0, False, V_WRAP,
     )  # fmt: skip
     LOGITS: tl.constexpr = (SCALE, SOFTCAP, WINDOW, MASK_KIND, SINK_TOKENS)
     split = tl.program_id(0)
@@ -137,15 +139,14 @@ def interior_kernel(
     valid_rows = rows < HEADS_PER_KV * QUERY
     MASK_SHAPE: tl.constexpr = (MASK_BATCH, MASK_HEADS, MASK_QUERY, MAX_LEN)
     mask_rows = mask_rows_of(mask, rows, valid_rows, batch, kv_head, HEADS_PER_KV, QUERY, MASK_KIND, MASK_SHAPE)
-    padded = tl.arange(0, PADDED_ROWS)
-    padded_rows = tl.program_id(1) % INTERIOR_BLOCKS * INTERIOR_ROWS + padded
-    valid_padded = (padded < INTERIOR_ROWS) & (padded_rows < HEADS_PER_KV * QUERY)
     query_rows = head * (HEADS_PER_KV * QUERY)
     order, center = k_order, k_center
     if RANKED:
         order, center = k_order + head * K_DIM, k_center + head * K_DIM
-    x = interior_query(q, query_rows + padded_rows, valid_padded, order, center, INTERIOR_ROWS, K_CHANNELS, KEYS)
-    sums = attend_interior(x, keys, values, mask_rows, tile_range, KEYS, VALUES, LOGITS, INTERIOR_TILE, ASM)
+    x = interior_query(q, query_rows + rows, valid_rows, order, center, K_CHANNELS, KEYS)
+    sums = attend_interior(
+        x, keys, values, mask_rows, tile_range, KEYS, VALUES, LOGITS, INTERIOR_TILE, MAX_LEN % 4 == 0, ASM
+    )
     if ROTATION >= 0:
         sums = sums[0], sums[1], rotate_back(sums[2], ROTATION)
     store_part(part, stats, (query_rows + rows) * PARTS + split, valid_rows, sums, V_DIM)

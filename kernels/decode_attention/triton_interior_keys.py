@@ -15,41 +15,21 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
     fragment,
     inverse_power,
     power_above,
-    rows_to_columns,
+    words_to_places,
 )
 from xquant_fx.kernels.decode_attention.triton_interior_scales import FIELDS, FIRST, WIDTH, WORDS, halves_of_run
 from xquant_fx.kernels.decode_attention.triton_products import SUBNORMAL
-from xquant_fx.kernels.decode_attention.triton_unpack import COUNTS, DIM, PLANES, RANKED, TOKENS
+from xquant_fx.kernels.decode_attention.triton_unpack import COUNTS, DIM, PLANES, RANKED, TOKENS, code_slot
 from xquant_fx.kernels.triton_small_floats import UNIT_OF_MIDS, UNIT_OF_SCALES
 from xquant_fx.kernels.triton_widths import rank_of_field, width_of_rank
 
-# Rows of a tile of logits: as many as the matrix unit has at least, of which the upper half is padding.
-PADDED_ROWS = tl.constexpr(16)
+# Rows of the left operand of a product at least.
+LEAST_ROWS = tl.constexpr(16)
 # Queries below 2, scales below 2 * SCALED and the weight of a field, 8 at most, multiply to a float16.
 SCALED = tl.constexpr(2.0**10)
 LEAST_UNIT = tl.constexpr(2.0**-100)
 LEAST_FACTOR = tl.constexpr(2.0**-120)
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def real_rows(x, ROWS: tl.constexpr):
-    """The first ROWS, 8 or all, of the rows of ``x`` [PADDED_ROWS, N]: a choice of registers."""
-    if x.shape[0] == ROWS:
-        return x
-    else:
-        x, _padding = tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), (1, 2, 0)))
-        return x
-
-
-@triton.jit
-def real_numbers(x, ROWS: tl.constexpr):
-    """The same of ``x`` [PADDED_ROWS]."""
-    if x.shape[0] == ROWS:
-        return x
-    else:
-        x, _padding = tl.split(tl.trans(tl.reshape(x, (2, x.shape[0] // 2))))
-        return x
 
 
 @triton.jit
@@ -88,7 +68,7 @@ def every_fourth(q, order, unit, rows, valid_rows, FROM: tl.constexpr, PLANE: tl
 
 @triton.jit
 def plane_query(q, order, unit, rows, valid_rows, PLANE: tl.constexpr, KEYS: tl.constexpr):
-    """Query rows [PADDED_ROWS, places] in ``unit`` for the codes of a plane, float16.
+    """Query rows [ROWS, places] in ``unit`` for the codes of a plane, float16.
 
     Joined of eight parts, so that a thread has eight neighbours: they go to shared memory, times scales, each tile.
     """
@@ -111,7 +91,7 @@ def quad_order(COUNT: tl.constexpr):
 
 
 @triton.jit
-def interior_query(q, rows, valid_rows, order, center, ROWS: tl.constexpr, CHANNELS_TILE: tl.constexpr,
+def interior_query(q, rows, valid_rows, order, center, CHANNELS_TILE: tl.constexpr,
                    KEYS: tl.constexpr):  # fmt: skip
     """Query rows for whole groups: by rank or channel, those of each plane, their unit, times centers."""
     rank = quad_order(CHANNELS_TILE)
@@ -128,7 +108,7 @@ def interior_query(q, rows, valid_rows, order, center, ROWS: tl.constexpr, CHANN
     two = plane_query(q, order, unit, rows, valid_rows, KEYS[PLANES][1], KEYS)
     one = plane_query(q, order, unit, rows, valid_rows, KEYS[PLANES][2], KEYS)
     x = (x * inverse_power(unit)[:, None]).to(tl.float16)
-    return x, four, two, one, real_numbers(unit, ROWS), real_numbers(from_center, ROWS)
+    return x, four, two, one, unit, from_center
 
 
 @triton.jit
@@ -139,7 +119,7 @@ def plane_words(codes, t0, TILE: tl.constexpr, PLANE: tl.constexpr, KEYS: tl.con
         codes = codes.to(tl.pointer_type(tl.uint16), bitcast=True)
     elif parts == 4:
         codes = codes.to(tl.pointer_type(tl.uint8), bitcast=True)
-    w, tokens = tl.arange(0, PLANE[WORDS]), t0 * parts + tl.arange(0, TILE * parts)
+    w, tokens = tl.arange(0, PLANE[WORDS]), code_slot(t0, KEYS) * parts + tl.arange(0, TILE * parts)
     pointers = codes + (PLANE[FIRST] + w)[:, None] * (KEYS[TOKENS] * parts) + tokens[None, :]
     exact: tl.constexpr = (PLANE[FIELDS] * PLANE[WIDTH] + 31) // 32
     if exact == PLANE[WORDS]:
@@ -150,11 +130,12 @@ def plane_words(codes, t0, TILE: tl.constexpr, PLANE: tl.constexpr, KEYS: tl.con
 
 @triton.jit
 def words_of_ones(PLANE: tl.constexpr):
-    """Words [8, as many as of a token] of a plane in which every field is its largest."""
+    """Words [16, as many as of a token] of a plane in which every field is its largest."""
     if PLANE[WORDS] >= 4:
-        return tl.full((8, PLANE[WORDS]), -1, tl.int32)
+        return tl.full((LEAST_ROWS, PLANE[WORDS]), -1, tl.int32)
     else:
-        return tl.full((8, 4), 0xFFFF if PLANE[WORDS] == 2 else 0xFF, tl.uint16 if PLANE[WORDS] == 2 else tl.uint8)
+        most: tl.constexpr = 0xFFFF if PLANE[WORDS] == 2 else 0xFF
+        return tl.full((LEAST_ROWS, 4), most, tl.uint16 if PLANE[WORDS] == 2 else tl.uint8)
 
 
 @triton.jit
@@ -164,28 +145,30 @@ def add_plane(sums, levels, codes, t0, q, s, factor, V_BITS: tl.constexpr, BYTES
     if PLANE[WORDS] == 0:
         return sums, levels
     else:
-        words = rows_to_columns(plane_words(codes, t0, sums.shape[1], PLANE, KEYS), PLANE[WORDS], V_BITS)
+        words = words_to_places(plane_words(codes, t0, sums.shape[0], PLANE, KEYS), PLANE[WORDS], V_BITS)
         run: tl.constexpr = 4 if PLANE[WORDS] >= 4 else PLANE[WORDS]
-        qs = q * (halves_of_run(s, run, BYTES, False) * factor)[None, :]
-        sums = tl.dot(qs, fragment(words, PLANE[WIDTH], PLANE[WORDS], True), acc=sums)
+        qs = tl.trans(q * (halves_of_run(s, run, BYTES, False) * factor)[None, :])
+        sums = tl.dot(fragment(words, PLANE[WIDTH], PLANE[WORDS]), qs, acc=sums)
         if KEYS[RANKED]:
-            levels = tl.dot(qs, fragment(words_of_ones(PLANE), PLANE[WIDTH], PLANE[WORDS], True), acc=levels)
+            levels = tl.dot(fragment(words_of_ones(PLANE), PLANE[WIDTH], PLANE[WORDS]), qs, acc=levels)
         return sums, levels
 
 
 @triton.jit
 def interior_logits(q, keys, scales, t0, TILE: tl.constexpr, V_BITS: tl.constexpr, SM_SCALE: tl.constexpr,
                     BYTES: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
-    """(r [ROWS, TILE], factor [ROWS], offset [ROWS]): logits, times log2(e), are r * factor + offset."""
+    """(r [TILE, ROWS], factor [ROWS], offset [ROWS]): logits, times log2(e), are r * factor + offset.
+
+    Tokens are in the order of places of values.
+    """
     codes, _, _, _ = keys
     x, q_four, q_two, q_one, q_unit, from_center = q
-    ROWS: tl.constexpr = q_unit.shape[0]
     s, mid, s_four, s_two, s_one = scales
     s, mid = halves_of_run(s, 4, BYTES, False), halves_of_run(mid, 4, BYTES, True)
     unit = power_above(tl.max(tl.abs(s), 0).to(tl.float32)) * 0.5
     factor = (inverse_power(unit) * SCALED).to(tl.float16)
-    sums = tl.zeros((PADDED_ROWS, TILE), tl.float32)
-    levels = tl.zeros((PADDED_ROWS, 8), tl.float32)
+    sums = tl.zeros((TILE, x.shape[0]), tl.float32)
+    levels = tl.zeros((LEAST_ROWS, x.shape[0]), tl.float32)
     sums, levels = add_plane(sums, levels, codes, t0, q_four, s_four, factor, V_BITS, BYTES, KEYS[PLANES][0], KEYS)
     sums, levels = add_plane(sums, levels, codes, t0, q_two, s_two, factor, V_BITS, BYTES, KEYS[PLANES][1], KEYS)
     sums, levels = add_plane(sums, levels, codes, t0, q_one, s_one, factor, V_BITS, BYTES, KEYS[PLANES][2], KEYS)
@@ -197,11 +180,11 @@ def interior_logits(q, keys, scales, t0, TILE: tl.constexpr, V_BITS: tl.constexp
     else:
         of_scale = unit * (1.0 / SCALED)
         z = mid
-    offset = tl.dot(x, tl.broadcast_to(z[:, None], (z.shape[0], 8)))
+    offset = tl.dot(tl.broadcast_to(z[None, :], (LEAST_ROWS, z.shape[0])), tl.trans(x))
     if KEYS[RANKED]:
         offset = (of_scale * UNIT_OF_MIDS) * offset - (of_scale * (0.5 * SUBNORMAL)) * levels
     scaled: tl.constexpr = SM_SCALE * LOG2_E
     q_unit = q_unit * scaled
-    offset = tl.max(real_rows(offset, ROWS), 1) * q_unit + from_center * scaled
+    offset = tl.max(offset, 0) * q_unit + from_center * scaled
     # No 0, which would make NaN of the logits of what is masked.
-    return real_rows(sums, ROWS), tl.maximum(q_unit * (of_scale * SUBNORMAL), LEAST_FACTOR), offset
+    return sums, tl.maximum(q_unit * (of_scale * SUBNORMAL), LEAST_FACTOR), offset

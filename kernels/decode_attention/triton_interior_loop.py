@@ -14,9 +14,8 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
     exp2,
     fragment,
     inverse_power,
+    numbers_to_places,
     power_above,
-    right_operand,
-    to_columns,
 )
 from xquant_fx.kernels.decode_attention.triton_interior_keys import (
     LOG2_E,
@@ -25,7 +24,7 @@ from xquant_fx.kernels.decode_attention.triton_interior_keys import (
 from xquant_fx.kernels.decode_attention.triton_interior_scales import interior_scales
 from xquant_fx.kernels.decode_attention.triton_products import LARGEST, SUBNORMAL
 from xquant_fx.kernels.decode_attention.triton_softmax import MASK, SM_SCALE, SOFTCAP, tanh
-from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, NORMS, ROTATION
+from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, NORMS, ROTATION, code_slot
 from xquant_fx.kernels.triton_small_floats import UNIT_OF_SCALES, decode_scale, scale_in_units
 
 # Top of a row that has seen nothing yet: finite, so that differences are numbers.
@@ -38,51 +37,59 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def value_scales(values, t0, TILE: tl.constexpr, VALUES: tl.constexpr):
     """(scales, zero points) [TILE] of a tile, as stored."""
     _, scale, zero = values
-    tokens = t0 + tl.arange(0, TILE)
-    s = tl.load(scale + tokens)
-    return s, s if VALUES[ROTATION] != -1 else tl.load(zero + tokens)
+    slots = code_slot(t0, VALUES) + tl.arange(0, TILE)
+    s = tl.load(scale + slots)
+    return s, s if VALUES[ROTATION] != -1 else tl.load(zero + slots)
 
 
 @triton.jit
 def token_norms(keys, t0, TILE: tl.constexpr, KEYS: tl.constexpr):
     """The norms [TILE] of a tile's keys, as stored; nothing of use where there are none."""
     if KEYS[NORMS]:
-        return tl.load(keys[3] + t0 + tl.arange(0, TILE))
+        return tl.load(keys[3] + code_slot(t0, KEYS) + tl.arange(0, TILE))
     else:
         return tl.zeros((1,), tl.uint8)
 
 
 @triton.jit
-def interior_mask(mask_rows, t0, TILE: tl.constexpr, MASK_KIND: tl.constexpr):
-    """The mask [rows or 1, TILE] of a tile; nothing of use without one."""
+def mask_bits(mask_rows, t0, TILE: tl.constexpr, MASK_KIND: tl.constexpr, FOURS: tl.constexpr):
+    """A byte a token of a tile, of which bit r says whether row r sees it; with FOURS four of them in each int32.
+
+    So a mask ahead of its tile takes a register or two. Nothing of use without a mask.
+    """
+    ROWS: tl.constexpr = mask_rows.shape[0]
     if MASK_KIND == "none":
-        return tl.zeros((1, 1), tl.int1)
+        return tl.zeros((1,), tl.int32)
     else:
-        return tl.load(mask_rows[:, None] + (t0 + tl.arange(0, TILE))[None, :])
+        if FOURS:
+            rows = mask_rows.to(tl.pointer_type(tl.int32), bitcast=True)
+            seen = tl.load(rows[:, None] + (t0 // 4 + tl.arange(0, TILE // 4))[None, :])
+        else:
+            seen = tl.load(mask_rows[:, None] + (t0 + tl.arange(0, TILE))[None, :]).to(tl.int32)
+        if ROWS == 1:
+            return tl.reshape(seen, (seen.shape[1],)) * 255
+        else:
+            return tl.xor_sum(seen << tl.arange(0, ROWS)[:, None], 0)
 
 
 @triton.jit
-def in_columns(seen, COLUMN_BITS: tl.constexpr):
-    """A mask [rows or 1, tokens] with tokens in the order of columns."""
-    if seen.shape[0] == 1:
-        return to_columns(tl.reshape(seen, (seen.shape[1],)), COLUMN_BITS)[None, :]
-    else:
-        planes: tl.constexpr = 8 // COLUMN_BITS
-        x = tl.reshape(seen, (seen.shape[0], seen.shape[1] // (16 * planes), 4, planes, 2, 2))
-        return tl.reshape(tl.permute(x, (0, 1, 3, 5, 2, 4)), seen.shape)
+def rows_that_see(bits, ROWS: tl.constexpr, WIDTH: tl.constexpr, FOURS: tl.constexpr):
+    """[tokens, ROWS] of ``mask_bits``, tokens in the order of places of values."""
+    if FOURS:
+        bits = tl.reshape(bits[:, None] >> (tl.arange(0, 4) * 8)[None, :], (bits.shape[0] * 4,))
+    return (numbers_to_places(bits, WIDTH) >> tl.arange(0, ROWS)[None, :]) & 1
 
 
 @triton.jit
-def quad_sums(x):
-    """[rows, 4]: sums over tokens [rows, tokens] of what each thread of four has."""
-    x = tl.reshape(x, (x.shape[0], x.shape[1] // 8, 4, 2))
-    return tl.sum(tl.sum(x, 3), 1)
+def eighth_sums(x):
+    """[8, rows]: sums over tokens of ``x`` [tokens, rows], of what each of eight threads has."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 8, 8, x.shape[1])), 0)
 
 
 @triton.jit
 def value_words(codes, t0, TILE: tl.constexpr, VALUES: tl.constexpr):
     """Words [words, channels] of a tile of values, as they lie in memory."""
-    w = t0 // (32 // VALUES[BITS]) + tl.arange(0, TILE * VALUES[BITS] // 32)
+    w = code_slot(t0, VALUES) // (32 // VALUES[BITS]) + tl.arange(0, TILE * VALUES[BITS] // 32)
     d = tl.arange(0, VALUES[CHANNELS])
     pointers = codes + w[:, None] * VALUES[DIM] + d[None, :]
     if VALUES[CHANNELS] == VALUES[DIM]:
@@ -102,6 +109,7 @@ def attend_interior(
     VALUES: tl.constexpr,
     LOGITS: tl.constexpr,
     TILE: tl.constexpr,
+    FOURS: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Sums (top [ROWS], total [ROWS], acc [channels, ROWS]) of tokens of ``tile_range`` = (low, high), whole tiles."""
@@ -109,11 +117,11 @@ def attend_interior(
     ROWS: tl.constexpr = q[4].shape[0]
     BYTES: tl.constexpr = values[1].dtype.element_ty == tl.uint8
     WIDTH: tl.constexpr = VALUES[BITS]
-    FEW: tl.constexpr = ROWS <= 8  # more leave no registers for a mask ahead of its tile, or a loop with two ways
+    ALL_SEE: tl.constexpr = -1 if FOURS else 255
     last = tl.maximum(high - TILE, 0)
     top = tl.full((ROWS,), NOTHING, tl.float32)
-    total = tl.zeros((ROWS, 4), tl.float32)
-    from_zeros = tl.zeros((ROWS, 4), tl.float32)
+    total = tl.zeros((8, ROWS), tl.float32)
+    from_zeros = tl.zeros((8, ROWS), tl.float32)
     acc = tl.zeros((VALUES[CHANNELS], ROWS), tl.float32)
     unit = tl.full((1,), 2.0**-100, tl.float32)  # of values' scales: a power of two above all so far
     plane = tl.arange(0, TILE) // 16 % (8 // WIDTH)
@@ -121,47 +129,45 @@ def attend_interior(
     next_keys = interior_scales(keys, tl.minimum(low, last), VALUES[CHANNELS], KEYS)
     next_s, next_z = value_scales(values, tl.minimum(low, last), TILE, VALUES)
     next_norms = token_norms(keys, tl.minimum(low, last), TILE, KEYS)
-    next_seen = interior_mask(mask_rows, tl.minimum(low, last), TILE, LOGITS[MASK])
+    next_seen = mask_bits(mask_rows, tl.minimum(low, last), TILE, LOGITS[MASK], FOURS)
     for t0 in tl.range(low, high, TILE):
-        for_keys, s, z, norms = next_keys, next_s, next_z, next_norms
-        seen = next_seen if FEW else interior_mask(mask_rows, t0, TILE, LOGITS[MASK])
+        for_keys, s, z, norms, seen = next_keys, next_s, next_z, next_norms, next_seen
         t1 = tl.minimum(t0 + TILE, last)
         next_keys = interior_scales(keys, t1, VALUES[CHANNELS], KEYS)
         next_s, next_z = value_scales(values, t1, TILE, VALUES)
         next_norms = token_norms(keys, t1, TILE, KEYS)
-        if FEW:
-            next_seen = interior_mask(mask_rows, t1, TILE, LOGITS[MASK])
+        next_seen = mask_bits(mask_rows, t1, TILE, LOGITS[MASK], FOURS)
         r, of_row, offset = interior_logits(q, keys, for_keys, t0, TILE, WIDTH, LOGITS[SM_SCALE], BYTES, KEYS)
         if KEYS[NORMS] or LOGITS[SOFTCAP] != 0.0:
-            r = r * of_row[:, None] + offset[:, None]
+            r = r * of_row[None, :] + offset[None, :]
             if KEYS[NORMS]:
-                r = r * to_columns(decode_scale(norms), WIDTH)[None, :]
+                r = r * numbers_to_places(decode_scale(norms), WIDTH)
             if LOGITS[SOFTCAP] != 0.0:
                 capped: tl.constexpr = LOGITS[SOFTCAP] * LOG2_E
                 r = capped * tanh(r * (1.0 / capped))
             of_row, offset = tl.full((ROWS,), 1.0, tl.float32), tl.zeros((ROWS,), tl.float32)
         if LOGITS[MASK] == "bool":  # noqa: SIM102 - known before the kernel runs
-            # Of few rows it is seldom applied: a mask hides what is padded, or to come.
-            if not FEW or tl.min(tl.min(seen.to(tl.int32), 1), 0) == 0:
-                r = tl.where(in_columns(seen, WIDTH).to(tl.int1), r, float("-inf"))
-        new_top = tl.maximum(top, tl.max(r, 1) * of_row + offset)
-        p = exp2(r * of_row[:, None] + (offset + LARGEST_LOG2 - new_top)[:, None], ASM)
+            # It is seldom applied: a mask hides what is padded, or to come.
+            if tl.max((seen != ALL_SEE).to(tl.int32), 0) != 0:
+                r = tl.where(rows_that_see(seen, ROWS, WIDTH, FOURS) != 0, r, float("-inf"))
+        new_top = tl.maximum(top, tl.max(r, 0) * of_row + offset)
+        p = exp2(r * of_row[None, :] + (offset + LARGEST_LOG2 - new_top)[None, :], ASM)
         alpha = exp2(top - new_top, ASM)
         top = new_top
-        s = to_columns(scale_in_units(s), WIDTH)
-        new_unit = tl.maximum(unit, power_above(tl.max(tl.abs(s), 0)))
-        ps = p.to(tl.float16) * (s * (factor * inverse_power(new_unit))).to(tl.float16)[None, :]
-        z = s if VALUES[ROTATION] != -1 else to_columns(z.to(tl.float32), WIDTH)
-        total = total * alpha[:, None] + quad_sums(p)
-        from_zeros = from_zeros * alpha[:, None] + quad_sums(p * z[None, :])
+        s = numbers_to_places(scale_in_units(s), WIDTH)
+        new_unit = tl.maximum(unit, power_above(tl.max(tl.max(tl.abs(s), 0), 0)))
+        ps = p.to(tl.float16) * (s * (factor * inverse_power(new_unit))[:, None]).to(tl.float16)
+        z = s if VALUES[ROTATION] != -1 else numbers_to_places(z.to(tl.float32), WIDTH)
+        total = total * alpha[None, :] + eighth_sums(p)
+        from_zeros = from_zeros * alpha[None, :] + eighth_sums(p * z)
         back = alpha * (unit * inverse_power(new_unit))
         unit = new_unit
         words = tl.trans(value_words(values[0], t0, TILE, VALUES))
-        acc = tl.dot(fragment(words, WIDTH, TILE * WIDTH // 32, False), right_operand(ps), acc=acc * back[None, :])
+        acc = tl.dot(fragment(words, WIDTH, TILE * WIDTH // 32), ps, acc=acc * back[None, :])
     scale_unit: tl.constexpr = UNIT_OF_SCALES if BYTES else 1.0
     down: tl.constexpr = 1.0 / LARGEST
     # Values about zero have zero point -n / 2 times their scale.
     middle: tl.constexpr = -0.5 * ((1 << WIDTH) - 1) * scale_unit if VALUES[ROTATION] != -1 else 1.0
-    acc = acc * (unit * (SUBNORMAL * scale_unit * down))[:, None] + (tl.sum(from_zeros, 1) * (middle * down))[None, :]
-    total = tl.sum(total, 1) * down
+    acc = acc * (unit * (SUBNORMAL * scale_unit * down))[:, None] + (tl.sum(from_zeros, 0) * (middle * down))[None, :]
+    total = tl.sum(total, 0) * down
     return tl.where(total == 0, float("-inf"), top * LN_2), total, acc
