@@ -39,8 +39,8 @@ def match_latent(attention: Attention, rotary: Node, latent: Node, facts: Facts)
     if attention.kind != "scaled_dot_product_attention" or query is None or query.dim() != 4:
         return f"{LATENT}, and the attention is no scaled_dot_product_attention"
     shapes = [value_of(node).shape for node in (rotary, latent)]
-    if rotary is latent or any(shape[1] != 1 or not all(isinstance(n, int) for n in shape) for shape in shapes):
-        return f"{LATENT} that grows, or that is not one latent and one rotary key for all heads"
+    if rotary is latent or any(shape[1] != 1 for shape in shapes):
+        return f"{LATENT} that is not one latent and one rotary key for all heads"
     if not isinstance(query.shape[2], int) or query.shape[2] > STEP_TOKENS:
         return f"{LATENT}, for more than {STEP_TOKENS} query tokens at once"
     heads, parts = query.shape[1], _parts(attention, facts)

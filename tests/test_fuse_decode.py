@@ -371,7 +371,7 @@ def test_left_to_torch(name, caplog):
         ("gpt_oss", "eager", 2),
         ("codegen", "eager", 2),
         pytest.param("bloom", "eager", 2, marks=OLD_BLOOM),
-        ("deepseek_v3", "sdpa", 0),
+        ("deepseek_v3", "sdpa", 2),
     ],
 )
 def test_models_and_what_explain_says_of_them(name, attention, layers):

@@ -6,12 +6,15 @@ import copy
 
 import pytest
 import torch
-from dynamo_graphs import SHAPE, buffers, decode_sites, fresh, roles, sites_of, tiny
+from dynamo_graphs import SHAPE, buffers, decode_sites, first_graph, fresh, roles, sites_of, tiny
+from rewrites import count
 from stepping import interpreted, logits_of, relative_error, run_steps
 from transformers import DynamicCache, StaticCache
 
-from xquant_fx import XQuantCache, XQuantConfig
+from xquant_fx import XQuantCache, XQuantConfig, ops
 from xquant_fx.cache.growing import STORED_KV
+from xquant_fx.compiler.backend import detect_graph
+from xquant_fx.compiler.options import parse
 from xquant_fx.plan.buffer_plan import ROTARY_BITS
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -64,13 +67,28 @@ def test_exact_at_16_bits(model, kind):
 @pytest.mark.parametrize("kind", CACHES)
 def test_what_is_stored(model, kind):
     """The latent per token, the rotary key per channel and with more bits: alike in all caches, and seen in results."""
-    cache, compiled = CACHES[kind](model, LOW), torch.compile(model.forward, backend=interpreted(config=LOW))
+    cache, compiled = (
+        CACHES[kind](model, LOW),
+        torch.compile(model.forward, backend=interpreted(seen := [], config=LOW)),
+    )
     result = logits(model, model.forward if kind == "XQuantCache" else compiled, cache)
     latent, rotary = stored(cache)
     assert (latent.role, latent.scheme, latent.bits, latent.shape[3]) == ("value", "per_token_rotated", 3, 16)
     assert (rotary.role, rotary.scheme, rotary.bits, rotary.shape[3]) == ("key", "per_channel_ranked", ROTARY_BITS, 8)
+    assert {count(graph, ops.DECODE) for graph in seen} == (set() if kind == "XQuantCache" else {0, 2})
     full = logits(model, model.forward, StaticCache(model.config, max_cache_len=48))
     assert 1e-3 < relative_error(result, full) < 0.1
+
+
+def test_decode_attends_to_latents(model):
+    """Steps are fused, a chunk of 12 tokens is not; eager code computes keys and values of each head."""
+    plan = [(model.forward, 10), *((model.forward, tokens) for tokens in (1, 12, 1, 1, 2))]
+    eager = run_steps(plan, IDS, XQuantCache(model.config, 48, LOW))
+    step = torch.compile(model.forward, backend=interpreted(seen := []), dynamic=False)
+    fused = run_steps([plan[0], *((step, tokens) for _, tokens in plan[1:])], IDS, XQuantCache(model.config, 48, LOW))
+    assert relative_error(fused, eager) < 1e-5
+    counted = [(count(graph, ops.DECODE), count(graph, ops.LOAD), "new_empty" in str(graph.graph)) for graph in seen]
+    assert counted == [(2, 2, False), (0, 4, True), (2, 2, False)]
 
 
 def test_inductor_and_greedy_text(model):
@@ -182,3 +200,162 @@ def test_three_buffers_are_left_alone():
 
     (site,) = sites_of(step, *fresh(), *buffers(), torch.zeros(SHAPE), torch.tensor([3]))
     assert site.reason == "keys and values are computed from 3 buffers" and site.has_cache
+
+
+# Latents and a rotary key for all of three heads: q [1, 3, q, 5 + 8], buffers [1, 1, 16, 8], values of 6 channels.
+
+ROWS = torch.randn(3 * (5 + 6), 8, generator=torch.Generator().manual_seed(1)) / 3
+linear = torch.nn.functional.linear
+
+
+def made(latent, rows=ROWS, size=11):
+    return linear(latent, rows).view(1, 16, 3, size).transpose(1, 2)
+
+
+def split(latent):
+    return made(latent).split([5, 6], -1)
+
+
+def shared(rotary):
+    return rotary.expand(-1, 3, -1, -1)
+
+
+def joined(q, rotary, latent, mask):
+    k, v = split(latent)
+    return sdpa(q, torch.cat([k, shared(rotary)], -1), v, mask)
+
+
+def rotary_part_first(q, rotary, latent, mask):
+    k, v = made(latent)[..., :5], made(latent)[..., 5:]
+    return sdpa(q.roll(8, -1), torch.cat([shared(rotary), k], dim=3), v, mask.float().log(), scale=0.3)
+
+
+def written_into_a_tensor(q, rotary, latent, mask):
+    k, v = split(latent)
+    keys = k.new_empty(1, 3, 16, 13)
+    keys[..., 5:] = rotary
+    keys[..., :5].copy_(k)
+    return sdpa(q, keys, v)
+
+
+def a_layer_each(q, rotary, latent, mask):
+    flat = latent.flatten(0, 1)
+    return sdpa(q, torch.cat([made(flat, ROWS[:15], 5), shared(rotary)], -1), made(latent, ROWS[15:], 6), mask)
+
+
+ABSORBED = (joined, rotary_part_first, written_into_a_tensor, a_layer_each)
+
+
+def appending(attend):
+    def step(q, k, v, rotary, latent, pos):
+        rotary[:, :, pos], latent[:, :, pos] = k, v
+        return attend(q, rotary, latent, torch.arange(16) <= pos[:, None])
+
+    return step
+
+
+def three_heads(tokens=1):
+    """q, k, v of one step, and two buffers."""
+    return (
+        torch.randn(1, 3, tokens, 13),
+        *torch.randn(2, 1, 1, tokens, 8),
+        torch.zeros(1, 1, 16, 8),
+        torch.zeros(1, 1, 16, 8),
+    )
+
+
+@pytest.mark.parametrize("attend", ABSORBED, ids=lambda attend: attend.__name__)
+def test_absorbed(attend, monkeypatch):
+    monkeypatch.delitem(ops.DECODE_KERNELS, "cpu")  # plain torch: nothing to compile
+    options = dict(k_bits=3, v_bits=3, k_group_size=4, residual_length=4, sink_tokens=2, rollback_tokens=8)
+    torch.manual_seed(0)
+    step, results, steps = appending(attend), [], [three_heads() for _ in range(12)]
+    for disable in ([], ["fuse_decode"]):
+        torch._dynamo.reset()
+        compiled = torch.compile(step, backend=interpreted(seen := [], disable=disable, **options), dynamic=False)
+        stores = three_heads()[3:]
+        with torch.no_grad():
+            results.append([compiled(*x[:3], *stores, torch.tensor([at])) for at, x in enumerate(steps)])
+        assert count(seen[-1], ops.DECODE) == (not disable)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def half(attend):
+    """``attend`` with keys and values given as functions of what is stored."""
+    return lambda q, rotary, latent, mask: attend(q, *split(latent), shared(rotary), latent, mask)
+
+
+def overlapping(q, k, v, r, latent, mask):
+    keys = k.new_empty(1, 3, 16, 13)
+    keys[..., :5], keys[..., 4:12] = k, r
+    return sdpa(q, keys, v)
+
+
+def with_zeros(q, k, v, r, latent, mask):
+    keys = k.new_zeros(1, 3, 16, 14)
+    keys[..., :5], keys[..., 5:13] = k, r
+    return sdpa(torch.nn.functional.pad(q, (0, 1)), keys, v)
+
+
+def changed_weights(q, k, v, r, latent, mask):
+    rows = ROWS * 1.0
+    k, v = made(latent, rows).split([5, 6], -1)
+    rows.mul_(2.0)
+    return sdpa(q, torch.cat([k, r], -1), v)
+
+
+UNFUSED = {
+    "a bias": (
+        lambda q, k, v, r, c, m: sdpa(
+            q, torch.cat([k, r], -1), linear(c, ROWS, ROWS[:, 0]).view(1, 16, 3, 11).transpose(1, 2)[..., 5:]
+        ),
+        "not by linear layers",
+    ),
+    "a norm": (lambda q, k, v, r, c, m: sdpa(q, torch.cat([k, r], -1), split(c * c.abs())[1]), "not by linear layers"),
+    "channels before heads": (
+        lambda q, k, v, r, c, m: sdpa(
+            q, torch.cat([k, r], -1), linear(c, ROWS[:18]).view(1, 16, 6, 3).permute(0, 3, 1, 2)
+        ),
+        "not by linear layers",
+    ),
+    "keys that are scaled": (lambda q, k, v, r, c, m: sdpa(q, torch.cat([k * 2, r], -1), v), "not by linear layers"),
+    "three parts": (
+        lambda q, k, v, r, c, m: sdpa(q, torch.cat([k[..., :2], r, k[..., 2:]], -1), v), "not by linear layers",
+    ),
+    "keys that are read once more": (
+        lambda q, k, v, r, c, m: sdpa(q, x := torch.cat([k, r], -1), v) + x.sum(), "",
+    ),
+    "parts that overlap": (overlapping, "not by linear layers"),
+    "zeros between": (with_zeros, "not by linear layers"),
+    "written out": (
+        lambda q, k, v, r, c, m: torch.softmax(q @ torch.cat([k, r], -1).mT, -1) @ v, "no scaled_dot_product_attention",
+    ),
+    "weights that are changed": (changed_weights, "mul_ changes in place"),
+}  # fmt: skip
+
+
+def found_in(step, tokens=1):
+    """Why the attention of ``step`` reads dequantized keys and values, or why it stays as it is."""
+    gm, inputs = first_graph(step, *three_heads(tokens), torch.arange(tokens))
+    with torch.no_grad():
+        (site,) = detect_graph(gm, inputs, parse(None, {"k_group_size": 4, "residual_length": 4})).sites
+    assert site.form is not None or site.dequantized or site.reason
+    return site.dequantized or site.reason
+
+
+@pytest.mark.parametrize("name", UNFUSED)
+def test_not_absorbed(name):
+    attend, word = UNFUSED[name]
+    assert found_in(appending(joined)) == ""
+    reason = found_in(appending(half(attend)))
+    assert reason and word in reason, reason
+
+
+def test_latents_are_projected_after_they_are_appended():
+    def step(q, k, v, rotary, latent, pos):
+        keys, values = split(latent)
+        rotary[:, :, pos], latent[:, :, pos] = k, v
+        return sdpa(q, torch.cat([keys, shared(rotary)], -1), values)
+
+    assert "before" in found_in(step)
+    assert "more than 8 query tokens" in found_in(appending(joined), 9)
