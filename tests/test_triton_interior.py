@@ -90,16 +90,15 @@ def test_planes_have_32_fields_at_least() -> None:
 
 #: Instructions that a lane executes per code at most, and bytes a thread may spill, by configuration and chip.
 MOST: dict[tuple[str, str], tuple[float, int]] = {
-    ("2/2 bits", "sm_90"): (1.8, 0),
-    ("2/2 bits", "sm_80"): (1.8, 0),
-    ("2/1 bits", "sm_90"): (1.8, 0),
+    **dict.fromkeys(
+        [("2/2 bits", "sm_90"), ("2/2 bits", "sm_80"), ("2/1 bits", "sm_90"), ("2/1 bits", "sm_80")], (1.7, 0)
+    ),
+    **{(f"xquant-{bits}", chip): (2.1, 0) for bits in (1.4, 1.7, 2.2) for chip in ("sm_90", "sm_80")},
+    **{("xquant-2.7", chip): (2.9, 0) for chip in ("sm_90", "sm_80")},
     ("2/2 bits, head_dim 64", "sm_90"): (2.4, 0),
-    ("2/2 bits, q = 8", "sm_90"): (6.0, 64),
-    ("xquant-2.2", "sm_90"): (2.2, 48),
-    ("xquant-2.2", "sm_80"): (2.2, 48),
-    ("xquant-1.7", "sm_90"): (2.2, 48),
-    ("xquant-2.2, head_dim 64", "sm_90"): (3.0, 48),
-    ("xquant-2.2, q = 8", "sm_90"): (7.5, 96),
+    ("2/2 bits, q = 8", "sm_90"): (7.0, 8),
+    ("xquant-2.2, head_dim 64", "sm_90"): (3.0, 0),
+    ("xquant-2.2, q = 8", "sm_90"): (8.2, 40),
 }
 QUICK = [("2/2 bits", "sm_80")]
 
@@ -151,6 +150,11 @@ def test_the_usual_path_skips_what_forward_branches_skip() -> None:
     body = text_of([("FADD R1, R0, R0", 1, 7, 0, 0), ("BRA 0x30", 1, 7, 0, 0x30), ("FSEL R1, R0, R0", 1, 7, 0, 0),
                     ("MUFU R1, R0", 1, 7, 0, 0), ("BRA 0x0", 1, 7, 0, 0)])  # fmt: skip
     assert [one.name for one in sass_code.usual_path(body)] == ["FADD", "BRA", "MUFU", "BRA"]
+
+
+def test_a_branch_of_lanes_that_diverged_skips_nothing() -> None:
+    one = sass_code._instruction(0, "BRA.DIV UR17, 0xae70", 0)
+    assert one.target is None and sass_code._instruction(0, "@!P0 BRA 0x6240", 0).target == 0x6240
 
 
 def test_programs_of_a_multiprocessor() -> None:

@@ -1,7 +1,9 @@
 """Whole groups of tokens in codes: one warp a program, no barrier, codes never in shared memory as float16.
 
-    logits [rows, tokens] = (q s) [rows, channels] @ K^T [channels, tokens]
-    out^T [channels, rows] += V^T [channels, tokens] @ p^T [tokens, rows]
+    logits [tokens, rows] = K [tokens, channels] @ (q s)^T [channels, rows]
+    out^T [channels, rows] += V^T [channels, tokens] @ p [tokens, rows]
+
+Codes are the left operand of both, so rows are columns, of which 8 are enough: nothing is padded.
 
 What remains, tokens at both ends, windows and sinks, is for ``decode_kernel``, beside which this one runs where
 ``triton_interior_settings.py`` says so. The pieces:
@@ -142,7 +144,9 @@ def interior_kernel(
     if RANKED:
         order, center = k_order + head * K_DIM, k_center + head * K_DIM
     x = interior_query(q, query_rows + rows, valid_rows, order, center, K_CHANNELS, KEYS)
-    sums = attend_interior(x, keys, values, mask_rows, tile_range, KEYS, VALUES, LOGITS, INTERIOR_TILE, MAX_LEN % 4 == 0, ASM)
+    sums = attend_interior(
+        x, keys, values, mask_rows, tile_range, KEYS, VALUES, LOGITS, INTERIOR_TILE, MAX_LEN % 4 == 0, ASM
+    )
     if ROTATION >= 0:
         sums = sums[0], sums[1], rotate_back(sums[2], ROTATION)
     store_part(part, stats, (query_rows + rows) * PARTS + split, valid_rows, sums, V_DIM)

@@ -64,22 +64,26 @@ def interior_planes(bits: float, dim: int, ranked: bool) -> dict[str, int]:
     return {name: plane_words(width, words[width]) if width in words else 0 for width, name in PLANES.items()}
 
 
-def rows_and_tokens(rows: int, v_bits: float) -> tuple[int, int]:
-    """Query rows and tokens of a program's tile, for ``rows`` of a KV head: what one warp has registers for.
+#: Query rows of a program: columns of its matrix products. Of 16 the accumulators alone would be half its registers.
+ROWS = 8
 
-    A tile of fewer tokens has as many words of values as four threads share, but for 1 bit.
+
+def tokens_of_tile(ranked: bool, k_bits: int, v_bits: int) -> int:
+    """Tokens of a tile: half a group for ranked keys of 3 bits, whose three planes of queries leave fewer registers.
+
+    Of values of 1 bit half a group would be fewer words than four threads share.
     """
-    return 8, TILE
+    return TILE // 2 if ranked and k_bits > 2 and v_bits > 1 else TILE
 
 
 def interior_settings(
-    *, batch: int, kv_heads: int, rows: int, v_bits: float, max_len: int, interpret: bool, runs: bool
-) -> dict[str, Any]:
+    *, batch: int, kv_heads: int, rows: int, ranked: bool, k_bits: int, v_bits: int, max_len: int, interpret: bool,
+    runs: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Fields of ``Settings`` of ``interior_kernel``, if it ``runs``."""
-    row_tile, tile = rows_and_tokens(rows, v_bits)
-    blocks = math.ceil(rows / row_tile)
+    tile, blocks = tokens_of_tile(ranked, k_bits, v_bits), math.ceil(rows / ROWS)
     splits = max(1, min(SLOTS // (batch * kv_heads * blocks), max_len // (2 * tile), 128))
     return dict(
-        INTERIOR_SPLITS=splits if runs else 0, INTERIOR_ROWS=row_tile, INTERIOR_BLOCKS=blocks, INTERIOR_TILE=tile,
+        INTERIOR_SPLITS=splits if runs else 0, INTERIOR_ROWS=ROWS, INTERIOR_BLOCKS=blocks, INTERIOR_TILE=tile,
         INTERIOR_STAGES=3, ASM=not interpret,
     )  # fmt: skip

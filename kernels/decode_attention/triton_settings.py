@@ -141,8 +141,9 @@ def settings(
     least_full = min(full_tile, tile) if fold_k else full_tile  # a tile of codes lies in one group
     splits = max(1, min(PROGRAMS // (batch * kv_heads * row_blocks), math.ceil(max_len / (2 * tile)), 128))
     interior = interior_settings(
-        batch=batch, kv_heads=kv_heads, rows=rows, v_bits=v_bits, max_len=max_len, interpret=interpret, runs=edges > 0
-    )
+        batch=batch, kv_heads=kv_heads, rows=rows, ranked=ranked, k_bits=k_bits, v_bits=v_bits, max_len=max_len,
+        interpret=interpret, runs=edges > 0,
+    )  # fmt: skip
     splits = edges or splits
     parts = splits if chunk else max(splits + 2, tails)
     return Settings(
