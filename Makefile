@@ -50,6 +50,7 @@ fuzz: $(READY)
 # Every architecture of transformers; goes on where it stopped (docs/conformance.json).
 conformance: $(READY)
 	$(TESTS) .venv/bin/python benchmarks/conformance.py
+	$(TESTS) .venv/bin/python benchmarks/life_of_a_cache.py
 
 bench: $(READY)
 	.venv/bin/pip install --quiet -c requirements.txt -e '.[dev,bench]'

@@ -1,9 +1,10 @@
 """What becomes of Hugging Face's causal language models under the backend, and whether it is right.
 
-Of every architecture of ``MODEL_FOR_CAUSAL_LM_MAPPING`` a tiny random model decodes with an ``XQuantCache``: a prompt
-in eager code, then steps whose rewritten graphs run op by op. Recorded are the attentions that read a cache, how many
-of them are quantized and fused, why the others are left, whether logits at 16 bits are those of a ``StaticCache`` in
-eager code, how far those of ``kivi-4`` are off, what a self-check of the quantized graphs says, and the bytes.
+Of every architecture of ``MODEL_FOR_CAUSAL_LM_MAPPING`` a tiny random model decodes with each of three caches: a prompt
+in eager code, longer than its sliding windows, then steps, some of them in eager code, the others by rewritten graphs
+that run op by op. Recorded are the attentions that read a cache, how many of them are quantized and fused, why the
+others are left, and whether logits at 16 bits are those of eager code; of an ``XQuantCache`` also how far those of
+``kivi-4`` are off, what a self-check of the quantized graphs says, and the bytes.
 
     make conformance                    # goes on where it stopped; writes docs/conformance.json and docs/conformance.md
     .venv/bin/python benchmarks/conformance.py --only llama gemma2      # renew two records
@@ -13,6 +14,7 @@ eager code, how far those of ``kivi-4`` are off, what a self-check of the quanti
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -20,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conformance_report import page
+from conformance_report import EXACT, TAKEN_OVER, page
 from forked import in_process, in_words
-from tiny_models import build
+from tiny_models import NO_CACHE, OWN_CACHE, WHOLE_TEXT, WINDOW, build
 from torch import Tensor
 from torch._dynamo.utils import counters
 from tqdm import tqdm
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from xquant_fx import XQuantCache, XQuantConfig, memory_report
@@ -35,34 +37,47 @@ from xquant_fx.compiler.options import parse
 from xquant_fx.passes.records import Site
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PROMPT, STEPS, MAX_LEN = 16, 3, 40  # tokens; the prompt is longer than a tiny model's window: sliding layers are full
-FULL = XQuantConfig.preset("full")
-FOUR = XQuantConfig.preset("kivi-4").replace(k_group_size=8, residual_length=8)
-EXACT = 1e-4
+PROMPT, STEPS, MAX_LEN = WINDOW + 8, 18, WINDOW + 48  # tokens
+COMPILED = (0, STEPS - 1)  # steps; by the last one a window of quantized tokens has begun to overwrite its first ones
+#: Sliding windows are longer than what stays in full precision, so that there is something to quantize.
+SMALL: dict[str, Any] = dict(k_group_size=8, residual_length=8, rollback_tokens=8, sliding_windows=True)
+FULL = XQuantConfig.preset("full").replace(**SMALL)
+FOUR = XQuantConfig.preset("kivi-4").replace(**SMALL)
+KINDS = ("XQuantCache", *TAKEN_OVER)
 
 
 class Watching:
-    """The backend, with rewritten graphs run op by op; keeps what was found in each graph."""
+    """The backend, with rewritten graphs run op by op; keeps what it would do with the first step at 4 bits."""
 
     def __init__(self, **options: Any) -> None:
         self.request = parse(None, options or None)
+        self.at_four_bits = parse(None, {**options, "config": FOUR} if "config" in options else options or None)
         self.sites: list[Site] = []
         self.looks = True
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         if self.looks:
-            self.sites += detect_graph(gm, inputs, self.request).sites
+            self.sites += detect_graph(gm, inputs, self.at_four_bits).sites
         return compile_graph(gm, inputs, self.request, lambda graph, *_: graph.forward)
 
 
-def decode(model: torch.nn.Module, cache: StaticCache, backend: Watching | None = None, steps: int = STEPS) -> Tensor:
-    """Logits [1, 1 + steps, V] of the prompt's last token and of the steps after it, of which ``backend`` sees one."""
+def decode(model: torch.nn.Module, cache: Any, backend: Watching | None = None, steps: int = STEPS) -> Tensor:
+    """Logits [1, 1 + steps, V] of the prompt's last token and of the steps after it; ``backend`` gets some of them.
+
+    Without a ``cache`` the model makes one.
+    """
     torch._dynamo.reset()
-    step = model.forward if backend is None else torch.compile(model.forward, backend=backend, dynamic=False)
+    compiled = model.forward if backend is None else torch.compile(model.forward, backend=backend, dynamic=False)
     ids = torch.randint(3, 100, (1, PROMPT + steps), generator=torch.Generator().manual_seed(0))
-    out = [model(ids[:, :PROMPT], past_key_values=cache, use_cache=True).logits[:, -1:]]
-    for at in range(PROMPT, PROMPT + steps):
-        out.append(step(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits)
+    prompt = model(ids[:, :PROMPT], past_key_values=cache, use_cache=True)
+    out = [prompt.logits[:, -1:]]
+    cache = prompt.past_key_values if cache is None else cache
+    whole_text = model.config.model_type in WHOLE_TEXT
+    for step in range(steps):
+        at = PROMPT + step
+        call = compiled if step in COMPILED else model.forward
+        new = ids[:, 0 if whole_text else at : at + 1]
+        out.append(call(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1:])
         if backend is not None:
             backend.looks = False
     return torch.cat(out, 1).double()
@@ -82,46 +97,88 @@ def counted(sites: list[Site]) -> dict[str, Any]:
 
 
 def found_in(name: str) -> dict[str, Any]:
-    """Only what is found in the first decode step, for a test."""
+    """Only what is found in the first decode step with an ``XQuantCache``, for a test."""
     model, seen = build(name), Watching()
     decode(model, XQuantCache(model.config, MAX_LEN, FOUR), seen, steps=1)
     return counted(seen.sites)
 
 
 def examine(name: str) -> dict[str, Any]:
-    """All that is recorded of one architecture."""
+    """What is recorded of one architecture with an ``XQuantCache``."""
+    model, record = build(name), dict[str, Any](eager="")
+    right: dict[str, Tensor] = {}
+    for kind in TAKEN_OVER:
+        try:
+            right[kind] = decode(model, made(name, kind, model))
+        except Exception as error:  # whatever a model's code raises
+            record[f"{kind} fails"] = in_words(error)
+    try:
+        mine = decode(model, XQuantCache(model.config, MAX_LEN, FULL))
+    except Exception as error:
+        if "StaticCache" in right:
+            return record | {"error": in_words(error)}
+        return {"eager": record["StaticCache fails"]}
+    return record | _caught(lambda: _with_xquant_cache(model, mine, right))
+
+
+def made(name: str, kind: str, model: torch.nn.Module) -> Any:
+    """A new cache of transformers; none where a model takes only what it makes itself."""
+    if kind == "StaticCache":
+        return StaticCache(model.config, max_cache_len=MAX_LEN)
+    return None if name in OWN_CACHE else DynamicCache(config=model.config)
+
+
+def taken_over(name: str, kind: str) -> dict[str, Any]:
+    """What is recorded of one architecture with a cache of transformers: what is found at 4 bits, and logits at 16."""
     model = build(name)
     try:
-        right = decode(model, StaticCache(model.config, max_cache_len=MAX_LEN))
-    except Exception as error:  # whatever a model's code raises
-        return {"eager": in_words(error)}
-    record: dict[str, Any] = {"eager": ""}
-    try:
-        full = decode(model, XQuantCache(model.config, MAX_LEN, FULL), Watching())
-        if (error := error_of(full, right)) > EXACT:  # some models take the buffer's length for that of the text
-            record["off with a StaticCache"] = error
-            right = decode(model, XQuantCache(model.config, MAX_LEN, FULL))
-        record["error at 16 bits"] = error_of(full, right)
-        record["same tokens"] = bool((full.argmax(-1) == right.argmax(-1)).all())
-        counters.clear()
-        cache = XQuantCache(model.config, MAX_LEN, FOUR)
-        four = decode(model, cache, seen := Watching(self_check=True))
-        record.update(counted(seen.sites))
-        record["error at 4 bits"] = error_of(four, right)
-        record["refused by self_check"] = counters["xquant"]["self_check refused"]
-        if cache.states:
-            report = memory_report(cache)
-            record["bytes"], record["bytes in full precision"] = report.total_bytes, report.full_bytes
+        right = decode(model, made(name, kind, model))
     except Exception as error:
-        record["error"] = in_words(error)
+        return {"eager": in_words(error)}
+    seen = Watching(config=FULL)
+    found = _caught(lambda: _compared(decode(model, made(name, kind, model), seen), right))
+    return {"eager": "", **found, **counted(seen.sites)}
+
+
+def _with_xquant_cache(model: torch.nn.Module, mine: Tensor, right: dict[str, Tensor]) -> dict[str, Any]:
+    """``mine`` and ``right`` are logits of eager code, at 16 bits and with other caches."""
+    full = decode(model, XQuantCache(model.config, MAX_LEN, FULL), Watching())
+    off = {kind: error_of(mine, logits) for kind, logits in right.items()}
+    record: dict[str, Any] = {f"off with a {kind}": error for kind, error in off.items() if error > EXACT}
+    # Some models take a buffer's length for that of the text, with a StaticCache or with any.
+    expected = next((right[kind] for kind, error in off.items() if error <= EXACT), mine)
+    record |= _compared(full, expected)
+    counters.clear()
+    cache = XQuantCache(model.config, MAX_LEN, FOUR)
+    four = decode(model, cache, seen := Watching(self_check=True))
+    record |= counted(seen.sites)
+    record["error at 4 bits"] = error_of(four, expected)
+    record["refused by self_check"] = counters["xquant"]["self_check refused"]
+    if cache.states:
+        report = memory_report(cache)
+        record["bytes"], record["bytes in full precision"] = report.total_bytes, report.full_bytes
     return record
 
 
-def recorded(name: str) -> dict[str, Any]:
-    """``examine``, with a record of a model that cannot be built, too."""
+def _compared(mine: Tensor, right: Tensor) -> dict[str, Any]:
+    same = bool((mine.argmax(-1) == right.argmax(-1)).all())
+    return {"error at 16 bits": error_of(mine, right), "same tokens": same}
+
+
+def _caught(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return work()
+    except Exception as error:
+        return {"error": in_words(error)}
+
+
+def recorded(name: str, kind: str = "XQuantCache") -> dict[str, Any]:
+    """``examine`` or ``taken_over``, with a record of a model that cannot be built, too."""
+    if name in NO_CACHE:
+        return {"eager": NO_CACHE[name]}
     try:
         with torch._dynamo.config.patch(recompile_limit=64):
-            return examine(name)
+            return examine(name) if kind == "XQuantCache" else taken_over(name, kind)
     except Exception as error:  # whatever a model's code raises
         return {"eager": f"it cannot be built: {in_words(error)}"}
 
@@ -138,20 +195,36 @@ def write(records: dict[str, dict[str, Any]], folder: Path) -> None:
     (folder / "conformance.md").write_text(page(rows, len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)))
 
 
+def missing(records: dict[str, dict[str, Any]], kind: str) -> list[str]:
+    """Architectures without a record of this kind of cache."""
+    return [
+        name
+        for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if (kind not in records.get(name, {}) if kind in TAKEN_OVER else "eager" not in records.get(name, {}))
+    ]
+
+
 def main() -> None:
-    """Examine what is missing."""
+    """Examine what is missing, one kind of cache after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="architectures to examine anew")
     parser.add_argument("--fresh", action="store_true", help="examine all of them anew")
+    parser.add_argument("--caches", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--folder", type=Path, default=DOCS)
-    parser.add_argument("--seconds", type=float, default=300, help="limit for one architecture")
+    parser.add_argument("--seconds", type=float, default=300, help="limit for one architecture and cache")
     args = parser.parse_args()
     path = args.folder / "conformance.json"
     records = json.loads(path.read_text()) if path.exists() and not args.fresh else {}
-    missing = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in records]
-    for name in tqdm(args.only or missing, unit=" architectures"):
-        records[name] = in_process(recorded, name, args.seconds)
-        write(records, args.folder)
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        found_in("llama")  # what is imported here is not imported again in each process
+    gc.freeze()
+    for kind in args.caches:
+        for name in tqdm(args.only or missing(records, kind), desc=kind, unit=" architectures"):
+            found = in_process(recorded, args.seconds, name, kind)
+            others = {other: each for other, each in records.get(name, {}).items() if other in TAKEN_OVER}
+            records[name] = records.get(name, {}) | {kind: found} if kind in TAKEN_OVER else found | others
+            write(records, args.folder)
     print((args.folder / "conformance.md").read_text())
 
 

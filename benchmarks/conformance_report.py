@@ -12,19 +12,24 @@ import transformers
 HEAD = """# Conformance
 
 What `make conformance` found with torch {torch} and transformers {transformers}: a tiny random model of each of {of}
-architectures of `MODEL_FOR_CAUSAL_LM_MAPPING` ({done} examined), an `XQuantCache`, a prompt in eager code, then decode
-steps whose rewritten graphs run op by op. Errors are relative, of logits, beside eager code with a `StaticCache`, or
-with an `XQuantCache` of 16 bits where it is said that the other is off: such a model takes a buffer for the text. The
-bytes at 4 bits are of 40 tokens with windows of 8. `docs/conformance.json` has the same for programs;
-`tests/test_conformance.py` fails where less is quantized or fused than is recorded there.
+architectures of `MODEL_FOR_CAUSAL_LM_MAPPING` ({done} examined), a prompt in eager code that is longer than sliding
+windows are, then decode steps, of which some run in eager code and the others by rewritten graphs, op by op. Errors are
+relative, of logits, beside eager code with a cache of transformers; where such a cache is off, as it is in a model that
+takes a buffer for the text, the table says so. The first columns are those of an `XQuantCache`, whose bytes at 4 bits
+are of 80 tokens with windows of 8; the last two of caches that the backend takes over: attentions that are quantized,
+of those found. `docs/conformance.json` has their reasons, too; `tests/test_conformance.py` fails where less is
+quantized or fused than is recorded there.
 
 {sums}
 
 """
 COLUMNS = (
     "architecture", "attentions with a cache", "quantized", "fused", "error at 16 bits", "same tokens",
-    "error at 4 bits", "bytes, of full precision", "left, and why",
+    "error at 4 bits", "bytes, of full precision", "left, and why", "StaticCache", "DynamicCache",
 )  # fmt: skip
+#: Caches of transformers, which the backend takes over.
+TAKEN_OVER = ("StaticCache", "DynamicCache")
+EXACT = 1e-4
 
 
 def page(rows: Mapping[str, Mapping[str, Any]], of: int) -> str:
@@ -41,20 +46,32 @@ def page(rows: Mapping[str, Mapping[str, Any]], of: int) -> str:
 
 
 def sums(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """What all architectures come to."""
-    runs = [r for r in rows.values() if not r.get("eager", "not run")]
-    total = {name: sum(r.get(name, 0) for r in runs) for name in ("sites", "quantized", "fused")}
-    exact = [r for r in runs if r.get("error at 16 bits", 1) < 1e-4 and r.get("same tokens")]
+    """What all architectures come to, with each kind of cache."""
+    parts = [_sums("XQuantCache", {name: r for name, r in rows.items() if "eager" in r})]
+    parts += [_sums(kind, {name: r[kind] for name, r in rows.items() if kind in r}) for kind in TAKEN_OVER]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _sums(kind: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    runs = {name: r for name, r in rows.items() if not r["eager"]}
+    total = {name: sum(r.get(name, 0) for r in runs.values()) for name in ("sites", "quantized", "fused")}
+    exact = [name for name, r in runs.items() if r.get("error at 16 bits", 1) < EXACT and r.get("same tokens")]
     failed = [name for name, r in rows.items() if "error" in r]
-    refused = sum(r.get("refused by self_check", 0) for r in runs)
+    refused = sum(r.get("refused by self_check", 0) for r in runs.values())
     reasons: Counter[str] = Counter()
-    for record in runs:
+    for record in runs.values():
         reasons.update(record.get("left", {}))
+    other = ", ".join(name for name in runs if name not in exact) or "none"
     lines = [
-        f"- run in eager code with a static cache: {len(runs)} of {len(rows)}",
+        f"{kind}:",
+        "",
+        f"- run in eager code: {len(runs)} of {len(rows)}",
         f"- attentions with a cache: {total['sites']}; quantized: {total['quantized']}; fused: {total['fused']}",
-        f"- exact at 16 bits, with the same greedy tokens: {len(exact)} of {len(runs)}",
-        f"- graphs that a self-check refused: {refused}; errors: {', '.join(failed) or 'none'}",
+        f"- exact at 16 bits, with the same greedy tokens: {len(exact)} of {len(runs)}; others: {other}",
+        f"- errors: {', '.join(failed) or 'none'}",
+        *([f"- graphs that a self-check refused: {refused}"] if kind == "XQuantCache" else []),
         *(f"- left {count} times: {reason}" for reason, count in reasons.most_common()),
     ]
     return "\n".join(lines)
@@ -62,20 +79,35 @@ def sums(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def row(name: str, record: Mapping[str, Any]) -> str:
     """One line of the table."""
-    if record.get("eager"):
-        return f"| {name} | | | | | | | | eager code fails: {_cell(record['eager'])} |\n"
-    why = [record[key] for key in ("error",) if key in record]
-    if "off with a StaticCache" in record:
-        why.append(f"eager code with a StaticCache is off by {record['off with a StaticCache']}")
-    why += [f"{count}x {reason}" for reason, count in record.get("left", {}).items()]
-    why += [f"{count}x reads dequantized: {reason}" for reason, count in record.get("read dequantized", {}).items()]
+    others = [_taken_over(record.get(kind, {})) for kind in TAKEN_OVER]
+    if record.get("eager", "not examined"):
+        why = [f"eager code fails: {record['eager']}"] if "eager" in record else []
+    else:
+        why = [f"error: {record['error']}"] if "error" in record else []
+        why += [f"eager code with a {kind} fails" for kind in TAKEN_OVER if f"{kind} fails" in record]
+        off = {kind: record.get(f"off with a {kind}") for kind in TAKEN_OVER}
+        why += [f"eager code with a {kind} is off by {error}" for kind, error in off.items() if error]
+        why += [f"{count}x {reason}" for reason, count in record.get("left", {}).items()]
+        why += [f"{count}x reads dequantized: {reason}" for reason, count in record.get("read dequantized", {}).items()]
     stored, full = record.get("bytes"), record.get("bytes in full precision")
     cells = (
         record.get("sites", ""), record.get("quantized", ""), record.get("fused", ""),
-        record.get("error at 16 bits", ""), {True: "yes", False: "no"}.get(record.get("same tokens"), ""),
-        record.get("error at 4 bits", ""), f"{stored:,} of {full:,}" if stored else "", _cell("; ".join(why)),
+        record.get("error at 16 bits", ""), {True: "yes", False: "no"}.get(record.get("same tokens"), ""),  # type: ignore[call-overload]
+        record.get("error at 4 bits", ""), f"{stored:,} of {full:,}" if stored else "", _cell("; ".join(why)), *others,
     )  # fmt: skip
     return f"| {name} | {' | '.join(map(str, cells))} |\n"
+
+
+def _taken_over(record: Mapping[str, Any]) -> str:
+    """A cell for one of the other caches."""
+    if record.get("eager"):
+        return "eager code fails"
+    if "error" in record:
+        return _cell(f"error: {record['error']}")
+    if "sites" not in record:
+        return ""
+    off = "" if record["error at 16 bits"] < EXACT else f", off by {record['error at 16 bits']}"
+    return f"{record['quantized']} of {record['sites']}{off}"
 
 
 def _cell(text: str) -> str:

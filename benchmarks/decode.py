@@ -22,6 +22,7 @@ import torch
 from results import RESULTS, peak_bytes, synchronize, where, write
 from rich.console import Console
 from rich.table import Table
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from xquant_fx import PRESETS, XQuantCache, XQuantConfig, memory_report
@@ -54,6 +55,7 @@ def fill(cache: Any, args: argparse.Namespace, context: int) -> Any:
 def steps(model: LlamaForCausalLM, backend: str | None, cache: Any, args: argparse.Namespace) -> dict[str, float]:
     """Median milliseconds of a decode step, seconds of the first, compiling call, and peak bytes of temporaries."""
     torch._dynamo.reset()
+    counters.clear()
     gc.collect()
     step = torch.compile(model.forward, backend=backend, dynamic=False, mode=args.mode) if backend else model.forward
     ids = torch.zeros(args.batch, 1, dtype=torch.long, device=args.device)
@@ -65,7 +67,9 @@ def steps(model: LlamaForCausalLM, backend: str | None, cache: Any, args: argpar
         synchronize(args.device)
         times.append(time.perf_counter() - begin)
     peak = peak_bytes(lambda: step(ids, past_key_values=cache), args.device)
-    return {"ms": 1e3 * statistics.median(times[WARM_UP:]), "first_s": times[0], "peak_bytes": peak}
+    found = {"ms": 1e3 * statistics.median(times[WARM_UP:]), "first_s": times[0], "peak_bytes": peak}
+    # With mode="reduce-overhead": graphs, or parts of them, that were not put into a CUDA graph; there should be none.
+    return {**found, "cudagraph_skips": counters["inductor"]["cudagraph_skips"]}
 
 
 def measure(args: argparse.Namespace, context: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-Work = Callable[[str], dict[str, Any]]
+Work = Callable[..., dict[str, Any]]
 
 
 def in_words(error: Exception) -> str:
@@ -18,11 +19,11 @@ def in_words(error: Exception) -> str:
     return re.sub("0x[0-9a-f]+", "0x..", " ".join(f"{type(error).__name__}: {error}".split()))[:200]
 
 
-def in_process(work: Work, name: str, seconds: float) -> dict[str, Any]:
-    """``work(name)`` in a forked process of one thread that may take ``seconds``; or its error, as {"error": ...}."""
+def in_process(work: Work, seconds: float, *args: Any) -> dict[str, Any]:
+    """``work(*args)`` in a forked process of one thread that may take ``seconds``; or its error, as {"error": ...}."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(work, name, theirs))
+    child = context.Process(target=_child, args=(work, args, theirs))
     child.start()
     theirs.close()
     try:
@@ -34,11 +35,12 @@ def in_process(work: Work, name: str, seconds: float) -> dict[str, Any]:
         child.join()
 
 
-def _child(work: Work, name: str, pipe: Any) -> None:
+def _child(work: Work, args: tuple[Any, ...], pipe: Any) -> None:
     torch.set_num_threads(1)
+    gc.disable()  # the process does not live long
     logging.disable(logging.CRITICAL)
     try:
         with torch.no_grad():
-            pipe.send(work(name))
+            pipe.send(work(*args))
     except Exception as error:  # whatever a model's code raises becomes its record
         pipe.send({"error": in_words(error)})

@@ -32,7 +32,7 @@ workers=$($python -c "import xdist" 2>/dev/null && echo "-n 8")
 pytest="$python -m pytest -m gpu -v -rf --tb=short --import-mode=importlib tests/test_gpu.py"
 
 kernels bar 70 facts bar
-# A wrong kernel needs no timing: the default lengths and the kernel of whole groups.
+# A wrong kernel needs no timing: the kernel of whole groups, and whether a step is one CUDA graph.
 # shellcheck disable=SC2086
 job tests-first 60 $pytest $workers --junitxml "$out/tests-first.xml" -k "whole or default"
 kernels compile 90 compile

@@ -28,6 +28,7 @@ from triton_compiled import launches
 
 from xquant_fx import ops
 from xquant_fx.kernels.decode_attention import triton_interior_settings, triton_launch
+from xquant_fx.kernels.triton_device import Device
 
 CALLS, REPLAYS = 4, 5
 COMPILERS = 8
@@ -202,20 +203,25 @@ def every(run: Run, args: argparse.Namespace) -> None:
 
 
 def sweep(run: Run, args: argparse.Namespace) -> None:
-    """The bar with other numbers of programs and stages: what is chosen now was chosen without a GPU."""
+    """The bar with other numbers of programs and stages: half and twice as many as are estimated to run at a time."""
     chosen = triton_interior_settings.interior_settings
-    for slots in (528, 1056, 2112):
+    device_of = triton_launch.device_of
+    for share in (0.5, 1.0, 2.0):
         for stages in (2, 3, 4):
 
             def other(stages: int = stages, **given: Any) -> dict[str, Any]:
                 return chosen(**given) | {"INTERIOR_STAGES": stages}
 
+            def larger(device: torch.device, share: float = share) -> Device:
+                found = device_of(device)
+                return found._replace(multiprocessors=int(share * found.multiprocessors))
+
             with (
-                mock.patch.object(triton_interior_settings, "SLOTS", slots),
+                mock.patch.object(triton_launch, "device_of", larger),
                 mock.patch("xquant_fx.kernels.decode_attention.triton_settings.interior_settings", other),
             ):
                 for case in cases()[:2]:
-                    run.attempt("sweep", lambda case=case: time_case(run, case), slots=slots, stages=stages, **case)
+                    run.attempt("sweep", lambda case=case: time_case(run, case), programs=share, stages=stages, **case)
 
 
 JOBS = {"facts": facts, "bar": bar, "compile": compile_all, "all": every, "sweep": sweep}

@@ -45,6 +45,12 @@ def dtype(x: Any) -> torch.dtype:
     return x.get_dtype()
 
 
+def begin(types: tuple[str, ...], code: str) -> None:
+    """Let the compiler begin with a kernel while Inductor goes on with the graph; ``define`` names it the same."""
+    if not V.graph.cpp_wrapper:
+        cpu_build.begin(types, f"\n{code}")
+
+
 def define(wrapper: Any, name: str, types: tuple[str, ...], code: str) -> str:
     """Put a kernel's source into the generated module, once; returns what it is called there."""
     if V.graph.cpp_wrapper:
@@ -71,6 +77,7 @@ class CppOut(ir.ExternKernelOut):
         numbers: tuple[int, ...] = (),
     ) -> None:
         super().__init__(layout, inputs)
+        begin(types, code)
         self.kernel, self.types, self.code, self.numbers = name, types, code, numbers
 
     def codegen(self, wrapper: Any) -> None:
@@ -93,20 +100,19 @@ def decode_attention_cpu(*args: Any, **kwargs: Any) -> Any:
 
 @register_lowering(torch.ops.xquant.linear_rows.default, type_promotion_kind=None)
 def linear_rows(*args: Any, **kwargs: Any) -> Any:
-    """One C++ kernel for all sizes in the generated module, where ``kernels/linear_rows`` has one; else plain torch."""
+    """One C++ kernel for all sizes in the generated module."""
     a: Any = LinearArguments(*args, **kwargs).mapped(contiguous)  # of Inductor's buffers
-    types, code = cpu_linear.source(linear.problem_of(a, sizes, dtype), cpu_build.isa())
-    out_size, in_size = sizes(a.weight)
-    shape = (*sizes(a.x)[:-1], out_size)
-    layout = ir.FixedLayout(a.x.get_device(), a.x.get_dtype(), list(shape), ir.FlexibleLayout.contiguous_strides(shape))
-    made = CppOut(layout, list(a.tensors.values()), "xquant_linear_rows", types, code, (in_size, out_size))
-    return ir.TensorBox.create(made)
+    problem, numbers = linear.problem_of(a, sizes, dtype), linear.sizes_given(a, sizes)
+    types, code = cpu_linear.source(problem, cpu_build.isa())
+    layout = ir.FixedLayout(a.x.get_device(), a.x.get_dtype(), [problem.rows * sum(numbers[1:])], [1])
+    return ir.TensorBox.create(CppOut(layout, a.tensors, "xquant_linear_rows", types, code, tuple(numbers)))
 
 
 class CppInPlace(ir.ExternKernel):
     """A call of a C++ kernel that changes some of its arguments and returns nothing."""
 
     def __init__(self, inputs: list[Any], mutated: list[Any], name: str, types: tuple[str, ...], code: str) -> None:
+        begin(types, code)
         self.device = inputs[0].get_device()
         none = ir.NoneLayout(device=self.device)
         super().__init__(None, none, self.unwrap_storage(inputs))

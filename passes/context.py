@@ -83,6 +83,8 @@ class Grown:
     """Positions among the results."""
     tokens: int | tuple[int, int]
     """How many tokens are new, or the argument and its dimension that say so."""
+    keep: int = 0
+    """Tokens that are kept, of a sliding window; 0: all."""
 
     def tokens_of(self, args: tuple[Any, ...]) -> int:
         """New tokens in a step with these arguments."""
@@ -104,6 +106,8 @@ class Context:
     """Inputs that grow; the graph itself does not return the longer ones."""
     rotations: dict[Node, Node] = dataclasses.field(default_factory=dict)
     """Append of the old graph, or output of an attention, to the node that rotates there."""
+    stores: dict[Node, Node] = dataclasses.field(default_factory=dict)
+    """Append of the old graph to the ``quantize_store`` that it became."""
     loads: dict[Node, Node] = dataclasses.field(default_factory=dict)
     """Append of the old graph to the ``shared_code_load`` that reads after it."""
     fused: dict[Node, Node] = dataclasses.field(default_factory=dict)

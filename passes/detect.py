@@ -14,18 +14,16 @@ from xquant_fx.passes.find_sites import NOT_RECOGNISED, Refusal, find_sites
 from xquant_fx.passes.in_place import why_not_in_place
 from xquant_fx.passes.match_decode import match_decode
 from xquant_fx.passes.match_folding import match_folding
+from xquant_fx.passes.match_latent import match_latent
 from xquant_fx.passes.normalize import normalize
 from xquant_fx.passes.products import query_tokens
 from xquant_fx.passes.records import Buffer, Decode, Detection, Site, Source, Write
-from xquant_fx.passes.trace import same_value
+from xquant_fx.passes.trace import fake, same_value
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec, why_not_fused
 
 #: The ordinary buffers of rewritable sites, a plan for each of their caches, and the specs of all buffers.
 Planner = Callable[[GraphModule, list[Site]], tuple[tuple[Buffer, ...], tuple[Plan, ...], dict[Node, KVSpec]]]
-
-#: Why attention to latents is not one op.
-LATENT = "keys or values are computed from what is stored (latent attention)"
 
 
 def detect(gm: GraphModule, refusal: Refusal, planner: Planner, unfused: str = "") -> Detection:
@@ -51,16 +49,20 @@ def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str
     """``site`` with the call that it becomes, or why it reads dequantized keys and values."""
     if not site.rewritable or any(node.target is quantized_empty for node in site.buffers) or _begins(site):
         return site
-    reason = unfused or (LATENT if site.is_latent else _why_not_specs(site, specs))
+    reason, absorbed = unfused or _why_not_specs(site, specs), None
     if not site.attention.is_recognised:
         reason = f"it is appended to, {NOT_RECOGNISED}"
-    form = reason or match_decode(site.attention, site.key, site.value)
+    elif site.is_latent and not unfused:
+        found = match_latent(site.attention, *site.buffers, facts)
+        reason, absorbed = (found, None) if isinstance(found, str) else (reason, found)
+    form = reason or match_decode(site.attention, site.key, site.value, absorbed)
     if isinstance(form, Decode):
         form = _why_not_step(site, form, facts) or why_not_in_place(site, form, facts) or form
     if isinstance(form, str):
         return dataclasses.replace(site, dequantized=form)
     spec, write = specs[site.buffers[1]], site.value_write
-    folding = match_folding(write, form, spec) if spec.folded and write is not None else None
+    folds = spec.folded and write is not None and absorbed is None
+    folding = match_folding(write, form, spec) if folds and write is not None else None
     return dataclasses.replace(site, form=form, folding=folding)
 
 
@@ -83,6 +85,8 @@ def _why_not_step(site: Site, form: Decode, facts: Facts) -> str:
     key, value = site.key_write, site.value_write
     if key is None or value is None:
         return "keys and values are not appended in this graph"
+    if any(getattr(fake(write.past), "is_tail", False) and not write.keep for write in (key, value)):
+        return "the last tokens of a sliding window are kept, and all of them returned"
     if key.tokens != value.tokens:
         return "keys and values are not written by one step"
     if not isinstance(key.tokens, int):
@@ -91,7 +95,11 @@ def _why_not_step(site: Site, form: Decode, facts: Facts) -> str:
         return "the query has another length than the step"
     if not same_value(key.positions, value.positions):
         return "keys and values are written at different positions"
-    sides = ((site.key, site.attention.key_reader, key), (site.value, site.attention.value_reader, value))
+    sides = [(site.key, site.attention.key_reader, key), (site.value, site.attention.value_reader, value)]
+    if form.absorbed is not None:
+        rotary, reader = form.absorbed.rotary_read
+        sides = [(facts.source(rotary), reader, key)]
+        sides += [(facts.source(p.x), p.linear, value) for p in (form.absorbed.key, form.absorbed.value)]
     return next(filter(None, (_why_not_order(*side, form, facts) for side in sides)), "")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch.fx import Node
 
 from xquant_fx.cache.allocate import Slot, quantized_empty
-from xquant_fx.passes.facts import Facts, is_quantized, is_quantized_growth
+from xquant_fx.passes.facts import Facts, Mutation, is_quantized, is_quantized_growth
 from xquant_fx.passes.find_writes import concatenation, is_factory
 from xquant_fx.passes.records import Attention, Refused, Site, Source, Write
 from xquant_fx.passes.trace import fake, is_shape_query, same_value
@@ -17,6 +17,8 @@ from xquant_fx.passes.why_left_alone import why_not_length, why_not_operand, why
 NOT_RECOGNISED = "and no attention that is recognised reads it here (one that is spelt out, or a graph break?)"
 #: Writes to places that an index names, as a KV cache's; ops that append are known by themselves.
 BY_INDEX = ("scatter_", "index_add_", "index_put_", "index_copy_", "index_fill_", "masked_scatter_")
+#: Likewise, if what is written to is a part of the buffer.
+BY_PART = ("setitem", "copy_")
 
 #: Why the surroundings of a graph, or the tensors of a call, keep the buffer ``node`` ("keys" or "values") as it is.
 Refusal = Callable[[Node, str, Facts], Refused]
@@ -34,8 +36,8 @@ def find_sites(facts: Facts, refusal: Refusal = lambda node, what, facts: Refuse
 def _unrecognised(facts: Facts, read: set[Node]) -> Iterator[Attention]:
     """For inputs that are appended to and are not in ``read``: keys with their values, as far as one can tell.
 
-    Likewise for those with four dimensions that are written to by index in another way, and for those that grow in a
-    graph without any attention.
+    Likewise for those that are written to by index in another way, and for those that grow in a graph without any
+    attention.
     """
     writes = [w for w in facts.writes if w.buffer.op == "placeholder" and w.buffer not in read]
     while writes:
@@ -51,11 +53,31 @@ def _unrecognised(facts: Facts, read: set[Node]) -> Iterator[Attention]:
         grows = write.past is not None and write.past.op == "placeholder"
         if grows and not is_quantized_growth(write.node):
             yield Attention(write.node, "nothing recognised", write.x, write.buffer, write.buffer, is_recognised=False)
-    for mutation in facts.mutations:
-        value, root = fake(mutation.root), mutation.root
-        indexed = op_name(mutation.node) in BY_INDEX and root.op == "placeholder" and root not in read
-        if indexed and value is not None and value.dim() == 4 and value.dtype.is_floating_point:
-            yield Attention(mutation.node, "nothing recognised", mutation.node, root, root, is_recognised=False)
+    for mutation in _by_index(facts, read):
+        node, root = mutation.node, mutation.root
+        yield Attention(node, "nothing recognised", node, root, root, is_recognised=False)
+
+
+def _by_index(facts: Facts, read: set[Node]) -> Iterator[Mutation]:
+    """Writes to places of an input as a KV cache has them: of four dimensions, or two parts of one shape (K and V).
+
+    A single write to a part may be that of any state, that of a convolution for one.
+    """
+    found = [m for m in facts.mutations if m.root.op == "placeholder" and m.root not in read]
+    shapes = [_shape_in_part(m) for m in found]
+    for mutation, shape in zip(found, shapes, strict=True):
+        by_name = op_name(mutation.node) in BY_INDEX and len(shape) == 4
+        if by_name or (shape and shapes.count(shape) > 1):
+            yield mutation
+
+
+def _shape_in_part(mutation: Mutation) -> tuple[object, ...]:
+    """The shape of the input that is written to in part; () if it is written as a whole, or can be no cache."""
+    value, name = fake(mutation.root), op_name(mutation.node)
+    if value is None or value.dim() < 3 or not value.dtype.is_floating_point:
+        return ()
+    is_part = name in BY_INDEX or (name in BY_PART and (name == "setitem" or mutation.target is not mutation.root))
+    return tuple(map(str, value.shape)) if is_part else ()
 
 
 def _site(attention: Attention, facts: Facts, refusal: Refusal) -> Site:

@@ -85,11 +85,12 @@ def _setitem(node: Node) -> Write | None:
 
 
 def concatenation(node: Node) -> Write | None:
-    """``cat([past, x], dim=2)`` that the graph returns: the cache of the next step."""
+    """``cat([past, x], dim=2)`` that the graph returns, or the last tokens of it: the cache of the next step."""
     value, parts = fake(node), argument(node, 0, "tensors")
     if kind(node) != "cat" or value is None or value.dim() != 4 or argument(node, 1, "dim", 0) not in (2, -2):
         return None
-    if not isinstance(parts, tuple | list) or len(parts) != 2 or not any(user.op == "output" for user in node.users):
+    kept, keep = (None, 0) if _is_returned(node) else _last_tokens(node)
+    if not isinstance(parts, tuple | list) or len(parts) != 2 or not _is_returned(kept or node):
         return None
     past, x = parts
     before, new = fake(past), fake(x)
@@ -97,7 +98,24 @@ def concatenation(node: Node) -> Write | None:
         return None
     if past.op != "placeholder" and not _is_nothing(before):
         return None
-    return Write(node, node, x, slice(None, None), "concatenation", new.shape[2], past)
+    return Write(node, node, x, slice(None, None), "concatenation", new.shape[2], past, kept, keep)
+
+
+def _is_returned(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def _last_tokens(node: Node) -> tuple[Node | None, int]:
+    """What ``node[:, :, -n:]`` the graph returns, and n: a sliding window's cache, whose tokens before are not kept."""
+    for user in node.users:
+        index = user.args[1] if kind(user) == "getitem" and user.args[0] is node else None
+        if not isinstance(index, tuple) or Ellipsis in index or not _is_returned(user):
+            continue
+        index = index + (slice(None),) * (4 - len(index))
+        start = index[2].start if isinstance(index[2], slice) and (index[2].stop, index[2].step) == (None, None) else 0
+        if len(index) == 4 and all(index[d] == slice(None) for d in (0, 1, 3)) and isinstance(start, int) and start < 0:
+            return user, -start
+    return None, 0
 
 
 def _is_nothing(value: torch.Tensor) -> bool:

@@ -27,6 +27,8 @@ from xquant_fx.passes.vocabulary import kind, op_name
 #: What programs fill in for "not to be seen" is at most this: beside any score its weight is 0.
 NOT_SEEN = -1e4
 
+_FILLED_WITH = {"full": (1, "fill_value"), "tensor": (0, "data")}
+
 
 def _number(value: object) -> float | None:
     """A number, or the one number of a tensor without dimensions that the graph makes of one.
@@ -35,9 +37,9 @@ def _number(value: object) -> float | None:
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, Node) and kind(value) == "factory" and op_name(value) == "full" and value.args[0] in ((), []):
-        number, tensor = _number(argument(value, 1, "fill_value")), fake(value)
-        if number is None or tensor is None:
+    if isinstance(value, Node) and kind(value) == "factory" and op_name(value) in ("full", "tensor"):
+        number, tensor = _number(argument(value, *_FILLED_WITH[op_name(value)])), fake(value)
+        if number is None or tensor is None or tensor.dim():
             return None
         whole = tensor.dtype in (torch.int32, torch.int64) and number.is_integer()
         return number if whole or tensor.dtype.is_floating_point else None

@@ -20,10 +20,12 @@ from xquant_fx import ops
 from xquant_fx.kernels.decode_attention.arguments import of_sides
 from xquant_fx.kernels.decode_attention.plain_torch import attend_dense
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
+from xquant_fx.passes.absorb_query import absorb_query, project_result
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.growth_masks import end_of_growth, widened
+from xquant_fx.passes.growth_masks import end_of_growth, first_kept, widened
 from xquant_fx.passes.masks import build_mask
+from xquant_fx.passes.pair_heads import calls, in_order, put_back
 from xquant_fx.passes.records import Layout, Site
 
 
@@ -46,9 +48,12 @@ def _stored(site: Site, context: Context) -> dict[str, Any]:
     assert site.key_write is not None and site.value_write is not None
     k, v = (LoadArguments.of(context.loads[write.node]) for write in (site.key_write, site.value_write))
     key, value = (context.detection.specs[buffer] for buffer in site.buffers)
+    fixed = key.decode_constants(value)
+    if site.key_write.keep:  # the mask says what is seen of what was kept, and a chunk is the longer
+        fixed["window"] = site.key_write.keep + k.new_tokens
     return dict(
         of_sides(functools.partial(getattr, k), functools.partial(getattr, v)), start=k.start, past=k.past,
-        new_tokens=k.new_tokens, k_new=k.x, v_new=v.x, **key.decode_constants(value),
+        new_tokens=k.new_tokens, k_new=k.x, v_new=v.x, **fixed,
     )  # fmt: skip
 
 
@@ -61,24 +66,42 @@ def _replace(
         query = _laid_out(graph, replaced.get(form.query, form.query), form.query_layout)
         terms = tuple(dataclasses.replace(term, node=replaced.get(term.node, term.node)) for term in form.terms)
         mask = build_mask(graph, terms, query.meta["example_value"].shape[0], form.heads)
-        if end is not None:
-            mask = end if mask is None else widened(graph, mask, stored["max_len"])
+        is_full = not all(context.detection.specs[buffer].quantized for buffer in site.buffers)
+        first = None if end is None else first_kept(site, context)
+        if end is not None and not (is_full and first is not None):
+            mask = end if mask is None else widened(graph, mask, stored["max_len"], first)
         logits = None if form.sinks is None else replaced.get(form.sinks, form.sinks)
         sinks = None if logits is None else call(graph, torch.reshape, (logits, (form.heads,)))
-        ours = dict(q=query, mask=mask, sink_logits=sinks, scale=form.scale, softcap=form.softcap)
-        if all(context.detection.specs[buffer].quantized for buffer in site.buffers):
-            fused = call(graph, ops.DECODE, (), {**ours, **stored})
-            if context.detection.specs[site.buffers[1]].folded:
-                fused = context.rotations[form.output] = call(graph, ops.ROTATE, (fused, True))
-        else:  # a self-check: no kernel reads keys and values of 16 bits
-            sides = (context.loads[write.node] for write in (site.key_write, site.value_write) if write is not None)
-            keys, values = sides
-            more = dict(keys=keys, values=values, past=stored["past"], window=stored["window"])
-            fused = call(graph, attend_dense, (), {**ours, **more})
+        if form.absorbed is not None and site.value_write is not None:
+            latents = context.loads[site.value_write.node]
+            query, mask = absorb_query(graph, query, latents, mask, form.absorbed, form.scale)
+        ours = in_order(graph, dict(q=query, mask=mask, sink_logits=sinks), form.pairing)
+        target, theirs = _op(site, stored, is_full, first, context)
+        arguments = dict(**ours, **theirs, scale=form.scale, softcap=form.softcap)
+        fused = put_back(
+            graph, [call(graph, target, (), each) for each in calls(graph, arguments, form.pairing)], form.pairing
+        )
+        if context.detection.specs[site.buffers[1]].folded and target is ops.DECODE:
+            fused = context.rotations[form.output] = call(graph, ops.ROTATE, (fused, True))
+        if form.absorbed is not None:
+            fused = project_result(graph, fused, form.absorbed.value)
         output = _put_back(graph, fused, form.output_layout)
     form.output.replace_all_uses_with(output)
-    _erase_unused(graph, form.output)
+    for node in (*(() if form.absorbed is None else form.absorbed.assembling), form.output):
+        _erase_unused(graph, node)
     return output
+
+
+def _op(
+    site: Site, stored: dict[str, Any], is_full: bool, first: Node | None, context: Context
+) -> tuple[Any, dict[str, Any]]:
+    """The op, or in a self-check what it computes, as no kernel reads keys and values of 16 bits; and its arguments."""
+    if not is_full:
+        return ops.DECODE, stored
+    sides = (context.loads[write.node] for write in (site.key_write, site.value_write) if write is not None)
+    keys, values = sides
+    window = 0 if first is not None else stored["window"]  # what was loaded is what is seen, but for the mask
+    return attend_dense, dict(keys=keys, values=values, past=stored["past"], window=window)
 
 
 def _laid_out(graph: Graph, node: Node, layout: Layout) -> Node:

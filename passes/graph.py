@@ -8,6 +8,7 @@ a clone. Relied on: ``node._dynamo_source``, ``node.meta["example_value"]`` and 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,11 +94,20 @@ def _same_size(a: Any, b: Any) -> bool:
     return bool(simplify(a.node.expr) == simplify(b.node.expr))
 
 
-def call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
-    """Add a call and its fake result together, at the graph's insertion point."""
+def call(
+    graph: Graph,
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    result: Callable[[], Any] | None = None,
+) -> Node:
+    """Add a call and its fake result together, at the graph's insertion point.
+
+    ``result`` makes a tensor like the call's, where the call itself would take long: fake tensors are slow.
+    """
     node = graph.call_function(target, args, kwargs or {})
     values = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     mode = fake_mode(graph)
     with mode or contextlib.nullcontext(), enable_python_dispatcher(), torch.no_grad():  # which symbolic sizes need
-        node.meta["example_value"] = target(*values[0], **values[1])
+        node.meta["example_value"] = result() if result else target(*values[0], **values[1])
     return node

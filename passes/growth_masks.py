@@ -1,4 +1,7 @@
-"""Masks of attention to a cache that grows: the op reads a storage with room for more tokens than there are."""
+"""Masks of attention to a cache that grows: the op reads a storage with room for more tokens than there are.
+
+Of a sliding window the program's masks are as wide as what is kept and new, which begins at any token.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.records import Site
@@ -16,28 +20,40 @@ from xquant_fx.passes.trace import value_of
 
 
 def end_of_growth(graph: Graph, site: Site, stored: dict[str, Any], context: Context) -> Node | None:
-    """bool [1, 1, 1, room], False beyond the last token, once per cache and step; None for a cache that does not grow.
+    """bool [1, 1, 1, room], once per cache and step; None for a cache that does not grow.
 
-    Made at the insertion point of ``graph``; ``stored`` holds the arguments of the op that the cache has.
+    False beyond the last token and before those that are kept. Made at the insertion point of ``graph``; ``stored``
+    holds the arguments of the op that the cache has.
     """
     if site.key_write is None or site.key_write.past is None:
         return None
     past, new, room = stored["past"], stored["new_tokens"], stored["max_len"]
     buffer: Any = context.inputs[context.index_of(site.key_write.past)]
-    which = id(buffer.live.group), new, room
+    first = first_kept(site, context)
+    which = id(buffer.live.group), new, room, 0 if first is None else stored["window"]
     if which not in context.ends:
         tokens = call(graph, torch.arange, (room,), {"device": value_of(past).device})
         seen = call(graph, operator.lt, (tokens, call(graph, operator.add, (past, new))))
+        if first is not None:
+            seen = call(graph, operator.and_, (seen, call(graph, operator.ge, (tokens, first))))
         context.ends[which] = call(graph, torch.reshape, (seen, (1, 1, 1, room)))
     return context.ends[which]
 
 
-def widened(graph: Graph, mask: Node, room: int) -> Node:
-    """``mask`` [..., T] as [..., room], which hides what lies beyond T."""
+def first_kept(site: Site, context: Context) -> Node | None:
+    """int64 [1], the first token that attention reads; None: the first of all."""
+    assert site.key_write is not None
+    return LoadArguments.of(context.loads[site.key_write.node]).first  # type: ignore[return-value]  # in a graph
+
+
+def widened(graph: Graph, mask: Node, room: int, first: Node | None) -> Node:
+    """``mask`` [..., T] of the T tokens from ``first`` on as [..., room], which hides all others."""
     value = value_of(mask)
     tokens = value.shape[-1]
     if not isinstance(tokens, int):
         tokens = call(graph, torch.ops.aten.sym_size.int, (mask, value.dim() - 1))
+    if first is not None:
+        return _placed(graph, mask, tokens, room, first)
     beyond = call(graph, operator.sub, (room, tokens))
     hidden = False if value.dtype == torch.bool else -math.inf
     # Not torch.nn.functional.pad: a symbolic width is an error of its bool kernel (torch 2.13).
@@ -45,3 +61,15 @@ def widened(graph: Graph, mask: Node, room: int) -> Node:
     rows = (int(size) for size in value.shape[:-1])  # batch, heads and queries are numbers by now, if as symbols
     rest = call(graph, torch.full, ((*rows, beyond), hidden), options)
     return call(graph, torch.cat, ([mask, rest], -1))
+
+
+def _placed(graph: Graph, mask: Node, width: Any, room: int, first: Node) -> Node:
+    value = value_of(mask)
+    columns = call(graph, operator.sub, (call(graph, torch.arange, (room,), {"device": value.device}), first))
+    inside = call(
+        graph, operator.and_, (call(graph, operator.ge, (columns, 0)), call(graph, operator.lt, (columns, width)))
+    )
+    columns = call(graph, torch.where, (inside, columns, 0))
+    moved = call(graph, torch.index_select, (mask, value.dim() - 1, columns))
+    hidden = False if value.dtype == torch.bool else -math.inf
+    return call(graph, torch.where, (inside, moved, hidden))

@@ -27,7 +27,10 @@ def why_not_in_place(site: Site, form: Decode, facts: Facts) -> str:
     copies = [mutation.node for mutation in facts.mutations if mutation.root in site.buffers]
     if copies:
         return f"{op_name(copies[0])} changes keys or values that were read"
+    assembling = () if form.absorbed is None else form.absorbed.assembling
     for node, target, root in facts.mutations:
+        if node in assembling:
+            continue
         if node in replaced and target not in form.carriers:
             return f"{op_name(node)} writes to a tensor that is not the scores"
         seen = [(read, of_read) for start, read, of_read in reads if start <= facts.order[node] <= end]
@@ -46,6 +49,11 @@ def _reads(site: Site, form: Decode, facts: Facts) -> Iterator[tuple[int, Node]]
     for node in (each for carrier in form.carriers for each in carrier.all_input_nodes):
         if kind(node) == "factory" and len(shape_of(node)) == 0:
             yield 0, node  # it is read as the number that it was made of
+    if form.absorbed is not None:
+        for read in (form.absorbed.key, form.absorbed.value):
+            yield 0, read.weight
+            yield 0, read.linear
+        yield 0, form.absorbed.rotary_read[0]
     for write in (site.key_write, site.value_write):
         if write is not None:
             yield facts.order[write.node], write.x

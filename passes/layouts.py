@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from torch.fx import Node
 
+from xquant_fx.passes.pair_heads import NOT_HEADS, heads_of
 from xquant_fx.passes.records import Layout, Product
 from xquant_fx.passes.trace import value_of
-from xquant_fx.passes.track_axes import Axes
+from xquant_fx.passes.track_axes import Axes, Tracked
 
 
 class _Sides(NamedTuple):
@@ -47,9 +48,9 @@ def _sides(product: Product, stored: Node, axes: Axes) -> _Sides | None:
     return _Sides(ours, theirs, result, dict(zip(theirs, axes, strict=True)), size, is_broadcast)
 
 
-def query_layout(product: Product, keys: Node, axes: Axes, batch: int) -> tuple[Layout, int] | str:
-    """How to bring the query to [B, Hq, q, D], and Hq; ``axes`` are those of the operand ``keys``."""
-    sides = _sides(product, keys, axes)
+def query_layout(product: Product, keys: Node, found: Tracked, batch: int) -> tuple[Layout, tuple[int, ...]] | str:
+    """How to bring the query to [B, Hq, q, D], and the KV head of each Hq; ``found`` is of the operand ``keys``."""
+    sides = _sides(product, keys, found.axes)
     if sides is None:
         return "the product of queries and keys is none that is understood"
     query, key, scores, meaning, size, is_broadcast = sides
@@ -63,28 +64,31 @@ def query_layout(product: Product, keys: Node, axes: Axes, batch: int) -> tuple[
         return "the scores have other dimensions than queries and tokens"
     if is_broadcast:
         return "the query is broadcast over batch or heads"
-    if not _are_rows(rows, meaning, size):
-        return "keys are neither the cache nor its heads repeated"
+    heads = _heads_of_rows(rows, meaning, size, found)
+    if heads is None:
+        return f"keys {NOT_HEADS}"
     permuted = tuple(size[letter] for letter in rows + inner[0])
-    heads = math.prod(permuted[:-2]) // batch
     order = tuple(query.index(letter) for letter in rows + inner[0])
-    return _layout(order, permuted, (batch, heads, *permuted[-2:])), heads
+    return _layout(order, permuted, (batch, math.prod(permuted[:-2]) // batch, *permuted[-2:])), heads
 
 
-def _are_rows(rows: str, meaning: dict[str, tuple[str, ...]], size: dict[str, int]) -> bool:
-    """Whether the scores' dimensions ``rows`` are batch, KV heads, repeats, query tokens, in this order.
+def _heads_of_rows(
+    rows: str, meaning: dict[str, tuple[str, ...]], size: dict[str, int], found: Tracked
+) -> tuple[int, ...] | None:
+    """The KV head of each query head, if the scores' dimensions ``rows`` are batch, heads, query tokens; else None.
 
     ``meaning`` has the axes of those that keys (or values) have, too. Axes of size 1 have no name: where the
     query has several of one, the operand is repeated by broadcasting.
     """
-    flat: list[str] = []
+    if not rows or rows[-1] in meaning:
+        return None
+    flat: list[tuple[str, int]] = []
     for letter in rows[:-1]:
         if meaning.get(letter):
-            flat += meaning[letter]
+            flat += [(name, found.sizes[name]) for name in meaning[letter]]
         elif size[letter] != 1:
-            flat.append("repeat")
-    expected = [name for name in ("B", "H", "repeat") if name in flat]
-    return bool(rows) and not meaning.get(rows[-1]) and rows[-1] not in meaning and flat == expected
+            flat.append((f"repeated by {letter}", size[letter]))
+    return heads_of(flat[1:] if flat and flat[0][0] == "B" else flat, found)
 
 
 def _layout(order: tuple[int, ...], permuted: tuple[int, ...], shape: tuple[int, ...]) -> Layout:
@@ -92,9 +96,14 @@ def _layout(order: tuple[int, ...], permuted: tuple[int, ...], shape: tuple[int,
     return Layout(None if identity else order, None if permuted == shape else shape)
 
 
-def output_layout(product: Product, values: Node, axes: Axes, batch: int, heads: int) -> Layout | str:
-    """How the result [B, Hq, q, Dv] becomes that of the product of weights and ``values``, whose axes are ``axes``."""
-    sides = _sides(product, values, axes)
+def output_layout(
+    product: Product, values: Node, found: Tracked, batch: int, heads: int
+) -> tuple[Layout, tuple[int, ...]] | str:
+    """How the result [B, Hq, q, Dv] becomes that of the product of weights and ``values``, and the KV head of each Hq.
+
+    ``found`` is of the operand ``values``.
+    """
+    sides = _sides(product, values, found.axes)
     if sides is None:
         return "the product of weights and values is none that is understood"
     if product.added is not None:
@@ -108,11 +117,12 @@ def output_layout(product: Product, values: Node, axes: Axes, batch: int, heads:
         return "the output has other dimensions than queries and channels"
     if is_broadcast:
         return "the weights are broadcast over batch or heads"
-    if not _are_rows(rows, meaning, size):
-        return "values are neither the cache nor its heads repeated"
+    of_heads = _heads_of_rows(rows, meaning, size, found)
+    if of_heads is None or len(of_heads) != heads:
+        return f"values {NOT_HEADS}"
     laid_out = (*(size[letter] for letter in rows), value_of(product.node).shape[result.index(channels[0])])
     order = tuple((rows + channels[0]).index(letter) for letter in result)
-    return _layout(order, (batch, heads, *laid_out[-2:]), laid_out)
+    return _layout(order, (batch, heads, *laid_out[-2:]), laid_out), of_heads
 
 
 def mask_shape(

@@ -1,70 +1,134 @@
 """Let linear layers of few rows read their weights at the memory's speed, on CPUs that gain by it.
 
-    linear(x, weight, bias)     =>     xquant::linear_rows(x, weight, bias)
+    q = linear(x, wq, bq)           out = xquant::linear_rows(x, [wq, wk], [bq, None])
+    k = linear(x, wk)         =>    q, k = out.split(...), viewed
 
 A decode step is such layers, mostly, and torch's products of one row read 16-bit weights at less than half that
-speed. The results are those of torch but for the order of a sum in float32.
+speed. Layers that take the same input are one call, whose threads start once. The results are those of torch but for
+the order of a sum in float32.
 """
 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
 from xquant_fx import ops
 from xquant_fx.kernels.linear_rows.arguments import MOST_ROWS
 from xquant_fx.kernels.linear_rows.cpu_call import DTYPES, is_faster_here
 from xquant_fx.passes.context import Context
+from xquant_fx.passes.find_writes import is_opaque, other_mutations
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.trace import fake, memory_of
+from xquant_fx.passes.trace import fake, memory_of, value_of
 from xquant_fx.passes.vocabulary import kind
 
 #: Not subclasses: quantized weights have kernels of their own.
 _PLAIN = (FakeTensor, Tensor, Parameter)
 
 
+class Layer(NamedTuple):
+    """One linear layer of a graph."""
+
+    node: Node
+    x: Node
+    weight: Node
+    bias: Node | None
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """What it reads."""
+        return (self.x, self.weight) if self.bias is None else (self.x, self.weight, self.bias)
+
+
 def linear_rows(gm: GraphModule, context: Context) -> int:
     """Replace every linear layer that the kernel takes; returns how many."""
-    found = [node for node in gm.graph.nodes if kind(node) == "linear" and _fits(node)]
-    if not found or not is_faster_here():
+    layers = [layer for node in gm.graph.nodes if (layer := _layer(node)) is not None and _fits(layer)]
+    if not layers or not is_faster_here():
         return 0
-    for node in found:
-        with gm.graph.inserting_before(node):
-            made = call(gm.graph, ops.LINEAR_ROWS, *_arguments(node))
-        node.replace_all_uses_with(made)
-        gm.graph.erase_node(node)
-    return len(found)
+    for group in _groups(gm.graph, layers):
+        now = [_layer(layer.node) for layer in group]  # one may read what another was
+        _replace(gm.graph, [layer for layer in now if layer is not None])
+    return len(layers)
 
 
-def _arguments(node: Node) -> tuple[tuple[object, ...], dict[str, object]]:
-    names = ("input", "weight", "bias")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return (given["input"], given["weight"], given.get("bias")), {}
+def _layer(node: Node) -> Layer | None:
+    if kind(node) != "linear":
+        return None
+    given = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
+    x, weight, bias = given["input"], given["weight"], given.get("bias")
+    if not isinstance(x, Node) or not isinstance(weight, Node) or not isinstance(bias, Node | None):
+        return None
+    return Layer(node, x, weight, bias)
 
 
-def _fits(node: Node) -> bool:
+def _fits(layer: Layer) -> bool:
     """Plain CPU tensors of one dtype, weights that are one block of memory, few rows, whose number is known.
 
     Weights that the graph computes (dequantized, or with an adapter merged in) are left to Inductor, which may not
     write them to memory at all.
     """
-    (x, weight, bias), _ = _arguments(node)
-    if not isinstance(weight, Node) or memory_of(weight).op not in ("placeholder", "get_attr"):
+    if not _is_given(layer.weight):
         return False
-    tensors = [t for each in (x, weight, bias, node) if (t := fake(each)) is not None]
-    if len(tensors) != 3 + (bias is not None) or not all(_is_plain(t) for t in tensors):
+    tensors = [fake(each) for each in (*layer.inputs, layer.node)]
+    if not all(_is_plain(t) for t in tensors):
         return False
-    inputs, weights = tensors[:2]
-    if len({t.dtype for t in tensors}) > 1 or inputs.dtype not in DTYPES:  # autocast, for one
+    inputs, weights = value_of(layer.x), value_of(layer.weight)
+    if len({value_of(each).dtype for each in (*layer.inputs, layer.node)}) > 1:  # autocast, for one
         return False
     rows = math.prod(inputs.shape[:-1])
-    return 1 <= rows <= MOST_ROWS and weights.dim() == 2 and weights.is_contiguous() and weights.numel() > 0
+    matrix = weights.dim() == 2 and weights.is_contiguous() and weights.numel() > 0
+    return inputs.dtype in DTYPES and 1 <= rows <= MOST_ROWS and matrix
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    static = all(type(size) is int for size in tensor.shape)
-    return static and type(tensor) in _PLAIN and tensor.device.type == "cpu"
+def _is_given(node: Node) -> bool:
+    return memory_of(node).op in ("placeholder", "get_attr")
+
+
+def _is_plain(tensor: Tensor | None) -> bool:
+    if tensor is None or not all(type(size) is int for size in tensor.shape):
+        return False
+    return type(tensor) in _PLAIN and tensor.device.type == "cpu"
+
+
+def _groups(graph: Graph, layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Layers in order, those together that may run where the first of them does."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    written: list[tuple[int, Node | None]] = [
+        (order[node], memory_of(target)) for node, target in other_mutations(graph, [])
+    ]
+    written += [(i, None) for node, i in order.items() if is_opaque(node)]
+    groups: list[list[Layer]] = []
+    latest: dict[Node, list[Layer]] = {}
+    for layer in layers:
+        group, roots = latest.get(layer.x, []), {memory_of(each) for each in layer.inputs}
+        begin, end = order[group[0].node] if group else 0, order[layer.node]
+        unchanged = all(root is not None and root not in roots for at, root in written if begin < at < end)
+        there = all(order[each] < begin for each in layer.inputs)
+        if group and unchanged and there:
+            group.append(layer)
+        else:
+            latest[layer.x] = [layer]
+            groups.append(latest[layer.x])
+    return groups
+
+
+def _replace(graph: Graph, group: Sequence[Layer]) -> None:
+    x, shapes = value_of(group[0].x), [tuple(value_of(layer.node).shape) for layer in group]
+    weights, biases = [layer.weight for layer in group], [layer.bias for layer in group]
+    with graph.inserting_before(group[0].node):
+        out: Any = call(graph, ops.LINEAR_ROWS, (group[0].x, weights, biases))
+        sizes = [math.prod(x.shape[:-1]) * shape[-1] for shape in shapes]
+        parts = call(graph, torch.split, (out, sizes)) if len(group) > 1 else None
+        for i, (layer, shape) in enumerate(zip(group, shapes, strict=True)):
+            part = out if parts is None else call(graph, operator.getitem, (parts, i))
+            layer.node.replace_all_uses_with(call(graph, torch.reshape, (part, shape)))
+    for layer in group:
+        graph.erase_node(layer.node)

@@ -27,8 +27,9 @@ def build_mask(graph: Graph, terms: tuple[MaskTerm, ...], batch: int, heads: int
     for term in terms:
         mask = _four_dimensions(graph, term, batch, heads)
         total = _added(graph, total, mask, term.factor) if term.fill is None else _filled(graph, total, mask, term)
-    if total is not None and any(term.fill not in (None, -math.inf) for term in terms):
-        # A fill and a mask of least numbers must not add up to minus infinity: a row of nothing else weighs all alike.
+    if total is not None and any(term.fill not in (None, -math.inf, LEAST) for term in terms):
+        # A fill and a mask of least numbers must not add up to minus infinity, if the program's own number does not: a
+        # row of nothing else weighs all alike.
         total = call(graph, torch.clamp, (total,), {"min": LEAST})
     return total
 

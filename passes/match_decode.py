@@ -1,7 +1,7 @@
 """Decide whether one attention can become a single ``decode_attention`` op, and say why not.
 
 Matched: scaled_dot_product_attention, or a product, the forms of ``forms.py``, softmax, and a product, whose keys
-and values are the buffer itself or its KV heads repeated for grouped queries. Nothing is changed.
+and values are the buffer itself or heads of it, repeated for the query heads. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -11,17 +11,23 @@ import math
 import torch
 from torch.fx import Node
 
+from xquant_fx.passes.late_sinks import late_sinks
 from xquant_fx.passes.layouts import mask_shape, output_layout, query_layout
-from xquant_fx.passes.records import Attention, Decode, Layout, MaskTerm, Source
+from xquant_fx.passes.pair_heads import NOT_HEADS, heads_of_operand, paired
+from xquant_fx.passes.records import Absorbed, Attention, Decode, Layout, MaskTerm, Pairing, Source
 from xquant_fx.passes.scores import Scene, keeps_last_two
 from xquant_fx.passes.trace import argument, fake, keeps_numbers, operand, value_of
-from xquant_fx.passes.track_axes import Axes, axes_of, expected
+from xquant_fx.passes.track_axes import tracked
 from xquant_fx.passes.vocabulary import kind
 from xquant_fx.passes.walk_scores import walk
 
 
-def match_decode(attention: Attention, key: Source, value: Source) -> Decode | str:
-    """The op's arguments, or why ``attention`` reads dequantized keys and values instead."""
+def match_decode(attention: Attention, key: Source, value: Source, absorbed: Absorbed | None = None) -> Decode | str:
+    """The op's arguments, or why ``attention`` reads dequantized keys and values instead.
+
+    Args:
+        absorbed: of latents, what lies between them and the attention.
+    """
     query = fake(attention.query)
     if query is None or fake(key.root) is None or fake(value.root) is None:
         return "the shapes of query and cache are unknown"
@@ -29,7 +35,8 @@ def match_decode(attention: Attention, key: Source, value: Source) -> Decode | s
         return "the number of query tokens is dynamic"
     if attention.kind == "flex_attention":
         return "flex_attention is not fused"
-    found = _one_op(attention, key, value) if attention.scores is None else _written_out(attention, key, value)
+    is_one = attention.scores is None
+    found = _one_op(attention, key, value, absorbed) if is_one else _written_out(attention, key, value)
     if isinstance(found, str):
         return found
     if not (math.isfinite(found.scale) and math.isfinite(found.softcap)):
@@ -37,7 +44,7 @@ def match_decode(attention: Attention, key: Source, value: Source) -> Decode | s
     return _why_not_types(attention, found, key, value) or _why_not_masks(found, key) or found
 
 
-def _one_op(attention: Attention, key: Source, value: Source) -> Decode | str:
+def _one_op(attention: Attention, key: Source, value: Source, absorbed: Absorbed | None) -> Decode | str:
     node, query = attention.node, value_of(attention.query)
     defaults = ((3, "attn_mask", None), (4, "dropout_p", 0.0), (5, "is_causal", False), (6, "scale", None))
     mask, dropout, causal, scale = (argument(node, *each) for each in defaults)
@@ -47,26 +54,35 @@ def _one_op(attention: Attention, key: Source, value: Source) -> Decode | str:
         return "the scale is no number"
     if query.dim() != 4:
         return "the query has no shape [B, H, q, D]"
-    for taken, source, what in ((attention.key, key, "keys"), (attention.value, value, "values")):
-        axes, shape = axes_of(taken, source.root), value_of(source.root).shape
-        reason = _why_not_heads(axes, shape, query.shape, what, bool(argument(node, 7, "enable_gqa", False)))
-        if reason:
-            return reason
+    grouped = bool(argument(node, 7, "enable_gqa", False))
+    sides = ((attention.key, key.root, "keys"), (attention.value, value.root, "values"))
+    pairing: Pairing | str = Pairing()
+    if absorbed is None:
+        of_keys, of_values = (_kv_heads(*side, query.shape, grouped) for side in sides)
+        pairing = _paired(of_keys, of_values, key.root)
+    if isinstance(pairing, str):
+        return pairing
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     terms = _mask_of_sdpa(mask, (*query.shape[:3], value_of(key.root).shape[2]))
-    return Decode(node, attention.query, scale, terms=terms, heads=query.shape[1])
+    return Decode(node, attention.query, scale, terms=terms, heads=query.shape[1], pairing=pairing, absorbed=absorbed)
 
 
-def _why_not_heads(axes: Axes | None, buffer: torch.Size, query: torch.Size, what: str, grouped: bool) -> str:
-    plain, repeated = (expected(buffer, "B", heads, "N", "D") for heads in ("H", "H repeat"))
-    if axes not in (plain, repeated):
-        return f"{what} are neither the cache nor its heads repeated"
-    if query[1] % buffer[1] or query[0] != buffer[0]:
+def _kv_heads(taken: Node, root: Node, what: str, query: torch.Size, grouped: bool) -> tuple[int, ...] | str:
+    """The head of the buffer ``root`` that each query head of SDPA reads, whose operand is ``taken``."""
+    heads, buffer = heads_of_operand(taken, root, what), value_of(root).shape
+    if isinstance(heads, str):
+        return heads
+    if query[1] % len(heads) or query[0] != buffer[0]:
         return f"query {tuple(query)} and {what} {tuple(buffer)} do not fit"
-    one = buffer[1] == 1  # whose product broadcasts over the query heads
-    if axes == plain and not (grouped or one) and query[1] != buffer[1]:
-        return f"{query[1]} query heads and {buffer[1]} {what} heads"
-    return ""
+    if len(heads) not in (1, query[1]) and not grouped:  # the product of one broadcasts over the query heads
+        return f"{query[1]} query heads and {len(heads)} {what} heads"
+    return tuple(head for head in heads for _ in range(query[1] // len(heads)))
+
+
+def _paired(keys: tuple[int, ...] | str, values: tuple[int, ...] | str, buffer: Node) -> Pairing | str:
+    if isinstance(keys, str) or isinstance(values, str):
+        return keys if isinstance(keys, str) else str(values)
+    return paired(keys, values, value_of(buffer).shape[1])
 
 
 def masks_of(attention: Attention, key: Source, value: Source) -> tuple[MaskTerm, ...]:
@@ -95,39 +111,42 @@ def _written_out(attention: Attention, key: Source, value: Source) -> Decode | s
     laid_out = _lay_out(attention, key, value)
     if isinstance(laid_out, str):
         return laid_out
-    of_query, heads, of_output = laid_out
-    scene = Scene(attention, heads)
+    of_query, pairing, heads, of_output = laid_out
+    late = late_sinks(softmax, output.node, heads)
+    scene = Scene(attention, heads, () if late is None else (late.sum,))
     found = walk(scene, argument(softmax, 0, "input"))
     if isinstance(found, str):
         return found
+    if late is not None and found.sinks is not None:
+        return "sink logits join the softmax twice"
     weights = softmax if found.sinks is None else _without_last(softmax)
     if weights is None:
         return "something is joined to the scores that is not one logit per head"
     if not _reaches(weights, output.node):
         return "the attention weights are used for something else, too"
+    end, sinks = (output.node, found.sinks) if late is None else (late.output, late.logits)
     return Decode(
-        output.node, attention.query, found.scale, found.softcap, found.terms, found.sinks, heads, of_query, of_output,
-        scene.carriers,
+        end, attention.query, found.scale, found.softcap, found.terms, sinks, heads, of_query, of_output,
+        scene.carriers, pairing,
     )  # fmt: skip
 
 
-def _lay_out(attention: Attention, key: Source, value: Source) -> tuple[Layout, int, Layout] | str:
+def _lay_out(attention: Attention, key: Source, value: Source) -> tuple[Layout, Pairing, int, Layout] | str:
     scores, output = attention.scores, attention.output
     assert scores is not None and output is not None
-    key_axes, value_axes = axes_of(attention.key, key.root), axes_of(attention.value, value.root)
+    key_axes, value_axes = tracked(attention.key, key.root), tracked(attention.value, value.root)
     if key_axes is None or value_axes is None:
-        return f"{'keys' if key_axes is None else 'values'} are neither the cache nor its heads repeated"
-    shapes = value_of(key.root).shape, value_of(value.root).shape
-    of_query = query_layout(scores, attention.key, key_axes, shapes[0][0])
+        return f"{'keys' if key_axes is None else 'values'} {NOT_HEADS}"
+    batch = value_of(key.root).shape[0]
+    of_query = query_layout(scores, attention.key, key_axes, batch)
     if isinstance(of_query, str):
         return of_query
-    layout, heads = of_query
-    if heads % shapes[0][1]:
-        return f"{heads} query heads and {shapes[0][1]} KV heads"
-    of_output = output_layout(output, attention.value, value_axes, shapes[0][0], heads)
+    heads = len(of_query[1])
+    of_output = output_layout(output, attention.value, value_axes, batch, heads)
     if isinstance(of_output, str):
         return of_output
-    return layout, heads, of_output
+    pairing = _paired(of_query[1], of_output[1], key.root)
+    return pairing if isinstance(pairing, str) else (of_query[0], pairing, heads, of_output[0])
 
 
 def _without_last(softmax: Node) -> Node | None:

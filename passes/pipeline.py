@@ -7,6 +7,7 @@
 | rewrite | appends and reads become ops on those inputs | rewrite.py |
 | fuse_decode | two loads and the attention that reads them become one op | fuse_decode.py |
 | fold_rotation | weights of linear layers rotate values and outputs | fold_rotation.py |
+| pair_stores | keys and values of a layer are stored by one op, on GPUs | pair_stores.py |
 | linear_rows | linear layers of few rows read weights at the memory's speed | linear_rows.py |
 | verify | Inductor sees plain tensors only | verify.py |
 
@@ -27,6 +28,7 @@ from xquant_fx.passes.context import Context
 from xquant_fx.passes.fold_rotation import fold_rotation
 from xquant_fx.passes.fuse_decode import fuse_decode
 from xquant_fx.passes.linear_rows import linear_rows
+from xquant_fx.passes.pair_stores import pair_stores
 from xquant_fx.passes.rewrite import rewrite
 from xquant_fx.passes.rewrite_growth import rewrite_growth
 from xquant_fx.passes.state_inputs import add_state_inputs
@@ -51,6 +53,7 @@ FAMILIES: dict[str, tuple[Pass, ...]] = {
         Pass("rewrite", rewrite),
         Pass("fuse_decode", fuse_decode, may_be_off=True),
         Pass("fold_rotation", fold_rotation, may_be_off=True),
+        Pass("pair_stores", pair_stores, may_be_off=True),
         Pass("linear_rows", linear_rows, may_be_off=True),
         Pass("verify", verify),
     ),

@@ -30,6 +30,20 @@ class Write:
     """Number of new tokens q: an int, or symbolic."""
     past: Node | None = None
     """Of a concatenation: what ``x`` is put behind, an input or an empty tensor."""
+    kept: Node | None = None
+    """Of a concatenation of which the last tokens alone are returned (a sliding window): those."""
+    keep: int = 0
+    """How many that are; 0: all."""
+
+    @property
+    def returned(self) -> Node:
+        """Of a concatenation: what the graph returns of it, the cache of the next step."""
+        return self.kept or self.node
+
+    @property
+    def window(self) -> int:
+        """Tokens that a single new one sees, itself included, where only the last are kept; 0: all."""
+        return self.keep and self.keep + 1
 
     @property
     def begins(self) -> bool:
@@ -124,6 +138,55 @@ class Layout:
     """Shape to give, or None."""
 
 
+class HeadPart(NamedTuple):
+    """Heads side by side that one call of the op takes: of the query in its order, of keys and of values."""
+
+    query: slice
+    keys: slice
+    values: slice
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+    """In which calls query heads meet their KV heads."""
+
+    turned: tuple[int, int, int] | None = None
+    """(a, b, c): query heads [a, b, c] of the program are taken as [b, a, c]."""
+    parts: tuple[HeadPart, ...] = ()
+    """Of each call; () if one call takes all heads."""
+
+
+class Projection(NamedTuple):
+    """Rows of a linear layer's weight that make keys or values of latents."""
+
+    linear: Node
+    x: Node
+    """Its operand, a view of the latents."""
+    weight: Node
+    """[heads * width, R]."""
+    width: int
+    """Rows of a head,"""
+    first: int
+    """of which those from here on are meant,"""
+    size: int
+    """so many of them."""
+
+
+class Absorbed(NamedTuple):
+    """Linear layers between an attention and the latents that are stored, which its queries absorb."""
+
+    key: Projection
+    value: Projection
+    query: slice
+    """Channels of the query that meet projected latents,"""
+    rotary: slice
+    """and those that meet the stored rotary keys."""
+    rotary_read: tuple[Node, Node]
+    """The operand that these are, and what takes it."""
+    assembling: tuple[Node, ...]
+    """What writes both parts of the keys into one tensor, and runs no more."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Decode:
     """One attention as ``xquant::decode_attention`` takes it."""
@@ -144,6 +207,10 @@ class Decode:
     """Reshape, then permute, the result [B, Hq, q, Dv] to that of ``output``."""
     carriers: frozenset[Node] = frozenset()
     """Nodes that carry the scores, where they are written out."""
+    pairing: Pairing = Pairing()
+    """Which KV heads the query heads read."""
+    absorbed: Absorbed | None = None
+    """Of attention to latents."""
 
 
 class Linear(NamedTuple):

@@ -11,6 +11,7 @@ A longer chunk loads its own tokens from ``k`` itself and older ones from the ri
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -68,6 +69,7 @@ class BufferRewrite:
 
     def __init__(self, gm: GraphModule, buffer: Node, context: Context) -> None:
         self.graph, self.buffer, self.loads, self.rotations = gm.graph, buffer, context.loads, context.rotations
+        self.stores = context.stores
         self.spec, self.tensors = context.detection.specs[buffer], context.state.nodes[buffer]
         self.writes = {write.node: write for write in context.detection.writes if write.buffer is buffer}
         self.query = _query_length(buffer, context.detection)
@@ -103,9 +105,9 @@ class BufferRewrite:
                 x = self.rotations[node] = call(self.graph, ops.ROTATE, (x, False))
             arguments = dict(x=x, pos=pos, **self.tensors, **spec.store_constants())
             if spec.borrowed:
-                call(self.graph, ops.STORE_BORROWED, (), dict(arguments, fit=spec.fit))
+                self.stores[node] = call(self.graph, ops.STORE_BORROWED, (), dict(arguments, fit=spec.fit))
             else:
-                call(self.graph, ops.STORE, (), arguments)
+                self.stores[node] = call(self.graph, ops.STORE, (), arguments)
             tokens = new if isinstance(new, int) else call(self.graph, torch.ops.aten.sym_size.int, (x, 2))
             self.loaded = self.loads[node] = self._load(past, tokens, before, x if chunk else None)
         return self.loaded
@@ -143,8 +145,17 @@ class BufferRewrite:
 
     def _load(self, past: Node, new_tokens: Node | int, before: dict[str, Node | None], x: Node | None) -> Node:
         stored = {name: self.tensors[name] for name in STORED} | before
-        where = dict(past=past, new_tokens=new_tokens, n=self.spec.shape[2], x=x)
-        return call(self.graph, ops.LOAD, (), dict(**stored, **where, **self.spec.load_constants()))
+        span = self._span(past, new_tokens)
+        arguments = dict(**stored, past=past, new_tokens=new_tokens, x=x, **span, **self.spec.load_constants())
+        if span != {"n": self.spec.shape[2]}:
+            return call(self.graph, ops.LOAD, (), arguments)
+        # The op's dozens of steps took longer than all else here, and most loads are gone once attention is fused.
+        like: dict[str, Any] = dict(dtype=self.spec.dtype, device=value_of(self.buffer).device)
+        return call(self.graph, ops.LOAD, (), arguments, lambda: torch.empty(self.spec.shape, **like))
+
+    def _span(self, past: Node, new_tokens: Node | int) -> dict[str, Any]:
+        """Which tokens a load gives back: all that there is room for."""
+        return dict(n=self.spec.shape[2])
 
     def _new_tokens(self, write: Write) -> Node:
         """What is appended, as the graph has it now: what it was detected as may have been replaced since."""

@@ -5,6 +5,9 @@
     return keys, ...                             return ...
 
 The compiled step returns the longer tensor in its place (``Grown`` says where): the same state, one step later.
+
+Of a sliding window (``return keys[:, :, -n:]``) the input is the last T tokens of the state, and a load gives back
+those and the new ones.
 """
 
 from __future__ import annotations
@@ -38,6 +41,9 @@ def rewrite_growth(gm: GraphModule, context: Context) -> int:
     output = gm.graph.output_node()
     if returned:
         output.args = (tuple(r for i, r in enumerate(_results(output)) if i not in returned),)
+    for write in context.detection.writes:
+        if write.kept is not None and not write.kept.users:
+            gm.graph.erase_node(write.kept)
     return len(growing)
 
 
@@ -50,6 +56,7 @@ class GrowthRewrite(BufferRewrite):
         self.writes = {write.node: write for write in context.detection.writes if write.past is past}
         self.before: Node | None = None
         """What is stored when the graph begins, dequantized."""
+        self.is_tail: bool = value_of(past).is_tail  # type: ignore[attr-defined]  # it is a GrowingKV
 
     def _check_view(self, view: Node, order: dict[Node, int]) -> None:
         """Nothing to check: a concatenation leaves views of what it continues as they are."""
@@ -60,18 +67,19 @@ class GrowthRewrite(BufferRewrite):
         load = self._stored(write)
         self.context.grown.append(self._returned(write))
         with self.graph.inserting_before(write.node):
-            tokens = call(self.graph, operator.add, (self._tokens(), _new(self.graph, write)))
-            whole = self._cut(load, tokens)
+            whole = load
+            if not self.is_tail:
+                whole = self._cut(load, call(self.graph, operator.add, (self._tokens(), _new(self.graph, write))))
         write.node.replace_all_uses_with(whole)
         self.graph.erase_node(write.node)
 
     def _returned(self, write: Write) -> Grown:
-        at = tuple(i for i, result in enumerate(_results(self.graph.output_node())) if result is write.node)
+        at = tuple(i for i, result in enumerate(_results(self.graph.output_node())) if result is write.returned)
         tokens = write.tokens
         where = tokens if isinstance(tokens, int) else size_among_inputs(self.graph, tokens)
         if where is None:
             raise UnsupportedWriteError(f"{self._where()}: no input tells how many tokens are new")
-        return Grown(self.context.index_of(self.buffer), at, where)
+        return Grown(self.context.index_of(self.buffer), at, where, write.keep)
 
     def _read(self, user: Node) -> None:
         if is_shape_query(user) and not user.users:
@@ -81,12 +89,24 @@ class GrowthRewrite(BufferRewrite):
             raise UnsupportedWriteError(f"{self._where()}: {user.name} is no way to append tokens or to read them")
         if self.before is None:
             with self.graph.inserting_before(user):
-                self.before = self._cut(self.loaded or self._load_stored(), self._tokens())
+                whole = self.loaded or self._load_stored()
+                self.before = whole if self.is_tail and self.loaded is None else self._cut(whole, self._tokens())
         user.replace_input_with(self.buffer, self.before)
 
     def _load_stored(self) -> Node:
+        return self._load(self._length(), 0, {}, None)
+
+    def _length(self) -> Node:
+        """Tokens that are stored when the graph begins."""
         length = call(self.graph, operator.getitem, (self.tensors["length"], slice(None, 1)))
-        return self._load(call(self.graph, torch.clone, (length,)), 0, {}, None)
+        return call(self.graph, torch.clone, (length,))
+
+    def _span(self, past: Node, new_tokens: Node | int) -> dict[str, Any]:
+        if not self.is_tail:
+            return super()._span(past, new_tokens)
+        tokens = self._tokens()
+        n = tokens if new_tokens == 0 else call(self.graph, operator.add, (tokens, new_tokens))
+        return dict(n=n, first=call(self.graph, operator.sub, (past, tokens)))
 
     def _cut(self, load: Node, tokens: Any) -> Node:
         return call(self.graph, operator.getitem, (load, (slice(None), slice(None), slice(None, tokens))))
@@ -102,8 +122,12 @@ class GrowthRewrite(BufferRewrite):
         return node
 
     def _positions(self, write: Write) -> Node:
+        device = value_of(self.buffer).device
+        if self.is_tail:  # the input says nothing of tokens that have left the window
+            new = call(self.graph, torch.arange, (_new(self.graph, write),), {"device": device})
+            return call(self.graph, operator.add, (self._length(), new))
         # From the length that the input has, not from the stored one: that may be longer, where a step was interrupted.
-        begin, device = self._tokens(), value_of(self.buffer).device
+        begin = self._tokens()
         end = call(self.graph, operator.add, (begin, _new(self.graph, write)))
         return call(self.graph, torch.arange, (begin, end), {"device": device})
 

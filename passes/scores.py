@@ -62,10 +62,11 @@ class Row:
 class Scene:
     """One attention that is written out, and which nodes carry its scores."""
 
-    def __init__(self, attention: Attention, heads: int) -> None:
+    def __init__(self, attention: Attention, heads: int, ends: tuple[Node, ...] = ()) -> None:
+        """``ends``: what may read the softmax's input, too, and carries no scores."""
         assert attention.scores is not None
-        self.attention, self.product, self.heads = attention, attention.scores, heads
-        self.carriers = frozenset(_carriers(self.product.node, attention.node))
+        self.attention, self.product, self.heads, self.ends = attention, attention.scores, heads, ends
+        self.carriers = frozenset(_carriers(self.product.node, (attention.node, *ends)))
 
     def split(self, node: Node) -> tuple[Node, object] | None:
         """(scores, other operand) of an op with two operands of which one carries the scores."""
@@ -77,10 +78,10 @@ class Scene:
         return (right, left) if isinstance(right, Node) and right in self.carriers else None
 
 
-def _carriers(product: Node, softmax: Node) -> set[Node]:
+def _carriers(product: Node, ends: tuple[Node, ...]) -> set[Node]:
     found, queue = {product}, [product]
     while queue:
-        new = [user for user in queue.pop().users if user not in found and user is not softmax]
+        new = [user for user in queue.pop().users if user not in found and user not in ends]
         found.update(new)
         queue += new
     return found

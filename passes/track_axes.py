@@ -1,13 +1,14 @@
 """Follow the axes of a KV buffer through a chain of views: which axis of the operand is what.
 
-A dimension of a tensor is a tuple of the buffer's axes "B", "H", "N", "D" and "repeat", in order of
-significance; axes of size 1 are left out. ``None`` as a result means that a view was not understood.
+A dimension of a tensor is a tuple of axes, in order of significance; axes of size 1 are left out. Axes are those of
+the buffer, "B", "H", "N", "D"; "part", some of the heads in a row; and ``REPEATS``, along which nothing changes.
+``None`` as a result means that a view was not understood.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -17,6 +18,19 @@ from xquant_fx.passes.vocabulary import kind
 
 Axes = tuple[tuple[str, ...], ...]
 
+#: Names of axes that repeat the same numbers: heads for grouped queries, say.
+REPEATS = ("repeat", "repeat again")
+#: What ``sizes`` call the first head of "part".
+FIRST = "first"
+
+
+class Tracked(NamedTuple):
+    """What the axes of a view are."""
+
+    axes: Axes
+    sizes: dict[str, int]
+    """Of all axes; ``FIRST``: the head of the buffer that "part" begins with, if there is one."""
+
 
 def expected(shape: tuple[int, ...], *dims: str) -> Axes:
     """Axes of a tensor whose dimensions are ``dims`` (such as "B", "H repeat"), for a buffer of ``shape``."""
@@ -24,8 +38,8 @@ def expected(shape: tuple[int, ...], *dims: str) -> Axes:
     return tuple(tuple(name for name in dim.split() if name not in ones) for dim in dims)
 
 
-def axes_of(node: Node, root: Node) -> Axes | None:
-    """Axes of ``node``, a view of the buffer ``root`` [B, H, N, D]."""
+def tracked(node: Node, root: Node) -> Tracked | None:
+    """The axes of ``node``, a view of the buffer ``root`` [B, H, N, D]."""
     chain: list[Node] = []
     while node is not root:
         chain.append(node)
@@ -34,12 +48,15 @@ def axes_of(node: Node, root: Node) -> Axes | None:
             return None
         node = before
     sizes = dict(zip("BHND", value_of(root).shape, strict=True))
-    return followed(list(reversed(chain)), expected(value_of(root).shape, *"BHND"), sizes)
+    axes = followed(list(reversed(chain)), expected(value_of(root).shape, *"BHND"), sizes)
+    return None if axes is None else Tracked(axes, sizes)
 
 
 def followed(chain: list[Node], axes: Axes | None, sizes: dict[str, int]) -> Axes | None:
-    """Axes after the views ``chain``, in program order, of a tensor that has ``axes`` of ``sizes``."""
-    for view in chain:
+    """Axes after the views ``chain``, in program order, of a tensor that has ``axes`` of ``sizes``, which may grow."""
+    for at, view in enumerate(chain):
+        if kind(view) == "split" and at + 1 < len(chain):
+            continue  # what is taken of the pieces comes next
         if fake(view) is None or axes is None:
             return None
         axes = _view(view, axes, sizes, tuple(value_of(view).shape))
@@ -65,11 +82,14 @@ def _view(node: Node, axes: Axes, sizes: dict[str, int], shape: tuple[int, ...])
         at = _index(node, 1, "dim", rank + 1)
         return (*axes[:at], (), *axes[at:])
     if what == "getitem":
-        return _getitem(node.args[1], axes, sizes)
+        split = operand(node)
+        return _piece(node, split, axes, sizes) if kind(split) == "split" else _getitem(node.args[1], axes, sizes)
+    if what == "narrow":
+        return _narrow(node, axes, sizes)
     if what == "expand":
         return _expand(axes, sizes, shape)
-    if what == "repeat_interleave":
-        return _repeat(node, axes, sizes)
+    if what in ("repeat_interleave", "repeat"):
+        return _repeat(node, axes, sizes) if what == "repeat_interleave" else _tile(node, axes, sizes)
     other_numbers = isinstance(argument(node, 1, "dtype"), torch.dtype)  # view(dtype) reads the same bits anew
     if what in ("reshape", "view") and not other_numbers:
         return regrouped(axes, sizes, shape)
@@ -87,7 +107,7 @@ def _size(dim: tuple[str, ...], sizes: dict[str, int]) -> int:
 
 
 def _getitem(index: object, axes: Axes, sizes: dict[str, int]) -> Axes | None:
-    """Full slices and new axes of size 1; anything else selects."""
+    """Full slices, new axes of size 1, and heads in a row; anything else selects."""
     items = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in items:
         at = items.index(Ellipsis)
@@ -98,9 +118,11 @@ def _getitem(index: object, axes: Axes, sizes: dict[str, int]) -> Axes | None:
         if item is None:
             out.append(())
         elif isinstance(item, slice) and rest:
-            if not _takes_all(item, _size(rest[0], sizes)):
+            dim = rest.pop(0)
+            taken = dim if _takes_all(item, _size(dim, sizes)) else _heads(dim, item, sizes)
+            if taken is None:
                 return None
-            out.append(rest.pop(0))
+            out.append(taken)
         else:
             return None
     return (*out, *rest)
@@ -115,30 +137,87 @@ def _takes_all(item: slice, size: object) -> bool:
     return all(v is None or isinstance(v, int) for v in bounds) and full[item] == full
 
 
+def _heads(dim: tuple[str, ...], item: slice, sizes: dict[str, int]) -> tuple[str, ...] | None:
+    """The heads that ``item`` takes of a dimension of heads alone."""
+    bounds = (item.start, item.stop, item.step)
+    if dim not in (("H",), ("part",)) or not all(v is None or isinstance(v, int) for v in bounds):
+        return None
+    taken = range(sizes[dim[0]])[item]
+    if taken.step != 1 or not taken:
+        return None
+    sizes[FIRST], sizes["part"] = sizes.get(FIRST, 0) + taken.start, len(taken)
+    return ("part",) if len(taken) > 1 else ()
+
+
+def _piece(node: Node, split: Node | None, axes: Axes, sizes: dict[str, int]) -> Axes | None:
+    """``x.chunk(2, dim)[i]``: heads in a row."""
+    pieces, number = split.meta.get("example_value") if split is not None else None, node.args[1]
+    if split is None or not isinstance(pieces, tuple | list) or not isinstance(number, int):
+        return None
+    dim = _index(split, 2, "dim", len(axes)) if argument(split, 2, "dim") is not None else 0
+    lengths = [piece.shape[dim] for piece in pieces]
+    start = sum(lengths[: number % len(pieces)])
+    return _taken(axes, dim, slice(start, start + lengths[number]), sizes)
+
+
+def _narrow(node: Node, axes: Axes, sizes: dict[str, int]) -> Axes | None:
+    start, length = argument(node, 2, "start"), argument(node, 3, "length")
+    if not isinstance(start, int) or not isinstance(length, int) or start < 0:
+        return None
+    return _taken(axes, _index(node, 1, "dim", len(axes)), slice(start, start + length), sizes)
+
+
+def _taken(axes: Axes, dim: int, item: slice, sizes: dict[str, int]) -> Axes | None:
+    return _getitem((*[slice(None)] * dim, item), axes, sizes)
+
+
+def _new_repeat(sizes: dict[str, int], count: int) -> tuple[str, ...] | None:
+    """A name for one more axis of repeats, ``count`` of them, if there is one left."""
+    name = next((each for each in REPEATS if each not in sizes), None)
+    if name is None:
+        return None
+    sizes[name] = count
+    return (name,)
+
+
 def _expand(axes: Axes, sizes: dict[str, int], shape: tuple[int, ...]) -> Axes | None:
-    """Only one axis of size 1 may grow: that of the repeated heads."""
+    """Axes of size 1 may grow: those of the repeated heads."""
     if len(shape) != len(axes):
         return None
     out = []
     for dim, size in zip(axes, shape, strict=True):
-        if _size(dim, sizes) == size:
-            out.append(dim)
-        elif not dim and "repeat" not in sizes:
-            sizes["repeat"] = size
-            out.append(("repeat",))
-        else:
+        same = _size(dim, sizes) == size
+        now = dim if same or dim else _new_repeat(sizes, size)
+        if now is None or (dim and not same):
             return None
+        out.append(now)
     return tuple(out)
 
 
 def _repeat(node: Node, axes: Axes, sizes: dict[str, int]) -> Axes | None:
     count, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
-    if not isinstance(count, int) or not isinstance(dim, int) or "repeat" in sizes:
+    if not isinstance(count, int) or not isinstance(dim, int):
         return None
-    if count == 1:
-        return axes
-    sizes["repeat"], dim = count, dim % len(axes)
-    return (*axes[:dim], (*axes[dim], "repeat"), *axes[dim + 1 :])
+    repeat = () if count == 1 else _new_repeat(sizes, count)
+    if repeat is None:
+        return None
+    dim = dim % len(axes)
+    return (*axes[:dim], (*axes[dim], *repeat), *axes[dim + 1 :])
+
+
+def _tile(node: Node, axes: Axes, sizes: dict[str, int]) -> Axes | None:
+    """``x.repeat(1, 2, 1, 1)``: all of a dimension, then all of it again."""
+    counts: Any = node.args[1:]
+    counts = counts[0] if len(counts) == 1 and isinstance(counts[0], tuple | list) else counts
+    if len(counts) != len(axes) or not all(isinstance(count, int) and count > 0 for count in counts):
+        return None
+    out = []
+    for dim, count in zip(axes, counts, strict=True):
+        tile = () if count == 1 else _new_repeat(sizes, count)
+        if tile is None:
+            return None
+        out.append((*tile, *dim))
+    return tuple(out)
 
 
 def regrouped(axes: Axes, sizes: dict[str, int], shape: tuple[int, ...]) -> Axes | None:

@@ -40,6 +40,8 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "clamp": (torch.clamp, torch.clip, "clamp", "clamp_", "clip"),
     "nan_to_num": (torch.nan_to_num, "nan_to_num"),
     "minmax": (torch.maximum, torch.minimum, "maximum", "minimum"),
+    "logsumexp": (torch.logsumexp, torch.special.logsumexp, "logsumexp"),
+    "sigmoid": (torch.sigmoid, torch.special.expit, _F.sigmoid, "sigmoid"),
     "dropout": (_F.dropout, torch.dropout),
     # masks and sink logits
     "masked_fill": (torch.masked_fill, "masked_fill", "masked_fill_"),
@@ -75,7 +77,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "setitem": (operator.setitem,),
     "copy": ("copy_",),
     "factory": (
-        torch.zeros, torch.empty, torch.full, torch.ones, torch.zeros_like, torch.empty_like,
+        torch.zeros, torch.empty, torch.full, torch.ones, torch.zeros_like, torch.empty_like, torch.tensor,
         "new_zeros", "new_empty", "new_full", "new_ones",
     ),
     "shape": ("size", "dim", "stride", "numel"),

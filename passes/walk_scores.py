@@ -17,7 +17,7 @@ def walk(scene: Scene, node: object) -> Scores | str:
     """Take ops off ``node``, the softmax's input, until the product; what was found, or why that fails."""
     found = Scores()
     while isinstance(node, Node):
-        others = [user for user in node.users if user is not found.largest]
+        others = [user for user in node.users if user is not found.largest and user not in scene.ends]
         if len(others) != 1:
             return "the attention scores are used for something else, too"
         if node is scene.product.node:

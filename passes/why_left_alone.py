@@ -59,8 +59,11 @@ def why_not_length(buffer: Node, what: str, facts: Facts) -> str:
 def window_tokens(root: Node, facts: Facts) -> int:
     """Tokens of the buffer that ``root`` is, or that new tokens ``root`` overflow, if it is a sliding window's; else 0.
 
-    What grows by concatenation is as long as it happens to be, which says nothing of a window.
+    What grows by concatenation is as long as it happens to be; what is kept of it says how long the window is.
     """
+    growth = facts.growth(root)
+    if growth is not None:
+        return growth.window
     buffer = facts.overflows(root)
     if buffer is None and (root.op == "placeholder" or (is_factory(root) and facts.writes_to(root))):
         buffer = root if _is_copied_over(root, facts) or why_not_length(root, "", facts) else None
@@ -137,7 +140,7 @@ def _why_not_growth(write: Write, what: str, facts: Facts) -> str:
         return f"{what} grow from a parameter"
     reason = _why_not_mutation(write.node, what, facts)
     for user, operand in readers(write.node):
-        if reason or is_shape_query(user) or (user.op == "output" and operand is write.node):
+        if reason or is_shape_query(user) or (user.op == "output" and operand is write.returned):
             continue
         reason = _why_not_reader(user, operand, what, facts)
     return reason

@@ -82,6 +82,11 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v3": ("DeepseekV3ForCausalLM", MLA),
     "qwen3_next": ("Qwen3NextForCausalLM", LINEAR),
+    "deepseek_v32": ("DeepseekV32ForCausalLM", dict(MLA, index_n_heads=8, index_head_dim=16, index_topk=6)),
+    "falcon_h1": (
+        "FalconH1ForCausalLM",
+        dict(SMALL, mamba_n_heads=4, mamba_d_head=8, mamba_d_ssm=32, mamba_n_groups=1, mamba_d_state=8),
+    ),
 }
 
 

@@ -47,7 +47,7 @@ CAPABILITY = (9, 0)
 CARD = SimpleNamespace(
     name="imaginary Hopper", major=CAPABILITY[0], minor=CAPABILITY[1], warp_size=32, multi_processor_count=132,
     regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
-    shared_memory_per_block_optin=232448, total_memory=80 * 2**30,
+    shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472, total_memory=80 * 2**30,
 )  # fmt: skip
 
 
@@ -90,8 +90,8 @@ def generated_code(
 
 
 @contextlib.contextmanager
-def fake_cuda() -> Iterator[None]:
-    """Pretend, to the compiler only, that there is a CUDA card."""
+def fake_cuda(card: SimpleNamespace = CARD) -> Iterator[None]:
+    """Pretend, to the compiler only, that there is a CUDA card of CAPABILITY."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import config as inductor_config
     from triton.backends.compiler import GPUTarget
@@ -99,7 +99,7 @@ def fake_cuda() -> Iterator[None]:
 
     importlib.import_module("torch._inductor.compile_fx")  # before the patches: it looks at the devices once
     target = GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
-    properties = staticmethod(lambda device=None: CARD)
+    properties = staticmethod(lambda device=None: card)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_device_guard())
         for owner, name, value in (

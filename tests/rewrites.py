@@ -18,6 +18,7 @@ from xquant_fx.compiler.options import parse
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
+from xquant_fx.passes.graph import fake_mode
 from xquant_fx.passes.trace import fake, source_of
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -63,6 +64,12 @@ def check_rewritten(gm: GraphModule, stores: int, loads: int = 0, fused: int = 0
     """Nothing of the quantized buffers is left, and every attention reads after its store, dequantized or fused."""
     assert (count(gm, *STORES), count(gm, ops.LOAD), count(gm, ops.DECODE)) == (stores, loads, fused)
     assert not any(isinstance(fake(node), QuantizedKV) for node in gm.graph.nodes)
+    for node in (n for n in gm.graph.nodes if n.target is ops.LOAD):
+        with fake_mode(gm.graph):
+            found = node.target(**{k: fake(v) if isinstance(v, Node) else v for k, v in node.kwargs.items()})
+        said = fake(node)  # not computed by the op
+        assert (said.shape, said.stride(), said.dtype) == (found.shape, found.stride(), found.dtype)
+        assert said.device == found.device
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     fused_nodes = [n for n in gm.graph.nodes if n.target is ops.DECODE]
     scales = [(n, DecodeArguments.of(n).k_scale) for n in fused_nodes]

@@ -37,11 +37,13 @@ STEPS = [250, 50, 1, 5, 8, 1, -6, 3, 40, 1, 1, 8, -8, 2, 150, 1, 7]
 Append = Callable[[KVState, Tensor, Tensor], None]
 
 
-def pair(config: XQuantConfig, window: int, batch: int, dim: int, dtype: torch.dtype = torch.float32) -> list[KVState]:
+def pair(
+    config: XQuantConfig, window: int, batch: int, dim: int, dtype: torch.dtype = torch.float32, length: int = LENGTH
+) -> list[KVState]:
     """Empty keys and values of one layer, poisoned; ``window`` 0 keeps all tokens."""
     plan = make_plan(config, 1)
     roles: tuple[Role, ...] = get_args(Role)
-    shape = (batch, HEADS, LENGTH, dim)
+    shape = (batch, HEADS, length, dim)
     specs = [plan.layers[0].of(role).bind(0, shape, dtype, None, window=window) for role in roles]
     group = CacheGroup(plan, batch, torch.device("cpu"), torch.tensor([0, 11])[:batch])
     states = allocate(group, specs)
@@ -89,14 +91,17 @@ def decode(
     new: int,
     stored: int = 500,
     dim: int = 32,
+    length: int = LENGTH,
+    window: int = WINDOW,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``new`` queries after ``stored`` tokens: by ``run``, and in plain torch where all are kept."""
     results = []
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(2, 3 * HEADS, new, dim, generator=generator).to(dtype)
     x = [torch.randn(2, HEADS, stored + new, dim, generator=generator).to(dtype) for _ in range(2)]
-    for window, body in ((WINDOW, run), (0, attend)):
-        states = pair(config, window, 2, dim, dtype)
+    for kept, body in ((window, run), (0, attend)):
+        states = pair(config, kept, 2, dim, dtype, length)
+        assert all(state.spec.wraps for state in states) == bool(kept)
         chunk: list[Tensor | None] = [None, None]
         for side, state in enumerate(states):
             append_by_op(state, x[side][:, :, :stored], torch.arange(stored))
@@ -106,9 +111,9 @@ def decode(
                 state.owned.update(before)
                 chunk[side] = x[side][:, :, stored:]
         key, value = states
-        t, last = torch.arange(LENGTH), torch.arange(stored, stored + new)[:, None]
+        t, last = torch.arange(length), torch.arange(stored, stored + new)[:, None]
         mask = ((t <= last) & (t >= torch.tensor([0, 11])[:, None, None]))[:, None]
-        fixed = {**key.spec.decode_constants(value.spec), "window": WINDOW}
+        fixed = {**key.spec.decode_constants(value.spec), "window": window}
         results.append(body(DecodeArguments(
             q=q, **of_sides(key.tensor, value.tensor), start=key.group.start, past=torch.tensor([stored]), mask=mask,
             sink_logits=None, new_tokens=new, scale=dim**-0.5, softcap=0.0, k_new=chunk[0], v_new=chunk[1], **fixed,

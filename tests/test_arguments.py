@@ -15,6 +15,7 @@ from xquant_fx.kernels.arguments import Arguments, Elements, Overload, Symbolic
 from xquant_fx.kernels.cpu.source import pointers
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
+from xquant_fx.kernels.quantize_store.both_arguments import BOTH, BothArguments
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 
 
@@ -67,6 +68,8 @@ def test_nodes_are_read_by_name_however_they_were_called() -> None:
         (ops.APPEND_CPU_BORROWED, StoreArguments, BORROWED),
         (torch.ops.xquant.triton_append.default, StoreArguments, OWN),
         (torch.ops.xquant.triton_append_borrowed.default, StoreArguments, BORROWED),
+        *((ops.STORE_BOTH[name], BothArguments, overload) for name, overload in BOTH.items()),
+        (torch.ops.xquant.triton_append_both_k.default, BothArguments, BOTH["k"]),
         (ops.LOAD, LoadArguments, Overload()),
         (ops.DECODE, DecodeArguments, Overload()),
         (ops.DECODE_CPU, DecodeArguments, Overload()),

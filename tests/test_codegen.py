@@ -22,7 +22,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._triton import has_triton
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, PretrainedConfig
 
 from xquant_fx import XQuantCache, XQuantConfig
 from xquant_fx.cache.group import CacheGroup
@@ -38,6 +38,7 @@ MODEL = LlamaConfig(
     vocab_size=64, hidden_size=HEADS * DIM, intermediate_size=96, num_hidden_layers=2, num_attention_heads=HEADS,
     num_key_value_heads=KV_HEADS, head_dim=DIM, max_position_embeddings=64,
 )  # fmt: skip
+SLIDING = MistralConfig(**{**MODEL.to_dict(), "model_type": "mistral"}, sliding_window=160)
 PRESETS = ["xquant", pytest.param("xquant-1bit", marks=pytest.mark.slow)]
 DEVICES = ["cpu", "cuda"]
 
@@ -55,10 +56,20 @@ def empty_cache(preset: str, length: int = LENGTH) -> XQuantCache:
     return cache
 
 
-def on_device(cache: XQuantCache, device: str) -> XQuantCache:
+@functools.cache
+def sliding_cache() -> XQuantCache:
+    """One whose layers keep a window alone, by the default schemes."""
+    config = XQuantConfig(k_group_size=32, residual_length=32, k_token_norms=True)
+    cache = XQuantCache(SLIDING, 600, config=config)
+    cache.early_initialization(1, KV_HEADS, DIM, DTYPE, torch.device("cpu"))
+    assert all(state.spec.wraps for state in cache.states)
+    return cache
+
+
+def on_device(cache: XQuantCache, device: str, model: PretrainedConfig = MODEL) -> XQuantCache:
     """A cache of the same specs as ``cache``, allocated anew; under a FakeTensorMode a fake one."""
     group = CacheGroup(cache.plan, 1, torch.device(device))
-    twin = XQuantCache(MODEL, cache.quantized_layers[0].max_cache_len, config=cache.xquant_config)
+    twin = XQuantCache(model, cache.quantized_layers[0].max_cache_len, config=cache.xquant_config)
     states: dict[KVState | None, KVState] = {}
     for layer, old in zip(twin.quantized_layers, cache.quantized_layers, strict=True):
         layer.lazy_initialization(*torch.zeros(2, 1, KV_HEADS, 0, DIM, dtype=DTYPE, device=device))
@@ -126,7 +137,7 @@ class Source:
         return set(re.findall(r"torch\.ops\.([\w.]+)\(", self.call))
 
 
-#: Arguments of our own kernels that they write to.
+#: Arguments of our own kernels that they write to, without the number of a side.
 OUR_OUTPUTS = "'codes', 'scale', 'zero', 'ring', 'sink', 'length', 'fault', 'part', 'stats', 'out'"
 
 
@@ -165,7 +176,7 @@ def _triton_kernels(code: str) -> dict[str, list[bool]]:
         arguments = [a.strip() for a in arguments if a.strip() and "constexpr" not in a]
         found = re.search(r"'mutated_arg_names': \[(.*?)\]", text)
         mutated = found.group(1) if found else OUR_OUTPUTS
-        kernels[name] = [f"'{a}'" in mutated or a.startswith("out_ptr") for a in arguments]
+        kernels[name] = [f"'{re.sub('_[01]$', '', a)}'" in mutated or a.startswith("out_ptr") for a in arguments]
     return kernels
 
 
@@ -177,10 +188,12 @@ def maybe_fake(device: str) -> contextlib.AbstractContextManager[None]:
     return fake_cuda()
 
 
-def step_args(cache: XQuantCache, device: str, tokens: int = 1) -> tuple[LlamaForCausalLM, XQuantCache, Tensor]:
+def step_args(
+    cache: XQuantCache, device: str, tokens: int = 1, config: PretrainedConfig = MODEL
+) -> tuple[LlamaForCausalLM, XQuantCache, Tensor]:
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(MODEL, dtype=DTYPE).eval()
-        return model, on_device(cache, device), torch.zeros(1, tokens, dtype=torch.long)
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
+        return model, on_device(cache, device, config), torch.zeros(1, tokens, dtype=torch.long)
 
 
 @functools.cache
@@ -246,7 +259,22 @@ def test_triton_kernels_do_all_the_work() -> None:
     source = Source(step_code("xquant", "cuda"))
     assert source.code.count("async_compile.triton(") > 10
     assert "async_compile.cpp" not in source.code
-    assert "empty_strided_cpu(" not in source.call and "device='cpu'" not in source.call
+    check_all_on_device(source)
+
+
+def check_all_on_device(source: Source) -> None:
+    """No input and no buffer is the CPU's, no number of the device's is asked for: what CUDA graphs would not take."""
+    inputs = re.findall(r"(arg\w+) = rand_strided\(.*device='(\w+)", source.code)
+    assert {name for name, _ in inputs} == set(source.inputs) and {device for _, device in inputs} == {"cuda"}
+    assert "empty_strided_cpu(" not in source.call and "device='cpu'" not in source.code
+    assert not re.search(r"\.(item|tolist|cpu|to)\(|_local_scalar_dense|synchronize", source.call)
+
+
+def test_launches_of_a_layer() -> None:
+    """Keys and values are stored by one, with codes of their own and with borrowed ones; attention takes two."""
+    source = Source(step_code("xquant", "cuda"))
+    ours = [name.rstrip("_0123456789") for name, _ in source.runs if not name.startswith("triton_")]
+    assert ours == ["append_kernel", "decode_kernel", "combine_kernel"] * MODEL.num_hidden_layers
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -308,6 +336,21 @@ def test_reduce_overhead_makes_one_cuda_graph() -> None:
     assert source.code.count("def partition_") == source.call.count("self.partitions[") == 1
     outside = source.runs, source.allocated, source.fallbacks, "extern_kernels" in source.call
     assert not any(outside)
+
+
+@pytest.mark.slow
+def test_sliding_windows_are_in_that_graph_too() -> None:
+    """Ranked keys, rotated values and storage that starts over: everything in one partition, by our kernels."""
+    cache = sliding_cache()
+    with maybe_fake("cuda"):
+        code = generated_code(decode, lambda: step_args(cache, "cuda", 1, SLIDING), mode="reduce-overhead")
+    source = Source(code)
+    check_all_on_device(source)
+    assert source.code.count("def partition_") == source.call.count("self.partitions[") == 1
+    outside = source.runs, source.allocated, source.fallbacks, "extern_kernels" in source.call
+    assert not any(outside)
+    for kernel in ("append_kernel", "decode_kernel", "combine_kernel"):
+        assert len(re.findall(rf"\n +{kernel}_\d+\.run\(", source.code)) == MODEL.num_hidden_layers
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

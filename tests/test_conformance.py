@@ -15,12 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from conformance import EXACT, found_in  # noqa: E402
-from conformance_report import page, sums  # noqa: E402
+from conformance_report import TAKEN_OVER, page, sums  # noqa: E402
+from life_of_a_cache import SCENARIOS, Life, outcome  # noqa: E402
+from life_of_a_cache import page as life_page  # noqa: E402
 
 RECORDS: dict[str, dict[str, Any]] = json.loads((ROOT / "docs" / "conformance.json").read_text())
 #: Other ways to write, to read or to attend each.
 THIRTY = (
-    "apertus", "arcee", "bloom", "codegen", "cohere", "cohere2", "deepseek_v3", "diffllama", "doge", "falcon",
+    "apertus", "arcee", "bloom", "codegen", "cohere", "cohere2", "deepseek_v32", "diffllama", "doge", "falcon_h1",
     "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj",
     "granite", "llama", "mistral", "mixtral", "nemotron", "olmo2", "opt", "phi", "qwen3", "stablelm",
 )  # fmt: skip
@@ -51,6 +53,10 @@ def test_what_is_recorded_is_right() -> None:
         assert record["error at 4 bits"] < WORST and not record["refused by self_check"], name
         assert record["sites"] == record["quantized"] + sum(record["left"].values()), name
         assert all(record["left"]), name
+    for name, record in RECORDS.items():
+        for each in (record[kind] for kind in TAKEN_OVER if not record.get(kind, {}).get("eager", "not run")):
+            assert each["error at 16 bits"] < EXACT and each["same tokens"], name
+            assert each["sites"] == each["quantized"] + sum(each["left"].values()) and all(each["left"]), name
 
 
 def test_the_page_is_what_the_records_say() -> None:
@@ -64,3 +70,29 @@ def test_a_skip_shows() -> None:
     text = page({"one": {**record, "same tokens": True}}, 2)
     assert "(1 examined)" in text and "quantized: 1; fused: 1" in text and "| 1x a reason |" in text
     assert "exact at 16 bits, with the same greedy tokens: 1 of 1" in text and "left 1 times: a reason" in text
+
+
+def test_nothing_in_the_life_of_a_cache_is_wrong() -> None:
+    """By the last `make conformance`; the same things are tested one by one elsewhere."""
+    lived = json.loads((ROOT / "docs" / "life.json").read_text())
+    assert list(lived) == list(SCENARIOS)
+    for name, row in lived.items():
+        assert len(row) == 6 and all("wrong" not in found for found in row.values()), name
+    assert (ROOT / "docs" / "life.md").read_text() == life_page(lived)
+
+
+def test_what_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def differs(life: Life) -> list[torch.Tensor]:
+        return [torch.ones(3) * (1 if life.mode == "plain" else 2)]
+
+    def fails(life: Life) -> list[torch.Tensor]:
+        if life.mode != "plain":
+            raise ValueError("in words")
+        return [torch.ones(3)]
+
+    monkeypatch.setitem(SCENARIOS, "differs", differs)
+    monkeypatch.setitem(SCENARIOS, "fails", fails)
+    found = {name: {"XQuantCache, eager": outcome(name, "XQuantCache", "eager")} for name in ("differs", "fails")}
+    assert found["differs"] == {"XQuantCache, eager": {"wrong": "off by 1.0e+00"}}
+    text = life_page(found)
+    assert "**wrong: off by 1.0e+00**" in text and "| fails | error 1 |" in text and "1. ValueError: in words" in text

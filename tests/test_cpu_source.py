@@ -29,7 +29,6 @@ from xquant_fx.kernels.decode_attention import cpu_call as attention
 from xquant_fx.kernels.decode_attention import cpu_source as cpu_attention
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.linear_rows import cpu_source as cpu_linear
-from xquant_fx.kernels.linear_rows.arguments import LinearArguments
 from xquant_fx.kernels.quantize_store import cpu_call as append
 from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
 from xquant_fx.kernels.quantize_store.arguments import OWN, StoreArguments
@@ -38,7 +37,7 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 OPS = ("decode_attention", "quantize_store", "linear_rows")
 
 
-LINEAR = cpu_linear.Problem(dtype=torch.bfloat16, rows=1, bias=True)
+LINEAR = cpu_linear.Problem(dtype=torch.bfloat16, rows=1, biased=(True, False))
 NEW_PAIR = dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated", residual=64)
 
 
@@ -74,7 +73,7 @@ def examples() -> dict[str, str]:
     tensors = (
         cpu_source.pointers(DecodeArguments, Overload()),
         cpu_source.pointers(StoreArguments, OWN),
-        cpu_source.pointers(LinearArguments, Overload()),
+        {},
     )
     return {op: cpu_source.example(*parts) for op, *parts in zip(OPS, constants, tensors, strict=True)}
 

@@ -118,8 +118,8 @@ def test_dynamic_cache(llama):
 
 def test_strict_raises(llama):
     model = tiny("gemma3_text")
-    short = dict(k_group_size=2, residual_length=2, rollback_tokens=8)  # shorter than the model's window
-    with pytest.raises(NotRewrittenError, match="grow by concatenation"):
+    short = dict(k_group_size=2, residual_length=2, rollback_tokens=8, sliding_windows=False)
+    with pytest.raises(NotRewrittenError, match="sliding_windows of the config is False"):
         explain(model, IDS, past_key_values=DynamicCache(config=model.config), options=short, strict=True)
 
 

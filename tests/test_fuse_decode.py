@@ -34,6 +34,11 @@ def softmax_of(scores, values):
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype) @ values
 
 
+def weighed(scores, values, logit):
+    return softmax_of(scores, values) * logit.sigmoid().unsqueeze(-1).to(values.dtype)
+
+
+ONES = torch.ones(1, HEADS, 1)
 LEAST = torch.finfo(torch.float32).min
 BIAS = -(2.0 ** -torch.arange(1, HEADS + 1))[None, :, None, None] * torch.arange(COUNT)  # ALiBi
 
@@ -72,6 +77,9 @@ FUSED = {
         )[..., :-1]
         @ v
     ),
+    "sinks that join behind the softmax": lambda q, k, v, pos: weighed(
+        s := q @ k.mT * SCALE, v, (torch.logsumexp(s, -1) - ONES).float()
+    ),
     "two masks": lambda q, k, v, pos: softmax_of(q @ k.mT + mask_of(pos, torch.float32) + BIAS, v),
     "a mask before the scale": lambda q, k, v, pos: softmax_of((q @ k.mT + mask_of(pos).float()) * SCALE, v),
     "masked_fill": lambda q, k, v, pos: softmax_of((q @ k.mT * SCALE).masked_fill(~mask_of(pos), -torch.inf), v),
@@ -83,11 +91,18 @@ FUSED = {
     "where, a tensor filled in": lambda q, k, v, pos: softmax_of(
         torch.where(mask_of(pos), q @ k.mT, torch.full([], -1e9)), v
     ),
+    "where, a tensor made of a number filled in": lambda q, k, v, pos: softmax_of(
+        torch.where(mask_of(pos), q @ k.mT, torch.tensor(-1e9)), v
+    ),
     "a bias and a fill": lambda q, k, v, pos: softmax_of(
         (q @ k.mT / torch.full([], 3.0) + BIAS).masked_fill(~mask_of(pos), -1e9), v
     ),
     "a fill and a mask of least numbers, on rows of nothing else": lambda q, k, v, pos: softmax_of(
         (q @ k.mT).masked_fill(~mask_of(pos), -1e9) + torch.where(pos > pos[0], 0.0, LEAST)[:, None].expand(-1, COUNT),
+        v,
+    ),
+    "a fill and a mask of least numbers that add up": lambda q, k, v, pos: softmax_of(
+        (q @ k.mT).masked_fill(torch.arange(COUNT) < COUNT - 2, LEAST) + mask_of(pos, torch.float32).clamp(min=LEAST),
         v,
     ),
     "softcap, then two fills": lambda q, k, v, pos: softmax_of(
@@ -122,13 +137,49 @@ FUSED = {
     "the largest subtracted": lambda q, k, v, pos: softmax_of(
         (s := q @ k.mT + BIAS) - s.max(dim=-1, keepdim=True).values, v
     ),
+    "heads in another order": lambda q, k, v, pos: sdpa(
+        grouped(q), k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), mask_of(pos)
+    )[:, ::2],
 }
+
+#: (attention, calls of the op for one layer, heads of their masks)
+PARTS = {
+    "heads repeated in front": (
+        lambda q, k, v, pos: (
+            torch.softmax(grouped(q).unflatten(1, (2, HEADS)) @ k.mT[:, None], -1) @ v[:, None]
+        ).flatten(1, 2)[:, 1:3], 1, 1,
+    ),
+    "heads in another order, a bias each, and sinks": (
+        lambda q, k, v, pos: (
+            torch.softmax(torch.cat([
+                grouped(q) @ k.repeat(1, 2, 1, 1).mT + torch.cat([BIAS, BIAS / 3], 1),
+                torch.arange(4.0).view(1, -1, 1, 1).expand(1, 2 * HEADS, q.shape[2], 1),
+            ], -1), -1)[..., :-1] @ v.repeat(1, 2, 1, 1)
+        )[:, 1:3], 1, 2 * HEADS,
+    ),
+    "halves of the values": (
+        lambda q, k, v, pos: sum(sdpa(q, k, half.repeat(1, 2, 1, 1), mask_of(pos)) for half in v.chunk(2, 1)), 4, 1,
+    ),
+    "a half of the values, a bias each, and sinks": (
+        lambda q, k, v, pos: (
+            torch.softmax(torch.cat([
+                grouped(q) @ repeat_kv(k).mT + torch.cat([BIAS, BIAS / 3], 1),
+                torch.arange(4.0).view(1, -1, 1, 1).expand(1, 2 * HEADS, q.shape[2], 1),
+            ], -1), -1)[..., :-1] @ v[:, 1:].expand(1, 2 * HEADS, COUNT, DIM)
+        )[:, 1:3], 2, 2,
+    ),
+    "other heads of keys than of values": (
+        lambda q, k, v, pos: sdpa(q, k[:, :1], v.narrow(1, 1, 1), enable_gqa=True), 1, 1,
+    ),
+}  # fmt: skip
 
 ALONE = {  # and the word that the reason must have
     "is_causal": (lambda q, k, v, pos: sdpa(q, k, v, is_causal=True), "is_causal"),
-    "heads in another order": (
-        lambda q, k, v, pos: sdpa(grouped(q), k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))[:, ::2], "keys",
-    ),
+    "heads turned round": (lambda q, k, v, pos: sdpa(q, k, v.flip(1)), "values"),
+    "heads chosen": (lambda q, k, v, pos: sdpa(q, k[:, [1, 0]], v), "keys"),
+    "a head without its dimension": (lambda q, k, v, pos: sdpa(q, k, v[:, 1].unsqueeze(1).expand(v.shape)), "values"),
+    "halves of the channels": (lambda q, k, v, pos: torch.cat([sdpa(q, k, x) for x in v.chunk(2, 3)], -1), "values"),
+    "tokens repeated": (lambda q, k, v, pos: sdpa(q, k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1)), "keys"),
     "values that are the keys": (lambda q, k, v, pos: sdpa(q, k, k), "values from stored keys"),
     "keys that are the values": (lambda q, k, v, pos: sdpa(q, v, v), "keys are read from stored values"),
     "keys and values exchanged": (lambda q, k, v, pos: softmax_of(q @ v.mT, k), "keys are read from stored values"),
@@ -165,10 +216,6 @@ ALONE = {  # and the word that the reason must have
         lambda q, k, v, pos: softmax_of(torch.where(mask_of(pos), q @ k.mT, (2 * q) @ k.mT), v), "where",
     ),
     "scores added to themselves": (lambda q, k, v, pos: softmax_of((s := q @ k.mT) + s.tanh(), v), "scores"),
-    "heads repeated in front": (
-        lambda q, k, v, pos: (torch.softmax(
-            grouped(q).unflatten(1, (2, HEADS)) @ k.mT[:, None], -1) @ v[:, None]).flatten(1, 2)[:, ::2], "keys",
-    ),
     "another key's letter": (
         lambda q, k, v, pos: softmax_of(torch.einsum("bhqd,bgkd->bhqk", q, k), v), "not multiplied along the channels",
     ),
@@ -239,6 +286,22 @@ ALONE = {  # and the word that the reason must have
             (s := q @ k.mT) - s.max(-1, keepdim=True).values.transpose(1, 2), v)[:, :, :1] + q * 0.0
         if q.shape[2] == 1 else q * 1.0, "",
     ),
+    "a sink for each query behind the softmax": (
+        lambda q, k, v, pos: weighed(s := q @ k.mT, v, torch.logsumexp(s, -1) - pos / 9.0), "scores are used",
+    ),
+    "another sum than of the scores behind the softmax": (
+        lambda q, k, v, pos: weighed((s := q @ k.mT) * 2.0, v, torch.logsumexp(s, -1) - ONES), "scores are used",
+    ),
+    "sinks behind the softmax, and their share": (
+        lambda q, k, v, pos: weighed(s := q @ k.mT, v, x := torch.logsumexp(s, -1) - ONES) + x[..., None],
+        "scores are used",
+    ),
+    "a sum over queries behind the softmax": (
+        lambda q, k, v, pos: weighed(s := q @ k.mT, v, torch.logsumexp(s, -2)[:, :, :1] - ONES), "scores are used",
+    ),
+    "the rest behind the softmax": (
+        lambda q, k, v, pos: weighed(s := q @ k.mT, v, ONES - torch.logsumexp(s, -1)), "scores are used",
+    ),
     "another cap than it divides by": (lambda q, k, v, pos: softmax_of(torch.tanh(q @ k.mT / 5.0) * 4.0, v), "tanh"),
 }  # fmt: skip
 
@@ -266,6 +329,23 @@ def test_fused(name):
         masks = [DecodeArguments.of(node).mask for node in made.graph.nodes if node.target is ops.DECODE]
         heads = HEADS if name in BIASED else 1  # masks are broadcast, never made larger
         assert all(mask is None or fake(mask).shape[1] == heads for mask in masks)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_fused_in_parts(name, monkeypatch):
+    attend, calls, heads = PARTS[name]
+    monkeypatch.delitem(ops.DECODE_KERNELS, "cpu")  # plain torch: nothing to compile
+    mine, theirs = run_both(step_of(attend), [1, 12], seen := Rewrites())
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    for made in seen.made:
+        assert (count(made, ops.DECODE), count(made, ops.LOAD)) == (2 * calls, 0)
+        masks = [DecodeArguments.of(node).mask for node in made.graph.nodes if node.target is ops.DECODE]
+        assert all(mask is None or fake(mask).shape[1] == heads for mask in masks)
+
+
+def test_a_kernel_reads_a_part_of_the_heads():
+    mine, theirs = run_both(step_of(PARTS["halves of the values"][0]), [1] * 9, Rewrites())
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ALONE)

@@ -37,6 +37,18 @@ FOUND = {
     "a concatenation, and a graph break before attention, left without a word": case(
         append="cat", graph_break="before attention"
     ),
+    "a graph break before all layers: the options were taken for others than those of the takeover": case(
+        position="item", layers=2, bits=4, scheme="shared", attention="written out"
+    ),
+    "the same, and keys that grow": case(
+        position="item", layers=2, bits=4, scheme="shared", attention="written out", append="cat"
+    ),
+    "rank 3, an attention that is spelt out, left without a word": case(
+        layout="rank 3", attention="written out", weights="spelt out", events=(10, 1)
+    ),
+    "keys and values in one tensor, and a graph break before attention, left without a word": case(
+        holder="stacked", graph_break="before attention", events=(6, 1)
+    ),
 }
 
 

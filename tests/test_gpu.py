@@ -86,6 +86,35 @@ def test_compiled_steps_are_the_eager_ones(preset: str, attention: str, mode: st
     torch.testing.assert_close(torch.cat(outs[0], 1), torch.cat(outs[1], 1), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("preset", ["xquant", "xquant-2.2"])
+def test_a_whole_step_is_one_cuda_graph(preset: str) -> None:
+    """Nothing is left out of it, nothing but token ids is copied into it, and the host waits for nothing."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny("llama", max_position_embeddings=256).cuda()
+    cache = XQuantCache(model.config, 256, XQuantConfig.preset(preset).replace(k_group_size=32, residual_length=32))
+    ids = torch.randint(3, 60, (2, 70), generator=torch.Generator().manual_seed(0)).cuda()
+    step = torch.compile(model.forward, backend="xquant", mode="reduce-overhead", dynamic=False)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(5):  # compiles, warms up, records, replays
+            torch.compiler.cudagraph_mark_step_begin()
+            step(ids[:, :1], past_key_values=cache)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                torch.compiler.cudagraph_mark_step_begin()
+                step(ids[:, :1], past_key_values=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] <= 1
+    assert {state.length for state in cache.states} == {78}
+
+
 @pytest.mark.parametrize("length", [4096, 32768])
 def test_a_step_allocates_next_to_nothing(length: int) -> None:
     """Less than 16 bytes per token beyond weights and cache."""

@@ -15,7 +15,8 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from xquant_fx import CacheStateError, UnsupportedWriteError, XQuantCache, XQuantConfig, memory_report, ops
-from xquant_fx.cache.growing import GrowingKV, Growth, room_for
+from xquant_fx.cache.growing import GrowingKV
+from xquant_fx.cache.growth import Growth, room_for
 
 SHAPE = (1, 2, 512, 16)  # [B, H, room, D]
 CONFIG = XQuantConfig(k_bits=2, v_bits=2, residual_length=64, k_group_size=32, sink_tokens=2)

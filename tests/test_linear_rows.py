@@ -16,7 +16,7 @@ from xquant_fx import ops
 from xquant_fx.kernels.cpu import build as cpu_build
 from xquant_fx.kernels.cpu.isa import ISAS
 from xquant_fx.kernels.linear_rows.arguments import LinearArguments
-from xquant_fx.kernels.linear_rows.cpu_call import is_faster_here, problem_of
+from xquant_fx.kernels.linear_rows.cpu_call import empty_output, is_faster_here, problem_of, sizes_given
 from xquant_fx.kernels.linear_rows.cpu_source import FASTER, source
 from xquant_fx.kernels.linear_rows.plain_torch import linear
 
@@ -31,29 +31,36 @@ SHAPES = [
     (torch.float32, 1, 200, 180, True),
     (torch.float32, 8, 17, 9, False),
 ]
+#: Outputs of several layers, by their sum; that of one output has no bias.
+LAYERS = {50: [1, 49], 180: [100, 63, 17], 6: [2, 1, 3]}
 
 
 def problem(dtype: torch.dtype, rows: int, inner: int, out: int, bias: bool) -> LinearArguments:
     generator = seeded(rows * inner)
     x, weight, b = (torch.randn(s, generator=generator) for s in ((1, rows, inner), (out, inner), (out,)))
-    return LinearArguments(x.to(dtype), weight.to(dtype), b.to(dtype) if bias else None)
+    cuts = LAYERS.get(out, [out])
+    biases = [part.to(dtype) if bias and part.shape[0] != 1 else None for part in b.split(cuts)]
+    return LinearArguments(x.to(dtype), list(weight.to(dtype).split(cuts)), biases)
 
 
 def check(a: LinearArguments, out: Tensor) -> None:
     """One rounding to the dtype, and what float32 sums may lose."""
-    x, weight = a.x.double(), a.weight.double()
-    bias = None if a.bias is None else a.bias.double()
-    truth = nn.functional.linear(x, weight, bias)
-    terms = nn.functional.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
-    rounded = EPS[a.x.dtype] * truth.abs() * (a.x.dtype != torch.float32)
-    budget = 1.001 * rounded + 2.0**-24 * (8 + a.x.shape[-1] / 8) * terms
-    assert out.dtype == a.x.dtype and ((out.double() - truth).abs() <= budget).all()
+    x, rows = a.x.double(), a.x.shape[:-1].numel()
+    parts = out.split([rows * weight.shape[0] for weight in a.weights])
+    assert out.dtype == a.x.dtype
+    for weight, bias, part in zip(a.weights, a.biases, parts, strict=True):
+        weight, bias = weight.double(), None if bias is None else bias.double()
+        truth = nn.functional.linear(x, weight, bias)
+        terms = nn.functional.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+        rounded = EPS[a.x.dtype] * truth.abs() * (a.x.dtype != torch.float32)
+        budget = 1.001 * rounded + 2.0**-24 * (8 + a.x.shape[-1] / 8) * terms
+        assert ((part.view(truth.shape).double() - truth).abs() <= budget).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_the_truth(shape: Any) -> None:
     a = problem(*shape)
-    check(a, ops.LINEAR_ROWS(a.x, a.weight, a.bias))
+    check(a, ops.LINEAR_ROWS(a.x, a.weights, a.biases))
     check(a, linear(a))
 
 
@@ -64,59 +71,80 @@ def test_narrower_vectors(isa: str) -> None:
     for shape in SHAPES[1], SHAPES[4], SHAPES[5]:
         a = problem(*shape)
         types, code = source(problem_of(a), ISAS[isa])
-        out = torch.empty(*a.x.shape[:-1], a.weight.shape[0], dtype=a.x.dtype)
-        cpu_build.load(types, code)(*a.tensors.values(), out, a.weight.shape[1], a.weight.shape[0])
+        out = empty_output(a.x, a.weights, a.biases)
+        cpu_build.load(types, code)(*a.tensors, out, *sizes_given(a))
         check(a, out)
 
 
 def test_nan_and_infinity_stay() -> None:
     a = problem(torch.bfloat16, 2, 64, 8, False)
-    a.x[0, 0, 5], a.weight[3, 7], a.weight[4] = torch.nan, torch.inf, 0.0
-    out = ops.LINEAR_ROWS(a.x, a.weight)
+    a.x[0, 0, 5], a.weights[0][3, 7], a.weights[0][4] = torch.nan, torch.inf, 0.0
+    out = ops.LINEAR_ROWS(a.x, a.weights, a.biases).view(1, 2, 8)
     assert out[0, 0].isnan().all()
     assert out[0, 1].isinf().tolist() == [n == 3 for n in range(8)] and out[0, 1, 4] == 0
 
 
 def test_opcheck() -> None:
     a = problem(torch.float32, 2, 32, 8, True)
-    torch.library.opcheck(ops.LINEAR_ROWS, (a.x, a.weight, a.bias), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(ops.LINEAR_ROWS, (a.x, a.weights, a.biases), test_utils=("test_schema", "test_faketensor"))
 
 
 class Around(nn.Module):
-    """A decode step of two layers between linear layers of several kinds."""
+    """A decode step of two layers between linear layers of several kinds, three of which take one input."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.plain, self.biased = nn.Linear(16, 24, bias=False, dtype=dtype), nn.Linear(24, 16, dtype=dtype)
+        self.plain, self.biased = nn.Linear(16, 24, bias=False, dtype=dtype), nn.Linear(16, 16, dtype=dtype)
+        self.last = nn.Linear(16, 8, dtype=dtype)
         self.across = nn.Parameter(torch.randn(16, 16, dtype=dtype))
 
-    def forward(self, x: Tensor, *step: Any) -> Any:
-        y = self.biased(self.plain(x))
-        return two_layers(*step), nn.functional.linear(y, self.across.t())  # the last is not [out, in] in memory
+    def forward(self, x: Tensor, between: str, *step: Any) -> Any:
+        x = x * 2
+        y = self.plain(x)
+        if between == "write":
+            x += 1
+        if between == "view":
+            x.view(-1)[0] = 3
+        z = self.biased(x)
+        out = two_layers(*step)
+        bias = self.last.bias * z[0, 0, :8] if between == "bias" else self.last.bias
+        t = nn.functional.linear(z if between == "other" else x, self.last.weight, bias)
+        return out, y, z, t, nn.functional.linear(z, self.across.t())  # this is not [out, in] in memory
 
 
-def run(rows: int, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, int], Rewrites]:
+def run(rows: int, options: dict[str, Any] | None = None, between: str = "") -> tuple[Any, dict[str, int], Rewrites]:
     """What a step returns, the counters, and the graphs that Inductor would get."""
     torch._dynamo.reset()
     counters.clear()
     module, x = Around(), torch.randn(1, rows, 16, generator=seeded(2))
     seen = Rewrites(**(options or {}))
-    torch.manual_seed(0)
+    step = (*fresh(1), quantized_layers(), torch.arange(1))
     with torch.no_grad():
-        out = torch.compile(module, backend=seen, dynamic=False)(x, *fresh(1), quantized_layers(), torch.arange(1))
-    return out[1], dict(counters["xquant"]), seen
+        out = torch.compile(module, backend=seen, dynamic=False)(x, between, *step)
+    return out[1:], dict(counters["xquant"]), seen
 
 
 @pytest.mark.skipif(not is_faster_here(), reason="no kernel for this processor")
-@pytest.mark.parametrize(("rows", "replaced"), [(1, 2), (8, 2), (9, 0)])
+@pytest.mark.parametrize(("rows", "replaced"), [(1, 3), (8, 3), (9, 0)])
 def test_which_layers_are_replaced(rows: int, replaced: int) -> None:
     out, counted, _ = run(rows)
     assert counted["linear_rows"] == replaced
-    with torch.no_grad():
-        module, x = Around(), torch.randn(1, rows, 16, generator=seeded(2))
-        y = module.biased(module.plain(x))
-        torch.testing.assert_close(out, nn.functional.linear(y, module.across.t()))
+    torch.testing.assert_close(out, run(rows, {"disable": ["linear_rows"]})[0])
+
+
+#: What stands between three layers of one input, and how many layers each call then has.
+TOGETHER = {"": [3], "write": [1, 2], "view": [1, 2], "bias": [2, 1], "other": [2, 1]}
+
+
+@pytest.mark.skipif(not is_faster_here(), reason="no kernel for this processor")
+@pytest.mark.parametrize("between", TOGETHER)
+def test_layers_of_one_input_are_one_call(between: str) -> None:
+    out, _, seen = run(1, between=between)
+    calls = [node for node in seen.made[0].graph.nodes if node.target is ops.LINEAR_ROWS]
+    assert [len(node.args[1]) for node in calls] == TOGETHER[between]
+    off = run(1, {"disable": ["linear_rows"]}, between)[0]
+    torch.testing.assert_close(out, off)
 
 
 def test_it_may_be_off() -> None:

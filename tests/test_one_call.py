@@ -13,7 +13,8 @@ from rewrites import quantized_layers, two_layers
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from xquant_fx.kernels.cpu.one_call import joined, source
+from xquant_fx.kernels.cpu.one_call import Kernels, joined, source
+from xquant_fx.kernels.cpu.one_unit import UnitCompile, may_be_joined
 from xquant_fx.kernels.cpu.wrapper_code import NotReadError, WrapperCode, read_wrapper
 
 WRAPPER = """
@@ -34,7 +35,7 @@ def call(self, args):
     buf4 = empty_strided_cpu((32, ), (1, ), torch.float32)
     buf5 = empty_strided_cpu((2, 3), (3, 1), torch.int64)
     cpp_c(buf4, buf5)
-    return (reinterpret_tensor(buf5, (3, 2), (1, 3), 0), arg0_1, None, )
+    return (reinterpret_tensor(buf5, (3, 2), (1, 3), 0), arg0_1, None, 1 + s7, 40, )
 """
 
 
@@ -46,7 +47,7 @@ def function(text: str) -> ast.FunctionDef:
 
 def addresses(code: WrapperCode) -> list[str]:
     """What each kernel gets, in words of the C++ source."""
-    kernels = sorted({call.name for call in code.calls})
+    kernels = Kernels(sorted({call.name for call in code.calls}), {})
     _, text = source(code, kernels, [*code.allocated, "arg0_1", "arg1_1"], ["arg2_1"])
     return re.findall(r"kernels\[(.*)\);", text)
 
@@ -64,7 +65,7 @@ def test_what_is_read() -> None:
     assert list(code.allocated.values()) == ["empty_strided_cpu((2, 3), (3, 1), torch.int64)"]
     (memory,) = code.allocated
     assert [place and place.python for place in code.results] == [
-        f"reinterpret_tensor({memory}, (3, 2), (1, 3), 0)", "arg0_1", None,
+        f"reinterpret_tensor({memory}, (3, 2), (1, 3), 0)", "arg0_1", None, "1 + arg2_1", "40",
     ]  # fmt: skip
 
 
@@ -88,15 +89,67 @@ def test_what_is_refused(statement: str) -> None:
         read_wrapper(function(f"def call(args):\n    arg0_1, arg1_1 = args\n    {statement}\n"))
 
 
+KERNEL = """
+#include <cstdint>
+template <class T> static T changed(T x) { return x %s; }
+extern "C"  void  kernel(const float* in, float* out, const int64_t n) {
+    #pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) out[i] = changed(in[i]);
+}
+"""
+
+
+def unit_kernels() -> dict[str, Any]:
+    """Two kernels as a generated module has them, with a helper of one name in each."""
+    compiler, types = UnitCompile(), ["const float*", "float*", "const int64_t"]
+    return {f"cpp_{name}": compiler.cpp_pybinding(types, KERNEL % ends) for name, ends in (("a", "+ 1"), ("b", "* 2"))}
+
+
+def test_kernels_of_one_source() -> None:
+    counters.clear()
+    module = {**unit_kernels(), "empty_strided_cpu": torch._C._dynamo.guards._empty_strided_cpu, "torch": torch}
+
+    def wrapper(args):  # type: ignore[no-untyped-def]
+        (arg0_1,) = args
+        args.clear()
+        buf0 = empty_strided_cpu((3,), (1,), torch.float32)  # noqa: F821
+        cpp_a(arg0_1, buf0, 3)  # noqa: F821
+        buf1 = empty_strided_cpu((3,), (1,), torch.float32)  # noqa: F821
+        cpp_b(buf0, buf1, 3)  # noqa: F821
+        del buf0
+        return (buf1,)
+
+    (found,) = joined(wrapper, module)([torch.arange(3.0)])
+    assert counters["xquant"] == {"one_call": 1} and found.tolist() == [2, 4, 6]
+    assert all(kernel.alone is None for name, kernel in module.items() if name.startswith("cpp_"))
+
+
 def test_a_wrapper_that_is_not_read_stays() -> None:
+    """Its kernels are compiled one by one."""
+    kernels = unit_kernels()
+
     def wrapper(args: Any) -> Any:
-        return [sum(args)]
+        return [kernels["cpp_a"](*args), kernels["cpp_b"](*args)]
 
     counters.clear()
-    call = joined(wrapper, {})
-    assert call([1, 2]) == [3] and call([3, 4]) == [7]
+    call, out = joined(wrapper, kernels), torch.zeros(3)
+    for _ in range(2):
+        assert call([torch.ones(3), out, 2]) == [None, None] and out.tolist() == [2, 2, 0]
     (reason,) = counters["xquant"]
-    assert reason == "kernels called one by one: return [sum(args)]"
+    assert reason.startswith("kernels called one by one: return [") and all(k.alone for k in kernels.values())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "#define N 3\n" + KERNEL,  # would be defined in the kernels behind it, too
+        KERNEL + 'extern "C" void kernel(int) {}',
+        "namespace xq { }\n" + KERNEL,  # ours, compiled once for many graphs
+        KERNEL.replace("void  kernel", "int  kernel"),
+    ],
+)
+def test_what_does_not_share_a_source(code: str) -> None:
+    assert may_be_joined(KERNEL) and not may_be_joined(code)
 
 
 def steps(options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], dict[str, int]]:

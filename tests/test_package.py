@@ -48,9 +48,21 @@ MAY_BE_IMPORTED_BY = {
     "passes.fuse_decode": ["passes.pipeline"],
     "passes.detect": ["compiler.backend"],
     "kernels.lowerings": ["compiler.backend"],
-    "transformers": ["cache.huggingface", "cache.huggingface_layer", "evaluate.models", "evaluate.simulate"],
+    "transformers": [
+        "cache.huggingface",
+        "cache.huggingface_layer",
+        "cache.huggingface_layers",
+        "evaluate.models",
+        "evaluate.simulate",
+    ],
     "matplotlib": ["evaluate.plots"],
-    "torch._inductor": ["compiler.backend", "compiler.cache_key", "kernels.lowerings", "kernels.cpu.build"],
+    "torch._inductor": [
+        "compiler.backend",
+        "compiler.cache_key",
+        "kernels.lowerings",
+        "kernels.cpu.build",
+        "kernels.cpu.one_unit",
+    ],
 }
 
 #: Module pattern to all that it may import of this package, where that is less than its floor has.

@@ -40,9 +40,10 @@ def test_every_pass_is_listed_once():
     names = [each.name for each in PASSES]
     assert names == [each.name for family in FAMILIES.values() for each in family] and len(set(names)) == len(names)
     assert names == [
-        "add_state_inputs", "rewrite_growth", "rewrite", "fuse_decode", "fold_rotation", "linear_rows", "verify",
+        "add_state_inputs", "rewrite_growth", "rewrite", "fuse_decode", "fold_rotation", "pair_stores", "linear_rows",
+        "verify",
     ]  # fmt: skip
-    assert MAY_BE_OFF == ("fuse_decode", "fold_rotation", "linear_rows", "one_call")
+    assert MAY_BE_OFF == ("fuse_decode", "fold_rotation", "pair_stores", "linear_rows", "one_call")
 
 
 def test_detection_runs_once_per_graph(monkeypatch):
@@ -95,11 +96,12 @@ def test_dump(tmp_path):
     files = sorted(p.name for p in (tmp_path / "graphs").iterdir())
     assert [name.split("-", 1)[1] for name in files] == [
         "0-detected.txt", "1-after-add_state_inputs.txt", "2-after-rewrite_growth.txt", "3-after-rewrite.txt",
-        "4-after-fuse_decode.txt", "5-after-fold_rotation.txt", "6-after-linear_rows.txt", "7-after-verify.txt",
+        "4-after-fuse_decode.txt", "5-after-fold_rotation.txt", "6-after-pair_stores.txt",
+        "7-after-linear_rows.txt", "8-after-verify.txt",
     ]  # fmt: skip
     texts = [(tmp_path / "graphs" / name).read_text() for name in files]
-    assert ["decode_attention" in text for text in texts] == [False] * 4 + [True] * 4
-    assert ["index_copy" in text or "setitem" in text for text in texts] == [True] * 3 + [False] * 5
+    assert ["decode_attention" in text for text in texts] == [False] * 4 + [True] * 5
+    assert ["index_copy" in text or "setitem" in text for text in texts] == [True] * 3 + [False] * 6
     assert "float32[1, 2, 1, 8]" in texts[0]
 
 
@@ -143,8 +145,8 @@ def test_explain_knows_what_is_switched_off():
     [
         (
             {"disable": ["rewrite"]},
-            r"disable must be a list of passes that may be off, \['fuse_decode', 'fold_rotation', 'linear_rows', "
-            r"'one_call'\], got",
+            r"disable must be a list of passes that may be off, \['fuse_decode', 'fold_rotation', 'pair_stores', "
+            r"'linear_rows', 'one_call'\], got",
         ),
         ({"disable": "fuse_decode"}, "disable must be a list"),
         ({"disable": 3}, "disable must be a list"),

@@ -9,6 +9,7 @@ from dynamo_graphs import SMALL
 from numeric import seeded
 from stepping import interpreted
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xquant_fx import XQuantCache, XQuantConfig
@@ -50,3 +51,19 @@ def test_steps_are_compiled_once_per_shape() -> None:
     assert steps.run(steps.cache(), prompt(5, batch=2)) == 2
     assert steps.run(steps.cache(length=48), prompt(5)) == 3
     assert steps.run(cache.fork(), prompt(3)) == 3 and steps.run(steps.cache(), prompt(9, batch=2)) == 3
+
+
+def test_generate_compiles_its_step_once() -> None:
+    """Prompts of other lengths on the same cache: Dynamo traces the second for all lengths, and no third."""
+    torch._dynamo.reset()
+    counters.clear()
+    steps, seen = Steps(), []
+    steps.model.compile(backend=interpreted(steps.graphs))
+    cache = steps.cache(length=48)
+    for tokens in (5, 11, 7):
+        cache.reset()
+        steps.model.generate(
+            prompt(tokens), past_key_values=cache, max_new_tokens=4, do_sample=False, eos_token_id=None
+        )
+        seen.append((len(steps.graphs), counters["stats"]["unique_graphs"]))
+    assert seen == [(1, 2), (1, 3), (1, 3)]

@@ -11,11 +11,14 @@ from sliding_states import CONFIGS, LENGTH, WINDOW, decode, pair, play
 from store_runs import append as append_by_op
 from store_runs import store_arguments
 from torch import Tensor
+from triton_interpreter import Interpreter
 
 from xquant_fx import XQuantConfig, ops
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.decode_attention.plain_torch import attend
+
+pytest_plugins = ["triton_fixture"]
 
 
 def append_by_cpp(state: KVState, x: Tensor, pos: Tensor) -> None:
@@ -39,6 +42,32 @@ def test_decode_attention(name: str, new: int) -> None:
     for run in (attend, lambda a: ops.DECODE_CPU(**a._asdict())):
         ours, theirs = decode(config, run, torch.float32, new)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["ranked", pytest.param("range codes, groups of channels", marks=pytest.mark.slow)])
+def test_triton_steps(name: str, interpreter: Interpreter) -> None:
+    pytest.importorskip("triton")
+    norms = dict(k_token_norms=True) if name == "ranked" else {}
+    interpreter.call("triton_store_runs:sliding", what=name, **norms)
+
+
+TRITON: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
+    "ranked": (CONFIGS["ranked"], dict(dtype="float32", new=1), 2e-5),
+    "a chunk, planes": (CONFIGS["range codes, groups of channels"], dict(dtype="float32", new=12), 2e-5),
+    "whole groups": (
+        dict(k_bits=2, v_bits=2, k_group_size=128, k_residual_length=256, v_residual_length=128, k_token_norms=True),
+        dict(dtype="float16", new=1, stored=1100, length=1300, window=600), 4e-3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "ranked" else n for n in TRITON])
+def test_triton_decode_attention(name: str, interpreter: Interpreter) -> None:
+    pytest.importorskip("triton")
+    config, how, allowed = TRITON[name]
+    found = interpreter.call("triton_store_runs:sliding_attention", config=config, **how)
+    assert found["error"] < allowed
+    assert found["ran"] == ["interior_kernel"] * (name == "whole groups") + ["decode_kernel", "combine_kernel"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -237,3 +237,11 @@ def test_config() -> None:
     assert XQuantConfig.from_json(LOW.replace(sliding_windows=False).to_json()).sliding_windows is False
     with pytest.raises(ConfigError, match=r"sliding_windows must be True, False or .auto., got 1"):
         XQuantConfig(sliding_windows=1)  # type: ignore[arg-type]
+
+
+def test_a_model_without_masks_of_windows_keeps_them() -> None:
+    """Moshi attends to whatever its cache still holds: what the window has lost would be read as tokens."""
+    config = transformers.MoshiConfig(num_hidden_layers=2, sliding_window=WINDOW)
+    cache = XQuantCache(config, LENGTH, config=FULL)
+    assert "makes no masks of sliding windows" in cache.windows_left and not cache.quantized_layers
+    assert not XQuantCache(model_of("Mistral").config, LENGTH, config=FULL).windows_left

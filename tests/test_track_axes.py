@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from xquant_fx.passes.track_axes import Axes, axes_of
+from xquant_fx.passes.track_axes import FIRST, REPEATS, Axes, Tracked, tracked
 
 
 def traced(shape: tuple[int, ...], views: list[tuple[Any, tuple[Any, ...]]]) -> tuple[Node, Node, list[Tensor]]:
@@ -33,14 +34,14 @@ def traced(shape: tuple[int, ...], views: list[tuple[Any, tuple[Any, ...]]]) -> 
     return buffer, node, tensors
 
 
-def by_axes(axes: Axes, shape: tuple[int, ...], view: tuple[int, ...]) -> Tensor:
-    """What ``axes`` say that a view of shape ``view`` holds: the buffer's indices, summed over its axes."""
+def by_axes(found: Tracked, shape: tuple[int, ...], view: tuple[int, ...]) -> Tensor:
+    """What is ``found`` of a view of shape ``view``: the buffer's indices, summed over its axes."""
     strides = dict(zip("BHND", (math.prod(shape[i + 1 :]) for i in range(4)), strict=True))
-    sizes = dict(zip("BHND", shape, strict=True))
-    named = [name for dim in axes for name in dim]
-    repeats = math.prod(view) // math.prod(sizes[name] for name in named if name != "repeat")
-    sizes["repeat"], strides["repeat"] = repeats, 0
-    total = torch.zeros([sizes[name] for name in named], dtype=torch.int64)
+    strides |= {"part": strides["H"], **dict.fromkeys(REPEATS, 0)}
+    sizes = found.sizes
+    assert {name: sizes[name] for name in "BHND"} == dict(zip("BHND", shape, strict=True))
+    named = [name for dim in found.axes for name in dim]
+    total = torch.full([sizes[name] for name in named], sizes.get(FIRST, 0) * strides["H"])
     for i, name in enumerate(named):
         steps = torch.arange(sizes[name]) * strides[name]
         total = total + steps.view([-1 if j == i else 1 for j in range(len(named))])
@@ -57,10 +58,14 @@ def chains(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[Any, tuple[Any,
     tensor = torch.arange(math.prod(shape)).view(shape)
     views: list[tuple[Any, tuple[Any, ...]]] = []
     for _ in range(draw(st.integers(0, 5))):
-        view = draw(st.sampled_from(VIEWS))(draw, tensor)
-        views.append(view)
-        target, args = view
-        tensor = getattr(tensor, target)(*args) if isinstance(target, str) else target(tensor, *args)
+        drawn = draw(st.sampled_from(VIEWS))(draw, tensor)
+        before = tensor
+        for target, args in drawn if isinstance(drawn, list) else [drawn]:
+            tensor = getattr(tensor, target)(*args) if isinstance(target, str) else target(tensor, *args)
+        if not tensor.numel():
+            tensor = before
+            continue
+        views += drawn if isinstance(drawn, list) else [drawn]
     return shape, views
 
 
@@ -95,11 +100,37 @@ def _expanded(draw: st.DrawFn, x: Tensor) -> tuple[str, tuple[Any, ...]]:
     return "expand", tuple(3 if i == grown else -1 for i in range(x.dim()))
 
 
+def _part(draw: st.DrawFn, x: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """Some of a dimension in a row, which only of heads is understood."""
+    (dim,) = _dims(draw, x, 1)
+    start = draw(st.integers(0, x.shape[dim] - 1))
+    length = draw(st.integers(1, x.shape[dim] - start))
+    index = (*[slice(None)] * (dim % x.dim()), slice(start, start + length))
+    return draw(st.sampled_from([("narrow", (dim, start, length)), (operator.getitem, (index,))]))
+
+
+def _piece(draw: st.DrawFn, x: Tensor) -> list[tuple[Any, tuple[Any, ...]]]:
+    """One of several pieces."""
+    (dim,) = _dims(draw, x, 1)
+    size = draw(st.integers(1, x.shape[dim]))
+    into = draw(
+        st.sampled_from(
+            [("chunk", (2, dim)), (torch.split, (size, dim)), ("split", ([size, x.shape[dim] - size], dim))]
+        )
+    )
+    return [into, (operator.getitem, (draw(st.sampled_from([0, -1])),))]
+
+
+def _tiled(draw: st.DrawFn, x: Tensor) -> tuple[str, tuple[Any, ...]]:
+    (dim,) = _dims(draw, x, 1)
+    return "repeat", tuple(2 if i == dim % x.dim() else 1 for i in range(x.dim()))
+
+
 VIEWS = (
     lambda draw, x: (draw(st.sampled_from(["transpose", torch.transpose])), _dims(draw, x, 2)),
     lambda draw, x: ("unsqueeze", (draw(st.integers(-x.dim() - 1, x.dim())),)),
     lambda draw, x: (draw(st.sampled_from(["contiguous", "clone", "detach"])), ()),
-    _merge, _split, _permute, _repeated, _expanded,
+    _merge, _split, _permute, _repeated, _expanded, _part, _piece, _tiled,
 )  # fmt: skip
 
 
@@ -108,11 +139,11 @@ VIEWS = (
 def test_axes_say_what_the_views_do(chain: tuple[tuple[int, ...], list[tuple[Any, tuple[Any, ...]]]]) -> None:
     shape, views = chain
     buffer, node, tensors = traced(shape, views)
-    axes = axes_of(node, buffer)
-    if axes is None:  # not understood: no statement
+    found = tracked(node, buffer)
+    if found is None:  # not understood: no statement
         return
-    assert len(axes) == tensors[-1].dim()
-    assert torch.equal(by_axes(axes, shape, tuple(tensors[-1].shape)), tensors[-1])
+    assert len(found.axes) == tensors[-1].dim()
+    assert torch.equal(by_axes(found, shape, tuple(tensors[-1].shape)), tensors[-1])
 
 
 @pytest.mark.parametrize(
@@ -124,7 +155,12 @@ def test_axes_say_what_the_views_do(chain: tuple[tuple[int, ...], list[tuple[Any
         ([("reshape", (6, 4, 5))], (("B", "H"), ("N",), ("D",))),
         ([("unsqueeze", (2,)), ("expand", (2, 3, 7, 4, 5)), ("reshape", (2, 21, 4, 5))],
          (("B",), ("H", "repeat"), ("N",), ("D",))),
-        ([("repeat", (1, 2, 1, 1))], None),
+        ([("repeat", (1, 2, 1, 1))], (("B",), ("repeat", "H"), ("N",), ("D",))),
+        ([("narrow", (1, 1, 2))], (("B",), ("part",), ("N",), ("D",))),
+        ([("narrow", (1, 1, 2)), (operator.getitem, ((slice(None), slice(1, 2)),))], (("B",), (), ("N",), ("D",))),
+        ([(operator.getitem, ((slice(None), slice(0, 3, 2)),))], None),
+        ([(operator.getitem, ((slice(None), 1),))], None),
+        ([("repeat", (2, 1, 2, 3))], None),
         ([("flip", (2,))], None),
         ([("reshape", (2, 3, 2, 10))], None),
         ([("narrow", (2, 0, 2))], None),
@@ -133,4 +169,5 @@ def test_axes_say_what_the_views_do(chain: tuple[tuple[int, ...], list[tuple[Any
 )  # fmt: skip
 def test_what_is_understood(views: list[tuple[Any, tuple[Any, ...]]], axes: Axes | None) -> None:
     buffer, node, _ = traced((2, 3, 4, 5), views)
-    assert axes_of(node, buffer) == axes
+    found = tracked(node, buffer)
+    assert (None if found is None else found.axes) == axes

@@ -5,7 +5,9 @@ What is compiled is what the host code would launch, constants included. Nothing
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,9 +20,12 @@ from triton_compiled import CHIPS, Needs, compiled, launches
 from xquant_fx import XQuantConfig, ops
 from xquant_fx.kernels.decode_attention import triton_launch as triton_attention
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments, of_sides
+from xquant_fx.kernels.decode_attention.triton_settings import shared_bytes
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store import triton_launch as triton_store
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.kernels.quantize_store.both_arguments import BothArguments
+from xquant_fx.kernels.triton_device import SYSTEM_SHARED, Device
 
 triton = pytest.importorskip("triton")
 
@@ -239,7 +244,12 @@ APPEND = {
     "rotated values, head_dim 256, 8 tokens": dict(side="value", ranked=True, dim=256, group=256, new=8),
     "rotated values, head_dim 96, groups of 32": dict(side="value", ranked=True, dim=96, group=32, new=3, bits=1),
 }
-QUICK = ("keys", "values", "fitted values", "ranked keys", "rotated values")
+BOTH = {
+    "ranked keys, rotated values": ("ranked keys", "rotated values"),
+    "keys, values": ("keys", "values"),
+    "ranked keys, fitted values, 8 tokens": ("ranked keys, head_dim 256, 8 tokens", "fitted values"),
+}
+QUICK = ("fitted keys", "fitted values", "ranked keys, rotated values", "keys, values")
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -247,6 +257,31 @@ QUICK = ("keys", "values", "fitted values", "ranked keys", "rotated values")
 def test_append(name: str, chip: str) -> None:
     (kernel,) = launches(triton_store.launch, append_arguments(**APPEND[name]))
     check(compiled(kernel, chip), chip)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BOTH])
+def test_append_of_both_sides(name: str, chip: str) -> None:
+    """In one launch, of programs of the one that wants more warps."""
+    sides = [append_arguments(**{**APPEND[side], "new": 8}) for side in BOTH[name]]
+    (kernel,) = launches(triton_store.launch, *sides)
+    assert kernel.options["num_warps"] == (8 if "ranked" in name else 4)
+    check(compiled(kernel, chip), chip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["head_dim 128", "ranked", "small groups"])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_codes_that_start_over(name: str, chip: str) -> None:
+    """The storage of a sliding window takes no more registers than there are."""
+    made = launches(triton_attention.launch, decode_arguments(**{**FAST, **MORE}[name]), hip=chip[:3] == "gfx")[:-1]
+    sides = [append_arguments(side=side, ranked=name == "ranked", residual=256) for side in ("key", "value")]
+    for launch in made + launches(triton_store.launch, *sides):
+        wraps = {constant: 1024 for constant in launch.arguments if "WRAP" in constant}
+        assert len(wraps) == 2
+        needs = compiled(dataclasses.replace(launch, arguments={**launch.arguments, **wraps}), chip)
+        assert needs.spilled <= (48 if launch.kernel.fn.__name__ == "interior_kernel" else 0)
+        assert needs.shared <= CHIPS[chip][3]
 
 
 @pytest.mark.parametrize("case", ["head_dim 128", "ranked"])
@@ -257,6 +292,11 @@ def test_occupancy_at_head_dim_128(chip: str, case: str) -> None:
     needs = compiled(decode, chip)
     assert 2 * 128 * needs.registers <= 65536
     assert 2 * needs.shared <= CHIPS[chip][3]
+    facts = decode.arguments
+    bits = 2.0 if case == "ranked" else 2
+    most = shared_bytes(128, 128, bits, facts["V_BITS"], torch.bfloat16, facts["TILE"], facts["FULL_TILE"], 2)
+    assert needs.shared <= most  # what the number of splits comes from
+    assert Device(1, shared=CHIPS[chip][3] + SYSTEM_SHARED).programs(warps=4, shared=most) == 2
 
 
 @pytest.mark.parametrize("case", ["head_dim 128", "ranked"])
@@ -275,36 +315,42 @@ def test_codes_stay_in_registers(case: str) -> None:
 
 @pytest.mark.parametrize("ranked", [False, True])
 def test_inductor_inlines_the_kernels(ranked: bool) -> None:
-    """No call back into Python, no copies: partial results and the output are all that is allocated."""
-    from fake_cuda import fake_cuda, generated_code
+    """No call back into Python, no copies: partial results and the output are all that is allocated.
+
+    As many parts as the card has room for, here 12 multiprocessors.
+    """
+    from fake_cuda import CARD, fake_cuda, generated_code
 
     def make_args() -> tuple[Any, ...]:
         given = decode_arguments(query=2, max_len=4096, ranked=ranked)
         return (given.mapped(lambda t: torch.zeros(t.shape, dtype=t.dtype, device="cuda"))._asdict(),)
 
-    with fake_cuda():
+    with fake_cuda(SimpleNamespace(**{**vars(CARD), "multi_processor_count": 12})):
         code = generated_code(lambda given: triton_attention.decode_attention(**given), make_args, backend="inductor")
     call = code[code.index("def call(") :]
+    parts = 12 * 8 // 8 + 3  # programs of 8 KV heads at a time, and those of the edges and windows
+    assert f"= empty_strided_cuda((64, {parts}, 128)" in call
     assert "torch.ops.xquant" not in call and ".clone(" not in call
     runs = [call.count(f"{name}_kernel_{i}.run(") for i, name in enumerate(("interior", "decode", "combine"))]
     assert runs == [1, 1, 1]
     assert call.count("= empty_strided_cuda(") == 3
 
 
-@pytest.mark.parametrize("side", ["key", "value"])
-def test_inductor_inlines_appends(side: str) -> None:
-    """Ranked keys and rotated values: no call back into Python, nothing copied, nothing allocated."""
+def test_inductor_inlines_appends() -> None:
+    """Ranked keys and rotated values: no call back into Python, nothing copied, nothing allocated; one launch."""
     from fake_cuda import fake_cuda, generated_code
 
     def make_args() -> tuple[Any, ...]:
-        given = append_arguments(side=side, ranked=True, max_len=4096)
-        return (given.mapped(lambda t: torch.zeros(t.shape, dtype=t.dtype, device="cuda"))._asdict(),)
+        sides = [append_arguments(side=side, ranked=True, max_len=4096) for side in ("key", "value")]
+        both = BothArguments.of_sides(*sides)
+        return (both.mapped(lambda t: torch.zeros(t.shape, dtype=t.dtype, device="cuda"))._asdict(),)
 
     with fake_cuda():
-        code = generated_code(lambda given: triton_store.append(StoreArguments(**given)), make_args, backend="inductor")
+        store = ops.STORE_BOTH[""]
+        code = generated_code(lambda given: store(**given), make_args, backend="inductor")
     call = code[code.index("def call(") :]
     assert "torch.ops.xquant" not in call and ".clone(" not in call and "= empty_strided_cuda(" not in call
-    assert call.count("_kernel_0.run(") == 1
+    assert call.count("_kernel_0.run(") == 1 and call.count(".run(") == 1
 
 
 def never(a: Any) -> None:

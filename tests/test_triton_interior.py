@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,13 @@ from triton_compiled import launches
 from triton_interpreter import Interpreter
 
 from xquant_fx.kernels.decode_attention import triton_launch
-from xquant_fx.kernels.decode_attention.triton_interior_settings import interior_planes, why_no_interior
+from xquant_fx.kernels.decode_attention.triton_interior_settings import (
+    interior_planes,
+    shared_bytes,
+    tokens_of_tile,
+    why_no_interior,
+)
+from xquant_fx.kernels.triton_device import LARGE, MOST_REGISTERS, Device, device_of
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -114,6 +122,57 @@ def test_instructions_per_code(name: str, chip: str) -> None:
     assert made["warps"] == 1 and made["spilled"] <= spilled
     assert sass_model.instructions_a_code(made, case) <= most
     assert sass_code.count(made["body"], "kind")["STS"] <= 40
+    assert made["registers"] <= MOST_REGISTERS and made["shared"] <= most_shared(case)
+
+
+def most_shared(case: dict[str, Any]) -> int:
+    """Shared memory of a program as the launcher estimates it."""
+    a = decode_arguments(**case)
+    tile = tokens_of_tile(a.k_order is not None, a.k_bits, a.v_bits)
+    return shared_bytes(a.k_bits, a.v_bits, a.q.shape[3], a.v_ring.shape[3], a.k_order is not None, tile)
+
+
+#: Multiprocessors, bytes of shared memory, KV heads, query tokens, and how many splits there are then.
+CARDS = [
+    (132, 228, 64, 1, 16),  # H100: 8 programs on each, one round for 64 heads
+    (108, 164, 64, 1, 10),  # A100: 6, as shared memory says
+    (128, 100, 64, 1, 8),  # RTX 4090: 4
+    (132, 228, 8, 1, 122),  # few heads: all that run at a time, less what a round may lack
+    (132, 228, 8, 8, 32),  # 32 query rows: four programs a head
+    (24, 228, 192, 1, 1),  # a small one is full
+    (16, 228, 192, 1, 2),  # one and a half rounds would leave it half empty: three
+    (132, 0, 64, 1, 2),  # no room at all: a program each
+]
+
+
+@pytest.mark.parametrize(("multiprocessors", "shared", "kv_heads", "query", "splits"), CARDS)
+def test_splits_fill_the_device(multiprocessors: int, shared: int, kv_heads: int, query: int, splits: int) -> None:
+    """By what the estimate says that a device runs at a time; of both kernels, the other one's where it reads all."""
+    device = Device(multiprocessors, shared=shared * 1024)
+    given = decode_arguments(v_bits=2, kv_heads=kv_heads, query=query)
+    interior, *_ = launches(triton_launch.launch, given, hip=False, device=device)
+    assert interior.arguments["INTERIOR_SPLITS"] == splits
+    floats = decode_arguments(v_bits=2, kv_heads=kv_heads, query=query, mask=torch.bfloat16)
+    decode, _ = launches(triton_launch.launch, floats, hip=False, device=device)
+    programs = decode.arguments["SPLITS"] * kv_heads * decode.arguments["ROW_BLOCKS"]
+    at_a_time = multiprocessors * (2 if shared > 116 else 1)
+    rounds = programs / at_a_time
+    assert rounds / math.ceil(rounds) > 0.9
+
+
+def test_a_device_is_asked_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = {
+        "an A100": dict(multi_processor_count=108, regs_per_multiprocessor=65536, warp_size=32,
+                        shared_memory_per_multiprocessor=164 * 1024, max_threads_per_multi_processor=2048),
+        "an MI300X": dict(multi_processor_count=304, regs_per_multiprocessor=131072, warp_size=64,
+                          shared_memory_per_multiprocessor=64 * 1024, max_threads_per_multi_processor=2048),
+    }  # fmt: skip
+    programs = {}
+    for name, card in cards.items():
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: SimpleNamespace(**card))
+        programs[name] = device_of(torch.device("cuda")).programs(warps=4, shared=20000)
+    assert programs == {"an A100": 2 * 108, "an MI300X": 2 * 304}
+    assert device_of(torch.device("meta")) == LARGE
 
 
 def test_what_float32_queries_pay() -> None:

@@ -109,3 +109,26 @@ def test_positions_that_do_not_follow(side: str, what: str, interpreter: Interpr
     stored, positions, fault = STEPS[what]
     ours, theirs = interpreter.call("triton_store_runs:fault_of", stored=stored, positions=positions, side=side)
     assert ours == theirs and ours[0] == fault
+
+
+BOTH = {
+    "default schemes": dict(k_bits=2, v_bits=2, k_group_size=16, residual_length=32, sink_tokens=4),
+    "range codes, shared": dict(
+        k_scheme="per_channel", v_scheme="per_token", k_bits=2, v_bits=1, k_group_size=8, residual_length=16,
+        share_keys_from=0, share_values_from=0, shared_fit="minmax",
+    ),
+    "ranked keys, values of range codes": dict(
+        v_scheme="per_token", k_bits=1.5, v_bits=3, v_group_size=8, k_group_size=8, k_residual_length=16,
+        v_residual_length=2, k_token_norms=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_keys_and_values_in_one_launch(name: str, interpreter: Interpreter) -> None:
+    """As the ops store them one by one; and a fault that both sides find is left once."""
+    script = [8, 7, 8, 8, 8, 6]
+    found = interpreter.call("triton_store_runs:both", script=script, config=BOTH[name], positions=[45, 47])
+    assert found.pop("launched") == ["append_kernel"] * (2 * len(script) + 1)
+    assert found.pop("faults_before") == [0, 0] and found.pop("faults") == [Fault.NOT_CONSECUTIVE] * 2
+    assert found.pop("off") < 1e-3 and not any(found.values()), found  # a code may lie at a tie

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import sliding_states
 import torch
 from ranked_store import BAD, case_of, differences_by, read
-from store_runs import ThroughKernel, ThroughOps, pair_of, run, store_arguments
+from states import layers_of
+from store_runs import ThroughKernel, ThroughOps, load_arguments, pair_of, poison, run, store_arguments
 from store_runs import append as append_by_op
 from torch import Tensor
 
+from xquant_fx import XQuantConfig, ops
 from xquant_fx.cache.state import KVState
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
+from xquant_fx.kernels.decode_attention.triton_launch import launch as attend
+from xquant_fx.kernels.decode_attention.triton_launch import why_not
 from xquant_fx.kernels.quantize_store.triton_launch import launch
 
 
 def append(state: KVState, x: Tensor, pos: Tensor) -> None:
     """One step of up to STEP_TOKENS tokens by the kernel."""
     launch(store_arguments(state, x, pos), wrap=lambda kernel: kernel)
+
+
+def differ(x: Tensor, y: Tensor) -> Tensor:
+    """Which numbers differ; NaN and NaN do not."""
+    return (x != y) & ~((x != x) & (y != y))
 
 
 class ThroughTriton(ThroughKernel):
@@ -49,7 +60,7 @@ def differences(script: list[int], spoil: str = "", **kwargs: Any) -> dict[str, 
             x, y = a.tensor(name), b.tensor(name)
             if x is not None:
                 x, y = (read(case, name, t, limit) for t in (x, y))
-                found[name] += int(((x != y) & ~((x != x) & (y != y))).sum())
+                found[name] += int(differ(x, y).sum())
     return found
 
 
@@ -82,3 +93,66 @@ def fault_of(stored: int, positions: list[int], **kwargs: Any) -> list[list[int]
         step(state, case.tokens(len(positions), 1), torch.tensor(positions))
         seen.append([int(state.tensor("fault")), *state.tensor("length").tolist()])
     return seen
+
+
+def both(script: list[int], config: dict[str, Any], positions: list[int]) -> dict[str, Any]:
+    """Two layers by one launch each for keys and values, and by the ops: what differs, launches, and the faults.
+
+    Steps of ``script``, then one at ``positions``. "off" is the largest share of loaded numbers that differ by more
+    than the order of sums may change.
+    """
+    shape, start = (1, 2, 80, 16), torch.tensor([5])
+    ours, theirs = (layers_of(XQuantConfig(**config), shape, torch.float32, 2, start=start) for _ in range(2))
+    states = [[state for layer in layers for state in layer] for layers in (ours, theirs)]
+    for state in (*states[0], *states[1]):
+        poison(state)
+    launched: list[str] = []
+
+    def noted(kernel: Any) -> Any:
+        launched.append(kernel.fn.__name__)
+        return kernel
+
+    def step(layer: int, x: list[Tensor], pos: Tensor) -> None:
+        launch(*(store_arguments(state, x[side], pos) for side, state in enumerate(ours[layer])), wrap=noted)
+        for side, state in enumerate(theirs[layer]):
+            append_by_op(state, x[side], pos)
+
+    past, generator = 0, torch.Generator().manual_seed(0)
+    for new in script:
+        for layer in (0, 1):
+            step(layer, [torch.randn(1, 2, new, 16, generator=generator) for _ in "kv"], torch.arange(past, past + new))
+        past += new
+    found: dict[str, Any] = dict(off=0.0, ring=0, length=0, sink=0)
+    for one, other in zip(*states, strict=True):
+        loads = [ops.LOAD(**load_arguments(state, past, 0, past)) for state in (one, other)]
+        found["off"] = max(found["off"], float((~loads[0].isclose(loads[1], 1e-4, 1e-5, True)).float().mean()))
+        for name in ("ring", "length", "sink"):
+            x, y = one.tensor(name), other.tensor(name)
+            if x is not None and y is not None:
+                wrong = differ(x, y)
+                found[name] += int((wrong[:, :, :-1] if name == "sink" else wrong).sum())  # the last row is nobody's
+    found["faults_before"] = [int(layers[0][0].tensor("fault")) for layers in (ours, theirs)]
+    step(0, [torch.zeros(1, 2, len(positions), 16)] * 2, torch.tensor(positions))
+    return {**found, "faults": [int(layers[0][0].tensor("fault")) for layers in (ours, theirs)], "launched": launched}
+
+
+def sliding(what: str, **fields: Any) -> None:
+    """A layer with a sliding window and one without are stored to and read the same; see sliding_states.py."""
+    sliding_states.play(XQuantConfig(**sliding_states.CONFIGS[what], **fields), append)
+
+
+def sliding_attention(config: dict[str, Any], dtype: str, new: int, **sizes: int) -> dict[str, Any]:
+    """Largest error of the kernels on a sliding window's storage, and which ran."""
+    ran: list[str] = []
+
+    def noted(kernel: Any) -> Any:
+        ran.append(kernel.fn.__name__)
+        return kernel
+
+    def run(a: DecodeArguments) -> Tensor:
+        assert not why_not(a)
+        return attend(a, wrap=noted, interpret=True, hip=False)
+
+    ours, theirs = sliding_states.decode(XQuantConfig(**config), run, getattr(torch, dtype), new, **sizes)
+    assert ours.isfinite().all() and theirs.abs().max() > 0.1
+    return {"error": float((ours.double() - theirs.double()).abs().max()), "ran": ran}

@@ -20,11 +20,13 @@ from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.linear_rows import cpu_call as cpu_linear
 from xquant_fx.kernels.linear_rows import plain_torch as plain_linear
+from xquant_fx.kernels.linear_rows.arguments import SCHEMA as LINEAR_SCHEMA
 from xquant_fx.kernels.linear_rows.arguments import LinearArguments
 from xquant_fx.kernels.quantize_store import cpu_call as cpu_store
 from xquant_fx.kernels.quantize_store import plain_torch as plain_store
 from xquant_fx.kernels.quantize_store import triton_launch as triton_store
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
+from xquant_fx.kernels.quantize_store.both_arguments import BOTH, BothArguments
 from xquant_fx.kernels.rotation import rotate_values
 from xquant_fx.kernels.shared_code_load import plain_torch as plain_load
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
@@ -38,10 +40,11 @@ for _schema in (
     StoreArguments.schema("quantize_store.borrowed", BORROWED),
     StoreArguments.schema("append_cpu", OWN),
     StoreArguments.schema("append_cpu.borrowed", BORROWED),
+    *(BothArguments.schema(f"quantize_store_both{name and '.'}{name}", each) for name, each in BOTH.items()),
     LoadArguments.schema("shared_code_load", returns="Tensor"),
     DecodeArguments.schema("decode_attention", returns="Tensor"),
     DecodeArguments.schema("decode_attention_cpu", returns="Tensor"),
-    LinearArguments.schema("linear_rows", returns="Tensor"),
+    LINEAR_SCHEMA,
 ):
     _lib.define(_schema)
 
@@ -49,6 +52,8 @@ LONG_CHUNK = 256  # tokens from which on an uncompiled chunk has a kernel
 
 STORE = torch.ops.xquant.quantize_store.default
 STORE_BORROWED = torch.ops.xquant.quantize_store.borrowed
+#: By ``BothArguments.overload``.
+STORE_BOTH = {name: getattr(torch.ops.xquant.quantize_store_both, name or "default") for name in BOTH}
 LOAD = torch.ops.xquant.shared_code_load.default
 APPEND_CPU = torch.ops.xquant.append_cpu.default
 APPEND_CPU_BORROWED = torch.ops.xquant.append_cpu.borrowed
@@ -82,6 +87,11 @@ def _is_triton_here(x: Tensor) -> bool:
 STEP_KERNELS = {
     "cpu": Kernel(_append_cpu, is_traced),
     "cuda": Kernel(triton_store.append, _is_triton_here, triton_store.why_not),
+}
+
+#: Device type to the kernel that appends a step of both sides there. On the CPU a call costs next to nothing.
+BOTH_KERNELS = {
+    "cuda": Kernel(triton_store.append_both, _is_triton_here, triton_store.why_not_both),
 }
 
 #: Device type to the kernel that attends straight to the codes there.
@@ -132,6 +142,18 @@ def quantize_store(*args: Any, **kwargs: Any) -> None:
     _run(STEP_KERNELS if is_step else CHUNK_KERNELS, a.x, a, plain_store.store)
 
 
+def quantize_store_both(*args: Any, **kwargs: Any) -> None:
+    """``quantize_store`` of up to STEP_TOKENS keys and of their values, below 16 bits: one after the other, or in one
+    launch."""
+    a = BothArguments(*args, **kwargs)
+    kernel = BOTH_KERNELS.get(a.k_x.device.type)
+    if kernel is not None and kernel.applies(a.k_x) and not kernel.why_not(a):
+        kernel.run(a)
+        return
+    for side in a.sides:
+        _run(STEP_KERNELS, side.x, side, plain_store.store)
+
+
 def shared_code_load(*args: Any, **kwargs: Any) -> Tensor:
     """Dequantized [B, H, n, D] as attention sees it in a step of ``new_tokens`` after ``past`` (int64 [1])."""
     return plain_load.load(LoadArguments(*args, **kwargs))
@@ -149,7 +171,7 @@ def decode_attention(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def linear_rows(*args: Any, **kwargs: Any) -> Tensor:
-    """A linear layer of up to 8 rows, ``x`` [..., in]; summed in float32 and rounded once."""
+    """Linear layers of up to 8 rows, ``x`` [..., in]; summed in float32, rounded once, one behind the other."""
     return plain_linear.linear(LinearArguments(*args, **kwargs))
 
 
@@ -161,6 +183,8 @@ _lib.impl("decode_attention", decode_attention, "CompositeImplicitAutograd")
 _lib.impl("decode_attention_cpu", cpu_attention.run_cpu, "CPU")
 _lib.impl("decode_attention_cpu", cpu_attention.empty_output, "Meta")
 _lib.impl("shared_code_load", shared_code_load, "CompositeImplicitAutograd")
+for _name in BOTH:
+    _lib.impl(f"quantize_store_both{_name and '.'}{_name}", quantize_store_both, "CompositeImplicitAutograd")
 for _overload in ("", ".borrowed"):
     _lib.impl(f"quantize_store{_overload}", quantize_store, "CompositeImplicitAutograd")
     _lib.impl(f"append_cpu{_overload}", cpu_store.run_cpu, "CPU")

@@ -1,21 +1,25 @@
 """Compile C++ kernels with Inductor's builder, outside a compiled graph.
 
-Private torch APIs: ``CppPythonBindingsCodeCache.load_pybinding``, ``pick_vec_isa`` and ``get_cpp_compiler``. Checked on
-torch 2.11, 2.13 and 2.14.
+Private torch APIs: ``CppPythonBindingsCodeCache.load_pybinding``, ``AsyncCompile.submit``, ``pick_vec_isa`` and
+``get_cpp_compiler``. Checked on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 from xquant_fx.kernels.cpu.isa import Isa, named_by_inductor
+
+CompileError = CppCompileError
 
 
 @functools.cache
@@ -37,3 +41,13 @@ def has_compiler() -> bool:
 def load(types: tuple[str, ...], code: str) -> Callable[..., Any]:
     """The function ``kernel`` of ``code``, which takes tensors for its pointers."""
     return CppPythonBindingsCodeCache.load_pybinding(list(types), code)
+
+
+@functools.cache
+def begin(types: tuple[str, ...], code: str) -> None:
+    """Compile ``code`` in the background, once, for one who loads it later; does nothing if there is one thread."""
+    if get_compile_threads() > 1:
+        load_async = functools.partial(
+            CppPythonBindingsCodeCache.load_pybinding_async, list(types), code, submit_fn=AsyncCompile.submit
+        )
+        AsyncCompile.submit(functools.partial(contextvars.copy_context().run, load_async))

@@ -3,7 +3,8 @@
 A decode step of a small model is some hundred calls of a few microseconds each. Between them the wrapper makes and
 checks tensors, in Python whose code and objects the weights have driven from the caches: a tenth of a step. Here it is
 read (``wrapper_code.py``) and becomes one C++ function, which gets the tensors' addresses and calls the same kernels
-in the same order, in one piece of scratch memory. A wrapper that does more than that stays as it is.
+in the same order, in one piece of scratch memory. Those that Inductor wrote stand in the same source
+(``one_unit.py``). A wrapper that does more than that stays as it is.
 
 Private torch APIs: what ``wrapper_code.py`` names; the wrapper's ``suffix``; that a kernel is the function ``kernel``
 of a module of its own. Checked on torch 2.13.
@@ -19,7 +20,7 @@ import logging
 import textwrap
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +30,10 @@ log = logging.getLogger(__name__)
 
 _wanted = ContextVar("one_call", default=True)
 
-#: Python for the end of a generated module, behind its wrapper.
+#: Python for a generated module, behind its imports.
+IMPORT = "from xquant_fx.kernels.cpu.one_unit import UnitCompile as AsyncCompile"
+
+#: Python for its end, behind its wrapper.
 HOOK = """
 import xquant_fx.kernels.cpu.one_call
 if "Runner" in globals():
@@ -58,6 +62,7 @@ def add_hook(wrapper: Any) -> None:
         log.info("the kernels of this graph are called one by one: this torch's wrapper has no suffix")
     elif HOOK.strip() not in suffix.getvalue():
         suffix.splice(HOOK)
+        wrapper.imports.writeline(IMPORT)
 
 
 def joined(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[..., Any]:
@@ -66,7 +71,10 @@ def joined(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[...,
 
     def call(*args: Any) -> Any:
         if not chosen:
-            chosen.append(_one_call(wrapper, module))
+            from torch._dynamo.utils import dynamo_timed  # imports Dynamo
+
+            with dynamo_timed("xquant_one_call"):
+                chosen.append(_one_call(wrapper, module))
         return chosen[0](*args)
 
     return call
@@ -75,14 +83,18 @@ def joined(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[...,
 def _one_call(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[..., Any]:
     from torch._dynamo.utils import counters  # imports Dynamo
 
+    from xquant_fx.kernels.cpu import build, one_unit  # bring in Inductor's compiler
+
     try:
         function = ast.parse(textwrap.dedent(inspect.getsource(wrapper))).body[0]
         assert isinstance(function, ast.FunctionDef)
         code = read_wrapper(function)
         made = _python(function, code, module)
-    except (NotReadError, OSError, AttributeError) as reason:
+    except (NotReadError, OSError, AttributeError, build.CompileError) as error:
+        reason = str(error)[:200]
         log.info("the kernels of this graph are called one by one: %s", reason)
         counters["xquant"][f"kernels called one by one: {reason}"] += 1
+        one_unit.compile_alone(module)
         return wrapper
     counters["xquant"]["one_call"] += 1
     return made
@@ -90,13 +102,17 @@ def _one_call(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[.
 
 def _python(function: ast.FunctionDef, code: WrapperCode, module: dict[str, Any]) -> Callable[..., Any]:
     """The new wrapper: allocates what is returned and the scratch memory, and makes the one call."""
-    from xquant_fx.kernels.cpu import build  # brings in Inductor's compiler
+    from xquant_fx.kernels.cpu import build, one_unit  # bring in Inductor's compiler
 
-    kernels = sorted({call.name for call in code.calls})
+    names = sorted({call.name for call in code.calls})
+    here = {name: module[name] for name in names if isinstance(module[name], one_unit.UnitKernel)}
+    elsewhere = [name for name in names if name not in here]
     tensors = [*code.allocated, *_outside(code, module)]
-    table, libraries = _addresses([module[name] for name in kernels])
+    table, libraries = _addresses([module[name] for name in elsewhere])
     sizes = sorted({arg.argument for call in code.calls for arg in call.args if isinstance(arg, Size)})
-    one_call = build.load(*source(code, kernels, tensors, sizes))
+    kernels = Kernels(elsewhere, {name: kernel.types for name, kernel in here.items()})
+    types, text = source(code, kernels, tensors, sizes)
+    one_call = build.load(types, one_unit.unit(list(here.values())) + text)
     results = ", ".join("None" if place is None else place.python for place in code.results)
     lines = [
         f"def call({', '.join(arg.arg for arg in function.args.args)}):",
@@ -107,16 +123,16 @@ def _python(function: ast.FunctionDef, code: WrapperCode, module: dict[str, Any]
         f"    xquant_one_call({', '.join(['xquant_kernels', 'scratch', *tensors, *sizes])})",
         f"    return ({results},)" if results else "    return ()",
     ]
-    names = {**module, "xquant_one_call": one_call, "xquant_kernels": table, "xquant_libraries": libraries}
-    exec(compile("\n".join(lines), "<one call>", "exec"), names)
-    made: Callable[..., Any] = names["call"]
+    bound = {**module, "xquant_one_call": one_call, "xquant_kernels": table, "xquant_libraries": libraries}
+    exec(compile("\n".join(lines), "<one call>", "exec"), bound)
+    made: Callable[..., Any] = bound["call"]
     return made
 
 
 def _outside(code: WrapperCode, module: dict[str, Any]) -> list[str]:
     """Arguments that kernels get, and constants of the module."""
     used = {arg.memory for call in code.calls for arg in call.args if isinstance(arg, Place)}
-    used |= {place.memory for place in code.results if place is not None}
+    used |= {place.memory for place in code.results if isinstance(place, Place)}
     found = sorted(used - set(code.offsets) - set(code.allocated))
     for name in set(found) - set(code.arguments):
         if not isinstance(module.get(name), torch.Tensor):
@@ -128,23 +144,35 @@ def _addresses(kernels: list[Any]) -> tuple[torch.Tensor, list[ctypes.CDLL]]:
     """Addresses of the C++ functions behind Python's, int64, and what keeps them loaded."""
     libraries = [ctypes.CDLL(kernel.__self__.__file__) for kernel in kernels]
     addresses = [ctypes.cast(library.kernel, ctypes.c_void_p).value for library in libraries]
-    return torch.tensor(addresses, dtype=torch.int64), libraries
+    return torch.tensor([*addresses, 0], dtype=torch.int64), libraries  # an empty tensor would have no memory
 
 
-def source(code: WrapperCode, kernels: list[str], tensors: list[str], sizes: list[str]) -> tuple[tuple[str, ...], str]:
+class Kernels(NamedTuple):
+    """Where the kernels are that one function calls."""
+
+    elsewhere: list[str]
+    """Names of those in libraries of their own, whose addresses it gets."""
+    here: dict[str, tuple[str, ...]]
+    """Those in the same source (``one_unit.unit``), in order, with the C++ types of their arguments."""
+
+
+def source(code: WrapperCode, kernels: Kernels, tensors: list[str], sizes: list[str]) -> tuple[tuple[str, ...], str]:
     """(argument types, C++ source of ``kernel``): the kernels' addresses, scratch memory, ``tensors``, ``sizes``."""
     given = {memory: f"t{i}" for i, memory in enumerate(tensors)} | {size: f"n{i}" for i, size in enumerate(sizes)}
     types = ("const int64_t*", "uint8_t*", *("uint8_t*" for _ in tensors), *("int64_t" for _ in sizes))
     names = ("kernels", "scratch", *given.values())
-    lines = [f"    {_cpp(call, kernels.index(call.name), code, given)}\n" for call in code.calls]
+    lines = [f"    {_cpp(call, kernels, code, given)}\n" for call in code.calls]
     signature = ", ".join(f"{kind} {name}" for kind, name in zip(types, names, strict=True))
     return types, f'#include <cstdint>\nextern "C" void kernel({signature}) {{\n{"".join(lines)}}}\n'
 
 
-def _cpp(call: KernelCall, kernel: int, code: WrapperCode, names: dict[str, str]) -> str:
+def _cpp(call: KernelCall, kernels: Kernels, code: WrapperCode, names: dict[str, str]) -> str:
+    given = [_cpp_argument(arg, code, names) for arg in call.args]
+    if call.name in kernels.here:
+        cast = ", ".join(f"({kind})({arg})" for kind, arg in zip(kernels.here[call.name], given, strict=True))
+        return f"unit_{[*kernels.here].index(call.name)}::kernel({cast});"
     kinds = ", ".join("void*" if isinstance(arg, Place) else "int64_t" for arg in call.args)
-    given = ", ".join(_cpp_argument(arg, code, names) for arg in call.args)
-    return f"((void (*)({kinds}))kernels[{kernel}])({given});"
+    return f"((void (*)({kinds}))kernels[{kernels.elsewhere.index(call.name)}])({', '.join(given)});"
 
 
 def _cpp_argument(arg: Place | Size | int, code: WrapperCode, names: dict[str, str]) -> str:

@@ -20,6 +20,8 @@ CTYPES = {
 }  # fmt: skip
 
 SIMD = "cpu/simd.h"
+#: Inductor compiles what names this with the flags of its own kernels, and thus with one precompiled header for both.
+_FLAGS = "// Not used here: at::vec::\n"
 EXAMPLE = "example_problem.h"  # beside each kernel's cpu.cpp
 _INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
 
@@ -115,17 +117,28 @@ def assemble(
     of ``file``, where what is absent is null.
     """
     given = {**{name: kind for name, kind in tensors.items() if name not in absent}, **outputs}
-    signature = ", ".join(f"{kind} {name}" for name, kind in given.items())
     members = ", ".join(name if name in given else "nullptr" for name in tensors)
     call = ", ".join([f"{{{members}}}", *outputs])
-    entry = f'\nextern "C" void kernel({signature}) {{\n    xq::{function}({call});\n}}\n'
-    parts = (f"#define {isa.macro}\n", with_headers(SIMD, isa, set()), fixed, struct(tensors))
-    return tuple(given.values()), "".join(parts) + with_headers(file, isa, set()) + entry
+    return whole_source(isa, fixed + struct(tensors), file, given, f"xq::{function}({call});")
+
+
+def whole_source(isa: Isa, fixed: str, file: str, given: Mapping[str, str], entry: str) -> tuple[tuple[str, ...], str]:
+    """(argument types, whole source of ``kernel``): ``file`` behind ``fixed``; ``kernel`` takes ``given``."""
+    signature = ", ".join(f"{kind} {name}" for name, kind in given.items())
+    parts = (
+        f"#define {isa.macro}\n",
+        _FLAGS if isa.name.startswith("avx") else "",
+        with_headers(SIMD, isa, set()),
+        fixed,
+        with_headers(file, isa, set()),
+    )
+    code = "".join(parts) + f'\nextern "C" void kernel({signature}) {{\n    {entry}\n}}\n'
+    return tuple(given.values()), code
 
 
 def example(fixed: str, tensors: Mapping[str, str]) -> str:
     """A header that stands in front of a kernel's ``cpu.cpp`` where an editor opens it alone."""
     return (
         "// One problem's constants, so that editors can read cpu.cpp. Written by tests/test_cpu_source.py.\n"
-        f'#pragma once\n#include "../{SIMD}"\n\n{fixed}\n{struct(tensors)}'
+        f'#pragma once\n#include "../{SIMD}"\n\n{fixed}' + (f"\n{struct(tensors)}" if tensors else "")
     )

@@ -32,6 +32,13 @@ class Place(NamedTuple):
     python: str
 
 
+class Number(NamedTuple):
+    """A number among the results: sizes of the step, and what is computed from them."""
+
+    python: str
+    """In terms of the wrapper's arguments."""
+
+
 class Size(NamedTuple):
     """A size that is known in a step only, one of the wrapper's arguments."""
 
@@ -52,7 +59,7 @@ class WrapperCode:
 
     arguments: list[str] = dataclasses.field(default_factory=list)
     calls: list[KernelCall] = dataclasses.field(default_factory=list)
-    results: list[Place | None] = dataclasses.field(default_factory=list)
+    results: list[Place | Number | None] = dataclasses.field(default_factory=list)
     allocated: dict[str, str] = dataclasses.field(default_factory=dict)
     """Python that allocates each buffer that is returned, by the buffer's name."""
     offsets: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -106,7 +113,7 @@ class _Reader:
             case ast.Expr(value=ast.Call(func=ast.Name(id=name), args=args, keywords=[])) if name.startswith("cpp_"):
                 self.code.calls.append(KernelCall(name, [self._given(arg) for arg in args]))
             case ast.Return(value=ast.Tuple(elts=results)):
-                self.code.results = [None if _is_none(each) else self._place(each) for each in results]
+                self.code.results = [self._result(each) for each in results]
             case _:
                 raise NotReadError(ast.unparse(statement)[:200])
 
@@ -142,6 +149,18 @@ class _Reader:
                 return Place(of.memory, of.offset + elements * (of.itemsize or 0), of.itemsize, python)
         raise NotReadError(ast.unparse(value)[:200])
 
+    def _result(self, value: ast.expr) -> Place | Number | None:
+        if _is_none(value):
+            return None
+        parts = list(ast.walk(value))
+        names = [part for part in parts if isinstance(part, ast.Name)]
+        numbers = (ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.expr_context)
+        if not all(isinstance(part, numbers) for part in parts) or any(n.id not in self.sizes_given for n in names):
+            return self._place(value)
+        for name in names:
+            name.id = self.sizes_given[name.id].argument
+        return Number(ast.unparse(value))
+
     def _given(self, value: ast.expr) -> Place | Size | int:
         if isinstance(value, ast.Constant) and type(value.value) is int:
             return value.value
@@ -162,7 +181,7 @@ class _Reader:
         code.allocated = {
             place.memory: self.allocations[place.memory]
             for place in code.results
-            if place is not None and place.memory in self.allocations
+            if isinstance(place, Place) and place.memory in self.allocations
         }
         for memory, comes in self.events:
             size = -(-self.sizes[memory] // ALIGNMENT) * ALIGNMENT

@@ -29,30 +29,27 @@ inline void attend_span(Scratch& scratch, const Inputs& in, RunningSoftmax& soft
     const int64_t keys = std::clamp(in.keys_end, t0, t1), values = std::clamp(in.values_end, t0, t1);
     const int64_t first = in.start[head / H];
     const int64_t sink0 = std::clamp(first, t0, t1), sink1 = std::clamp(first + SINKS, t0, t1);
+    prefetch_window<K_RING>(in, in.k_ring, in.k_new, head, keys, t1, DK);
+    prefetch_window<V_RING>(in, in.v_ring, in.v_new, head, values, t1, DV);
     if (keys > t0) quantized_scores(scratch, in, head, t0, keys);
     if constexpr (MANY_ROWS)
         for (int64_t t = keys; t < t1; t += L)
             score_tokens_for_many_rows(scratch, in, head, t, std::min<int64_t>(L, t1 - t), t - t0);
     else
-        four_tokens_at_a_time(
-            keys, t1, [&](int64_t t) { return window_token<K_RING>(in, in.k_ring, in.k_new, head, t, DK); },
-            [&](const auto& key, int64_t t) { score_tokens(scratch, key, t - t0); });
-    four_tokens_at_a_time(
-        sink0, sink1, [&](int64_t t) { return in.k_sink + (head * (SINKS + 1) + t - first) * DK; },
-        [&](const auto& key, int64_t t) { score_tokens(scratch, key, t - t0); });
+        window_runs<K_RING>(in, in.k_ring, in.k_new, head, keys, t1, DK,
+                            [&](const T* run, int64_t t, int64_t n) { score_run(scratch, run, t - t0, n); });
+    const int64_t sink = head * (SINKS + 1) + sink0 - first;
+    if (sink1 > sink0) score_run(scratch, in.k_sink + sink * DK, sink0 - t0, sink1 - sink0);
     online_softmax(scratch, in, softmax, head, t0, t1 - t0);
-    four_tokens_at_a_time(
-        sink0, sink1, [&](int64_t t) { return in.v_sink + (head * (SINKS + 1) + t - first) * DV; },
-        [&](const auto& value, int64_t t) { add_tokens(scratch, softmax, value, t - t0); });
+    if (sink1 > sink0) add_run(scratch, softmax, in.v_sink + sink * DV, sink0 - t0, sink1 - sink0);
     for (int64_t r = 0; r < ROWS; r++) std::fill(scratch.weight[r] + sink0 - t0, scratch.weight[r] + sink1 - t0, 0.0f);
     if constexpr (MANY_ROWS)
         for (int64_t t = values; t < t1; t += L)
             add_tokens_to_many_rows(scratch, softmax, in, head, t, std::min<int64_t>(L, t1 - t), t - t0);
     else {
-        const auto token = [&](int64_t t) { return window_token<V_RING>(in, in.v_ring, in.v_new, head, t, DV); };
-        const auto add = [&](const auto& value, int64_t t) { add_tokens(scratch, softmax, value, t - t0); };
-        four_tokens_at_a_time(values, std::min(sink0, t1), token, add);
-        four_tokens_at_a_time(std::max(values, sink1), t1, token, add);
+        const auto add = [&](const T* run, int64_t t, int64_t n) { add_run(scratch, softmax, run, t - t0, n); };
+        window_runs<V_RING>(in, in.v_ring, in.v_new, head, values, sink0, DV, add);
+        window_runs<V_RING>(in, in.v_ring, in.v_new, head, std::max(values, sink1), t1, DV, add);
     }
     if (values > t0) quantized_values(scratch, in, softmax, head, t0, values - t0);
 }

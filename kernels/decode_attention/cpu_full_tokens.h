@@ -1,7 +1,7 @@
-// Tokens in full precision, which are in the window, among the sinks or in the step's own chunk: a few at a time for
-// few rows, a vector of them at a time for many.
+// Tokens in full precision, which are in the window, among the sinks or in the step's own chunk: those that follow each
+// other in memory at a time for few rows, a vector of them at a time for many.
 #pragma once
-#include "cpu_problem.h"
+#include "cpu_digits.h"
 
 namespace xq {
 
@@ -12,49 +12,104 @@ inline const T* window_token(const Inputs& in, const T* ring, const T* chunk, in
     return ring + (head * RING + t % RING) * dim;
 }
 
-// Scores of NT tokens whose keys are in full precision.
-template <int NT> inline void score_tokens(Scratch& scratch, const T* const (&key)[NT], int64_t offset) {
-    alignas(64) float k[NT][DK_PAD + L];
-    for (int i = 0; i < NT; i++)
-        for (int64_t d = 0; d < DK; d += L) store(k[i] + d, load_up_to(key[i] + d, DK - d));
-    for (int64_t r = 0; r < ROWS; r++) {
-        vf s[NT] = {};
-        for (int64_t d = 0; d < DK; d += L) {
-            const vf q = load<vf>(scratch.query[r] + d);
-#pragma GCC unroll 4
-            for (int i = 0; i < NT; i++) s[i] = fma(q, load<vf>(k[i] + d), s[i]);
-        }
-        for (int i = 0; i < NT; i++) scratch.score[r][offset + i] = sum(s[i]);
+// Call `use(first, t, n)` for those of tokens [t0, t1) that follow each other in memory, n from t on.
+template <int64_t RING, class Use>
+inline void window_runs(const Inputs& in, const T* ring, const T* chunk, int64_t head, int64_t t0, int64_t t1,
+                        int64_t dim, Use use) {
+    while (t0 < t1) {
+        int64_t end = t1;
+        if (!HAS_NEW || t0 < in.past) end = std::min(end, t0 - t0 % RING + RING);
+        if (HAS_NEW && t0 < in.past) end = std::min(end, in.past);
+        use(window_token<RING>(in, ring, chunk, head, t0, dim), t0, end - t0);
+        t0 = end;
     }
 }
 
-// Weighted values of NT tokens from `offset` of the span on, in full precision.
-template <int NT>
-inline void add_tokens(Scratch& scratch, RunningSoftmax& softmax, const T* const (&value)[NT], int64_t offset) {
-    for (int64_t d = 0; d < DV; d += L) {
-        vf x[NT];
-        for (int i = 0; i < NT; i++) x[i] = load_up_to(value[i] + d, DV - d);
-        for (int64_t r = 0; r < ROWS; r++) {
-            float* acc = softmax.acc + r * ACC + d;
-            vf sum = load<vf>(acc);
-#pragma GCC unroll 4
-            for (int i = 0; i < NT; i++) sum = fma(splat(scratch.weight[r][offset + i]), x[i], sum);
-            store(acc, sum);
-        }
-    }
+// Fetch tokens that are read soon, but not next: too few follow each other for a processor to foresee them.
+template <int64_t RING>
+ALWAYS_INLINE void prefetch_window(const Inputs& in, const T* ring, const T* chunk, int64_t head, int64_t t0,
+                                   int64_t t1, int64_t dim) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    window_runs<RING>(in, ring, chunk, head, t0, t1, dim, [&](const T* run, int64_t, int64_t n) {
+        for (int64_t i = 0; i < n * dim; i += LINE) __builtin_prefetch(run + i);
+    });
 }
 
-// Call `use(pointers, t)` for tokens [t0, t1), four at a time and then one by one; `token` says where one is.
-template <class Token, class Use> inline void four_tokens_at_a_time(int64_t t0, int64_t t1, Token token, Use use) {
-    int64_t t = t0;
-    for (; t + 4 <= t1; t += 4) {
-        const T* const four[] = {token(t), token(t + 1), token(t + 2), token(t + 3)};
-        use(four, t);
+// Scores of NT tokens whose keys are in full precision and follow each other, with NR rows.
+template <int NT, int NR> inline void score_tokens(Scratch& scratch, const T* keys, int64_t row, int64_t offset) {
+    vf s[NR][NT] = {};
+    for (int64_t d = 0; d < DK; d += L) {
+        vf k[NT];
+#pragma GCC unroll 4
+        for (int i = 0; i < NT; i++) k[i] = load_up_to(keys + i * DK + d, DK - d);
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++) {
+            const vf q = load<vf>(scratch.query[row + r] + d);
+#pragma GCC unroll 4
+            for (int i = 0; i < NT; i++) s[r][i] = fma(q, k[i], s[r][i]);
+        }
     }
-    for (; t < t1; t++) {
-        const T* const one[] = {token(t)};
-        use(one, t);
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; r++)
+        for (int i = 0; i < NT; i++) scratch.score[row + r][offset + i] = sum(s[r][i]);
+}
+
+template <int NT> inline void score_tokens_with_all_rows(Scratch& scratch, const T* keys, int64_t offset) {
+    for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
+        score_tokens<NT, ROWS_AT_ONCE>(scratch, keys, r, offset);
+    if constexpr (ROWS % ROWS_AT_ONCE)
+        score_tokens<NT, ROWS % ROWS_AT_ONCE>(scratch, keys, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, offset);
+}
+
+// Scores of n tokens from `offset` of the span on.
+inline void score_run(Scratch& scratch, const T* keys, int64_t offset, int64_t n) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) score_tokens_with_all_rows<4>(scratch, keys + i * DK, offset + i);
+    for (; i < n; i++) score_tokens_with_all_rows<1>(scratch, keys + i * DK, offset + i);
+}
+
+// Add n weighted values from `offset` of the span on, NV vectors of channels from d on, to NR rows.
+template <int NR, int NV>
+inline void add_tokens(const Scratch& scratch, RunningSoftmax& softmax, const T* values, int64_t row, int64_t d,
+                       int64_t offset, int64_t n) {
+    vf sum[NR][NV];
+    float* acc = softmax.acc + row * ACC + d;
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) sum[r][v] = load<vf>(acc + r * ACC + v * L);
+    for (int64_t i = 0; i < n; i++) {
+        vf x[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) x[v] = load_up_to(values + i * DV + d + v * L, DV - d - v * L);
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++) {
+            const vf weight = splat(scratch.weight[row + r][offset + i]);
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) sum[r][v] = fma(weight, x[v], sum[r][v]);
+        }
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) store(acc + r * ACC + v * L, sum[r][v]);
+}
+
+template <int NR>
+inline void add_run_to_rows(const Scratch& scratch, RunningSoftmax& softmax, const T* values, int64_t row,
+                            int64_t offset, int64_t n) {
+    constexpr int64_t AT_ONCE = REGISTERS == 32 ? 4 : 2, WHOLE = DV_PAD / (AT_ONCE * L) * (AT_ONCE * L);
+    for (int64_t d = 0; d < WHOLE; d += AT_ONCE * L)
+        add_tokens<NR, AT_ONCE>(scratch, softmax, values, row, d, offset, n);
+    for (int64_t d = WHOLE; d < DV; d += L) add_tokens<NR, 1>(scratch, softmax, values, row, d, offset, n);
+}
+
+// Add n weighted values from `offset` of the span on.
+inline void add_run(const Scratch& scratch, RunningSoftmax& softmax, const T* values, int64_t offset, int64_t n) {
+    for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
+        add_run_to_rows<ROWS_AT_ONCE>(scratch, softmax, values, r, offset, n);
+    if constexpr (ROWS % ROWS_AT_ONCE)
+        add_run_to_rows<ROWS % ROWS_AT_ONCE>(scratch, softmax, values, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, offset, n);
 }
 
 // Many rows (a chunk): full-precision tokens L at a time, so that what is loaded of them serves all rows.

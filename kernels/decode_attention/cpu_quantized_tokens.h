@@ -143,23 +143,21 @@ inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, 
     vf largest[ROWS] = {}, z[ROWS] = {}, zero_or_nan = {};
     for (int64_t i = 0; i < n; i += L) {
         const vf s = load_scales(in.v_scale + token + i, n - i);
-        vf zeros = s * (-0.5f * ((1 << V_BITS) - 1));
+        [[maybe_unused]] vf zeros = {};
         if constexpr (!ABOUT_ZERO) zeros = load_up_to(in.v_zero + token + i, n - i);
         zero_or_nan = fma(s, splat(0.0f), zero_or_nan);
-        const vi valid = n - i < L ? iota() < (int32_t)(n - i) : splat(-1);
         for (int64_t r = 0; r < ROWS; r++) {
-            vf p = load<vf>(scratch.weight[r] + i);
-            p = valid ? p : splat(0.0f);
-            const vf x = p * s;
+            const vf p = mask_first(load<vf>(scratch.weight[r] + i), n - i), x = p * s;
             store(scratch.score[r] + i, x);  // the scores have become weights
             largest[r] = max(abs(x), largest[r]);
-            z[r] += p != 0.0f ? p * zeros : p;
+            if constexpr (ABOUT_ZERO) z[r] += x;  // zero points are the same number of scales
+            else z[r] += p != 0.0f ? p * zeros : p;
         }
     }
     const float nan = nan_if_not_finite(zero_or_nan);
     for (int64_t r = 0; r < ROWS; r++) {
         for (int64_t i = (n + L - 1) / L * L; i < padded; i += L) store(scratch.score[r] + i, splat(0.0f));
-        scratch.p_zero[r] = sum(z[r]);
+        scratch.p_zero[r] = sum(z[r]) * (ABOUT_ZERO ? -0.5f * ((1 << V_BITS) - 1) : 1.0f);
     }
     for (int64_t r = 0; r < ROWS; r++)
         scratch.p_unit[r] = to_digits<SPAN>(scratch.score[r], padded, largest[r], scratch.p_digits[r]) + nan;

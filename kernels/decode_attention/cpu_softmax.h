@@ -1,6 +1,6 @@
 // From scores to weights: softcap, masks, the online softmax, and how softmaxes over different tokens are merged.
 #pragma once
-#include "cpu_problem.h"
+#include "cpu_digits.h"
 
 namespace xq {
 
@@ -31,22 +31,33 @@ inline vf mask_lanes(vf x, int64_t from, int64_t to) {
     return (lane >= a) & (lane < b) ? x : splat(MINUS_INFINITY);
 }
 
-// Scores to logits of row r over n tokens from t0: softcap, mask, window. Returns the largest, or the
-// largest so far; NaN is left out.
-inline float logits(Scratch& scratch, const Inputs& in, float so_far, int64_t head, int64_t r, int64_t t0, int64_t n) {
-    float* score = scratch.score[r];
-    const MASK* mask = HAS_MASK ? mask_row(in, head, scratch.row0 + r) + t0 : nullptr;
-    const int64_t first_visible = WINDOW ? in.past + (scratch.row0 + r) % Q - WINDOW + 1 - t0 : 0;
-    vf largest = splat(so_far);
-    for (int64_t i = 0; i < n; i += L) {
-        vf x = load<vf>(score + i);
-        if (SOFTCAP > 0) x = softcap(x);
-        if (HAS_MASK) x = apply_mask(x, mask + i, n - i);
-        if (n - i < L || first_visible > i) x = mask_lanes(x, first_visible - i, n - i);
-        largest = max(x, largest);
-        store(score + i, x);
+// Scores to logits of NR rows over n tokens from t0: softcap, mask, window. Gives the largest, or the largest so far;
+// NaN is left out. Rows go side by side, as they often share a mask.
+template <int NR>
+inline void logits(Scratch& scratch, const Inputs& in, const float* so_far, int64_t head, int64_t row, int64_t t0,
+                   int64_t n, float* m) {
+    const MASK* mask[NR] = {};
+    int64_t first_visible[NR] = {};
+    vf largest[NR];
+    for (int r = 0; r < NR; r++) {
+        largest[r] = splat(so_far[row + r]);
+        if (HAS_MASK) mask[r] = mask_row(in, head, scratch.row0 + row + r) + t0;
+        if (WINDOW) first_visible[r] = in.past + (scratch.row0 + row + r) % Q - WINDOW + 1 - t0;
     }
-    return max(largest);
+    for (int64_t i = 0; i < n; i += L) {
+        vf x[NR];
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++) {
+            x[r] = load<vf>(scratch.score[row + r] + i);
+            if (SOFTCAP > 0) x[r] = softcap(x[r]);
+            if (HAS_MASK) x[r] = apply_mask(x[r], mask[MASK_H + MASK_Q ? r : 0] + i, n - i);
+            if (n - i < L || first_visible[r] > i) x[r] = mask_lanes(x[r], first_visible[r] - i, n - i);
+            largest[r] = max(x[r], largest[r]);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++) store(scratch.score[row + r] + i, x[r]);
+    }
+    for (int r = 0; r < NR; r++) m[row + r] = max(largest[r]);
 }
 
 // The online softmax over n tokens from t0, row by row in two passes, so that the sums across lanes that
@@ -54,7 +65,10 @@ inline float logits(Scratch& scratch, const Inputs& in, float so_far, int64_t he
 inline void online_softmax(Scratch& scratch, const Inputs& in, RunningSoftmax& softmax, int64_t head, int64_t t0,
                            int64_t n) {
     float m[ROWS];
-    for (int64_t r = 0; r < ROWS; r++) m[r] = logits(scratch, in, softmax.m[r], head, r, t0, n);
+    for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
+        logits<ROWS_AT_ONCE>(scratch, in, softmax.m, head, r, t0, n, m);
+    if constexpr (ROWS % ROWS_AT_ONCE)
+        logits<ROWS % ROWS_AT_ONCE>(scratch, in, softmax.m, head, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, t0, n, m);
     for (int64_t r = 0; r < ROWS; r++) {
         const float rescale = m[r] == softmax.m[r] ? 1.0f : std::exp(softmax.m[r] - m[r]);
         softmax.m[r] = m[r];

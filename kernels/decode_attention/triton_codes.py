@@ -39,6 +39,7 @@ from xquant_fx.kernels.decode_attention.triton_unpack import (
     ROTATION,
     STRIDE,
     TOKENS,
+    code_slot,
     to_word_order,
     unpack,
     word_order,
@@ -54,6 +55,7 @@ def key_words(keys, t0, KEYS: tl.constexpr, TILE: tl.constexpr):
     outside the zone is masked in the logits.
     """
     codes, _, _, _ = keys
+    t0 = code_slot(t0, KEYS)
     if KEYS[RANKED]:
         return ranked_words(codes, t0, KEYS, TILE)
     elif KEYS[LOWER][BITS] > 0:
@@ -79,10 +81,11 @@ def key_scales(keys, t0, limit, KEYS: tl.constexpr, TILE: tl.constexpr):
     if KEYS[RANKED]:
         return ranked_scales(scale, zero, norm, t0, limit, KEYS, TILE)
     elif KEYS[FOLD]:
-        s = numbers_of_group(scale, t0, limit, KEYS)
-        z = numbers_of_group(zero, t0, limit, KEYS)
+        slot, in_use = code_slot(t0, KEYS), t0 + tl.arange(0, 1) < limit
+        s = numbers_of_group(scale, slot, in_use, KEYS)
+        z = numbers_of_group(zero, slot, in_use, KEYS)
         if KEYS[LOWER][BITS] > 0:
-            return s, z, numbers_of_group(scale, t0, limit, KEYS[LOWER])
+            return s, z, numbers_of_group(scale, slot, in_use, KEYS[LOWER])
         else:
             return s, z
     else:
@@ -90,11 +93,11 @@ def key_scales(keys, t0, limit, KEYS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def numbers_of_group(numbers, t0, limit, KEYS: tl.constexpr):
-    """Scales or zeros [CHANNELS] of the group of ``t0``."""
+def numbers_of_group(numbers, slot, in_use, KEYS: tl.constexpr):
+    """Scales or zeros [CHANNELS] of the group in ``slot``."""
     d = tl.arange(0, KEYS[CHANNELS])
-    in_bounds = (d < KEYS[DIM]) & (t0 + tl.arange(0, 1) < limit)
-    return tl.load(numbers + t0 // KEYS[GROUP] * KEYS[STRIDE] + d, mask=in_bounds, other=0.0)
+    in_bounds = (d < KEYS[DIM]) & in_use
+    return tl.load(numbers + slot // KEYS[GROUP] * KEYS[STRIDE] + d, mask=in_bounds, other=0.0)
 
 
 @triton.jit
@@ -133,10 +136,10 @@ def folded_logits_of_planes(high, low, scales, q, SM_SCALE: tl.constexpr, KEYS: 
 
 
 @triton.jit
-def dequantized_logits(c, scale, zero, tokens, valid_tokens, q, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
-    """Logits of codes ``c`` [TILE, CHANNELS] of ``tokens``, each dequantized by the scale of its group."""
+def dequantized_logits(c, scale, zero, slots, valid_tokens, q, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
+    """Logits of codes ``c`` [TILE, CHANNELS] in ``slots``, each dequantized by the scale of its group."""
     d, factor = word_order(KEYS[CHANNELS], KEYS)
-    offsets = (tokens // KEYS[GROUP] * KEYS[STRIDE])[:, None] + d[None, :]
+    offsets = (slots // KEYS[GROUP] * KEYS[STRIDE])[:, None] + d[None, :]
     in_bounds = valid_tokens[:, None] & (d < KEYS[DIM])[None, :]
     s = tl.load(scale + offsets, mask=in_bounds, other=0.0).to(tl.float32)
     z = tl.load(zero + offsets, mask=in_bounds, other=0.0).to(tl.float32)
@@ -146,10 +149,10 @@ def dequantized_logits(c, scale, zero, tokens, valid_tokens, q, SM_SCALE: tl.con
 
 
 @triton.jit
-def dequantized_low(c, scale, tokens, valid_tokens, q, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
+def dequantized_low(c, scale, slots, valid_tokens, q, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
     """What the plane of lower fields adds to them; the upper ones count as codes that are so many times larger."""
     d, factor = word_order(KEYS[CHANNELS], KEYS)
-    offsets = (tokens // KEYS[GROUP] * KEYS[STRIDE])[:, None] + d[None, :]
+    offsets = (slots // KEYS[GROUP] * KEYS[STRIDE])[:, None] + d[None, :]
     s = tl.load(scale + offsets, mask=valid_tokens[:, None] & (d < KEYS[DIM])[None, :], other=0.0).to(tl.float32)
     unit: tl.constexpr = SUBNORMAL if KEYS[BITCAST] else 1.0
     return product(c.to(tl.float32) * (factor * unit)[None, :] * s, q, KEYS[MODEL]) * SM_SCALE
@@ -160,6 +163,7 @@ def code_logits(q, words, keys, scales, tokens, valid_tokens, SM_SCALE: tl.const
     """Scaled logits [TILE, ROWS] of keys in codes. ``q`` [CHANNELS, ROWS] is float32, in word order, with the
     factors if FOLD; ``words`` and ``scales`` are those of ``key_words`` and ``key_scales``."""
     _, scale, zero, _ = keys
+    slots = code_slot(tokens, KEYS)
     if KEYS[RANKED]:
         return ranked_logits(q, words, scales, tokens.shape[0], SM_SCALE, KEYS)
     elif KEYS[LOWER][BITS] > 0:
@@ -168,12 +172,12 @@ def code_logits(q, words, keys, scales, tokens, valid_tokens, SM_SCALE: tl.const
             return folded_logits_of_planes(high, low, scales, q, SM_SCALE, KEYS)
         else:
             high = high.to(tl.float32) * (1 << KEYS[LOWER][BITS])
-            logits = dequantized_logits(high, scale, zero, tokens, valid_tokens, q[0], SM_SCALE, KEYS)
-            return logits + dequantized_low(low, scale, tokens, valid_tokens, q[1], SM_SCALE, KEYS[LOWER])
+            logits = dequantized_logits(high, scale, zero, slots, valid_tokens, q[0], SM_SCALE, KEYS)
+            return logits + dequantized_low(low, scale, slots, valid_tokens, q[1], SM_SCALE, KEYS[LOWER])
     elif KEYS[FOLD]:
         return folded_logits(unpack(words, KEYS), scales, q, SM_SCALE, KEYS)
     else:
-        return dequantized_logits(unpack(words, KEYS), scale, zero, tokens, valid_tokens, q, SM_SCALE, KEYS)
+        return dequantized_logits(unpack(words, KEYS), scale, zero, slots, valid_tokens, q, SM_SCALE, KEYS)
 
 
 @triton.jit
@@ -190,10 +194,10 @@ def value_scales(values, t0, limit, VALUES: tl.constexpr, TILE: tl.constexpr):
     """(scales, zeros) [TILE] of a tile with one group per token; zeros if ``t0`` is not below ``limit``."""
     _, scale, zero = values
     if VALUES[FOLD]:
-        tokens = t0 + tl.arange(0, TILE)
-        in_bounds = (tokens < VALUES[STRIDE]) & (t0 + tl.arange(0, 1) < limit)
-        s = tl.load(scale + tokens, mask=in_bounds, other=0.0)
-        z = s if VALUES[ROTATION] != -1 else tl.load(zero + tokens, mask=in_bounds, other=0.0)
+        slots = code_slot(t0, VALUES) + tl.arange(0, TILE)
+        in_bounds = (slots < VALUES[STRIDE]) & (t0 + tl.arange(0, 1) < limit)
+        s = tl.load(scale + slots, mask=in_bounds, other=0.0)
+        z = s if VALUES[ROTATION] != -1 else tl.load(zero + slots, mask=in_bounds, other=0.0)
     else:
         s, z = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
     return s, z
@@ -236,13 +240,13 @@ def folded_values(c, low, scales, p, t0, zone, VALUES: tl.constexpr, TILE: tl.co
 
 @triton.jit
 def dequantized_values(
-    c, scale, zero, p, t0, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr
+    c, scale, zero, p, t0, slot, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr
 ):
     """``code_values`` of codes ``c``, each dequantized by the scale of its group."""
     place, factor = word_order(TILE, VALUES)
     tokens, d = t0 + place, tl.arange(0, VALUES[CHANNELS])
     in_bounds = (d < VALUES[DIM])[:, None] & in_zone(tokens, zone, SINK_TOKENS)[None, :]
-    offsets = (d // VALUES[GROUP] * VALUES[STRIDE])[:, None] + tokens[None, :]
+    offsets = (d // VALUES[GROUP] * VALUES[STRIDE])[:, None] + (slot + place)[None, :]
     if VALUES[ROTATION] != -1:
         s, z = about_zero(tl.load(scale + offsets, mask=in_bounds, other=0), VALUES)
     else:
@@ -255,12 +259,14 @@ def dequantized_values(
 
 
 @triton.jit
-def dequantized_low_values(c, scale, p, t0, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr):
+def dequantized_low_values(
+    c, scale, p, t0, slot, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr
+):
     """What the plane of lower fields adds to them; the upper ones count as codes that are so many times larger."""
     place, factor = word_order(TILE, VALUES)
     tokens, d = t0 + place, tl.arange(0, VALUES[CHANNELS])
     in_bounds = (d < VALUES[DIM])[:, None] & in_zone(tokens, zone, SINK_TOKENS)[None, :]
-    offsets = (d // VALUES[GROUP] * VALUES[STRIDE])[:, None] + tokens[None, :]
+    offsets = (d // VALUES[GROUP] * VALUES[STRIDE])[:, None] + (slot + place)[None, :]
     if VALUES[ROTATION] != -1:
         s = decode_scale(tl.load(scale + offsets, mask=in_bounds, other=0))
     else:
@@ -275,17 +281,18 @@ def dequantized_low_values(c, scale, p, t0, zone, VALUES: tl.constexpr, TILE: tl
 def code_values(p, values, scales, t0, zone, VALUES: tl.constexpr, TILE: tl.constexpr, SINK_TOKENS: tl.constexpr):
     """sum_t p_t v_t of values in codes [CHANNELS, ROWS], and p_t z_t [TILE, ROWS], whose sum goes to every channel."""
     codes, scale, zero = values
-    c = unpack(value_words(codes, t0, VALUES, TILE), VALUES)
+    slot = code_slot(t0, VALUES)
+    c = unpack(value_words(codes, slot, VALUES, TILE), VALUES)
     low = c
     if VALUES[LOWER][BITS] > 0:
         lower: tl.constexpr = VALUES[TOKENS] * VALUES[BITS] // 32 * VALUES[DIM]
-        low = unpack(value_words(codes + lower, t0, VALUES[LOWER], TILE), VALUES[LOWER])
+        low = unpack(value_words(codes + lower, slot, VALUES[LOWER], TILE), VALUES[LOWER])
     if VALUES[FOLD]:
         return folded_values(c, low, scales, p, t0, zone, VALUES, TILE, SINK_TOKENS)
     elif VALUES[LOWER][BITS] > 0:
         c = c.to(tl.float32) * (1 << VALUES[LOWER][BITS])
-        out, p_zeros = dequantized_values(c, scale, zero, p, t0, zone, VALUES, TILE, SINK_TOKENS)
-        low = dequantized_low_values(low, scale, p, t0, zone, VALUES[LOWER], TILE, SINK_TOKENS)
+        out, p_zeros = dequantized_values(c, scale, zero, p, t0, slot, zone, VALUES, TILE, SINK_TOKENS)
+        low = dequantized_low_values(low, scale, p, t0, slot, zone, VALUES[LOWER], TILE, SINK_TOKENS)
         return out + low, p_zeros
     else:
-        return dequantized_values(c, scale, zero, p, t0, zone, VALUES, TILE, SINK_TOKENS)
+        return dequantized_values(c, scale, zero, p, t0, slot, zone, VALUES, TILE, SINK_TOKENS)

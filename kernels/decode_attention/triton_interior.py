@@ -71,6 +71,8 @@ def interior_kernel(
     V_GROUP: tl.constexpr,
     V_TOKENS: tl.constexpr,
     V_STRIDE: tl.constexpr,
+    K_WRAP: tl.constexpr,
+    V_WRAP: tl.constexpr,
     K_RESIDUAL: tl.constexpr,
     V_RESIDUAL: tl.constexpr,
     SINK_TOKENS: tl.constexpr,
@@ -115,10 +117,10 @@ def interior_kernel(
     # In the order of the fields in triton_unpack.py and triton_softmax.py.
     KEYS: tl.constexpr = (
         K_DIM, K_CHANNELS, K_BITS, 4, K_TOKENS, K_GROUP, K_DIM, True, True, "fp16", RANKED, PLANES, COUNTS, 0,
-        k_norm is not None,
+        k_norm is not None, K_WRAP,
     )  # fmt: skip
     VALUES: tl.constexpr = (
-        V_DIM, V_CHANNELS, V_BITS, 4, V_TOKENS, V_GROUP, V_STRIDE, True, True, "fp16", ROTATION,
+        V_DIM, V_CHANNELS, V_BITS, 4, V_TOKENS, V_GROUP, V_STRIDE, True, True, "fp16", ROTATION, 0, 0, 0, False, V_WRAP,
     )  # fmt: skip
     LOGITS: tl.constexpr = (SCALE, SOFTCAP, WINDOW, MASK_KIND, SINK_TOKENS)
     split = tl.program_id(0)

@@ -19,7 +19,7 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
 )
 from xquant_fx.kernels.decode_attention.triton_interior_scales import FIELDS, FIRST, WIDTH, WORDS, halves_of_run
 from xquant_fx.kernels.decode_attention.triton_products import SUBNORMAL
-from xquant_fx.kernels.decode_attention.triton_unpack import COUNTS, DIM, PLANES, RANKED, TOKENS
+from xquant_fx.kernels.decode_attention.triton_unpack import COUNTS, DIM, PLANES, RANKED, TOKENS, code_slot
 from xquant_fx.kernels.triton_small_floats import UNIT_OF_MIDS, UNIT_OF_SCALES
 from xquant_fx.kernels.triton_widths import rank_of_field, width_of_rank
 
@@ -119,7 +119,7 @@ def plane_words(codes, t0, TILE: tl.constexpr, PLANE: tl.constexpr, KEYS: tl.con
         codes = codes.to(tl.pointer_type(tl.uint16), bitcast=True)
     elif parts == 4:
         codes = codes.to(tl.pointer_type(tl.uint8), bitcast=True)
-    w, tokens = tl.arange(0, PLANE[WORDS]), t0 * parts + tl.arange(0, TILE * parts)
+    w, tokens = tl.arange(0, PLANE[WORDS]), code_slot(t0, KEYS) * parts + tl.arange(0, TILE * parts)
     pointers = codes + (PLANE[FIRST] + w)[:, None] * (KEYS[TOKENS] * parts) + tokens[None, :]
     exact: tl.constexpr = (PLANE[FIELDS] * PLANE[WIDTH] + 31) // 32
     if exact == PLANE[WORDS]:

@@ -24,7 +24,7 @@ from xquant_fx.kernels.decode_attention.triton_interior_keys import (
 from xquant_fx.kernels.decode_attention.triton_interior_scales import interior_scales
 from xquant_fx.kernels.decode_attention.triton_products import LARGEST, SUBNORMAL
 from xquant_fx.kernels.decode_attention.triton_softmax import MASK, SM_SCALE, SOFTCAP, tanh
-from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, NORMS, ROTATION
+from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, NORMS, ROTATION, code_slot
 from xquant_fx.kernels.triton_small_floats import UNIT_OF_SCALES, decode_scale, scale_in_units
 
 # Top of a row that has seen nothing yet: finite, so that differences are numbers.
@@ -37,16 +37,16 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def value_scales(values, t0, TILE: tl.constexpr, VALUES: tl.constexpr):
     """(scales, zero points) [TILE] of a tile, as stored."""
     _, scale, zero = values
-    tokens = t0 + tl.arange(0, TILE)
-    s = tl.load(scale + tokens)
-    return s, s if VALUES[ROTATION] != -1 else tl.load(zero + tokens)
+    slots = code_slot(t0, VALUES) + tl.arange(0, TILE)
+    s = tl.load(scale + slots)
+    return s, s if VALUES[ROTATION] != -1 else tl.load(zero + slots)
 
 
 @triton.jit
 def token_norms(keys, t0, TILE: tl.constexpr, KEYS: tl.constexpr):
     """The norms [TILE] of a tile's keys, as stored; nothing of use where there are none."""
     if KEYS[NORMS]:
-        return tl.load(keys[3] + t0 + tl.arange(0, TILE))
+        return tl.load(keys[3] + code_slot(t0, KEYS) + tl.arange(0, TILE))
     else:
         return tl.zeros((1,), tl.uint8)
 
@@ -89,7 +89,7 @@ def eighth_sums(x):
 @triton.jit
 def value_words(codes, t0, TILE: tl.constexpr, VALUES: tl.constexpr):
     """Words [words, channels] of a tile of values, as they lie in memory."""
-    w = t0 // (32 // VALUES[BITS]) + tl.arange(0, TILE * VALUES[BITS] // 32)
+    w = code_slot(t0, VALUES) // (32 // VALUES[BITS]) + tl.arange(0, TILE * VALUES[BITS] // 32)
     d = tl.arange(0, VALUES[CHANNELS])
     pointers = codes + w[:, None] * VALUES[DIM] + d[None, :]
     if VALUES[CHANNELS] == VALUES[DIM]:

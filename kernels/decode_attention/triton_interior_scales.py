@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from xquant_fx.kernels.decode_attention.triton_fragments import field_at, halves
-from xquant_fx.kernels.decode_attention.triton_unpack import COUNTS, DIM, GROUP, PLANES, RANKED, STRIDE
+from xquant_fx.kernels.decode_attention.triton_unpack import COUNTS, DIM, GROUP, PLANES, RANKED, STRIDE, code_slot
 from xquant_fx.kernels.triton_widths import rank_of_field
 
 # Of a plane of codes: fields of a token, bits of each, words of a token filled up to a power of two, the first word.
@@ -73,7 +73,7 @@ def plane_scales(scale, PLANE: tl.constexpr, KEYS: tl.constexpr):
 def interior_scales(keys, t0, CHANNELS_TILE: tl.constexpr, KEYS: tl.constexpr):
     """Scales and mid or zero points of the group of ``t0``, by rank, and scales by place of each plane, as stored."""
     _, scale, zero, _ = keys
-    at = t0 // KEYS[GROUP] * KEYS[STRIDE]
+    at = code_slot(t0, KEYS) // KEYS[GROUP] * KEYS[STRIDE]
     quad = tl.arange(0, CHANNELS_TILE // 4)
     quad = tl.where(quad * 4 < KEYS[DIM], quad, 0)
     s, mid = load_run(scale + at, quad, 4), load_run(zero + at, quad, 4)

@@ -9,17 +9,20 @@ import torch
 
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.packing import codes_per_word
+from xquant_fx.kernels.triton_device import Device, splits_for
 from xquant_fx.kernels.triton_host import power_of_two
 from xquant_fx.kernels.widths import planes
 
 #: Most tokens of a tile, which must lie in one group.
 TILE = 128
-#: Programs of one warp that a large GPU runs at a time: 8 on each of 132 multiprocessors, by their registers.
-SLOTS = 1056
+#: Tiles of codes in flight at a time.
+STAGES = 3
 #: Caches for fewer tokens have few whole tiles, which are not worth a launch of their own.
 LEAST_LENGTH = 1024
 #: Most channels of keys or values: a program of one warp has registers for no more.
 MOST_CHANNELS = 128
+#: Most splits of the tokens, each of which leaves a part for the last kernel to read.
+MOST_SPLITS = 128
 #: Bits of a plane of codes to the constant that says how many words of a token it is filled up to.
 PLANES = {4: "FOUR_WORDS", 2: "TWO_WORDS", 1: "ONE_WORDS"}
 
@@ -68,7 +71,7 @@ def interior_planes(bits: float, dim: int, ranked: bool) -> dict[str, int]:
 ROWS = 8
 
 
-def tokens_of_tile(ranked: bool, k_bits: int, v_bits: int) -> int:
+def tokens_of_tile(ranked: bool, k_bits: float, v_bits: float) -> int:
     """Tokens of a tile: half a group for ranked keys of 3 bits, whose three planes of queries leave fewer registers.
 
     Of values of 1 bit half a group would be fewer words than four threads share.
@@ -76,14 +79,23 @@ def tokens_of_tile(ranked: bool, k_bits: int, v_bits: int) -> int:
     return TILE // 2 if ranked and k_bits > 2 and v_bits > 1 else TILE
 
 
+def shared_bytes(k_bits: float, v_bits: float, k_dim: int, v_dim: int, ranked: bool, tile: int) -> int:
+    """Shared memory of a program, at most: words of keys and values, of as many tiles as are in flight."""
+    words = sum(interior_planes(k_bits, k_dim, ranked).values())
+    return STAGES * tile * (4 * words + math.ceil(v_dim * v_bits / 8))
+
+
 def interior_settings(
-    *, batch: int, kv_heads: int, rows: int, ranked: bool, k_bits: int, v_bits: int, max_len: int, interpret: bool,
-    runs: bool,
+    *, batch: int, kv_heads: int, rows: int, k_bits: float, v_bits: float, k_dim: int, v_dim: int, ranked: bool,
+    max_len: int, interpret: bool, device: Device, runs: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Fields of ``Settings`` of ``interior_kernel``, if it ``runs``."""
     tile, blocks = tokens_of_tile(ranked, k_bits, v_bits), math.ceil(rows / ROWS)
-    splits = max(1, min(SLOTS // (batch * kv_heads * blocks), max_len // (2 * tile), 128))
+    splits = 0
+    if runs:
+        slots = device.programs(warps=1, shared=shared_bytes(k_bits, v_bits, k_dim, v_dim, ranked, tile))
+        splits = splits_for(slots, batch * kv_heads * blocks, min(max_len // (2 * tile), MOST_SPLITS))
     return dict(
-        INTERIOR_SPLITS=splits if runs else 0, INTERIOR_ROWS=ROWS, INTERIOR_BLOCKS=blocks, INTERIOR_TILE=tile,
-        INTERIOR_STAGES=3, ASM=not interpret,
+        INTERIOR_SPLITS=splits, INTERIOR_ROWS=ROWS, INTERIOR_BLOCKS=blocks, INTERIOR_TILE=tile,
+        INTERIOR_STAGES=STAGES, ASM=not interpret,
     )  # fmt: skip

@@ -95,6 +95,8 @@ def decode_kernel(
     V_STRIDE: tl.constexpr,
     V_RESIDUAL: tl.constexpr,
     V_RING: tl.constexpr,
+    K_WRAP: tl.constexpr,
+    V_WRAP: tl.constexpr,
     SINK_TOKENS: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -157,14 +159,14 @@ def decode_kernel(
     )  # fmt: skip
     KEYS: tl.constexpr = (
         K_DIM, CODE_CHANNELS, K_BITS - K_LOW, K_LANES, K_TOKENS, K_GROUP, K_DIM, FOLD_K, BITCAST, MODEL, RANKED, PLANES,
-        COUNTS, K_LOWER, k_norm is not None,
+        COUNTS, K_LOWER, k_norm is not None, K_WRAP,
     )  # fmt: skip
     V_LOWER: tl.constexpr = (
         V_DIM, V_CHANNELS, V_LOW, V_LOW_LANES, V_TOKENS, V_GROUP, V_STRIDE, FOLD_V, BITCAST, MODEL, ROTATION,
     )  # fmt: skip
     VALUES: tl.constexpr = (
         V_DIM, V_CHANNELS, V_BITS - V_LOW, V_LANES, V_TOKENS, V_GROUP, V_STRIDE, FOLD_V, BITCAST, MODEL, ROTATION, 0, 0,
-        V_LOWER,
+        V_LOWER, False, V_WRAP,
     )  # fmt: skip
     # The same for tiles of LATE_TILE tokens, which have fewer words.
     LATE_LANES: tl.constexpr = LATE_TILE * (V_BITS - V_LOW) // 32
@@ -175,7 +177,7 @@ def decode_kernel(
     )  # fmt: skip
     LATE_CODES: tl.constexpr = (
         V_DIM, V_CHANNELS, V_BITS - V_LOW, LATE_LANES if LATE_LANES < V_LANES else V_LANES, V_TOKENS, V_GROUP, V_STRIDE,
-        FOLD_V, BITCAST, MODEL, ROTATION, 0, 0, LATE_LOWER,
+        FOLD_V, BITCAST, MODEL, ROTATION, 0, 0, LATE_LOWER, False, V_WRAP,
     )  # fmt: skip
     LOGITS: tl.constexpr = (SCALE, SOFTCAP, WINDOW, MASK_KIND, SINK_TOKENS)
     split = tl.program_id(0)

@@ -1,8 +1,8 @@
 """Decode attention on CUDA: one op, ``xquant::triton_decode_attention``, over the kernels of ``triton_kernels``.
 
 The op is a ``triton_op``: Inductor takes it apart and puts the kernels into the code it generates.
-All launch parameters come from shapes, so they are fixed for a graph; how far the tokens go is read on
-the device. Importing this module does not need Triton.
+All launch parameters come from shapes and from what the GPU is, so they are fixed for a graph; how far the tokens go is
+read on the device. Importing this module does not need Triton.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from xquant_fx.kernels.decode_attention.triton_settings import LEAST_TILE, ranks
 from xquant_fx.kernels.packing import WORD_BITS, high_and_low
 from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.schemes import wrap_of
+from xquant_fx.kernels.triton_device import Device, device_of
 from xquant_fx.kernels.triton_host import power_of_two
 
 #: Tokens not written yet whose mask one program reads, beside ``interior_kernel``, at most.
@@ -31,15 +32,16 @@ def why_not(a: DecodeArguments) -> str:
     """Why the kernels do not take these arguments, in words; "" if they do."""
     if a.k_order is not None and a.k_group % LEAST_TILE:
         return f"ranked keys in groups of {a.k_group} tokens, which is no multiple of {LEAST_TILE}"
-    if any(
-        wrap_of(*of)
-        for of in (
-            (a.k_scheme, a.k_codes.shape[3], a.max_len, a.q.shape[3], a.k_bits, a.k_group, a.k_residual),
-            (a.v_scheme, a.v_scale.shape[3], a.max_len, a.v_ring.shape[3], a.v_bits, a.v_group, a.v_residual),
-        )
-    ):
-        return "codes of a sliding window, which start over"
     return ""
+
+
+def wraps(a: DecodeArguments) -> dict[str, int]:
+    """After how many tokens codes of each side start over; 0: they do not."""
+    k_dim, v_dim = a.q.shape[3], a.v_ring.shape[3]
+    return dict(
+        K_WRAP=wrap_of(a.k_scheme, a.k_codes.shape[3], a.max_len, k_dim, a.k_bits, a.k_group, a.k_residual),
+        V_WRAP=wrap_of(a.v_scheme, a.v_scale.shape[3], a.max_len, v_dim, a.v_bits, a.v_group, a.v_residual),
+    )
 
 
 def dense_mask(mask: Tensor) -> Tensor:
@@ -87,8 +89,9 @@ def launch(
     wrap: Callable[[Any], Any],
     interpret: bool = False,
     hip: bool = torch.version.hip is not None,
+    device: Device | None = None,
 ) -> Tensor:
-    """Run both kernels; ``wrap`` is ``wrap_triton``, or nothing in the interpreter."""
+    """Run the kernels; ``wrap`` is ``wrap_triton``, or nothing in the interpreter; ``device``: that of the tensors."""
     from xquant_fx.kernels.decode_attention.triton_interior import interior_kernel
     from xquant_fx.kernels.decode_attention.triton_kernels import combine_kernel, decode_kernel
 
@@ -101,8 +104,8 @@ def launch(
         rows=rows,
         k_dim=k_dim,
         v_dim=v_dim,
-        max_len=a.max_len,
-        k_bits=int(a.k_bits),
+        max_len=min(a.max_len, a.window or a.max_len),  # what is read
+        k_bits=a.k_bits,
         k_group=a.k_group,
         v_bits=int(a.v_bits),
         v_group=a.v_group,
@@ -111,6 +114,8 @@ def launch(
         interpret=interpret,
         chunk=a.k_new is not None,
         hip=hip,
+        warps=warps_of(a, hip),
+        device=device or device_of(a.q.device),
         **edges_of(a, hip),
     )
     a = a.mapped(Tensor.contiguous, ("q", "k_new", "v_new")).mapped(dense_mask, ("mask",))
@@ -152,6 +157,7 @@ def launch(
         MASK_QUERY=mask_shape[2],
         HAS_NEW=a.k_new is not None,
         ROTATION=rotation_of(a),
+        **wraps(a),
         **ranks(a.k_bits, k_dim, ranked),
         **interior_planes(a.k_bits, k_dim, ranked),
         **dataclasses.asdict(chosen),

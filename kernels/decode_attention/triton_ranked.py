@@ -28,6 +28,7 @@ from xquant_fx.kernels.decode_attention.triton_unpack import (
     PLANES,
     STRIDE,
     TOKENS,
+    code_slot,
     unpack,
     word_order,
 )
@@ -130,7 +131,8 @@ def plane_scales(scale, in_use, PLANE: tl.constexpr, KEYS: tl.constexpr):
 @triton.jit
 def ranked_scales(scale, zero, norm, t0, limit, KEYS: tl.constexpr, TILE: tl.constexpr):
     """(scales, mid points) by rank, scales by field, norms [TILE] as stored; zeros from ``limit`` on."""
-    at = t0 // KEYS[GROUP] * KEYS[STRIDE]
+    slot = code_slot(t0, KEYS)
+    at = slot // KEYS[GROUP] * KEYS[STRIDE]
     in_use = t0 + tl.arange(0, 1) < limit
     rank = tl.arange(0, KEYS[CHANNELS])
     in_bounds = (rank < KEYS[DIM]) & in_use
@@ -139,7 +141,8 @@ def ranked_scales(scale, zero, norm, t0, limit, KEYS: tl.constexpr, TILE: tl.con
     four = plane_scales(scale + at, in_use, KEYS[PLANES][0], KEYS)
     two = plane_scales(scale + at, in_use, KEYS[PLANES][1], KEYS)
     one = plane_scales(scale + at, in_use, KEYS[PLANES][2], KEYS)
-    norms = tl.load(norm + t0 + tl.arange(0, TILE), mask=in_use, other=0) if KEYS[NORMS] else tl.zeros((1,), tl.uint8)
+    none: tl.constexpr = not KEYS[NORMS]
+    norms = tl.zeros((1,), tl.uint8) if none else tl.load(norm + slot + tl.arange(0, TILE), mask=in_use, other=0)
     return s, mid, four, two, one, norms
 
 

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from xquant_fx.kernels.decode_attention.triton_interior_settings import interior_settings
+from xquant_fx.kernels.decode_attention.triton_interior_settings import MOST_SPLITS, interior_settings
 from xquant_fx.kernels.packing import codes_per_word, high_and_low
+from xquant_fx.kernels.triton_device import LARGE, Device, splits_for
 from xquant_fx.kernels.triton_host import power_of_two, rank_counts
 from xquant_fx.kernels.widths import planes
 
 #: Bits of a plane of ranked keys to the constant that says how many fields it is filled up to.
 PLANES = {4: "K_FOURS", 2: "K_TWOS", 1: "K_ONES"}
-#: Programs that keep a large GPU busy: some for each of 132 multiprocessors.
-PROGRAMS = 528
+#: Tiles of codes in flight at a time.
+STAGES = 3
 #: Most query rows (query heads of one KV head, times query tokens) of a program: with twice as many registers run
 #: out, and on NVIDIA's chips with 16 already where operands are float32, scales are applied element by element,
 #: channels are ranked (which takes a query per plane) or codes have two planes.
@@ -42,6 +43,19 @@ def tile_tokens(dim: int, row_tile: int, k_group: int, fold_v: bool) -> tuple[in
 def key_words(dim: int, width: int) -> int:
     """Words of a key of ``dim`` channels with fields of ``width`` bits, filled up: a product sums over at least 16."""
     return max(power_of_two(math.ceil(dim / codes_per_word(width))), 16 // codes_per_word(width))
+
+
+def shared_bytes(
+    k_dim: int, v_dim: int, k_bits: float, v_bits: float, dtype: torch.dtype, tile: int, full_tile: int, stages: int
+) -> int:
+    """Shared memory of a program of ``decode_kernel``, at most: of the tiles in flight of that zone which takes more.
+
+    ``stages`` tiles of ``full_tile`` tokens in full precision are. A tile of codes goes through it decoded, but where
+    the matrix units are Hopper's.
+    """
+    codes = STAGES * tile * math.ceil((k_dim * k_bits + v_dim * v_bits) / 8)
+    codes += tile * max(k_dim, v_dim) * dtype.itemsize
+    return max(codes, stages * full_tile * (k_dim + v_dim) * dtype.itemsize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,18 +129,18 @@ def model_dtype(dtype: torch.dtype, interpret: bool) -> str:
 
 
 def settings(
-    *, batch: int, kv_heads: int, rows: int, k_dim: int, v_dim: int, max_len: int, k_bits: int, k_group: int,
+    *, batch: int, kv_heads: int, rows: int, k_dim: int, v_dim: int, max_len: int, k_bits: float, k_group: int,
     v_bits: int, v_group: int, dtype: torch.dtype, ranked: bool = False, chunk: bool = False,
-    interpret: bool = False, hip: bool = False, edges: int = 0, tails: int = 0,
+    interpret: bool = False, hip: bool = False, edges: int = 0, tails: int = 0, warps: int = 4, device: Device = LARGE,
 ) -> Settings:  # fmt: skip
-    """What ``decode_kernel`` is compiled with for a problem of this shape.
+    """What ``decode_kernel`` is compiled with for a problem of this shape, ``warps`` warps a program, on ``device``.
 
     With ``edges``, ``interior_kernel`` takes the whole groups and so many splits what lies before and after them; then
     ``tails`` programs, if these are more, share the mask of tokens that are not written yet.
     """
     # The query rows are the short side of the products: 8 columns are the least of NVIDIA's matrix units.
     dim, fold_v = max(k_dim, v_dim), v_group == v_dim
-    (k_high, k_low), (v_high, v_low) = high_and_low(k_bits), high_and_low(v_bits)
+    (k_high, k_low), (v_high, v_low) = high_and_low(int(k_bits)), high_and_low(v_bits)
     folded = fold_v and tile_tokens(dim, MOST_ROWS, k_group, fold_v)[1]
     plain = folded and dtype != torch.float32 and not ranked and not k_low and not v_low
     most_rows = MOST_ROWS if hip or plain else MOST_ROWS // 2
@@ -139,19 +153,22 @@ def settings(
     full_tile = (64 if dim <= 128 else 32) if hip else 16 if dtype == torch.float32 else 32
     k_channels = max(power_of_two(k_dim), 16)
     least_full = min(full_tile, tile) if fold_k else full_tile  # a tile of codes lies in one group
-    splits = max(1, min(PROGRAMS // (batch * kv_heads * row_blocks), math.ceil(max_len / (2 * tile)), 128))
+    full_stages = 1 if hip else 2
     interior = interior_settings(
-        batch=batch, kv_heads=kv_heads, rows=rows, ranked=ranked, k_bits=k_bits, v_bits=v_bits, max_len=max_len,
-        interpret=interpret, runs=edges > 0,
+        batch=batch, kv_heads=kv_heads, rows=rows, k_bits=k_bits, v_bits=v_bits, k_dim=k_dim, v_dim=v_dim,
+        ranked=ranked, max_len=max_len, interpret=interpret, device=device, runs=edges > 0,
     )  # fmt: skip
-    splits = edges or splits
+    shared = shared_bytes(k_dim, v_dim, k_bits, v_bits, dtype, tile, least_full, full_stages)
+    most_splits = min(math.ceil(max_len / (2 * tile)), MOST_SPLITS)
+    slots = device.programs(warps=warps, shared=shared)
+    splits = edges or splits_for(slots, batch * kv_heads * row_blocks, most_splits)
     parts = splits if chunk else max(splits + 2, tails)
     return Settings(
         ROWS=row_tile, ROW_BLOCKS=row_blocks,
         SPLITS=splits, MIXED_SPLIT=splits - 1 if chunk else splits, PARTS=parts + interior["INTERIOR_SPLITS"],
         **interior,
         TILE=tile, FULL_TILE=least_full, LATE_TILE=max(least_full, LEAST_TILE),
-        TAIL=256, STAGES=3, FULL_STAGES=1 if hip else 2,
+        TAIL=256, STAGES=STAGES, FULL_STAGES=full_stages,
         CODE_CHANNELS=k_channels if ranked else k_words * codes_per_word(k_high), K_CHANNELS=k_channels,
         V_CHANNELS=max(power_of_two(v_dim), 16),
         K_LANES=min(k_words, 4), V_LANES=min(tile // codes_per_word(v_high), 4),

@@ -29,10 +29,18 @@ RANKED = tl.constexpr(10)  # whether channels are ranked; CHANNELS are then DIM,
 PLANES = tl.constexpr(11)  # the three planes, of no CHANNELS where there is none
 COUNTS = tl.constexpr(12)  # of ``kernels/triton_widths.py``
 NORMS = tl.constexpr(14)  # whether they were divided by the norms of their tokens
+# Of both.
+WRAP = tl.constexpr(15)  # tokens after which codes start over in the storage of a sliding window; 0: they do not
 # Of values.
 ROTATION = tl.constexpr(10)  # in pieces of two to this power; -1: with zero points; -2: about zero, not rotated here
 # Of both: such a tuple, too, for the fields of the lowest bits, whose plane follows; of 0 BITS where there are none.
 LOWER = tl.constexpr(13)
+
+
+@triton.jit
+def code_slot(t0, SIDE: tl.constexpr):
+    """Where the codes of the tile at ``t0`` begin: no tile lies across the end of codes that start over."""
+    return t0 % SIDE[WRAP] if SIDE[WRAP] > 0 else t0
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Source of the CPU kernel of ``xquant::linear_rows``: one for a dtype and a number of rows, whatever the sizes."""
+"""Source of the CPU kernel of ``xquant::linear_rows``: for a dtype, a number of rows and of layers, of any sizes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import functools
 
 import torch
 
-from xquant_fx.kernels.arguments import Overload
 from xquant_fx.kernels.cpu.isa import Isa
-from xquant_fx.kernels.cpu.source import assemble, definitions, pointers
-from xquant_fx.kernels.linear_rows.arguments import LinearArguments
+from xquant_fx.kernels.cpu.source import definitions, whole_source
+from xquant_fx.kernels.linear_rows.arguments import MOST_ROWS
 
 #: The instruction sets that it is written for: where it was measured to be faster than torch's products.
 FASTER = ("avx512", "avx2")
@@ -22,18 +21,23 @@ class Problem:
 
     dtype: torch.dtype
     rows: int
-    bias: bool
+    biased: tuple[bool, ...]
+    """Of each layer, whether it has a bias."""
 
 
 def constants(p: Problem) -> str:
     """The constants that the C++ relies on."""
-    return definitions({"ROWS": p.rows}, {}, {"HAS_BIAS": p.bias}, {"T": p.dtype})
+    assert 1 <= p.rows <= MOST_ROWS
+    return definitions({"ROWS": p.rows, "LAYERS": len(p.biased)}, {}, {}, {"T": p.dtype})
 
 
 @functools.cache
 def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
-    """(argument types, C++ source of ``kernel``): the tensors that are present, the output, and both sizes."""
-    outputs = {"out": "xq::T*", "in_size": "int64_t", "out_size": "int64_t"}
-    absent = set() if p.bias else {"bias"}
-    tensors = pointers(LinearArguments, Overload())
-    return assemble(isa, constants(p), "linear_rows/cpu.cpp", "linear", tensors, absent, outputs)
+    """(argument types, C++ source of ``kernel``): x, weights, the biases that are there, the output, in, outs."""
+    numbers = range(len(p.biased))
+    given = {"x": "const xq::T*", **{f"weight{i}": "const xq::T*" for i in numbers}}
+    given |= {f"bias{i}": "const xq::T*" for i in numbers if p.biased[i]}
+    given |= {"out": "xq::T*", "in_size": "int64_t", **{f"size{i}": "int64_t" for i in numbers}}
+    layers = ", ".join(f"{{weight{i}, {f'bias{i}' if p.biased[i] else 'nullptr'}, size{i}}}" for i in numbers)
+    entry = f"xq::linear(x, {{{layers}}}, out, in_size);"
+    return whole_source(isa, constants(p), "linear_rows/cpu.cpp", given, entry)

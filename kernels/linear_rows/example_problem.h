@@ -4,14 +4,6 @@
 
 namespace xq {
 constexpr int64_t ROWS = 1;
-constexpr bool HAS_BIAS = 1;
+constexpr int64_t LAYERS = 2;
 using T = xq::bfloat16;
-}  // namespace xq
-
-namespace xq {
-struct Tensors {
-    const xq::T* x;
-    const xq::T* weight;
-    const xq::T* bias;
-};
 }  // namespace xq

@@ -8,6 +8,9 @@ from xquant_fx.kernels.linear_rows.arguments import LinearArguments
 
 
 def linear(a: LinearArguments) -> torch.Tensor:
-    """[..., out]: sums in float32, bias included, rounded once."""
-    bias = None if a.bias is None else a.bias.float()
-    return torch.nn.functional.linear(a.x.float(), a.weight.float(), bias).to(a.x.dtype)
+    """The layers' outputs behind each other: sums in float32, bias included, rounded once."""
+    outs = [
+        torch.nn.functional.linear(a.x.float(), weight.float(), None if bias is None else bias.float())
+        for weight, bias in zip(a.weights, a.biases, strict=True)
+    ]
+    return torch.cat([out.flatten() for out in outs]).to(a.x.dtype)

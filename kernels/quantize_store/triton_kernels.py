@@ -1,19 +1,22 @@
-"""Triton kernels that append the tokens of one decode step: ``plain_torch.py`` in one launch per side.
+"""How a program appends its part of one decode step: ``plain_torch.py``, for what is not ranked or rotated.
 
-A program has a batch row, a head, some channels and, for keys, one group of tokens. It writes its
-channels of the new tokens to the ring and to the sinks. Then it quantizes what the step makes due, and
+A program has a side (``triton_append.py``), a batch row, a head, some channels and, for keys, one group of tokens. It
+writes its channels of the new tokens to the ring and to the sinks. Then it quantizes what the step makes due, and
 most steps make nothing due for keys: one comparison with the position, on the device. Programs do not
 wait for each other: new tokens are read from the step's own tensor, older ones from ring slots that
-the step does not write (the ring has STEP_TOKENS slots more than the window, or more). The first program also
+the step does not write (the ring has STEP_TOKENS slots more than the window, or more). The first program of a side also
 checks the positions and notes the new length.
 
 FIT is "own" where a layer has codes of its own; else it borrows codes, and FIT says how its scales are
 made: "minmax" from the range, "least_squares" fitted to the codes. The pieces:
 
+    triton_append.py     the kernel, of one side or both
     triton_window.py     tokens in full precision
     triton_keys.py       quantizing a group of tokens of keys
     triton_values.py     quantizing a token of values
     triton_quantizer.py  ranges, codes, scales and zero points
+    triton_ranked.py     the same of keys whose channels are ranked
+    triton_rotated.py    the same of values that are rotated
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from xquant_fx.kernels.faults import Fault
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.triton_keys import flush_keys
 from xquant_fx.kernels.quantize_store.triton_values import flush_values
-from xquant_fx.kernels.quantize_store.triton_window import source_of, write_step
+from xquant_fx.kernels.quantize_store.triton_window import source_of, turns_before, write_step
 
 NOT_APPENDED = tl.constexpr(int(Fault.NOT_APPENDED))
 FULL = tl.constexpr(int(Fault.FULL))
@@ -57,45 +60,26 @@ def note_step(
     in_step = j < NEW_TOKENS
     jumps = tl.sum(((tl.load(pos + j, mask=in_step, other=0) != asked + j) & in_step).to(tl.int32), 0)
     code = tl.where(jumps > 0, NOT_CONSECUTIVE, code)
-    tl.store(fault, tl.maximum(tl.load(fault), code))
+    if code > 0:  # both sides have one fault, and may be in one launch
+        tl.atomic_max(fault, code)
     stored = (past + NEW_TOKENS).to(tl.int64)
     tl.store(length, stored)
     tl.store(length + 1, tl.where(past == 0, stored, tl.maximum(furthest, stored)))
 
 
 @triton.jit
-def append_keys_kernel(
-    x,
-    pos,
-    codes,
-    scale,
-    zero,
-    ring,
-    sink,
-    start,
-    length,
-    fault,
-    HEADS: tl.constexpr,
-    NEW_TOKENS: tl.constexpr,
-    NEW_TILE: tl.constexpr,
-    DIM: tl.constexpr,
-    RING: tl.constexpr,
-    SINK_TOKENS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    GROUP: tl.constexpr,
-    BITS: tl.constexpr,
-    LOW: tl.constexpr,
-    ETA: tl.constexpr,
-    FIT: tl.constexpr,
-    MAX_LEN: tl.constexpr,
-    ROLLBACK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Program (batch and head, group of tokens that the step may complete, chunk of channels)."""
-    row, part, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+def append_blocks(
+    program, x, pos, codes, scale, zero, ring, sink, start, length, fault,
+    HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
+    SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
+    ROLLBACK: tl.constexpr, WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr,
+    ETA: tl.constexpr, FIT: tl.constexpr,
+    TOKENS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A program has a batch row and head, a group of tokens that the step may complete, and a chunk of channels."""
+    CHUNKS: tl.constexpr = (DIM + CHUNK - 1) // CHUNK
+    DUE: tl.constexpr = (NEW_TOKENS + RESIDUAL - 1) // RESIDUAL * (RESIDUAL // GROUP)
+    row, part, chunk = program // CHUNKS // DUE, program // CHUNKS % DUE, program % CHUNKS
     head = row.to(tl.int64)
     first_token = tl.load(start + row // HEADS).to(tl.int32)
     source = source_of(x, ring, pos, head, NEW_TOKENS, DIM, RING, MAX_LEN)
@@ -103,7 +87,7 @@ def append_keys_kernel(
     d = chunk * CHUNK + tl.arange(0, CHUNK)
     if part == 0:
         write_step(source, pos, sink, head, first_token, d, d < DIM, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
-    if row + part + chunk == 0:
+    if program == 0:
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     block = past // RESIDUAL * RESIDUAL + part * GROUP // RESIDUAL * RESIDUAL
     if past + NEW_TOKENS >= block + RESIDUAL:
@@ -112,60 +96,26 @@ def append_keys_kernel(
         scale += head * (GROUPS * DIM)
         zero += head * (GROUPS * DIM)
         t0 = past // RESIDUAL * RESIDUAL + part * GROUP
+        before = turns_before(t0, WRAP)
+        codes -= before
         flush_keys(
-            source,
-            codes,
-            codes + HIGH_WORDS * TOKENS,
-            scale,
-            zero,
-            first_token + SINK_TOKENS,
-            t0,
-            chunk * CHUNK,
-            DIM,
-            RING,
-            GROUP,
-            TILE,
-            CHUNK,
-            BITS,
-            LOW,
-            TOKENS,
-            ETA,
-            FIT,
-        )
+            source, codes, codes + HIGH_WORDS * TOKENS, scale - before // GROUP * DIM, zero - before // GROUP * DIM,
+            first_token + SINK_TOKENS, t0, chunk * CHUNK,
+            DIM, RING, GROUP, TILE, CHUNK, BITS, LOW, TOKENS, ETA, FIT,
+        )  # fmt: skip
 
 
 @triton.jit
-def append_values_kernel(
-    x,
-    pos,
-    codes,
-    scale,
-    zero,
-    ring,
-    sink,
-    start,
-    length,
-    fault,
-    HEADS: tl.constexpr,
-    NEW_TOKENS: tl.constexpr,
-    NEW_TILE: tl.constexpr,
-    DIM: tl.constexpr,
-    RING: tl.constexpr,
-    SINK_TOKENS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    GROUP: tl.constexpr,
-    BITS: tl.constexpr,
-    LOW: tl.constexpr,
-    ETA: tl.constexpr,
-    FIT: tl.constexpr,
-    MAX_LEN: tl.constexpr,
-    ROLLBACK: tl.constexpr,
-    WORDS: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Program (batch and head, group of channels): quantize each token that leaves the window."""
-    row, group = tl.program_id(0), tl.program_id(1)
+def append_tokens(
+    program, x, pos, codes, scale, zero, ring, sink, start, length, fault,
+    HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
+    SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
+    ROLLBACK: tl.constexpr, WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr,
+    ETA: tl.constexpr, FIT: tl.constexpr,
+    WORDS: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A program has a batch row and head, and a group of channels: it quantizes each token that leaves the window."""
+    row, group = program // (DIM // GROUP), program % (DIM // GROUP)
     head = row.to(tl.int64)
     codes += head * (WORDS * DIM)
     scale += (head * (DIM // GROUP) + group) * STRIDE
@@ -176,24 +126,9 @@ def append_values_kernel(
     i = tl.arange(0, CHUNK)
     d, valid_channels = group * GROUP + i, i < GROUP
     write_step(source, pos, sink, head, first_token, d, valid_channels, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
-    if row + group == 0:
+    if program == 0:
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     flush_values(
-        source,
-        codes,
-        codes + STRIDE * (BITS - LOW) // 32 * DIM,
-        scale,
-        zero,
-        d,
-        valid_channels,
-        NEW_TOKENS,
-        NEW_TILE,
-        DIM,
-        RING,
-        RESIDUAL,
-        GROUP,
-        BITS,
-        LOW,
-        ETA,
-        FIT,
-    )
+        source, codes, codes + STRIDE * (BITS - LOW) // 32 * DIM, scale, zero, d, valid_channels,
+        NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, GROUP, WRAP, BITS, LOW, ETA, FIT,
+    )  # fmt: skip

@@ -61,7 +61,9 @@ def tile_of_group(source, i, t0, d, DIM: tl.constexpr, RING: tl.constexpr, GROUP
     in_bounds = (j < GROUP)[:, None] & (d < DIM)[None, :]
     x = full_tokens(source, t0 + j, d, in_bounds, DIM, RING)
     if len(source) > 3:  # keys are divided by norms
-        norm = tl.where(j < GROUP, decode_scale(tl.load(source[3] + t0 + j, mask=j < GROUP, other=0)), 1.0)
+        norm = tl.where(
+            j < GROUP, decode_scale(tl.load(source[3] + (t0 + j) % source[4], mask=j < GROUP, other=0)), 1.0
+        )
         x = tl.div_rn(x, tl.broadcast_to(norm[:, None], x.shape))
     return t0 + j, in_bounds, x
 

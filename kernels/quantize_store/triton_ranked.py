@@ -12,7 +12,7 @@ from xquant_fx.kernels.quantize_store.triton_kernels import note_step
 from xquant_fx.kernels.quantize_store.triton_keys import range_of_keys, tile_of_group
 from xquant_fx.kernels.quantize_store.triton_quantizer import code_shift, encode_to, step_to
 from xquant_fx.kernels.quantize_store.triton_ranks import note_norms, note_ranks
-from xquant_fx.kernels.quantize_store.triton_window import source_of, write_step
+from xquant_fx.kernels.quantize_store.triton_window import source_of, turns_before, write_step
 from xquant_fx.kernels.triton_small_floats import LARGEST_OF_MIDS, decode_scale, encode_mid, encode_scale
 from xquant_fx.kernels.triton_widths import field_of_rank, ranked_limit, width_of_rank
 
@@ -136,47 +136,15 @@ def flush_ranked(
 
 
 @triton.jit
-def append_ranked_kernel(
-    x,
-    pos,
-    codes,
-    scale,
-    zero,
-    ring,
-    sink,
-    order,
-    center,
-    energy,
-    norm,
-    start,
-    length,
-    fault,
-    HEADS: tl.constexpr,
-    NEW_TOKENS: tl.constexpr,
-    NEW_TILE: tl.constexpr,
-    DIM: tl.constexpr,
-    RING: tl.constexpr,
-    SINK_TOKENS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    GROUP: tl.constexpr,
-    MAX_LEN: tl.constexpr,
-    ROLLBACK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WORDS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TILE: tl.constexpr,
-    RANKS_1: tl.constexpr,
-    RANKS_2: tl.constexpr,
-    RANKS_3: tl.constexpr,
-    RANKS_4: tl.constexpr,
-    RANKS_5: tl.constexpr,
-    RANKS_6: tl.constexpr,
-    RANKS_7: tl.constexpr,
-):
-    """Program (batch and head): write the new tokens, quantize the groups that become due."""
-    COUNTS: tl.constexpr = (RANKS_1, RANKS_2, RANKS_3, RANKS_4, RANKS_5, RANKS_6, RANKS_7)
-    row = tl.program_id(0)
+def append_ranked(
+    program, x, pos, codes, scale, zero, ring, sink, order, center, energy, norm, start, length, fault,
+    HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
+    SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
+    ROLLBACK: tl.constexpr, WRAP: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    CHANNELS: tl.constexpr, TILE: tl.constexpr, COUNTS: tl.constexpr,
+):  # fmt: skip
+    """A program has a batch row and head: it writes the new tokens and quantizes the groups that become due."""
+    row = program
     head = row.to(tl.int64)
     order += head * DIM
     center += head * DIM
@@ -185,20 +153,37 @@ def append_ranked_kernel(
     _, _, past = source
     d = tl.arange(0, CHANNELS)
     write_step(source, pos, sink, head, first_token, d, d < DIM, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
-    if row == 0:
+    if program == 0:
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     first, end = ranked_limit(past, RESIDUAL, GROUP), ranked_limit(past + NEW_TOKENS, RESIDUAL, GROUP)
     if norm is not None:
         norm += (row // HEADS).to(tl.int64) * TOKENS
         of_row = source_of(x, ring, pos, head // HEADS * HEADS, NEW_TOKENS, DIM, RING, MAX_LEN)
-        note_norms(of_row, norm, first, end, HEADS, NEW_TOKENS, DIM, RING, TILE, CHANNELS)
-        source = source[0], source[1], past, norm
+        room = past * 0 + (WRAP if WRAP > 0 else TOKENS)
+        note_norms(of_row, norm, room, first, end, HEADS, NEW_TOKENS, DIM, RING, TILE, CHANNELS)
+        source = source[0], source[1], past, norm, room
     first_valid = first_token + SINK_TOKENS
     note_ranks(source, order, center, energy + head * DIM, first_valid, first, end, DIM, RING, GROUP, TILE, CHANNELS)
     codes += head * (WORDS * TOKENS)
     scale += head * (GROUPS * DIM)
     zero += head * (GROUPS * DIM)
     for t0 in range(first, end, GROUP):
+        before = turns_before(t0, WRAP)
+        groups_before = before // GROUP * DIM
         flush_ranked(
-            source, codes, scale, zero, order, center, first_valid, t0, DIM, RING, GROUP, TILE, TOKENS, CHANNELS, COUNTS
+            source,
+            codes - before,
+            scale - groups_before,
+            zero - groups_before,
+            order,
+            center,
+            first_valid,
+            t0,
+            DIM,
+            RING,
+            GROUP,
+            TILE,
+            TOKENS,
+            CHANNELS,
+            COUNTS,
         )

@@ -24,6 +24,7 @@ COMPARED = tl.constexpr(16)
 def note_norms(
     source,
     norm,
+    room,
     first,
     end,
     HEADS: tl.constexpr,
@@ -35,7 +36,7 @@ def note_norms(
 ):
     """Write the norms of tokens ``first`` to below ``end``; ``source`` is that of the first head of a batch row.
 
-    The programs of all its heads write the same: none has to wait for another.
+    They start over after ``room`` of them. The programs of all its heads write the same: none has to wait for another.
     """
     x, ring, past = source
     d = tl.arange(0, CHANNELS)
@@ -48,7 +49,7 @@ def note_norms(
             k = full_tokens(of_head, tokens, d, in_bounds, DIM, RING)
             square += tl.sum(k * k, 1)
         root = tl.sqrt_rn(square * (1.0 / (HEADS * DIM)))
-        tl.store(norm + tokens, encode_norm(root), mask=tokens < end)
+        tl.store(norm + tokens % room, encode_norm(root), mask=tokens < end)
     tl.debug_barrier()  # other threads of the program read them
 
 

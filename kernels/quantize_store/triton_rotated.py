@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from xquant_fx.kernels.quantize_store.triton_kernels import note_step
-from xquant_fx.kernels.quantize_store.triton_values import leaving_tokens, store_value_planes
+from xquant_fx.kernels.quantize_store.triton_values import leaving_tokens, store_value_planes, value_slots
 from xquant_fx.kernels.quantize_store.triton_window import full_tokens, source_of, write_step
 from xquant_fx.kernels.triton_rotation import rotate
 from xquant_fx.kernels.triton_small_floats import encode_scale
@@ -43,6 +43,7 @@ def flush_rotated(
     RING: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GROUP: tl.constexpr,
+    WRAP: tl.constexpr,
     BITS: tl.constexpr,
     LOW: tl.constexpr,
     STEP: tl.constexpr,
@@ -56,41 +57,21 @@ def flush_rotated(
     if LEVELS >= 0:  # else it came rotated
         y = tl.trans(rotate(tl.trans(v), LEVELS))
     c, s = encode_about_zero(y, due[:, None] & in_group[None, :], GROUP, BITS, STEP)
-    tl.store(scale + tokens, encode_scale(s, scale.dtype.element_ty), mask=due)
-    store_value_planes(codes, low_codes, c, tokens, due, past - RESIDUAL, d, in_group, NEW_TOKENS, DIM, BITS, LOW)
+    tl.store(scale + value_slots(tokens, WRAP), encode_scale(s, scale.dtype.element_ty), mask=due)
+    store_value_planes(codes, low_codes, c, tokens, due, past - RESIDUAL, d, in_group, NEW_TOKENS, DIM, WRAP, BITS, LOW)
 
 
 @triton.jit
-def append_rotated_kernel(
-    x,
-    pos,
-    codes,
-    scale,
-    ring,
-    sink,
-    start,
-    length,
-    fault,
-    HEADS: tl.constexpr,
-    NEW_TOKENS: tl.constexpr,
-    NEW_TILE: tl.constexpr,
-    DIM: tl.constexpr,
-    RING: tl.constexpr,
-    SINK_TOKENS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    GROUP: tl.constexpr,
-    MAX_LEN: tl.constexpr,
-    ROLLBACK: tl.constexpr,
-    BITS: tl.constexpr,
-    LOW: tl.constexpr,
-    STEP: tl.constexpr,
-    LEVELS: tl.constexpr,
-    WORDS: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """Program (batch and head, group of channels): quantize each token that leaves the window."""
-    row, group = tl.program_id(0), tl.program_id(1)
+def append_rotated(
+    program, x, pos, codes, scale, ring, sink, start, length, fault,
+    HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
+    SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
+    ROLLBACK: tl.constexpr, WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr,
+    STEP: tl.constexpr, LEVELS: tl.constexpr,
+    WORDS: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A program has a batch row and head, and a group of channels: it quantizes each token that leaves the window."""
+    row, group = program // (DIM // GROUP), program % (DIM // GROUP)
     head = row.to(tl.int64)
     codes += head * (WORDS * DIM)
     scale += (head * (DIM // GROUP) + group) * STRIDE
@@ -100,24 +81,9 @@ def append_rotated_kernel(
     d = tl.arange(0, CHANNELS)
     in_group = d // GROUP == group
     write_step(source, pos, sink, head, first_token, d, in_group, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
-    if row + group == 0:
+    if program == 0:
         note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
-    low_codes = codes + STRIDE * (BITS - LOW) // 32 * DIM
     flush_rotated(
-        source,
-        codes,
-        low_codes,
-        scale,
-        d,
-        in_group,
-        NEW_TOKENS,
-        NEW_TILE,
-        DIM,
-        RING,
-        RESIDUAL,
-        GROUP,
-        BITS,
-        LOW,
-        STEP,
-        LEVELS,
-    )
+        source, codes, codes + STRIDE * (BITS - LOW) // 32 * DIM, scale, d, in_group,
+        NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, GROUP, WRAP, BITS, LOW, STEP, LEVELS,
+    )  # fmt: skip

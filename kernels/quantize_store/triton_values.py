@@ -22,6 +22,12 @@ from xquant_fx.kernels.quantize_store.triton_window import full_tokens
 
 
 @triton.jit
+def value_slots(tokens, WRAP: tl.constexpr):
+    """Slots of ``tokens`` where codes start over after WRAP tokens, which are whole words; 0: they do not."""
+    return tokens % WRAP if WRAP > 0 else tokens
+
+
+@triton.jit
 def load_value_codes(codes, tokens, d, in_bounds, DIM: tl.constexpr, BITS: tl.constexpr):
     """Fields of BITS bits [tokens, channels] of values as float32."""
     words = tl.load(codes + (tokens // (32 // BITS))[:, None] * DIM + d[None, :], mask=in_bounds, other=0)
@@ -54,7 +60,17 @@ def fit_values(
 
 @triton.jit
 def store_value_codes(
-    codes, c, tokens, due, first_due, d, valid_channels, NEW_TOKENS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr
+    codes,
+    c,
+    tokens,
+    due,
+    first_due,
+    d,
+    valid_channels,
+    NEW_TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    WRAP: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     """Put fields [tokens, channels] of the ``due`` among ``tokens``, which begin at ``first_due``, into their words.
 
@@ -66,10 +82,11 @@ def store_value_codes(
         word = tl.maximum(first_due, 0) // per_word + w
         in_word = due & (tokens // per_word == word)
         touched = valid_channels & ((word + tl.arange(0, 1)) * per_word < first_due + NEW_TOKENS)
-        old = tl.load(codes + word * DIM + d, mask=touched, other=0)
+        row = codes + (word % (WRAP // per_word) if WRAP > 0 else word) * DIM
+        old = tl.load(row + d, mask=touched, other=0)
         cleared = tl.sum(tl.where(in_word, ((1 << BITS) - 1) << shift, 0), 0)
         bits = tl.sum(tl.where(in_word[:, None], c << shift[:, None], 0), 0)
-        tl.store(codes + word * DIM + d, (old & ~cleared) | bits, mask=touched)
+        tl.store(row + d, (old & ~cleared) | bits, mask=touched)
 
 
 @triton.jit
@@ -84,15 +101,16 @@ def store_value_planes(
     valid_channels,
     NEW_TOKENS: tl.constexpr,
     DIM: tl.constexpr,
+    WRAP: tl.constexpr,
     BITS: tl.constexpr,
     LOW: tl.constexpr,
 ):
     """The same of codes, plane by plane."""
     if LOW > 0:
         low = c & ((1 << LOW) - 1)
-        store_value_codes(low_codes, low, tokens, due, first_due, d, valid_channels, NEW_TOKENS, DIM, LOW)
+        store_value_codes(low_codes, low, tokens, due, first_due, d, valid_channels, NEW_TOKENS, DIM, WRAP, LOW)
         c = c >> LOW
-    store_value_codes(codes, c, tokens, due, first_due, d, valid_channels, NEW_TOKENS, DIM, BITS - LOW)
+    store_value_codes(codes, c, tokens, due, first_due, d, valid_channels, NEW_TOKENS, DIM, WRAP, BITS - LOW)
 
 
 @triton.jit
@@ -119,6 +137,7 @@ def flush_values(
     RING: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GROUP: tl.constexpr,
+    WRAP: tl.constexpr,
     BITS: tl.constexpr,
     LOW: tl.constexpr,
     ETA: tl.constexpr,
@@ -129,15 +148,17 @@ def flush_values(
     tokens, due = leaving_tokens(past, NEW_TOKENS, NEW_TILE, RESIDUAL)
     in_bounds = due[:, None] & valid_channels[None, :]
     x = full_tokens(source, tokens, d, in_bounds, DIM, RING)
+    slots = value_slots(tokens, WRAP)
     if FIT == "least_squares":
-        s, z = fit_values(x, codes, low_codes, tokens, d, in_bounds, DIM, GROUP, BITS, LOW)
+        s, z = fit_values(x, codes, low_codes, slots, d, in_bounds, DIM, GROUP, BITS, LOW)
     else:
         low = tl.full((NEW_TILE,), float("inf"), tl.float32)
         low, high = range_of(x, in_bounds, low, tl.full((NEW_TILE,), float("-inf"), tl.float32), 1)
         low, step = step_of_range(low, high, BITS)
         s, z = relaxed(low, step, BITS, ETA)
-    store_scales(scale, zero, tokens, s, z, due)
+    store_scales(scale, zero, slots, s, z, due)
     if FIT == "own":
         c = tl.where(in_bounds, encode(x, low[:, None], step[:, None], BITS), 0)
-        first_due = past - RESIDUAL
-        store_value_planes(codes, low_codes, c, tokens, due, first_due, d, valid_channels, NEW_TOKENS, DIM, BITS, LOW)
+        store_value_planes(
+            codes, low_codes, c, tokens, due, past - RESIDUAL, d, valid_channels, NEW_TOKENS, DIM, WRAP, BITS, LOW
+        )

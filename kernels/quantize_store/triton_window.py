@@ -1,7 +1,8 @@
 """Tokens in full precision: a step's own, and those of the residual window.
 
 ``source`` is (x, ring, past): the step's tokens, which follow ``past`` older ones, and the ring that holds the latest.
-Of keys that are divided by the norms of their tokens (``triton_ranks.py``), the norms are its fourth part.
+Of keys that are divided by the norms of their tokens (``triton_ranks.py``), the norms are its fourth part,
+and its fifth is after how many tokens they start over.
 """
 
 from __future__ import annotations
@@ -17,6 +18,15 @@ def source_of(
     """The ``source`` of one ``head`` of a batch row; ``past`` is within bounds, wherever the step was asked for."""
     past = tl.maximum(tl.minimum(tl.load(pos), MAX_LEN - NEW_TOKENS), 0).to(tl.int32)
     return x + head * (NEW_TOKENS * DIM), ring + head * (RING * DIM), past
+
+
+@triton.jit
+def turns_before(t0, WRAP: tl.constexpr):
+    """Tokens from the slot of token ``t0`` to ``t0``, where codes start over after WRAP tokens (0: they do not).
+
+    Whole groups of tokens stay together: a group's pointers are moved back by this many.
+    """
+    return t0 // WRAP * WRAP if WRAP > 0 else t0 * 0
 
 
 @triton.jit

@@ -36,7 +36,9 @@ class LoadArguments(Arguments):
     max_len: int
     x: Annotated[Tensor | None, Elements("T")] = None
     """The step's own tokens, where they are too many for the ring; the ring is as it was before them."""
+    first: Annotated[Tensor | None, Elements("int64_t")] = None
+    """int64 [1], the first token to give back; None: 0."""
 
 
 #: What the op takes of a layer's stored tensors, by name.
-STORED = tuple(name for name in LoadArguments.tensor_names() if name not in ("past", "x"))
+STORED = tuple(name for name in LoadArguments.tensor_names() if name not in ("past", "x", "first"))

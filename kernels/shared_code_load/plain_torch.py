@@ -35,7 +35,7 @@ def with_sinks(out: Tensor, sink: Tensor, tokens: Tensor, start: Tensor) -> Tens
 
 
 def load(a: LoadArguments) -> Tensor:
-    """What attention sees in a step that brings ``new_tokens`` tokens after ``past``: [B, H, n, D].
+    """What attention sees in a step that brings ``new_tokens`` tokens after ``past``: [B, H, n, D], from ``first`` on.
 
     Tokens at or past ``past + new_tokens`` read as zero, as in a fresh static cache, and so do those before a sliding
     window that later ones have overwritten. What is stored rotated is rotated back, the step's own tokens ``x``, too.
@@ -47,6 +47,8 @@ def load(a: LoadArguments) -> Tensor:
 def load_as_stored(a: LoadArguments) -> Tensor:
     """The same, rotated where it is stored so."""
     tokens = torch.arange(a.n, device=a.codes.device)
+    if a.first is not None:
+        tokens = tokens + a.first
     written = (tokens < a.past + a.new_tokens)[:, None]
     if a.bits == 16:
         return torch.where(*_unquantized(a, tokens, written), 0.0).contiguous()
@@ -55,9 +57,10 @@ def load_as_stored(a: LoadArguments) -> Tensor:
     dim = a.ring.shape[3]
     tokens_stored = scheme.tokens_of(a.codes.shape, a.scale.shape)
     wrap = wrap_of(a.scheme, tokens_stored, a.max_len, dim, a.bits, a.group_size, a.residual_length)
-    dense = scheme.dequantize(stored, a.bits, a.group_size, wrap or a.n, dim).to(a.ring.dtype)
+    dense = scheme.dequantize(stored, a.bits, a.group_size, wrap or _up_to(a), dim).to(a.ring.dtype)
+    if wrap or a.first is not None:
+        dense = dense.index_select(2, tokens % (wrap or a.max_len))
     if wrap:
-        dense = dense.index_select(2, tokens % wrap)
         end = scheme.quantized_limit(a.past + _stored_new(a), a.group_size, a.residual_length)
         written = written & (tokens >= scheme.first_kept(end, wrap))[:, None]
     full = residual_tokens(a.ring, tokens, a.past, a.x)
@@ -74,10 +77,16 @@ def _stored_new(a: LoadArguments) -> int:
     return a.new_tokens if a.x is None else 0
 
 
+def _up_to(a: LoadArguments) -> int:
+    """Tokens to dequantize where codes do not start over."""
+    return a.n if a.first is None else a.max_len
+
+
 def _unquantized(a: LoadArguments, tokens: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
     """(which tokens are there, tokens [B, H, n, D]) of 16-bit storage."""
     slots = a.codes.shape[2]
     if slots >= a.max_len:
-        return written, a.codes[:, :, : a.n]
+        whole = a.codes[:, :, : a.n] if a.first is None else a.codes.index_select(2, tokens % slots)
+        return written, whole
     seen = written & (tokens >= a.past + _stored_new(a) - slots)[:, None]
     return seen, residual_tokens(a.codes, tokens, a.past, a.x)

@@ -35,6 +35,8 @@ class Geometry(NamedTuple):
     dtype: torch.dtype
     rotary: bool = False
     """Whether it holds the rotary part of keys that are computed from latents."""
+    window: int = 0
+    """Tokens that a query sees (a sliding window); 0: all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +141,7 @@ def bind_all(plan: Plan, buffers: Sequence[tuple[int, Role, Geometry]]) -> list[
     for layer, role, geometry in buffers:
         entry = plan.layers[layer].of(role)
         lower = None if entry.partner is None else specs.get((entry.partner, role))
-        specs[layer, role] = entry.bind(layer, geometry.shape, geometry.dtype, lower, geometry.rotary)
+        specs[layer, role] = entry.bind(layer, geometry.shape, geometry.dtype, lower, *geometry[2:])
     return list(specs.values())
 
 

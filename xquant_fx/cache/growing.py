@@ -6,6 +6,9 @@ twice the room when it is full. To everybody else the tensors are what they were
 length, an older one can be continued as long as what follows it can be taken back exactly, and what cannot be right
 any more raises.
 
+Of a sliding window ``torch.cat([past, new], dim=2)[:, :, -n:]`` is kept: then the tensor is the last n tokens of the
+state, whose storage starts over.
+
 Dynamo sees an ordinary tensor of symbolic length and traces the ordinary concatenation, which the passes rewrite.
 """
 
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xquant_fx.cache.growth import Growth
 from xquant_fx.cache.kv_tensor import QuantizedKV, _refuse_aot
 from xquant_fx.cache.reads import Dequantized, read
 from xquant_fx.cache.select import select
@@ -28,62 +32,9 @@ from xquant_fx.plan.spec import KVSpec
 
 aten = torch.ops.aten
 
-#: Tokens there is room for at least.
-LEAST_ROOM = 512
-
-
-def room_for(tokens: int) -> int:
-    """Tokens to make room for where ``tokens`` are stored and one more step of a few is to come."""
-    room = LEAST_ROOM
-    while room < tokens + STEP_TOKENS:
-        room *= 2
-    return room
-
-
-class Growth:
-    """One side of one layer as it grows: the state, its length as the host knows it, and what was overwritten."""
-
-    def __init__(self, state: KVState, tokens: int = 0) -> None:
-        self.state, self.tokens = state, tokens
-        self.overwritten: list[int] = []
-        """For each time that an older tensor was continued: its length. Tokens from there on were replaced."""
-
-    def resume(self, tokens: int, since: int) -> None:
-        """Go back to ``tokens``, as a tensor has them that was made when ``overwritten`` had ``since`` entries.
-
-        Raises:
-            CacheStateError: they were overwritten since, or what follows them cannot be taken back exactly.
-        """
-        self.check(tokens, since)
-        if tokens < self.tokens:
-            self.state.truncate(tokens)
-            self.overwritten.append(tokens)
-            self.tokens = tokens
-
-    def check(self, tokens: int, since: int) -> None:
-        """Raise CacheStateError if any of the first ``tokens`` were overwritten after ``since``."""
-        least = min(self.overwritten[since:], default=tokens)
-        if least < tokens:
-            spec = self.state.spec
-            raise CacheStateError(
-                f"layer {spec.layer} {spec.role}s: this tensor has {tokens} tokens, of which those from {least} on "
-                "were overwritten when a shorter one was continued; continue copies (copy.deepcopy of the cache)"
-            )
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` and a step after them."""
-        if tokens > self.state.spec.shape[2]:
-            self.state.enlarge(room_for(tokens))
-
-    def grown(self, new: int) -> GrowingKV:
-        """The tensor after a compiled step appended ``new`` tokens to the state; there is room for the next step."""
-        self.tokens += new
-        self.reserve(self.tokens + STEP_TOKENS)
-        return GrowingKV.of(self)
-
 
 class GrowingKV(Dequantized):
-    """Keys or values [B, H, T, D] whose storage is the state of a :class:`Growth`.
+    """Keys or values [B, H, T, D] whose storage is the state of a :class:`Growth`: its T tokens from ``begin`` on.
 
     ``growth`` is None for the stand-ins that Dynamo makes while it traces: they only have a shape.
     """
@@ -91,21 +42,36 @@ class GrowingKV(Dequantized):
     anchor: Tensor
     growth: Growth | None
     since: int
+    begin: int
+    is_tail: bool
+    """Whether there may be tokens before ``begin``, so that the length does not say how many are stored."""
 
     @staticmethod
-    def __new__(cls, spec: KVSpec, anchor: Tensor, tokens: Any, growth: Growth | None = None) -> GrowingKV:
+    def __new__(
+        cls, spec: KVSpec, anchor: Tensor, tokens: Any, growth: Growth | None = None, begin: int = 0, tail: bool = False
+    ) -> GrowingKV:
         shape = (*spec.shape[:2], tokens, spec.shape[3])
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
 
-    def __init__(self, spec: KVSpec, anchor: Tensor, tokens: Any, growth: Growth | None = None) -> None:
-        self._spec, self.anchor, self.growth = spec, anchor, growth
+    def __init__(
+        self,
+        spec: KVSpec,
+        anchor: Tensor,
+        tokens: Any,
+        growth: Growth | None = None,
+        begin: int = 0,
+        tail: bool = False,
+    ) -> None:
+        self._spec, self.anchor, self.growth, self.begin = spec, anchor, growth, begin
+        self.is_tail = tail or bool(begin or spec.window)
         self.since = 0 if growth is None else len(growth.overwritten)
 
     @classmethod
-    def of(cls, growth: Growth, tokens: int | None = None) -> GrowingKV:
-        """The first ``tokens`` of ``growth``, all by default; its length is a symbol to Dynamo from the start."""
+    def of(cls, growth: Growth, end: int | None = None, begin: int = 0) -> GrowingKV:
+        """Tokens [begin, end) of ``growth``, all by default; its length is a symbol to Dynamo from the start."""
         state = growth.state
-        new = cls(state.spec, state.owned["length"], growth.tokens if tokens is None else tokens, growth)
+        end = growth.tokens if end is None else end
+        new = cls(state.spec, state.owned["length"], end - begin, growth, begin)
         new._dynamo_weak_dynamic_indices = {2}  # type: ignore[attr-defined]  # what maybe_mark_dynamic(new, 2) sets
         return new
 
@@ -135,29 +101,34 @@ class GrowingKV(Dequantized):
         """Layer and side."""
         return f"layer {self.spec.layer} {self.spec.role}s"
 
+    @property
+    def end(self) -> int:
+        """How many tokens there are, those before this tensor included."""
+        return self.begin + self.shape[2]
+
     # Dynamo guards on what comes second; the length is not part of it.
-    def __tensor_flatten__(self) -> tuple[list[str], KVSpec]:
-        return ["anchor"], self.spec
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[KVSpec, bool]]:
+        return ["anchor"], (self.spec, self.is_tail)
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], spec: KVSpec, outer_size: Any, outer_stride: Any) -> GrowingKV:
-        return GrowingKV(spec, inner["anchor"], outer_size[2])
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], fixed: tuple[KVSpec, bool], outer_size: Any, outer_stride: Any
+    ) -> GrowingKV:
+        return GrowingKV(fixed[0], inner["anchor"], outer_size[2], tail=fixed[1])
 
     def _stable_hash_for_caching(self) -> str:
-        return hashlib.sha256(repr((self.spec, self.device, "growing")).encode()).hexdigest()
+        return hashlib.sha256(repr((self.spec, self.is_tail, self.device, "growing")).encode()).hexdigest()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"GrowingKV({self.origin}, shape={tuple(self.shape)}, {self.spec.bits} bits, device={self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GrowingKV:
         assert self.growth is not None
-        new = GrowingKV.of(copy.deepcopy(self.growth, memo), self.shape[2])
-        new.since = self.since
-        memo[id(self)] = new
+        new = memo[id(self)] = _rebuild(copy.deepcopy(self.growth, memo), self.end, self.since, self.begin)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.growth, self.shape[2], self.since)
+        return _rebuild, (self.growth, self.end, self.since, self.begin)
 
     def _is_view(self) -> bool:
         """False, also where autograd takes ``kv[:, :, :n]`` for a view: Dynamo would look for a base with strides."""
@@ -172,29 +143,39 @@ class GrowingKV(Dequantized):
         _refuse_aot(self)
         if self.growth is None:
             return self.anchor.new_empty(self.shape, dtype=self.dtype)
-        self.growth.check(self.shape[2], self.since)
-        return self.growth.state.load(self.shape[2])
+        self.growth.check(self.end, self.since)
+        self.growth.check_begin(self.begin)
+        return self.growth.state.load(self.end, self.begin)
 
     def resume(self) -> None:
         """Make the state as long as this tensor; raises CacheStateError as :meth:`Growth.resume`."""
         assert self.growth is not None
-        self.growth.resume(self.shape[2], self.since)
+        self.growth.resume(self.end, self.since)
+        self.growth.check_begin(self.begin)
 
     def has_room(self, new: int) -> bool:
         """Whether ``new`` tokens fit into the tensors that there are."""
-        return bool(self.shape[2] + new <= self.spec.shape[2])
+        return bool(self.end + new <= self.spec.shape[2])
 
     def append(self, x: Tensor) -> GrowingKV:
         """The tensor with ``x`` [B, H, q, D] behind it."""
         assert self.growth is not None
         self.resume()
-        tokens = self.shape[2]
+        tokens = self.end
         self.growth.reserve(tokens + x.shape[2])
         x = x.dense() if isinstance(x, Dequantized) else x
         self.growth.state.store(x, torch.arange(tokens, tokens + x.shape[2], device=x.device))
         # No room is made for what comes next: a layer that borrows these codes makes room at its own append.
-        self.growth.tokens += x.shape[2]
-        return GrowingKV.of(self.growth)
+        self.growth.added(x.shape[2])
+        return GrowingKV.of(self.growth, begin=self.begin)
+
+    def appended(self, new: int, keep: int) -> GrowingKV:
+        """The last ``keep`` tokens (0: all) after a compiled step stored ``new``; there is room for the next one."""
+        assert self.growth is not None
+        self.growth.added(new)
+        self.growth.reserve(self.growth.tokens + STEP_TOKENS)
+        end = self.growth.tokens
+        return GrowingKV.of(self.growth, end, max(self.begin, end - keep) if keep else self.begin)
 
     @classmethod
     @torch._dynamo.disable
@@ -204,8 +185,8 @@ class GrowingKV(Dequantized):
         return read(func, args, kwargs or {}) if result is NotImplemented else result
 
 
-def _rebuild(growth: Growth, tokens: int, since: int) -> GrowingKV:
-    new = GrowingKV.of(growth, tokens)
+def _rebuild(growth: Growth, end: int, since: int, begin: int = 0) -> GrowingKV:
+    new = GrowingKV.of(growth, end, begin)
     new.since = since
     return new
 
@@ -222,22 +203,27 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
 
 
 def _slice(kv: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    """The first tokens, as ``crop`` takes them, stay codes."""
+    """Tokens that follow one another, as ``crop`` and sliding windows take them, stay codes."""
     if not isinstance(kv, GrowingKV) or kv.growth is None:
         return NotImplemented
     begin, stop, _ = slice(start, end).indices(kv.shape[dim])
-    if (begin, step) != (0, 1) or (dim not in (2, -2) and stop != kv.shape[dim]):
+    of_tokens = dim in (2, -2)
+    if step != 1 or not (of_tokens or (begin, stop) == (0, kv.shape[dim])):
         return NotImplemented
-    kv.growth.check(kv.shape[2], kv.since)
-    return _rebuild(kv.growth, stop if dim in (2, -2) else kv.shape[2], kv.since)
+    kv.growth.check(kv.end, kv.since)
+    if not of_tokens:
+        return _alias(kv)
+    return _rebuild(kv.growth, kv.begin + max(begin, stop), kv.since, kv.begin + begin)
 
 
 def _select_rows(kv: Tensor, dim: int, index: Tensor) -> Any:
     """Rows of the batch stay codes: beam search, and requests that are done and leave."""
     if not isinstance(kv, GrowingKV) or kv.growth is None or dim != 0 or index.dim() != 1:
         return NotImplemented
-    kv.growth.check(kv.shape[2], kv.since)
-    return GrowingKV.of(Growth(select(kv.live, index), kv.growth.tokens), kv.shape[2])
+    kv.growth.check(kv.end, kv.since)
+    growth = Growth(select(kv.live, index), kv.growth.tokens)
+    growth.furthest = kv.growth.furthest
+    return GrowingKV.of(growth, kv.end, kv.begin)
 
 
 def _index_rows(kv: Tensor, indices: list[Tensor | None]) -> Any:
@@ -252,8 +238,8 @@ def _alias(kv: Tensor) -> Any:
     if not isinstance(kv, GrowingKV):
         return NotImplemented
     if kv.growth is None:
-        return GrowingKV(kv.spec, kv.anchor, kv.shape[2])
-    return _rebuild(kv.growth, kv.shape[2], kv.since)
+        return GrowingKV(kv.spec, kv.anchor, kv.shape[2], tail=kv.is_tail)
+    return _rebuild(kv.growth, kv.end, kv.since, kv.begin)
 
 
 _HANDLERS: dict[Any, Any] = {

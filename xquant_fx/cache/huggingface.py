@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, StaticCache
-from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.huggingface_layer import XQuantLayer, minus_tokens
+from xquant_fx.cache.huggingface_layers import full_and_windows, quantized_layer, why_no_window_masks
 from xquant_fx.cache.padding import Padding
 from xquant_fx.cache.remake import move, select_rows
 from xquant_fx.cache.saving import load, save
@@ -80,10 +80,9 @@ class XQuantCache(StaticCache):
             super().__init__(config=of_model, max_cache_len=max_cache_len)
         self.xquant_config = config if config is not None else XQuantConfig()
         warn_of_cost(self.xquant_config)
-        full = {i: 0 for i, layer in enumerate(self.layers) if type(layer) is StaticLayer}
-        sliding = {i: layer for i, layer in enumerate(self.layers) if type(layer) is StaticSlidingWindowLayer}
-        windows = {i: int(layer.get_max_length()) for i, layer in sliding.items()}
-        self.windows_left = why_not_windows(list(windows.values()), len(full), self.xquant_config)
+        full, windows = full_and_windows(self.layers)
+        left = why_not_windows(list(windows.values()), len(full), self.xquant_config)
+        self.windows_left = left or (why_no_window_masks(of_model) if windows else "")
         """Why sliding windows stay in full precision; "" where there are none, or none stays."""
         chosen = full if self.windows_left else full | windows
         self.quantized_layers: list[XQuantLayer] = []
@@ -93,7 +92,7 @@ class XQuantCache(StaticCache):
             assert self.plan is not None
             window = chosen[index] % max_cache_len  # one as long as the cache never slides
             of_layer = (max_cache_len, layer_idx, self.quantized_layers, self.plan)
-            layer = XQuantLayer(*of_layer, latents, window)
+            layer = quantized_layer(self.layers[index], *of_layer, latents, window)
             self.layers[index] = layer
             self.quantized_layers.append(layer)
         if padding_mask is not None:

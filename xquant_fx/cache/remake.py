@@ -13,6 +13,11 @@ from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
 
+#: Attributes of layers that are tensors by number: those of linear attention.
+STATES = ("conv_states", "recurrent_states")
+#: Attributes whose batch is the second dimension.
+SECOND = ("indexer_position_ids",)
+
 Copy = Callable[[KVState, CacheGroup, "KVState | None"], KVState]
 
 
@@ -32,7 +37,7 @@ def select_rows(layers: Iterable[Any], rows_to_keep: Any) -> None:
         layers,
         lambda group: group.with_start(group.start.index_select(0, index.to(group.start.device))),
         lambda state, group, lower: state.selected(index, group, lower),
-        lambda tensor: tensor.index_select(0, index.to(tensor.device)) if tensor.dim() == 4 else tensor,
+        lambda name, tensor: _rows_of(name, tensor, index),
     )
     for layer in layers:
         layer.batch_size = index.shape[0]
@@ -47,7 +52,7 @@ def move(layers: Iterable[Any], device: torch.device) -> None:
         layers,
         lambda group: group.with_start(group.start.to(device)),
         lambda state, group, lower: state.moved(group, lower),
-        lambda tensor: tensor.to(device),
+        lambda name, tensor: tensor.to(device),
     )
     for layer in layers:
         layer.device = device
@@ -75,7 +80,7 @@ def _remake(
     layers: list[Any],
     regroup: Callable[[CacheGroup], CacheGroup],
     copy: Copy,
-    change: Callable[[Tensor], Tensor],
+    change: Callable[[str, Tensor], Tensor],
 ) -> None:
     groups: dict[int, CacheGroup] = {}
     states: dict[int, KVState] = {}
@@ -88,7 +93,15 @@ def _remake(
                 states[id(old)] = copy(old, group, lower)
                 setattr(layer, name, QuantizedKV.of(states[id(old)]))
             elif isinstance(held, Tensor):
-                setattr(layer, name, _static(change(held), held))
+                setattr(layer, name, _static(change(name, held), held))
+            elif name in STATES:
+                changed = {key: _static(change(name, each), each) for key, each in held.items() if each is not None}
+                setattr(layer, name, {**held, **changed})
+
+
+def _rows_of(name: str, tensor: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` of ``tensor``, the attribute ``name`` of a layer; of counters, which have no dimensions, all."""
+    return tensor.index_select(int(name in SECOND), index.to(tensor.device)) if tensor.dim() else tensor
 
 
 def _static(new: Tensor, old: Tensor) -> Tensor:

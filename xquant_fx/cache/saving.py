@@ -122,7 +122,8 @@ def _counters(layer: Any) -> list[str]:
     if holds_nothing(layer):
         return []
     names = [name for name in COUNTERS if hasattr(layer, name)]
-    if not names or not isinstance(getattr(layer, "keys", None), Tensor | None):
+    more = hasattr(layer, "conv_states") or hasattr(layer, "indexer_keys")
+    if more or not names or not isinstance(getattr(layer, "keys", None), Tensor | None):
         raise CacheStateError(f"only static layers of keys and values can be saved, not a {type(layer).__name__}")
     return names
 

@@ -114,15 +114,17 @@ class KVState:
         if held is not None and held.x is not None and held.past == 0:
             self._write(held.x, torch.arange(held.new, device=held.x.device))
 
-    def load(self, n: int) -> Tensor:
-        """Dequantize the first ``n`` tokens as attention sees them right after the last write."""
+    def load(self, end: int, begin: int = 0) -> Tensor:
+        """Dequantize tokens [begin, end) as attention sees them right after the last write."""
         chunk = self._chunk()
         if chunk.x is not None and chunk.past == 0:  # a prompt: nothing quantized is seen
-            return torch.nn.functional.pad(chunk.x[:, :, :n], (0, 0, 0, max(n - chunk.new, 0)))
+            return torch.nn.functional.pad(chunk.x[:, :, begin:end], (0, 0, 0, max(end - max(chunk.new, begin), 0)))
         past = torch.tensor([chunk.past], device=self.group.start.device)
         tensors = {name: self.tensor(name) for name in STORED} | chunk.before
         x = None if chunk.x is None else self._as_stored(chunk.x)
-        return ops.LOAD(**tensors, past=past, new_tokens=chunk.new, n=n, **self.spec.load_constants(), x=x)
+        first = torch.tensor([begin], device=past.device) if begin else None
+        where = dict(past=past, new_tokens=chunk.new, n=end - begin, x=x, first=first)
+        return ops.LOAD(**tensors, **where, **self.spec.load_constants())
 
     @property
     def length(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import dynamo_timed
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import quantized_empty
@@ -29,12 +30,12 @@ from xquant_fx.compiler.growing_step import GrowingStep, has_room
 from xquant_fx.compiler.growing_takeover import GrowingTakeover
 from xquant_fx.compiler.left_alone import report_buffers, report_left, report_uncompiled, report_unfused
 from xquant_fx.compiler.options import Request, parse
-from xquant_fx.compiler.planning import plan_graph, warn_of_lengths, why_not_gradients, why_not_layers
+from xquant_fx.compiler.planning import plan_graph, warn_of_lengths, why_not_gradients, why_not_layers, without_sharing
 from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.proof import Call
 from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.compiler.self_check import self_check
-from xquant_fx.compiler.short_windows import note_short_windows
+from xquant_fx.compiler.short_windows import note_short_windows, why_not_growing_window
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.watch import Watch
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
@@ -121,9 +122,11 @@ def detect_graph(
     call = Call(copy, given, originals=originals)
 
     def refusal(node: Node, what: str, facts: Facts) -> Refused:
-        return Refused(surroundings) if surroundings else Refused(call.refuse(node, what, facts), of_call=True)
+        lasting = surroundings or why_not_growing_window(node, facts, request)
+        return Refused(lasting) if lasting else Refused(call.refuse(node, what, facts), of_call=True)
 
-    found = detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
+    with dynamo_timed("xquant_detect"):  # for torch._dynamo.utils.compile_times()
+        found = detect(copy, refusal, lambda graph, sites: plan_graph(graph, sites, request, call), unfused)
     return note_short_windows(found, request)
 
 
@@ -179,9 +182,12 @@ def _check_gradients(gm: GraphModule, inputs: list[Any]) -> None:
 def _check_config(buffers: list[QuantizedKV | GrowingKV], request: Request) -> None:
     if request.config is None:
         return
-    for plan in {id(b.live.group): b.live.group.plan for b in buffers}.values():
+    for buffer in {id(b.live.group): b for b in buffers}.values():
+        plan = buffer.live.group.plan
         meant = make_plan(request.config, len(plan.layers))
-        if meant != plan:
+        was_ours = isinstance(buffer, GrowingKV) or buffer.live.group.taken_over
+        alone = make_plan(without_sharing(request.config), len(plan.layers)) if was_ours else meant
+        if plan not in (meant, alone):
             raise ConfigError(
                 "the backend's options differ from the config of the XQuantCache in use, which decides; leave the "
                 f"options out. The options mean\n{meant}\nthe cache has\n{plan}"
@@ -228,7 +234,8 @@ def _compile_quantized(
         report_unfused(found.sites, request)
         context = Context(found, inputs)
     restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
-    run_passes(found.gm, context, request.disable, request.dump)
+    with dynamo_timed("xquant_passes"):
+        run_passes(found.gm, context, request.disable, request.dump)
     shapes = [tuple(inputs[i].shape[1:]) for i in quantized if isinstance(inputs[i], QuantizedKV)]
     results: Any = found.gm.graph.output_node().args[0]
     whole = [i for i, node in enumerate(results) if _whole_numbers(fake(node)) in shapes]

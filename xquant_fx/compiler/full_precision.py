@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from xquant_fx.cache.group import CacheGroup
-from xquant_fx.cache.growing import STORED_KV, GrowingKV, Growth
+from xquant_fx.cache.growing import STORED_KV, GrowingKV
+from xquant_fx.cache.growth import Growth
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import KVState
 from xquant_fx.plan.config import XQuantConfig
@@ -100,7 +101,10 @@ def _contents(buffer: Tensor) -> tuple[Tensor, int]:
 
 
 def contents_of(buffer: Any, tokens: int) -> Tensor:
-    """The first ``tokens`` that a cache of :meth:`Rebuilt.stored` holds, and zeros where it holds fewer."""
+    """The first ``tokens`` that a cache of :meth:`Rebuilt.stored` holds, and zeros where it holds fewer; the last of
+    what grows."""
     codes: Tensor = buffer.live.owned["codes"]
+    if isinstance(buffer, GrowingKV):
+        return codes[:, :, : buffer.live.length][:, :, -tokens:]
     held = torch.arange(codes.shape[2], device=codes.device) < buffer.live.length
     return torch.where(held[:, None], codes, 0)[:, :, :tokens]

@@ -36,7 +36,7 @@ class GrowingStep:
         for past in pasts.values():
             past.resume()
         values = list(self.step(*args))
-        longer = {index: past.growth.grown(new[index]) for index, past in pasts.items() if past.growth is not None}
+        longer = {each.index: pasts[each.index].appended(new[each.index], each.keep) for each in self.grown}
         for position in sorted(self.results):
             values.insert(position, longer[self.results[position].index])
         return tuple(values)

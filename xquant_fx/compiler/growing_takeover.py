@@ -15,7 +15,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from xquant_fx.cache.group import CacheGroup
-from xquant_fx.cache.growing import GrowingKV, Growth
+from xquant_fx.cache.growing import GrowingKV
+from xquant_fx.cache.growth import Growth
 from xquant_fx.cache.state import KVState
 from xquant_fx.compiler.planning import geometry_of
 from xquant_fx.compiler.prompt_queries import queries_of, show_query
@@ -57,7 +58,8 @@ class _Step(torch.fx.Interpreter):
         show_query(state, buffer.write.node, self.queries, self.env)
         state.store(whole, torch.arange(whole.shape[2], device=whole.device))
         state.group.drop()  # nobody reads the prompt in full precision any more
-        return GrowingKV.of(Growth(state, whole.shape[2]))
+        kept, tokens = buffer.write.keep, whole.shape[2]
+        return GrowingKV.of(Growth(state, tokens), begin=max(tokens - kept, 0) if kept else 0)
 
 
 class _NewCache:
@@ -72,8 +74,8 @@ class _NewCache:
         """An empty state for what ``like`` [B, H, T, D] holds."""
         entry = self.plan.layers[buffer.layer].of(buffer.role)
         lower = None if entry.partner is None else self.states.get((entry.partner, buffer.role))
-        shape, dtype, rotary = geometry_of(buffer, like)
-        spec = entry.bind(buffer.layer, shape, dtype, None if lower is None else lower.spec, rotary)
+        shape, dtype, rotary, window = geometry_of(buffer, like)
+        spec = entry.bind(buffer.layer, shape, dtype, None if lower is None else lower.spec, rotary, window)
         state = KVState(spec, self.group, lower if spec.borrowed else None)
         self.states[buffer.layer, buffer.role] = state
         return state
@@ -81,13 +83,13 @@ class _NewCache:
 
 def _behind_attention(detection: Detection, buffer: Buffer) -> Node:
     """A node behind the last attention that reads ``buffer``, which the graph returns in its place."""
-    graph, grown = detection.gm.graph, buffer.node
+    graph, grown, returned = detection.gm.graph, buffer.node, buffer.write.returned
     readers = {site.attention.value_reader for site in detection.sites if grown in site.buffers}
     last = next(node for node in reversed(graph.nodes) if node in readers)
     with graph.inserting_after(last):
         node = graph.call_function(_stands_for, (grown,))
     output = graph.output_node()
-    output.args = map_arg(output.args, lambda n: node if n is grown else n)
+    output.args = map_arg(output.args, lambda n: node if n is returned else n)
     return node
 
 

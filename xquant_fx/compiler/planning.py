@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import Geometry, Slot, bind_all, quantized_empty
-from xquant_fx.cache.growing import STORED_KV, room_for
+from xquant_fx.cache.growing import STORED_KV
+from xquant_fx.cache.growth import room_for
 from xquant_fx.compiler.dynamo_frames import is_partial
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.proof import Call
@@ -55,7 +56,7 @@ def geometry_of(buffer: Buffer, tensor: Tensor) -> Geometry:
     batch, heads, tokens, dim = tensor.shape
     if buffer.write.past is not None:
         tokens = room_for(tokens if isinstance(tokens, int) else tokens.node.hint)
-    return Geometry((batch, heads, tokens, dim), tensor.dtype, buffer.rotary)
+    return Geometry((batch, heads, tokens, dim), tensor.dtype, buffer.rotary, buffer.write.window)
 
 
 def _ordinary(gm: GraphModule, sites: list[Site], call: Call, is_together: bool) -> tuple[Buffer, ...]:
@@ -139,10 +140,15 @@ def _settings(gm: GraphModule, request: Request) -> XQuantConfig | Plan:
     settings = request.effective
     if not is_partial(gm) or isinstance(settings, Plan):
         return settings
-    alone = settings.replace(share_keys_from=None, share_values_from=None)
+    alone = without_sharing(settings)
     if alone != settings:
         warn_once("a graph break hides the other layers: no layer reads another's codes; an XQuantCache pairs them")
     return alone
+
+
+def without_sharing(settings: XQuantConfig | Plan) -> XQuantConfig | Plan:
+    """What becomes of ``settings`` where a graph break hides the other layers; a plan names them itself."""
+    return settings if isinstance(settings, Plan) else settings.replace(share_keys_from=None, share_values_from=None)
 
 
 _lengths: dict[str, set[int]] = {}

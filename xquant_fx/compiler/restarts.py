@@ -56,14 +56,20 @@ class Restarts:
         Where a new sequence begins the cache is emptied.
         """
         back: dict[int, list[KVState]] = {}
+        wraps = False
         for place, buffers in self.written.items():
-            first = 0 if place is None else _first(args[place])
+            positions = 0 if place is None else args[place]
+            first = _first(positions)
             states = [args[i].live for i in buffers if i >= 0 and isinstance(args[i], QuantizedKV)]
-            if first is not None and states and states[0].group.taken_over and first < states[0].length:
+            if first is None or not states or not states[0].group.taken_over:
+                continue
+            wrapping = _wraps(positions, first, states[0].spec.shape[2])
+            if first < states[0].length or (wrapping and first == states[0].length):
+                wraps = wraps or wrapping
                 back.setdefault(first, []).extend(states)
         if not back:
             return False
-        if self._hides_old(args):
+        if not wraps and self._hides_old(args):
             for state in back.get(0, ()):
                 state.reset()
             return False
@@ -86,3 +92,12 @@ def _first(positions: Any) -> int | None:
     if isinstance(positions, Tensor):
         return int(positions.reshape(-1)[0]) if positions.device.type == "cpu" else None
     return positions if isinstance(positions, int) else None
+
+
+def _wraps(positions: Any, first: int, length: int) -> bool:
+    """Whether positions on the CPU go on at 0 behind the last one of a buffer of ``length`` tokens."""
+    tokens = positions.numel() if isinstance(positions, Tensor) else 1
+    if first + tokens <= length or tokens > length:
+        return False
+    flat = [int(position) for position in positions.reshape(-1).tolist()]
+    return flat == [position % length for position in range(first, first + tokens)]

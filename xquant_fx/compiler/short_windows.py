@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch.fx import Node
+
 from xquant_fx.compiler.options import Request
+from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.records import Detection, Site
-from xquant_fx.plan.windows import full_precision_tokens, why_short
+from xquant_fx.plan.windows import full_precision_tokens, why_not_window, why_short
 
 
 def note_short_windows(found: Detection, request: Request) -> Detection:
@@ -14,6 +17,16 @@ def note_short_windows(found: Detection, request: Request) -> Detection:
     held = max((s.residual_length + s.rollback_tokens for s in found.specs.values()), default=0)
     held = held or full_precision_tokens(request.effective)
     return dataclasses.replace(found, sites=tuple(_noted(site, held) for site in found.sites))
+
+
+def why_not_growing_window(node: Node, facts: Facts, request: Request) -> str:
+    """Why the sliding window ``node``, which grows by concatenation, stays as it is; "" if it does not."""
+    growth = facts.growth(node)
+    if growth is None or not growth.window:
+        return ""
+    keys = {facts.source(attention.key).root for attention in facts.attention}
+    others = sum((grown := facts.growth(root)) is not None and not grown.window for root in keys)
+    return why_not_window(growth.window, others, request.effective)
 
 
 def _noted(site: Site, held: int) -> Site:

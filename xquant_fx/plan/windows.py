@@ -24,15 +24,23 @@ def why_not_windows(windows: Sequence[int], others: int, settings: XQuantConfig 
         others: full-attention layers of the same cache.
         settings: those of the cache. Where they name each layer, their number says whether the windows are meant, too.
     """
-    if not windows:
-        return ""
+    if len(set(windows)) > 1:
+        several = f"windows of {sorted(set(windows))} tokens, of which a model makes one mask"
+        return _why_not_asked(others, settings) or several
+    return why_not_window(windows[0], others, settings) if windows else ""
+
+
+def why_not_window(tokens: int, others: int, settings: XQuantConfig | Plan) -> str:
+    """The same for one window of a cache whose masks are each as wide as its own layer."""
+    short = why_short(tokens, full_precision_tokens(settings))
+    return _why_not_asked(others, settings) or short or _why_little(tokens, settings)
+
+
+def _why_not_asked(others: int, settings: XQuantConfig | Plan) -> str:
     if isinstance(settings, XQuantConfig) and settings.sliding_windows is False:
         return "sliding_windows of the config is False"
-    if _named_layers(settings) == others:
-        return f"the plan is for {others} layers, those of full attention"
-    if len(set(windows)) > 1:
-        return f"windows of {sorted(set(windows))} tokens, of which a model makes one mask"
-    return why_short(windows[0], full_precision_tokens(settings)) or _why_little(windows[0], settings)
+    named = _named_layers(settings)
+    return f"the plan is for {others} layers, those of full attention" if named is not None and named == others else ""
 
 
 def why_short(tokens: int, held: int) -> str:

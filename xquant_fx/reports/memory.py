@@ -109,7 +109,8 @@ def _count(states: list[KVState], plain: list[Tensor], growing: set[int]) -> Mem
     for state in states:
         batch, heads, _, dim = state.spec.shape
         most = state.spec.full_tokens
-        full += batch * heads * dim * state.spec.dtype.itemsize * (state.length if id(state) in growing else most)
+        held = min(state.length, most) if id(state) in growing else most
+        full += batch * heads * dim * state.spec.dtype.itemsize * held
         elements += batch * heads * dim * min(state.length, most)
     bytes_of["other"] += sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}.values())
     for tensor in plain:

@@ -1,0 +1,125 @@
+"""What the first compiled step costs: empty caches on disk, filled ones, and where the time goes.
+
+    python benchmarks/first_step.py MODEL                    # a folder or a name on the Hugging Face hub
+    python benchmarks/first_step.py MODEL --side static      # StaticCache under plain Inductor
+    python benchmarks/first_step.py MODEL --runs warm warm --cache-dir FOLDER
+
+Each run is a process of its own: it loads the model, prefills 64 tokens uncompiled, and takes a compiled step. ``new``
+has nothing on disk, ``cold`` has torch's precompiled header, ``warm`` all that the runs before it left. Seconds of the
+processor, of the process and of the compilers that it starts, do not depend on what else the machine does as much as
+the clock does, and are printed beside it. JSON goes to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PROMPT = 64
+#: Phase to the name that ``torch._dynamo.utils.compile_times`` has for it; they do not overlap, but do not cover all.
+PHASES = {
+    "Dynamo traces": "bytecode_tracing", "guards": "build_guards", "detection": "xquant_detect",
+    "passes": "xquant_passes", "AOT metadata": "aot_collect_metadata", "joint passes": "_recursive_joint_graph_passes",
+    "post-grad passes": "_recursive_post_grad_passes", "lowering": "GraphLowering.run",
+    "scheduling": "Scheduler.__init__", "code generation": "Scheduler.codegen", "C++ of kernels": "async_compile.wait",
+    "C++ of one call": "xquant_one_call", "cached graph": "AOTAutogradCache.inductor_load",
+}  # fmt: skip
+
+
+def seconds() -> dict[str, float]:
+    """Clock, and processor seconds of this process and of those it waited for."""
+    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = {"self": own.ru_utime + own.ru_stime, "compilers": others.ru_utime + others.ru_stime}
+    return {"clock": time.perf_counter(), **cpu}
+
+
+def first_step(args: argparse.Namespace) -> dict[str, Any]:
+    """One run, in this process."""
+    import torch
+    from torch._dynamo.utils import compilation_time_metrics, counters
+    from transformers import AutoModelForCausalLM, StaticCache
+
+    from xquant_fx import XQuantCache
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    made: Any = XQuantCache if args.side == "xquant" else StaticCache
+    cache, ids = made(model.config, max_cache_len=args.max_cache_len), torch.arange(1, 1 + PROMPT)[None]
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        backend = "xquant" if args.side == "xquant" else "inductor"
+        step = torch.compile(model.forward, backend=backend, dynamic=False)
+        for name in ("first", "second"):
+            before = seconds()
+            step(ids[:, :1], past_key_values=cache)
+            found[name] = {kind: value - before[kind] for kind, value in seconds().items()}
+    times = {phase: sum(compilation_time_metrics.get(name, ())) for phase, name in PHASES.items()}
+    hits = {name: counters[kind][f"{name}_hit"] for kind, name in (("aot_autograd", "autograd_cache"),)}
+    found |= {"phases": times, "hits": hits, "compiled_files": len(compilation_time_metrics.get("compile_file", ()))}
+    return {**found, "graphs": counters["stats"]["unique_graphs"], "load": os.getloadavg()[0]}
+
+
+def run(way: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One run in a process of its own, whose caches are in ``folder``."""
+    for name in {"new": ("cache", "headers"), "cold": ("cache",), "warm": ()}[way]:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "headers").mkdir(parents=True, exist_ok=True)
+    # Torch keeps precompiled headers in the folder for temporary files, wherever its other caches are.
+    places = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "TMPDIR": str(folder / "headers")}
+    command = [sys.executable, __file__, *sys.argv[1:], "--one"]
+    done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-4000:])
+    return {"way": way, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Table:
+    """A column for each run."""
+    made = Table("seconds", *(row["way"] for row in rows), title=f"first step, {args.model}, {args.side}")
+    for kind in ("clock", "self", "compilers"):
+        made.add_row(f"first step, {kind}", *(f"{row['first'][kind]:.2f}" for row in rows))
+    made.add_row("second step, clock", *(f"{row['second']['clock']:.3f}" for row in rows))
+    for phase in PHASES:
+        made.add_row(phase, *(f"{row['phases'][phase]:.2f}" for row in rows))
+    made.add_row("runs of the C++ compiler", *(str(row["compiled_files"]) for row in rows))
+    made.add_row("load of the machine", *(f"{row['load']:.1f}" for row in rows))
+    return made
+
+
+def main() -> None:
+    """Run, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--side", choices=["xquant", "static"], default="xquant")
+    parser.add_argument("--runs", nargs="+", choices=["new", "cold", "warm"], default=["new", "cold", "warm", "warm"])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--max-cache-len", type=int, default=1024)
+    parser.add_argument("--cache-dir", type=Path, help="kept; without it a folder that is thrown away")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(first_step(args)))
+        return
+    from results import where, write
+
+    with tempfile.TemporaryDirectory() as temporary:
+        rows = [run(way, args, args.cache_dir or Path(temporary)) for way in args.runs]
+    Console(width=120).print(table(rows, args))
+    args.device, args.cache_dir = "cpu", str(args.cache_dir)
+    write(f"first-step-cpu-{args.side}", {**where(args), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

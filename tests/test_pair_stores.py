@@ -1,0 +1,111 @@
+"""Keys and values of a layer stored by one op. On a CPU, which is told to have a kernel for that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rewrites import STORES, Rewrites, count, run_both, sdpa, two_layers
+from torch._dynamo.utils import counters
+
+from xquant_fx import XQuantConfig, ops
+from xquant_fx.kernels.quantize_store.both_arguments import BOTH, BothArguments
+
+BY_ONE = set(ops.STORE_BOTH.values())
+UNPAIRED = "keys and values are stored one by one: "
+
+
+@pytest.fixture(autouse=True)
+def kernel_of_both(monkeypatch: pytest.MonkeyPatch) -> list[BothArguments]:
+    """What the kernel gets; it stores one side after the other."""
+    given: list[BothArguments] = []
+
+    def run(a: BothArguments) -> None:
+        given.append(a)
+        for side in a.sides:
+            side.call(ops.STORE, ops.STORE_BORROWED)
+
+    monkeypatch.setitem(ops.BOTH_KERNELS, "cpu", ops.Kernel(run, lambda x: True))
+    counters.clear()
+    return given
+
+
+@pytest.mark.parametrize("borrowed", ["", "k", "v", "k_v"])
+def test_one_op_a_layer(borrowed: str, kernel_of_both: list[BothArguments]) -> None:
+    config = XQuantConfig(
+        k_scheme="per_channel", v_scheme="per_token", k_bits=4, v_bits=2, k_group_size=4, residual_length=4,
+        share_keys_from=0 if "k" in borrowed else None, share_values_from=0 if "v" in borrowed else None,
+    )  # fmt: skip
+    seen = Rewrites()
+    mine, theirs = run_both(two_layers, [5, 1, 1, 3], seen, config)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+    for made in seen.made:
+        found = [node.target for node in made.graph.nodes if node.target in BY_ONE]
+        assert found == [ops.STORE_BOTH[""], ops.STORE_BOTH[borrowed]] and count(made, *STORES) == 0
+    assert counters["xquant"]["pair_stores"] == 2 * len(seen.made)
+    assert kernel_of_both[-1].overload == borrowed
+
+
+def read_between(q: Any, k: Any, v: Any, layers: Any, pos: Any) -> Any:
+    """A layer's keys are read dequantized before its values come."""
+    for keys, values in layers:
+        keys[:, :, pos] = k
+        v = v + keys[:, :, :1]
+        values[:, :, pos] = v
+        q = sdpa(q, keys, values)
+    return q
+
+
+def two_positions(q: Any, k: Any, v: Any, layers: Any, pos: Any) -> Any:
+    for keys, values in layers:
+        keys[:, :, pos] = k
+        values[:, :, pos + 0] = v
+        q = sdpa(q, keys, values)
+    return q
+
+
+@pytest.mark.parametrize(
+    ("step", "tokens", "reason"),
+    [
+        (read_between, 1, "what one of them stores is read before the other"),
+        (two_positions, 1, "positions are computed for each"),
+        (two_layers, 12, "more than 8 tokens, or an unknown number"),
+    ],
+)
+def test_what_is_stored_one_by_one(step: Any, tokens: int, reason: str) -> None:
+    seen = Rewrites()
+    mine, theirs = run_both(step, [tokens], seen)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+    assert count(seen.made[0], *STORES) == 4 and count(seen.made[0], *BY_ONE) == 0
+    assert counters["xquant"]["pair_stores"] == 0 and counters["xquant"][UNPAIRED + reason] == 2
+
+
+def test_the_pass_may_be_off_and_is_for_devices_with_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_kernel, options in ((True, dict(disable=["pair_stores"])), (False, {})):
+        if not has_kernel:
+            monkeypatch.delitem(ops.BOTH_KERNELS, "cpu")
+        run_both(two_layers, [1], seen := Rewrites(**options))
+        assert count(seen.made[0], *STORES) == 4 and not any(UNPAIRED in name for name in counters["xquant"])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_schema_says_what_is_written(name: str) -> None:
+    written = {a.name for a in ops.STORE_BOTH[name]._schema.arguments if a.is_write}
+    ours = {"codes", "scale", "zero", "ring", "sink", "order", "center", "norm", "length"}
+    of_sides = {f"{side}_{each}" for side in "kv" for each in ours} - {f"{side}_codes" for side in name.split("_")}
+    assert written == of_sides | {"fault"}
+
+
+def test_without_a_kernel_sides_are_stored_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not take them says why; plain torch stores the same."""
+    monkeypatch.setitem(ops.BOTH_KERNELS, "cpu", ops.BOTH_KERNELS["cpu"]._replace(why_not=lambda a: "too warm"))
+    mine, theirs = run_both(two_layers, [5, 1], seen := Rewrites())
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+    assert count(seen.made[-1], *BY_ONE) == 2
+
+
+def test_the_op_is_in_front_of_the_attention() -> None:
+    run_both(two_layers, [1], seen := Rewrites())
+    targets = [node.target for node in seen.made[0].graph.nodes if node.target in BY_ONE | {ops.DECODE}]
+    assert targets == [ops.STORE_BOTH[""], ops.DECODE, ops.STORE_BOTH["k_v"], ops.DECODE]

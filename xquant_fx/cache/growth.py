@@ -1,0 +1,75 @@
+"""One side of one layer that grows by concatenation: its state, and what the host knows of it."""
+
+from __future__ import annotations
+
+from xquant_fx.cache.state import KVState
+from xquant_fx.errors import CacheStateError
+from xquant_fx.kernels.layout import STEP_TOKENS
+
+#: Tokens there is room for at least.
+LEAST_ROOM = 512
+
+
+def room_for(tokens: int) -> int:
+    """Tokens to make room for where ``tokens`` are stored and one more step of a few is to come."""
+    room = LEAST_ROOM
+    while room < tokens + STEP_TOKENS:
+        room *= 2
+    return room
+
+
+class Growth:
+    """One side of one layer as it grows: the state, its length as the host knows it, and what was overwritten."""
+
+    def __init__(self, state: KVState, tokens: int = 0) -> None:
+        self.state, self.tokens, self.furthest = state, tokens, tokens
+        self.overwritten: list[int] = []
+        """For each time that an older tensor was continued: its length. Tokens from there on were replaced."""
+
+    def resume(self, tokens: int, since: int) -> None:
+        """Go back to ``tokens``, as a tensor has them that was made when ``overwritten`` had ``since`` entries.
+
+        Raises:
+            CacheStateError: they were overwritten since, or what follows them cannot be taken back exactly.
+        """
+        self.check(tokens, since)
+        if tokens < self.tokens:
+            self.state.truncate(tokens)
+            self.overwritten.append(tokens)
+            self.tokens = tokens
+
+    def check(self, tokens: int, since: int) -> None:
+        """Raise CacheStateError if any of the first ``tokens`` were overwritten after ``since``."""
+        least = min(self.overwritten[since:], default=tokens)
+        if least < tokens:
+            spec = self.state.spec
+            raise CacheStateError(
+                f"layer {spec.layer} {spec.role}s: this tensor has {tokens} tokens, of which those from {least} on "
+                "were overwritten when a shorter one was continued; continue copies (copy.deepcopy of the cache)"
+            )
+
+    def added(self, new: int) -> None:
+        """Count ``new`` tokens that the state has got."""
+        self.tokens += new
+        self.furthest = max(self.furthest, self.tokens)
+
+    @property
+    def first(self) -> int:
+        """The first token that can still be read: a sliding window's older ones are overwritten."""
+        spec = self.state.spec
+        return max(self.furthest - spec.window + 1 - spec.rollback_tokens, 0) if spec.wraps else 0
+
+    def check_begin(self, begin: int) -> None:
+        """Raise CacheStateError if tokens from ``begin`` on are not there any more."""
+        held, spec = self.state.group.held(self.state), self.state.spec
+        of_chunk = held is not None and held.past + held.new == self.tokens and begin > held.past - spec.window
+        if begin < self.first and not of_chunk:
+            raise CacheStateError(
+                f"layer {spec.layer} {spec.role}s: this tensor begins at token {begin}, and of a window of "
+                f"{spec.window} tokens only those from {self.first} on are kept; continue the last ones of it"
+            )
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` and a step after them."""
+        if tokens > self.state.spec.shape[2]:
+            self.state.enlarge(room_for(tokens))
