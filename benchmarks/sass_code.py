@@ -104,7 +104,8 @@ def disassemble(cubin: bytes) -> list[Instruction]:
 
 def _instruction(address: int, text: str, control: int) -> Instruction:
     body = re.sub(r"^@!?U?P\w+\s+", "", text)
-    target = re.search(r"0x([0-9a-f]+)\s*$", body) if body.startswith("BRA") else None
+    # A branch of lanes that diverged (BRA.DIV) is never taken here.
+    target = re.search(r"0x([0-9a-f]+)\s*$", body) if re.match(r"BRA(?!\.DIV)", body) else None
     return Instruction(
         address, body.split()[0], text, control & 15, control >> 5 & 7, control >> 8 & 7, control >> 11 & 63,
         int(target[1], 16) if target else None,

@@ -47,6 +47,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "xquant-2.2, q = 8": dict(DEFAULT, k_bits=2, v_bits=2, query=8),
     "xquant-2.2, head_dim 64": dict(DEFAULT, k_bits=2, v_bits=2, dim=64),
     "xquant-1.7": dict(DEFAULT, k_bits=2, v_bits=1),
+    "xquant-1.4": dict(DEFAULT, k_bits=1.5, v_bits=1),
+    "xquant-2.7": dict(DEFAULT, k_bits=3, v_bits=2),
 }
 TILES = 12
 """Tiles that the simulation runs."""

@@ -18,8 +18,8 @@ from triton_interpreter import Interpreter
 from xquant_fx.kernels.decode_attention import triton_launch
 from xquant_fx.kernels.decode_attention.triton_interior_settings import (
     interior_planes,
-    rows_and_tokens,
     shared_bytes,
+    tokens_of_tile,
     why_no_interior,
 )
 from xquant_fx.kernels.triton_device import LARGE, MOST_REGISTERS, Device, device_of
@@ -98,16 +98,15 @@ def test_planes_have_32_fields_at_least() -> None:
 
 #: Instructions that a lane executes per code at most, and bytes a thread may spill, by configuration and chip.
 MOST: dict[tuple[str, str], tuple[float, int]] = {
-    ("2/2 bits", "sm_90"): (1.8, 0),
-    ("2/2 bits", "sm_80"): (1.8, 0),
-    ("2/1 bits", "sm_90"): (1.8, 0),
+    **dict.fromkeys(
+        [("2/2 bits", "sm_90"), ("2/2 bits", "sm_80"), ("2/1 bits", "sm_90"), ("2/1 bits", "sm_80")], (1.7, 0)
+    ),
+    **{(f"xquant-{bits}", chip): (2.1, 0) for bits in (1.4, 1.7, 2.2) for chip in ("sm_90", "sm_80")},
+    **{("xquant-2.7", chip): (2.9, 0) for chip in ("sm_90", "sm_80")},
     ("2/2 bits, head_dim 64", "sm_90"): (2.4, 0),
-    ("2/2 bits, q = 8", "sm_90"): (6.0, 64),
-    ("xquant-2.2", "sm_90"): (2.2, 48),
-    ("xquant-2.2", "sm_80"): (2.2, 48),
-    ("xquant-1.7", "sm_90"): (2.2, 48),
-    ("xquant-2.2, head_dim 64", "sm_90"): (3.0, 48),
-    ("xquant-2.2, q = 8", "sm_90"): (7.5, 96),
+    ("2/2 bits, q = 8", "sm_90"): (7.0, 8),
+    ("xquant-2.2, head_dim 64", "sm_90"): (3.0, 0),
+    ("xquant-2.2, q = 8", "sm_90"): (8.2, 40),
 }
 QUICK = [("2/2 bits", "sm_80")]
 
@@ -129,8 +128,7 @@ def test_instructions_per_code(name: str, chip: str) -> None:
 def most_shared(case: dict[str, Any]) -> int:
     """Shared memory of a program as the launcher estimates it."""
     a = decode_arguments(**case)
-    rows = a.q.shape[1] // a.k_ring.shape[1] * a.q.shape[2]
-    tile = rows_and_tokens(rows, a.v_bits)[1]
+    tile = tokens_of_tile(a.k_order is not None, a.k_bits, a.v_bits)
     return shared_bytes(a.k_bits, a.v_bits, a.q.shape[3], a.v_ring.shape[3], a.k_order is not None, tile)
 
 
@@ -211,6 +209,11 @@ def test_the_usual_path_skips_what_forward_branches_skip() -> None:
     body = text_of([("FADD R1, R0, R0", 1, 7, 0, 0), ("BRA 0x30", 1, 7, 0, 0x30), ("FSEL R1, R0, R0", 1, 7, 0, 0),
                     ("MUFU R1, R0", 1, 7, 0, 0), ("BRA 0x0", 1, 7, 0, 0)])  # fmt: skip
     assert [one.name for one in sass_code.usual_path(body)] == ["FADD", "BRA", "MUFU", "BRA"]
+
+
+def test_a_branch_of_lanes_that_diverged_skips_nothing() -> None:
+    one = sass_code._instruction(0, "BRA.DIV UR17, 0xae70", 0)
+    assert one.target is None and sass_code._instruction(0, "@!P0 BRA 0x6240", 0).target == 0x6240
 
 
 def test_programs_of_a_multiprocessor() -> None:

@@ -1,4 +1,4 @@
-"""Words of codes as the *right* operand of the matrix unit, for loops of one warp a program.
+"""Words of codes as the left operand of the matrix unit, for loops of one warp a program.
 
 As in ``triton_unpack.py`` a code at bit s of a 16-bit half is the subnormal float16 c * 2**(s - 24). Here places go,
 lowest first, half of the word, odd byte, word % 4, plane, word // 4: four neighbours along the sum belong to one

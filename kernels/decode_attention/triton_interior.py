@@ -1,7 +1,9 @@
 """Whole groups of tokens in codes: one warp a program, no barrier, codes never in shared memory as float16.
 
-    logits [rows, tokens] = (q s) [rows, channels] @ K^T [channels, tokens]
-    out^T [channels, rows] += V^T [channels, tokens] @ p^T [tokens, rows]
+    logits [tokens, rows] = K [tokens, channels] @ (q s)^T [channels, rows]
+    out^T [channels, rows] += V^T [channels, tokens] @ p [tokens, rows]
+
+Codes are the left operand of both, so rows are columns, of which 8 are enough: nothing is padded.
 
 What remains, tokens at both ends, windows and sinks, is for ``decode_kernel``, beside which this one runs where
 ``triton_interior_settings.py`` says so. The pieces:

@@ -1,4 +1,4 @@
-"""Logits of whole groups of keys, [rows, tokens], codes as the right operand (``triton_fragments.py``).
+"""Logits of whole groups of keys, [tokens, rows], codes as the left operand (``triton_fragments.py``).
 
 The sums are those of ``triton_codes.py`` and ``triton_ranked.py``: scales go to the query, mid points or zero points to
 one number a row. Queries are float16 in a unit of their own for each row, scales in one for each group. Levels of

@@ -1,7 +1,7 @@
 """The loop of ``triton_interior.py`` over whole groups.
 
-Codes of keys are the right operand, and the logits of a thread are of the tokens whose values it multiplies next, so
-probabilities stay where they are. A tile lies in one group and every row sees all of it but for a mask of bool. Sums
+Tokens of logits are in the order in which values come out of their words, so probabilities are the right operand of
+the next product as they are. A tile lies in one group and every row sees all of it but for a mask of bool. Sums
 are as in ``triton_softmax.py``, times 2**14, and logits in base 2.
 """
 

@@ -67,12 +67,16 @@ def interior_planes(bits: float, dim: int, ranked: bool) -> dict[str, int]:
     return {name: plane_words(width, words[width]) if width in words else 0 for width, name in PLANES.items()}
 
 
-def rows_and_tokens(rows: int, v_bits: float) -> tuple[int, int]:
-    """Query rows and tokens of a program's tile, for ``rows`` of a KV head: what one warp has registers for.
+#: Query rows of a program: columns of its matrix products. Of 16 the accumulators alone would be half its registers.
+ROWS = 8
 
-    A tile of fewer tokens has as many words of values as four threads share, but for 1 bit.
+
+def tokens_of_tile(ranked: bool, k_bits: float, v_bits: float) -> int:
+    """Tokens of a tile: half a group for ranked keys of 3 bits, whose three planes of queries leave fewer registers.
+
+    Of values of 1 bit half a group would be fewer words than four threads share.
     """
-    return 8, TILE
+    return TILE // 2 if ranked and k_bits > 2 and v_bits > 1 else TILE
 
 
 def shared_bytes(k_bits: float, v_bits: float, k_dim: int, v_dim: int, ranked: bool, tile: int) -> int:
@@ -86,13 +90,12 @@ def interior_settings(
     max_len: int, interpret: bool, device: Device, runs: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Fields of ``Settings`` of ``interior_kernel``, if it ``runs``."""
-    row_tile, tile = rows_and_tokens(rows, v_bits)
-    blocks = math.ceil(rows / row_tile)
+    tile, blocks = tokens_of_tile(ranked, k_bits, v_bits), math.ceil(rows / ROWS)
     splits = 0
     if runs:
         slots = device.programs(warps=1, shared=shared_bytes(k_bits, v_bits, k_dim, v_dim, ranked, tile))
         splits = splits_for(slots, batch * kv_heads * blocks, min(max_len // (2 * tile), MOST_SPLITS))
     return dict(
-        INTERIOR_SPLITS=splits, INTERIOR_ROWS=row_tile, INTERIOR_BLOCKS=blocks, INTERIOR_TILE=tile,
+        INTERIOR_SPLITS=splits, INTERIOR_ROWS=ROWS, INTERIOR_BLOCKS=blocks, INTERIOR_TILE=tile,
         INTERIOR_STAGES=STAGES, ASM=not interpret,
     )  # fmt: skip
