@@ -75,7 +75,7 @@ def test_nodes_are_read_by_name_however_they_were_called() -> None:
         (ops.DECODE_CPU, DecodeArguments, Overload()),
         (torch.ops.xquant.triton_decode_attention.default, DecodeArguments, Overload()),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, torch._ops.OpOverload) else "",
 )
 def test_every_op_takes_what_its_description_says(
     op: torch._ops.OpOverload, arguments: type[Arguments], overload: Overload
