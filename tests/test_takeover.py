@@ -127,6 +127,30 @@ def at(first: int, n: int = 1):
     return torch.arange(first, first + n), causal(first, n)
 
 
+@pytest.mark.parametrize("made", [True, False])
+def test_inference_mode(made):
+    """Made under it or not, taken over under it, then on without it; heads are repeated by a view."""
+
+    def repeated(q, k, v, keys, values, pos, mask):
+        keys[:, :, pos] = k
+        values[:, :, pos] = v
+        wide = [buffer[:, :, None].expand(1, 2, 2, N, 8).flatten(1, 2) for buffer in (keys, values)]
+        return sdpa(q.repeat_interleave(2, 1), *wide, attn_mask=mask)
+
+    def run(make_inside, *modes):
+        torch._dynamo.reset()
+        with torch.inference_mode(make_inside):
+            buffers = empty()
+        out, compiled = [], torch.compile(repeated, backend=interpreted())
+        for t, inside in enumerate(modes):
+            with torch.inference_mode(inside), torch.no_grad():
+                out.append(compiled(*tokens(1, t), *buffers, *at(t)).clone())
+        assert all(isinstance(buffer, QuantizedKV) for buffer in buffers)
+        return torch.cat(out, 2)
+
+    assert torch.equal(run(made, True, False, True), run(False, False, False, False))
+
+
 def test_a_buffer_is_alone_again_when_the_others_are_gone():
     buffer = torch.zeros(SHAPE)
     assert not why_not_alone(buffer)

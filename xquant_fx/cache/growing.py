@@ -51,7 +51,8 @@ class GrowingKV(Dequantized):
         cls, spec: KVSpec, anchor: Tensor, tokens: Any, growth: Growth | None = None, begin: int = 0, tail: bool = False
     ) -> GrowingKV:
         shape = (*spec.shape[:2], tokens, spec.shape[3])
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
+        with torch.inference_mode(False):  # a view of what inference mode did not make must not be one of its tensors
+            return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
 
     def __init__(
         self,

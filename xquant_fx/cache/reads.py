@@ -95,9 +95,10 @@ class ReadOnlyCopy(Dequantized):
 
     @staticmethod
     def __new__(cls, base: Tensor, origin: str) -> ReadOnlyCopy:
-        copied = torch.Tensor._make_wrapper_subclass(
-            cls, base.shape, strides=base.stride(), storage_offset=0, dtype=base.dtype, device=base.device
-        )
+        with torch.inference_mode(False):  # a view of what inference mode did not make must not be one of its tensors
+            copied = torch.Tensor._make_wrapper_subclass(
+                cls, base.shape, strides=base.stride(), storage_offset=0, dtype=base.dtype, device=base.device
+            )
         torch._C._set_throw_on_mutable_data_ptr(copied)
         return copied
 
@@ -138,7 +139,8 @@ class Token(Dequantized):
     @staticmethod
     def __new__(cls, part: Dequantized, append: Callable[[Tensor], None]) -> Token:
         batch, heads, _, dim = part.shape
-        return torch.Tensor._make_wrapper_subclass(cls, (batch, heads, dim), dtype=part.dtype, device=part.device)
+        with torch.inference_mode(False):
+            return torch.Tensor._make_wrapper_subclass(cls, (batch, heads, dim), dtype=part.dtype, device=part.device)
 
     def __init__(self, part: Dequantized, append: Callable[[Tensor], None]):
         self.part, self.append = part, append
