@@ -17,6 +17,7 @@ import xquant_fx.warn_once as warn_once
 from xquant_fx import NotRewrittenError, XQuantConfig, explain
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.storage import why_not_alone
+from xquant_fx.errors import CacheStateError
 
 N, SHAPE = 32, (1, 2, 32, 8)
 CONFIG = XQuantConfig.preset("xquant").replace(k_bits=2, v_bits=2, k_group_size=4, residual_length=4)
@@ -240,6 +241,38 @@ def test_a_sequence_that_begins_anew_stays_quantized():
                 torch.testing.assert_close(compiled(*new, *mine, *at(first, n)), step(*new, *theirs, *at(first, n)))
                 first += n
     assert isinstance(mine[0], QuantizedKV) and mine[0].state.length == 9
+
+
+@pytest.mark.parametrize("sizes", [(12, 12, 12), (12, 4, 12), (1, 12, 1, 12)])
+def test_computed_positions_that_start_over_in_sight_of_old_tokens_raise(sizes):
+    """Whole chunks, also where their length is a symbol of the graph: they look like a new prompt."""
+
+    def rotating(q, k, v, keys, values, first):
+        pos = torch.arange(k.shape[2]) + first
+        keys[:, :, pos] = k
+        values[:, :, pos] = v
+        return sdpa(q, keys, values)
+
+    compiled, buffers, firsts = torch.compile(rotating, backend=interpreted(self_check=False)), empty(), [0]
+    for n in sizes[:-2]:
+        firsts.append(firsts[-1] + n)
+    with torch.no_grad():
+        for n, first in zip(sizes[:-1], firsts, strict=True):
+            compiled(*tokens(n, first), *buffers, torch.tensor(first))
+        with pytest.raises(CacheStateError, match="a position that the program computes"):
+            compiled(*tokens(sizes[-1]), *buffers, torch.tensor(0))
+
+
+def test_a_chunk_that_wraps_gives_the_buffers_back():
+    mine, theirs = empty(), empty()
+    compiled, last = torch.compile(step, backend=interpreted(self_check=False)), N - 2
+    with torch.no_grad():
+        for n, first in ((last, 0), (1, last), (3, last + 1), (1, 2)):
+            pos = torch.arange(first, first + n) % N
+            for f, buffers in ((compiled, mine), (step, theirs)):
+                f(*tokens(n, first), *buffers, pos, seen(first if first > 2 else N, n))
+    assert type(mine[0]) is torch.Tensor
+    assert relative_error(mine[0][:, :, [N - 1, 0, 1, 2]], theirs[0][:, :, [N - 1, 0, 1, 2]]) < 1e-6
 
 
 @pytest.mark.parametrize("first", [0, 5])

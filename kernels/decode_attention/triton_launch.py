@@ -45,11 +45,13 @@ def wraps(a: DecodeArguments) -> dict[str, int]:
 
 
 def dense_mask(mask: Tensor) -> Tensor:
-    """``mask`` with one row for each that differs, contiguous."""
+    """``mask`` with one row for each that differs, contiguous, at an address that is a multiple of 4."""
     for dim in range(3):
         if mask.shape[dim] > 1 and mask.stride(dim) == 0:
             mask = mask.narrow(dim, 0, 1)
-    return mask.contiguous()
+    mask = mask.contiguous()
+    offset = mask.storage_offset() * mask.element_size()
+    return mask if isinstance(offset, int) and offset % 4 == 0 else mask.clone()
 
 
 def warps_of(a: DecodeArguments, hip: bool) -> int:

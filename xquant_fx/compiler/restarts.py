@@ -26,6 +26,7 @@ from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.proof import Call
 from xquant_fx.errors import CacheStateError
 from xquant_fx.passes.facts import Facts
+from xquant_fx.passes.graph import size_among_inputs
 from xquant_fx.passes.records import Detection
 
 Judge = Callable[[GraphModule, list[Any], Request], Detection]
@@ -40,15 +41,19 @@ class Restarts:
         places = {node: i for i, node in enumerate(found.gm.graph.find_nodes(op="placeholder"))}
         self.written: dict[int | None, list[int]] = {}
         """Argument index of the first position (None: it is 0) to those of the buffers."""
-        self.computed: list[tuple[int, object]] = []
-        """Argument indices of buffers whose positions the graph computes, and how many tokens it appends to them."""
+        self.computed: list[tuple[int, int | tuple[int, int]]] = []
+        """Argument indices of buffers whose positions the graph computes, and how many tokens it appends to them: a
+        number, or of which argument and dimension it is the size."""
         for write in found.writes:
             first = write.positions.start if isinstance(write.positions, slice) else write.positions
             place = places.get(first) if isinstance(first, Node) else (None if first == 0 else -1)
             if place != -1 and not (place is None and isinstance(first, Node)):
                 self.written.setdefault(place, []).append(places.get(write.buffer, -1))
             elif write.buffer in places:
-                self.computed.append((places[write.buffer], write.tokens))
+                tokens = write.tokens
+                if not isinstance(tokens, int):  # a size that nothing has is not to be had: only less is told then
+                    tokens = size_among_inputs(found.gm.graph, tokens) or 0
+                self.computed.append((places[write.buffer], tokens))
 
     @property
     def graph(self) -> Callable[..., Any]:
@@ -91,10 +96,11 @@ class Restarts:
         found: dict[int, tuple[KVState, int, int]] = {}
         for index, tokens in self.computed:
             buffer = args[index]
-            if isinstance(buffer, QuantizedKV) and isinstance(tokens, int) and id(buffer.live.group) not in found:
+            if isinstance(buffer, QuantizedKV) and id(buffer.live.group) not in found:
                 state = buffer.live
                 if state.group.taken_over and state.group.start.device.type == "cpu":
-                    found[id(state.group)] = state, state.length, tokens
+                    new = tokens if isinstance(tokens, int) else args[tokens[0]].shape[tokens[1]]
+                    found[id(state.group)] = state, state.length, new
         return list(found.values())
 
     def check(self, args: tuple[Any, ...], before: list[tuple[KVState, int, int]]) -> None:
