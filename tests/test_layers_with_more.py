@@ -8,7 +8,7 @@ from dynamo_graphs import tiny
 from stepping import interpreted, logits_of, relative_error, run_steps
 from transformers import CONFIG_MAPPING, StaticCache
 
-from xquant_fx import CacheStateError, XQuantCache, XQuantConfig
+from xquant_fx import CacheStateError, XQuantCache, XQuantConfig, warn_once
 from xquant_fx.cache.growing import STORED_KV
 
 IDS = torch.randint(3, 64, (3, 48), generator=torch.Generator().manual_seed(3))
@@ -90,3 +90,11 @@ def test_it_is_not_saved_without_what_it_holds_besides(model):
     steps(model, cache)
     with pytest.raises(CacheStateError, match="only static layers of keys and values can be saved"):
         cache.state_dict()
+
+
+def test_a_model_that_takes_the_buffer_for_the_text_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """GPT-Neo cuts its masks by the length of the buffer: wrong with every cache of fixed length."""
+    warn_once.forget()
+    for name, told in (("gpt_neo", 1), ("gpt_neo", 1), ("llama", 1)):
+        XQuantCache(CONFIG_MAPPING[name](), 64, config=FULL)
+        assert sum("takes the length of a cache for that of its text" in text for text in caplog.messages) == told

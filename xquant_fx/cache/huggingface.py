@@ -16,7 +16,12 @@ from transformers import PreTrainedConfig, StaticCache
 
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.huggingface_layer import XQuantLayer, minus_tokens
-from xquant_fx.cache.huggingface_layers import full_and_windows, quantized_layer, why_no_window_masks
+from xquant_fx.cache.huggingface_layers import (
+    full_and_windows,
+    quantized_layer,
+    warn_of_buffers_taken_for_text,
+    why_no_window_masks,
+)
 from xquant_fx.cache.padding import Padding
 from xquant_fx.cache.remake import move, select_rows
 from xquant_fx.cache.saving import load, save
@@ -80,6 +85,7 @@ class XQuantCache(StaticCache):
             super().__init__(config=of_model, max_cache_len=max_cache_len)
         self.xquant_config = config if config is not None else XQuantConfig()
         warn_of_cost(self.xquant_config)
+        warn_of_buffers_taken_for_text(of_model)
         full, windows = full_and_windows(self.layers)
         left = why_not_windows(list(windows.values()), len(full), self.xquant_config)
         self.windows_left = left or (why_no_window_masks(of_model) if windows else "")

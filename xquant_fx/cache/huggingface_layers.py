@@ -6,6 +6,7 @@ Those stay as transformers makes them: an indexer's keys choose tokens, recurren
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import cache_utils
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from xquant_fx.cache.huggingface_layer import XQuantLayer
+from xquant_fx.warn_once import warn_once
 
 #: Layers of transformers, which older ones may not have.
 Indexed: Any = getattr(cache_utils, "StaticIndexedLayer", StaticLayer)
@@ -129,11 +131,27 @@ def why_no_window_masks(config: Any) -> str:
 
     Such are models of transformers whose code names none of ``MASKS`` (Moshi); of other code nothing is known.
     """
+    code = _code_of(config)
+    makes_masks = code is None or any(hasattr(code, name) for name in MASKS)
+    return "" if makes_masks else "its model makes no masks of sliding windows and relies on a cache that forgets"
+
+
+def warn_of_buffers_taken_for_text(config: Any) -> None:
+    """Warn once of a model whose text is wrong with every cache of fixed length (GPT-Neo), by its code."""
+    code = _code_of(config)
+    if code is not None and "key_length - query_length : key_length" in inspect.getsource(code):
+        warn_once(
+            f"{code.__name__.rpartition('.')[2]}: this model takes the length of a cache for that of its text, so what "
+            "it writes is wrong with every cache of fixed length, a StaticCache like an XQuantCache; give generate() "
+            'none: with model.compile(backend="xquant") what grows is quantized'
+        )
+
+
+def _code_of(config: Any) -> Any:
+    """The module of transformers that a config's model is in; None of other code."""
     of_config = type(config.get_text_config(decoder=True)).__module__
     of_model = of_config.replace(".configuration_", ".modeling_")
     try:
-        names = vars(importlib.import_module(of_model))
+        return None if of_model == of_config else importlib.import_module(of_model)
     except ImportError:
-        return ""
-    makes_masks = of_model == of_config or any(name in names for name in MASKS)
-    return "" if makes_masks else "its model makes no masks of sliding windows and relies on a cache that forgets"
+        return None
