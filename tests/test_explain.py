@@ -153,8 +153,14 @@ def test_latents_of_a_quantized_cache(warm):
     assert sum(site.bytes for site in found.sites) == held_by_states(other)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_what_is_said_of_latents_is_what_compiled_steps_do(attention):
+@pytest.mark.parametrize(
+    ("attention", "loads", "why"),
+    [
+        ("sdpa", 2, ""),  # the latents alone, once per layer
+        ("eager", 4, "keys or values are computed from what is stored (latent attention), and the attention is no "),
+    ],
+)
+def test_what_is_said_of_latents_is_what_compiled_steps_do(attention, loads, why):
     model, calls = tiny("deepseek_v3", attention), []
     step = torch.compile(model.forward, backend=interpreted(calls, strict=True), dynamic=False)
     mine, theirs = (filled(model, XQuantCache(model.config, 32, CONFIG)) for _ in range(2))
@@ -164,11 +170,11 @@ def test_what_is_said_of_latents_is_what_compiled_steps_do(attention):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     (made,) = calls
     assert sum(node.target in (ops.STORE, ops.STORE_BORROWED) for node in made.graph.nodes) == 4
-    assert sum(node.target is ops.LOAD for node in made.graph.nodes) == 4
+    assert sum(node.target is ops.LOAD for node in made.graph.nodes) == loads
     ordinary = filled(model, StaticCache(config=model.config, max_cache_len=32))
     for site in explain(model, IDS[:, :1], past_key_values=ordinary, strict=True).sites:
         assert site.rewritten and site.reason == "quantized latents, from which keys and values are computed"
-        assert site.dequantized == "keys or values are computed from what is stored (latent attention)"
+        assert site.dequantized == why + ("scaled_dot_product_attention" if why else "")
 
 
 def test_keys_alone_from_a_quantized_buffer(llama):

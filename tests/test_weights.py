@@ -62,9 +62,10 @@ def test_attentions_are_found(kind, make):
     assert [site.reason for site in decode_sites(model, make(config=model.config, **lengths))] == ["", ""]
 
 
-@pytest.mark.parametrize("kind, plain", [(LoRA, 1 + 2 * 7 * 3), (Int8, 1)])
+@pytest.mark.parametrize("kind, plain", [(LoRA, 1 + 2 * (7 * 3 - 3)), (Int8, 1)])
 def test_layers_of_few_rows(kind, plain):
-    """Of LoRA all three products are plain linear layers; of computed weights none, which leaves the head."""
+    """Of LoRA all three products are plain linear layers, of which q, k, v are one call, and gate, up one; of computed
+    weights none, which leaves the head."""
     model, calls = changed(kind), []
     cache = XQuantCache(model.config, 32, XQuantConfig.preset("full"))
     step = torch.compile(model.forward, backend=interpreted(calls), dynamic=False)
