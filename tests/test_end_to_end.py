@@ -44,16 +44,17 @@ def test_the_rewritten_graph_equals_the_reference(trained, preset, more):
     assert compared > 50_000 and taken <= compared / 100_000
 
 
-def test_compiled_decode_equals_the_reference(trained):
+@pytest.mark.parametrize("presets", [QUANTIZED[::2], pytest.param(QUANTIZED[1::2], marks=pytest.mark.slow)], ids=len)
+def test_compiled_decode_equals_the_reference(trained, presets):
     """Inductor rounds the model's own arithmetic differently, so that a code in 100,000 may tip over at a tie."""
     model, ids = trained
     counts = []
-    for preset in QUANTIZED:
+    for preset in presets:
         torch._dynamo.reset()
         step = torch.compile(model.forward, backend="xquant", dynamic=False)
         counts.append(decode_against_reference(model, ids, preset, step))
     taken, compared = (sum(c[i] for c in counts) for i in (0, 1))
-    assert compared > 300_000 and taken <= compared / 100_000, counts
+    assert compared > 100_000 and taken <= compared / 100_000, counts
 
 
 @pytest.mark.parametrize("preset", RANKED)
@@ -106,7 +107,7 @@ def test_full_equals_plain_inductor(trained):
 SIZES = [45, 40, 1, 3, 2, 40, 1, 5]  # a cold prefill, chunks past the window, steps and decode between them
 
 
-@pytest.mark.parametrize("dynamic", ["eager", False, None])
+@pytest.mark.parametrize("dynamic", ["eager", pytest.param(False, marks=pytest.mark.slow), None])
 def test_prefill_and_chunks_equal_the_reference(trained, dynamic):
     """Eager, and rewritten graphs of every length, run op by op; ``dynamic=None`` makes lengths symbolic."""
     model, ids = trained

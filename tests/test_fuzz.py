@@ -15,7 +15,7 @@ from fuzz.comparison import Outcome, run
 
 from xquant_fx.passes import fuse_decode
 
-SECONDS = 20
+SECONDS = 8
 #: A case of the plainest choices.
 USUAL: dict[str, Any] = dict(PLAIN, events=(9, 1, 1, 1))
 

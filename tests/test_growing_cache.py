@@ -204,7 +204,9 @@ def test_generate_is_as_with_an_xquant_cache(models):
     assert mine.full_bytes < theirs.full_bytes  # of the 305 tokens that it has
 
 
-@pytest.mark.parametrize("more", [dict(num_beams=3), dict(prompt_lookup_num_tokens=3)])
+@pytest.mark.parametrize(
+    "more", [dict(num_beams=3), pytest.param(dict(prompt_lookup_num_tokens=3), marks=pytest.mark.slow)]
+)
 def test_generate_in_other_ways(models, more):
     plain, made = models
     torch._dynamo.reset()

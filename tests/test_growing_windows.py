@@ -69,6 +69,7 @@ def test_taken_over_from_eager_code_and_continued_by_it() -> None:
     assert close(torch.cat(got, 1), whole(model, ids))
 
 
+@pytest.mark.slow
 def test_generate_in_all_its_ways() -> None:
     plain = model_of("Gemma3Text")
     model = copy.deepcopy(plain)
