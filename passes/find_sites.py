@@ -63,12 +63,27 @@ def _by_index(facts: Facts, read: set[Node]) -> Iterator[Mutation]:
 
     A single write to a part may be that of any state, that of a convolution for one.
     """
-    found = [m for m in facts.mutations if m.root.op == "placeholder" and m.root not in read]
+    inputs = [m for m in facts.mutations if m.root.op == "placeholder" and m.root not in read]
+    found = [m for m in inputs if not _chooses_tokens(m.root)]
     shapes = [_shape_in_part(m) for m in found]
     for mutation, shape in zip(found, shapes, strict=True):
         by_name = op_name(mutation.node) in BY_INDEX and len(shape) == 4
         if by_name or (shape and shapes.count(shape) > 1):
             yield mutation
+
+
+def _chooses_tokens(buffer: Node) -> bool:
+    """Whether the largest of what is computed from ``buffer`` are looked for, before any layer: keys of an indexer."""
+    seen, left = {buffer}, [buffer]
+    while left:
+        for user in left.pop().users:
+            name = op_name(user)
+            if name == "topk":
+                return True
+            if user not in seen and name not in ("linear", "addmm", "mm"):
+                seen.add(user)
+                left.append(user)
+    return False
 
 
 def _shape_in_part(mutation: Mutation) -> tuple[object, ...]:
