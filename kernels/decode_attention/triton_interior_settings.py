@@ -80,7 +80,10 @@ def tokens_of_tile(ranked: bool, k_bits: float, v_bits: float) -> int:
 
 
 def shared_bytes(k_bits: float, v_bits: float, k_dim: int, v_dim: int, ranked: bool, tile: int) -> int:
-    """Shared memory of a program, at most: words of keys and values, of as many tiles as are in flight."""
+    """Shared memory of a program: words of keys and values, of as many tiles as are in flight.
+
+    Triton takes up to 4 kB more for reductions where channels are few; registers limit the programs there.
+    """
     words = sum(interior_planes(k_bits, k_dim, ranked).values())
     return STAGES * tile * (4 * words + math.ceil(v_dim * v_bits / 8))
 

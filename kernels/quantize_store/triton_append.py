@@ -35,25 +35,25 @@ def append_side(
     if APPEND == "blocks":
         append_blocks(
             program, x, pos, codes, scale, zero, ring, sink, start, length, fault,
-            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, RING - RESIDUAL, WRAP,
+            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, WRAP,
             BITS, LOW, ETA, FIT, TOKENS, GROUPS, CHANNELS, TILE,
         )  # fmt: skip
     elif APPEND == "tokens":
         append_tokens(
             program, x, pos, codes, scale, zero, ring, sink, start, length, fault,
-            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, RING - RESIDUAL, WRAP,
+            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, WRAP,
             BITS, LOW, ETA, FIT, WORDS, TOKENS, CHANNELS,
         )  # fmt: skip
     elif APPEND == "ranked":
         append_ranked(
             program, x, pos, codes, scale, zero, ring, sink, order, center, energy, norm, start, length, fault,
-            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, RING - RESIDUAL, WRAP,
+            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, WRAP,
             TOKENS, GROUPS, WORDS, CHANNELS, TILE, COUNTS,
         )  # fmt: skip
     else:
         append_rotated(
             program, x, pos, codes, scale, ring, sink, start, length, fault,
-            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, RING - RESIDUAL, WRAP,
+            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, WRAP,
             BITS, LOW, ABOUT_ZERO, LEVELS, WORDS, TOKENS, CHANNELS,
         )  # fmt: skip
 

@@ -68,27 +68,42 @@ def note_step(
 
 
 @triton.jit
+def begin_step(
+    program, row, x, ring, pos, start, length, fault,
+    HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
+    RESIDUAL: tl.constexpr, MAX_LEN: tl.constexpr,
+):  # fmt: skip
+    """(head among all rows, first token of the row, source) of a program with the batch row and head ``row``.
+
+    The first program of a side notes the step.
+    """
+    head = row.to(tl.int64)
+    source = source_of(x, ring, pos, head, NEW_TOKENS, DIM, RING, MAX_LEN)
+    _, _, past = source
+    if program == 0:
+        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, RING - RESIDUAL)
+    return head, tl.load(start + row // HEADS).to(tl.int32), source
+
+
+@triton.jit
 def append_blocks(
     program, x, pos, codes, scale, zero, ring, sink, start, length, fault,
     HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
     SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
-    ROLLBACK: tl.constexpr, WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr,
-    ETA: tl.constexpr, FIT: tl.constexpr,
+    WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, ETA: tl.constexpr, FIT: tl.constexpr,
     TOKENS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A program has a batch row and head, a group of tokens that the step may complete, and a chunk of channels."""
     CHUNKS: tl.constexpr = (DIM + CHUNK - 1) // CHUNK
     DUE: tl.constexpr = (NEW_TOKENS + RESIDUAL - 1) // RESIDUAL * (RESIDUAL // GROUP)
     row, part, chunk = program // CHUNKS // DUE, program // CHUNKS % DUE, program % CHUNKS
-    head = row.to(tl.int64)
-    first_token = tl.load(start + row // HEADS).to(tl.int32)
-    source = source_of(x, ring, pos, head, NEW_TOKENS, DIM, RING, MAX_LEN)
+    head, first_token, source = begin_step(
+        program, row, x, ring, pos, start, length, fault, HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, MAX_LEN
+    )
     _, _, past = source
     d = chunk * CHUNK + tl.arange(0, CHUNK)
     if part == 0:
         write_step(source, pos, sink, head, first_token, d, d < DIM, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
-    if program == 0:
-        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     block = past // RESIDUAL * RESIDUAL + part * GROUP // RESIDUAL * RESIDUAL
     if past + NEW_TOKENS >= block + RESIDUAL:
         HIGH_WORDS: tl.constexpr = (DIM * (BITS - LOW) + 31) // 32
@@ -110,24 +125,20 @@ def append_tokens(
     program, x, pos, codes, scale, zero, ring, sink, start, length, fault,
     HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
     SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
-    ROLLBACK: tl.constexpr, WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr,
-    ETA: tl.constexpr, FIT: tl.constexpr,
+    WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, ETA: tl.constexpr, FIT: tl.constexpr,
     WORDS: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """A program has a batch row and head, and a group of channels: it quantizes each token that leaves the window."""
     row, group = program // (DIM // GROUP), program % (DIM // GROUP)
-    head = row.to(tl.int64)
+    head, first_token, source = begin_step(
+        program, row, x, ring, pos, start, length, fault, HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, MAX_LEN
+    )
     codes += head * (WORDS * DIM)
     scale += (head * (DIM // GROUP) + group) * STRIDE
     zero += (head * (DIM // GROUP) + group) * STRIDE
-    first_token = tl.load(start + row // HEADS).to(tl.int32)
-    source = source_of(x, ring, pos, head, NEW_TOKENS, DIM, RING, MAX_LEN)
-    _, _, past = source
     i = tl.arange(0, CHUNK)
     d, valid_channels = group * GROUP + i, i < GROUP
     write_step(source, pos, sink, head, first_token, d, valid_channels, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
-    if program == 0:
-        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     flush_values(
         source, codes, codes + STRIDE * (BITS - LOW) // 32 * DIM, scale, zero, d, valid_channels,
         NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, GROUP, WRAP, BITS, LOW, ETA, FIT,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.quantize_store.triton_kernels import note_step
+from xquant_fx.kernels.quantize_store.triton_kernels import begin_step
 from xquant_fx.kernels.quantize_store.triton_keys import range_of_keys, tile_of_group
 from xquant_fx.kernels.quantize_store.triton_quantizer import code_shift, encode_to, step_to
 from xquant_fx.kernels.quantize_store.triton_ranks import note_norms, note_ranks
@@ -140,21 +140,19 @@ def append_ranked(
     program, x, pos, codes, scale, zero, ring, sink, order, center, energy, norm, start, length, fault,
     HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
     SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
-    ROLLBACK: tl.constexpr, WRAP: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
-    CHANNELS: tl.constexpr, TILE: tl.constexpr, COUNTS: tl.constexpr,
+    WRAP: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, CHANNELS: tl.constexpr,
+    TILE: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """A program has a batch row and head: it writes the new tokens and quantizes the groups that become due."""
     row = program
-    head = row.to(tl.int64)
+    head, first_token, source = begin_step(
+        program, row, x, ring, pos, start, length, fault, HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, MAX_LEN
+    )
+    _, _, past = source
     order += head * DIM
     center += head * DIM
-    first_token = tl.load(start + row // HEADS).to(tl.int32)
-    source = source_of(x, ring, pos, head, NEW_TOKENS, DIM, RING, MAX_LEN)
-    _, _, past = source
     d = tl.arange(0, CHANNELS)
     write_step(source, pos, sink, head, first_token, d, d < DIM, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
-    if program == 0:
-        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     first, end = ranked_limit(past, RESIDUAL, GROUP), ranked_limit(past + NEW_TOKENS, RESIDUAL, GROUP)
     if norm is not None:
         norm += (row // HEADS).to(tl.int64) * TOKENS

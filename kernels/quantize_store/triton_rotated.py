@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.quantize_store.triton_kernels import note_step
+from xquant_fx.kernels.quantize_store.triton_kernels import begin_step
 from xquant_fx.kernels.quantize_store.triton_values import leaving_tokens, store_value_planes, value_slots
-from xquant_fx.kernels.quantize_store.triton_window import full_tokens, source_of, write_step
+from xquant_fx.kernels.quantize_store.triton_window import full_tokens, write_step
 from xquant_fx.kernels.triton_rotation import rotate
 from xquant_fx.kernels.triton_small_floats import encode_scale
 
@@ -66,23 +66,19 @@ def append_rotated(
     program, x, pos, codes, scale, ring, sink, start, length, fault,
     HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
     SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
-    ROLLBACK: tl.constexpr, WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr,
-    STEP: tl.constexpr, LEVELS: tl.constexpr,
+    WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, STEP: tl.constexpr, LEVELS: tl.constexpr,
     WORDS: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A program has a batch row and head, and a group of channels: it quantizes each token that leaves the window."""
     row, group = program // (DIM // GROUP), program % (DIM // GROUP)
-    head = row.to(tl.int64)
+    head, first_token, source = begin_step(
+        program, row, x, ring, pos, start, length, fault, HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, MAX_LEN
+    )
     codes += head * (WORDS * DIM)
     scale += (head * (DIM // GROUP) + group) * STRIDE
-    first_token = tl.load(start + row // HEADS).to(tl.int32)
-    source = source_of(x, ring, pos, head, NEW_TOKENS, DIM, RING, MAX_LEN)
-    _, _, past = source
     d = tl.arange(0, CHANNELS)
     in_group = d // GROUP == group
     write_step(source, pos, sink, head, first_token, d, in_group, NEW_TOKENS, NEW_TILE, DIM, RING, SINK_TOKENS)
-    if program == 0:
-        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, ROLLBACK)
     flush_rotated(
         source, codes, codes + STRIDE * (BITS - LOW) // 32 * DIM, scale, d, in_group,
         NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, GROUP, WRAP, BITS, LOW, STEP, LEVELS,
