@@ -10,7 +10,7 @@ from xquant_fx.cache.allocate import Slot, quantized_empty
 from xquant_fx.passes.facts import Facts, Mutation, is_quantized, is_quantized_growth
 from xquant_fx.passes.find_writes import concatenation, is_factory
 from xquant_fx.passes.records import Attention, Refused, Site, Source, Write
-from xquant_fx.passes.trace import fake, is_shape_query, same_value
+from xquant_fx.passes.trace import fake, is_shape_query, operand, same_value
 from xquant_fx.passes.vocabulary import op_name
 from xquant_fx.passes.why_left_alone import why_not_length, why_not_operand, why_not_pair, window_tokens
 
@@ -64,7 +64,8 @@ def _by_index(facts: Facts, read: set[Node]) -> Iterator[Mutation]:
     A single write to a part may be that of any state, that of a convolution for one.
     """
     inputs = [m for m in facts.mutations if m.root.op == "placeholder" and m.root not in read]
-    found = [m for m in inputs if not _chooses_tokens(m.root)]
+    indexers = {root for root in {m.root for m in inputs} if _chooses_tokens(root)}
+    found = [m for m in inputs if m.root not in indexers]
     shapes = [_shape_in_part(m) for m in found]
     for mutation, shape in zip(found, shapes, strict=True):
         by_name = op_name(mutation.node) in BY_INDEX and len(shape) == 4
@@ -73,12 +74,19 @@ def _by_index(facts: Facts, read: set[Node]) -> Iterator[Mutation]:
 
 
 def _chooses_tokens(buffer: Node) -> bool:
-    """Whether the largest of what is computed from ``buffer`` are looked for, before any layer: keys of an indexer."""
-    seen, left = {buffer}, [buffer]
+    """Whether the tokens of ``buffer`` [..., T, D] with the largest scores are looked for, before any layer.
+
+    It holds an indexer's keys then. A router takes the largest, too, but of experts.
+    """
+    value = fake(buffer)
+    if value is None:
+        return False
+    seen, left, tokens = {buffer}, [buffer], value.shape[-2:-1]
     while left:
         for user in left.pop().users:
             name = op_name(user)
-            if name == "topk":
+            scores = fake(operand(user)) if name == "topk" else None
+            if scores is not None and scores.shape[-1:] == tokens:
                 return True
             if user not in seen and name not in ("linear", "addmm", "mm"):
                 seen.add(user)

@@ -36,7 +36,7 @@ def pair_stores(gm: GraphModule, context: Context) -> int:
         both = [context.stores[write.node] for write in (keys, values)]
         if _tokens(both[0]).device.type not in ops.BOTH_KERNELS or paired & set(both):
             continue
-        if reason := _why_not(gm, keys, values, both):
+        if reason := _why_not(keys, values, both):
             counters["xquant"][f"keys and values are stored one by one: {reason}"] += 1
             continue
         paired.update(both)
@@ -44,7 +44,7 @@ def pair_stores(gm: GraphModule, context: Context) -> int:
     return len(paired) // 2
 
 
-def _why_not(gm: GraphModule, keys: Write, values: Write, both: list[Node]) -> str:
+def _why_not(keys: Write, values: Write, both: list[Node]) -> str:
     sides = [StoreArguments.of(node) for node in both]
     if any(side.bits == 16 for side in sides):
         return "16 bits"
@@ -55,12 +55,11 @@ def _why_not(gm: GraphModule, keys: Write, values: Write, both: list[Node]) -> s
         return "positions are computed for each"
     if any(getattr(sides[0], name) is not getattr(sides[1], name) for name in COMMON if name != "pos"):
         return "they are of two caches"
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    first, last = sorted(both, key=order.__getitem__)
+    first, last = sorted(both)
     a = StoreArguments.of(first)
     written = [getattr(a, name) for name in a.written(OWN if a.fit is None else BORROWED) if name != "fault"]
     users = {user for tensor in written if tensor is not None for user in tensor.users}
-    if any(order[first] < order[user] < order[last] for user in users):
+    if any(first < user < last for user in users):
         return "what one of them stores is read before the other"
     return ""
 
@@ -73,8 +72,7 @@ def _tokens(store: Node) -> Tensor:
 
 def _pair(gm: GraphModule, both: list[Node]) -> None:
     a = BothArguments.of_sides(*map(StoreArguments.of, both))
-    last = max(both, key=list(gm.graph.nodes).index)
-    with gm.graph.inserting_before(last):
+    with gm.graph.inserting_before(max(both)):
         call(gm.graph, ops.STORE_BOTH[a.overload], (), a._asdict())
     for node in both:
         gm.graph.erase_node(node)
