@@ -51,7 +51,7 @@ def _why_not(keys: Write, values: Write, both: list[Node]) -> str:
     tokens = [_tokens(node).shape[2] for node in both]
     if tokens[0] != tokens[1] or not isinstance(tokens[0], int) or tokens[0] > STEP_TOKENS:
         return f"more than {STEP_TOKENS} tokens, or an unknown number"
-    if keys.past is not None or keys.positions != values.positions:
+    if keys.past is not None or keys.slide is not None or keys.positions != values.positions:
         return "positions are computed for each"
     if any(getattr(sides[0], name) is not getattr(sides[1], name) for name in COMMON if name != "pos"):
         return "they are of two caches"
