@@ -1,16 +1,22 @@
-"""The ways to decode that ``peers.py`` compares: ours, ``StaticCache`` under Inductor, llama.cpp, OpenVINO."""
+"""The ways to decode that ``peers.py`` compares: ours, ``StaticCache`` under Inductor, llama.cpp, OpenVINO.
+
+Each is in a process of its own, as users have it: llama.cpp and torch would share one OpenMP, which puts threads to
+sleep at the end of each parallel region as soon as the teams of a process are more than its processors.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import StaticCache
+from transformers import AutoModelForCausalLM, StaticCache
 
 from xquant_fx import XQuantCache, XQuantConfig
 
@@ -60,8 +66,10 @@ class Compiled(Way):
     The former has ``room`` tokens; the latter, which reads all of its room, ``margin`` more than the context.
     """
 
-    def __init__(self, model: Any, preset: str | None, room: int, margin: int) -> None:
-        self.model, self.preset, self.room, self.margin = model, preset, room, margin
+    def __init__(self, model: Path, preset: str | None, room: int, margin: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+        self.preset, self.room, self.margin = preset, room, margin
         self.caches: dict[int, Any] = {}
         self.compiled: dict[int, Any] = {}
 
@@ -159,21 +167,65 @@ class OpenVino(Way):
         return [Time(*((b - a) / (len(stamps.at) - WARM_UP) for a, b in zip(first, last, strict=True)))]
 
 
-def ways(args: argparse.Namespace, model: Any, ggufs: dict[str, Path]) -> tuple[dict[str, Way], dict[str, str]]:
+class Apart(Way):
+    """A way in a process of its own, which waits while others are measured.
+
+    Raises:
+        MissingError: it cannot be made there, and why.
+    """
+
+    def __init__(self, make: Callable[..., Way], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, make, args), daemon=True).start()
+        theirs.close()
+        self.instructions: str = self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            found = self.pipe.recv()
+        except EOFError:
+            found = MissingError("its process died")
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def steps(self, context: int, count: int) -> list[Time]:
+        """As the way measures them."""
+        self.pipe.send((context, count))
+        made: list[Time] = self._answer()
+        return made
+
+
+def _serve(pipe: Any, make: Callable[..., Way], args: tuple[Any, ...]) -> None:
+    """Make a way, tell for which instructions it is built ("" if it does not say so), then measure when asked."""
+    try:
+        way = make(*args)
+        pipe.send(getattr(way, "instructions", ""))
+        while True:
+            pipe.send(way.steps(*pipe.recv()))
+    except EOFError:
+        return
+    except Exception as error:  # a library's exceptions may not travel
+        pipe.send(MissingError(f"{type(error).__name__}: {error}"))
+
+
+def ways(args: argparse.Namespace, ggufs: dict[str, Path]) -> tuple[dict[str, Way], dict[str, str]]:
     """All ways by name, and why some are missing."""
     made, missing, margin = dict[str, Way](), dict[str, str](), args.rounds * (WARM_UP + args.steps) + 8
     room = max(args.contexts) + margin
-    makers: dict[str, Any] = {f"ours, {p}": lambda p=p: Compiled(model, p, room, margin) for p in args.presets}
-    makers["StaticCache, Inductor"] = lambda: Compiled(model, None, room, margin)
+    compiled = (Compiled, args.model)
+    makers: dict[str, Any] = {f"ours, {p}": (*compiled, p, room, margin, args.threads) for p in args.presets}
+    makers["StaticCache, Inductor"] = (*compiled, None, room, margin, args.threads)
     for kind in ("f16", "q4_0"):
-        makers[f"llama.cpp, {kind} cache"] = lambda kind=kind: LlamaCpp(ggufs["BF16"], kind, room, args.threads)
-    makers["OpenVINO, u8 cache"] = lambda: OpenVino(ggufs["F16"], "u8", args.threads)
-    for name, make in makers.items():
+        makers[f"llama.cpp, {kind} cache"] = (LlamaCpp, ggufs["BF16"], kind, room, args.threads)
+    makers["OpenVINO, u8 cache"] = (OpenVino, ggufs["F16"], "u8", args.threads)
+    for name, maker in makers.items():
         if args.only and not any(word in name for word in args.only):
             missing[name] = "left out (--only)"
             continue
         try:
-            made[name] = make()
-        except (MissingError, RuntimeError, KeyError) as error:
-            missing[name] = f"{type(error).__name__}: {error}"
+            made[name] = Apart(*maker)
+        except MissingError as error:
+            missing[name] = str(error)
     return made, missing

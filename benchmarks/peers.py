@@ -4,7 +4,7 @@
     python benchmarks/peers.py --contexts 256 1024 4096 --presets xquant-2.2 kivi-2 --threads 2
 
 The same model for all, with weights of 16 bits: SmolLM2-135M, from the GGUF file that ``examples/fetch_models.py``
-fetches. All ways in turn, several rounds in one process. Two times are printed and written as JSON to
+fetches. All ways in turn, several rounds, each in a process of its own. Two times are printed and written as JSON to
 benchmarks/results/: by the clock, which other work on the machine makes longer, and of processors, which it hardly
 does (the least of all rounds; with several threads waiting counts, so compare it with --threads 1). Ratios are to the
 first way: above 1, the first is that many times faster. A way that is not installed is named, with the reason.
@@ -25,7 +25,6 @@ from peer_ways import Time, ways
 from results import ROOT, where, write
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from xquant_fx import PRESETS
 
@@ -106,15 +105,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="ways whose names hold one of these words")
     parser.add_argument("--name", default="peers-cpu", help="of the results file")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
     with tempfile.TemporaryDirectory() as name:
         source = args.gguf or fetched(Path(name))
         ggufs = {kind: copy_in_16_bits(source, Path(name) / f"{kind}.gguf", kind) for kind in ("BF16", "F16")}
-        made, missing = ways(args, model, ggufs)
+        made, missing = ways(args, ggufs)
         told = {"model": args.model.name, "gguf": source.name, "device": "cpu"}
         rows, settings = [], argparse.Namespace(**{**vars(args), **told})
-        used = {name: way.instructions for name, way in made.items() if hasattr(way, "instructions")}
+        used = {name: built for name, way in made.items() if (built := getattr(way, "instructions", ""))}
         for context in args.contexts:
             rows.append(measure(made, context, args))
             Console(width=120).print(table(rows[-1]))
