@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from results import ROOT
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(ROOT / "examples"))
 from fetch_models import GGUF, check, download
@@ -41,6 +41,18 @@ def random_llama() -> LlamaForCausalLM:
     """The random model in bfloat16."""
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval().to(torch.bfloat16)
+
+
+def loaded(model: Path) -> Any:
+    """The model of a folder, or "random", in bfloat16."""
+    return (
+        random_llama() if is_random(model) else AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    )
+
+
+def is_random(model: Path) -> bool:
+    """Whether the random model is meant."""
+    return str(model) == "random"
 
 
 def _of_file(read: Any) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peer_models import loaded
 from transformers import StaticCache
 
 from xquant_fx import XQuantCache, XQuantConfig
@@ -59,8 +60,9 @@ class Compiled(Way):
     The former has ``room`` tokens; the latter, which reads all of its room, ``margin`` more than the context.
     """
 
-    def __init__(self, model: Any, preset: str | None, room: int, margin: int) -> None:
-        self.model, self.preset, self.room, self.margin = model, preset, room, margin
+    def __init__(self, model: Path, preset: str | None, room: int, margin: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.model, self.preset, self.room, self.margin = loaded(model), preset, room, margin
         self.caches: dict[int, Any] = {}
         self.compiled: dict[int, Any] = {}
 

@@ -6,11 +6,11 @@
 
 The same model for all, with weights of 16 bits: SmolLM2-135M, from the GGUF file that ``examples/fetch_models.py``
 fetches, or a random Llama of 99 million parameters with heads of 128 channels. Ours and StaticCache start from random
-keys and values, llama.cpp from copies of 512 tokens', OpenVINO from a prompt. All ways in turn, several rounds in one
-process. Two times are printed and written as JSON to benchmarks/results/: by the clock, which other work on the machine
-makes longer, and of processors, which it hardly does (the least of all rounds; with several threads waiting counts, so
-compare it with --threads 1). Ratios are to the first way: above 1, the first is that many times faster. A way that is
-not installed is named, with the reason.
+keys and values, llama.cpp from copies of 512 tokens', OpenVINO from a prompt. All ways in turn, several rounds, each in
+a process of its own. Two times are printed and written as JSON to benchmarks/results/: by the clock, which other work
+on the machine makes longer, and of processors, which it hardly does (the least of all rounds; with several threads
+waiting counts, so compare it with --threads 1). Ratios are to the first way: above 1, the first is that many times
+faster. A way that is not installed is named, with the reason.
 """
 
 from __future__ import annotations
@@ -23,35 +23,36 @@ from typing import Any
 
 import torch
 from peer_llama_cpp import LlamaCpp
-from peer_models import fetched, random_llama, write_gguf
+from peer_models import fetched, is_random, random_llama, write_gguf
+from peer_processes import Apart
 from peer_ways import WARM_UP, Compiled, MissingError, OpenVino, Time, Way
 from results import ROOT, where, write
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from xquant_fx import PRESETS
 
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 
 
-def ways(args: argparse.Namespace, model: Any, ggufs: dict[str, Path]) -> tuple[dict[str, Way], dict[str, str]]:
+def ways(args: argparse.Namespace, ggufs: dict[str, Path]) -> tuple[dict[str, Way], dict[str, str]]:
     """All ways by name, and why some are missing."""
     made, missing, margin = dict[str, Way](), dict[str, str](), args.rounds * (WARM_UP + args.steps) + 8
     room = max(args.contexts) + margin
-    makers: dict[str, Any] = {f"ours, {p}": lambda p=p: Compiled(model, p, room, margin) for p in args.presets}
-    makers["StaticCache, Inductor"] = lambda: Compiled(model, None, room, margin)
+    compiled, sizes = (Compiled, args.model), (room, margin, args.threads)
+    makers: dict[str, Any] = {f"ours, {p}": (*compiled, p, *sizes) for p in args.presets}
+    makers["StaticCache, Inductor"] = (*compiled, None, *sizes)
     for kind in ("f16", "q4_0"):
-        makers[f"llama.cpp, {kind} cache"] = lambda kind=kind: LlamaCpp(ggufs["BF16"], kind, room, args.threads)
-    makers["OpenVINO, u8 cache"] = lambda: OpenVino(ggufs["F16"], "u8", args.threads)
-    for name, make in makers.items():
+        makers[f"llama.cpp, {kind} cache"] = (LlamaCpp, ggufs["BF16"], kind, room, args.threads)
+    makers["OpenVINO, u8 cache"] = (OpenVino, ggufs["F16"], "u8", args.threads)
+    for name, maker in makers.items():
         if args.only and not any(word in name for word in args.only):
             missing[name] = "left out (--only)"
             continue
         try:
-            made[name] = make()
-        except (MissingError, RuntimeError, KeyError) as error:
-            missing[name] = f"{type(error).__name__}: {error}"
+            made[name] = Apart(*maker)
+        except MissingError as error:
+            missing[name] = str(error)
     return made, missing
 
 
@@ -96,16 +97,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="ways whose names hold one of these words")
     parser.add_argument("--name", default="peers-cpu", help="of the results file")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    random = random_llama() if str(args.model) == "random" else None
-    model = random or AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    random = random_llama() if is_random(args.model) else None
     with tempfile.TemporaryDirectory() as name:
         source = args.gguf or fetched(Path(name))
         ggufs = {kind: write_gguf(source, Path(name) / f"{kind}.gguf", kind, random) for kind in ("BF16", "F16")}
-        made, missing = ways(args, model, ggufs)
+        made, missing = ways(args, ggufs)
         told = {"model": args.model.name, "gguf": source.name, "device": "cpu"}
         rows, settings = [], argparse.Namespace(**{**vars(args), **told})
-        used = {name: way.instructions for name, way in made.items() if hasattr(way, "instructions")}
+        used = {name: built for name, way in made.items() if (built := getattr(way, "instructions", ""))}
         for context in args.contexts:
             rows.append(measure(made, context, args))
             Console(width=120).print(table(rows[-1]))
