@@ -9,7 +9,7 @@ from xquant_fx.passes.ends_in_attention import ends_in_attention
 from xquant_fx.passes.facts import NEAR, Facts, is_quantized
 from xquant_fx.passes.find_writes import is_factory
 from xquant_fx.passes.records import Source, Write
-from xquant_fx.passes.trace import fake, is_shape_query, readers
+from xquant_fx.passes.trace import argument, fake, is_shape_query, readers
 from xquant_fx.passes.vocabulary import kind, op_name
 
 #: Types of buffers that the ops store.
@@ -141,7 +141,7 @@ def _why_not_growth(write: Write, what: str, facts: Facts) -> str:
     """Why what grows by concatenation stays as it is."""
     if facts.has_quantized:
         return f"{what}: an ordinary tensor that grows beside quantized ones"
-    if any(other.past is None for other in facts.writes):
+    if any(other.past is None and other.buffer.op == "placeholder" for other in facts.writes):
         return f"{what} grow by concatenation beside caches that are written in place"
     if isinstance(fake(write.past), torch.nn.Parameter):
         return f"{what} grow from a parameter"
@@ -149,8 +149,18 @@ def _why_not_growth(write: Write, what: str, facts: Facts) -> str:
     for user, operand in readers(write.node):
         if reason or is_shape_query(user) or (user.op == "output" and operand is write.returned):
             continue
-        reason = _why_not_reader(user, operand, what, facts)
+        reason = _why_not_continued(user, operand, what) or _why_not_reader(user, operand, what, facts)
     return reason
+
+
+def _why_not_continued(user: Node, operand: Node, what: str) -> str:
+    """Eager code has one word for both: tokens behind what is stored are tokens that are appended."""
+    if kind(user) != "cat" or argument(user, 1, "dim", 0) not in (2, -2) or user.all_input_nodes[:1] != [operand]:
+        return ""
+    return (
+        f"{what}: attention reads the cache with more put behind it (compressed tokens?), which an uncompiled step "
+        "would take for new tokens of the cache"
+    )
 
 
 def _why_not_reader(user: Node, operand: Node, what: str, facts: Facts) -> str:

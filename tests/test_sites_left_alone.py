@@ -268,6 +268,11 @@ def in_front(q, k, v, past):
     return sdpa(q, k, v), (k, v)
 
 
+def more_behind(q, k, v, past):
+    k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+    return sdpa(q, torch.cat((k, k * 2), dim=2), torch.cat((v, v * 2), dim=2)), (k, v)
+
+
 def along_heads(q, k, v, past):
     k, v = torch.cat((past[0], k.expand(-1, H, N, -1)), dim=1), torch.cat((past[1], v.expand(-1, H, N, -1)), dim=1)
     return sdpa(torch.cat((q, q), 1), k, v), (k, v)
@@ -281,12 +286,24 @@ def along_heads(q, k, v, past):
         (both_roles, "keys and values are read from one buffer"),
         (cut, "what is returned is not the concatenation itself"),
         (in_front, "grow by concatenation and what is returned is not"),
+        (more_behind, "attention reads the cache with more put behind it"),
         (along_heads, "no KV cache is read here"),
     ],
 )
 def test_concatenations_that_are_left_alone(step, reason):
     (site,) = sites_of(step, *fresh(), (torch.randn(SHAPE), torch.randn(SHAPE)))
     assert reason in site.reason
+
+
+def test_a_table_that_a_step_fills_is_no_cache_beside_those_that_grow():
+    def step(q, k, v, past):
+        k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        table = torch.zeros(B, H, q.shape[2] + 1, D)
+        table[:, :, 1:] = q
+        return sdpa(table, k, v), (k, v)
+
+    (site,) = sites_of(step, *fresh(), (torch.randn(SHAPE), torch.randn(SHAPE)))
+    assert site.reason == ""
 
 
 def test_concatenation_that_is_no_cache():

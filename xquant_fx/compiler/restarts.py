@@ -54,7 +54,7 @@ class Restarts:
             elif write.buffer in places:
                 tokens = write.tokens
                 if not isinstance(tokens, int):  # a size that nothing has is not to be had: only less is told then
-                    tokens = size_among_inputs(found.gm.graph, tokens) or 0
+                    tokens = size_among_inputs(places, tokens) or 0
                 self.computed.append((places[write.buffer], tokens))
 
     @property

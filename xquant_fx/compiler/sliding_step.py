@@ -87,7 +87,7 @@ def moved_windows(context: Context) -> Moved:
         at = context.placeholders.get(write.buffer, -1)
         if at >= 0 and moves(write) and isinstance(context.inputs[at], SlidingKV):
             tokens = write.tokens
-            where = tokens if isinstance(tokens, int) else size_among_inputs(context.detection.gm.graph, tokens)
+            where = tokens if isinstance(tokens, int) else size_among_inputs(context.placeholders, tokens)
             if where is None:
                 raise UnsupportedWriteError("no input tells how many tokens are new in a sliding window")
             moved.append((at, where))
