@@ -45,6 +45,8 @@ class Restarts:
         """Argument indices of buffers whose positions the graph computes, and how many tokens it appends to them: a
         number, or of which argument and dimension it is the size."""
         for write in found.writes:
+            if write.slide is not None:  # which has no positions
+                continue
             first = write.positions.start if isinstance(write.positions, slice) else write.positions
             place = places.get(first) if isinstance(first, Node) else (None if first == 0 else -1)
             if place != -1 and not (place is None and isinstance(first, Node)):
