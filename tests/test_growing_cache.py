@@ -109,6 +109,14 @@ def test_copies_grow_apart():
     assert ours.shape[2] == 101 and theirs.shape[2] == 200
 
 
+def test_there_is_no_memory_to_hand_out():
+    kv = growths()[0][0]
+    with pytest.raises(CacheStateError, match=r"^layer 0 keys: codes are stored.*to_dlpack; dequantize\(\)"):
+        torch.utils.dlpack.to_dlpack(kv)
+    with pytest.raises(RuntimeError, match="data pointer"):  # what C++ code asks for
+        torch._C._to_dlpack(kv)
+
+
 def test_writes_are_refused():
     k = torch.cat([growths()[0][0], tokens(9)], dim=2)
     for write in (

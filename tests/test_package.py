@@ -47,7 +47,7 @@ MAY_BE_IMPORTED_BY = {
     "passes.rewrite_growth": ["passes.pipeline"],
     "passes.fuse_decode": ["passes.pipeline"],
     "passes.detect": ["compiler.backend"],
-    "kernels.lowerings": ["compiler.backend"],
+    "kernels.lowerings": ["compiler.inductor"],
     "transformers": [
         "cache.huggingface",
         "cache.huggingface_layer",
@@ -57,7 +57,7 @@ MAY_BE_IMPORTED_BY = {
     ],
     "matplotlib": ["evaluate.plots"],
     "torch._inductor": [
-        "compiler.backend",
+        "compiler.inductor",
         "compiler.cache_key",
         "kernels.lowerings",
         "kernels.cpu.build",

@@ -53,7 +53,9 @@ class GrowingKV(Dequantized):
     ) -> GrowingKV:
         shape = (*spec.shape[:2], tokens, spec.shape[3])
         with torch.inference_mode(False):  # a view of what inference mode did not make must not be one of its tensors
-            return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
+            tensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
+        torch._C._set_throw_on_mutable_data_ptr(tensor)  # C++ code that asks for memory gets an error, not address 0
+        return tensor
 
     def __init__(
         self,

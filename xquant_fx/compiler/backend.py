@@ -23,11 +23,11 @@ from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.left import leave
-from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.give_back import GiveBack, groups_of
 from xquant_fx.compiler.growing_step import GrowingStep, has_room
 from xquant_fx.compiler.growing_takeover import GrowingTakeover
+from xquant_fx.compiler.inductor import begin, compile_by_inductor, no_collection
 from xquant_fx.compiler.left_alone import report_buffers, report_left, report_uncompiled, report_unfused
 from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, warn_of_lengths, why_not_gradients, why_not_layers, without_sharing
@@ -39,7 +39,6 @@ from xquant_fx.compiler.short_windows import note_short_windows, why_not_growing
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.watch import Watch
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
-from xquant_fx.kernels.cpu.one_call import switched
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.detect import detect
 from xquant_fx.passes.facts import Facts
@@ -75,7 +74,9 @@ def xquant_backend(
         NotRewrittenError: under ``strict``, a KV cache was left in full precision.
         UnsupportedWriteError: the graph writes to a quantized buffer in a way that is no append.
     """
-    return compile_graph(gm, example_inputs, parse(mode, options), _inductor)
+    with no_collection():
+        begin(example_inputs)
+        return compile_graph(gm, example_inputs, parse(mode, options), compile_by_inductor)
 
 
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
@@ -192,23 +193,6 @@ def _check_config(buffers: list[QuantizedKV | GrowingKV], request: Request) -> N
                 "the backend's options differ from the config of the XQuantCache in use, which decides; leave the "
                 f"options out. The options mean\n{meant}\nthe cache has\n{plan}"
             )
-
-
-def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: str | None) -> Callable[..., Any]:
-    from torch._inductor import config as inductor_config
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    import xquant_fx.kernels.lowerings  # noqa: F401  (registers them)
-
-    patches = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
-    if settings is not None:
-        patches.update(cache_key_patch(settings))
-        # A step's loops are short: of 512 numbers a second thread starts later than the first is through with all.
-        patches["cpp.min_chunk_size"] = max(inductor_config.cpp.min_chunk_size, 4096)
-    with switched("one_call" not in request.disable):
-        compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
-    return compiled
 
 
 def _whole_numbers(value: Tensor | None) -> tuple[int, ...]:
