@@ -8,6 +8,7 @@ from torch.fx import Graph, Node
 
 from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.cache.growing import STORED_KV, GrowingKV
+from xquant_fx.cache.sliding import SlidingKV
 from xquant_fx.passes.find_attention import find_attention
 from xquant_fx.passes.find_writes import concatenation, find_writes, other_mutations
 from xquant_fx.passes.products import is_product
@@ -35,6 +36,8 @@ class Facts:
         self.writes = find_writes(graph)
         # A prompt that allocates its cache attends to itself: what it appends stands for the buffer.
         self.stand_ins = {w.x: w.buffer for w in self.writes if w.buffer.target is quantized_empty}
+        self.slides = [w for w in self.writes if w.slide is not None]
+        self.stand_ins |= {w.slide.whole: w.buffer for w in self.slides if w.slide and w.slide.whole is not None}
         others = other_mutations(graph, self.writes)
         self.mutations = [Mutation(node, target, memory_of(target)) for node, target in others]
         self.attention = find_attention(graph)
@@ -151,6 +154,11 @@ def is_quantized(node: Node) -> bool:
     """Whether ``node`` is a quantized buffer: an input, or one that the graph allocates."""
     is_input = node.op == "placeholder" and isinstance(fake(node), STORED_KV)
     return is_input or node.target is quantized_empty or is_quantized_growth(node)
+
+
+def is_sliding(node: Node) -> bool:
+    """Whether ``node`` is a quantized input that holds a sliding window which is full."""
+    return node.op == "placeholder" and isinstance(fake(node), SlidingKV)
 
 
 def is_growing(node: Node) -> bool:

@@ -23,7 +23,7 @@ from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.absorb_query import absorb_query, project_result
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.growth_masks import end_of_growth, first_kept, widened
+from xquant_fx.passes.growth_masks import end_of_growth, first_kept, kept_of_window, over_room
 from xquant_fx.passes.masks import build_mask
 from xquant_fx.passes.pair_heads import calls, in_order, put_back
 from xquant_fx.passes.records import Layout, Site
@@ -49,8 +49,9 @@ def _stored(site: Site, context: Context) -> dict[str, Any]:
     k, v = (LoadArguments.of(context.loads[write.node]) for write in (site.key_write, site.value_write))
     key, value = (context.detection.specs[buffer] for buffer in site.buffers)
     fixed = key.decode_constants(value)
-    if site.key_write.keep:  # the mask says what is seen of what was kept, and a chunk is the longer
-        fixed["window"] = site.key_write.keep + k.new_tokens
+    keep = site.key_write.keep or kept_of_window(site, context)
+    if keep:  # the mask says what is seen of what was kept, and a chunk is the longer
+        fixed["window"] = keep + k.new_tokens
     return dict(
         of_sides(functools.partial(getattr, k), functools.partial(getattr, v)), start=k.start, past=k.past,
         new_tokens=k.new_tokens, k_new=k.x, v_new=v.x, **fixed,
@@ -71,7 +72,7 @@ def _replace(
         if first is not None:  # of latents there are as many as the mask is wide
             query, mask = _absorbed(graph, site, query, mask, context)
         if end is not None and not (is_full and first is not None):
-            mask = end if mask is None else widened(graph, mask, stored["max_len"], first)
+            mask = end if mask is None else over_room(graph, mask, site, stored, context)
         if first is None:  # as many as there is room for
             query, mask = _absorbed(graph, site, query, mask, context)
         logits = None if form.sinks is None else replaced.get(form.sinks, form.sinks)

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from xquant_fx import ops
 from xquant_fx.cache.growing import GrowingKV
+from xquant_fx.cache.sliding import SlidingKV
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.quantize_store.both_arguments import COMMON, BothArguments
@@ -66,12 +67,13 @@ def _why_not(keys: Write, values: Write, both: list[Node]) -> str:
 
 
 def _of_one_window(keys: Write, values: Write) -> bool:
-    """Whether each is put behind what one layer of a cache that grows has stored of a sliding window.
+    """Whether each is put behind what one layer has stored of a sliding window.
 
     Both have stored as much; the kernel looks at the length of each, and leaves a fault if it is not so.
     """
-    pasts: list[Any] = [fake(write.past) for write in (keys, values)]
-    return all(isinstance(t, GrowingKV) and t.is_tail for t in pasts) and pasts[0].spec.layer == pasts[1].spec.layer
+    pasts: list[Any] = [fake(write.past or write.buffer) for write in (keys, values)]
+    windows = all(isinstance(t, SlidingKV) or (isinstance(t, GrowingKV) and t.is_tail) for t in pasts)
+    return windows and pasts[0].spec.layer == pasts[1].spec.layer
 
 
 def _tokens(store: Node) -> Tensor:
