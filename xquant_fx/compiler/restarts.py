@@ -46,6 +46,8 @@ class Restarts:
         """Argument indices of buffers whose positions the graph computes, and how many tokens it appends to them: a
         number, or of which argument and dimension it is the size."""
         for write in found.writes:
+            if write.slide is not None:  # which has no positions
+                continue
             first = write.positions.start if isinstance(write.positions, slice) else write.positions
             place = places.get(first) if isinstance(first, Node) else (None if first == 0 else -1)
             if place != -1 and not (place is None and isinstance(first, Node)):
@@ -53,7 +55,7 @@ class Restarts:
             elif write.buffer in places:
                 tokens = write.tokens
                 if not isinstance(tokens, int):  # a size that nothing has is not to be had: only less is told then
-                    tokens = size_among_inputs(found.gm.graph, tokens) or 0
+                    tokens = size_among_inputs(places, tokens) or 0
                 self.computed.append((places[write.buffer], tokens))
 
     @property
