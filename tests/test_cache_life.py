@@ -456,6 +456,7 @@ def test_what_cannot_be_saved_or_loaded(model):
 
 ESCAPES = {
     "data_ptr": lambda t: t.data_ptr(),
+    "to_dlpack": lambda t: torch.utils.dlpack.to_dlpack(t),
     "untyped_storage": lambda t: t.untyped_storage().data_ptr(),
     "storage": lambda t: t.storage(),
     "from_dlpack": torch.from_dlpack,
@@ -474,7 +475,7 @@ ESCAPES = {
 def test_ways_to_memory_that_is_not_there(model, way):
     cache = new(model)
     logits_of(model.forward, IDS[:1, :20], cache)
-    for tensor in (cache.layers[0].keys, cache.layers[1].values.transpose(1, 2)):
+    for tensor in (cache.layers[0].keys, cache.layers[1].values.transpose(1, 2), cache.layers[0].keys[:, :, 3]):
         with pytest.raises(CacheStateError, match=r"^layer [01] (keys|values): codes are stored.*dequantize\(\)"):
             ESCAPES[way](tensor)
 
@@ -486,8 +487,9 @@ def test_ways_out_that_work(model):
     keys = cache.layers[0].keys
     with pytest.raises(CacheStateError, match="dequantize"):
         safetensors.save({"keys": keys})
-    with pytest.raises(RuntimeError, match="data pointer"):  # what C++ code asks for
-        torch._C._to_dlpack(keys)
+    for tensor in (keys, keys[:, :, 3]):
+        with pytest.raises(RuntimeError, match="data pointer"):  # what C++ code asks for
+            torch._C._to_dlpack(tensor)
     dense = keys.dequantize()
     assert type(dense) is torch.Tensor and dense.shape == keys.shape and dense.data_ptr()
     view = keys.transpose(1, 2)

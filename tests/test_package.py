@@ -43,7 +43,7 @@ MAY_BE_IMPORTED_BY = {
     "reports.quality": ["quality", "evaluate.simulate"],
     "compiler.backend": ["reports.explanation"],
     "passes.pipeline": ["compiler.backend", "compiler.options", "compiler.self_check"],
-    "passes.rewrite": ["passes.pipeline", "passes.rewrite_growth"],
+    "passes.rewrite": ["passes.pipeline", "passes.rewrite_growth", "passes.rewrite_slides"],
     "passes.rewrite_growth": ["passes.pipeline"],
     "passes.fuse_decode": ["passes.pipeline"],
     "passes.detect": ["compiler.backend"],

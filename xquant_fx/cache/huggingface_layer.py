@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -175,21 +176,27 @@ class XQuantLayer(StaticLayer):
     @not_traced("what runs uncompiled here stays so: Dynamo would split it at the first length")
     def _update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The same, uncompiled: what breaks off in this layer is taken back."""
-        length, cold = int(self.cumulative_length), not self.is_initialized
-        try:
-            return super().update(key_states, value_states, *args, **kwargs)
-        except BaseException:  # Ctrl-C, too
-            self.cumulative_length.fill_(length)
-            for state in self.states:
-                state.undo(length)
-            self.is_initialized = not cold
-            raise
+        cold = not self.is_initialized
+        turn: AbstractContextManager[Any] = nullcontext()
+        if not cold and isinstance(self.keys, QuantizedKV):
+            turn = self.keys.live.group.turn
+        with turn:
+            length = int(self.cumulative_length)
+            try:
+                return super().update(key_states, value_states, *args, **kwargs)
+            except BaseException:  # Ctrl-C, too
+                self.cumulative_length.fill_(length)
+                for state in self.states:
+                    state.undo(length)
+                self.is_initialized = not cold
+                raise
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(tokens that attention sees, offset of the first): those of ``update``."""
         self.first.masked = True
         if isinstance(self.keys, QuantizedKV) and not torch.compiler.is_compiling():
             self.keys.live.group.lockstep = True
+            self.keys.live.group.announce()
         return super().get_mask_sizes(query_length) if self.is_initialized else (query_length, 0)
 
     @property

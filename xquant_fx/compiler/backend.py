@@ -35,7 +35,8 @@ from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.proof import Call
 from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.compiler.self_check import self_check
-from xquant_fx.compiler.short_windows import note_short_windows, why_not_growing_window
+from xquant_fx.compiler.short_windows import note_short_windows, why_not_growing_window, why_not_static_window
+from xquant_fx.compiler.sliding_step import SlidingStep, begin_to_slide, moved_windows
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.watch import Watch
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
@@ -124,6 +125,7 @@ def detect_graph(
 
     def refusal(node: Node, what: str, facts: Facts) -> Refused:
         lasting = surroundings or why_not_growing_window(node, facts, request)
+        lasting = lasting or why_not_static_window(node, facts, request)
         return Refused(lasting) if lasting else Refused(call.refuse(node, what, facts), of_call=True)
 
     with dynamo_timed("xquant_detect"):  # for torch._dynamo.utils.compile_times()
@@ -204,7 +206,10 @@ def _whole_numbers(value: Tensor | None) -> tuple[int, ...]:
 def _compile_quantized(
     gm: GraphModule, found: Detection, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
 ) -> Callable[..., Any]:
-    warn_of_lengths([inputs[i].spec for i in quantized if isinstance(inputs[i], QuantizedKV)])
+    if beginning := begin_to_slide(gm, found, inputs, request):
+        log.info("sliding windows are full: the next step runs uncompiled, and they are stored as such from then on")
+        return beginning
+    warn_of_lengths([inputs[i].spec for i in quantized if type(inputs[i]) is QuantizedKV])
     settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
     context = Context(found, inputs)
     if not has_room(context):
@@ -217,6 +222,7 @@ def _compile_quantized(
             return _given_up(gm, inputs, quantized, refused, request)
         report_unfused(found.sites, request)
         context = Context(found, inputs)
+    moved = moved_windows(context)
     restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
     with dynamo_timed("xquant_passes"):
         run_passes(found.gm, context, request.disable, request.dump)
@@ -226,4 +232,6 @@ def _compile_quantized(
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
     compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
     step = CompiledStep(compiled, keep, written, context.state, restarts, whole)
+    if moved:
+        return SlidingStep(step, gm.forward, moved)
     return GrowingStep(step, gm.forward, context.grown) if context.grown else step
