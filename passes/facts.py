@@ -13,7 +13,7 @@ from xquant_fx.passes.find_attention import find_attention
 from xquant_fx.passes.find_writes import concatenation, find_writes, other_mutations
 from xquant_fx.passes.products import is_product
 from xquant_fx.passes.records import Source, Write
-from xquant_fx.passes.trace import argument, fake, memory_of, readers, source_of
+from xquant_fx.passes.trace import argument, fake, memory_of, operand, readers, source_of, value_of
 from xquant_fx.passes.vocabulary import kind
 
 NEAR = 64  # nodes to look at, going back from an operand, for a cache that it is computed from
@@ -80,7 +80,10 @@ class Facts:
         value = fake(node)
         if is_quantized(node) or self.writes_to(node):
             return True
-        return node.op == "placeholder" and self.mutated(node) is not None and value is not None and value.dim() > 2
+        if node.op != "placeholder" or value is None or value.dim() < 3:
+            return False
+        changes = [mutation for mutation in self.mutations if mutation.root is node]
+        return bool(changes) and not all(_of_convolution(mutation) for mutation in changes)
 
     def stored_in(self, node: Node) -> list[Node]:
         """What unrecognised in-place ops put into ``node``."""
@@ -123,6 +126,28 @@ class Facts:
                 inputs = dict.fromkeys([*node.all_input_nodes, *self.stored_in(node)])
                 queue += [n for n in inputs if n not in queue]
         return found
+
+
+def _of_convolution(mutation: Mutation) -> bool:
+    """Whether it copies ``cat([state, new], -1)[..., -n:]`` over the state: what came last, along the last dimension.
+
+    So the state of a causal convolution [B, C, n] goes on. Keys and values have channels there.
+    """
+    state, last = mutation.root, _uncast(operand(mutation.node, 1))
+    if kind(mutation.node) != "copy" or mutation.target is not state or last is None or kind(last) != "getitem":
+        return False
+    index, whole = last.args[1], _uncast(operand(last))
+    if not isinstance(index, tuple) or not isinstance(index[-1], slice) or index[-1] == slice(None):
+        return False
+    if whole is None or kind(whole) != "cat" or argument(whole, 1, "dim", 0) not in (-1, value_of(state).dim() - 1):
+        return False
+    return all(part in (Ellipsis, slice(None)) for part in index[:-1]) and state in whole.all_input_nodes
+
+
+def _uncast(node: Node | None) -> Node | None:
+    while node is not None and kind(node) == "cast":
+        node = operand(node)
+    return node
 
 
 def is_quantized(node: Node) -> bool:

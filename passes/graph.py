@@ -18,7 +18,9 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
-_CARRIED = ("_param_name_to_source", "_backend_id", "compile_subgraph_reason", "_source_to_user_stacks")
+#: Not ``_backend_id``: by it Dynamo's ``caching_precompile`` would put Inductor's function into the place of what the
+#: backend returned, which calls it with the cache's tensors.
+_CARRIED = ("_param_name_to_source", "compile_subgraph_reason", "_source_to_user_stacks")
 
 
 def clone(gm: GraphModule) -> GraphModule:

@@ -159,7 +159,7 @@ def _why_not_continued(user: Node, operand: Node, what: str) -> str:
         return ""
     return (
         f"{what}: attention reads the cache with more put behind it (compressed tokens?), which an uncompiled step "
-        "would take for new tokens of the cache"
+        "would take for new tokens of the cache; pass an XQuantCache, if the model takes one"
     )
 
 

@@ -90,6 +90,14 @@ def test_by_name_and_as_a_function(given: Any, options: dict[str, Any], bits: in
     torch.testing.assert_close(out, plain)  # three tokens are all in the full-precision window
 
 
+def test_inductors_function_does_not_go_by_the_name_of_ours(graphs: list) -> None:
+    """Under that name ``caching_precompile`` would call it in another process, with quantized buffers."""
+    with torch._dynamo.config.patch(caching_precompile=True):
+        decode_three_tokens(torch.compile(step, backend="xquant", options=OPTIONS, dynamic=False))
+    (gm,) = graphs
+    assert not hasattr(gm, "_backend_id")
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

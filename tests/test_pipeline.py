@@ -46,8 +46,8 @@ def test_every_pass_is_listed_once():
     names = [each.name for each in PASSES]
     assert names == [each.name for family in FAMILIES.values() for each in family] and len(set(names)) == len(names)
     assert names == [
-        "add_state_inputs", "rewrite_growth", "rewrite", "fuse_decode", "fold_rotation", "pair_stores", "linear_rows",
-        "verify",
+        "add_state_inputs", "rewrite_growth", "rewrite_slides", "rewrite", "fuse_decode", "fold_rotation",
+        "pair_stores", "linear_rows", "verify",
     ]  # fmt: skip
     assert MAY_BE_OFF == ("fuse_decode", "fold_rotation", "pair_stores", "linear_rows", "one_call")
 

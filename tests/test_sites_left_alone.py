@@ -315,6 +315,33 @@ def test_concatenation_that_is_no_cache():
     assert not site.has_cache and "no KV cache is read here" in site.reason
 
 
+@pytest.mark.parametrize("along, is_cache", [(-1, False), (1, True)])
+def test_the_state_of_a_convolution_is_no_cache(along, is_cache):
+    """Attention to what was computed from it (over layers, say); a rolled window of tokens is one that is missed."""
+
+    def step(q, state, new):
+        longer = torch.cat([state, new], along)
+        state.copy_(longer[:, :, -D:] if along == -1 else longer[:, -D:])
+        k = longer.narrow(along, 1, D)[:, None] * 2
+        return sdpa(q, k, k * 3)
+
+    (site,) = sites_of(step, torch.randn(1, 1, 1, D), torch.randn(1, D, D), torch.randn(1, 1, D).movedim(1, along))
+    assert site.has_cache == is_cache
+
+
+@pytest.mark.parametrize("decay, sites", [(0.5, 0), (0.0, 2)])
+def test_a_recurrent_state_is_no_cache(decay, sites):
+    """A head of it is computed from what it was; parts that do not depend on it may be a cache's new tokens."""
+
+    def step(state, new):
+        for head in range(2):
+            part = state[:, head]
+            part.copy_((part * decay if decay else 0) + new[:, head])
+        return state.sum(-1)
+
+    assert len(sites_of(step, torch.randn(1, 2, D, D), torch.randn(1, 2, D, D))) == sites
+
+
 def test_attention_without_a_cache():
     def layers(x, w):
         for _ in range(2):

@@ -112,8 +112,10 @@ class KVState:
         fits = q.dim() == 4 and (q.shape[0], q.shape[3]) == (batch, dim) and q.shape[1] % heads == 0
         if not fits or q.shape[2] < FEWEST_QUERIES or not self.wants_queries:
             return
-        square = q.detach().to(torch.float32).square().mean(2)
-        self.owned["energy"].copy_(square.unflatten(1, (heads, q.shape[1] // heads)).mean(2))
+        # A KV head after the other: squares of all would be the most memory that a prompt takes for a moment.
+        groups = q.detach().split(q.shape[1] // heads, 1)
+        squares = [group.to(torch.float32).square().mean(2).mean(1) for group in groups]
+        self.owned["energy"].copy_(torch.stack(squares, 1))
         held = self.group.held(self)
         if held is not None and held.x is not None and held.past == 0:
             self._write(held.x, torch.arange(held.new, device=held.x.device))
