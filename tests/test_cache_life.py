@@ -625,13 +625,16 @@ def test_caches_of_many_lengths_of_a_decoder_are_told_once(model, caplog):
     assert "[33, 34" in record.getMessage()
 
 
-def test_freezing_is_refused_with_a_reason(model):
+@pytest.mark.parametrize("kind", ["xquant", "static"])
+def test_freezing_is_refused_with_a_reason(model, kind):
+    """A static cache stays as it is, which is told: an error under strict."""
     import torch._inductor.config as inductor_config
 
-    cache = new(model)
+    cache = new(model) if kind == "xquant" else StaticCache(model.config, max_cache_len=128)
     logits_of(model.forward, IDS[:1, :20], cache)
+    step = torch.compile(model.forward, backend="xquant", options={"strict": kind == "static"})
     with inductor_config.patch(freezing=True), pytest.raises(Exception, match=r"freezing makes the cache a constant"):
-        logits_of(torch.compile(model.forward, backend="xquant"), IDS[:1, :1], cache)
+        logits_of(step, IDS[:1, :1], cache)
 
 
 def test_what_the_constructor_takes(model):

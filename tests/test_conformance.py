@@ -16,8 +16,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from conformance import EXACT, found_in  # noqa: E402
 from conformance_report import ONE_LINE, TAKEN_OVER, page, sums  # noqa: E402
+from forked import in_process  # noqa: E402
+from life_inductor import BY_INDUCTOR  # noqa: E402
 from life_of_a_cache import SCENARIOS, Life, outcome  # noqa: E402
 from life_of_a_cache import page as life_page  # noqa: E402
+from life_programs import RUN_BY  # noqa: E402
 
 RECORDS: dict[str, dict[str, Any]] = json.loads((ROOT / "docs" / "conformance.json").read_text())
 #: Other ways to write, to read or to attend each.
@@ -96,6 +99,19 @@ def test_nothing_in_the_life_of_a_cache_is_wrong() -> None:
     for name, row in lived.items():
         assert len(row) == 6 and all("wrong" not in found for found in row.values()), name
     assert (ROOT / "docs" / "life.md").read_text() == life_page(lived)
+
+
+#: What takes few seconds to live through; the others are slow.
+QUICK = ('pipeline("text-generation")', "a pipeline of two compiled stages", "each layer compiled by itself")
+AGAIN = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUN_BY | BY_INDUCTOR]
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_what_runs_on_a_cache_comes_out_as_recorded(name: str) -> None:
+    """With an ``XQuantCache``; the quick ones compile no more than that takes."""
+    mode = "eager" if name == QUICK[0] else "compiled"
+    recorded = json.loads((ROOT / "docs" / "life.json").read_text())[name][f"XQuantCache, {mode}"]
+    assert in_process(outcome, 300, name, "XQuantCache", mode) == recorded
 
 
 def test_what_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,9 +90,9 @@ def test_a_step_whose_positions_are_old_is_told(model: Any) -> None:
     assert torch.equal(logits_of(model.forward, IDS[:1, 20:21], cache), want)
 
 
-def test_two_compiled_steps_at_once(model: Any) -> None:
+def test_two_compiled_steps_at_once(tiny_llama: Any) -> None:
     """Both are told: the second one at once, the first one at its end."""
-    pause = Pause()
+    model, pause = tiny_llama(layers=1), Pause()
 
     class Pausing(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
@@ -114,10 +114,11 @@ def test_two_compiled_steps_at_once(model: Any) -> None:
     with pytest.raises(CacheStateError, match="two threads"):
         meanwhile(pause, lambda: logits_of(step, IDS[:1, 21:22], cache), here)
     assert {state.length for state in other.states} == {21}
+    with pytest.raises(CacheStateError, match="two threads"):
+        logits_of(step, IDS[:1, 22:23], cache)
     cache.reset()
     logits_of(model.forward, IDS[:1, :20], cache)
-    want = logits_of(model.forward, IDS[:1, 20:21], filled(model))
-    assert relative_error(logits_of(step, IDS[:1, 20:21], cache), want) < 1e-5
+    logits_of(step, IDS[:1, 20:21], cache)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

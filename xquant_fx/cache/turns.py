@@ -1,8 +1,8 @@
 """Threads may take turns with a cache, and never step through it at once.
 
-A compiled step is one turn, an eager one a turn per layer. What a turn costs is a lock that nobody waits for. Two
-threads that meet are both told: the one that comes second at once, the other one as its turn ends, since what either
-has stored before may have come between the other's tokens.
+A compiled step is one turn, an eager one a turn per layer; nobody waits. Two threads that meet are both told: the one
+that comes second at once, the other one as its turn ends, since what either has stored before may have come between the
+other's tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Turn:
     """Whose turn it is with one cache; a context manager around what writes to it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # A dict and no lock: whoever Ctrl-C struck between taking a turn and using it goes on with it.
+        self._holder: dict[str, int] = {}
         self._clash = False
         self._steps, self._last, self._mended = 0, 0, False
         self._announced: dict[int, int] = {}
@@ -34,18 +35,23 @@ class Turn:
         return Turn, ()  # a copy belongs to nobody
 
     def __enter__(self) -> Turn:
-        if not self._lock.acquire(blocking=False):
+        me = threading.get_ident()
+        if self._holder.setdefault("thread", me) != me:  # which no thread can come between
             self._clash = True
             raise CacheStateError(AT_ONCE)
         if self._clash:
-            self._lock.release()
+            self._give(me)
             raise CacheStateError(AT_ONCE)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._lock.release()
+        self._give(threading.get_ident())
         if self._clash and error is None:
             raise CacheStateError(AT_ONCE)
+
+    def _give(self, me: int) -> None:
+        if self._holder.get("thread") == me:
+            self._holder.clear()
 
     def announce(self, between_steps: bool) -> None:
         """This thread is about to make positions and masks of an eager step; whether no step has begun and not ended.

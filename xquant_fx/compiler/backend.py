@@ -24,6 +24,7 @@ from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.left import leave
 from xquant_fx.compiler.compiled_step import CompiledStep
+from xquant_fx.compiler.frozen import check_frozen
 from xquant_fx.compiler.give_back import GiveBack, groups_of
 from xquant_fx.compiler.growing_step import GrowingStep, has_room
 from xquant_fx.compiler.growing_takeover import GrowingTakeover
@@ -82,7 +83,7 @@ def xquant_backend(
 
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
     """Decide what becomes of a graph; ``compiler`` gets what is to be compiled."""
-    _check_frozen(gm)
+    check_frozen(gm, request)
     found = detect_graph(gm, inputs, request)
     report_left(found.sites, request)
     _check_gradients(gm, inputs)
@@ -162,17 +163,6 @@ def _refused(
 
 def _allocates(gm: GraphModule) -> bool:
     return any(node.target is quantized_empty for node in gm.graph.nodes)
-
-
-def _check_frozen(gm: GraphModule) -> None:
-    """Inductor's freezing makes constants of all that has a static address, caches included."""
-    held = [t for t in vars(gm).values() if isinstance(t, QuantizedKV)]
-    held += [t for t in gm._buffers.values() if isinstance(t, QuantizedKV)]
-    if held:
-        raise CacheStateError(
-            f"{held[0].origin}: freezing makes the cache a constant of the graph, so that one graph would serve one "
-            "cache alone: switch torch._inductor.config.freezing (TORCHINDUCTOR_FREEZING) off"
-        )
 
 
 def _check_gradients(gm: GraphModule, inputs: list[Any]) -> None:
