@@ -350,6 +350,19 @@ def test_a_compiled_step_of_a_decoder_that_breaks_off_between_kernels(model, at,
     assert relative_error(again, want) < TOLERANCE
 
 
+@pytest.mark.parametrize("channels", [16, 8])
+def test_the_first_layer_allocates_for_all(model, channels):
+    """So that what stays lies together. A layer of another shape allocates its own, in the same cache."""
+    cache = XQuantCache(model.config, max_cache_len=64, config=XQuantConfig.preset("kivi-4"))
+    cache.update(*torch.randn(2, 1, 2, 9, 16), 0)
+    below, layer = cache.layers[:2]
+    before = layer.keys
+    assert before is not None and not layer.is_initialized and layer.get_seq_length() == 0
+    cache.update(*torch.randn(2, 1, 2, 9, channels), 1)
+    assert (layer.keys is before) == (channels == 16) and layer.keys.live.group is below.keys.live.group
+    assert layer.keys.shape == (1, 2, 64, channels) and layer.get_seq_length() == 9
+
+
 def test_someones_own_loop_may_step_through_one_layer(model):
     cache, (k, v) = new(model), torch.randn(2, 1, 2, 4, 16)
     for _ in range(3):

@@ -15,12 +15,14 @@ from dynamo_graphs import fresh, tiny
 from rewrites import CONFIG, STORES, Rewrites, count, quantized_layers, two_layers
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from xquant_fx import ConfigError, XQuantCache, explain, ops
 from xquant_fx.compiler.options import parse
 from xquant_fx.passes import facts, find_attention, find_writes, pipeline
 from xquant_fx.passes.conditions import CONDITIONS
-from xquant_fx.passes.graph import call
+from xquant_fx.passes.graph import call, input_of_size
 from xquant_fx.passes.pipeline import FAMILIES, MAY_BE_OFF, PASSES
 
 
@@ -44,8 +46,8 @@ def test_every_pass_is_listed_once():
     names = [each.name for each in PASSES]
     assert names == [each.name for family in FAMILIES.values() for each in family] and len(set(names)) == len(names)
     assert names == [
-        "add_state_inputs", "rewrite_growth", "rewrite", "fuse_decode", "fold_rotation", "pair_stores", "linear_rows",
-        "verify",
+        "add_state_inputs", "rewrite_growth", "rewrite_slides", "rewrite", "fuse_decode", "fold_rotation",
+        "pair_stores", "linear_rows", "verify",
     ]  # fmt: skip
     assert MAY_BE_OFF == ("fuse_decode", "fold_rotation", "pair_stores", "linear_rows", "one_call")
 
@@ -243,3 +245,14 @@ def test_a_pass_that_does_wrong_is_named(what, monkeypatch):
 
 def test_every_pass_has_conditions_or_none_of_its_own():
     assert set(CONDITIONS) - {""} <= {each.name for each in PASSES}
+
+
+def test_each_length_of_a_cache_is_an_input_of_its_own():
+    """Layers of several windows, where Dynamo passes no lengths."""
+    environment, graph = ShapeEnv(), Graph()
+    sizes = [environment.create_unbacked_symint() for _ in range(2)]
+    graph.placeholder("x").meta["example_value"] = torch.zeros(1)
+    found = [input_of_size(graph, size) for size in (*sizes, sizes[0])]
+    graph.output(tuple(node for node, _ in found))
+    assert [added for _, added in found] == [True, True, False]
+    assert GraphModule({}, graph)(torch.zeros(1), 3, 5) == (3, 5, 3)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 
 from xquant_fx.cache.growth import Growth
 from xquant_fx.cache.kv_tensor import QuantizedKV, _refuse_aot
@@ -198,9 +199,12 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     if len(tensors) != 2 or dim not in (2, -2):
         return NotImplemented
     past, x = tensors
-    if not isinstance(past, GrowingKV) or past.growth is None:
+    if not isinstance(past, GrowingKV) or x.shape == (0,):  # which torch leaves out
         return NotImplemented
-    if x.dim() != 4 or any(x.shape[d] != past.shape[d] for d in (0, 1, 3)) or x.dtype != past.dtype:
+    if reason := past.spec.why_not(x):
+        # While Dynamo traces: it leaves the step to eager code, which raises the same.
+        raise UnsupportedFakeTensorException(reason) if past.growth is None else CacheStateError(reason)
+    if past.growth is None or x.dtype != past.dtype:
         return NotImplemented
     return past.append(x) if x.shape[2] else past
 
