@@ -101,13 +101,13 @@ def test_dump(tmp_path):
     steps(Rewrites(dump=str(tmp_path / "graphs")), sizes=(1,))
     files = sorted(p.name for p in (tmp_path / "graphs").iterdir())
     assert [name.split("-", 1)[1] for name in files] == [
-        "0-detected.txt", "1-after-add_state_inputs.txt", "2-after-rewrite_growth.txt", "3-after-rewrite.txt",
-        "4-after-fuse_decode.txt", "5-after-fold_rotation.txt", "6-after-pair_stores.txt",
-        "7-after-linear_rows.txt", "8-after-verify.txt",
+        "0-detected.txt", "1-after-add_state_inputs.txt", "2-after-rewrite_growth.txt",
+        "3-after-rewrite_slides.txt", "4-after-rewrite.txt", "5-after-fuse_decode.txt", "6-after-fold_rotation.txt",
+        "7-after-pair_stores.txt", "8-after-linear_rows.txt", "9-after-verify.txt",
     ]  # fmt: skip
     texts = [(tmp_path / "graphs" / name).read_text() for name in files]
-    assert ["decode_attention" in text for text in texts] == [False] * 4 + [True] * 5
-    assert ["index_copy" in text or "setitem" in text for text in texts] == [True] * 3 + [False] * 6
+    assert ["decode_attention" in text for text in texts] == [False] * 5 + [True] * 5
+    assert ["index_copy" in text or "setitem" in text for text in texts] == [True] * 4 + [False] * 6
     assert "float32[1, 2, 1, 8]" in texts[0]
 
 
