@@ -4,7 +4,8 @@ Of every architecture of ``MODEL_FOR_CAUSAL_LM_MAPPING`` a tiny random model dec
 in eager code, longer than its sliding windows, then steps, some of them in eager code, the others by rewritten graphs
 that run op by op. Recorded are the attentions that read a cache, how many of them are quantized and fused, why the
 others are left, and whether logits at 16 bits are those of eager code; of an ``XQuantCache`` also how far those of
-``kivi-4`` are off, what a self-check of the quantized graphs says, and the bytes.
+``kivi-4`` are off, what a self-check of the quantized graphs says, and the bytes. A fourth record is of the program of
+one line, ``model.compile(backend="xquant")``: prompt and steps are compiled at ``kivi-4``, with a ``DynamicCache``.
 
     make conformance                    # goes on where it stopped; writes docs/conformance.json and docs/conformance.md
     .venv/bin/python benchmarks/conformance.py --only llama gemma2      # renew two records
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conformance_report import EXACT, TAKEN_OVER, page
+from conformance_report import EXACT, ONE_LINE, OTHERS, TAKEN_OVER, write
 from forked import in_process, in_words
 from tiny_models import NO_CACHE, OWN_CACHE, WHOLE_TEXT, WINDOW, build
 from torch import Tensor
@@ -43,7 +44,7 @@ COMPILED = (0, STEPS - 1)  # steps; by the last one a window of quantized tokens
 SMALL: dict[str, Any] = dict(k_group_size=8, residual_length=8, rollback_tokens=8, sliding_windows=True)
 FULL = XQuantConfig.preset("full").replace(**SMALL)
 FOUR = XQuantConfig.preset("kivi-4").replace(**SMALL)
-KINDS = ("XQuantCache", *TAKEN_OVER)
+KINDS = ("XQuantCache", *OTHERS)
 
 
 class Watching:
@@ -54,28 +55,37 @@ class Watching:
         self.at_four_bits = parse(None, {**options, "config": FOUR} if "config" in options else options or None)
         self.sites: list[Site] = []
         self.looks = True
+        self.later = 0
+        """Graphs that came after the first step."""
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.later += not self.looks
         if self.looks:
             self.sites += detect_graph(gm, inputs, self.at_four_bits).sites
         return compile_graph(gm, inputs, self.request, lambda graph, *_: graph.forward)
 
 
-def decode(model: torch.nn.Module, cache: Any, backend: Watching | None = None, steps: int = STEPS) -> Tensor:
+def decode(
+    model: torch.nn.Module, cache: Any, backend: Watching | None = None, steps: int = STEPS, all_of_it: bool = False
+) -> Tensor:
     """Logits [1, 1 + steps, V] of the prompt's last token and of the steps after it; ``backend`` gets some of them.
 
-    Without a ``cache`` the model makes one.
+    Without a ``cache`` the model makes one. With ``all_of_it`` the backend gets all steps, and the prompt.
     """
     torch._dynamo.reset()
-    compiled = model.forward if backend is None else torch.compile(model.forward, backend=backend, dynamic=False)
+    dynamic = None if all_of_it else False
+    compiled = model.forward if backend is None else torch.compile(model.forward, backend=backend, dynamic=dynamic)
     ids = torch.randint(3, 100, (1, PROMPT + steps), generator=torch.Generator().manual_seed(0))
-    prompt = model(ids[:, :PROMPT], past_key_values=cache, use_cache=True)
+    begin = compiled if all_of_it else model.forward
+    prompt = begin(input_ids=ids[:, :PROMPT], past_key_values=cache, use_cache=True)
+    if backend is not None:
+        backend.sites = []  # a step's are wanted
     out = [prompt.logits[:, -1:]]
     cache = prompt.past_key_values if cache is None else cache
     whole_text = model.config.model_type in WHOLE_TEXT
     for step in range(steps):
         at = PROMPT + step
-        call = compiled if step in COMPILED else model.forward
+        call = compiled if all_of_it or step in COMPILED else model.forward
         new = ids[:, 0 if whole_text else at : at + 1]
         out.append(call(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1:])
         if backend is not None:
@@ -96,10 +106,12 @@ def counted(sites: list[Site]) -> dict[str, Any]:
     }
 
 
-def found_in(name: str) -> dict[str, Any]:
-    """Only what is found in the first decode step with an ``XQuantCache``, for a test."""
-    model, seen = build(name), Watching()
-    decode(model, XQuantCache(model.config, MAX_LEN, FOUR), seen, steps=1)
+def found_in(name: str, kind: str = "XQuantCache") -> dict[str, Any]:
+    """Only what is found in the first decode step, for a test."""
+    model = build(name)
+    ours = kind == "XQuantCache"
+    seen = Watching() if ours else Watching(config=FULL)
+    decode(model, XQuantCache(model.config, MAX_LEN, FOUR) if ours else made(name, kind, model), seen, steps=1)
     return counted(seen.sites)
 
 
@@ -140,6 +152,21 @@ def taken_over(name: str, kind: str) -> dict[str, Any]:
     return {"eager": "", **found, **counted(seen.sites)}
 
 
+def one_line(name: str) -> dict[str, Any]:
+    """What is recorded of the program of one line: rewritten graphs at 4 bits, each compared with the program's."""
+    model = build(name)
+    try:
+        right = decode(model, made(name, "DynamicCache", model))
+    except Exception as error:
+        return {"eager": in_words(error)}
+    counters.clear()
+    seen = Watching(config=FOUR, self_check=True)
+    cache = made(name, "DynamicCache", model)
+    done = _caught(lambda: {"error at 4 bits": error_of(decode(model, cache, seen, all_of_it=True), right)})
+    more = {"refused by self_check": counters["xquant"]["self_check refused"], "later graphs": seen.later}
+    return {"eager": "", **done, **counted(seen.sites), **more}
+
+
 def _with_xquant_cache(model: torch.nn.Module, mine: Tensor, right: dict[str, Tensor]) -> dict[str, Any]:
     """``mine`` and ``right`` are logits of eager code, at 16 bits and with other caches."""
     full = decode(model, XQuantCache(model.config, MAX_LEN, FULL), Watching())
@@ -173,12 +200,14 @@ def _caught(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def recorded(name: str, kind: str = "XQuantCache") -> dict[str, Any]:
-    """``examine`` or ``taken_over``, with a record of a model that cannot be built, too."""
+    """What is recorded of one architecture, also of a model that cannot be built."""
     if name in NO_CACHE:
         return {"eager": NO_CACHE[name]}
     try:
         with torch._dynamo.config.patch(recompile_limit=64):
-            return examine(name) if kind == "XQuantCache" else taken_over(name, kind)
+            if kind in TAKEN_OVER:
+                return taken_over(name, kind)
+            return one_line(name) if kind == ONE_LINE else examine(name)
     except Exception as error:  # whatever a model's code raises
         return {"eager": f"it cannot be built: {in_words(error)}"}
 
@@ -188,20 +217,10 @@ def error_of(mine: Tensor, right: Tensor) -> float:
     return float(f"{((mine - right).norm() / right.norm()).item():.1e}")
 
 
-def write(records: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Both files, in the order of the mapping."""
-    rows = {name: records[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in records}
-    (folder / "conformance.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (folder / "conformance.md").write_text(page(rows, len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)))
-
-
 def missing(records: dict[str, dict[str, Any]], kind: str) -> list[str]:
     """Architectures without a record of this kind of cache."""
-    return [
-        name
-        for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        if (kind not in records.get(name, {}) if kind in TAKEN_OVER else "eager" not in records.get(name, {}))
-    ]
+    key = kind if kind in OTHERS else "eager"
+    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if key not in records.get(name, {})]
 
 
 def main() -> None:
@@ -222,8 +241,8 @@ def main() -> None:
     for kind in args.caches:
         for name in tqdm(args.only or missing(records, kind), desc=kind, unit=" architectures"):
             found = in_process(recorded, args.seconds, name, kind)
-            others = {other: each for other, each in records.get(name, {}).items() if other in TAKEN_OVER}
-            records[name] = records.get(name, {}) | {kind: found} if kind in TAKEN_OVER else found | others
+            others = {other: each for other, each in records.get(name, {}).items() if other in OTHERS}
+            records[name] = records.get(name, {}) | {kind: found} if kind in OTHERS else found | others
             write(records, args.folder)
     print((args.folder / "conformance.md").read_text())
 

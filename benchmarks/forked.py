@@ -19,11 +19,11 @@ def in_words(error: Exception) -> str:
     return re.sub("0x[0-9a-f]+", "0x..", " ".join(f"{type(error).__name__}: {error}".split()))[:200]
 
 
-def in_process(work: Work, seconds: float, *args: Any) -> dict[str, Any]:
-    """``work(*args)`` in a forked process of one thread that may take ``seconds``; or its error, as {"error": ...}."""
+def in_process(work: Work, seconds: float, *args: Any, threads: int = 1) -> dict[str, Any]:
+    """``work(*args)`` in a forked process of ``threads`` threads that may take ``seconds``; or {"error": ...}."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(work, args, theirs))
+    child = context.Process(target=_child, args=(work, args, threads, theirs))
     child.start()
     theirs.close()
     try:
@@ -35,8 +35,8 @@ def in_process(work: Work, seconds: float, *args: Any) -> dict[str, Any]:
         child.join()
 
 
-def _child(work: Work, args: tuple[Any, ...], pipe: Any) -> None:
-    torch.set_num_threads(1)
+def _child(work: Work, args: tuple[Any, ...], threads: int, pipe: Any) -> None:
+    torch.set_num_threads(threads)
     gc.disable()  # the process does not live long
     logging.disable(logging.CRITICAL)
     try:

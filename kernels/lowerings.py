@@ -48,7 +48,7 @@ def dtype(x: Any) -> torch.dtype:
 def begin(types: tuple[str, ...], code: str) -> None:
     """Let the compiler begin with a kernel while Inductor goes on with the graph; ``define`` names it the same."""
     if not V.graph.cpp_wrapper:
-        cpu_build.begin(types, f"\n{code}")
+        cpu_build.begin_kernel(types, f"\n{code}")
 
 
 def define(wrapper: Any, name: str, types: tuple[str, ...], code: str) -> str:

@@ -47,9 +47,12 @@ def detect(gm: GraphModule, refusal: Refusal, planner: Planner, unfused: str = "
 
 def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str) -> Site:
     """``site`` with the call that it becomes, or why it reads dequantized keys and values."""
-    if not site.rewritable or any(node.target is quantized_empty for node in site.buffers) or _begins(site):
+    runs_as_it_stands = _begins(site) or any(node.target is quantized_empty for node in site.buffers)
+    if not site.rewritable or runs_as_it_stands:
         return site
     reason, absorbed = unfused or _why_not_specs(site, specs), None
+    if _attends_to_itself(site):
+        return site
     if not site.attention.is_recognised:
         reason = f"it is appended to, {NOT_RECOGNISED}"
     elif site.is_latent and not unfused:
@@ -69,6 +72,12 @@ def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str
 def _begins(site: Site) -> bool:
     """Whether the site is a prompt's, behind which a cache begins to grow: it runs as it stands."""
     return any(write is not None and write.begins for write in (site.key_write, site.value_write))
+
+
+def _attends_to_itself(site: Site) -> bool:
+    """Whether the site is that of a prompt which is longer than a sliding window, and attends to its own tokens."""
+    slides = [write.slide for write in (site.key_write, site.value_write) if write is not None]
+    return any(slide is not None and slide.is_prompt for slide in slides)
 
 
 def _why_not_specs(site: Site, specs: dict[Node, KVSpec]) -> str:

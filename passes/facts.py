@@ -8,11 +8,12 @@ from torch.fx import Graph, Node
 
 from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.cache.growing import STORED_KV, GrowingKV
+from xquant_fx.cache.sliding import SlidingKV
 from xquant_fx.passes.find_attention import find_attention
 from xquant_fx.passes.find_writes import concatenation, find_writes, other_mutations
 from xquant_fx.passes.products import is_product
 from xquant_fx.passes.records import Source, Write
-from xquant_fx.passes.trace import argument, fake, memory_of, readers, source_of
+from xquant_fx.passes.trace import argument, fake, memory_of, operand, readers, source_of, value_of
 from xquant_fx.passes.vocabulary import kind
 
 NEAR = 64  # nodes to look at, going back from an operand, for a cache that it is computed from
@@ -35,6 +36,8 @@ class Facts:
         self.writes = find_writes(graph)
         # A prompt that allocates its cache attends to itself: what it appends stands for the buffer.
         self.stand_ins = {w.x: w.buffer for w in self.writes if w.buffer.target is quantized_empty}
+        self.slides = [w for w in self.writes if w.slide is not None]
+        self.stand_ins |= {w.slide.whole: w.buffer for w in self.slides if w.slide and w.slide.whole is not None}
         others = other_mutations(graph, self.writes)
         self.mutations = [Mutation(node, target, memory_of(target)) for node, target in others]
         self.attention = find_attention(graph)
@@ -77,7 +80,10 @@ class Facts:
         value = fake(node)
         if is_quantized(node) or self.writes_to(node):
             return True
-        return node.op == "placeholder" and self.mutated(node) is not None and value is not None and value.dim() > 2
+        if node.op != "placeholder" or value is None or value.dim() < 3:
+            return False
+        changes = [mutation for mutation in self.mutations if mutation.root is node]
+        return bool(changes) and not all(_of_convolution(mutation) for mutation in changes)
 
     def stored_in(self, node: Node) -> list[Node]:
         """What unrecognised in-place ops put into ``node``."""
@@ -122,10 +128,37 @@ class Facts:
         return found
 
 
+def _of_convolution(mutation: Mutation) -> bool:
+    """Whether it copies ``cat([state, new], -1)[..., -n:]`` over the state: what came last, along the last dimension.
+
+    So the state of a causal convolution [B, C, n] goes on. Keys and values have channels there.
+    """
+    state, last = mutation.root, _uncast(operand(mutation.node, 1))
+    if kind(mutation.node) != "copy" or mutation.target is not state or last is None or kind(last) != "getitem":
+        return False
+    index, whole = last.args[1], _uncast(operand(last))
+    if not isinstance(index, tuple) or not isinstance(index[-1], slice) or index[-1] == slice(None):
+        return False
+    if whole is None or kind(whole) != "cat" or argument(whole, 1, "dim", 0) not in (-1, value_of(state).dim() - 1):
+        return False
+    return all(part in (Ellipsis, slice(None)) for part in index[:-1]) and state in whole.all_input_nodes
+
+
+def _uncast(node: Node | None) -> Node | None:
+    while node is not None and kind(node) == "cast":
+        node = operand(node)
+    return node
+
+
 def is_quantized(node: Node) -> bool:
     """Whether ``node`` is a quantized buffer: an input, or one that the graph allocates."""
     is_input = node.op == "placeholder" and isinstance(fake(node), STORED_KV)
     return is_input or node.target is quantized_empty or is_quantized_growth(node)
+
+
+def is_sliding(node: Node) -> bool:
+    """Whether ``node`` is a quantized input that holds a sliding window which is full."""
+    return node.op == "placeholder" and isinstance(fake(node), SlidingKV)
 
 
 def is_growing(node: Node) -> bool:

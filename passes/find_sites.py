@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from torch.fx import Node
 
 from xquant_fx.cache.allocate import Slot, quantized_empty
-from xquant_fx.passes.facts import Facts, Mutation, is_quantized, is_quantized_growth
+from xquant_fx.passes.facts import NEAR, Facts, Mutation, is_quantized, is_quantized_growth
 from xquant_fx.passes.find_writes import concatenation, is_factory
 from xquant_fx.passes.records import Attention, Refused, Site, Source, Write
 from xquant_fx.passes.trace import fake, is_shape_query, operand, same_value
-from xquant_fx.passes.vocabulary import op_name
+from xquant_fx.passes.vocabulary import kind, op_name
 from xquant_fx.passes.why_left_alone import why_not_length, why_not_operand, why_not_pair, window_tokens
 
 NOT_RECOGNISED = "and no attention that is recognised reads it here (one that is spelt out, or a graph break?)"
@@ -61,7 +61,8 @@ def _unrecognised(facts: Facts, read: set[Node]) -> Iterator[Attention]:
 def _by_index(facts: Facts, read: set[Node]) -> Iterator[Mutation]:
     """Writes to places of an input as a KV cache has them: of four dimensions, or two parts of one shape (K and V).
 
-    A single write to a part may be that of any state, that of a convolution for one.
+    A single write to a part may be that of any state, that of a convolution for one; and a recurrent state is made of
+    what it was.
     """
     inputs = [m for m in facts.mutations if m.root.op == "placeholder" and m.root not in read]
     indexers = {root for root in {m.root for m in inputs} if _chooses_tokens(root)}
@@ -69,8 +70,19 @@ def _by_index(facts: Facts, read: set[Node]) -> Iterator[Mutation]:
     shapes = [_shape_in_part(m) for m in found]
     for mutation, shape in zip(found, shapes, strict=True):
         by_name = op_name(mutation.node) in BY_INDEX and len(shape) == 4
-        if by_name or (shape and shapes.count(shape) > 1):
+        if by_name or (shape and shapes.count(shape) > 1 and not _is_recurrence(mutation)):
             yield mutation
+
+
+def _is_recurrence(mutation: Mutation) -> bool:
+    """Whether what is written is computed from what was there: ``state[:, h].copy_(state[:, h] * decay + new)``."""
+    value = operand(mutation.node, 2 if kind(mutation.node) == "setitem" else 1)
+    queue = [value] if value is not None else []
+    for _, node in zip(range(NEAR), queue, strict=False):  # the queue grows meanwhile
+        if node is mutation.root:
+            return True
+        queue += [n for n in node.all_input_nodes if n not in queue]
+    return False
 
 
 def _chooses_tokens(buffer: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Find appends to KV buffers: ``index_copy_`` along tokens, indexed assignment, and growth by concatenation."""
+"""Find appends to KV buffers: ``index_copy_``, indexed assignment, growth by concatenation, and sliding windows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch.fx import Graph, Node
 
 from xquant_fx.cache.allocate import quantized_empty
+from xquant_fx.passes.find_slides import find_slide, last_tokens_of
 from xquant_fx.passes.records import Write
 from xquant_fx.passes.trace import argument, fake, value_of
 from xquant_fx.passes.vocabulary import IN_PLACE_OPERATORS, kind, op_name
@@ -13,7 +14,7 @@ from xquant_fx.passes.vocabulary import IN_PLACE_OPERATORS, kind, op_name
 
 def find_writes(graph: Graph) -> list[Write]:
     """All recognised appends to buffers [B, H, N, D] (inputs, or allocated in ``graph``), in program order."""
-    writes = (_index_copy(node) or _setitem(node) or concatenation(node) for node in graph.nodes)
+    writes = (_index_copy(node) or _setitem(node) or concatenation(node) or _slide(node) for node in graph.nodes)
     return [write for write in writes if write is not None]
 
 
@@ -58,10 +59,17 @@ def _is_buffer(node: object) -> bool:
 
 
 def appended(node: Node) -> object:
-    """What the append ``node`` writes, as the graph has it now."""
+    """What the append ``node`` writes, as the graph has it now (of a window that a prompt fills: its last part)."""
     if kind(node) == "cat":
         return argument(node, 0, "tensors")[1]  # type: ignore[index]  # two parts: that is how it was found
+    if kind(node) == "copy":
+        return argument(node, 1, "src")
     return argument(node, 2, "value") if kind(node) == "setitem" else argument(node, 3, "source")
+
+
+def _slide(node: Node) -> Write | None:
+    write = find_slide(node)
+    return write if write is not None and _is_buffer(write.buffer) else None
 
 
 def _index_copy(node: Node) -> Write | None:
@@ -108,13 +116,9 @@ def _is_returned(node: Node) -> bool:
 def _last_tokens(node: Node) -> tuple[Node | None, int]:
     """What ``node[:, :, -n:]`` the graph returns, and n: a sliding window's cache, whose tokens before are not kept."""
     for user in node.users:
-        index = user.args[1] if kind(user) == "getitem" and user.args[0] is node else None
-        if not isinstance(index, tuple) or Ellipsis in index or not _is_returned(user):
-            continue
-        index = index + (slice(None),) * (4 - len(index))
-        start = index[2].start if isinstance(index[2], slice) and (index[2].stop, index[2].step) == (None, None) else 0
-        if len(index) == 4 and all(index[d] == slice(None) for d in (0, 1, 3)) and isinstance(start, int) and start < 0:
-            return user, -start
+        found = last_tokens_of(user) if _is_returned(user) else None
+        if found is not None and found[0] is node:
+            return user, found[1]
     return None, 0
 
 

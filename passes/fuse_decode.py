@@ -23,7 +23,7 @@ from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.absorb_query import absorb_query, project_result
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.growth_masks import end_of_growth, first_kept, widened
+from xquant_fx.passes.growth_masks import end_of_growth, first_kept, kept_of_window, over_room
 from xquant_fx.passes.masks import build_mask
 from xquant_fx.passes.pair_heads import calls, in_order, put_back
 from xquant_fx.passes.records import Layout, Site
@@ -49,8 +49,9 @@ def _stored(site: Site, context: Context) -> dict[str, Any]:
     k, v = (LoadArguments.of(context.loads[write.node]) for write in (site.key_write, site.value_write))
     key, value = (context.detection.specs[buffer] for buffer in site.buffers)
     fixed = key.decode_constants(value)
-    if site.key_write.keep:  # the mask says what is seen of what was kept, and a chunk is the longer
-        fixed["window"] = site.key_write.keep + k.new_tokens
+    keep = site.key_write.keep or kept_of_window(site, context)
+    if keep:  # the mask says what is seen of what was kept, and a chunk is the longer
+        fixed["window"] = keep + k.new_tokens
     return dict(
         of_sides(functools.partial(getattr, k), functools.partial(getattr, v)), start=k.start, past=k.past,
         new_tokens=k.new_tokens, k_new=k.x, v_new=v.x, **fixed,
@@ -68,13 +69,14 @@ def _replace(
         mask = build_mask(graph, terms, query.meta["example_value"].shape[0], form.heads)
         is_full = not all(context.detection.specs[buffer].quantized for buffer in site.buffers)
         first = None if end is None else first_kept(site, context)
+        if first is not None:  # of latents there are as many as the mask is wide
+            query, mask = _absorbed(graph, site, query, mask, context)
         if end is not None and not (is_full and first is not None):
-            mask = end if mask is None else widened(graph, mask, stored["max_len"], first)
+            mask = end if mask is None else over_room(graph, mask, site, stored, context)
+        if first is None:  # as many as there is room for
+            query, mask = _absorbed(graph, site, query, mask, context)
         logits = None if form.sinks is None else replaced.get(form.sinks, form.sinks)
         sinks = None if logits is None else call(graph, torch.reshape, (logits, (form.heads,)))
-        if form.absorbed is not None and site.value_write is not None:
-            latents = context.loads[site.value_write.node]
-            query, mask = absorb_query(graph, query, latents, mask, form.absorbed, form.scale)
         ours = in_order(graph, dict(q=query, mask=mask, sink_logits=sinks), form.pairing)
         target, theirs = _op(site, stored, is_full, first, context)
         arguments = dict(**ours, **theirs, scale=form.scale, softcap=form.softcap)
@@ -90,6 +92,15 @@ def _replace(
     for node in (*(() if form.absorbed is None else form.absorbed.assembling), form.output):
         _erase_unused(graph, node)
     return output
+
+
+def _absorbed(graph: Graph, site: Site, query: Node, mask: Node | None, context: Context) -> tuple[Node, Node | None]:
+    """Query and mask with the scores of latents, where these are attended to; else as they are."""
+    form = site.form
+    if form is None or form.absorbed is None or site.value_write is None:
+        return query, mask
+    latents = context.loads[site.value_write.node]
+    return absorb_query(graph, query, latents, mask, form.absorbed, form.scale)
 
 
 def _op(

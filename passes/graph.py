@@ -8,7 +8,7 @@ a clone. Relied on: ``node._dynamo_source``, ``node.meta["example_value"]`` and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
-_CARRIED = ("_param_name_to_source", "_backend_id", "compile_subgraph_reason", "_source_to_user_stacks")
+#: Not ``_backend_id``: by it Dynamo's ``caching_precompile`` would put Inductor's function into the place of what the
+#: backend returned, which calls it with the cache's tensors.
+_CARRIED = ("_param_name_to_source", "compile_subgraph_reason", "_source_to_user_stacks")
 
 
 def clone(gm: GraphModule) -> GraphModule:
@@ -70,16 +72,18 @@ def input_of_size(graph: Graph, size: Any) -> tuple[Node, bool]:
         if _same_size(node.meta.get("example_value"), size):
             return node, False
     with graph.inserting_after(inputs[-1]):
-        node = graph.placeholder("xquant_tokens")
+        node = graph.placeholder(f"xquant_tokens{len(inputs)}")  # caches of several lengths need one each
     node._dynamo_source = None
     node.meta["example_value"] = size
     return node, True
 
 
-def size_among_inputs(graph: Graph, size: Any) -> tuple[int, int] | None:
-    """(number of the input, dimension) of a tensor that has the symbolic ``size``; None if no input has."""
-    inputs = [node.meta.get("example_value") for node in graph.find_nodes(op="placeholder")]
-    for index, value in enumerate(inputs):
+def size_among_inputs(inputs: Iterable[Node], size: Any) -> tuple[int, int] | None:
+    """(number of the input, dimension) of a tensor that has the symbolic ``size``; None if no input has.
+
+    ``inputs`` are all placeholders of the graph as Dynamo made it: passes drop some.
+    """
+    for index, value in enumerate(node.meta.get("example_value") for node in inputs):
         for dim, length in enumerate(value.shape if isinstance(value, Tensor) else ()):
             if _same_size(length, size):
                 return index, dim

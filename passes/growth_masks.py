@@ -1,6 +1,7 @@
 """Masks of attention to a cache that grows: the op reads a storage with room for more tokens than there are.
 
-Of a sliding window the program's masks are as wide as what is kept and new, which begins at any token.
+Of a sliding window the program's masks are as wide as what is kept and new, which begins at any token. That of a
+buffer that is rolled, too, has room for more.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from xquant_fx.cache.sliding import SlidingKV
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
@@ -25,12 +27,11 @@ def end_of_growth(graph: Graph, site: Site, stored: dict[str, Any], context: Con
     False beyond the last token and before those that are kept. Made at the insertion point of ``graph``; ``stored``
     holds the arguments of the op that the cache has.
     """
-    if site.key_write is None or site.key_write.past is None:
+    write = site.key_write
+    if write is None or (write.past is None and not is_sliding_window(site, context)):
         return None
     past, new, room = stored["past"], stored["new_tokens"], stored["max_len"]
-    buffer: Any = context.inputs[context.index_of(site.key_write.past)]
-    first = first_kept(site, context)
-    which = id(buffer.live.group), new, room, 0 if first is None else stored["window"]
+    first, which = first_kept(site, context), _step_of(site, stored, context)
     if which not in context.ends:
         tokens = call(graph, torch.arange, (room,), {"device": value_of(past).device})
         seen = call(graph, operator.lt, (tokens, call(graph, operator.add, (past, new))))
@@ -40,10 +41,44 @@ def end_of_growth(graph: Graph, site: Site, stored: dict[str, Any], context: Con
     return context.ends[which]
 
 
+def _step_of(site: Site, stored: dict[str, Any], context: Context) -> tuple[object, ...]:
+    """What tells apart the masks of one graph: the cache and the step, and how much of it is kept."""
+    write, first = site.key_write, first_kept(site, context)
+    assert write is not None
+    buffer: Any = context.inputs[context.index_of(write.past or write.buffer)]
+    return id(buffer.live.group), stored["new_tokens"], stored["max_len"], 0 if first is None else stored["window"]
+
+
+def is_sliding_window(site: Site, context: Context) -> bool:
+    """Whether the site moves a sliding window that is stored as one."""
+    write = site.key_write
+    return write is not None and write.slide is not None and isinstance(_input(write.buffer, context), SlidingKV)
+
+
+def kept_of_window(site: Site, context: Context) -> int:
+    """How many old tokens a full sliding window gives its attention; 0 where it is none."""
+    write = site.key_write
+    is_window = write is not None and write.slide is not None and is_sliding_window(site, context)
+    return int(write.slide.old) if is_window and write.slide.is_full else 0  # type: ignore[union-attr]
+
+
+def _input(buffer: Node, context: Context) -> object:
+    place = context.placeholders.get(buffer)
+    return None if place is None else context.inputs[place]
+
+
 def first_kept(site: Site, context: Context) -> Node | None:
     """int64 [1], the first token that attention reads; None: the first of all."""
     assert site.key_write is not None
     return LoadArguments.of(context.loads[site.key_write.node]).first  # type: ignore[return-value]  # in a graph
+
+
+def over_room(graph: Graph, mask: Node, site: Site, stored: dict[str, Any], context: Context) -> Node:
+    """``mask`` [..., T] of the tokens that ``site`` reads as [..., room], once per mask, cache and step."""
+    which = mask, *_step_of(site, stored, context)
+    if which not in context.ends:
+        context.ends[which] = widened(graph, mask, stored["max_len"], first_kept(site, context))
+    return context.ends[which]
 
 
 def widened(graph: Graph, mask: Node, room: int, first: Node | None) -> Node:

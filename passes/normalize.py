@@ -131,7 +131,9 @@ def _place_of_tokens(index: tuple[object, ...]) -> int | None:
     """Where in the index of a [B, H, N, D] buffer tokens are chosen, if all other dimensions have slices."""
     place = 2
     if Ellipsis in index and index.index(Ellipsis) <= 2:
-        place = max(len(index) - 2, index.index(Ellipsis) + 1)
+        place = len(index) - 2
+        if place <= index.index(Ellipsis):  # x[..., 0] chooses among channels
+            return None
     others = [item for i, item in enumerate(index) if i != place]
     return place if place < len(index) and all(isinstance(item, slice) or item is Ellipsis for item in others) else None
 

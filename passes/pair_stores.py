@@ -17,13 +17,15 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule, Node
 
 from xquant_fx import ops
+from xquant_fx.cache.growing import GrowingKV
+from xquant_fx.cache.sliding import SlidingKV
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.quantize_store.both_arguments import COMMON, BothArguments
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.records import Write
-from xquant_fx.passes.trace import value_of
+from xquant_fx.passes.trace import fake, same_value, value_of
 
 
 def pair_stores(gm: GraphModule, context: Context) -> int:
@@ -51,7 +53,7 @@ def _why_not(keys: Write, values: Write, both: list[Node]) -> str:
     tokens = [_tokens(node).shape[2] for node in both]
     if tokens[0] != tokens[1] or not isinstance(tokens[0], int) or tokens[0] > STEP_TOKENS:
         return f"more than {STEP_TOKENS} tokens, or an unknown number"
-    if keys.past is not None or keys.positions != values.positions:
+    if not (same_value(sides[0].pos, sides[1].pos) or _of_one_window(keys, values)):
         return "positions are computed for each"
     if any(getattr(sides[0], name) is not getattr(sides[1], name) for name in COMMON if name != "pos"):
         return "they are of two caches"
@@ -62,6 +64,16 @@ def _why_not(keys: Write, values: Write, both: list[Node]) -> str:
     if any(first < user < last for user in users):
         return "what one of them stores is read before the other"
     return ""
+
+
+def _of_one_window(keys: Write, values: Write) -> bool:
+    """Whether each is put behind what one layer has stored of a sliding window.
+
+    Both have stored as much; the kernel looks at the length of each, and leaves a fault if it is not so.
+    """
+    pasts: list[Any] = [fake(write.past or write.buffer) for write in (keys, values)]
+    windows = all(isinstance(t, SlidingKV) or (isinstance(t, GrowingKV) and t.is_tail) for t in pasts)
+    return windows and pasts[0].spec.layer == pasts[1].spec.layer
 
 
 def _tokens(store: Node) -> Tensor:

@@ -4,6 +4,7 @@
 |---|---|---|
 | add_state_inputs | codes, scales, windows of quantized buffers become plain inputs | state_inputs.py |
 | rewrite_growth | concatenations that grow a cache become ops on those inputs | rewrite_growth.py |
+| rewrite_slides | full sliding windows no longer move | rewrite_slides.py |
 | rewrite | appends and reads become ops on those inputs | rewrite.py |
 | fuse_decode | two loads and the attention that reads them become one op | fuse_decode.py |
 | fold_rotation | weights of linear layers rotate values and outputs | fold_rotation.py |
@@ -33,6 +34,7 @@ from xquant_fx.passes.linear_rows import linear_rows
 from xquant_fx.passes.pair_stores import pair_stores
 from xquant_fx.passes.rewrite import rewrite
 from xquant_fx.passes.rewrite_growth import rewrite_growth
+from xquant_fx.passes.rewrite_slides import rewrite_slides
 from xquant_fx.passes.state_inputs import add_state_inputs
 from xquant_fx.passes.verify import verify
 
@@ -52,6 +54,7 @@ FAMILIES: dict[str, tuple[Pass, ...]] = {
     "kv": (
         Pass("add_state_inputs", add_state_inputs),
         Pass("rewrite_growth", rewrite_growth),
+        Pass("rewrite_slides", rewrite_slides),
         Pass("rewrite", rewrite),
         Pass("fuse_decode", fuse_decode, may_be_off=True),
         Pass("fold_rotation", fold_rotation, may_be_off=True),

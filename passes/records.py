@@ -13,8 +13,32 @@ from xquant_fx.plan.spec import KVSpec, Role
 
 
 @dataclasses.dataclass(frozen=True)
+class Slide:
+    """How a sliding window moves (``find_slides.py``)."""
+
+    nodes: tuple[Node, ...]
+    """What it is spelt with before the node that writes, in program order."""
+    whole: Node | None
+    """Old and new tokens, which attention reads: of a prompt the new ones. None: it reads the buffer afterwards."""
+    old: Any
+    """How many tokens of the buffer go with the new ones: a number or a node; 0 of a prompt."""
+    is_full: bool
+    """Whether the buffer is full before."""
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether nothing that the buffer holds is read: it gets the last tokens of a long prompt."""
+        return not self.is_full and isinstance(self.old, int) and self.old == 0
+
+    @property
+    def first(self) -> Node | None:
+        """The first node that reads the buffer; None of a prompt."""
+        return None if self.is_prompt else self.nodes[0]
+
+
+@dataclasses.dataclass(frozen=True)
 class Write:
-    """An append to a KV buffer: ``buffer[:, :, positions] = x``, or ``cat([past, x], dim=2)``."""
+    """An append to a KV buffer: ``buffer[:, :, positions] = x``, ``cat([past, x], dim=2)``, or a window that moves."""
 
     node: Node
     """The node that writes."""
@@ -23,9 +47,10 @@ class Write:
     x: Node
     """New tokens, broadcastable to [B, H, q, D]."""
     positions: Node | slice
-    """int64 [q], or a slice of tokens (of a concatenation: without bounds)."""
+    """int64 [q], or a slice of tokens (of a concatenation: without bounds; of a window that moves: from the number of
+    those that the buffer holds before)."""
     kind: str
-    """For people: ``index_copy_``, ``indexed assignment`` or ``concatenation``."""
+    """For people: ``index_copy_``, ``indexed assignment``, ``concatenation`` or ``sliding window``."""
     tokens: Any
     """Number of new tokens q: an int, or symbolic."""
     past: Node | None = None
@@ -34,6 +59,8 @@ class Write:
     """Of a concatenation of which the last tokens alone are returned (a sliding window): those."""
     keep: int = 0
     """How many that are; 0: all."""
+    slide: Slide | None = None
+    """Of a sliding window that moves: how."""
 
     @property
     def returned(self) -> Node:

@@ -21,7 +21,7 @@ from xquant_fx.errors import UnsupportedWriteError
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.shared_code_load.arguments import STORED
 from xquant_fx.passes.context import Context
-from xquant_fx.passes.facts import is_growing
+from xquant_fx.passes.facts import is_growing, is_sliding
 from xquant_fx.passes.find_writes import appended, is_opaque, written_by
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.products import query_tokens
@@ -37,7 +37,7 @@ def rewrite(gm: GraphModule, context: Context) -> int:
         UnsupportedWriteError: something other than an append writes to one of them.
     """
     stored = context.state.nodes
-    buffers = [node for node in stored if not is_growing(node)]
+    buffers = [node for node in stored if not is_growing(node) and not is_sliding(node)]
     for buffer in buffers:
         BufferRewrite(gm, buffer, context).run()
     places = context.placeholders
@@ -87,6 +87,8 @@ class BufferRewrite:
         self.graph.erase_node(self.buffer)
 
     def _store(self, write: Write) -> None:
+        if write.slide is not None and not write.slide.is_prompt:
+            raise UnsupportedWriteError(f"{self._where()}: the window slides, and is stored as one that does not")
         self._stored(write)
         self.graph.erase_node(write.node)
 
@@ -147,11 +149,11 @@ class BufferRewrite:
         stored = {name: self.tensors[name] for name in STORED} | before
         span = self._span(past, new_tokens)
         arguments = dict(**stored, past=past, new_tokens=new_tokens, x=x, **span, **self.spec.load_constants())
-        if span != {"n": self.spec.shape[2]}:
-            return call(self.graph, ops.LOAD, (), arguments)
         # The op's dozens of steps took longer than all else here, and most loads are gone once attention is fused.
         like: dict[str, Any] = dict(dtype=self.spec.dtype, device=value_of(self.buffer).device)
-        return call(self.graph, ops.LOAD, (), arguments, lambda: torch.empty(self.spec.shape, **like))
+        (batch, heads, _, dim), n = self.spec.shape, span["n"]
+        size = n.meta["example_value"] if isinstance(n, Node) else n
+        return call(self.graph, ops.LOAD, (), arguments, lambda: torch.empty((batch, heads, size, dim), **like))
 
     def _span(self, past: Node, new_tokens: Node | int) -> dict[str, Any]:
         """Which tokens a load gives back: all that there is room for."""
@@ -163,6 +165,8 @@ class BufferRewrite:
         assert isinstance(x, Node)
         batch, heads, dim = self.spec.shape[0], self.spec.shape[1], self.spec.shape[3]
         value = value_of(x)
+        if write.slide is not None:
+            return x
         whole = value.dim() == 4 and (value.shape[2] != 1 or write.tokens == 1 or not isinstance(write.tokens, int))
         if whole and tuple(value.shape[d] for d in (0, 1, 3)) == (batch, heads, dim):
             return x
@@ -170,6 +174,8 @@ class BufferRewrite:
 
     def _positions(self, write: Write) -> Node:
         pos = write.positions
+        if write.slide is not None:  # a prompt fills the window; what it held is gone
+            return call(self.graph, torch.arange, (self.spec.shape[2],), {"device": value_of(self.buffer).device})
         if isinstance(pos, Node):
             value = value_of(pos)
             pos = call(self.graph, torch.reshape, (pos, (1,))) if value.dim() == 0 else pos

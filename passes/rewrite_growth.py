@@ -76,7 +76,7 @@ class GrowthRewrite(BufferRewrite):
     def _returned(self, write: Write) -> Grown:
         at = tuple(i for i, result in enumerate(_results(self.graph.output_node())) if result is write.returned)
         tokens = write.tokens
-        where = tokens if isinstance(tokens, int) else size_among_inputs(self.graph, tokens)
+        where = tokens if isinstance(tokens, int) else size_among_inputs(self.context.placeholders, tokens)
         if where is None:
             raise UnsupportedWriteError(f"{self._where()}: no input tells how many tokens are new")
         return Grown(self.context.index_of(self.buffer), at, where, write.keep)

@@ -76,6 +76,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "index_put": ("index_put_", torch.ops.aten.index_put_, torch.ops.aten.index_put_.default),
     "setitem": (operator.setitem,),
     "copy": ("copy_",),
+    "roll": ("roll", torch.roll),
     "factory": (
         torch.zeros, torch.empty, torch.full, torch.ones, torch.zeros_like, torch.empty_like, torch.tensor,
         "new_zeros", "new_empty", "new_full", "new_ones",

@@ -9,7 +9,7 @@ from xquant_fx.passes.ends_in_attention import ends_in_attention
 from xquant_fx.passes.facts import NEAR, Facts, is_quantized
 from xquant_fx.passes.find_writes import is_factory
 from xquant_fx.passes.records import Source, Write
-from xquant_fx.passes.trace import fake, is_shape_query, readers
+from xquant_fx.passes.trace import argument, fake, is_shape_query, readers
 from xquant_fx.passes.vocabulary import kind, op_name
 
 #: Types of buffers that the ops store.
@@ -46,29 +46,33 @@ def why_not_pair(key: Source, value: Source) -> str:
 
 
 def why_not_length(buffer: Node, what: str, facts: Facts) -> str:
-    """A window that is not yet full is written like any cache; other layers tell it apart."""
-    if facts.has_quantized:
-        return f"{what}: an ordinary buffer beside quantized ones (a sliding window?)"
-    value = fake(buffer)
-    length = None if value is None else value.shape[2]
-    if isinstance(length, int) and length < facts.longest:
-        return f"{what}: the buffer holds {length} tokens and others {facts.longest} (a sliding window?)"
-    return ""
+    """The layers of a cache are quantized in one step: what is not by then has its reasons."""
+    return f"{what}: an ordinary buffer beside quantized ones (a sliding window?)" if facts.has_quantized else ""
 
 
 def window_tokens(root: Node, facts: Facts) -> int:
     """Tokens of the buffer that ``root`` is, or that new tokens ``root`` overflow, if it is a sliding window's; else 0.
 
-    What grows by concatenation is as long as it happens to be; what is kept of it says how long the window is.
+    What grows by concatenation is as long as it happens to be; what is kept of it says how long the window is. A window
+    that is not yet full is written like any cache; other layers, which hold more, tell it apart.
     """
     growth = facts.growth(root)
     if growth is not None:
         return growth.window
     buffer = facts.overflows(root)
     if buffer is None and (root.op == "placeholder" or (is_factory(root) and facts.writes_to(root))):
-        buffer = root if _is_copied_over(root, facts) or why_not_length(root, "", facts) else None
+        is_window = _is_copied_over(root, facts) or _is_shorter(root, facts) or why_not_length(root, "", facts)
+        buffer = root if is_window else None
     value = None if buffer is None else fake(buffer)
     return value.shape[2] if value is not None and value.dim() == 4 and isinstance(value.shape[2], int) else 0
+
+
+def _is_shorter(buffer: Node, facts: Facts) -> bool:
+    """Whether ``buffer`` is a window that moves in this graph, or holds fewer tokens than others."""
+    value = fake(buffer)
+    length = None if value is None or value.dim() != 4 else value.shape[2]
+    slides = any(write.slide is not None for write in facts.writes_to(buffer))
+    return slides or (isinstance(length, int) and length < facts.longest)
 
 
 def _is_copied_over(buffer: Node, facts: Facts) -> bool:
@@ -118,11 +122,14 @@ def _why_not_uses(buffer: Node, what: str, facts: Facts) -> str:
     write = writes[0]
     if _wraps(write.positions):
         return f"{what}: positions are taken modulo a number (a ring buffer?)"
+    spelling = () if write.slide is None else write.slide.nodes
     for user in buffer.users:
-        if facts.order[user] < facts.order[write.node] and not is_shape_query(user):
+        if facts.order[user] < facts.order[write.node] and not is_shape_query(user) and user not in spelling:
             return f"{what}: the buffer is read by {op_name(user)} before it is written"
-    for user, operand in readers(buffer):
-        if is_shape_query(user) or (user is write.node and operand is not write.x):
+    whole = None if write.slide is None or write.slide.is_prompt else write.slide.whole
+    read = [*readers(buffer), *(() if whole is None else readers(whole))]
+    for user, operand in read:
+        if is_shape_query(user) or user in spelling or (user is write.node and operand is not write.x):
             continue
         reason = _why_not_reader(user, operand, what, facts)
         if reason:
@@ -134,7 +141,7 @@ def _why_not_growth(write: Write, what: str, facts: Facts) -> str:
     """Why what grows by concatenation stays as it is."""
     if facts.has_quantized:
         return f"{what}: an ordinary tensor that grows beside quantized ones"
-    if any(other.past is None for other in facts.writes):
+    if any(other.past is None and other.buffer.op == "placeholder" for other in facts.writes):
         return f"{what} grow by concatenation beside caches that are written in place"
     if isinstance(fake(write.past), torch.nn.Parameter):
         return f"{what} grow from a parameter"
@@ -142,8 +149,18 @@ def _why_not_growth(write: Write, what: str, facts: Facts) -> str:
     for user, operand in readers(write.node):
         if reason or is_shape_query(user) or (user.op == "output" and operand is write.returned):
             continue
-        reason = _why_not_reader(user, operand, what, facts)
+        reason = _why_not_continued(user, operand, what) or _why_not_reader(user, operand, what, facts)
     return reason
+
+
+def _why_not_continued(user: Node, operand: Node, what: str) -> str:
+    """Eager code has one word for both: tokens behind what is stored are tokens that are appended."""
+    if kind(user) != "cat" or argument(user, 1, "dim", 0) not in (2, -2) or user.all_input_nodes[:1] != [operand]:
+        return ""
+    return (
+        f"{what}: attention reads the cache with more put behind it (compressed tokens?), which an uncompiled step "
+        "would take for new tokens of the cache; pass an XQuantCache, if the model takes one"
+    )
 
 
 def _why_not_reader(user: Node, operand: Node, what: str, facts: Facts) -> str:

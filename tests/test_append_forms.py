@@ -97,6 +97,27 @@ def test_eager_code_appends_a_token_by_its_number(write):
             wrong()
 
 
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_a_write_to_the_last_dimension_is_none_to_tokens(dynamic):
+    """Of [B, H, q, N] scores whose q and N differ, by a number and from the end by a symbol."""
+
+    def step(q, k, v, keys, values, p: int, mask):
+        keys[:, :, p : p + k.shape[2]], values[:, :, p : p + k.shape[2]] = k, v
+        scores = (q @ keys.mT).masked_fill(~mask, -1e9)
+        scores[..., 0] -= 2.0
+        scores[..., p - N :] += 0.5
+        return torch.softmax(scores, -1) @ values
+
+    mine, theirs = ([torch.zeros(SHAPE) for _ in range(2)] for _ in range(2))
+    compiled, p = torch.compile(step, backend=interpreted(), dynamic=dynamic), 0
+    with torch.no_grad():
+        for n in (6, 2, 2, 2):
+            args = p, torch.arange(N) <= torch.arange(p, p + n)[:, None]
+            torch.testing.assert_close(compiled(*tokens(n, p), *mine, *args), step(*tokens(n, p), *theirs, *args))
+            p += n
+    assert isinstance(mine[0], QuantizedKV)
+
+
 def test_a_write_through_a_view_that_is_no_append_keeps_a_buffer():
     """``select`` of another dimension, and ``unbind``, are views as well."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import xquant_fx
 from xquant_fx import CacheStateError, ConfigError, XQuantCache, XQuantConfig, ops
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.compiler import backend
+from xquant_fx.compiler.inductor import CPU_SETTINGS
 from xquant_fx.compiler.options import MODES
 
 SHAPE = (1, 1, 32, 16)
@@ -88,6 +90,14 @@ def test_by_name_and_as_a_function(given: Any, options: dict[str, Any], bits: in
     torch.testing.assert_close(out, plain)  # three tokens are all in the full-precision window
 
 
+def test_inductors_function_does_not_go_by_the_name_of_ours(graphs: list) -> None:
+    """Under that name ``caching_precompile`` would call it in another process, with quantized buffers."""
+    with torch._dynamo.config.patch(caching_precompile=True):
+        decode_three_tokens(torch.compile(step, backend="xquant", options=OPTIONS, dynamic=False))
+    (gm,) = graphs
+    assert not hasattr(gm, "_backend_id")
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -111,11 +121,15 @@ def test_modes_reach_inductor(mode: str | None, monkeypatch: pytest.MonkeyPatch)
         names = ("triton.cudagraphs", "max_autotune", "coordinate_descent_tuning")
         seen.append({name: value for name, value in inductor_config.get_config_copy().items() if name in names})
         assert inductor_config.post_grad_custom_pre_pass.uuid() is not None
+        assert {name: getattr(inductor_config, name) for name in CPU_SETTINGS} == CPU_SETTINGS
+        assert not gc.isenabled()
         return gm
 
     original = compile_fx.compile_fx
     monkeypatch.setattr(compile_fx, "compile_fx", lambda *a, **k: original(*a, **{"inner_compile": inner_compile, **k}))
     decode_three_tokens(torch.compile(step, backend="xquant", mode=mode, dynamic=False))
+    assert len(seen) == 1 and gc.isenabled()
+    assert all(getattr(inductor_config, name) != value for name, value in CPU_SETTINGS.items())  # the user's, again
     expected = torch._inductor.list_mode_options(mode) if mode not in (None, "default") else {}
     assert expected or mode in (None, "default")
     defaults = {name: False for name in seen[0]}

@@ -350,6 +350,19 @@ def test_a_compiled_step_of_a_decoder_that_breaks_off_between_kernels(model, at,
     assert relative_error(again, want) < TOLERANCE
 
 
+@pytest.mark.parametrize("channels", [16, 8])
+def test_the_first_layer_allocates_for_all(model, channels):
+    """So that what stays lies together. A layer of another shape allocates its own, in the same cache."""
+    cache = XQuantCache(model.config, max_cache_len=64, config=XQuantConfig.preset("kivi-4"))
+    cache.update(*torch.randn(2, 1, 2, 9, 16), 0)
+    below, layer = cache.layers[:2]
+    before = layer.keys
+    assert before is not None and not layer.is_initialized and layer.get_seq_length() == 0
+    cache.update(*torch.randn(2, 1, 2, 9, channels), 1)
+    assert (layer.keys is before) == (channels == 16) and layer.keys.live.group is below.keys.live.group
+    assert layer.keys.shape == (1, 2, 64, channels) and layer.get_seq_length() == 9
+
+
 def test_someones_own_loop_may_step_through_one_layer(model):
     cache, (k, v) = new(model), torch.randn(2, 1, 2, 4, 16)
     for _ in range(3):
@@ -443,6 +456,7 @@ def test_what_cannot_be_saved_or_loaded(model):
 
 ESCAPES = {
     "data_ptr": lambda t: t.data_ptr(),
+    "to_dlpack": lambda t: torch.utils.dlpack.to_dlpack(t),
     "untyped_storage": lambda t: t.untyped_storage().data_ptr(),
     "storage": lambda t: t.storage(),
     "from_dlpack": torch.from_dlpack,
@@ -461,7 +475,7 @@ ESCAPES = {
 def test_ways_to_memory_that_is_not_there(model, way):
     cache = new(model)
     logits_of(model.forward, IDS[:1, :20], cache)
-    for tensor in (cache.layers[0].keys, cache.layers[1].values.transpose(1, 2)):
+    for tensor in (cache.layers[0].keys, cache.layers[1].values.transpose(1, 2), cache.layers[0].keys[:, :, 3]):
         with pytest.raises(CacheStateError, match=r"^layer [01] (keys|values): codes are stored.*dequantize\(\)"):
             ESCAPES[way](tensor)
 
@@ -473,8 +487,9 @@ def test_ways_out_that_work(model):
     keys = cache.layers[0].keys
     with pytest.raises(CacheStateError, match="dequantize"):
         safetensors.save({"keys": keys})
-    with pytest.raises(RuntimeError, match="data pointer"):  # what C++ code asks for
-        torch._C._to_dlpack(keys)
+    for tensor in (keys, keys[:, :, 3]):
+        with pytest.raises(RuntimeError, match="data pointer"):  # what C++ code asks for
+            torch._C._to_dlpack(tensor)
     dense = keys.dequantize()
     assert type(dense) is torch.Tensor and dense.shape == keys.shape and dense.data_ptr()
     view = keys.transpose(1, 2)
@@ -610,13 +625,16 @@ def test_caches_of_many_lengths_of_a_decoder_are_told_once(model, caplog):
     assert "[33, 34" in record.getMessage()
 
 
-def test_freezing_is_refused_with_a_reason(model):
+@pytest.mark.parametrize("kind", ["xquant", "static"])
+def test_freezing_is_refused_with_a_reason(model, kind):
+    """A static cache stays as it is, which is told: an error under strict."""
     import torch._inductor.config as inductor_config
 
-    cache = new(model)
+    cache = new(model) if kind == "xquant" else StaticCache(model.config, max_cache_len=128)
     logits_of(model.forward, IDS[:1, :20], cache)
+    step = torch.compile(model.forward, backend="xquant", options={"strict": kind == "static"})
     with inductor_config.patch(freezing=True), pytest.raises(Exception, match=r"freezing makes the cache a constant"):
-        logits_of(torch.compile(model.forward, backend="xquant"), IDS[:1, :1], cache)
+        logits_of(step, IDS[:1, :1], cache)
 
 
 def test_what_the_constructor_takes(model):

@@ -15,9 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from conformance import EXACT, found_in  # noqa: E402
-from conformance_report import TAKEN_OVER, page, sums  # noqa: E402
+from conformance_report import ONE_LINE, TAKEN_OVER, page, sums  # noqa: E402
+from forked import in_process  # noqa: E402
+from life_inductor import BY_INDUCTOR  # noqa: E402
 from life_of_a_cache import SCENARIOS, Life, outcome  # noqa: E402
 from life_of_a_cache import page as life_page  # noqa: E402
+from life_programs import RUN_BY  # noqa: E402
 
 RECORDS: dict[str, dict[str, Any]] = json.loads((ROOT / "docs" / "conformance.json").read_text())
 #: Other ways to write, to read or to attend each.
@@ -26,17 +29,22 @@ THIRTY = (
     "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj",
     "granite", "llama", "mistral", "mixtral", "nemotron", "olmo2", "opt", "phi", "qwen3", "stablelm",
 )  # fmt: skip
+#: A window with sinks, latents, an indexer and a hybrid, of those that grow by concatenation.
+GROWING = ("gpt_oss", "deepseek_v3", "deepseek_v32", "falcon_h1")
 WORST = 0.25  # relative error of logits at 4 bits, of random models
 
 
-@pytest.mark.parametrize("name", [name for name in THIRTY if name in RECORDS])
-def test_no_less_than_recorded(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "XQuantCache") for name in THIRTY if name in RECORDS] + [(name, "DynamicCache") for name in GROWING],
+)
+def test_no_less_than_recorded(name: str, kind: str) -> None:
     """More is fine: then `make conformance` renews the record."""
-    record = RECORDS[name]
+    record = RECORDS[name] if kind == "XQuantCache" else RECORDS[name][kind]
     logging.disable(logging.WARNING)
     try:
         with torch.no_grad():
-            found = found_in(name)
+            found = found_in(name, kind)
     finally:
         logging.disable(logging.NOTSET)
     assert found["sites"] >= record["sites"]
@@ -57,6 +65,18 @@ def test_what_is_recorded_is_right() -> None:
         for each in (record[kind] for kind in TAKEN_OVER if not record.get(kind, {}).get("eager", "not run")):
             assert each["error at 16 bits"] < EXACT and each["same tokens"], name
             assert each["sites"] == each["quantized"] + sum(each["left"].values()) and all(each["left"]), name
+        line = record.get(ONE_LINE, {})
+        if not line.get("eager", "not run"):
+            assert line["error at 4 bits"] < WORST and not line["refused by self_check"], name
+            assert line["sites"] == line["quantized"] + sum(line["left"].values()) and all(line["left"]), name
+
+
+def test_what_generate_makes_by_itself_is_quantized_as_an_xquant_cache_is() -> None:
+    """Of every architecture that runs with a ``DynamicCache``."""
+    of_kind = {name: record["DynamicCache"] for name, record in RECORDS.items()}
+    ran = [record for record in of_kind.values() if not record["eager"]]
+    sites, quantized, fused = (sum(record[name] for record in ran) for name in ("sites", "quantized", "fused"))
+    assert len(ran) >= 180 and quantized >= 0.97 * sites and fused >= 0.9 * quantized
 
 
 def test_the_page_is_what_the_records_say() -> None:
@@ -79,6 +99,19 @@ def test_nothing_in_the_life_of_a_cache_is_wrong() -> None:
     for name, row in lived.items():
         assert len(row) == 6 and all("wrong" not in found for found in row.values()), name
     assert (ROOT / "docs" / "life.md").read_text() == life_page(lived)
+
+
+#: What takes few seconds to live through; the others are slow.
+QUICK = ('pipeline("text-generation")', "a pipeline of two compiled stages", "each layer compiled by itself")
+AGAIN = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUN_BY | BY_INDUCTOR]
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_what_runs_on_a_cache_comes_out_as_recorded(name: str) -> None:
+    """With an ``XQuantCache``; the quick ones compile no more than that takes."""
+    mode = "eager" if name == QUICK[0] else "compiled"
+    recorded = json.loads((ROOT / "docs" / "life.json").read_text())[name][f"XQuantCache, {mode}"]
+    assert in_process(outcome, 300, name, "XQuantCache", mode) == recorded
 
 
 def test_what_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,14 @@ from store_runs import pair_of
 from xquant_fx import XQuantConfig
 from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.arguments import Overload
+from xquant_fx.kernels.cpu import build
 from xquant_fx.kernels.cpu import source as cpu_source
 from xquant_fx.kernels.cpu.isa import ISAS, named_by_inductor
 from xquant_fx.kernels.decode_attention import cpu_call as attention
 from xquant_fx.kernels.decode_attention import cpu_source as cpu_attention
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.linear_rows import cpu_source as cpu_linear
+from xquant_fx.kernels.linear_rows.cpu_call import is_faster_here
 from xquant_fx.kernels.quantize_store import cpu_call as append
 from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
 from xquant_fx.kernels.quantize_store.arguments import OWN, StoreArguments
@@ -156,6 +158,21 @@ def test_names_of_inductor_are_its_own() -> None:
 
     known = {str(isa) for isa in (*cpu_vec_isa.supported_vec_isa_list, cpu_vec_isa.invalid_vec_isa)}
     assert {row.inductor for row in ISAS.values()} <= {word for name in known for word in name.split()}
+
+
+def test_asked_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once; what is needed waits for it, and what the processor has by its own word is what Inductor finds."""
+    monkeypatch.setattr(build, "_begun", [])
+    monkeypatch.setattr(build, "get_compile_threads", lambda: 1)
+    build.begin_probes()
+    assert not build._begun  # nothing runs in the background then
+    monkeypatch.setattr(build, "get_compile_threads", lambda: 2)
+    for _ in range(2):
+        build.begin_probes()
+    (asked,) = build._begun
+    build.isa.cache_clear()
+    assert build.isa().name in ISAS and asked.done() and asked.exception() is None
+    assert is_faster_here() == (build.isa().name in cpu_linear.FASTER)
 
 
 if __name__ == "__main__":

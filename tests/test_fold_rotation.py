@@ -113,6 +113,11 @@ def test_copies_belong_to_their_weights() -> None:
     other = nn.Parameter(weight.detach().clone())
     (theirs,) = inputs.of((None, other))
     assert theirs is not copy and torch.equal(theirs, folded_weight(weight, fold))
+    assert FoldedInputs([(1, fold)]).of((None, weight))[0] is folded_weight(weight, fold), "two graphs share it"
+    weight.data += 1.0  # as PEFT merges adapters: torch counts no write
+    (merged,) = FoldedInputs([(1, fold)]).of((None, weight))
+    assert torch.equal(merged, fold_into_rows(weight.detach(), 8))
+    del merged
     kept = weakref.ref(folded_weight(weight, fold))
     del weight, other, inputs
     gc.collect()

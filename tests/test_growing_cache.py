@@ -109,6 +109,14 @@ def test_copies_grow_apart():
     assert ours.shape[2] == 101 and theirs.shape[2] == 200
 
 
+def test_there_is_no_memory_to_hand_out():
+    kv = growths()[0][0]
+    with pytest.raises(CacheStateError, match=r"^layer 0 keys: codes are stored.*to_dlpack; dequantize\(\)"):
+        torch.utils.dlpack.to_dlpack(kv)
+    with pytest.raises(RuntimeError, match="data pointer"):  # what C++ code asks for
+        torch._C._to_dlpack(kv)
+
+
 def test_writes_are_refused():
     k = torch.cat([growths()[0][0], tokens(9)], dim=2)
     for write in (
@@ -118,6 +126,33 @@ def test_writes_are_refused():
     ):
         with pytest.raises(UnsupportedWriteError):
             write()
+
+
+@pytest.mark.parametrize(
+    ("x", "why"),
+    [
+        (torch.zeros(2, 2, 1, 16), "layer 0 keys: this cache holds 1 row, the step has 2: make a cache for 2"),
+        (tokens(1).bfloat16(), "layer 0 keys: this cache holds torch.float32, the step has torch.bfloat16"),
+        (torch.zeros(1, 3, 1, 16), r"layer 0 keys: this cache is for \[1, 2, tokens, 16\], the step has \[1, 3"),
+    ],
+)
+def test_other_tokens_than_those_stored(x, why):
+    """One sentence, of eager code and of a compiled step; the cache goes on."""
+    past = [torch.cat([t, tokens(30)], 2) for t in growths()[0]]
+    torch._dynamo.reset()
+    step = torch.compile(attend, backend=Rewrites(config=CONFIG))
+    for run in (attend, step):
+        with pytest.raises(CacheStateError, match=why), torch.no_grad():
+            run(x, x, x, past)
+    with torch.no_grad():
+        _, past = step(*[tokens(1)] * 3, past)
+    assert [t.shape[2] for t in past] == [31, 31] and all(isinstance(t, GrowingKV) for t in past)
+
+
+def test_nothing_may_be_appended():
+    k = torch.cat([growths()[0][0], tokens(9)], dim=2)
+    for nothing in (tokens(0), torch.tensor([])):
+        assert torch.equal(torch.cat([k, nothing], dim=2) + 0, k + 0)
 
 
 def attend(q, k, v, past):
@@ -139,6 +174,19 @@ def test_the_graph_returns_nothing_of_the_cache():
     assert [t.shape[2] for t in past] == [43, 43]
     x = torch.cat([x, *[x[:, :, :1]] * 3], 2)  # 43 tokens: all in full precision yet
     torch.testing.assert_close(out, sdpa(x[:, :, :1], x, x), rtol=0, atol=1e-6)
+
+
+def test_steps_of_any_number_of_tokens():
+    """The count of new tokens is found in the program's inputs, some of which the passes drop."""
+    step, known = torch.compile(attend, backend=Rewrites(config=EXACT)), tokens(30)
+    past = [torch.cat([t, known], 2) for t in growths(EXACT)[0]]
+    for seed, new in enumerate((1, 3, 2)):
+        x = tokens(new, seed)
+        known = torch.cat([known, x], 2)
+        with torch.no_grad():
+            out, past = step(x, x, x, past)
+        torch.testing.assert_close(out, sdpa(x, known, known), rtol=0, atol=1e-6)
+        assert [t.shape[2] for t in past] == [known.shape[2]] * 2
 
 
 def test_two_caches_in_one_graph_keep_their_lengths():

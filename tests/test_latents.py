@@ -280,6 +280,32 @@ def test_absorbed(attend, monkeypatch):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+def test_absorbed_latents_of_a_window_that_grows(monkeypatch):
+    """Scores of the latents that are kept get to where the op has these tokens."""
+    monkeypatch.delitem(ops.DECODE_KERNELS, "cpu")
+
+    def step(q, r, c, past):
+        rotary, latent = (torch.cat(pair, 2) for pair in zip(past, (r, c), strict=True))
+        k, v = linear(latent, ROWS).view(1, -1, 3, 11).transpose(1, 2).split([5, 6], -1)
+        seen = torch.arange(rotary.shape[2])[None] > 2
+        return sdpa(q, torch.cat([k, shared(rotary)], -1), v, seen), (rotary[:, :, -31:], latent[:, :, -31:])
+
+    config = XQuantConfig(k_bits=3, v_bits=3, k_group_size=4, residual_length=4, rollback_tokens=8)
+    torch.manual_seed(0)
+    results, steps = [], [three_heads(tokens)[:3] for tokens in (50, *[1] * 4)]
+    for disable in ([], ["fuse_decode"]):
+        torch._dynamo.reset()
+        backend = interpreted(seen := [], disable=disable, config=config.replace(sliding_windows=True))
+        compiled, past, out = torch.compile(step, backend=backend), torch.zeros(2, 1, 1, 0, 8), []
+        with torch.no_grad():
+            for x in steps:
+                result, past = compiled(*x, past)
+                out.append(result)
+        results.append(out)
+        assert count(seen[-1], ops.DECODE) == (not disable)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
 def half(attend):
     """``attend`` with keys and values given as functions of what is stored."""
     return lambda q, rotary, latent, mask: attend(q, *split(latent), shared(rotary), latent, mask)

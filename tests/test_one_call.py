@@ -124,6 +124,29 @@ def test_kernels_of_one_source() -> None:
     assert all(kernel.alone is None for name, kernel in module.items() if name.startswith("cpp_"))
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_constants_that_a_module_gets_after_it_is_loaded(known: bool) -> None:
+    """Inductor sets them as attributes of the finished module; a name that stays unknown is no tensor."""
+    counters.clear()
+    module = {**unit_kernels(), "empty_strided_cpu": torch._C._dynamo.guards._empty_strided_cpu, "torch": torch}
+
+    def wrapper(args):  # type: ignore[no-untyped-def]
+        (_arg0_1,) = args
+        args.clear()
+        buf0 = empty_strided_cpu((3,), (1,), torch.float32)  # noqa: F821
+        cpp_a(constant0, buf0, 3)  # noqa: F821
+        return (buf0,)
+
+    call = joined(wrapper, module)
+    module.update({"constant0": torch.arange(3.0)} if known else {})
+    if known:
+        assert call([torch.zeros(1)])[0].tolist() == [1, 2, 3] and counters["xquant"] == {"one_call": 1}
+    else:
+        with pytest.raises(NameError):  # it is Python's wrapper that runs, and no more a test of ours
+            call([torch.zeros(1)])
+        assert counters["xquant"] == {"kernels called one by one: constant0, which is no tensor": 1}
+
+
 def test_a_wrapper_that_is_not_read_stays() -> None:
     """Its kernels are compiled one by one."""
     kernels = unit_kernels()

@@ -43,11 +43,11 @@ MAY_BE_IMPORTED_BY = {
     "reports.quality": ["quality", "evaluate.simulate"],
     "compiler.backend": ["reports.explanation"],
     "passes.pipeline": ["compiler.backend", "compiler.options", "compiler.self_check"],
-    "passes.rewrite": ["passes.pipeline", "passes.rewrite_growth"],
+    "passes.rewrite": ["passes.pipeline", "passes.rewrite_growth", "passes.rewrite_slides"],
     "passes.rewrite_growth": ["passes.pipeline"],
     "passes.fuse_decode": ["passes.pipeline"],
     "passes.detect": ["compiler.backend"],
-    "kernels.lowerings": ["compiler.backend"],
+    "kernels.lowerings": ["compiler.inductor"],
     "transformers": [
         "cache.huggingface",
         "cache.huggingface_layer",
@@ -57,7 +57,7 @@ MAY_BE_IMPORTED_BY = {
     ],
     "matplotlib": ["evaluate.plots"],
     "torch._inductor": [
-        "compiler.backend",
+        "compiler.inductor",
         "compiler.cache_key",
         "kernels.lowerings",
         "kernels.cpu.build",

@@ -9,7 +9,7 @@ import torch
 from rewrites import STORES, Rewrites, count, run_both, sdpa, two_layers
 from torch._dynamo.utils import counters
 
-from xquant_fx import XQuantConfig, ops
+from xquant_fx import CacheStateError, XQuantConfig, ops
 from xquant_fx.kernels.quantize_store.both_arguments import BOTH, BothArguments
 
 BY_ONE = set(ops.STORE_BOTH.values())
@@ -45,6 +45,43 @@ def test_one_op_a_layer(borrowed: str, kernel_of_both: list[BothArguments]) -> N
         assert found == [ops.STORE_BOTH[""], ops.STORE_BOTH[borrowed]] and count(made, *STORES) == 0
     assert counters["xquant"]["pair_stores"] == 2 * len(seen.made)
     assert kernel_of_both[-1].overload == borrowed
+
+
+def grow(q: Any, k: Any, v: Any, past: Any, keep: int) -> Any:
+    k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+    return sdpa(q, k, v), (k[:, :, -keep:], v[:, :, -keep:]) if keep else (k, v)
+
+
+@pytest.mark.parametrize("keep", [0, 39])
+def test_one_op_a_layer_that_grows(keep: int, kernel_of_both: list[BothArguments], monkeypatch: Any) -> None:
+    """By concatenation, of all tokens or of a window's; it stores what the two ops store."""
+    config = XQuantConfig.preset("kivi-4").replace(residual_length=8, k_group_size=8, sliding_windows=True)
+    x, outs = torch.randn(1, 2, 65, 16, generator=torch.Generator().manual_seed(0)), []
+    for paired in (True, False):
+        seen = Rewrites(config=config, disable=[] if paired else ["pair_stores"])
+        torch._dynamo.reset()
+        step, past, out = torch.compile(grow, backend=seen, dynamic=False), [torch.zeros(1, 2, 0, 16)] * 2, []
+        with torch.no_grad():
+            for part in x.split([60, 1, 1, 3], 2):
+                result, past = step(part, part, part, past, keep)
+                out.append(result)
+        outs.append([*out, *(t + 0 for t in past)])
+        assert all(count(made, *BY_ONE) == paired and count(made, *STORES) == 2 * (not paired) for made in seen.made)
+    torch.testing.assert_close(*outs, rtol=0, atol=0)
+    assert kernel_of_both
+
+
+def test_keys_and_values_of_different_steps_are_a_fault(kernel_of_both: list[BothArguments]) -> None:
+    """Of a window both are stored at the keys' positions, which must follow the values, too."""
+    config = XQuantConfig.preset("kivi-4").replace(residual_length=8, k_group_size=8, sliding_windows=True)
+    x = torch.randn(1, 2, 70, 16, generator=torch.Generator().manual_seed(0))
+    step, past, pasts = torch.compile(grow, backend=Rewrites(config=config)), [torch.zeros(1, 2, 0, 16)] * 2, []
+    with torch.no_grad():
+        for part in x.split([60, 1, 1, 1, 7], 2)[:4]:
+            past = step(part, part, part, past, 39)[1]
+            pasts.append(past)
+        with pytest.raises(CacheStateError, match="the first position was past the number of tokens stored"):
+            step(part, part, part, [pasts[-1][0], pasts[-3][1]], 39)
 
 
 def read_between(q: Any, k: Any, v: Any, layers: Any, pos: Any) -> Any:

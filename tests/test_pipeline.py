@@ -15,12 +15,14 @@ from dynamo_graphs import fresh, tiny
 from rewrites import CONFIG, STORES, Rewrites, count, quantized_layers, two_layers
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from xquant_fx import ConfigError, XQuantCache, explain, ops
 from xquant_fx.compiler.options import parse
 from xquant_fx.passes import facts, find_attention, find_writes, pipeline
 from xquant_fx.passes.conditions import CONDITIONS
-from xquant_fx.passes.graph import call
+from xquant_fx.passes.graph import call, input_of_size
 from xquant_fx.passes.pipeline import FAMILIES, MAY_BE_OFF, PASSES
 
 
@@ -44,8 +46,8 @@ def test_every_pass_is_listed_once():
     names = [each.name for each in PASSES]
     assert names == [each.name for family in FAMILIES.values() for each in family] and len(set(names)) == len(names)
     assert names == [
-        "add_state_inputs", "rewrite_growth", "rewrite", "fuse_decode", "fold_rotation", "pair_stores", "linear_rows",
-        "verify",
+        "add_state_inputs", "rewrite_growth", "rewrite_slides", "rewrite", "fuse_decode", "fold_rotation",
+        "pair_stores", "linear_rows", "verify",
     ]  # fmt: skip
     assert MAY_BE_OFF == ("fuse_decode", "fold_rotation", "pair_stores", "linear_rows", "one_call")
 
@@ -99,13 +101,13 @@ def test_dump(tmp_path):
     steps(Rewrites(dump=str(tmp_path / "graphs")), sizes=(1,))
     files = sorted(p.name for p in (tmp_path / "graphs").iterdir())
     assert [name.split("-", 1)[1] for name in files] == [
-        "0-detected.txt", "1-after-add_state_inputs.txt", "2-after-rewrite_growth.txt", "3-after-rewrite.txt",
-        "4-after-fuse_decode.txt", "5-after-fold_rotation.txt", "6-after-pair_stores.txt",
-        "7-after-linear_rows.txt", "8-after-verify.txt",
+        "0-detected.txt", "1-after-add_state_inputs.txt", "2-after-rewrite_growth.txt",
+        "3-after-rewrite_slides.txt", "4-after-rewrite.txt", "5-after-fuse_decode.txt", "6-after-fold_rotation.txt",
+        "7-after-pair_stores.txt", "8-after-linear_rows.txt", "9-after-verify.txt",
     ]  # fmt: skip
     texts = [(tmp_path / "graphs" / name).read_text() for name in files]
-    assert ["decode_attention" in text for text in texts] == [False] * 4 + [True] * 5
-    assert ["index_copy" in text or "setitem" in text for text in texts] == [True] * 3 + [False] * 6
+    assert ["decode_attention" in text for text in texts] == [False] * 5 + [True] * 5
+    assert ["index_copy" in text or "setitem" in text for text in texts] == [True] * 4 + [False] * 6
     assert "float32[1, 2, 1, 8]" in texts[0]
 
 
@@ -243,3 +245,14 @@ def test_a_pass_that_does_wrong_is_named(what, monkeypatch):
 
 def test_every_pass_has_conditions_or_none_of_its_own():
     assert set(CONDITIONS) - {""} <= {each.name for each in PASSES}
+
+
+def test_each_length_of_a_cache_is_an_input_of_its_own():
+    """Layers of several windows, where Dynamo passes no lengths."""
+    environment, graph = ShapeEnv(), Graph()
+    sizes = [environment.create_unbacked_symint() for _ in range(2)]
+    graph.placeholder("x").meta["example_value"] = torch.zeros(1)
+    found = [input_of_size(graph, size) for size in (*sizes, sizes[0])]
+    graph.output(tuple(node for node, _ in found))
+    assert [added for _, added in found] == [True, True, False]
+    assert GraphModule({}, graph)(torch.zeros(1), 3, 5) == (3, 5, 3)

@@ -35,8 +35,8 @@ def test_sliding_window_that_grows():
 def test_full_sliding_window(attention):
     model = tiny("gemma3_text", attention)
     window, full = decode_sites(model, StaticCache(config=model.config, max_cache_len=32))
-    assert "also written by copy_, which is no append (a sliding window?)" in window.reason and window.has_cache
-    assert full.reason == ""
+    assert (window.reason, full.reason) == ("", "") and window.has_cache
+    assert window.key_write.kind == "sliding window" and window.key_write.slide.is_full
 
 
 def test_sliding_window_that_the_prompt_overflows():
@@ -44,15 +44,14 @@ def test_sliding_window_that_the_prompt_overflows():
     cache = StaticCache(config=model.config, max_cache_len=32)
     cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
     window, full = sites_of(model.forward, torch.arange(3, 17)[None], past_key_values=cache)
-    assert "sliding window: attention reads new tokens" in window.reason and window.has_cache
-    assert full.reason == ""
+    assert (window.reason, full.reason) == ("", "") and window.has_cache
+    assert window.key_write.slide.is_prompt and not window.form
 
 
 def test_sliding_window_that_is_not_yet_full():
     model = tiny("gemma3_text")
     window, full = decode_sites(model, StaticCache(config=model.config, max_cache_len=32), prompt=5)
-    assert window.reason == "keys: the buffer holds 12 tokens and others 32 (a sliding window?)"
-    assert full.reason == ""
+    assert (window.reason, full.reason) == ("", "")
     torch._dynamo.reset()
     window, full = decode_sites(model, XQuantCache(model.config, 32), prompt=5)
     assert window.reason == "keys: an ordinary buffer beside quantized ones (a sliding window?)"
@@ -65,7 +64,7 @@ def test_cold_static_cache_is_deferred():
     window, full = sites_of(model.forward, ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))
     assert full.allocated_here and full.has_cache and full.key_write.kind == "index_copy_"
     assert full.reason == "keys: the buffer is allocated inside this graph; it is taken over at the next step"
-    assert window.has_cache and not window.allocated_here and "sliding window" in window.reason
+    assert window.has_cache and window.allocated_here and window.reason == full.reason
 
 
 def test_states_of_linear_attention_are_no_kv_cache():
@@ -113,7 +112,7 @@ def changed_otherwise(q, k, v, keys, values, pos):
 def rolled(q, k, v, keys, values, pos):
     for buffer, x in ((keys, k), (values, v)):
         new = buffer.roll(-1, dims=2)
-        new[:, :, -1:] = x
+        new[:, :, -2:-1] = x
         buffer.copy_(new)
     return sdpa(q, keys, values)
 
@@ -269,6 +268,11 @@ def in_front(q, k, v, past):
     return sdpa(q, k, v), (k, v)
 
 
+def more_behind(q, k, v, past):
+    k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+    return sdpa(q, torch.cat((k, k * 2), dim=2), torch.cat((v, v * 2), dim=2)), (k, v)
+
+
 def along_heads(q, k, v, past):
     k, v = torch.cat((past[0], k.expand(-1, H, N, -1)), dim=1), torch.cat((past[1], v.expand(-1, H, N, -1)), dim=1)
     return sdpa(torch.cat((q, q), 1), k, v), (k, v)
@@ -282,12 +286,24 @@ def along_heads(q, k, v, past):
         (both_roles, "keys and values are read from one buffer"),
         (cut, "what is returned is not the concatenation itself"),
         (in_front, "grow by concatenation and what is returned is not"),
+        (more_behind, "attention reads the cache with more put behind it"),
         (along_heads, "no KV cache is read here"),
     ],
 )
 def test_concatenations_that_are_left_alone(step, reason):
     (site,) = sites_of(step, *fresh(), (torch.randn(SHAPE), torch.randn(SHAPE)))
     assert reason in site.reason
+
+
+def test_a_table_that_a_step_fills_is_no_cache_beside_those_that_grow():
+    def step(q, k, v, past):
+        k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        table = torch.zeros(B, H, q.shape[2] + 1, D)
+        table[:, :, 1:] = q
+        return sdpa(table, k, v), (k, v)
+
+    (site,) = sites_of(step, *fresh(), (torch.randn(SHAPE), torch.randn(SHAPE)))
+    assert site.reason == ""
 
 
 def test_concatenation_that_is_no_cache():
@@ -297,6 +313,33 @@ def test_concatenation_that_is_no_cache():
 
     (site,) = sites_of(joint, *fresh(4))
     assert not site.has_cache and "no KV cache is read here" in site.reason
+
+
+@pytest.mark.parametrize("along, is_cache", [(-1, False), (1, True)])
+def test_the_state_of_a_convolution_is_no_cache(along, is_cache):
+    """Attention to what was computed from it (over layers, say); a rolled window of tokens is one that is missed."""
+
+    def step(q, state, new):
+        longer = torch.cat([state, new], along)
+        state.copy_(longer[:, :, -D:] if along == -1 else longer[:, -D:])
+        k = longer.narrow(along, 1, D)[:, None] * 2
+        return sdpa(q, k, k * 3)
+
+    (site,) = sites_of(step, torch.randn(1, 1, 1, D), torch.randn(1, D, D), torch.randn(1, 1, D).movedim(1, along))
+    assert site.has_cache == is_cache
+
+
+@pytest.mark.parametrize("decay, sites", [(0.5, 0), (0.0, 2)])
+def test_a_recurrent_state_is_no_cache(decay, sites):
+    """A head of it is computed from what it was; parts that do not depend on it may be a cache's new tokens."""
+
+    def step(state, new):
+        for head in range(2):
+            part = state[:, head]
+            part.copy_((part * decay if decay else 0) + new[:, head])
+        return state.sum(-1)
+
+    assert len(sites_of(step, torch.randn(1, 2, D, D), torch.randn(1, 2, D, D))) == sites
 
 
 def test_attention_without_a_cache():

@@ -263,16 +263,21 @@ def test_computed_positions_that_start_over_in_sight_of_old_tokens_raise(sizes):
             compiled(*tokens(sizes[-1]), *buffers, torch.tensor(0))
 
 
-def test_a_chunk_that_wraps_gives_the_buffers_back():
+@pytest.mark.parametrize("front", [0, 4])
+@pytest.mark.parametrize("n", [3, 10])
+def test_a_chunk_that_wraps_gives_the_buffers_back(front, n):
+    """To the first position, or behind tokens that a rotating buffer keeps for good."""
     mine, theirs = empty(), empty()
-    compiled, last = torch.compile(step, backend=interpreted(self_check=False)), N - 2
+    compiled, last = torch.compile(step, backend=interpreted(self_check=False), dynamic=False), N - 2
+    wrapped = lambda p: torch.where(p < N, p, front + (p - N) % (N - front))  # noqa: E731
     with torch.no_grad():
-        for n, first in ((last, 0), (1, last), (3, last + 1), (1, 2)):
-            pos = torch.arange(first, first + n) % N
-            for f, buffers in ((compiled, mine), (step, theirs)):
-                f(*tokens(n, first), *buffers, pos, seen(first if first > 2 else N, n))
+        for tokens_now, first in ((last, 0), (1, last), (n, last + 1), (1, last + 1 + n)):
+            pos = wrapped(torch.arange(first, first + tokens_now))
+            args = tokens(tokens_now, first), pos, seen(min(first, N - tokens_now), tokens_now)
+            mine_out, out = (f(*args[0], *buffers, *args[1:]) for f, buffers in ((compiled, mine), (step, theirs)))
+            torch.testing.assert_close(mine_out, out)
     assert type(mine[0]) is torch.Tensor
-    assert relative_error(mine[0][:, :, [N - 1, 0, 1, 2]], theirs[0][:, :, [N - 1, 0, 1, 2]]) < 1e-6
+    torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("first", [0, 5])

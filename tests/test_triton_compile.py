@@ -192,17 +192,9 @@ MORE = {
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 
 
-#: (Case, chip) whose registers do not do yet, and the most that is spilled.
-SPILLS = {
-    ("ranked, head_dim 256, 3 bits, float32", "gfx942"): 29,
-    ("ranked, float16 scales, head_dim 256", "sm_90"): 24,
-    ("ranked, float16 scales, 3 and 3 bits, head_dim 256", "sm_90"): 24,
-}
-
-
-def check(needs: Needs, chip: str, name: str = "") -> None:
+def check(needs: Needs, chip: str) -> None:
     """No thread keeps anything in memory for want of registers, and a program fits on the chip."""
-    assert needs.spilled <= SPILLS.get((name, chip), 0)
+    assert needs.spilled == 0
     assert needs.shared <= CHIPS[chip][3]
 
 
@@ -212,7 +204,7 @@ def test_decode_attention(name: str, chip: str) -> None:
     case = {**FAST, **MORE}[name]
     *_interior, decode, combine = launches(triton_attention.launch, decode_arguments(**case), hip=chip[:3] == "gfx")
     needs = compiled(decode, chip)
-    check(needs, chip, name)
+    check(needs, chip)
     # On the matrix unit but for float32, which has none on NVIDIA without losing digits.
     assert needs.matrix_products or case.get("dtype") == torch.float32
     if name == "head_dim 128":

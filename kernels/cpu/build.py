@@ -6,6 +6,7 @@ Private torch APIs: ``CppPythonBindingsCodeCache.load_pybinding``, ``AsyncCompil
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextvars
 import functools
 from collections.abc import Callable
@@ -22,9 +23,27 @@ from xquant_fx.kernels.cpu.isa import Isa, named_by_inductor
 CompileError = CppCompileError
 
 
+#: A kernel that does nothing: what is asked for it is asked for all.
+_NOTHING = 'extern "C" void kernel() {}'
+
+_begun: list[concurrent.futures.Future[Any]] = []
+
+
+def begin_probes() -> None:
+    """Find out in the background, once, what Inductor asks before its first kernel; nothing if there is one thread.
+
+    Which instruction sets the compiler and this machine have (six processes), and a hash of torch's header (the
+    preprocessor): 1.3 s with all of it in the cache, 5 with nothing, in which Python traces and lowers.
+    """
+    if not _begun and get_compile_threads() > 1:
+        ask = functools.partial(CppPythonBindingsCodeCache.load_pybinding_async, [], _NOTHING)
+        _begun.append(AsyncCompile.submit(functools.partial(contextvars.copy_context().run, ask)))
+
+
 @functools.cache
 def isa() -> Isa:
     """The instruction set of the widest vectors that Inductor uses on this machine."""
+    concurrent.futures.wait(_begun)  # or both would ask
     return named_by_inductor(str(pick_vec_isa()))
 
 
@@ -44,7 +63,7 @@ def load(types: tuple[str, ...], code: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def begin(types: tuple[str, ...], code: str) -> None:
+def begin_kernel(types: tuple[str, ...], code: str) -> None:
     """Compile ``code`` in the background, once, for one who loads it later; does nothing if there is one thread."""
     if get_compile_threads() > 1:
         load_async = functools.partial(

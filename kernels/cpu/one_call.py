@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import ctypes
+import functools
 import inspect
 import logging
 import textwrap
@@ -66,53 +67,72 @@ def add_hook(wrapper: Any) -> None:
 
 
 def joined(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[..., Any]:
-    """``wrapper`` until its first call, which decides what its next ones do."""
-    chosen: list[Callable[..., Any]] = []
+    """What is called in the place of ``wrapper``; compiled in the background until the first call."""
+    from torch._dynamo.utils import dynamo_timed  # imports Dynamo
+
+    with dynamo_timed("xquant_one_call"):
+        finish, chosen = _begun(wrapper, module), list[Callable[..., Any]]()
 
     def call(*args: Any) -> Any:
         if not chosen:
-            from torch._dynamo.utils import dynamo_timed  # imports Dynamo
-
             with dynamo_timed("xquant_one_call"):
-                chosen.append(_one_call(wrapper, module))
+                chosen.append(finish())
         return chosen[0](*args)
 
     return call
 
 
-def _one_call(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[..., Any]:
+def _begun(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[[], Callable[..., Any]]:
+    """What gives the function to call, once it is needed."""
     from torch._dynamo.utils import counters  # imports Dynamo
 
-    from xquant_fx.kernels.cpu import build, one_unit  # bring in Inductor's compiler
+    from xquant_fx.kernels.cpu import build  # brings in Inductor's compiler
 
     try:
         function = ast.parse(textwrap.dedent(inspect.getsource(wrapper))).body[0]
         assert isinstance(function, ast.FunctionDef)
-        code = read_wrapper(function)
-        made = _python(function, code, module)
-    except (NotReadError, OSError, AttributeError, build.CompileError) as error:
-        reason = str(error)[:200]
-        log.info("the kernels of this graph are called one by one: %s", reason)
-        counters["xquant"][f"kernels called one by one: {reason}"] += 1
-        one_unit.compile_alone(module)
-        return wrapper
-    counters["xquant"]["one_call"] += 1
-    return made
+        finish = _python(function, read_wrapper(function), module)
+    except (NotReadError, OSError, AttributeError) as error:
+        return functools.partial(_one_by_one, wrapper, module, str(error)[:200])
+
+    def finished() -> Callable[..., Any]:
+        try:
+            made = finish()
+        except (NotReadError, build.CompileError) as error:
+            return _one_by_one(wrapper, module, str(error)[:200])
+        counters["xquant"]["one_call"] += 1
+        return made
+
+    return finished
 
 
-def _python(function: ast.FunctionDef, code: WrapperCode, module: dict[str, Any]) -> Callable[..., Any]:
-    """The new wrapper: allocates what is returned and the scratch memory, and makes the one call."""
+def _one_by_one(wrapper: Callable[..., Any], module: dict[str, Any], reason: str) -> Callable[..., Any]:
+    from torch._dynamo.utils import counters  # imports Dynamo
+
+    from xquant_fx.kernels.cpu import one_unit  # brings in Inductor's compiler
+
+    log.info("the kernels of this graph are called one by one: %s", reason)
+    counters["xquant"][f"kernels called one by one: {reason}"] += 1
+    one_unit.compile_alone(module)
+    return wrapper
+
+
+def _python(function: ast.FunctionDef, code: WrapperCode, module: dict[str, Any]) -> Callable[[], Callable[..., Any]]:
+    """Begins to compile the one call. What it returns gives the new wrapper, which allocates what is returned and the
+    scratch memory, and makes the call."""
     from xquant_fx.kernels.cpu import build, one_unit  # bring in Inductor's compiler
 
     names = sorted({call.name for call in code.calls})
     here = {name: module[name] for name in names if isinstance(module[name], one_unit.UnitKernel)}
     elsewhere = [name for name in names if name not in here]
-    tensors = [*code.allocated, *_outside(code, module)]
+    outside = _outside(code)
+    tensors = [*code.allocated, *outside]
     table, libraries = _addresses([module[name] for name in elsewhere])
     sizes = sorted({arg.argument for call in code.calls for arg in call.args if isinstance(arg, Size)})
     kernels = Kernels(elsewhere, {name: kernel.types for name, kernel in here.items()})
     types, text = source(code, kernels, tensors, sizes)
-    one_call = build.load(types, one_unit.unit(list(here.values())) + text)
+    text = one_unit.unit(list(here.values())) + text
+    build.begin_kernel(types, text)
     results = ", ".join("None" if place is None else place.python for place in code.results)
     lines = [
         f"def call({', '.join(arg.arg for arg in function.args.args)}):",
@@ -123,21 +143,25 @@ def _python(function: ast.FunctionDef, code: WrapperCode, module: dict[str, Any]
         f"    xquant_one_call({', '.join(['xquant_kernels', 'scratch', *tensors, *sizes])})",
         f"    return ({results},)" if results else "    return ()",
     ]
-    bound = {**module, "xquant_one_call": one_call, "xquant_kernels": table, "xquant_libraries": libraries}
-    exec(compile("\n".join(lines), "<one call>", "exec"), bound)
-    made: Callable[..., Any] = bound["call"]
-    return made
+
+    def finish() -> Callable[..., Any]:
+        for name in set(outside) - set(code.arguments):  # constants, which a module has only once it is loaded
+            if not isinstance(module.get(name), torch.Tensor):
+                raise NotReadError(f"{name}, which is no tensor")
+        bound = {**module, "xquant_kernels": table, "xquant_libraries": libraries}
+        bound["xquant_one_call"] = build.load(types, text)
+        exec(compile("\n".join(lines), "<one call>", "exec"), bound)
+        made: Callable[..., Any] = bound["call"]
+        return made
+
+    return finish
 
 
-def _outside(code: WrapperCode, module: dict[str, Any]) -> list[str]:
+def _outside(code: WrapperCode) -> list[str]:
     """Arguments that kernels get, and constants of the module."""
     used = {arg.memory for call in code.calls for arg in call.args if isinstance(arg, Place)}
     used |= {place.memory for place in code.results if isinstance(place, Place)}
-    found = sorted(used - set(code.offsets) - set(code.allocated))
-    for name in set(found) - set(code.arguments):
-        if not isinstance(module.get(name), torch.Tensor):
-            raise NotReadError(f"{name}, which is no tensor")
-    return found
+    return sorted(used - set(code.offsets) - set(code.allocated))
 
 
 def _addresses(kernels: list[Any]) -> tuple[torch.Tensor, list[ctypes.CDLL]]:

@@ -17,6 +17,8 @@ from typing import Any
 
 from torch._inductor.async_compile import AsyncCompile
 
+from xquant_fx.kernels.cpu import build
+
 _ENTRY = re.compile(r'extern "C"\s+void\s+kernel\(')
 _DIRECTIVE = re.compile(r"^\s*#\s*(\w+).*\n?", re.MULTILINE)
 
@@ -46,6 +48,7 @@ class UnitCompile(AsyncCompile):
         """The kernel ``source_code``, or what stands for it until it is compiled."""
         if may_be_joined(source_code):
             return UnitKernel(tuple(argtypes), source_code)
+        build.isa()  # waits for what is asked in the background already
         return super().cpp_pybinding(argtypes, source_code)
 
 

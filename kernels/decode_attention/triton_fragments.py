@@ -5,7 +5,8 @@ lowest first, half of the word, odd byte, word % 4, plane, word // 4: four neigh
 thread, as Triton's mma v2 wants them behind a ``tl.join``, and no code moves between threads after its word was read.
 
 Four threads share a token (a channel of values). Where it has fewer than 4 words, each takes a part of one: of 2 words
-16 bits, of 1 word a byte. Then the two halves are two bytes, or two halves of a byte, and there is no odd one.
+16 bits, of 1 word a byte. Then the two halves are two bytes, or two halves of a byte, and there is no odd one. Of
+bytes, which are loaded as such, Triton wants eight neighbours in a thread: half, two bits of the plane, then thread.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def field_at(place, BITS: tl.constexpr, WORDS: tl.constexpr):
         plane = rest * 2 + pair
         field = thread // 2 * (32 // BITS) + 4 * plane + thread % 2 * 2 + half
     else:
-        plane = rest * 2 + pair
+        thread, plane = place // 8, place // 4 % 2 * 2 + pair
         field = 4 * (plane + 4 // BITS * half) + thread
     return field, plane
 
@@ -80,6 +81,8 @@ def fragment(words, BITS: tl.constexpr, WORDS: tl.constexpr):
             x = tl.permute(x, (0, 1, 5, 4, 2, 3, 6))
         elif planes == 8:
             x = tl.permute(x, (0, 1, 6, 5, 4, 2, 3, 7))
+    elif WORDS == 1:
+        x = tl.permute(x, (0, 1, 2, 4, 3, 5))
     elif planes == 4:
         x = tl.permute(x, (0, 1, 4, 2, 3, 5))
     elif planes == 8:

@@ -169,9 +169,14 @@ def interior_logits(q, keys, scales, t0, TILE: tl.constexpr, V_BITS: tl.constexp
     factor = (inverse_power(unit) * SCALED).to(tl.float16)
     sums = tl.zeros((TILE, x.shape[0]), tl.float32)
     levels = tl.zeros((LEAST_ROWS, x.shape[0]), tl.float32)
+    # Parts of words that are bytes take a register each until their product: that comes first.
+    FIRST_ONES: tl.constexpr = KEYS[PLANES][2][WORDS] == 1
+    if FIRST_ONES:
+        sums, levels = add_plane(sums, levels, codes, t0, q_one, s_one, factor, V_BITS, BYTES, KEYS[PLANES][2], KEYS)
     sums, levels = add_plane(sums, levels, codes, t0, q_four, s_four, factor, V_BITS, BYTES, KEYS[PLANES][0], KEYS)
     sums, levels = add_plane(sums, levels, codes, t0, q_two, s_two, factor, V_BITS, BYTES, KEYS[PLANES][1], KEYS)
-    sums, levels = add_plane(sums, levels, codes, t0, q_one, s_one, factor, V_BITS, BYTES, KEYS[PLANES][2], KEYS)
+    if not FIRST_ONES:
+        sums, levels = add_plane(sums, levels, codes, t0, q_one, s_one, factor, V_BITS, BYTES, KEYS[PLANES][2], KEYS)
     if KEYS[RANKED]:
         scale_unit: tl.constexpr = UNIT_OF_SCALES if BYTES else 1.0
         of_scale = unit * (scale_unit / SCALED)

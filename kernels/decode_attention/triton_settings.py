@@ -153,7 +153,10 @@ def settings(
     full_tile = (64 if dim <= 128 else 32) if hip else 16 if dtype == torch.float32 else 32
     k_channels = max(power_of_two(k_dim), 16)
     least_full = min(full_tile, tile) if fold_k else full_tile  # a tile of codes lies in one group
-    full_stages = 1 if hip else 2
+    wide_ranked = ranked and dim > 128
+    # Tiles ahead that are left out where registers run out: of the windows, and on AMD's chips of codes.
+    full_stages = 1 if hip or (wide_ranked and warps > 4) else 2
+    stages = 1 if hip and wide_ranked and dtype == torch.float32 else STAGES
     interior = interior_settings(
         batch=batch, kv_heads=kv_heads, rows=rows, k_bits=k_bits, v_bits=v_bits, k_dim=k_dim, v_dim=v_dim,
         ranked=ranked, max_len=max_len, interpret=interpret, device=device, runs=edges > 0,
@@ -168,7 +171,7 @@ def settings(
         SPLITS=splits, MIXED_SPLIT=splits - 1 if chunk else splits, PARTS=parts + interior["INTERIOR_SPLITS"],
         **interior,
         TILE=tile, FULL_TILE=least_full, LATE_TILE=max(least_full, LEAST_TILE),
-        TAIL=256, STAGES=STAGES, FULL_STAGES=full_stages,
+        TAIL=256, STAGES=stages, FULL_STAGES=full_stages,
         CODE_CHANNELS=k_channels if ranked else k_words * codes_per_word(k_high), K_CHANNELS=k_channels,
         V_CHANNELS=max(power_of_two(v_dim), 16),
         K_LANES=min(k_words, 4), V_LANES=min(tile // codes_per_word(v_high), 4),

@@ -16,11 +16,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def is_faster_here() -> bool:
-    """Whether this processor has vectors that the kernel is written for."""
-    # Imported here and below: it brings in Inductor's compiler.
-    from xquant_fx.kernels.cpu import build as cpu_build
+    """Whether this processor has vectors that the kernel is written for, as torch names them.
 
-    return cpu_build.isa().name in FASTER
+    Inductor would have to try its compiler first (``isa``), which goes on in the background meanwhile.
+    """
+    return torch.backends.cpu.get_cpu_capability().lower() in FASTER
 
 
 def problem_of(a: LinearArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) -> Problem:
@@ -42,7 +42,7 @@ def empty_output(*args: Any, **kwargs: Any) -> Tensor:
 
 def run_cpu(*args: Any, **kwargs: Any) -> Tensor:
     """Compile the kernel for this problem, or take it from the cache, and run it."""
-    from xquant_fx.kernels.cpu import build as cpu_build
+    from xquant_fx.kernels.cpu import build as cpu_build  # brings in Inductor's compiler
 
     a = LinearArguments(*args, **kwargs).mapped(Tensor.contiguous)
     out = empty_output(a.x, a.weights, a.biases)

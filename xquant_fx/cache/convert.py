@@ -19,14 +19,13 @@ from xquant_fx.cache.state import KVState
 def dequantize_in_place(buffer: QuantizedKV) -> None:
     """Make the object ``buffer`` an ordinary tensor of dequantized values, with zeros behind the last token."""
     static = getattr(buffer, "_dynamo_static_input_type", None)
-    state = buffer.live
+    kind = type(buffer)
     with torch.inference_mode(False), torch.no_grad():
-        plain = torch.zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device)
-        plain[:, :, : state.length] = state.load(state.length)
+        plain = buffer.dequantize()
     attributes = dict(buffer.__dict__)
     buffer.__dict__.clear()
     plain.__dict__.update(attributes)  # it gets the wrapper, which is dropped with it
-    buffer.__class__, plain.__class__ = torch.Tensor, QuantizedKV  # type: ignore[assignment]
+    buffer.__class__, plain.__class__ = torch.Tensor, kind  # type: ignore[assignment]
     torch._C._swap_tensor_impl(buffer, plain)
     if static is not None:
         torch._dynamo.mark_static_address(buffer)

@@ -2,7 +2,7 @@
 
 A copy belongs to its weight: all graphs and caches share it, and it goes with the weight and the graphs that took it.
 It is made anew once the weight is another tensor, lies elsewhere or was written to, as torch counts writes
-(``_version``; writes through ``.data`` are not counted by torch and not seen here).
+(``_version``; writes through ``.data``, as adapters are merged, are not counted by torch, and seen by new graphs only).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def version_of(weight: Tensor) -> int:
     return -1 if weight.is_inference() else weight._version
 
 
-def copy_of(weight: Tensor, fold: Fold) -> Copy:
-    """The rotated copy of ``weight`` as it is now."""
+def copy_of(weight: Tensor, fold: Fold, compare: bool = False) -> Copy:
+    """The rotated copy of ``weight`` as it is now; ``compare``: whatever torch says of it."""
     copies: dict[Fold, Copy] = _copies.setdefault(weight, {})
     known, version = copies.get(fold), version_of(weight)
     if version < 0:
@@ -52,10 +52,14 @@ def copy_of(weight: Tensor, fold: Fold) -> Copy:
             "rotated weights of a model that was made in inference mode are made anew at each step: torch does not "
             "count what is written to its weights; make or load it outside torch.inference_mode()"
         )
-    if known is None or known[:2] != (version, weight.data_ptr()) or version < 0:
+    changed = known is None or known[:2] != (version, weight.data_ptr()) or version < 0
+    if changed or compare:
         with torch.no_grad(), torch.inference_mode(False):
             rotate = fold_into_rows if fold.rows else fold_into_columns
-            known = copies[fold] = Copy(version, weight.data_ptr(), rotate(weight.detach(), fold.dim))
+            made = Copy(version, weight.data_ptr(), rotate(weight.detach(), fold.dim))
+        if changed or known is None or not torch.equal(made.tensor, known.tensor):
+            known = copies[fold] = made
+    assert known is not None
     return known
 
 
@@ -76,7 +80,8 @@ class FoldedInputs:
         weights = [args[index] for index, _ in self.places]
         if not self.found or not all(map(_is_current, weights, self.found)):
             ways = (fold for _, fold in self.places)
-            self.found = [(weakref.ref(w), copy_of(w, fold)) for w, fold in zip(weights, ways, strict=True)]
+            new = not self.found  # Dynamo compiles anew where an adapter was merged
+            self.found = [(weakref.ref(w), copy_of(w, fold, new)) for w, fold in zip(weights, ways, strict=True)]
         return [copy.tensor for _, copy in self.found]
 
 

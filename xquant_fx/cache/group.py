@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from xquant_fx.cache.faults import FaultMonitor
+from xquant_fx.cache.turns import AT_ONCE, Turn
 from xquant_fx.errors import CacheStateError
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec
@@ -79,6 +80,7 @@ class CacheGroup:
         self.interrupted = False
         """Whether a compiled step did."""
         self.uncompiled = 0
+        self.turn = Turn()
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "collected": {}, "members": [], "taken_over": [], "selection": None}
@@ -132,6 +134,7 @@ class CacheGroup:
         if not self.written.isdisjoint(names):
             if self.doubtful or self.interrupted:
                 self._check_whole()
+            self.turn.begin()
             self.written = set()
             self.uncompiled += tokens == 1
             if self.uncompiled >= MANY_STEPS:
@@ -140,8 +143,14 @@ class CacheGroup:
                     'generate() calls, by model.compile(backend="xquant") (with PEFT: model.get_base_model())',
                     key="uncompiled steps",
                 )
+        elif not self.written:
+            self.turn.begin()
         self.written.update(names)
         self.doubtful = self.lockstep
+
+    def announce(self) -> None:
+        """Uncompiled code is about to make positions and masks of a step."""
+        self.turn.announce(between_steps=len(self.written) in (0, len(self._alive())))
 
     def leave(self, names: frozenset[BufferName]) -> None:
         """A compiled graph has written these to its end."""
@@ -151,6 +160,7 @@ class CacheGroup:
     def mended(self) -> None:
         """All buffers hold the same tokens again."""
         self.interrupted = False
+        self.turn.forget()
 
     def lengths(self) -> dict[BufferName, int]:
         """Tokens that each buffer holds (waits for the device, once)."""
@@ -168,6 +178,8 @@ class CacheGroup:
         if self.interrupted:
             mend = f"crop({low} - cache.get_seq_length()) keeps {low}, reset() none" if self.lockstep else "reset() it"
             raise CacheStateError(f"a compiled step was interrupted; all layers hold {low} tokens at least: {mend}")
+        if low != high and self.turn.others():
+            raise CacheStateError(f"layer {most[0]} holds {high} {most[1]}s, layer {least[0]} {low}: {AT_ONCE}")
         if low != high:
             raise CacheStateError(
                 f"layer {most[0]} holds {high} {most[1]}s, layer {least[0]} {low}: a step was interrupted in between; "

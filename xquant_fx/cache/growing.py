@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 
 from xquant_fx.cache.growth import Growth
 from xquant_fx.cache.kv_tensor import QuantizedKV, _refuse_aot
@@ -52,7 +53,9 @@ class GrowingKV(Dequantized):
     ) -> GrowingKV:
         shape = (*spec.shape[:2], tokens, spec.shape[3])
         with torch.inference_mode(False):  # a view of what inference mode did not make must not be one of its tensors
-            return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
+            tensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
+        torch._C._set_throw_on_mutable_data_ptr(tensor)  # C++ code that asks for memory gets an error, not address 0
+        return tensor
 
     def __init__(
         self,
@@ -196,9 +199,12 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     if len(tensors) != 2 or dim not in (2, -2):
         return NotImplemented
     past, x = tensors
-    if not isinstance(past, GrowingKV) or past.growth is None:
+    if not isinstance(past, GrowingKV) or x.shape == (0,):  # which torch leaves out
         return NotImplemented
-    if x.dim() != 4 or any(x.shape[d] != past.shape[d] for d in (0, 1, 3)) or x.dtype != past.dtype:
+    if reason := past.spec.why_not(x):
+        # While Dynamo traces: it leaves the step to eager code, which raises the same.
+        raise UnsupportedFakeTensorException(reason) if past.growth is None else CacheStateError(reason)
+    if past.growth is None or x.dtype != past.dtype:
         return NotImplemented
     return past.append(x) if x.shape[2] else past
 

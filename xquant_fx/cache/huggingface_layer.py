@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -77,7 +78,20 @@ class XQuantLayer(StaticLayer):
         self._set_slots(plan)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate codes, scales and residual windows for keys and values such as these."""
+        """Allocate codes, scales and residual windows for keys and values such as these.
+
+        The first layer does so for all, where nothing is traced: what stays is then one block of memory, and what a
+        prompt needs for a moment leaves no holes between.
+        """
+        self._allocate(key_states, value_states)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.cumulative_length)
+            for layer in self.siblings[1:] if self.first is self else []:
+                layer._allocate(key_states, value_states)  # taken when its turn comes, if it fits
+        self.is_initialized = True
+
+    def _allocate(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device  # from 5.24 on, static layers keep no dtype
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
@@ -92,10 +106,6 @@ class XQuantLayer(StaticLayer):
         first = keys if first is None else first
         values = quantized_empty(value_states, first, below.get(value), start, slots[value], "", self.values, masked)
         self.keys, self.values = keys, values
-        self.cumulative_length = self.cumulative_length.to(self.device)
-        if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(self.cumulative_length)
-        self.is_initialized = True
 
     def _roles(self, key_states: Tensor, value_states: Tensor) -> tuple[Role, Role]:
         """What each side is stored as. A latent becomes keys as well as values, and its channels are no keys'.
@@ -166,21 +176,27 @@ class XQuantLayer(StaticLayer):
     @not_traced("what runs uncompiled here stays so: Dynamo would split it at the first length")
     def _update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The same, uncompiled: what breaks off in this layer is taken back."""
-        length, cold = int(self.cumulative_length), not self.is_initialized
-        try:
-            return super().update(key_states, value_states, *args, **kwargs)
-        except BaseException:  # Ctrl-C, too
-            self.cumulative_length.fill_(length)
-            for state in self.states:
-                state.undo(length)
-            self.is_initialized = not cold
-            raise
+        cold = not self.is_initialized
+        turn: AbstractContextManager[Any] = nullcontext()
+        if not cold and isinstance(self.keys, QuantizedKV):
+            turn = self.keys.live.group.turn
+        with turn:
+            length = int(self.cumulative_length)
+            try:
+                return super().update(key_states, value_states, *args, **kwargs)
+            except BaseException:  # Ctrl-C, too
+                self.cumulative_length.fill_(length)
+                for state in self.states:
+                    state.undo(length)
+                self.is_initialized = not cold
+                raise
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(tokens that attention sees, offset of the first): those of ``update``."""
         self.first.masked = True
         if isinstance(self.keys, QuantizedKV) and not torch.compiler.is_compiling():
             self.keys.live.group.lockstep = True
+            self.keys.live.group.announce()
         return super().get_mask_sizes(query_length) if self.is_initialized else (query_length, 0)
 
     @property

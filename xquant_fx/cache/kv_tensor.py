@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,10 +35,11 @@ class QuantizedKV(Dequantized):
     ``span`` is the range of tokens that a view ``buffer[:, :, begin:end]`` covers.
     """
 
-    spec: KVSpec
     state: KVState | None
     anchor: Tensor
     span: tuple[int, int]
+    handlers: ClassVar[dict[Any, Any]]
+    """Op to what it does with such a buffer as its first argument; NotImplemented: it reads numbers."""
 
     @staticmethod
     def __new__(
@@ -52,10 +53,20 @@ class QuantizedKV(Dequantized):
         return buffer
 
     def __init__(self, spec: KVSpec, anchor: Tensor, state: KVState | None = None, span: tuple[int, int] | None = None):
-        self.spec, self.anchor, self.state = spec, anchor, state
+        self._spec, self.anchor, self.state = spec, anchor, state
         self.span = span or (0, spec.shape[2])
         # Made once: Dynamo's guards ask for it in each step.
         self.flattened = ["anchor"], (spec, self.span)
+
+    @property
+    def spec(self) -> KVSpec:
+        """What is fixed about the storage; it changes when codes are no longer shared, or a window begins to slide."""
+        return self._spec if self.state is None else self.state.spec
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is the buffer itself, or all of it."""
+        return self.span == (0, self.spec.shape[2])
 
     @classmethod
     def of(cls, state: KVState) -> QuantizedKV:
@@ -66,6 +77,9 @@ class QuantizedKV(Dequantized):
 
     # The one inner tensor that Dynamo gets to see tells it the device; the rest is in the spec.
     def __tensor_flatten__(self) -> tuple[list[str], tuple[KVSpec, tuple[int, int]]]:
+        spec = self.spec
+        if self.flattened[1][0] is not spec:
+            self.flattened = ["anchor"], (spec, self.span)
         return self.flattened
 
     @staticmethod
@@ -83,12 +97,20 @@ class QuantizedKV(Dequantized):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedKV:
         with torch.inference_mode(False):
-            new = QuantizedKV.of(copy.deepcopy(self.live, memo))
+            new = self.standing_for(copy.deepcopy(self.live, memo))
         memo[id(self)] = new
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.live,)
+
+    def standing_for(self, state: KVState) -> QuantizedKV:
+        """A buffer like this one of another ``state``."""
+        return QuantizedKV.of(state)
+
+    def part(self, begin: int, end: int) -> QuantizedKV:
+        """A view of tokens [begin, end) of the buffer."""
+        return QuantizedKV(self.spec, self.anchor, self.state, (begin, end))
 
     @property
     def origin(self) -> str:
@@ -115,11 +137,12 @@ class QuantizedKV(Dequantized):
         Raises:
             CacheStateError: this is a view, or a stand-in that Dynamo made; neither has a state of its own.
         """
-        if self.state is None or self.span != (0, self.spec.shape[2]):
+        if self.state is None or not self.is_whole:
             raise CacheStateError(f"{self!r}: a view or a traced stand-in holds no state of its own")
         return self.state
 
-    def _append(self, pos: Tensor, x: Tensor) -> None:
+    def append_at(self, pos: Tensor, x: Tensor) -> None:
+        """Store ``x`` [B, H, q, D] at positions ``pos`` [q], eagerly; of a stand-in only the shapes are looked at."""
         if self.state is None:
             if reason := self.spec.why_not(x):  # Dynamo leaves the step to eager code, which raises the same
                 raise UnsupportedFakeTensorException(reason)
@@ -136,9 +159,10 @@ class QuantizedKV(Dequantized):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for arg in args:
             _refuse_aot(arg)
-        handler = _HANDLERS.get(func)
-        if handler is not None and isinstance(args[0], QuantizedKV):
-            result = handler(args[0], *args[1:], **(kwargs or {}))
+        first = args[0][0] if func is aten.cat.default and args[0] else args[0]
+        handler = type(first).handlers.get(func) if isinstance(first, QuantizedKV) else None
+        if handler is not None:
+            result = handler(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
         if func is aten._fused_sdp_choice.default:
@@ -176,7 +200,7 @@ def _refuse_aot(arg: Any) -> None:
 def _index_copy(kv: QuantizedKV, dim: int, pos: Tensor, x: Tensor) -> Any:
     if dim not in (2, -2):
         return NotImplemented
-    kv._append(pos, x)
+    kv.append_at(pos, x)
     return kv
 
 
@@ -187,7 +211,7 @@ def _index_put(kv: QuantizedKV, indices: Any, x: Tensor, accumulate: bool = Fals
         return NotImplemented
     if x.dim() < 4 or 1 in x.shape:  # what torch would broadcast
         x = x.expand(*kv.shape[:2], indices[2].shape[0], kv.shape[3])
-    kv._append(indices[2], x)
+    kv.append_at(indices[2], x)
     return kv
 
 
@@ -201,11 +225,11 @@ def _slice(kv: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, st
     size = kv.shape[dim]
     begin, stop, _ = slice(start, end).indices(size)
     if (begin, stop) == (0, size) and step == 1:
-        return QuantizedKV(kv.spec, kv.anchor, kv.state, kv.span)
+        return kv.part(*kv.span)
     if dim not in (2, -2) or step != 1:
         return NotImplemented
     base = kv.span[0]
-    return QuantizedKV(kv.spec, kv.anchor, kv.state, (base + begin, base + max(begin, stop)))
+    return kv.part(base + begin, base + max(begin, stop))
 
 
 def _select(kv: QuantizedKV, dim: int, index: int) -> Any:
@@ -213,15 +237,14 @@ def _select(kv: QuantizedKV, dim: int, index: int) -> Any:
     if dim not in (2, -2) or kv.state is None or not -kv.shape[2] <= index < kv.shape[2]:
         return NotImplemented
     at = kv.span[0] + index % kv.shape[2]
-    part = QuantizedKV(kv.spec, kv.anchor, kv.state, (at, at + 1))
-    return Token(part, lambda x: kv._append(torch.tensor([at], device=kv.device), x))
+    return Token(kv.part(at, at + 1), lambda x: kv.append_at(torch.tensor([at], device=kv.device), x))
 
 
 def _index_select(kv: QuantizedKV, dim: int, index: Tensor) -> Any:
     """Rows of the batch, as beam search selects them: the codes themselves are selected."""
-    if dim not in (0, -4) or kv.state is None or kv.span != (0, kv.spec.shape[2]):
+    if dim not in (0, -4) or kv.state is None or not kv.is_whole:
         return NotImplemented
-    chosen = QuantizedKV.of(select(kv.state, index.reshape(-1)))
+    chosen = kv.standing_for(select(kv.state, index.reshape(-1)))
     if kv.state.group.taken_over:
         chosen.live.group.taken_over.append(weakref.ref(chosen))
     return chosen
@@ -235,15 +258,15 @@ def _index(kv: QuantizedKV, indices: Any) -> Any:
 
 def _copy(kv: QuantizedKV, source: Tensor, non_blocking: bool = False) -> Any:
     """``buffer[:, :, a:b] = x`` arrives as a copy into a view of tokens a to b."""
-    if kv.span == (0, kv.spec.shape[2]):
+    if kv.is_whole:
         return NotImplemented
     if kv.state is not None:
-        kv._append(torch.arange(*kv.span, device=kv.device), source.expand(kv.shape).to(kv.dtype))
+        kv.append_at(torch.arange(*kv.span, device=kv.device), source.expand(kv.shape).to(kv.dtype))
     return kv
 
 
 def _alias(kv: QuantizedKV) -> Any:
-    return QuantizedKV(kv.spec, kv.anchor, kv.state, kv.span)
+    return kv.part(*kv.span)
 
 
 def _sdp_choice(args: Any, kwargs: Any) -> Any:
@@ -252,7 +275,7 @@ def _sdp_choice(args: Any, kwargs: Any) -> Any:
     return aten._fused_sdp_choice.default(*args, **kwargs)
 
 
-_HANDLERS: dict[Any, Any] = {
+QuantizedKV.handlers = {
     aten.index_copy_.default: _index_copy,
     aten.index_put_.default: _index_put,
     aten.zero_.default: _zero,

@@ -6,6 +6,7 @@ to a tensor's memory (pointers, DLPack, NumPy, shared memory) is refused, too: t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -63,7 +64,7 @@ class Dequantized(torch.Tensor):
 
 #: Methods that reach for memory.
 ESCAPES = (
-    "data_ptr", "storage", "__dlpack__", "__dlpack_device__", "share_memory_", "pin_memory", "numpy",
+    "data_ptr", "const_data_ptr", "storage", "__dlpack__", "__dlpack_device__", "share_memory_", "pin_memory", "numpy",
     "__array__", "tolist", "apply_", "map_",
 )  # fmt: skip
 
@@ -85,6 +86,18 @@ def _escape(name: str) -> Any:
 
 for _name in ESCAPES:
     setattr(Dequantized, _name, _escape(_name))
+
+
+@functools.wraps(torch._C._to_dlpack)
+def _to_dlpack(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(tensor, Dequantized):
+        _refuse_memory(tensor, "to_dlpack")
+    return torch._C._to_dlpack(tensor, *args, **kwargs)
+
+
+# Torch's own asks no subclass: of a tensor without memory it says that it should not be traced.
+for _module in (torch, torch.utils.dlpack):
+    vars(_module)["to_dlpack"] = _to_dlpack
 
 
 class ReadOnlyCopy(Dequantized):
@@ -140,7 +153,9 @@ class Token(Dequantized):
     def __new__(cls, part: Dequantized, append: Callable[[Tensor], None]) -> Token:
         batch, heads, _, dim = part.shape
         with torch.inference_mode(False):
-            return torch.Tensor._make_wrapper_subclass(cls, (batch, heads, dim), dtype=part.dtype, device=part.device)
+            token = torch.Tensor._make_wrapper_subclass(cls, (batch, heads, dim), dtype=part.dtype, device=part.device)
+        torch._C._set_throw_on_mutable_data_ptr(token)
+        return token
 
     def __init__(self, part: Dequantized, append: Callable[[Tensor], None]):
         self.part, self.append = part, append

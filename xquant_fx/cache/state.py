@@ -35,6 +35,10 @@ class KVState:
 
     def __init__(self, spec: KVSpec, group: CacheGroup, lower: KVState | None = None) -> None:
         self.spec, self.group, self.lower = spec, group, lower
+        self.at_most = 0
+        """Of a window that slides: how many tokens are stored at most, as the host knows without waiting."""
+        self.lent_by: KVState | None = None
+        """Of such a window: whose codes it borrowed before it slid."""
         with torch.inference_mode(False):  # or only inference mode could write to them
             self.owned = {
                 name: torch.zeros(shape, dtype=dtype, device=group.start.device)
@@ -108,8 +112,10 @@ class KVState:
         fits = q.dim() == 4 and (q.shape[0], q.shape[3]) == (batch, dim) and q.shape[1] % heads == 0
         if not fits or q.shape[2] < FEWEST_QUERIES or not self.wants_queries:
             return
-        square = q.detach().to(torch.float32).square().mean(2)
-        self.owned["energy"].copy_(square.unflatten(1, (heads, q.shape[1] // heads)).mean(2))
+        # A KV head after the other: squares of all would be the most memory that a prompt takes for a moment.
+        groups = q.detach().split(q.shape[1] // heads, 1)
+        squares = [group.to(torch.float32).square().mean(2).mean(1) for group in groups]
+        self.owned["energy"].copy_(torch.stack(squares, 1))
         held = self.group.held(self)
         if held is not None and held.x is not None and held.past == 0:
             self._write(held.x, torch.arange(held.new, device=held.x.device))
@@ -147,12 +153,36 @@ class KVState:
     def enlarge(self, max_len: int) -> None:
         """Move to tensors with room for ``max_len`` tokens; what is stored stays as it is."""
         batch, heads, _, dim = self.spec.shape
-        self.spec = dataclasses.replace(self.spec, shape=(batch, heads, max_len, dim))
-        for name, (shape, dtype) in self.spec.tensor_shapes().items():
+        self.respec(dataclasses.replace(self.spec, shape=(batch, heads, max_len, dim)))
+
+    def respec(self, spec: KVSpec) -> None:
+        """Move to the tensors of ``spec``, which differ in how many tokens there is room for; what both can hold stays.
+
+        Of codes that start over under ``spec`` no quantized token may be past the first round yet.
+        """
+        self.spec = spec
+        for name, (shape, dtype) in spec.tensor_shapes().items():
             old = self.owned[name]
             if tuple(old.shape) != shape:
                 self.owned[name] = old.new_zeros(shape, dtype=dtype)
-                self.owned[name][tuple(slice(0, size) for size in old.shape)] = old
+                both = tuple(slice(0, min(sizes)) for sizes in zip(old.shape, shape, strict=True))
+                self.owned[name][both] = old[both]
+        self.group.collected.clear()
+
+    def own_codes(self) -> None:
+        """Copy the codes that are borrowed: from now on the layer has its own."""
+        if self.lower is None:
+            return
+        codes = self.tensor("codes")
+        assert codes is not None
+        self.owned = {"codes": codes.clone(), **self.owned}
+        self.lower, self.spec = None, dataclasses.replace(self.spec, partner=None)
+        self.group.collected.clear()
+
+    def share_codes(self, lower: KVState) -> None:
+        """Borrow codes of ``lower`` again; both are empty."""
+        del self.owned["codes"]
+        self.lower, self.spec = lower, dataclasses.replace(self.spec, partner=lower.spec.layer)
         self.group.collected.clear()
 
     def reorder(self, index: Tensor) -> None:

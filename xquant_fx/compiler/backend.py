@@ -23,11 +23,12 @@ from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.left import leave
-from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.compiled_step import CompiledStep
+from xquant_fx.compiler.frozen import check_frozen
 from xquant_fx.compiler.give_back import GiveBack, groups_of
 from xquant_fx.compiler.growing_step import GrowingStep, has_room
 from xquant_fx.compiler.growing_takeover import GrowingTakeover
+from xquant_fx.compiler.inductor import begin, compile_by_inductor, no_collection
 from xquant_fx.compiler.left_alone import report_buffers, report_left, report_uncompiled, report_unfused
 from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, warn_of_lengths, why_not_gradients, why_not_layers, without_sharing
@@ -35,11 +36,11 @@ from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.proof import Call
 from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.compiler.self_check import self_check
-from xquant_fx.compiler.short_windows import note_short_windows, why_not_growing_window
+from xquant_fx.compiler.short_windows import note_short_windows, why_not_growing_window, why_not_static_window
+from xquant_fx.compiler.sliding_step import SlidingStep, begin_to_slide, moved_windows
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.watch import Watch
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
-from xquant_fx.kernels.cpu.one_call import switched
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.detect import detect
 from xquant_fx.passes.facts import Facts
@@ -75,12 +76,14 @@ def xquant_backend(
         NotRewrittenError: under ``strict``, a KV cache was left in full precision.
         UnsupportedWriteError: the graph writes to a quantized buffer in a way that is no append.
     """
-    return compile_graph(gm, example_inputs, parse(mode, options), _inductor)
+    with no_collection():
+        begin(example_inputs)
+        return compile_graph(gm, example_inputs, parse(mode, options), compile_by_inductor)
 
 
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
     """Decide what becomes of a graph; ``compiler`` gets what is to be compiled."""
-    _check_frozen(gm)
+    check_frozen(gm, request)
     found = detect_graph(gm, inputs, request)
     report_left(found.sites, request)
     _check_gradients(gm, inputs)
@@ -123,6 +126,7 @@ def detect_graph(
 
     def refusal(node: Node, what: str, facts: Facts) -> Refused:
         lasting = surroundings or why_not_growing_window(node, facts, request)
+        lasting = lasting or why_not_static_window(node, facts, request)
         return Refused(lasting) if lasting else Refused(call.refuse(node, what, facts), of_call=True)
 
     with dynamo_timed("xquant_detect"):  # for torch._dynamo.utils.compile_times()
@@ -161,17 +165,6 @@ def _allocates(gm: GraphModule) -> bool:
     return any(node.target is quantized_empty for node in gm.graph.nodes)
 
 
-def _check_frozen(gm: GraphModule) -> None:
-    """Inductor's freezing makes constants of all that has a static address, caches included."""
-    held = [t for t in vars(gm).values() if isinstance(t, QuantizedKV)]
-    held += [t for t in gm._buffers.values() if isinstance(t, QuantizedKV)]
-    if held:
-        raise CacheStateError(
-            f"{held[0].origin}: freezing makes the cache a constant of the graph, so that one graph would serve one "
-            "cache alone: switch torch._inductor.config.freezing (TORCHINDUCTOR_FREEZING) off"
-        )
-
-
 def _check_gradients(gm: GraphModule, inputs: list[Any]) -> None:
     if torch.is_grad_enabled() and (_allocates(gm) or any(isinstance(t, STORED_KV) for t in inputs)):
         raise CacheStateError(
@@ -194,23 +187,6 @@ def _check_config(buffers: list[QuantizedKV | GrowingKV], request: Request) -> N
             )
 
 
-def _inductor(gm: GraphModule, inputs: list[Any], request: Request, settings: str | None) -> Callable[..., Any]:
-    from torch._inductor import config as inductor_config
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    import xquant_fx.kernels.lowerings  # noqa: F401  (registers them)
-
-    patches = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
-    if settings is not None:
-        patches.update(cache_key_patch(settings))
-        # A step's loops are short: of 512 numbers a second thread starts later than the first is through with all.
-        patches["cpp.min_chunk_size"] = max(inductor_config.cpp.min_chunk_size, 4096)
-    with switched("one_call" not in request.disable):
-        compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
-    return compiled
-
-
 def _whole_numbers(value: Tensor | None) -> tuple[int, ...]:
     """The shape without the batch; () where a size is symbolic."""
     shape = () if value is None else tuple(value.shape[1:])
@@ -220,7 +196,10 @@ def _whole_numbers(value: Tensor | None) -> tuple[int, ...]:
 def _compile_quantized(
     gm: GraphModule, found: Detection, inputs: list[Any], quantized: list[int], request: Request, compiler: Compiler
 ) -> Callable[..., Any]:
-    warn_of_lengths([inputs[i].spec for i in quantized if isinstance(inputs[i], QuantizedKV)])
+    if beginning := begin_to_slide(gm, found, inputs, request):
+        log.info("sliding windows are full: the next step runs uncompiled, and they are stored as such from then on")
+        return beginning
+    warn_of_lengths([inputs[i].spec for i in quantized if type(inputs[i]) is QuantizedKV])
     settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
     context = Context(found, inputs)
     if not has_room(context):
@@ -233,6 +212,7 @@ def _compile_quantized(
             return _given_up(gm, inputs, quantized, refused, request)
         report_unfused(found.sites, request)
         context = Context(found, inputs)
+    moved = moved_windows(context)
     restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
     with dynamo_timed("xquant_passes"):
         run_passes(found.gm, context, request.disable, request.dump)
@@ -242,4 +222,6 @@ def _compile_quantized(
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
     compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
     step = CompiledStep(compiled, keep, written, context.state, restarts, whole)
+    if moved:
+        return SlidingStep(step, gm.forward, moved)
     return GrowingStep(step, gm.forward, context.grown) if context.grown else step

@@ -10,9 +10,13 @@ from torch import Tensor
 from xquant_fx.cache.folded_weights import FoldedInputs
 from xquant_fx.cache.group import BufferName, CacheGroup
 from xquant_fx.cache.left import ONCE, leave
+from xquant_fx.cache.turns import turns_of
 from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.errors import CacheStateError
 from xquant_fx.passes.context import Part, StateInputs
+
+#: A cache, and which of its buffers the graph appends to.
+Entered = tuple[CacheGroup, frozenset[BufferName]]
 
 
 class CompiledStep:
@@ -52,18 +56,22 @@ class CompiledStep:
         lengths = [args[i].shape[2] for i, _ in self.inputs.lengths]
         folded = self.folded.of(args) if self.inputs.folded else []
         entered = [(group, names) for group, _, names in found if names]
-        for group, names in entered:
-            group.enter(names)
+        with entered[0][0].turn if len(entered) == 1 else turns_of([group.turn for group, _ in entered]):
+            for group, names in entered:
+                group.enter(names)
+            return self._run(args, [*tensors, *lengths, *folded], groups, entered)
+
+    def _run(self, args: tuple[Any, ...], stored: list[Any], groups: list[CacheGroup], entered: list[Entered]) -> Any:
         before = self.restarts.before(args) if self.restarts.computed else []
         try:
-            out = self.compiled(*[args[i] for i in self.keep], *tensors, *lengths, *folded)
+            out = self.compiled(*[args[i] for i in self.keep], *stored)
         except BaseException:  # Ctrl-C, too
             for group, _ in entered:
                 group.interrupted = True
             raise
         for place in self.dequantized:
             leave(out[place], ONCE)
-        for group, part in zip(groups, parts, strict=True):
+        for group, part in zip(groups, self.inputs.parts, strict=True):
             if part.step_tokens is not None:
                 group.stepped(part.step_tokens)
         for group in groups:

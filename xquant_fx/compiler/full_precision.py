@@ -18,6 +18,7 @@ from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.growth import Growth
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.sliding import SlidingKV
 from xquant_fx.cache.state import KVState
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import make_plan
@@ -40,10 +41,18 @@ class Rebuilt:
         written: numbers of those that the graph writes to.
         ordinary: specs of ordinary buffers [B, H, N, D] that are to be stored as well, and the numbers of their caches,
             by the numbers of the inputs.
+        sliding: numbers of ordinary ones among them that are windows which move.
     """
 
-    def __init__(self, given: list[Any], written: Iterable[int], ordinary: Mapping[int, tuple[KVSpec, int]]) -> None:
+    def __init__(
+        self,
+        given: list[Any],
+        written: Iterable[int],
+        ordinary: Mapping[int, tuple[KVSpec, int]],
+        sliding: Iterable[int] = (),
+    ) -> None:
         self.given, self.written, self.ordinary = [_number(value) for value in given], frozenset(written), ordinary
+        self.sliding = {i for i, value in enumerate(given) if isinstance(value, SlidingKV)} | set(sliding)
         self.contents = {i: _contents(given[i]) for i in (*self._stored(), *ordinary)}
         self.groups: dict[int, CacheGroup] = {}
 
@@ -67,9 +76,14 @@ class Rebuilt:
             spec, cache = self.ordinary[i] if i in self.ordinary else (old.live.spec, id(old.live.group))
             start = None if i in self.ordinary else old.live.group.start
             state = self._filled(full(spec), tokens, cache, start)
-            growing = isinstance(old, GrowingKV)
-            values[i] = GrowingKV.of(Growth(state, tokens.shape[2])) if growing else QuantizedKV.of(state)
+            values[i] = self._standing_for(i, state, tokens.shape[2])
         return values
+
+    def _standing_for(self, i: int, state: KVState, tokens: int) -> Tensor:
+        old = self.given[i]
+        if isinstance(old, GrowingKV):
+            return GrowingKV.of(Growth(state, tokens))
+        return SlidingKV.last(state, old.shape[2]) if i in self.sliding else QuantizedKV.of(state)
 
     def _filled(self, spec: KVSpec, tokens: Tensor, cache: int, start: Tensor | None) -> KVState:
         held = tokens.shape[2]
@@ -78,6 +92,7 @@ class Rebuilt:
         state = KVState(spec, self.groups[cache])
         state.owned["codes"][:, :, :held] = tokens
         state.owned["length"].fill_(held)
+        state.at_most = held
         return state
 
     @property
@@ -94,6 +109,8 @@ def _contents(buffer: Tensor) -> tuple[Tensor, int]:
     """The tokens that ``buffer`` holds as numbers [B, H, n, D], and the length of the tensor that a program sees."""
     if isinstance(buffer, GrowingKV):
         return buffer.dequantize(), buffer.shape[2]
+    if isinstance(buffer, SlidingKV):
+        return buffer.dequantize(), buffer.shape[2]
     if isinstance(buffer, QuantizedKV):
         return buffer.live.load(buffer.live.length), buffer.shape[2]
     used = (buffer != 0).any(3).any(1).any(0).nonzero()
@@ -102,9 +119,9 @@ def _contents(buffer: Tensor) -> tuple[Tensor, int]:
 
 def contents_of(buffer: Any, tokens: int) -> Tensor:
     """The first ``tokens`` that a cache of :meth:`Rebuilt.stored` holds, and zeros where it holds fewer; the last of
-    what grows."""
+    what grows or slides."""
     codes: Tensor = buffer.live.owned["codes"]
-    if isinstance(buffer, GrowingKV):
+    if isinstance(buffer, GrowingKV | SlidingKV):
         return codes[:, :, : buffer.live.length][:, :, -tokens:]
     held = torch.arange(codes.shape[2], device=codes.device) < buffer.live.length
     return torch.where(held[:, None], codes, 0)[:, :, :tokens]

@@ -69,10 +69,8 @@ def _ordinary(gm: GraphModule, sites: list[Site], call: Call, is_together: bool)
     rotary = {site.key.root for site in sites if site.key_is_rotary}
     writes = {w.buffer: w for site in sites for w in (site.key_write, site.value_write) if w is not None}
     firsts = [next(iter(layer)) for layer in layers]
-    groups = numbered(
-        (_stack(list(layer), writes[first], is_together), _begin(writes[first], call))
-        for layer, first in zip(layers, firsts, strict=True)
-    )
+    stacks = [_stack(list(layer), writes[first], is_together) for layer, first in zip(layers, firsts, strict=True)]
+    groups = numbered(_with_slides(stacks, [_begin(writes[first], call) for first in firsts]))
     found = []
     for number, (buffers, group) in enumerate(zip(layers, groups, strict=True)):
         layer = groups[:number].count(group)
@@ -105,8 +103,16 @@ def _stack(layer: list[Node], write: Write, is_together: bool) -> str:
     return "" if is_together or write.begins else stack_of(buffer_name(layer[0]), buffer_name(layer[-1]))
 
 
+def _with_slides(stacks: list[str], begins: list[object]) -> list[tuple[str, object]]:
+    """What tells the cache of each layer. Windows that move (None) say nothing of where: they go with their stack."""
+    others = {stack: begin for stack, begin in zip(stacks, begins, strict=True) if begin is not None}
+    return [(stack, others.get(stack) if begin is None else begin) for stack, begin in zip(stacks, begins, strict=True)]
+
+
 def _begin(write: Write, call: Call) -> object:
-    """Where the layers of one cache append, all of them."""
+    """Where the layers of one cache append, all of them; None of a window that moves."""
+    if write.slide is not None:
+        return None
     if write.past is None:
         return call.first_position(write)
     past = value_of(write.past)

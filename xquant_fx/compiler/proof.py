@@ -58,6 +58,8 @@ class Call:
         if type(buffer) is not Tensor:
             return ""
         reason = why_left(buffer) or self._why_seen(buffer) or self.foresight_of(write).reason
+        if not reason and write.slide is not None:
+            return "" if write.slide.is_prompt else why_not_held(buffer, self.tokens_before(write))
         return reason or why_not_appended(buffer, self.positions(write))
 
     def _why_seen(self, buffer: Tensor) -> str:
@@ -80,8 +82,8 @@ class Call:
     def hides_the_rest(self, site: Site, facts: Facts) -> bool:
         """Whether a mask of ``site`` hides all tokens behind those that the site's append of keys brings."""
         write = site.key_write
-        if write is None:
-            return False
+        if write is None or write.slide is not None:  # a window that moves writes over what left it, and nothing else
+            return write is not None
         self.foresights[write.node] = foresee(write, facts)
         after, length = self.positions(write)[-1] + 1, value_of(write.buffer).shape[2]
         for term in masks_of(site.attention, site.key, site.value):
@@ -95,13 +97,23 @@ class Call:
                 return True
         return False
 
-    def positions(self, write: Write) -> list[int]:
-        """The positions that ``write`` is going to write to, computed on copies of the arguments."""
+    def tokens_before(self, write: Write) -> int:
+        """How many tokens the buffer holds before ``write``, which goes on behind them."""
+        if write.slide is None:
+            return self.positions(write)[0]
+        held = self._bounds(write)[0]
+        return 0 if held is None else int(held.node.hint if isinstance(held, torch.SymInt) else held)
+
+    def _bounds(self, write: Write) -> tuple[Any, ...]:
         foresight = self.foresight_of(write)
         key = foresight.nodes, foresight.bounds
         if key not in self.known:
             self.known[key] = _computed(self.gm, foresight, self.given)
-        values = self.known[key]
+        return self.known[key]
+
+    def positions(self, write: Write) -> list[int]:
+        """The positions that ``write`` is going to write to, computed on copies of the arguments."""
+        values = self._bounds(write)
         if isinstance(write.positions, slice):
             return list(range(int(values[0]), int(values[1])))
         return [int(p) for p in values[0].reshape(-1).tolist()]
@@ -126,6 +138,11 @@ def why_not_appended(buffer: Tensor, positions: list[int]) -> str:
         return f"positions {_short(positions)} are no tokens that follow one another"
     if positions[-1] >= length:
         return f"positions {_short(positions)} are past the end of a buffer of {length} tokens"
+    return why_not_held(buffer, first)
+
+
+def why_not_held(buffer: Tensor, first: int) -> str:
+    """Why ``buffer`` [B, H, N, D] does not hold ``first`` tokens and nothing else, as far as its contents say."""
     written = (buffer[:, :, :first] != 0).any(3).any(1).any(0)
     if not bool(written.all()):
         gap = int(written.logical_not().nonzero()[0, 0])

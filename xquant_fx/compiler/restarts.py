@@ -2,8 +2,8 @@
 
 A new sequence may begin at position 0, without anything having emptied the buffers, or the last tokens are taken back.
 Or the buffer rotates, or its tokens are slots in any order, and the old ones are still meant to be seen. The masks
-tell: those of a sequence hide all that lies behind its new tokens. Where they do not, or where there is none, the
-buffers are given back, before anything is written.
+tell: those of a sequence hide all that lies behind its new tokens. Where they do not, or where there is none, or where
+the positions of one step do not follow one another, the buffers are given back, before anything is written.
 
 Positions that the program passes in on the CPU are looked at before each step. Computed ones are known after it, by how
 many tokens are stored then: what is wrong raises. Those on a device would have to be waited for. There the kernels find
@@ -31,6 +31,7 @@ from xquant_fx.passes.records import Detection
 
 Judge = Callable[[GraphModule, list[Any], Request], Detection]
 REASON = "a position was written to anew while tokens behind it are attended to (a rotating buffer, or slots?)"
+SCATTERED = "the positions of one step do not follow one another (a rotating buffer, or slots?)"
 
 
 class Restarts:
@@ -45,6 +46,8 @@ class Restarts:
         """Argument indices of buffers whose positions the graph computes, and how many tokens it appends to them: a
         number, or of which argument and dimension it is the size."""
         for write in found.writes:
+            if write.slide is not None:  # which has no positions
+                continue
             first = write.positions.start if isinstance(write.positions, slice) else write.positions
             place = places.get(first) if isinstance(first, Node) else (None if first == 0 else -1)
             if place != -1 and not (place is None and isinstance(first, Node)):
@@ -52,7 +55,7 @@ class Restarts:
             elif write.buffer in places:
                 tokens = write.tokens
                 if not isinstance(tokens, int):  # a size that nothing has is not to be had: only less is told then
-                    tokens = size_among_inputs(found.gm.graph, tokens) or 0
+                    tokens = size_among_inputs(places, tokens) or 0
                 self.computed.append((places[write.buffer], tokens))
 
     @property
@@ -67,24 +70,23 @@ class Restarts:
         Where a new sequence begins the cache is emptied.
         """
         back: dict[int, list[KVState]] = {}
-        wraps = False
+        scattered = False
         for place, buffers in self.written.items():
             positions = 0 if place is None else args[place]
             first = _first(positions)
             states = [args[i].live for i in buffers if i >= 0 and isinstance(args[i], QuantizedKV)]
             if first is None or not states or not states[0].group.taken_over:
                 continue
-            wrapping = _wraps(positions, first, states[0].spec.shape[2])
-            if first < states[0].length or (wrapping and first == states[0].length):
-                wraps = wraps or wrapping
+            scattered = scattered or _scattered(positions, first)
+            if first < states[0].length:
                 back.setdefault(first, []).extend(states)
-        if not back:
+        if not back and not scattered:
             return False
-        if not wraps and self._hides_old(args):
+        if not scattered and self._hides_old(args):
             for state in back.get(0, ()):
                 state.reset()
             return False
-        give_back(groups_of(args), REASON, self.request)
+        give_back(groups_of(args), SCATTERED if scattered else REASON, self.request)
         forget_compiled_frame()
         return True
 
@@ -135,10 +137,9 @@ def _first(positions: Any) -> int | None:
     return positions if isinstance(positions, int) else None
 
 
-def _wraps(positions: Any, first: int, length: int) -> bool:
-    """Whether positions on the CPU go on at 0 behind the last one of a buffer of ``length`` tokens."""
-    tokens = positions.numel() if isinstance(positions, Tensor) else 1
-    if first + tokens <= length or tokens > length:
+def _scattered(positions: Any, first: int) -> bool:
+    """Whether positions on the CPU do not follow one another: they go on at the front of the buffer, say."""
+    if not isinstance(positions, Tensor) or positions.numel() < 2:
         return False
-    flat = [int(position) for position in positions.reshape(-1).tolist()]
-    return flat == [position % length for position in range(first, first + tokens)]
+    flat: list[int] = positions.reshape(-1).tolist()
+    return flat != list(range(first, first + len(flat)))

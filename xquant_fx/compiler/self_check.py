@@ -24,10 +24,12 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.sliding import SlidingKV, with_room
 from xquant_fx.compiler.differences import Difference, beyond_rounding
 from xquant_fx.compiler.full_precision import Rebuilt, contents_of, full
 from xquant_fx.compiler.left_alone import CHECKED
 from xquant_fx.compiler.options import Request
+from xquant_fx.compiler.sliding_step import moves
 from xquant_fx.errors import UnsupportedWriteError
 from xquant_fx.passes import pipeline
 from xquant_fx.passes.context import Context
@@ -150,13 +152,19 @@ class _Check:
     def _context(self, again: Detection) -> tuple[Context, Rebuilt]:
         """The context of the passes; the graph's fake inputs become stand-ins where they are to be stored."""
         context = Context(again, [])
-        ordinary = {b.index: (again.specs[b.node], b.group) for b in again.ordinary if b.index is not None}
+        sliding = {b.index for b in again.ordinary if b.index is not None and moves(b.write)}
         for buffer in again.ordinary:
             if buffer.index is not None:
-                buffer.node.meta["example_value"] = QuantizedKV(again.specs[buffer.node], value_of(buffer.node))
+                spec, anchor = again.specs[buffer.node], value_of(buffer.node)
+                stand_in = QuantizedKV(spec, anchor)
+                if buffer.index in sliding:
+                    again.specs[buffer.node] = spec = with_room(spec)
+                    stand_in = SlidingKV(spec, anchor, width=anchor.shape[2])
+                buffer.node.meta["example_value"] = stand_in
+        ordinary = {b.index: (again.specs[b.node], b.group) for b in again.ordinary if b.index is not None}
         written = [context.placeholders[node] for node in again.written]
         written += [context.placeholders[w.buffer] for w in again.writes if w.buffer in context.placeholders]
-        return context, Rebuilt(self.inputs, written, ordinary)
+        return context, Rebuilt(self.inputs, written, ordinary, sliding)
 
     def _rewritten(
         self, again: Detection, context: Context, watched: Mapping[Node, int], forced: Mapping[int, Tensor]

@@ -9,6 +9,7 @@ from torch.fx import Node
 from xquant_fx.compiler.options import Request
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.records import Detection, Site
+from xquant_fx.passes.why_left_alone import window_tokens
 from xquant_fx.plan.windows import full_precision_tokens, why_not_window, why_short
 
 
@@ -27,6 +28,16 @@ def why_not_growing_window(node: Node, facts: Facts, request: Request) -> str:
     keys = {facts.source(attention.key).root for attention in facts.attention}
     others = sum((grown := facts.growth(root)) is not None and not grown.window for root in keys)
     return why_not_window(growth.window, others, request.effective)
+
+
+def why_not_static_window(node: Node, facts: Facts, request: Request) -> str:
+    """Why the sliding window of the buffer ``node`` stays as it is; "" if it does not, or if it is none."""
+    tokens = window_tokens(node, facts)
+    if facts.growth(node) is not None or not tokens:
+        return ""
+    keys = {facts.source(attention.key).root for attention in facts.attention}
+    others = sum(bool(facts.writes_to(root)) and not window_tokens(root, facts) for root in keys)
+    return why_not_window(tokens, others, request.effective)
 
 
 def _noted(site: Site, held: int) -> Site:

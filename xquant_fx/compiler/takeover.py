@@ -65,6 +65,8 @@ class Takeover(torch.fx.Interpreter):
         """Buffers of one cache, as it seemed when the graph was judged, that are appended at different positions."""
         firsts: dict[int, int | None] = {}
         for buffer in self.buffers:
+            if buffer.write.slide is not None:  # which goes on from where it was not at the beginning
+                continue
             first = call.first_position(buffer.write)
             if firsts.setdefault(buffer.group, first) != first:
                 reason = f"the buffer is appended at position {first}, others of its cache at {firsts[buffer.group]}"
@@ -80,6 +82,7 @@ class _Step(torch.fx.Interpreter):
         self.queries = takeover.queries
         self.groups: list[CacheGroup] = []
         self.pending: dict[Node, tuple[Tensor, KVState, int]] = {}
+        self.appends: dict[Node, Node] = {}
         pairs = list(zip(takeover.buffers, tensors, strict=True))
         for number, plan in enumerate(takeover.plans):
             members = [(buffer, tensor) for buffer, tensor in pairs if buffer.group == number]
@@ -87,7 +90,10 @@ class _Step(torch.fx.Interpreter):
             self.groups.append(group)
             states = allocate(group, bind_buffers(plan, *zip(*members, strict=True)))
             for (buffer, tensor), state in zip(members, states, strict=True):
-                self.pending[buffer.write.node] = tensor, state, call.positions(buffer.write)[0]
+                slide = buffer.write.slide
+                first = None if slide is None else slide.first  # what moves a window reads it before
+                self.pending[first or buffer.write.node] = tensor, state, call.tokens_before(buffer.write)
+                self.appends[first or buffer.write.node] = buffer.write.node
 
     def take_over(self, *args: Any) -> Any:
         """Run the step; attention sees what it would have seen in an eager step on a quantized cache."""
@@ -100,10 +106,10 @@ class _Step(torch.fx.Interpreter):
                 group.hold_one_layer()
 
     def run_node(self, n: Node) -> Any:
-        """Take over the buffer that ``n`` appends to, if it is one, then run ``n``."""
+        """Take over the buffer that ``n`` appends to, or begins to move, if it is one, then run ``n``."""
         if n in self.pending:
             buffer, state, past = self.pending.pop(n)
-            show_query(state, n, self.queries, self.env)
+            show_query(state, self.appends[n], self.queries, self.env)
             if past:
                 state.store(buffer[:, :, :past], torch.arange(past, device=buffer.device))
                 state.group.forget(state)

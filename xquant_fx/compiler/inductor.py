@@ -1,0 +1,80 @@
+"""How our graphs go through Inductor: its settings, and what keeps a first step short.
+
+A first step of 30 layers is 25 s of Python, and half as much of C++ compilers. So what Inductor would ask a compiler
+for later, with Python waiting, is asked for at once, in the background (``begin``), and no garbage is looked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from xquant_fx.cache.growing import STORED_KV
+from xquant_fx.compiler.cache_key import cache_key_patch
+from xquant_fx.compiler.options import Request
+from xquant_fx.kernels.cpu.one_call import switched
+
+#: For graphs with a quantized cache on a CPU: what takes time there and changes nothing in the code of a step.
+CPU_SETTINGS: dict[str, Any] = {
+    "graph_partition": False,  # for CUDA graphs
+    "benchmark_harness": False,  # code that would run the graph alone, on random inputs
+    "max_fusion_buffer_group_pairwise_attempts": 16,  # of 64: readers of a buffer further apart are in other layers
+}
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's cyclic garbage collector is off inside, in the whole process.
+
+    A compilation makes a million objects that stay, and each full collection looks at all of them: a tenth of its
+    time. What it leaves in cycles goes with the first collection afterwards.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def begin(inputs: list[Any]) -> None:
+    """Where kernels of ours are going to be compiled, find out in the background what that takes."""
+    if any(isinstance(each, STORED_KV) and _is_on_cpu(each) for each in inputs):
+        from xquant_fx.kernels.cpu.build import begin_probes  # brings in Inductor's compiler
+
+        begin_probes()
+
+
+def _is_on_cpu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cpu"
+
+
+def compile_by_inductor(
+    gm: GraphModule, inputs: list[Any], request: Request, settings: str | None
+) -> Callable[..., Any]:
+    """Inductor's function for ``gm``; ``settings`` is what the key of its caches has to hold besides the graph.
+
+    Without ``settings`` there is nothing of ours in the graph, which Inductor compiles as if we were not there.
+    """
+    from torch._inductor import config as inductor_config
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    import xquant_fx.kernels.lowerings  # noqa: F401  (registers them)
+
+    patches = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
+    if settings is not None:
+        patches.update(cache_key_patch(settings))
+        # A step's loops are short: of 512 numbers a second thread starts later than the first is through with all.
+        patches["cpp.min_chunk_size"] = max(inductor_config.cpp.min_chunk_size, 4096)
+        if all(_is_on_cpu(each) or not isinstance(each, Tensor) for each in inputs):
+            patches.update(CPU_SETTINGS)
+    with switched("one_call" not in request.disable):
+        compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
+    return compiled
