@@ -127,7 +127,8 @@ def rows_of_group(q, scales, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
 
     What codes give with them, times factor, plus offset, are logits times log2(e).
     """
-    (s4, z4), (s2, z2), (s1, z1) = scales
+    s4, s2, s1 = scales[0][0], scales[1][0], scales[2][0]
+    z4, z2, z1 = scales[0][1], scales[1][1], scales[2][1]
     q_four, q_two, q_one, q_unit = q
     most = tl.maximum(most_of_plane(s4, KEYS[PLANES][0]), most_of_plane(s2, KEYS[PLANES][1]))
     unit = power_above(tl.maximum(most, most_of_plane(s1, KEYS[PLANES][2]))) * 0.5
