@@ -28,7 +28,7 @@ KINDS = {
     "MUFU": r"MUFU",
     "SHFL": r"SHFL|MOVM",
     "barrier": r"BAR|WARPSYNC|DEPBAR|LDGDEPBAR|WARPGROUP|SYNCS|FENCE",
-    "convert": r"I2F|F2F|F2I|I2I",
+    "convert": r"I2F|F2F(?!P)|F2I|I2I",
     "F2FP": r"F2FP",
     "half": r"HFMA2|HADD2|HMUL2|HSET|HMNMX",
     "FFMA": r"FFMA|FMUL|FADD",

@@ -104,7 +104,7 @@ MOST: dict[tuple[str, str], tuple[float, int]] = {
     **{(f"xquant-{bits}", chip): (2.1, 0) for bits in (1.4, 1.7, 2.2) for chip in ("sm_90", "sm_80")},
     **{("xquant-2.7", chip): (2.9, 0) for chip in ("sm_90", "sm_80")},
     ("2/2 bits, head_dim 64", "sm_90"): (2.4, 0),
-    ("2/2 bits, q = 8", "sm_90"): (7.0, 8),
+    **{("2/2 bits, q = 8", chip): (4.0, 0) for chip in ("sm_90", "sm_80")},
     ("xquant-2.2, head_dim 64", "sm_90"): (3.0, 0),
     ("xquant-2.2, q = 8", "sm_90"): (8.2, 40),
 }
@@ -147,7 +147,7 @@ SCRATCH = 4096
 def most_shared(case: dict[str, Any]) -> int:
     """Shared memory of a program as the launcher estimates it."""
     a = decode_arguments(**case)
-    tile = tokens_of_tile(a.k_order is not None, a.k_bits, a.v_bits)
+    tile = tokens_of_tile(a.k_order is not None, a.k_bits, a.v_bits, a.q.shape[1] // a.k_ring.shape[1] * a.q.shape[2])
     return shared_bytes(a.k_bits, a.v_bits, a.q.shape[3], a.v_ring.shape[3], a.k_order is not None, tile)
 
 
@@ -157,7 +157,7 @@ CARDS = [
     (108, 164, 64, 1, 10),  # A100: 6, as shared memory says
     (128, 100, 64, 1, 8),  # RTX 4090: 4
     (132, 228, 8, 1, 122),  # few heads: all that run at a time, less what a round may lack
-    (132, 228, 8, 8, 32),  # 32 query rows: four programs a head
+    (132, 228, 8, 8, 63),  # 32 query rows: two programs a head
     (24, 228, 192, 1, 1),  # a small one is full
     (16, 228, 192, 1, 2),  # one and a half rounds would leave it half empty: three
     (132, 0, 64, 1, 2),  # no room at all: a program each
@@ -233,6 +233,11 @@ def test_the_usual_path_skips_what_forward_branches_skip() -> None:
 def test_a_branch_of_lanes_that_diverged_skips_nothing() -> None:
     one = sass_code._instruction(0, "BRA.DIV UR17, 0xae70", 0)
     assert one.target is None and sass_code._instruction(0, "@!P0 BRA 0x6240", 0).target == 0x6240
+
+
+def test_packing_halves_is_no_slow_conversion() -> None:
+    assert sass_code._instruction(0, "F2FP.F16.F32.PACK_AB R0, R1, R2", 0).pipe == "alu"
+    assert sass_code._instruction(0, "F2F.F64.F32 R0, R2", 0).pipe == "xu"
 
 
 def test_programs_of_a_multiprocessor() -> None:

@@ -11,6 +11,7 @@ What remains, tokens at both ends, windows and sinks, is for ``decode_kernel``, 
     triton_interior_loop.py    the loop over tiles, the online softmax, values
     triton_interior_keys.py    queries, and logits of keys
     triton_interior_scales.py  scales of keys as they are stored
+    triton_interior_rows.py    another loop, for more than 8 query rows: codes as the right operand
     triton_fragments.py        words of codes as operands, in the order of threads
 """
 
@@ -21,6 +22,8 @@ import triton.language as tl
 
 from xquant_fx.kernels.decode_attention.triton_interior_keys import interior_query
 from xquant_fx.kernels.decode_attention.triton_interior_loop import attend_interior
+from xquant_fx.kernels.decode_attention.triton_interior_row_keys import rows_query
+from xquant_fx.kernels.decode_attention.triton_interior_rows import attend_rows
 from xquant_fx.kernels.decode_attention.triton_parts import store_part
 from xquant_fx.kernels.decode_attention.triton_setup import (
     codes_of,
@@ -137,17 +140,36 @@ def interior_kernel(
     tile_range = range_of_split(split, low, high, INTERIOR_SPLITS, INTERIOR_TILE)
 
     # Row r is query token r % QUERY of query head r // QUERY of this KV head.
-    rows = tl.program_id(1) % INTERIOR_BLOCKS * INTERIOR_ROWS + tl.arange(0, INTERIOR_ROWS)
-    valid_rows = rows < HEADS_PER_KV * QUERY
+    first_row = tl.program_id(1) % INTERIOR_BLOCKS * INTERIOR_ROWS
+    rows = first_row + tl.arange(0, INTERIOR_ROWS)
+    all_rows: tl.constexpr = HEADS_PER_KV * QUERY
+    valid_rows = rows < all_rows
     MASK_SHAPE: tl.constexpr = (MASK_BATCH, MASK_HEADS, MASK_QUERY, MAX_LEN)
-    mask_rows = mask_rows_of(mask, rows, valid_rows, batch, kv_head, HEADS_PER_KV, QUERY, MASK_KIND, MASK_SHAPE)
     query_rows = head * (HEADS_PER_KV * QUERY)
     order, center = k_order, k_center
     if RANKED:
         order, center = k_order + head * K_DIM, k_center + head * K_DIM
-    x = interior_query(q, query_rows + rows, valid_rows, order, center, K_CHANNELS, KEYS)
     BY_FOUR: tl.constexpr = MAX_LEN % 4 == 0
-    sums = attend_interior(x, keys, values, mask_rows, tile_range, KEYS, VALUES, LOGITS, INTERIOR_TILE, BY_FOUR, ASM)
+    if INTERIOR_ROWS > 8:
+        x = rows_query(q, query_rows + rows, valid_rows, K_CHANNELS, KEYS)
+        masks = tl.arange(0, 8) + first_row
+        low = mask_rows_of(mask, masks, masks < all_rows, batch, kv_head, HEADS_PER_KV, QUERY, MASK_KIND, MASK_SHAPE)
+        high = low
+        if MASK_HEADS > 1:
+            high = mask_rows_of(
+                mask, masks + 8, masks + 8 < all_rows, batch, kv_head, HEADS_PER_KV, QUERY, MASK_KIND, MASK_SHAPE
+            )
+        # Where heads have the same mask, 8 rows have those of all query tokens, of which there are no more.
+        SAME: tl.constexpr = 0 if MASK_HEADS > 1 else QUERY
+        sums = attend_rows(
+            x, keys, values, (low, high), tile_range, KEYS, VALUES, LOGITS, SAME, INTERIOR_TILE, BY_FOUR, ASM
+        )
+    else:
+        mask_rows = mask_rows_of(mask, rows, valid_rows, batch, kv_head, HEADS_PER_KV, QUERY, MASK_KIND, MASK_SHAPE)
+        x = interior_query(q, query_rows + rows, valid_rows, order, center, K_CHANNELS, KEYS)
+        sums = attend_interior(
+            x, keys, values, mask_rows, tile_range, KEYS, VALUES, LOGITS, INTERIOR_TILE, BY_FOUR, ASM
+        )
     if ROTATION >= 0:
         sums = sums[0], sums[1], rotate_back(sums[2], ROTATION)
     store_part(part, stats, (query_rows + rows) * PARTS + split, valid_rows, sums, V_DIM)

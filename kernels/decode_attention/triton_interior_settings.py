@@ -67,16 +67,25 @@ def interior_planes(bits: float, dim: int, ranked: bool) -> dict[str, int]:
     return {name: plane_words(width, words[width]) if width in words else 0 for width, name in PLANES.items()}
 
 
-#: Query rows of a program: columns of its matrix products. Of 16 the accumulators alone would be half its registers.
-ROWS = 8
+#: Query rows of a program: columns of its matrix products, or, where there are more, rows of the left operand.
+FEW_ROWS, MANY_ROWS = 8, 16
 
 
-def tokens_of_tile(ranked: bool, k_bits: float, v_bits: float) -> int:
+def rows_of_program(rows: int, ranked: bool) -> int:
+    """Query rows of a program, of ``rows`` of one KV head: codes are decoded once for them.
+
+    Queries of several planes, of ``ranked`` keys, have no room in registers for more than a few rows.
+    """
+    return FEW_ROWS if ranked or rows <= FEW_ROWS else MANY_ROWS
+
+
+def tokens_of_tile(ranked: bool, k_bits: float, v_bits: float, rows: int) -> int:
     """Tokens of a tile: half a group for ranked keys of 3 bits, whose three planes of queries leave fewer registers.
 
-    Of values of 1 bit half a group would be fewer words than four threads share.
+    And for more ``rows``. Of values of 1 bit half a group would be fewer words than four threads share.
     """
-    return TILE // 2 if ranked and k_bits > 2 and v_bits > 1 else TILE
+    narrow = k_bits > 2 if ranked else rows > FEW_ROWS
+    return TILE // 2 if narrow and v_bits > 1 else TILE
 
 
 def shared_bytes(k_bits: float, v_bits: float, k_dim: int, v_dim: int, ranked: bool, tile: int) -> int:
@@ -93,12 +102,13 @@ def interior_settings(
     max_len: int, interpret: bool, device: Device, runs: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Fields of ``Settings`` of ``interior_kernel``, if it ``runs``."""
-    tile, blocks = tokens_of_tile(ranked, k_bits, v_bits), math.ceil(rows / ROWS)
+    tile, of_program = tokens_of_tile(ranked, k_bits, v_bits, rows), rows_of_program(rows, ranked)
+    blocks = math.ceil(rows / of_program)
     splits = 0
     if runs:
         slots = device.programs(warps=1, shared=shared_bytes(k_bits, v_bits, k_dim, v_dim, ranked, tile))
         splits = splits_for(slots, batch * kv_heads * blocks, min(max_len // (2 * tile), MOST_SPLITS))
     return dict(
-        INTERIOR_SPLITS=splits, INTERIOR_ROWS=ROWS, INTERIOR_BLOCKS=blocks, INTERIOR_TILE=tile,
+        INTERIOR_SPLITS=splits, INTERIOR_ROWS=of_program, INTERIOR_BLOCKS=blocks, INTERIOR_TILE=tile,
         INTERIOR_STAGES=STAGES, ASM=not interpret,
     )  # fmt: skip

@@ -1,0 +1,164 @@
+"""Keys for ``triton_interior_rows.py``: queries as the left operand of 16 rows, times the scales of a group of tokens.
+
+Channels are not ranked, and scales float16.
+
+Queries stay in registers as operands, each plane in the order of places. What Triton needs for that: the product with
+zero points comes first and takes the same queries, and what it multiplies them by went through ``tl.join``, so that
+both products want the same order (``triton_fragments.py``). Then scales are brought to the operand, not the product
+of both to shared memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from xquant_fx.kernels.decode_attention.triton_fragments import field_at, fragment, halves, inverse_power, power_above
+from xquant_fx.kernels.decode_attention.triton_interior_keys import (
+    LEAST_FACTOR,
+    LEAST_UNIT,
+    LOG2_E,
+    SCALED,
+    place_weights,
+    plane_words,
+)
+from xquant_fx.kernels.decode_attention.triton_interior_scales import FIELDS, WIDTH, WORDS
+from xquant_fx.kernels.decode_attention.triton_products import SUBNORMAL
+from xquant_fx.kernels.decode_attention.triton_unpack import DIM, GROUP, PLANES, STRIDE, code_slot
+
+# Columns of a product at least.
+LEAST_COLUMNS = tl.constexpr(8)
+
+
+@triton.jit
+def most_of(x):
+    """The largest magnitude of ``x``, which one instruction finds among a warp's integers; NaN is the largest."""
+    return tl.max(x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rows_of_plane(q, unit, rows, valid_rows, PLANE: tl.constexpr, KEYS: tl.constexpr):
+    """Query rows [ROWS, places] in ``unit`` for the codes of a plane, float16."""
+    if PLANE[WORDS] == 0:
+        return tl.zeros((1, 1), tl.float16)
+    else:
+        channel, weight = place_weights(tl.arange(0, PLANE[WORDS] * (32 // PLANE[WIDTH])), PLANE, KEYS)
+        mask = valid_rows[:, None] & (weight != 0)[None, :]
+        x = tl.load(q + rows[:, None] * KEYS[DIM] + channel[None, :], mask=mask, other=0.0)
+        return (x.to(tl.float32) * inverse_power(unit)[:, None]).to(tl.float16)
+
+
+@triton.jit
+def rows_query(q, rows, valid_rows, CHANNELS_TILE: tl.constexpr, KEYS: tl.constexpr):
+    """Query rows for whole groups: those of each plane, all but one of which are empty, and their unit."""
+    channel = tl.arange(0, CHANNELS_TILE)
+    mask = (channel < KEYS[DIM])[None, :] & valid_rows[:, None]
+    x = tl.load(q + rows[:, None] * KEYS[DIM] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    unit = power_above(tl.maximum(tl.max(tl.abs(x), 1), LEAST_UNIT)) * 0.5
+    four = rows_of_plane(q, unit, rows, valid_rows, KEYS[PLANES][0], KEYS)
+    two = rows_of_plane(q, unit, rows, valid_rows, KEYS[PLANES][1], KEYS)
+    one = rows_of_plane(q, unit, rows, valid_rows, KEYS[PLANES][2], KEYS)
+    return four, two, one, unit
+
+
+@triton.jit
+def plane_numbers(numbers, PLANE: tl.constexpr, KEYS: tl.constexpr):
+    """Scales (or zero points) of a plane in the order of places, as stored: an integer for each run of neighbours."""
+    if PLANE[WORDS] == 0:
+        return tl.zeros((1,), tl.int32)
+    else:
+        # So many neighbouring places have scales that are neighbours, too.
+        run: tl.constexpr = 4 if PLANE[WORDS] >= 4 else PLANE[WORDS]
+        place = tl.arange(0, PLANE[WORDS] * (32 // PLANE[WIDTH]) // run) * run
+        field, _plane = field_at(place, PLANE[WIDTH], PLANE[WORDS])
+        field = tl.where(field < PLANE[FIELDS], field, 0)
+        kind: tl.constexpr = tl.int64 if run == 4 else tl.int32 if run == 2 else tl.int16
+        return tl.load(numbers.to(tl.pointer_type(kind), bitcast=True) + field // run)
+
+
+@triton.jit
+def plane_halves(x, PLANE: tl.constexpr):
+    """float16 of what ``plane_numbers`` gave."""
+    run: tl.constexpr = 4 if PLANE[WORDS] >= 4 else PLANE[WORDS]
+    if run == 1:
+        return x.to(tl.float16, bitcast=True)
+    elif run == 2:
+        return halves(x[:, None])
+    else:
+        low, high = x.to(tl.int32), (x >> 32).to(tl.int32)
+        even = (low & 0xFFFF) | (high << 16)
+        return halves(tl.join(even, ((low >> 16) & 0xFFFF) | (high & -65536)))
+
+
+@triton.jit
+def group_scales(keys, t0, KEYS: tl.constexpr):
+    """(scales, zero points), as stored, of each plane for the group of ``t0``."""
+    _codes, scale, zero, _norms = keys
+    at = code_slot(t0, KEYS) // KEYS[GROUP] * KEYS[STRIDE]
+    s, z = scale + at, zero + at
+    four = plane_numbers(s, KEYS[PLANES][0], KEYS), plane_numbers(z, KEYS[PLANES][0], KEYS)
+    two = plane_numbers(s, KEYS[PLANES][1], KEYS), plane_numbers(z, KEYS[PLANES][1], KEYS)
+    return four, two, (plane_numbers(s, KEYS[PLANES][2], KEYS), plane_numbers(z, KEYS[PLANES][2], KEYS))
+
+
+@triton.jit
+def scaled_plane(offset, q, s, z, factor, PLANE: tl.constexpr, KEYS: tl.constexpr):
+    """Queries times scales, and ``offset`` with the products of queries and zero points."""
+    if PLANE[WORDS] == 0:
+        return q, offset
+    else:
+        places: tl.constexpr = PLANE[WORDS] * (32 // PLANE[WIDTH])
+        _channel, weight = place_weights(tl.arange(0, places), PLANE, KEYS)
+        z = tl.broadcast_to(plane_halves(z, PLANE)[:, None], (places, LEAST_COLUMNS))
+        offset = tl.dot(q, z, acc=offset)
+        s = plane_halves(s, PLANE) * factor * weight.to(tl.float16)
+        return q * s[None, :], offset
+
+
+@triton.jit
+def most_of_plane(s, PLANE: tl.constexpr):
+    """The largest scale of a plane."""
+    return most_of(plane_halves(s, PLANE)) if PLANE[WORDS] > 0 else 0.0
+
+
+@triton.jit
+def rows_of_group(q, scales, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
+    """(queries times scales of each plane, factor [ROWS], offset [ROWS]) of a group of tokens.
+
+    What codes give with them, times factor, plus offset, are logits times log2(e).
+    """
+    s4, s2, s1 = scales[0][0], scales[1][0], scales[2][0]
+    z4, z2, z1 = scales[0][1], scales[1][1], scales[2][1]
+    q_four, q_two, q_one, q_unit = q
+    most = tl.maximum(most_of_plane(s4, KEYS[PLANES][0]), most_of_plane(s2, KEYS[PLANES][1]))
+    unit = power_above(tl.maximum(most, most_of_plane(s1, KEYS[PLANES][2]))) * 0.5
+    factor = (inverse_power(unit) * SCALED).to(tl.float16)
+    offset = tl.zeros((q_unit.shape[0], LEAST_COLUMNS), tl.float32)
+    q_four, offset = scaled_plane(offset, q_four, s4, z4, factor, KEYS[PLANES][0], KEYS)
+    q_two, offset = scaled_plane(offset, q_two, s2, z2, factor, KEYS[PLANES][1], KEYS)
+    q_one, offset = scaled_plane(offset, q_one, s1, z1, factor, KEYS[PLANES][2], KEYS)
+    q_unit = q_unit * (SM_SCALE * LOG2_E)
+    # No 0, which would make NaN of the logits of what is masked.
+    factor = tl.maximum(q_unit * (unit * (SUBNORMAL / SCALED)), LEAST_FACTOR)
+    return (q_four, q_two, q_one), factor, tl.max(offset, 1) * q_unit  # all columns are the same
+
+
+@triton.jit
+def words_to_columns(x, WORDS_OF: tl.constexpr, BITS: tl.constexpr):
+    """``x`` [words, tokens] as [tokens, 4 parts of words or more], tokens in the order of columns of logits."""
+    planes: tl.constexpr = 8 // BITS
+    parts: tl.constexpr = 4 // WORDS_OF if WORDS_OF < 4 else 1
+    words: tl.constexpr = x.shape[0]
+    count: tl.constexpr = x.shape[1] // parts
+    x = tl.reshape(x, (words, count // (16 * planes), 4, planes, 2, 2, parts))
+    return tl.reshape(tl.permute(x, (1, 3, 5, 2, 4, 0, 6)), (count, words * parts))
+
+
+@triton.jit
+def add_codes(sums, qs, codes, t0, V_BITS: tl.constexpr, PLANE: tl.constexpr, KEYS: tl.constexpr):
+    """``sums`` [ROWS, tokens] with the products of a plane's codes from ``t0`` on."""
+    if PLANE[WORDS] == 0:
+        return sums
+    else:
+        words = words_to_columns(plane_words(codes, t0, sums.shape[1], PLANE, KEYS), PLANE[WORDS], V_BITS)
+        return tl.dot(qs, tl.trans(fragment(words, PLANE[WIDTH], PLANE[WORDS])), acc=sums)
