@@ -32,7 +32,7 @@ def graphs(monkeypatch):
         seen.append(gm)
         return gm.forward
 
-    monkeypatch.setattr(xquant_fx.compiler.backend, "_inductor", run)
+    monkeypatch.setattr(xquant_fx.compiler.backend, "compile_by_inductor", run)
     return seen
 
 

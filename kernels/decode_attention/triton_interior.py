@@ -153,16 +153,16 @@ def interior_kernel(
     if INTERIOR_ROWS > 8:
         x = rows_query(q, query_rows + rows, valid_rows, K_CHANNELS, KEYS)
         masks = tl.arange(0, 8) + first_row
-        low = mask_rows_of(mask, masks, masks < all_rows, batch, kv_head, HEADS_PER_KV, QUERY, MASK_KIND, MASK_SHAPE)
-        high = low
+        first = mask_rows_of(mask, masks, masks < all_rows, batch, kv_head, HEADS_PER_KV, QUERY, MASK_KIND, MASK_SHAPE)
+        second = first
         if MASK_HEADS > 1:
-            high = mask_rows_of(
+            second = mask_rows_of(
                 mask, masks + 8, masks + 8 < all_rows, batch, kv_head, HEADS_PER_KV, QUERY, MASK_KIND, MASK_SHAPE
             )
         # Where heads have the same mask, 8 rows have those of all query tokens, of which there are no more.
         SAME: tl.constexpr = 0 if MASK_HEADS > 1 else QUERY
         sums = attend_rows(
-            x, keys, values, (low, high), tile_range, KEYS, VALUES, LOGITS, SAME, INTERIOR_TILE, BY_FOUR, ASM
+            x, keys, values, (first, second), tile_range, KEYS, VALUES, LOGITS, SAME, INTERIOR_TILE, BY_FOUR, ASM
         )
     else:
         mask_rows = mask_rows_of(mask, rows, valid_rows, batch, kv_head, HEADS_PER_KV, QUERY, MASK_KIND, MASK_SHAPE)

@@ -115,6 +115,8 @@ def attend_interior(
     """Sums (top [ROWS], total [ROWS], acc [channels, ROWS]) of tokens of ``tile_range`` = (low, high), whole tiles."""
     low, high = tile_range
     ROWS: tl.constexpr = q[4].shape[0]
+    # What a tile wants besides codes is loaded a tile ahead, but where masks of rows leave no registers for that.
+    AHEAD: tl.constexpr = mask_rows.shape[0] == 1
     BYTES: tl.constexpr = values[1].dtype.element_ty == tl.uint8
     WIDTH: tl.constexpr = VALUES[BITS]
     ALL_SEE: tl.constexpr = -1 if FOURS else 255
@@ -134,18 +136,24 @@ def attend_interior(
         for_keys, s, z, norms, seen = next_keys, next_s, next_z, next_norms, next_seen
         t1 = tl.minimum(t0 + TILE, last)
         next_keys = interior_scales(keys, t1, VALUES[CHANNELS], KEYS)
-        next_s, next_z = value_scales(values, t1, TILE, VALUES)
-        next_norms = token_norms(keys, t1, TILE, KEYS)
-        next_seen = mask_bits(mask_rows, t1, TILE, LOGITS[MASK], FOURS)
+        if AHEAD:
+            next_s, next_z = value_scales(values, t1, TILE, VALUES)
+            next_norms = token_norms(keys, t1, TILE, KEYS)
+            next_seen = mask_bits(mask_rows, t1, TILE, LOGITS[MASK], FOURS)
         r, of_row, offset = interior_logits(q, keys, for_keys, t0, TILE, WIDTH, LOGITS[SM_SCALE], BYTES, KEYS)
         if KEYS[NORMS] or LOGITS[SOFTCAP] != 0.0:
             r = r * of_row[None, :] + offset[None, :]
             if KEYS[NORMS]:
+                if not AHEAD:
+                    norms = token_norms(keys, t0, TILE, KEYS)
                 r = r * numbers_to_places(decode_scale(norms), WIDTH)
             if LOGITS[SOFTCAP] != 0.0:
                 capped: tl.constexpr = LOGITS[SOFTCAP] * LOG2_E
                 r = capped * tanh(r * (1.0 / capped))
             of_row, offset = tl.full((ROWS,), 1.0, tl.float32), tl.zeros((ROWS,), tl.float32)
+        if not AHEAD:
+            s, z = value_scales(values, t0, TILE, VALUES)
+            seen = mask_bits(mask_rows, t0, TILE, LOGITS[MASK], FOURS)
         if LOGITS[MASK] == "bool":  # noqa: SIM102 - known before the kernel runs
             # It is seldom applied: a mask hides what is padded, or to come.
             if tl.max((seen != ALL_SEE).to(tl.int32), 0) != 0:

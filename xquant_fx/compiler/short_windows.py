@@ -41,7 +41,7 @@ def why_not_static_window(node: Node, facts: Facts, request: Request) -> str:
 
 
 def _noted(site: Site, held: int) -> Site:
-    if not site.stays_ordinary or not site.window_tokens:
+    if not (site.stays_ordinary or site.allocated_here) or not site.window_tokens:  # or would, at the next step
         return site
     reason = why_short(site.window_tokens, held)
     return dataclasses.replace(site, reason=reason, is_short_window=True) if reason else site
