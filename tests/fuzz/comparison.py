@@ -176,6 +176,9 @@ class Comparison:
                 here, after = out, self.names["make"](self.leaves())  # what it saw cannot be had any more
             else:
                 here, after = self._taken_over(args, first, tokens)
+        elif self.case.append == "one by one" and tokens > 1 and self.case.bits < 16:
+            # Each token is an append of its own: what leaves the window meanwhile is read as codes.
+            here, after = out, self.names["make"](self.leaves())
         return self._judge(out, here, right, self.names["leaves"](after), first, tokens)
 
     def _taken_over(self, args: tuple[Any, ...], first: int, tokens: int) -> tuple[Tensor, Any]:
