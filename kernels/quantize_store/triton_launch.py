@@ -114,8 +114,9 @@ def launch(*sides: StoreArguments, wrap: Callable[[Any], Any]) -> None:
     new = first.x.shape[2]
     both = [constants(side) for side in (first, second)]
     programs = [made.pop("PROGRAMS") for made in both]
-    # Ranked channels take registers: more threads share them.
+    # Ranked channels take registers, and so do planes of 3 bits and codes that start over: more threads share them.
     many = any(made["APPEND"] == "ranked" and made["CHANNELS"] > 64 for made in both)
+    many = many or any(made["BITS"] == 3 or made["WRAP"] for made in both)
     of_sides = [
         side.replace(x=side.x.contiguous()).positional(without=COMMON) if side else [None] * len(OF_SIDE)
         for side in (first, second)
