@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.find_sites import NOT_RECOGNISED, Refusal, find_sites
+from xquant_fx.passes.foresight import foresee
 from xquant_fx.passes.in_place import why_not_in_place
 from xquant_fx.passes.match_decode import match_decode
 from xquant_fx.passes.match_folding import match_folding
@@ -42,17 +43,16 @@ def detect(gm: GraphModule, refusal: Refusal, planner: Planner, unfused: str = "
     judged = tuple(_with_form(site, facts, specs, unfused) for site in sites)
     written = (*(mutation.root for mutation in facts.mutations), *(write.buffer for write in facts.writes))
     inputs = frozenset(node for node in written if node.op == "placeholder")
-    return Detection(gm, judged, tuple(facts.writes), inputs, specs, ordinary, plans)
+    foresights = {write.node: foresee(write, facts) for write in facts.writes if write.moves}
+    return Detection(gm, judged, tuple(facts.writes), inputs, specs, ordinary, plans, foresights)
 
 
 def _with_form(site: Site, facts: Facts, specs: dict[Node, KVSpec], unfused: str) -> Site:
     """``site`` with the call that it becomes, or why it reads dequantized keys and values."""
-    runs_as_it_stands = _begins(site) or any(node.target is quantized_empty for node in site.buffers)
-    if not site.rewritable or runs_as_it_stands:
+    allocates = any(node.target is quantized_empty for node in site.buffers)
+    if not site.rewritable or allocates or _begins(site) or _attends_to_itself(site):
         return site
     reason, absorbed = unfused or _why_not_specs(site, specs), None
-    if _attends_to_itself(site):
-        return site
     if not site.attention.is_recognised:
         reason = f"it is appended to, {NOT_RECOGNISED}"
     elif site.is_latent and not unfused:

@@ -49,7 +49,7 @@ def _stored(site: Site, context: Context) -> dict[str, Any]:
     k, v = (LoadArguments.of(context.loads[write.node]) for write in (site.key_write, site.value_write))
     key, value = (context.detection.specs[buffer] for buffer in site.buffers)
     fixed = key.decode_constants(value)
-    keep = site.key_write.keep or kept_of_window(site, context)
+    keep = site.key_write.keep or kept_of_window(site.key_write)
     if keep:  # the mask says what is seen of what was kept, and a chunk is the longer
         fixed["window"] = keep + k.new_tokens
     return dict(

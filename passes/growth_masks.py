@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from xquant_fx.cache.sliding import SlidingKV
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.context import Context
+from xquant_fx.passes.facts import is_sliding
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.records import Site
+from xquant_fx.passes.records import Site, Write
 from xquant_fx.passes.trace import value_of
 
 
@@ -28,7 +28,7 @@ def end_of_growth(graph: Graph, site: Site, stored: dict[str, Any], context: Con
     holds the arguments of the op that the cache has.
     """
     write = site.key_write
-    if write is None or (write.past is None and not is_sliding_window(site, context)):
+    if write is None or (write.past is None and not is_sliding(write.buffer)):
         return None
     past, new, room = stored["past"], stored["new_tokens"], stored["max_len"]
     first, which = first_kept(site, context), _step_of(site, stored, context)
@@ -49,22 +49,9 @@ def _step_of(site: Site, stored: dict[str, Any], context: Context) -> tuple[obje
     return id(buffer.live.group), stored["new_tokens"], stored["max_len"], 0 if first is None else stored["window"]
 
 
-def is_sliding_window(site: Site, context: Context) -> bool:
-    """Whether the site moves a sliding window that is stored as one."""
-    write = site.key_write
-    return write is not None and write.slide is not None and isinstance(_input(write.buffer, context), SlidingKV)
-
-
-def kept_of_window(site: Site, context: Context) -> int:
+def kept_of_window(write: Write) -> int:
     """How many old tokens a full sliding window gives its attention; 0 where it is none."""
-    write = site.key_write
-    is_window = write is not None and write.slide is not None and is_sliding_window(site, context)
-    return int(write.slide.old) if is_window and write.slide.is_full else 0  # type: ignore[union-attr]
-
-
-def _input(buffer: Node, context: Context) -> object:
-    place = context.placeholders.get(buffer)
-    return None if place is None else context.inputs[place]
+    return int(write.slide.old) if write.slide is not None and write.slide.is_full and is_sliding(write.buffer) else 0
 
 
 def first_kept(site: Site, context: Context) -> Node | None:

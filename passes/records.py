@@ -63,6 +63,11 @@ class Write:
     """Of a sliding window that moves: how."""
 
     @property
+    def moves(self) -> bool:
+        """Whether it moves a sliding window whose tokens go on being seen."""
+        return self.slide is not None and not self.slide.is_prompt
+
+    @property
     def returned(self) -> Node:
         """Of a concatenation: what the graph returns of it, the cache of the next step."""
         return self.kept or self.node
@@ -370,6 +375,8 @@ class Detection:
     """Ordinary buffers that can be taken over,"""
     plans: tuple[Plan, ...] = ()
     """and what they are going to be, one plan for each cache."""
+    foresights: dict[Node, Foresight] = dataclasses.field(default_factory=dict)
+    """How many tokens windows hold before they move, by the node that moves each."""
 
     @property
     def left_for_now(self) -> tuple[int, ...]:

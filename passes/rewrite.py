@@ -87,7 +87,7 @@ class BufferRewrite:
         self.graph.erase_node(self.buffer)
 
     def _store(self, write: Write) -> None:
-        if write.slide is not None and not write.slide.is_prompt:
+        if write.moves:
             raise UnsupportedWriteError(f"{self._where()}: the window slides, and is stored as one that does not")
         self._stored(write)
         self.graph.erase_node(write.node)

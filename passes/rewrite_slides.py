@@ -53,7 +53,7 @@ class SlideRewrite(BufferRewrite):
     def run(self) -> None:
         """Rewrite, then drop the placeholder."""
         for write in self.writes.values():
-            if write.slide is None or write.slide.is_prompt:
+            if not write.moves:
                 raise UnsupportedWriteError(
                     f"{self._where()}: {op_name(write.node)} is no way to append to a sliding window that is full"
                 )

@@ -122,11 +122,12 @@ def _why_not_uses(buffer: Node, what: str, facts: Facts) -> str:
     write = writes[0]
     if _wraps(write.positions):
         return f"{what}: positions are taken modulo a number (a ring buffer?)"
-    spelling = () if write.slide is None else write.slide.nodes
+    slide = write.slide
+    spelling = () if slide is None else slide.nodes
     for user in buffer.users:
         if facts.order[user] < facts.order[write.node] and not is_shape_query(user) and user not in spelling:
             return f"{what}: the buffer is read by {op_name(user)} before it is written"
-    whole = None if write.slide is None or write.slide.is_prompt else write.slide.whole
+    whole = slide.whole if slide is not None and write.moves else None
     read = [*readers(buffer), *(() if whole is None else readers(whole))]
     for user, operand in read:
         if is_shape_query(user) or user in spelling or (user is write.node and operand is not write.x):

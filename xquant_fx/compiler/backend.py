@@ -36,7 +36,7 @@ from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.proof import Call
 from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.compiler.self_check import self_check
-from xquant_fx.compiler.short_windows import note_short_windows, why_not_growing_window, why_not_static_window
+from xquant_fx.compiler.short_windows import note_short_windows, why_not_sliding_window
 from xquant_fx.compiler.sliding_step import SlidingStep, begin_to_slide, moved_windows
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.watch import Watch
@@ -125,8 +125,7 @@ def detect_graph(
     call = Call(copy, given, originals=originals)
 
     def refusal(node: Node, what: str, facts: Facts) -> Refused:
-        lasting = surroundings or why_not_growing_window(node, facts, request)
-        lasting = lasting or why_not_static_window(node, facts, request)
+        lasting = surroundings or why_not_sliding_window(node, facts, request)
         return Refused(lasting) if lasting else Refused(call.refuse(node, what, facts), of_call=True)
 
     with dynamo_timed("xquant_detect"):  # for torch._dynamo.utils.compile_times()

@@ -29,7 +29,6 @@ from xquant_fx.compiler.differences import Difference, beyond_rounding
 from xquant_fx.compiler.full_precision import Rebuilt, contents_of, full
 from xquant_fx.compiler.left_alone import CHECKED
 from xquant_fx.compiler.options import Request
-from xquant_fx.compiler.sliding_step import moves
 from xquant_fx.errors import UnsupportedWriteError
 from xquant_fx.passes import pipeline
 from xquant_fx.passes.context import Context
@@ -152,7 +151,7 @@ class _Check:
     def _context(self, again: Detection) -> tuple[Context, Rebuilt]:
         """The context of the passes; the graph's fake inputs become stand-ins where they are to be stored."""
         context = Context(again, [])
-        sliding = {b.index for b in again.ordinary if b.index is not None and moves(b.write)}
+        sliding = {b.index for b in again.ordinary if b.index is not None and b.write.moves}
         for buffer in again.ordinary:
             if buffer.index is not None:
                 spec, anchor = again.specs[buffer.node], value_of(buffer.node)

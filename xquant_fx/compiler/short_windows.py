@@ -20,23 +20,14 @@ def note_short_windows(found: Detection, request: Request) -> Detection:
     return dataclasses.replace(found, sites=tuple(_noted(site, held) for site in found.sites))
 
 
-def why_not_growing_window(node: Node, facts: Facts, request: Request) -> str:
-    """Why the sliding window ``node``, which grows by concatenation, stays as it is; "" if it does not."""
-    growth = facts.growth(node)
-    if growth is None or not growth.window:
-        return ""
-    keys = {facts.source(attention.key).root for attention in facts.attention}
-    others = sum((grown := facts.growth(root)) is not None and not grown.window for root in keys)
-    return why_not_window(growth.window, others, request.effective)
-
-
-def why_not_static_window(node: Node, facts: Facts, request: Request) -> str:
-    """Why the sliding window of the buffer ``node`` stays as it is; "" if it does not, or if it is none."""
+def why_not_sliding_window(node: Node, facts: Facts, request: Request) -> str:
+    """Why the sliding window ``node``, a buffer or what grows, stays as it is; "" if it does not, or if it is none."""
     tokens = window_tokens(node, facts)
-    if facts.growth(node) is not None or not tokens:
+    if not tokens:
         return ""
     keys = {facts.source(attention.key).root for attention in facts.attention}
-    others = sum(bool(facts.writes_to(root)) and not window_tokens(root, facts) for root in keys)
+    caches = [root for root in keys if facts.growth(root) is not None or facts.writes_to(root)]
+    others = sum(not window_tokens(root, facts) for root in caches)
     return why_not_window(tokens, others, request.effective)
 
 

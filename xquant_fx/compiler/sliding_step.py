@@ -9,14 +9,12 @@ from typing import Any
 from torch.fx import GraphModule
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.sliding import SlidingKV
 from xquant_fx.compiler.give_back import GiveBack
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.proof import Call
 from xquant_fx.errors import UnsupportedWriteError
 from xquant_fx.passes.context import Context
-from xquant_fx.passes.facts import Facts
-from xquant_fx.passes.foresight import foresee
+from xquant_fx.passes.facts import is_sliding
 from xquant_fx.passes.graph import size_among_inputs
 from xquant_fx.passes.records import Detection, Write
 from xquant_fx.plan.windows import full_precision_tokens, why_not_window, why_short
@@ -26,18 +24,13 @@ NOT_HELD = "a window is moved that holds fewer tokens than it has room for"
 Moved = list[tuple[int, int | tuple[int, int]]]
 
 
-def moves(write: Write) -> bool:
-    """Whether ``write`` moves a sliding window whose tokens go on being seen."""
-    return write.slide is not None and not write.slide.is_prompt
-
-
 def begin_to_slide(gm: GraphModule, found: Detection, inputs: list[Any], request: Request) -> Callable[..., Any] | None:
     """The step in which windows begin to slide that were written like any cache until now; None if none does.
 
     While they filled it could not be told that they are windows. Those that are not worth it are given back now.
     """
     places = {node: i for i, node in enumerate(found.gm.graph.find_nodes(op="placeholder"))}
-    moved = [(places.get(write.buffer, -1), write) for write in found.writes if moves(write)]
+    moved = [(places.get(write.buffer, -1), write) for write in found.writes if write.moves]
     windows = {i: write for i, write in moved if i >= 0 and type(inputs[i]) is QuantizedKV}
     quantized = [i for i, value in enumerate(inputs) if isinstance(value, QuantizedKV)]
     for i in windows:
@@ -62,8 +55,7 @@ class BeginToSlide:
         request: Request,
     ) -> None:
         self.found, self.windows, self.graph = found, windows, graph
-        facts = Facts(found.gm.graph)
-        self.foresights = {write.node: foresee(write, facts) for write in windows.values()}
+        self.foresights = {write.node: found.foresights[write.node] for write in windows.values()}
         self.give_back = GiveBack(graph, quantized, NOT_HELD, request)
 
     def __call__(self, *args: Any) -> Any:
@@ -84,13 +76,12 @@ def moved_windows(context: Context) -> Moved:
     """
     moved: Moved = []
     for write in context.detection.writes:
-        at = context.placeholders.get(write.buffer, -1)
-        if at >= 0 and moves(write) and isinstance(context.inputs[at], SlidingKV):
+        if write.moves and is_sliding(write.buffer):
             tokens = write.tokens
             where = tokens if isinstance(tokens, int) else size_among_inputs(context.placeholders, tokens)
             if where is None:
                 raise UnsupportedWriteError("no input tells how many tokens are new in a sliding window")
-            moved.append((at, where))
+            moved.append((context.placeholders[write.buffer], where))
     return moved
 
 
