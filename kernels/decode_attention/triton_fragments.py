@@ -96,21 +96,29 @@ def numbers_to_places(x, BITS: tl.constexpr):
 
     That is word // 4, plane, word % 4, odd byte, half, highest first.
     """
-    planes: tl.constexpr = 8 // BITS
-    count: tl.constexpr = x.shape[0]
-    x = tl.reshape(x, (count // (16 * planes), 4, planes, 2, 2))
-    return tl.reshape(tl.permute(x, (0, 2, 1, 4, 3)), (count,))[:, None]
+    return numbers_in_order(x, BITS, False)[:, None]
 
 
 @triton.jit
-def words_to_places(x, WORDS: tl.constexpr, BITS: tl.constexpr):
-    """``x`` [words, tokens] as [tokens, 4 parts of words or more], tokens in the order of places of values."""
+def numbers_in_order(x, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``x`` [tokens] in the order of places, or of columns of logits: there the odd byte is before word % 4."""
+    planes: tl.constexpr = 8 // BITS
+    count: tl.constexpr = x.shape[0]
+    x = tl.reshape(x, (count // (16 * planes), 4, planes, 2, 2))
+    x = tl.permute(x, (0, 2, 4, 1, 3)) if COLUMNS else tl.permute(x, (0, 2, 1, 4, 3))
+    return tl.reshape(x, (count,))
+
+
+@triton.jit
+def words_in_order(x, WORDS: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``x`` [words, tokens] as [tokens, 4 parts of words or more], tokens ordered as in ``numbers_in_order``."""
     planes: tl.constexpr = 8 // BITS
     parts: tl.constexpr = 4 // WORDS if WORDS < 4 else 1
     words: tl.constexpr = x.shape[0]
     count: tl.constexpr = x.shape[1] // parts
     x = tl.reshape(x, (words, count // (16 * planes), 4, planes, 2, 2, parts))
-    return tl.reshape(tl.permute(x, (1, 3, 2, 5, 4, 0, 6)), (count, words * parts))
+    x = tl.permute(x, (1, 3, 5, 2, 4, 0, 6)) if COLUMNS else tl.permute(x, (1, 3, 2, 5, 4, 0, 6))
+    return tl.reshape(x, (count, words * parts))
 
 
 @triton.jit

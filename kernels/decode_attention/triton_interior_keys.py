@@ -15,7 +15,7 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
     fragment,
     inverse_power,
     power_above,
-    words_to_places,
+    words_in_order,
 )
 from xquant_fx.kernels.decode_attention.triton_interior_scales import FIELDS, FIRST, WIDTH, WORDS, halves_of_run
 from xquant_fx.kernels.decode_attention.triton_products import SUBNORMAL
@@ -145,7 +145,7 @@ def add_plane(sums, levels, codes, t0, q, s, factor, V_BITS: tl.constexpr, BYTES
     if PLANE[WORDS] == 0:
         return sums, levels
     else:
-        words = words_to_places(plane_words(codes, t0, sums.shape[0], PLANE, KEYS), PLANE[WORDS], V_BITS)
+        words = words_in_order(plane_words(codes, t0, sums.shape[0], PLANE, KEYS), PLANE[WORDS], V_BITS, False)
         run: tl.constexpr = 4 if PLANE[WORDS] >= 4 else PLANE[WORDS]
         qs = tl.trans(q * (halves_of_run(s, run, BYTES, False) * factor)[None, :])
         sums = tl.dot(fragment(words, PLANE[WIDTH], PLANE[WORDS]), qs, acc=sums)

@@ -73,10 +73,16 @@ def mask_bits(mask_rows, t0, TILE: tl.constexpr, MASK_KIND: tl.constexpr, FOURS:
 
 
 @triton.jit
+def token_bits(bits):
+    """``mask_bits`` of four tokens each as those of one: a byte, and what is above it."""
+    return tl.reshape(bits[:, None] >> (tl.arange(0, 4) * 8)[None, :], (bits.shape[0] * 4,))
+
+
+@triton.jit
 def rows_that_see(bits, ROWS: tl.constexpr, WIDTH: tl.constexpr, FOURS: tl.constexpr):
     """[tokens, ROWS] of ``mask_bits``, tokens in the order of places of values."""
     if FOURS:
-        bits = tl.reshape(bits[:, None] >> (tl.arange(0, 4) * 8)[None, :], (bits.shape[0] * 4,))
+        bits = token_bits(bits)
     return (numbers_to_places(bits, WIDTH) >> tl.arange(0, ROWS)[None, :]) & 1
 
 

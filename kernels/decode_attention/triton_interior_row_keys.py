@@ -13,7 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.decode_attention.triton_fragments import field_at, fragment, halves, inverse_power, power_above
+from xquant_fx.kernels.decode_attention.triton_fragments import (
+    fragment,
+    halves,
+    inverse_power,
+    power_above,
+    words_in_order,
+)
 from xquant_fx.kernels.decode_attention.triton_interior_keys import (
     LEAST_FACTOR,
     LEAST_UNIT,
@@ -22,7 +28,7 @@ from xquant_fx.kernels.decode_attention.triton_interior_keys import (
     place_weights,
     plane_words,
 )
-from xquant_fx.kernels.decode_attention.triton_interior_scales import FIELDS, WIDTH, WORDS
+from xquant_fx.kernels.decode_attention.triton_interior_scales import WIDTH, WORDS, fields_of_runs, halves_of_four
 from xquant_fx.kernels.decode_attention.triton_products import SUBNORMAL
 from xquant_fx.kernels.decode_attention.triton_unpack import DIM, GROUP, PLANES, STRIDE, code_slot
 
@@ -67,13 +73,9 @@ def plane_numbers(numbers, PLANE: tl.constexpr, KEYS: tl.constexpr):
     if PLANE[WORDS] == 0:
         return tl.zeros((1,), tl.int32)
     else:
-        # So many neighbouring places have scales that are neighbours, too.
         run: tl.constexpr = 4 if PLANE[WORDS] >= 4 else PLANE[WORDS]
-        place = tl.arange(0, PLANE[WORDS] * (32 // PLANE[WIDTH]) // run) * run
-        field, _plane = field_at(place, PLANE[WIDTH], PLANE[WORDS])
-        field = tl.where(field < PLANE[FIELDS], field, 0)
         kind: tl.constexpr = tl.int64 if run == 4 else tl.int32 if run == 2 else tl.int16
-        return tl.load(numbers.to(tl.pointer_type(kind), bitcast=True) + field // run)
+        return tl.load(numbers.to(tl.pointer_type(kind), bitcast=True) + fields_of_runs(run, PLANE) // run)
 
 
 @triton.jit
@@ -85,9 +87,7 @@ def plane_halves(x, PLANE: tl.constexpr):
     elif run == 2:
         return halves(x[:, None])
     else:
-        low, high = x.to(tl.int32), (x >> 32).to(tl.int32)
-        even = (low & 0xFFFF) | (high << 16)
-        return halves(tl.join(even, ((low >> 16) & 0xFFFF) | (high & -65536)))
+        return halves_of_four(x)
 
 
 @triton.jit
@@ -144,21 +144,10 @@ def rows_of_group(q, scales, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def words_to_columns(x, WORDS_OF: tl.constexpr, BITS: tl.constexpr):
-    """``x`` [words, tokens] as [tokens, 4 parts of words or more], tokens in the order of columns of logits."""
-    planes: tl.constexpr = 8 // BITS
-    parts: tl.constexpr = 4 // WORDS_OF if WORDS_OF < 4 else 1
-    words: tl.constexpr = x.shape[0]
-    count: tl.constexpr = x.shape[1] // parts
-    x = tl.reshape(x, (words, count // (16 * planes), 4, planes, 2, 2, parts))
-    return tl.reshape(tl.permute(x, (1, 3, 5, 2, 4, 0, 6)), (count, words * parts))
-
-
-@triton.jit
 def add_codes(sums, qs, codes, t0, V_BITS: tl.constexpr, PLANE: tl.constexpr, KEYS: tl.constexpr):
     """``sums`` [ROWS, tokens] with the products of a plane's codes from ``t0`` on."""
     if PLANE[WORDS] == 0:
         return sums
     else:
-        words = words_to_columns(plane_words(codes, t0, sums.shape[1], PLANE, KEYS), PLANE[WORDS], V_BITS)
+        words = words_in_order(plane_words(codes, t0, sums.shape[1], PLANE, KEYS), PLANE[WORDS], V_BITS, True)
         return tl.dot(qs, tl.trans(fragment(words, PLANE[WIDTH], PLANE[WORDS])), acc=sums)

@@ -13,13 +13,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xquant_fx.kernels.decode_attention.triton_fragments import exp2, fragment, inverse_power, power_above
+from xquant_fx.kernels.decode_attention.triton_fragments import (
+    exp2,
+    fragment,
+    inverse_power,
+    numbers_in_order,
+    power_above,
+)
 from xquant_fx.kernels.decode_attention.triton_interior_keys import LOG2_E
 from xquant_fx.kernels.decode_attention.triton_interior_loop import (
     LARGEST_LOG2,
     LN_2,
     NOTHING,
     mask_bits,
+    token_bits,
     value_scales,
     value_words,
 )
@@ -37,18 +44,6 @@ from xquant_fx.kernels.triton_small_floats import UNIT_OF_SCALES, scale_in_units
 
 # The bits of 2.0: no number from 0 on that is smaller has bit 30.
 TWO = tl.constexpr(0x40000000)
-
-
-@triton.jit
-def numbers_to_columns(x, WIDTH: tl.constexpr):
-    """``x`` [tokens] in the order of columns of logits, for values of WIDTH bits.
-
-    That is word // 4, plane, odd byte, word % 4, half, highest first.
-    """
-    planes: tl.constexpr = 8 // WIDTH
-    count: tl.constexpr = x.shape[0]
-    x = tl.reshape(x, (count // (16 * planes), 4, planes, 2, 2))
-    return tl.reshape(tl.permute(x, (0, 2, 4, 1, 3)), (count,))
 
 
 @triton.jit
@@ -79,11 +74,9 @@ def rows_that_see(bits, ROWS: tl.constexpr, QUERY: tl.constexpr, WIDTH: tl.const
     """[ROWS, tokens] of two ``mask_bits``, of 8 rows each; with QUERY, rows of a query token see the same."""
     low, high = bits
     if FOURS:
-        byte = (tl.arange(0, 4) * 8)[None, :]
-        low = tl.reshape(low[:, None] >> byte, (low.shape[0] * 4,))
-        high = tl.reshape(high[:, None] >> byte, (high.shape[0] * 4,))
+        low, high = token_bits(low), token_bits(high)
     bit = tl.arange(0, ROWS) % QUERY if QUERY > 0 else tl.arange(0, ROWS)
-    both = numbers_to_columns((low & 255) | ((high & 255) << 8), WIDTH)
+    both = numbers_in_order((low & 255) | ((high & 255) << 8), WIDTH, True)
     return (both[None, :] >> bit[:, None]) & 1
 
 
@@ -185,10 +178,10 @@ def attend_rows(
                 acc = acc * (alpha * (unit * inverse_power(new_unit))[:, None])
                 top, unit = new_top, new_unit
             p = p.to(tl.float16)
-            z = numbers_to_columns(s if VALUES[ROTATION] != -1 else z.to(tl.float32), WIDTH).to(tl.float16)
+            z = numbers_in_order(s if VALUES[ROTATION] != -1 else z.to(tl.float32), WIDTH, True).to(tl.float16)
             total = tl.dot(p, ones, acc=total)
             from_zeros = tl.dot(p, tl.broadcast_to(z[:, None], (STEP, LEAST_COLUMNS)), acc=from_zeros)
-            s = numbers_to_columns(s, WIDTH) * (weight * inverse_power(unit))
+            s = numbers_in_order(s, WIDTH, True) * (weight * inverse_power(unit))
             words = tl.trans(value_words(values[0], t, STEP, VALUES))
             ps = columns_to_places(p * s.to(tl.float16)[None, :])
             acc = tl.dot(ps, tl.trans(fragment(words, WIDTH, STEP * WIDTH // 32)), acc=acc)

@@ -20,6 +20,14 @@ FIRST = tl.constexpr(3)
 
 
 @triton.jit
+def halves_of_four(x):
+    """float16 [4 * N] of int64 ``x`` [N], of each four 0, 2, 1, 3."""
+    low, high = x.to(tl.int32), (x >> 32).to(tl.int32)
+    even = (low & 0xFFFF) | (high << 16)
+    return halves(tl.join(even, ((low >> 16) & 0xFFFF) | (high & -65536)))
+
+
+@triton.jit
 def load_run(numbers, index, RUN: tl.constexpr):
     """Of each RUN of 4, 2 or 1 scales (or mid points) from places RUN * ``index`` on: bytes as an integer [N],
     float16 numbers themselves [RUN * N], of each four 0, 2, 1, 3.
@@ -34,10 +42,7 @@ def load_run(numbers, index, RUN: tl.constexpr):
     elif RUN == 2:
         return halves(tl.load(numbers.to(tl.pointer_type(tl.int32), bitcast=True) + index)[:, None])
     else:
-        x = tl.load(numbers.to(tl.pointer_type(tl.int64), bitcast=True) + index)
-        low, high = x.to(tl.int32), (x >> 32).to(tl.int32)
-        even = (low & 0xFFFF) | (high << 16)
-        return halves(tl.join(even, ((low >> 16) & 0xFFFF) | (high & -65536)))
+        return halves_of_four(tl.load(numbers.to(tl.pointer_type(tl.int64), bitcast=True) + index))
 
 
 @triton.jit
@@ -54,16 +59,21 @@ def halves_of_run(x, RUN: tl.constexpr, BYTES: tl.constexpr, SIGNED: tl.constexp
 
 
 @triton.jit
+def fields_of_runs(RUN: tl.constexpr, PLANE: tl.constexpr):
+    """The first field of each RUN neighbouring places of a plane, whose scales are neighbours, too."""
+    place = tl.arange(0, PLANE[WORDS] * (32 // PLANE[WIDTH]) // RUN) * RUN
+    field, _plane = field_at(place, PLANE[WIDTH], PLANE[WORDS])
+    return tl.where(field < PLANE[FIELDS], field, 0)
+
+
+@triton.jit
 def plane_scales(scale, PLANE: tl.constexpr, KEYS: tl.constexpr):
     """The scale of each field of a plane, as ``load_run`` has it."""
     if PLANE[WORDS] == 0:
         return tl.zeros((1,), tl.float16)
     else:
-        # So many neighbouring places have scales that are neighbours, too.
         run: tl.constexpr = 4 if PLANE[WORDS] >= 4 else PLANE[WORDS]
-        place = tl.arange(0, PLANE[WORDS] * (32 // PLANE[WIDTH]) // run) * run
-        field, _plane = field_at(place, PLANE[WIDTH], PLANE[WORDS])
-        field = tl.where(field < PLANE[FIELDS], field, 0)
+        field = fields_of_runs(run, PLANE)
         if KEYS[RANKED]:
             field = rank_of_field(field, PLANE[WIDTH], KEYS[COUNTS])
         return load_run(scale, field // run, run)
