@@ -105,9 +105,14 @@ def unit_kernels() -> dict[str, Any]:
     return {f"cpp_{name}": compiler.cpp_pybinding(types, KERNEL % ends) for name, ends in (("a", "+ 1"), ("b", "* 2"))}
 
 
+def unit_module() -> dict[str, Any]:
+    """What a generated module has besides its wrapper."""
+    return {**unit_kernels(), "empty_strided_cpu": torch._C._dynamo.guards._empty_strided_cpu, "torch": torch}
+
+
 def test_kernels_of_one_source() -> None:
     counters.clear()
-    module = {**unit_kernels(), "empty_strided_cpu": torch._C._dynamo.guards._empty_strided_cpu, "torch": torch}
+    module = unit_module()
 
     def wrapper(args):  # type: ignore[no-untyped-def]
         (arg0_1,) = args
@@ -128,7 +133,7 @@ def test_kernels_of_one_source() -> None:
 def test_constants_that_a_module_gets_after_it_is_loaded(known: bool) -> None:
     """Inductor sets them as attributes of the finished module; a name that stays unknown is no tensor."""
     counters.clear()
-    module = {**unit_kernels(), "empty_strided_cpu": torch._C._dynamo.guards._empty_strided_cpu, "torch": torch}
+    module = unit_module()
 
     def wrapper(args):  # type: ignore[no-untyped-def]
         (_arg0_1,) = args
