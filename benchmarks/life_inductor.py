@@ -10,8 +10,8 @@ import warnings
 from typing import Any
 
 import torch
-from life_caches import IDS, Life
-from life_programs import steps
+from life_caches import Life
+from life_programs import prompt_and_steps
 from life_scenarios import Scenario
 from torch import Tensor
 from torch._inductor import config as inductor_config
@@ -28,8 +28,7 @@ def built_by(settings: dict[str, Any] | None = None, mode: str | None = None) ->
         backend = functools.partial(xquant_backend, mode=mode, options=life.options)  # torch.compile takes one of both
         life.compiled = life.compile(life.model.forward, backend=backend, dynamic=False)
         with inductor_config.patch({"compile_threads": 1, **(settings or {})}):
-            cache, out = life.begin(IDS[:1, :20])
-            return [out, *steps(life, cache, range(20, 23))]
+            return prompt_and_steps(life, range(20, 23))
 
     return scenario
 
@@ -37,8 +36,7 @@ def built_by(settings: dict[str, Any] | None = None, mode: str | None = None) ->
 def _tensor_parallel(life: Life) -> list[Tensor]:
     """Two processes, each with half of the heads and a cache of these, by transformers' own plan and gloo."""
     if life.mode == "plain":
-        cache, out = life.begin(IDS[:1, :20])
-        return [out, *steps(life, cache)]
+        return prompt_and_steps(life)
     context, queue = multiprocessing.get_context("fork"), multiprocessing.get_context("fork").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         life.model.save_pretrained(folder)
@@ -62,8 +60,7 @@ def _rank(rank: int, folder: str, life: Life, queue: Any) -> None:
         life.model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
         life.compiled = life.compile(life.model.forward)
         with torch.no_grad():
-            cache, out = life.begin(IDS[:1, :20])
-            logits = [out, *steps(life, cache)]
+            logits = prompt_and_steps(life)
         assert not life.in_full_precision(), "caches of tensor parallel models stay in full precision"
         queue.put([each.tolist() for each in logits])
     except Exception as error:

@@ -23,6 +23,12 @@ def steps(life: Life, cache: Any, tokens: range = TOKENS, row: int = 0) -> list[
     return [life.step(IDS[row : row + 1, at : at + 1], cache) for at in tokens]
 
 
+def prompt_and_steps(life: Life, tokens: range = TOKENS) -> list[Tensor]:
+    """Logits of the last token of a prompt, and of single tokens after it."""
+    cache, out = life.begin(IDS[:1, :20])
+    return [out, *steps(life, cache, tokens)]
+
+
 # Ways to generate.
 
 
@@ -113,16 +119,14 @@ def _layers(life: Life) -> list[Tensor]:
         for layer in life.model.model.layers:
             layer.forward = life.compile(layer.forward)
         life.compiled = life.model.forward
-    cache, out = life.begin(IDS[:1, :20])
-    return [out, *steps(life, cache)]
+    return prompt_and_steps(life)
 
 
 def _inner(life: Life) -> list[Tensor]:
     if life.mode != "plain":
         life.model.model.forward = life.compile(life.model.model.forward)
         life.compiled = life.model.forward
-    cache, out = life.begin(IDS[:1, :20])
-    return [out, *steps(life, cache)]
+    return prompt_and_steps(life)
 
 
 def _stages(life: Life) -> list[Tensor]:
@@ -148,8 +152,7 @@ def _stages(life: Life) -> list[Tensor]:
 
     life.compiled = whole(life.compile(first), life.compile(second))
     life.model.forward = whole(first, second)
-    cache, out = life.begin(IDS[:1, :20])
-    return [out, *steps(life, cache)]
+    return prompt_and_steps(life)
 
 
 # Ways to compile.
@@ -176,8 +179,7 @@ def _limit(life: Life) -> list[Tensor]:
 
 def _training(life: Life) -> list[Tensor]:
     life.model.train()
-    cache, out = life.begin(IDS[:1, :20])
-    return [out, *steps(life, cache)]
+    return prompt_and_steps(life)
 
 
 RUN_BY: dict[str, Scenario] = {
