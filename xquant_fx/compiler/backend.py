@@ -220,6 +220,7 @@ def _compile_quantized(
     whole = [i for i, node in enumerate(results) if _whole_numbers(fake(node)) in shapes]
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
     compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
+    context.state.tensors.clear()  # or the graph would keep the cache that it was compiled with
     step = CompiledStep(compiled, keep, written, context.state, restarts, whole)
     if moved:
         return SlidingStep(step, gm.forward, moved)
