@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xquant_fx import ops
 from xquant_fx.cache.group import CacheGroup, Chunk
+from xquant_fx.cache.pages import is_shared
 from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.faults import FAULTS, Fault, may_wrap
 from xquant_fx.kernels.layout import STEP_TOKENS
@@ -144,8 +145,14 @@ class KVState:
         first are not seen.
         """
         for name, tensor in self.owned.items():
-            if name != "energy":
+            if name == "energy":
+                continue
+            if not is_shared(tensor):
                 tensor.zero_()
+                continue
+            with torch.inference_mode(False):  # zeros written to shared pages would make all of them our own
+                self.owned[name] = torch.zeros_like(tensor)
+            self.group.collected.clear()
         self.group.drop()
         self.group.faults.clear()
         self.group.mended()
