@@ -67,14 +67,15 @@ class PromptKeys(torch.Tensor):
         names = ("query", "key") if func in _ATTENTIONS else ("input", "other")
         query, keys = (args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(names))
         prompt = keys.prompt if isinstance(keys, PromptKeys) and not isinstance(query, PromptKeys) else None
+        if prompt is not None and isinstance(query, Tensor) and func in _ATTENTIONS + _PRODUCTS:
+            prompt.note(query)  # before the keys are multiplied, which are in the processor's caches now
         with torch._C.DisableTorchFunctionSubclass():
             if prompt is not None and func in _ATTENTIONS:
                 args = (*args[:3], *map(prompt.cut, args[3:]))  # from the fourth on: the mask, numbers
                 kwargs = {**kwargs, "attn_mask": prompt.cut(kwargs["attn_mask"])} if "attn_mask" in kwargs else kwargs
             result = func(*args, **kwargs)
-        if prompt is not None and isinstance(query, Tensor) and func in _ATTENTIONS + _PRODUCTS:
-            prompt.note(query)
-            return PromptScores.of(result, prompt) if func in _PRODUCTS else result
+        if prompt is not None and isinstance(query, Tensor) and func in _PRODUCTS:
+            return PromptScores.of(result, prompt)
         first = args[0] if args else None
         if func in _VIEWS and isinstance(first, PromptKeys) and isinstance(result, Tensor):
             return cls._marked(result, first.prompt)
