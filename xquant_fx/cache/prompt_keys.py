@@ -1,10 +1,11 @@
-"""Eager prompts: keys that know more than ordinary ones of the attention that reads them.
+"""Cold prompts: keys that know more than ordinary ones of the attention that reads them.
 
 ``XQuantLayer.update`` gives a cold prompt its own keys back, which attention then reads. As :class:`PromptKeys` they
 are ordinary keys in every way, but
 
 - when an attention multiplies them with its query, that is noted (``note_queries``);
-- a mask as wide as the whole cache, which fits any other step, loses the columns behind the prompt, where nothing is.
+- a mask as wide as the whole cache, which fits any other step, loses the columns behind the prompt, where nothing is
+  (while Dynamo traces, too).
 """
 
 from __future__ import annotations
