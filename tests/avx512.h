@@ -28,6 +28,25 @@ inline i8 maddubs(i8 a, i8 b) {
         out[i] = saturated(((u64)a)[2 * i] * ((s64)b)[2 * i] + ((u64)a)[2 * i + 1] * ((s64)b)[2 * i + 1]);
     return (i8)out;
 }
+// In each quarter first a's numbers, then b's.
+inline i8 packed_ints(i8 a, i8 b) {
+    i32 out;
+    for (int i = 0; i < 32; i++) out[i] = saturated(((i16)(i / 4 % 2 ? b : a))[i / 8 * 4 + i % 4]);
+    return (i8)out;
+}
+inline i8 packed_shorts(i8 a, i8 b) {
+    s64 out;
+    for (int i = 0; i < 64; i++) {
+        const int x = ((i32)(i / 8 % 2 ? b : a))[i / 16 * 8 + i % 8];
+        out[i] = (int8_t)(x > 127 ? 127 : x < -128 ? -128 : x);
+    }
+    return (i8)out;
+}
+inline i8 permuted(i8 order, i8 x) {
+    i16 out;
+    for (int i = 0; i < 16; i++) out[i] = ((i16)x)[((i16)order)[i] & 15];
+    return (i8)out;
+}
 inline i8 madd(i8 a, i8 b) {
     i16 out;
     for (int i = 0; i < 16; i++) out[i] = ((i32)a)[2 * i] * ((i32)b)[2 * i] + ((i32)a)[2 * i + 1] * ((i32)b)[2 * i + 1];
@@ -102,6 +121,9 @@ inline f16 from_half(half x) {
 #define _mm512_madd_epi16 emulated::madd
 #define _mm512_maddubs_epi16 emulated::maddubs
 #define _mm512_max_ps emulated::larger
+#define _mm512_packs_epi16 emulated::packed_shorts
+#define _mm512_packs_epi32 emulated::packed_ints
+#define _mm512_permutexvar_epi32 emulated::permuted
 #define _mm512_reduce_add_ps emulated::total
 #define _mm512_reduce_max_ps emulated::largest
 #define _mm512_roundscale_ps emulated::round_to
