@@ -91,6 +91,11 @@ inline i8 widened(quarter x) {
     for (int i = 0; i < 16; i++) out[i] = ((b16)x)[i];
     return (i8)out;
 }
+inline i8 widened_shorts(half x) {
+    i16 out;
+    for (int i = 0; i < 16; i++) out[i] = ((u16)x)[i];
+    return (i8)out;
+}
 inline quarter narrowed(i8 x) {
     s16 out;
     for (int i = 0; i < 16; i++) out[i] = (int8_t)((i16)x)[i];
@@ -113,6 +118,7 @@ inline f16 from_half(half x) {
 #define __m512 emulated::f16
 #define __m512i emulated::i8
 #define _mm512_cvtepi32_epi8 emulated::narrowed
+#define _mm512_cvtepu16_epi32 emulated::widened_shorts
 #define _mm512_cvtepu8_epi32 emulated::widened
 #define _mm512_cvtph_ps emulated::from_half
 #define _mm512_cvtps_epi32 emulated::rounded

@@ -28,6 +28,7 @@ inline bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i
 
 // Compilers take what __builtin_convertvector says here apart into scalars.
 inline vi widen(vub x) { return (vi)_mm512_cvtepu8_epi32((__m128i)x); }
+inline vi widen(vh x) { return (vi)_mm512_cvtepu16_epi32((__m256i)x); }
 inline vb narrow(vi x) { return (vb)_mm512_cvtepi32_epi8((__m512i)x); }
 
 // Pairs of vectors as one of half the width: of ints as shorts, in the order of the next, of those as bytes, in order.

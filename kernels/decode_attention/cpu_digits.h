@@ -12,8 +12,7 @@ template <int64_t PITCH> ALWAYS_INLINE void store_digits(vi v, int8_t (*digits)[
 }
 
 // CHAINS vectors likewise.
-template <int64_t PITCH>
-ALWAYS_INLINE void store_digits(const vi (&v)[CHAINS], int8_t (*digits)[PITCH], int64_t i) {
+template <int64_t PITCH> ALWAYS_INLINE void store_digits(const vi (&v)[CHAINS], int8_t (*digits)[PITCH], int64_t i) {
 #ifdef XQ_PACK
     if constexpr (DIGITS == 2) {  // which make a short
         const vs a = pack_ints(v[0], v[1]), b = pack_ints(v[2], v[3]);
@@ -27,9 +26,9 @@ ALWAYS_INLINE void store_digits(const vi (&v)[CHAINS], int8_t (*digits)[PITCH], 
 }
 
 // NR rows x [n], n a multiple of four, as DIGITS digits to the base 256; `unit` gets what the last digit of each stands
-// for. `most` is the largest |x|. What rounding leaves goes on to a later number of the same lane: many small weights
-// beside a large one must not all be rounded the same way.
-template <int NR, int64_t X_PITCH, int64_t PITCH>
+// for. `most` is the largest |x|. CARRY: what rounding leaves goes on to a later number of the same lane, as many small
+// weights beside a large one must not all be rounded the same way.
+template <bool CARRY, int NR, int64_t X_PITCH, int64_t PITCH>
 inline void to_digits(const float (*x)[X_PITCH], int64_t n, const float (&most)[NR], int8_t (*digits)[DIGITS][PITCH],
                       float* unit) {
     constexpr float top = DIGITS == 2 ? 32512.0f : 4161536.0f;  // leaves every digit in -128 .. 127
@@ -37,6 +36,7 @@ inline void to_digits(const float (*x)[X_PITCH], int64_t n, const float (&most)[
 #pragma GCC unroll 4
     for (int r = 0; r < NR; r++) scale[r] = splat(most[r] > 0.0f ? top / most[r] : 0.0f), unit[r] = most[r] / top;
     const auto rounded = [&](int r, int chain, int64_t i) __attribute__((always_inline)) {
+        if constexpr (!CARRY) return round_to_int(load<vf>(x[r] + i) * scale[r]);
         const vf exact = fma(load<vf>(x[r] + i), scale[r], lost[r][chain]);
         const vi v = round_to_int(exact);
         lost[r][chain] = exact - __builtin_convertvector(v, vf);
@@ -81,8 +81,8 @@ template <int NR, int NV> ALWAYS_INLINE void join_digits(const vi (&sum)[NR][DIG
         }
 }
 
-// Add to `sum` words [first, end) of codes times digits from `element` on; lanes are the other axis. NV vectors, NR rows
-// at once.
+// Add to `sum` words [first, end) of codes times digits from `element` on; lanes are the other axis. NV vectors, NR
+// rows at once.
 template <int BITS, class Sum, int NR, int NV, int64_t PITCH>
 ALWAYS_INLINE void add_words(const int32_t* codes, int64_t stride, int64_t first, int64_t end,
                              const int8_t (*digits)[DIGITS][PITCH], int64_t element, Sum (&sum)[NR][DIGITS][NV]) {

@@ -23,17 +23,22 @@ template <class Use> ALWAYS_INLINE void for_rows(Use use) {
 template <int NR>
 inline void fold_key_scales(Scratch& scratch, FoldedQueries& keys, const S* scale, const S* zero, int64_t row) {
     vf largest[NR] = {}, z[NR] = {}, zero_or_nan = {};
-    for (int64_t d = 0; d < DK; d += L) {
-        const vf s = load_scales(scale + d, DK - d), zeros = zero_points(zero + d, s, d, DK - d);
+    const auto fold = [&](int64_t d, auto n,
+                          auto coded) __attribute__((always_inline)) {  // n channels, the first with codes
+        const vf s = load_scales(scale + d, n), zeros = zero_points(zero + d, s, d, n);
         zero_or_nan = fma(s, splat(0.0f), zero_or_nan);
 #pragma GCC unroll 4
         for (int r = 0; r < NR; r++) {
             const vf q = load<vf>((RANKED ? scratch.ranked : scratch.query)[row + r] + d), x = q * s;
             store(scratch.folded[row + r] + d, x);
-            largest[r] = max(abs(RANKED ? mask_first(x, K_ELEMENTS - d) : x), largest[r]);
+            largest[r] = max(abs(mask_first(x, coded)), largest[r]);
             z[r] = fma(q, zeros, z[r]);
         }
-    }
+    };
+    constexpr int64_t CODED = RANKED ? K_ELEMENTS : DK, WHOLE = std::min(DK, CODED) / L * L;
+    constexpr std::integral_constant<int64_t, L> ALL;
+    for (int64_t d = 0; d < WHOLE; d += L) fold(d, ALL, ALL);
+    for (int64_t d = WHOLE; d < DK; d += L) fold(d, DK - d, CODED - d);
     const float nan = nan_if_not_finite(zero_or_nan);
     float most[NR];
 #pragma GCC unroll 4
@@ -41,7 +46,7 @@ inline void fold_key_scales(Scratch& scratch, FoldedQueries& keys, const S* scal
         keys.zero[row + r] = sum(z[r]) + (scratch.q_center[row + r] + nan);
         most[r] = max(largest[r]);
     }
-    to_digits(scratch.folded + row, K_ELEMENTS, most, keys.digits + row, keys.unit + row);
+    to_digits<(DIGITS > 2)>(scratch.folded + row, K_ELEMENTS, most, keys.digits + row, keys.unit + row);
 }
 
 // The same for all rows and `groups` token groups from g on.
@@ -56,9 +61,7 @@ inline void fold_keys(Scratch& scratch, const Inputs& in, int64_t head, int64_t 
             __builtin_prefetch(scale + (GROUPS_AHEAD + 1) * DK + d);
             __builtin_prefetch(zero + (GROUPS_AHEAD + 1) * DK + d);
         }
-        for_rows([&](int64_t row, auto rows) {
-            fold_key_scales<rows()>(scratch, scratch.keys[i], scale, zero, row);
-        });
+        for_rows([&](int64_t row, auto rows) { fold_key_scales<rows()>(scratch, scratch.keys[i], scale, zero, row); });
     }
 }
 
@@ -105,9 +108,7 @@ inline void dot_keys(Scratch& scratch, const FoldedQueries& keys, const int32_t*
 template <int64_t STRIDE, int NV>
 inline void dot_keys_with_all_rows(Scratch& scratch, const FoldedQueries& keys, const int32_t* codes,
                                    const uint8_t* norm, int64_t n, int64_t offset) {
-    for_rows([&](int64_t row, auto rows) {
-        dot_keys<STRIDE, rows(), NV>(scratch, keys, codes, norm, n, row, offset);
-    });
+    for_rows([&](int64_t row, auto rows) { dot_keys<STRIDE, rows(), NV>(scratch, keys, codes, norm, n, row, offset); });
 }
 
 constexpr int64_t TOKENS_AT_ONCE = VECTORS_AT_ONCE * L;
@@ -195,7 +196,7 @@ inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, 
         scratch.p_zero[row + r] = sum(z[r]) * (ABOUT_ZERO ? -0.5f * ((1 << V_BITS) - 1) : 1.0f) + nan;
         most[r] = max(largest[r]);
     }
-    to_digits(scratch.score + row, padded, most, scratch.p_digits + row, scratch.p_unit + row);
+    to_digits<true>(scratch.score + row, padded, most, scratch.p_digits + row, scratch.p_unit + row);
 }
 
 // Add NV vectors of channels from d on, of which `left` are left, to NR rows; `blocks` is of tokens.
@@ -221,9 +222,7 @@ inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const ValueWor
 template <int NV>
 inline void add_values_to_all_rows(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes, int64_t blocks,
                                    int64_t d, int64_t left) {
-    for_rows([&](int64_t row, auto rows) {
-        add_values<rows(), NV>(scratch, softmax, codes, blocks, row, d, left);
-    });
+    for_rows([&](int64_t row, auto rows) { add_values<rows(), NV>(scratch, softmax, codes, blocks, row, d, left); });
 }
 
 // Weighted values of n tokens from t0, all in the codes.
