@@ -20,6 +20,7 @@ from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.layers import compile_layers
 from xquant_fx.compiler.options import Request
+from xquant_fx.compiler.tracing_time import wait_for_hashes
 from xquant_fx.kernels.cpu.one_call import switched
 
 #: For graphs with a quantized cache on a CPU: what takes time there and changes nothing in the code of a step.
@@ -65,6 +66,7 @@ def compile_by_inductor(
 
     Without ``settings`` there is nothing of ours in the graph, which Inductor compiles as if we were not there.
     """
+    wait_for_hashes()
     from torch._inductor import config as inductor_config
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
