@@ -88,3 +88,16 @@ def test_what_is_no_query_of_these_keys_is_ignored(shape: tuple[int, ...]) -> No
     state = cache.states[0]
     state.note_queries(torch.rand(shape))
     assert not state.owned["energy"].any()
+
+
+def test_attention_that_is_compiled_by_itself_shows_its_queries() -> None:
+    """As behind a graph break between the append and the attention of a cold prompt."""
+    model = tiny("llama", "sdpa", max_position_embeddings=64)
+    cache = XQuantCache(model.config, 64, SMALL)
+    q, k, v = torch.randn(3, 1, 2, 20, 16)
+    keys, values = cache.update(k, v, 0)
+    attend = torch.compile(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True), backend="xquant")
+    with torch.no_grad():
+        out = attend(q, keys, values)
+    torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v, is_causal=True))
+    torch.testing.assert_close(cache.states[0].owned["energy"], q.square().mean(2))

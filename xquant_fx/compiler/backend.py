@@ -23,6 +23,7 @@ from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.left import leave
+from xquant_fx.cache.prompt_keys import PromptKeys, PromptScores
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.frozen import check_frozen
 from xquant_fx.compiler.give_back import GiveBack, groups_of
@@ -97,6 +98,9 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
             return GrowingTakeover(found)
         refused = request.self_check and self_check(gm, found, inputs, request, detect_graph).refused
         return _refused(gm, found, inputs, refused, request, compiler) if refused else Takeover(found, request)
+    if any(isinstance(t, PromptKeys | PromptScores) for t in inputs):
+        log.info("a graph break lies between a cold prompt's keys and their attention, which runs uncompiled")
+        return gm.forward
     quantized = [i for i, t in enumerate(inputs) if isinstance(t, STORED_KV)]
     if not quantized:
         compiled = compiler(gm, inputs, request, None)
