@@ -204,6 +204,22 @@ def test_two_caches_in_one_graph_keep_their_lengths():
         torch.testing.assert_close(out, sdpa(new, known, known), rtol=0, atol=1e-6)
 
 
+def test_a_layer_whose_past_begins_in_the_graph_stays_beside_quantized_ones():
+    """As when a first prompt broke off between two layers of a DynamicCache."""
+
+    def both(x, past):
+        empty = torch.tensor([])
+        return attend(x, x, x, past), attend(x, x, x, (empty, empty))
+
+    known, new = tokens(30), tokens(1, seed=2)
+    past = [torch.cat([t, known], 2) for t in growths(EXACT)[0]]
+    with torch.no_grad():
+        (a, past), (b, fresh) = torch.compile(both, backend=Rewrites(config=EXACT))(new, past)
+    assert past[0].shape[2] == 31 and torch.equal(fresh[0], new)
+    torch.testing.assert_close(a, sdpa(new, *[torch.cat([known, new], 2)] * 2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(b, new, rtol=0, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def models():
     """A model compiled for each setting, and as it is."""

@@ -13,7 +13,8 @@ from xquant_fx.passes.context import Context, Grown
 def has_room(context: Context) -> bool:
     """Whether the step of the example inputs fits into the tensors that its growing caches have."""
     for write in context.detection.writes:
-        past = None if write.past is None else context.inputs[context.index_of(write.past)]
+        at = None if write.past is None else context.placeholders.get(write.past)  # None too: it is made in the graph
+        past = None if at is None else context.inputs[at]
         new = write.tokens if isinstance(write.tokens, int) else write.tokens.node.hint
         if isinstance(past, GrowingKV) and not past.has_room(new):
             return False
