@@ -131,10 +131,10 @@ class Restarts:
         else:
             past, now = back[0]
             raise CacheStateError(
-                "quantized KV cache: a step wrote at a position that the program computes, or at a row's own, before the "
-                f"{past} tokens stored, and attends to tokens behind it (a rotating buffer, or slots?); {now} are left. "
-                "Its contents are no longer right: reset() it; pass positions in that all rows have in common, and such "
-                "buffers stay in full precision"
+                "quantized KV cache: a step wrote at a position that the program computes, or at a row's own, before "
+                f"the {past} tokens stored, and attends to tokens behind it (a rotating buffer, or slots?); {now} are "
+                "left. Its contents are no longer right: reset() it; pass positions in that all rows have in common, "
+                "and such buffers stay in full precision"
             )
 
     def _hides_old(self, args: tuple[Any, ...]) -> bool:
