@@ -23,6 +23,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from xquant_fx.passes.graph import call
+from xquant_fx.passes.row_loops import merge_row_loops
 from xquant_fx.passes.row_writes import name_row_writes
 from xquant_fx.passes.trace import argument, fake
 from xquant_fx.passes.vocabulary import kind
@@ -41,7 +42,7 @@ def normalize(graph: Graph) -> int:
         replaced += _copy_into_part(graph, node)
     for node in list(graph.nodes):
         replaced += _assign_to_tokens(graph, node)
-    return replaced + name_row_writes(graph)
+    return replaced + name_row_writes(graph) + merge_row_loops(graph)
 
 
 def _write_to_itself(graph: Graph, node: Node) -> bool:

@@ -42,6 +42,13 @@ def by_scatter(buffer, x, pos):
     buffer.scatter_(-2, pos[:, None, :, None].expand(-1, H, -1, D), x)
 
 
+def by_rows(buffer, x, pos):
+    """As lit-gpt writes them."""
+    part = buffer[:B, ...]
+    for row in range(B):
+        part[row].index_copy_(-2, pos[row], x[row])
+
+
 def alone(buffer, x, pos):
     """What each of these is in a batch of one."""
     buffer[:, :, pos[0]] = x
@@ -104,7 +111,7 @@ def ahead(steps, q=1, lengths=LENGTHS):
     ("write", "q", "options"),
     [
         (by_index, 1, SMALL), (by_index_of_tokens, 3, SHARED), (by_index_of_tokens, 9, SMALL),
-        (by_three_indices, 1, SHARED), (by_put, 1, dict(preset="full")), (by_scatter, 2, SMALL),
+        (by_three_indices, 1, SHARED), (by_put, 1, dict(preset="full")), (by_scatter, 2, SMALL), (by_rows, 2, SHARED),
     ],
 )  # fmt: skip
 def test_each_row_is_as_alone(write, q, options):

@@ -417,7 +417,8 @@ def ragged_where(q, k, v, keys, values, pos):
 
 
 def ragged_rows(q, k, v, keys, values, pos):
-    for row in range(ROWS):
+    """Row by row, but for the last: rows may end."""
+    for row in range(ROWS - 1):
         keys[row].index_copy_(1, pos[row : row + 1], k[row])
         values[row].index_copy_(1, pos[row : row + 1], v[row])
     return keys, values
