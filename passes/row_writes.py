@@ -4,6 +4,7 @@
     buffer[arange(B)[:, None], :, pos] = k.transpose(1, 2)          =>  write_rows_(buffer, pos, k)
     buffer[arange(B)[:, None], arange(H), pos[:, None]] = k[:, :, 0]    likewise
     buffer.scatter_(2, pos[:, None, :, None].expand_as(k), k)       =>  write_rows_(buffer, pos, k)
+    buffer.scatter_(2, pos[:, None].expand_as(k), k)                =>  buffer.index_copy_(2, pos, k)
 
 What an index is, is found by computing it: of numbers that the graph itself says (``arange``), or from numbers in the
 place of positions through views. So a batch index that leaves out a row, or that comes from outside, is none.
@@ -90,6 +91,14 @@ def _scattered(graph: Graph, node: Node) -> bool:
     tokens = written.shape[2] if written.dim() == 4 else None
     if not isinstance(tokens, int) or tuple(written.shape) != (batch, heads, tokens, width) or len(node.kwargs) > 2:
         return False
+    common = _root(index, (tokens,), tuple(written.shape), is_common=True)
+    if common is not None:
+        with graph.inserting_before(node):
+            append = graph.call_method("index_copy_", (buffer, 2, common, x))
+        append.meta["example_value"] = fake(buffer)
+        node.replace_all_uses_with(buffer)
+        graph.erase_node(node)
+        return True
     pos = _root(index, (batch, tokens), tuple(written.shape))
     pos = _root(index, (batch,), tuple(written.shape)) if pos is None and tokens == 1 else pos
     return pos is not None and _replace(graph, node, buffer, pos, x)
@@ -118,8 +127,10 @@ def _is_count(node: object, size: int, last: bool = False) -> bool:
     return value.shape[along] == size and value.flatten().tolist() == list(range(size))
 
 
-def _root(index: object, shape: tuple[int, ...], wanted: tuple[int, ...]) -> Node | None:
+def _root(index: object, shape: tuple[int, ...], wanted: tuple[int, ...], is_common: bool = False) -> Node | None:
     """The node of positions of ``shape`` ([B] or [B, q]) that ``index`` repeats over heads and channels, if it does.
+
+    Where it ``is_common``, positions [q] that it repeats over rows, too.
 
     ``wanted`` is the shape of the index: [B, 1], or [B, H, q, D].
     """
@@ -128,7 +139,7 @@ def _root(index: object, shape: tuple[int, ...], wanted: tuple[int, ...]) -> Nod
         if value is None or tuple(value.shape) != shape or value.dtype not in (torch.int64, torch.int32):
             continue
         numbers = torch.arange(math.prod(shape)).reshape(shape)
-        meant = numbers if len(wanted) == 2 else numbers.reshape(shape[0], 1, -1, 1)
+        meant = numbers if len(wanted) == 2 else numbers.reshape(1 if is_common else shape[0], 1, -1, 1)
         got = _computed(index, {node: numbers})
         if got is None or tuple(got.shape) != wanted:
             continue

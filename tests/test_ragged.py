@@ -125,6 +125,16 @@ def test_each_row_is_as_alone(write, q, options):
     assert fused == (0 if options.get("preset") == "full" else 2) and stored >= 3
 
 
+def test_scatter_at_common_positions_is_an_append_like_others():
+    def write(buffer, x, pos):
+        buffer.scatter_(2, pos[0][:, None].expand_as(x), x)
+
+    lengths, buffers = (9, 9, 9), prompts((9, 9, 9))
+    got = run(torch.compile(decoder(write), backend=interpreted(**SMALL)), buffers, ahead(3, 3, lengths))
+    assert_as_alone(got, ahead(3, 3, lengths), 1, lengths, **SMALL)
+    assert not buffers[0][0].spec.ragged and buffers[0][0].state.length == 18
+
+
 def test_compiled_kernels_take_each_row_by_its_length():
     positions, buffers = ahead(12), prompts()
     got = run(torch.compile(decoder(by_index), backend="xquant", options=SMALL), buffers, positions)
