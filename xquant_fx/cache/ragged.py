@@ -27,6 +27,7 @@ class _Row(KVState):
         if pos.numel() and not bool(pos[0]) and self.length < self.spec.shape[2]:
             self.owned["length"].zero_()
         super().store(x, pos)
+        self.group.settle()  # who takes the tensors of the batch does not ask each row what waits for queries
 
 
 class RaggedState(KVState):
@@ -47,7 +48,7 @@ class RaggedState(KVState):
             self.rows.append(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "rows"}
+        return {name: value for name, value in super().__getstate__().items() if name != "rows"}
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         super().__setstate__(fields)

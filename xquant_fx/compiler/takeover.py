@@ -100,7 +100,7 @@ class _Step(torch.fx.Interpreter):
 
     def take_over(self, *args: Any) -> Any:
         """Run the step; attention sees what it would have seen in an eager step on a quantized cache."""
-        for group in self.groups:
+        for group in [each for group in self.groups for each in (group, *group.rows)]:
             group.holds_all = True
         try:
             return self.run(*args)
