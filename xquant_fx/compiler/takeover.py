@@ -9,6 +9,7 @@ step for them; that graph serves every later step and every later cache.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any
 
@@ -100,7 +101,7 @@ class _Step(torch.fx.Interpreter):
 
     def take_over(self, *args: Any) -> Any:
         """Run the step; attention sees what it would have seen in an eager step on a quantized cache."""
-        for group in [each for group in self.groups for each in (group, *group.rows)]:
+        for group in itertools.chain(self.groups, *(cache.rows for cache in self.groups)):
             group.holds_all = True
         try:
             return self.run(*args)
