@@ -1,4 +1,5 @@
-"""Find appends to KV buffers: ``index_copy_``, indexed assignment, growth by concatenation, and sliding windows."""
+"""Find appends to KV buffers: ``index_copy_``, indexed assignment, also at a position per row, growth by
+concatenation, and sliding windows."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import torch
 from torch.fx import Graph, Node
 
 from xquant_fx.cache.allocate import quantized_empty
+from xquant_fx.kernels.rows import write_rows_
 from xquant_fx.passes.find_slides import find_slide, last_tokens_of
 from xquant_fx.passes.records import Write
 from xquant_fx.passes.trace import argument, fake, value_of
@@ -14,7 +16,8 @@ from xquant_fx.passes.vocabulary import IN_PLACE_OPERATORS, kind, op_name
 
 def find_writes(graph: Graph) -> list[Write]:
     """All recognised appends to buffers [B, H, N, D] (inputs, or allocated in ``graph``), in program order."""
-    writes = (_index_copy(node) or _setitem(node) or concatenation(node) or _slide(node) for node in graph.nodes)
+    finders = (_index_copy, _setitem, _row_write, concatenation, _slide)
+    writes = (next(filter(None, (find(node) for find in finders)), None) for node in graph.nodes)
     return [write for write in writes if write is not None]
 
 
@@ -64,7 +67,20 @@ def appended(node: Node) -> object:
         return argument(node, 0, "tensors")[1]  # type: ignore[index]  # two parts: that is how it was found
     if kind(node) == "copy":
         return argument(node, 1, "src")
-    return argument(node, 2, "value") if kind(node) == "setitem" else argument(node, 3, "source")
+    return (
+        argument(node, 2, "value")
+        if kind(node) == "setitem" or node.target is write_rows_
+        else argument(node, 3, "source")
+    )
+
+
+def _row_write(node: Node) -> Write | None:
+    """What ``row_writes.py`` has made of an append at a position per row."""
+    if node.target is not write_rows_ or not _is_buffer(node.args[0]):
+        return None
+    buffer, positions, x = node.args
+    assert isinstance(buffer, Node) and isinstance(positions, Node) and isinstance(x, Node)
+    return Write(node, buffer, x, positions, "position per row", value_of(x).shape[2], per_row=True)
 
 
 def _slide(node: Node) -> Write | None:

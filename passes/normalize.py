@@ -8,6 +8,7 @@
     buffer[:, :, p - N : p - N + n] = k         =>  buffer[:, :, p : p + n] = k, where p is no number
     buffer.data[:, :, pos] = k                  =>  buffer[:, :, pos] = k
     aten.index_put_(buffer, [None, None, pos], k)   likewise
+    buffer[arange(B), :, pos] = k[:, :, 0]      =>  write_rows_(buffer, pos[:, None], k)    (row_writes.py)
 
 ``index_copy_`` returns the buffer itself, so that who reads its result after it reads the buffer.
 """
@@ -22,6 +23,8 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from xquant_fx.passes.graph import call
+from xquant_fx.passes.row_loops import merge_row_loops
+from xquant_fx.passes.row_writes import name_row_writes
 from xquant_fx.passes.trace import argument, fake
 from xquant_fx.passes.vocabulary import kind
 
@@ -39,7 +42,7 @@ def normalize(graph: Graph) -> int:
         replaced += _copy_into_part(graph, node)
     for node in list(graph.nodes):
         replaced += _assign_to_tokens(graph, node)
-    return replaced
+    return replaced + name_row_writes(graph) + merge_row_loops(graph)
 
 
 def _write_to_itself(graph: Graph, node: Node) -> bool:

@@ -47,10 +47,11 @@ class Write:
     x: Node
     """New tokens, broadcastable to [B, H, q, D]."""
     positions: Node | slice
-    """int64 [q], or a slice of tokens (of a concatenation: without bounds; of a window that moves: from the number of
-    those that the buffer holds before)."""
+    """int64 [q], [B, q] where it is ``per_row``, or a slice of tokens (of a concatenation: without bounds; of a window
+    that moves: from the number of those that the buffer holds before)."""
     kind: str
-    """For people: ``index_copy_``, ``indexed assignment``, ``concatenation`` or ``sliding window``."""
+    """For people: ``index_copy_``, ``indexed assignment``, ``position per row``, ``concatenation`` or ``sliding
+    window``."""
     tokens: Any
     """Number of new tokens q: an int, or symbolic."""
     past: Node | None = None
@@ -61,6 +62,8 @@ class Write:
     """How many that are; 0: all."""
     slide: Slide | None = None
     """Of a sliding window that moves: how."""
+    per_row: bool = False
+    """Whether each row of the batch is written at positions of its own."""
 
     @property
     def moves(self) -> bool:

@@ -87,6 +87,8 @@ class BufferRewrite:
         self.graph.erase_node(self.buffer)
 
     def _store(self, write: Write) -> None:
+        if write.per_row and not self.spec.ragged:
+            raise UnsupportedWriteError(f"{self._where()}: rows are written at positions of their own from here on")
         if write.moves:
             raise UnsupportedWriteError(f"{self._where()}: the window slides, and is stored as one that does not")
         self._stored(write)
@@ -97,7 +99,7 @@ class BufferRewrite:
         node, spec = write.node, self.spec
         with self.graph.inserting_before(node):
             x, pos = self._new_tokens(write), self._positions(write)
-            past = call(self.graph, operator.getitem, (pos, slice(None, 1)))
+            past = call(self.graph, operator.getitem, (pos, self._first_of_rows()))
             new = value_of(x).shape[2]
             before: dict[str, Node | None] = {}
             chunk = bool(spec.overwritten) and new > STEP_TOKENS
@@ -140,7 +142,7 @@ class BufferRewrite:
             )
         if self.loaded is None:
             with self.graph.inserting_before(user):
-                length = call(self.graph, operator.getitem, (self.tensors["length"], slice(None, 1)))
+                length = call(self.graph, operator.getitem, (self.tensors["length"], self._first_of_rows()))
                 past = call(self.graph, torch.sub, (length, self.query)) if self.query else length
                 self.loaded = self._load(past, self.query, {}, None)
         user.replace_input_with(self.buffer, self.loaded)
@@ -172,7 +174,18 @@ class BufferRewrite:
             return x
         return call(self.graph, torch.Tensor.expand, (x, batch, heads, write.tokens, dim))
 
+    def _first_of_rows(self) -> object:
+        """The index of the first number, of each row where rows have their own."""
+        return (slice(None), 0) if self.spec.ragged else slice(None, 1)
+
     def _positions(self, write: Write) -> Node:
+        """Positions [q], or [B, q] of a buffer whose rows have lengths of their own."""
+        pos = self._given_positions(write)
+        if not self.spec.ragged or write.per_row:
+            return pos
+        return call(self.graph, torch.Tensor.expand, (pos, self.spec.shape[0], *value_of(pos).shape))
+
+    def _given_positions(self, write: Write) -> Node:
         pos = write.positions
         if write.slide is not None:  # a prompt fills the window; what it held is gone
             return call(self.graph, torch.arange, (self.spec.shape[2],), {"device": value_of(self.buffer).device})

@@ -75,6 +75,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "index_copy": ("index_copy_",),
     "index_put": ("index_put_", torch.ops.aten.index_put_, torch.ops.aten.index_put_.default),
     "setitem": (operator.setitem,),
+    "scatter": ("scatter_",),
     "copy": ("copy_",),
     "roll": ("roll", torch.roll),
     "factory": (

@@ -93,6 +93,7 @@ OTHER = dict(
     rollback_tokens=9,
     window=16,
     token_norms=True,
+    ragged=True,
     eta=0.25,
     sink_tokens=1,
     scale_dtype=torch.float32,

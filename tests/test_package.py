@@ -80,6 +80,7 @@ MAY_IMPORT = {
         "passes.records",
         "cache.allocate",
         "cache.kv_tensor",
+        "kernels.rows",
         "passes.trace",
         "passes.vocabulary",
         "passes.products",

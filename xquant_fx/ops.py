@@ -28,6 +28,7 @@ from xquant_fx.kernels.quantize_store import triton_launch as triton_store
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.quantize_store.both_arguments import BOTH, BothArguments
 from xquant_fx.kernels.rotation import rotate_values
+from xquant_fx.kernels.rows import row_of
 from xquant_fx.kernels.shared_code_load import plain_torch as plain_load
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.kernels.triton_host import has_triton
@@ -132,14 +133,32 @@ CHUNK_KERNELS = {
 
 
 def quantize_store(*args: Any, **kwargs: Any) -> None:
-    """Store tokens and quantize those that are due; ``fit`` (overload ``borrowed``) for borrowed codes."""
+    """Store tokens and quantize those that are due; ``fit`` (overload ``borrowed``) for borrowed codes.
+
+    Rows with positions of their own are stored one after the other: by one C++ kernel in a compiled step on a CPU.
+    """
     a = StoreArguments(*args, **kwargs)
+    if a.length.dim() == 1:
+        _store(a)
+    elif a.bits < 16 and a.x.device.type == "cpu" and is_traced(a.x) and _is_step(a):
+        _append_cpu(a)
+    else:
+        begins = (a.pos[:, :1] == 0) & (a.length[:, :1] < a.max_len)
+        a.length.masked_fill_(begins, 0)
+        for row in range(a.x.shape[0]):
+            _store(row_of(a, row))
+
+
+def _is_step(a: StoreArguments) -> bool:
+    new = a.x.shape[2]
+    return isinstance(new, int) and new <= STEP_TOKENS
+
+
+def _store(a: StoreArguments) -> None:
     if a.bits == 16:
         plain_store.store_full(a)
         return
-    new = a.x.shape[2]
-    is_step = isinstance(new, int) and new <= STEP_TOKENS
-    _run(STEP_KERNELS if is_step else CHUNK_KERNELS, a.x, a, plain_store.store)
+    _run(STEP_KERNELS if _is_step(a) else CHUNK_KERNELS, a.x, a, plain_store.store)
 
 
 def quantize_store_both(*args: Any, **kwargs: Any) -> None:
@@ -155,8 +174,10 @@ def quantize_store_both(*args: Any, **kwargs: Any) -> None:
 
 
 def shared_code_load(*args: Any, **kwargs: Any) -> Tensor:
-    """Dequantized [B, H, n, D] as attention sees it in a step of ``new_tokens`` after ``past`` (int64 [1])."""
-    return plain_load.load(LoadArguments(*args, **kwargs))
+    """Dequantized [B, H, n, D] as attention sees it in a step of ``new_tokens`` after ``past`` (int64 [1] or [B])."""
+    a = LoadArguments(*args, **kwargs)
+    rows = a.past.shape[0]
+    return plain_load.load(a) if rows == 1 else torch.cat([plain_load.load(row_of(a, row)) for row in range(rows)])
 
 
 def decode_attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -164,9 +185,16 @@ def decode_attention(*args: Any, **kwargs: Any) -> Tensor:
 
     Tokens past the last one written count as zeros, as in the static buffer that this replaces, unless the mask
     leaves them out. A chunk of more than STEP_TOKENS tokens passes its keys and values as ``k_new`` and ``v_new``,
-    and the rings as they were before it.
+    and the rings as they were before it. Rows with lengths of their own are attended to one after the other.
     """
     a = DecodeArguments(*args, **kwargs)
+    rows = a.past.shape[0]
+    if rows > 1 and a.q.device.type != "cpu":
+        return torch.cat([_attend(row_of(a, row)) for row in range(rows)])
+    return _attend(a)
+
+
+def _attend(a: DecodeArguments) -> Tensor:
     return _run(DECODE_KERNELS, a.q, a, plain_attention.attend)
 
 

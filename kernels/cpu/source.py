@@ -13,6 +13,7 @@ from torch import Tensor
 from xquant_fx.kernels.arguments import Arguments, Overload
 from xquant_fx.kernels.cpu.isa import Isa
 from xquant_fx.kernels.rotation import rotated_size, signs
+from xquant_fx.kernels.rows import RowLoop
 
 CTYPES = {
     torch.float32: "float", torch.bfloat16: "xq::bfloat16", torch.float16: "xq::float16",
@@ -110,16 +111,20 @@ def assemble(
     tensors: Mapping[str, str],
     absent: Collection[str],
     outputs: Mapping[str, str],
+    loop: RowLoop | None = None,
 ) -> tuple[tuple[str, ...], str]:
     """(argument types, whole source of ``kernel``), for the vectors of ``isa``.
 
     ``kernel`` takes the tensors that are not ``absent`` and the outputs, and calls ``function(Tensors, outputs...)``
-    of ``file``, where what is absent is null.
+    of ``file``, where what is absent is null; with ``loop`` once per row of the batch.
     """
     given = {**{name: kind for name, kind in tensors.items() if name not in absent}, **outputs}
-    members = ", ".join(name if name in given else "nullptr" for name in tensors)
-    call = ", ".join([f"{{{members}}}", *outputs])
-    return whole_source(isa, fixed + struct(tensors), file, given, f"xq::{function}({call});")
+    pitches = {} if loop is None else dict(loop.pitches)
+    at = {name: f"{name} + row * {pitches[name]}" if name in pitches else name for name in given}
+    members = ", ".join(at.get(name, "nullptr") for name in tensors)
+    call = f"xq::{function}({', '.join([f'{{{members}}}', *(at[name] for name in outputs)])});"
+    entry = call if loop is None else f"for (int64_t row = 0; row < {loop.rows}; row++) {call}"
+    return whole_source(isa, fixed + struct(tensors), file, given, entry)
 
 
 def whole_source(isa: Isa, fixed: str, file: str, given: Mapping[str, str], entry: str) -> tuple[tuple[str, ...], str]:

@@ -44,7 +44,7 @@ class DecodeArguments(Arguments):
     start: Annotated[Tensor, Elements("int64_t")]
     """int64 [B], first token of each sequence that is not padding."""
     past: Annotated[Tensor, Elements("int64_t")]
-    """int64 [1], tokens stored before the step."""
+    """int64 [1], tokens stored before the step; [B] where each row has its own number."""
     mask: Annotated[Tensor | None, Elements("MASK")]
     """bool (True attends) or float (added to the logits), [B or 1, heads or 1, q or 1, max_len]."""
     sink_logits: Annotated[Tensor | None, Elements("SINK")]

@@ -9,6 +9,7 @@ from torch import Tensor
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.decode_attention.cpu_source import Problem, source
+from xquant_fx.kernels.rows import RowLoop
 from xquant_fx.kernels.schemes import wrap_of
 
 
@@ -29,6 +30,11 @@ def problem_of(a: DecodeArguments, sizes: Any = sizes_of, dtype: Any = dtype_of)
         b, h, q, n = sizes(a.mask)
         mask_strides = (h * q * n if b > 1 else 0, q * n if h > 1 else 0, n if q > 1 else 0)
     k_tokens, v_tokens = sizes(a.k_codes)[3], sizes(a.v_scale)[3]
+    loop = None
+    if sizes(a.past)[0] > 1:
+        out = (batch, query_heads, queries, sizes(a.v_ring)[3])
+        loop = RowLoop.of(batch, {**{name: sizes(tensor) for name, tensor in a.tensors.items()}, "out": out})
+        batch = 1
     return Problem(
         dtype=dtype(a.q),
         scale_dtype=dtype(a.k_scale),
@@ -62,6 +68,7 @@ def problem_of(a: DecodeArguments, sizes: Any = sizes_of, dtype: Any = dtype_of)
         sink_logits_dtype=dtype(a.sink_logits) if a.sink_logits is not None else None,
         k_norms=a.k_norm is not None,
         chunk=a.k_new is not None,
+        loop=loop,
     )
 
 

@@ -17,6 +17,7 @@ from xquant_fx.kernels.cpu.source import array, assemble, definitions, namespace
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.packing import codes_per_word, high_and_low, plane_widths
 from xquant_fx.kernels.rotation import rotated_size
+from xquant_fx.kernels.rows import RowLoop
 from xquant_fx.kernels.widths import QUAD, plain_words, planes, quads_of, rank_widths
 
 RANKED, ROTATED = "per_channel_ranked", "per_token_rotated"
@@ -64,6 +65,8 @@ class Problem:
     """Whether keys were divided by the norms of their tokens."""
     chunk: bool
     """Whether the step's own tokens are passed, rather than found in the ring."""
+    loop: RowLoop | None = None
+    """Over the rows of a batch whose rows have lengths of their own; ``batch`` is 1 then."""
 
     @property
     def row_block(self) -> int:
@@ -160,5 +163,5 @@ def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
         absent.add("mask")
     if p.sink_logits_dtype is None:
         absent.add("sink_logits")
-    tensors = pointers(DecodeArguments, Overload())
-    return assemble(isa, constants(p), "decode_attention/cpu.cpp", "attend", tensors, absent, outputs={"out": "xq::T*"})
+    tensors, outputs = pointers(DecodeArguments, Overload()), {"out": "xq::T*"}
+    return assemble(isa, constants(p), "decode_attention/cpu.cpp", "attend", tensors, absent, outputs, p.loop)

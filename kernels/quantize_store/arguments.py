@@ -33,7 +33,7 @@ class StoreArguments(Arguments):
     x: Annotated[Tensor, Elements("T")]
     """New keys or values [B, H, q, D]."""
     pos: Annotated[Tensor, Elements("int64_t")]
-    """int64 [q], consecutive positions; the first is the number of tokens stored so far."""
+    """int64 [q], consecutive positions; the first is the number of tokens stored so far. Or [B, q]: each row's own."""
     codes: Annotated[Tensor, Elements("int32_t", written=True)]
     """int32 words, or for 16 bits the tensor itself."""
     scale: Annotated[Tensor | None, Elements("S", written=True)]
@@ -51,9 +51,9 @@ class StoreArguments(Arguments):
     start: Annotated[Tensor, Elements("int64_t")]
     """int64 [B], first token of each sequence that is not padding."""
     length: Annotated[Tensor, Elements("int64_t", written=True)]
-    """int64 [2], tokens stored and the furthest token ever stored."""
+    """int64 [2], tokens stored and the furthest token ever stored. Or [B, 2]: each row's own."""
     fault: Annotated[Tensor, Elements("int32_t", written=True)]
-    """int32 [1], set to a ``Fault`` when positions do not follow."""
+    """int32 [1], or [B] where rows have positions of their own, set to a ``Fault`` when positions do not follow."""
     scheme: str
     """Name of a scheme of ``kernels/schemes``."""
     bits: float

@@ -10,6 +10,7 @@ from torch import Tensor
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.quantize_store.cpu_source import ANY, Append, source
+from xquant_fx.kernels.rows import RowLoop
 from xquant_fx.kernels.schemes import SCHEMES, wrap_of
 
 
@@ -21,10 +22,14 @@ def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) 
     """The kernel for these arguments; ``sizes`` and ``dtype`` read a tensor's shape and dtype."""
     scheme = SCHEMES[a.scheme]
     tokens = scheme.tokens_of(sizes(a.codes), sizes(a.scale))
+    shape, loop = sizes(a.x), None
+    if len(sizes(a.length)) == 2:
+        loop = RowLoop.of(shape[0], {name: sizes(tensor) for name, tensor in a.tensors.items()})
+        shape = (1, *shape[1:])
     return Append(
         dtype=dtype(a.ring),
         scale_dtype=dtype(a.scale),
-        shape=sizes(a.x),
+        shape=shape,
         append=scheme.APPEND,
         bits=a.bits,
         group=a.group_size,
@@ -37,6 +42,7 @@ def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) 
         max_len=a.max_len,
         fit=a.fit,
         norms=a.norm is not None,
+        loop=loop,
     )
 
 

@@ -14,6 +14,7 @@ from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.packing import WORD_BITS, code_planes, word_count
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.rotation import rotated_size
+from xquant_fx.kernels.rows import RowLoop
 from xquant_fx.kernels.schemes.per_token_rotated import GAUSSIAN_STEP
 from xquant_fx.kernels.widths import Field, fields_of, planes, rank_widths, words_of
 
@@ -45,6 +46,8 @@ class Append:
     fit: str | None
     norms: bool
     """Whether tokens are divided by their norms."""
+    loop: RowLoop | None = None
+    """Over the rows of a batch whose rows have lengths of their own; ``shape`` is that of one row then."""
 
 
 def is_ranked(a: Append) -> bool:
@@ -102,4 +105,5 @@ def source(a: Append, isa: Isa) -> tuple[tuple[str, ...], str]:
     absent |= set() if a.norms else {"norm"}
     absent |= {"zero"} if a.append in ("rotated", "folded") else set()
     function, told = ("append", {"count": "int64_t"}) if a.shape[2] == ANY else ("append_step", {})
-    return assemble(isa, constants(a), "quantize_store/cpu.cpp", function, tensors, absent, told)
+    function = "append_row" if a.loop else function
+    return assemble(isa, constants(a), "quantize_store/cpu.cpp", function, tensors, absent, told, a.loop)

@@ -24,7 +24,7 @@ class LoadArguments(Arguments):
     norm: Annotated[Tensor | None, Elements("uint8_t")]
     start: Annotated[Tensor, Elements("int64_t")]
     past: Annotated[Tensor, Elements("int64_t")]
-    """int64 [1], tokens stored before the step."""
+    """int64 [1], tokens stored before the step; [B] where each row has its own number."""
     new_tokens: Symbolic
     """Tokens that the step brings."""
     n: Symbolic

@@ -23,6 +23,7 @@ APPENDS = {
     "index_put_": "torch.ops.aten.index_put_({B}, [{n}pos], {x})",
     "by detach": "{B}.detach().index_copy_({d}, pos, {x})",
     "scatter_": "{B}.scatter_({d}, pos[:, None].expand_as({x}), {x})",
+    "by row": "{B}[torch.arange(B)[:, None], :, pos.expand(B, t)] = {x}.transpose(1, 2)",
     "index_add_": "{B}[{s}pos] = 0\n{B}.index_add_({d}, pos, {x})",
     "slice": "{B}[{s}p : p + t] = {x}",
     "narrow": "{B}.narrow({d}, p, t).copy_({x})",
@@ -46,6 +47,8 @@ def append(form: str, layout: str) -> str:
     if form == "cat":
         return CONCATENATE
     _, _, into, dim = LAYOUTS[layout]
+    if form == "by row" and layout != "bhtd":
+        form = "indexed"  # batch and tokens are no first and third dimension
     if form == "scatter_" and layout == "bthd":
         form = "index_copy_"  # positions would have to be expanded otherwise
     words = dict(d=dim, s=":, " * dim, n="None, " * dim)

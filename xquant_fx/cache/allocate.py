@@ -18,9 +18,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-import xquant_fx.cache.flex  # noqa: F401  (registers how flex attention reads the buffers made here)
+import xquant_fx.cache.flex  # registers how flex attention reads the buffers made here
+import xquant_fx.cache.row_appends  # noqa: F401  (registers appends at a position per row)
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.ragged import make_state
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError
 from xquant_fx.plan.buffer_plan import BufferPlan
@@ -37,6 +39,8 @@ class Geometry(NamedTuple):
     """Whether it holds the rotary part of keys that are computed from latents."""
     window: int = 0
     """Tokens that a query sees (a sliding window); 0: all."""
+    ragged: bool = False
+    """Whether each row has a length of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +145,8 @@ def bind_all(plan: Plan, buffers: Sequence[tuple[int, Role, Geometry]]) -> list[
     for layer, role, geometry in buffers:
         entry = plan.layers[layer].of(role)
         lower = None if entry.partner is None else specs.get((entry.partner, role))
-        specs[layer, role] = entry.bind(layer, geometry.shape, geometry.dtype, lower, *geometry[2:])
+        spec = entry.bind(layer, geometry.shape, geometry.dtype, lower, geometry.rotary, geometry.window)
+        specs[layer, role] = dataclasses.replace(spec, ragged=geometry.ragged)
     return list(specs.values())
 
 
@@ -150,5 +155,5 @@ def allocate(group: CacheGroup, specs: Sequence[KVSpec]) -> list[KVState]:
     states: dict[tuple[int, str], KVState] = {}
     for spec in specs:
         lower = states[cast(int, spec.partner), spec.role] if spec.borrowed else None
-        states[spec.layer, spec.role] = KVState(spec, group, lower)
+        states[spec.layer, spec.role] = make_state(spec, group, lower)
     return list(states.values())

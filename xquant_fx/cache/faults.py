@@ -15,24 +15,24 @@ from xquant_fx.kernels.faults import FAULTS, Fault
 
 
 class FaultMonitor:
-    """Owns the fault tensor of one cache."""
+    """Owns the fault tensor of one cache: one fault, or one for each of ``rows`` that have lengths of their own."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.tensor = torch.zeros(1, dtype=torch.int32, device=device)
+    def __init__(self, device: torch.device, rows: int = 1) -> None:
+        self.tensor = torch.zeros(rows, dtype=torch.int32, device=device)
         self._seen: Tensor | None = None
         self._event: torch.Event | None = None
 
     def check(self, wait: bool = False) -> None:
         """Raise CacheStateError if a step left a fault; without ``wait`` never waits for a device."""
         if self.tensor.device.type == "cpu" or wait:
-            self._raise_if(int(self.tensor.item()))
+            self._raise_if(self.tensor.tolist())
             return
         if self._event is not None and self._seen is not None:
             if not self._event.query():
                 return
-            self._raise_if(int(self._seen.item()))
+            self._raise_if(self._seen.tolist())
         if self._seen is None:
-            self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+            self._seen = torch.zeros(self.tensor.shape, dtype=torch.int32, pin_memory=True)
             self._event = torch.Event(self.tensor.device.type)
         assert self._event is not None
         self._seen.copy_(self.tensor, non_blocking=True)
@@ -43,15 +43,18 @@ class FaultMonitor:
         self.tensor.zero_()
         self._event = None
 
-    def _raise_if(self, code: int) -> None:
-        if code:
+    def _raise_if(self, codes: list[int]) -> None:
+        for row, code in enumerate(codes):
+            if not code:
+                continue
+            where = f"row {row}: " if len(codes) > 1 else ""
             raise CacheStateError(
-                f"quantized KV cache: {FAULTS[Fault(code)]}. Its contents are no longer right: "
+                f"quantized KV cache: {where}{FAULTS[Fault(code)]}. Its contents are no longer right: "
                 "reset() it, or append tokens at the position the cache is at"
             )
 
     def __deepcopy__(self, memo: dict[int, object]) -> FaultMonitor:
-        new = FaultMonitor(self.tensor.device)
+        new = FaultMonitor(self.tensor.device, self.tensor.shape[0])
         new.tensor.copy_(self.tensor)
         return new
 

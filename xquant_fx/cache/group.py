@@ -70,6 +70,8 @@ class CacheGroup:
         with torch.inference_mode(False):
             self.start = torch.zeros(batch, dtype=torch.int64, device=device)
             self.faults = FaultMonitor(device)
+        self.rows: list[CacheGroup] = []
+        """Of a cache whose rows have lengths of their own: what each row has in common with itself."""
         if start is not None:
             self.start.copy_(start)
         self.chunk_layer: int | None = None
@@ -96,11 +98,24 @@ class CacheGroup:
 
     def __getstate__(self) -> dict[str, object]:
         self.settle()
-        return {**self.__dict__, "collected": {}, "members": [], "taken_over": [], "selection": None}
+        return {**self.__dict__, "collected": {}, "members": [], "taken_over": [], "selection": None, "rows": []}
 
     def with_start(self, start: Tensor) -> CacheGroup:
         """An empty group of another batch or device, with ``start`` int64 [B]."""
         return CacheGroup(self.plan, start.shape[0], start.device, start, lockstep=self.lockstep)
+
+    def row_groups(self) -> list[CacheGroup]:
+        """A group for each row, with this one's padding and faults."""
+        if not self.rows:
+            batch, device = self.start.shape[0], self.start.device
+            if self.faults.tensor.shape[0] != batch:
+                self.faults = FaultMonitor(device, batch)
+            for row in range(batch):
+                group = CacheGroup(self.plan, 1, device)
+                group.start, group.holds_all = self.start[row : row + 1], self.holds_all
+                group.faults.tensor = self.faults.tensor[row : row + 1]
+                self.rows.append(group)
+        return self.rows
 
     def join(self, state: Member) -> None:
         """Count ``state`` among the buffers of this cache, which does not keep it alive."""
@@ -109,8 +124,8 @@ class CacheGroup:
     def stepped(self, tokens: int) -> None:
         """A compiled graph appended ``tokens``; eager code that reads next sees the state before its flush."""
         self.drop()
-        self.step_tokens = tokens
-        self.uncompiled = 0
+        for group in (self, *self.rows):
+            group.step_tokens, group.uncompiled = tokens, 0
 
     def hold(self, state: Member, chunk: Chunk) -> None:
         """Keep ``chunk`` until another layer, or the same side of this one, is written."""
@@ -125,12 +140,14 @@ class CacheGroup:
 
     def hold_one_layer(self) -> None:
         """From now on, as before a takeover: let go of all chunks but those of the layer written last."""
-        self.holds_all = False
-        self.chunks = {key: chunk for key, chunk in self.chunks.items() if key[0] == self.chunk_layer}
+        for group in (self, *self.rows):
+            group.holds_all = False
+            group.chunks = {key: chunk for key, chunk in group.chunks.items() if key[0] == group.chunk_layer}
 
     def forget(self, state: Member) -> None:
         """Let go of the chunk of ``state``, and of no other's."""
-        self.chunks.pop((state.spec.layer, state.spec.role), None)
+        for group in (self, *self.rows):
+            group.chunks.pop((state.spec.layer, state.spec.role), None)
 
     def settle(self, state: Member | None = None) -> None:
         """Store what waits for queries: of ``state``, or None: whatever does."""
@@ -145,9 +162,8 @@ class CacheGroup:
 
     def drop(self) -> None:
         """Let go of the chunk."""
-        self.chunk_layer = None
-        self.chunks = {}
-        self.step_tokens = 0
+        for group in (self, *self.rows):
+            group.chunk_layer, group.chunks, group.step_tokens = None, {}, 0
 
     def enter(self, names: Iterable[BufferName], tokens: int | None = None) -> None:
         """Buffers are about to be written, by uncompiled code if ``tokens`` (how many) is given.
@@ -195,7 +211,7 @@ class CacheGroup:
     def lengths(self) -> dict[BufferName, int]:
         """Tokens that each buffer holds (waits for the device, once)."""
         members = self._alive()
-        stored = torch.stack([m.owned["length"] for m in members])[:, 0].tolist()
+        stored = torch.stack([m.owned["length"][..., 0].min() for m in members]).tolist()
         return {(m.spec.layer, m.spec.role): n for m, n in zip(members, stored, strict=True)}
 
     def _alive(self) -> list[Member]:

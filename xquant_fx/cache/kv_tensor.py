@@ -142,17 +142,28 @@ class QuantizedKV(Dequantized):
         return self.state
 
     def append_at(self, pos: Tensor, x: Tensor) -> None:
-        """Store ``x`` [B, H, q, D] at positions ``pos`` [q], eagerly; of a stand-in only the shapes are looked at."""
+        """Store ``x`` [B, H, q, D] at positions ``pos`` [q], eagerly; of a stand-in only the shapes are looked at.
+
+        Where each row has a length of its own, ``pos`` may be [B, q].
+        """
         if self.state is None:
             if reason := self.spec.why_not(x):  # Dynamo leaves the step to eager code, which raises the same
                 raise UnsupportedFakeTensorException(reason)
             return
+        self.state.store(self.numbers_of(x), pos)
+
+    def numbers_of(self, x: Tensor) -> Tensor:
+        """What is to be stored, as numbers.
+
+        Raises:
+            CacheStateError: it has a gradient.
+        """
         if torch.is_grad_enabled() and x.requires_grad:
             raise CacheStateError(
                 f"{self.origin}: a quantized KV cache has no gradient; "
                 "run the model under torch.no_grad() or torch.inference_mode()"
             )
-        self.state.store(x.dense() if isinstance(x, Dequantized) else x, pos)
+        return x.dense() if isinstance(x, Dequantized) else x
 
     @classmethod
     @torch._dynamo.disable

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xquant_fx.cache.group import CacheGroup
+from xquant_fx.cache.ragged import make_state
 from xquant_fx.cache.state import KVState
 
 
@@ -23,7 +24,8 @@ class Selection:
         self.rows = rows
         start = group.start.index_select(0, rows)
         self.group = CacheGroup(group.plan, rows.shape[0], group.start.device, start)
-        self.group.faults.tensor.copy_(group.faults.tensor)
+        is_ragged = bool(group.rows and self.group.row_groups())
+        self.group.faults.tensor.copy_(group.faults.tensor[rows] if is_ragged else group.faults.tensor)
         self.made: weakref.WeakKeyDictionary[KVState, KVState] = weakref.WeakKeyDictionary()
         self.given: weakref.WeakSet[KVState] = weakref.WeakSet()
 
@@ -33,10 +35,10 @@ class Selection:
             return self.made[state]
         lower = None if state.lower is None else self.part(state.lower)
         spec = dataclasses.replace(state.spec, shape=(self.rows.shape[0], *state.spec.shape[1:]))
-        new = self.made[state] = KVState(spec, self.group, lower)
+        new = self.made[state] = make_state(spec, self.group, lower)
         for name, tensor in new.owned.items():
-            old = state.owned[name]
-            tensor.copy_(old if name == "length" else old.index_select(0, self.rows))
+            old, is_common = state.owned[name], name == "length" and not spec.ragged
+            tensor.copy_(old if is_common else old.index_select(0, self.rows))
         return new
 
 

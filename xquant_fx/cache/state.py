@@ -125,6 +125,11 @@ class KVState:
         energy = self._owned.get("energy")
         return energy is not None and not bool(energy.any())
 
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens stored of each row of the batch (waits for the device)."""
+        return [self.length] * self.spec.shape[0]
+
     def note_queries(self, q: Tensor) -> None:
         """Note a prompt's queries [B, heads, q, D], by which channels are ranked when the first group is quantized.
 

@@ -18,6 +18,7 @@ from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.growth import Growth
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.ragged import make_state
 from xquant_fx.cache.sliding import SlidingKV
 from xquant_fx.cache.state import KVState
 from xquant_fx.plan.config import XQuantConfig
@@ -76,6 +77,8 @@ class Rebuilt:
             spec, cache = self.ordinary[i] if i in self.ordinary else (old.live.spec, id(old.live.group))
             start = None if i in self.ordinary else old.live.group.start
             state = self._filled(full(spec), tokens, cache, start)
+            if spec.ragged:
+                state.owned["length"].copy_(torch.tensor(_row_lengths(old))[:, None])
             values[i] = self._standing_for(i, state, tokens.shape[2])
         return values
 
@@ -89,7 +92,7 @@ class Rebuilt:
         held = tokens.shape[2]
         if cache not in self.groups:
             self.groups[cache] = CacheGroup(_ANY_PLAN, spec.shape[0], tokens.device, start)
-        state = KVState(spec, self.groups[cache])
+        state = make_state(spec, self.groups[cache])
         state.owned["codes"][:, :, :held] = tokens
         state.owned["length"].fill_(held)
         state.at_most = held
@@ -117,11 +120,26 @@ def _contents(buffer: Tensor) -> tuple[Tensor, int]:
     return buffer[:, :, : int(used[-1]) + 1 if len(used) else 0].clone(), buffer.shape[2]
 
 
+def _row_lengths(buffer: Tensor) -> list[int]:
+    """Tokens of each row of a buffer whose rows have lengths of their own, stored or ordinary."""
+    if isinstance(buffer, QuantizedKV):
+        return buffer.live.row_lengths
+    used = (buffer != 0).any(3).any(1)  # [B, N]
+    found: list[int] = (used * torch.arange(1, used.shape[1] + 1, device=used.device)).amax(1).tolist()
+    return found
+
+
 def contents_of(buffer: Any, tokens: int) -> Tensor:
     """The first ``tokens`` that a cache of :meth:`Rebuilt.stored` holds, and zeros where it holds fewer; the last of
     what grows or slides."""
     codes: Tensor = buffer.live.owned["codes"]
     if isinstance(buffer, GrowingKV | SlidingKV):
         return codes[:, :, : buffer.live.length][:, :, -tokens:]
-    held = torch.arange(codes.shape[2], device=codes.device) < buffer.live.length
-    return torch.where(held[:, None], codes, 0)[:, :, :tokens]
+    return held_of(buffer, codes)[:, :, :tokens]
+
+
+def held_of(buffer: Any, tokens: Tensor) -> Tensor:
+    """``tokens`` [B, H, n, D], with zeros behind those that each row of ``buffer`` holds."""
+    lengths = torch.tensor(buffer.live.row_lengths, device=tokens.device)
+    held = torch.arange(tokens.shape[2], device=tokens.device) < lengths[:, None]  # [B, n]
+    return torch.where(held[:, None, :, None], tokens, 0)

@@ -74,7 +74,7 @@ class _NewCache:
         """An empty state for what ``like`` [B, H, T, D] holds."""
         entry = self.plan.layers[buffer.layer].of(buffer.role)
         lower = None if entry.partner is None else self.states.get((entry.partner, buffer.role))
-        shape, dtype, rotary, window = geometry_of(buffer, like)
+        shape, dtype, rotary, window, _ = geometry_of(buffer, like)
         spec = entry.bind(buffer.layer, shape, dtype, None if lower is None else lower.spec, rotary, window)
         state = KVState(spec, self.group, lower if spec.borrowed else None)
         self.states[buffer.layer, buffer.role] = state

@@ -56,7 +56,8 @@ def geometry_of(buffer: Buffer, tensor: Tensor) -> Geometry:
     batch, heads, tokens, dim = tensor.shape
     if buffer.write.past is not None:
         tokens = room_for(tokens if isinstance(tokens, int) else tokens.node.hint)
-    return Geometry((batch, heads, tokens, dim), tensor.dtype, buffer.rotary, buffer.write.window)
+    shape = (batch, heads, tokens, dim)
+    return Geometry(shape, tensor.dtype, buffer.rotary, buffer.write.window, buffer.write.per_row)
 
 
 def _ordinary(gm: GraphModule, sites: list[Site], call: Call, is_together: bool) -> tuple[Buffer, ...]:

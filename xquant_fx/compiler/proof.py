@@ -60,7 +60,13 @@ class Call:
         reason = why_left(buffer) or self._why_seen(buffer) or self.foresight_of(write).reason
         if not reason and write.slide is not None:
             return "" if write.slide.is_prompt else why_not_held(buffer, self.tokens_before(write))
-        return reason or why_not_appended(buffer, self.positions(write))
+        if reason or not write.per_row:
+            return reason or why_not_appended(buffer, self.positions(write))
+        if buffer.device.type != "cpu":
+            return "rows with positions of their own are quantized on CPUs only"
+        rows = enumerate(self.row_positions(write))
+        reasons = ((row, why_not_appended(buffer[row : row + 1], positions)) for row, positions in rows)
+        return next((f"row {row}: {why}" for row, why in reasons if why), "")
 
     def _why_seen(self, buffer: Tensor) -> str:
         buffer = self.originals.get(id(buffer), buffer)
@@ -74,10 +80,11 @@ class Call:
         """How the positions of ``write`` are known ahead."""
         return self.foresights[write.node]
 
-    def first_position(self, write: Write) -> int | None:
-        """The first position of ``write``; None where the arguments are no real ones."""
-        is_real = type(self.given.get(write.buffer)) is Tensor
-        return self.positions(write)[0] if is_real and not self.foresight_of(write).reason else None
+    def first_position(self, write: Write) -> int | tuple[int, ...] | None:
+        """The first position of ``write``, or of each row; None where the arguments are no real ones."""
+        if type(self.given.get(write.buffer)) is not Tensor or self.foresight_of(write).reason:
+            return None
+        return tuple(self.row_tokens_before(write)) if write.per_row else self.positions(write)[0]
 
     def hides_the_rest(self, site: Site, facts: Facts) -> bool:
         """Whether a mask of ``site`` hides all tokens behind those that the site's append of keys brings."""
@@ -85,17 +92,29 @@ class Call:
         if write is None or write.slide is not None:  # a window that moves writes over what left it, and nothing else
             return write is not None
         self.foresights[write.node] = foresee(write, facts)
-        after, length = self.positions(write)[-1] + 1, value_of(write.buffer).shape[2]
+        length = value_of(write.buffer).shape[2]
+        rows = self.row_positions(write) if write.per_row else [self.positions(write)]
+        past_last = torch.arange(length) > torch.tensor([positions[-1] for positions in rows])[:, None]  # [B or 1, N]
         for term in masks_of(site.attention, site.key, site.value):
             foresight = foresee_value(term.node, site.attention.value_reader, facts)
             mask = None if foresight.reason else _computed(self.gm, foresight, self.given)[0]
             if mask is None or mask.dim() == 0 or mask.shape[-1] != length:
                 continue
-            rest = mask[..., after:]
-            hidden = rest * term.factor <= NOT_SEEN if term.fill is None else rest == term.where
-            if bool(hidden.all()):
+            hidden = mask * term.factor <= NOT_SEEN if term.fill is None else mask == term.where
+            # Of a mask that all rows have in common what is hidden must be what lies behind any.
+            behind = past_last[:, None, None] if mask.dim() == 4 else past_last.any(0)
+            if bool((hidden | ~behind.to(hidden.device)).all()):
                 return True
         return False
+
+    def row_positions(self, write: Write) -> list[list[int]]:
+        """The positions of each row, of a write at a position per row."""
+        found: list[list[int]] = self._bounds(write)[0].tolist()
+        return found
+
+    def row_tokens_before(self, write: Write) -> list[int]:
+        """How many tokens each row holds before a write at a position per row."""
+        return [positions[0] for positions in self.row_positions(write)]
 
     def tokens_before(self, write: Write) -> int:
         """How many tokens the buffer holds before ``write``, which goes on behind them."""

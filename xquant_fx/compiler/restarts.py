@@ -5,9 +5,9 @@ Or the buffer rotates, or its tokens are slots in any order, and the old ones ar
 tell: those of a sequence hide all that lies behind its new tokens. Where they do not, or where there is none, or where
 the positions of one step do not follow one another, the buffers are given back, before anything is written.
 
-Positions that the program passes in on the CPU are looked at before each step. Computed ones are known after it, by how
-many tokens are stored then: what is wrong raises. Those on a device would have to be waited for. There the kernels find
-the fault (``Fault.RESTARTED``).
+Positions that the program passes in on the CPU are looked at before each step. Computed ones, and those that each row
+has of its own, are known after it, by how many tokens are stored then: what is wrong raises. Those on a device would
+have to be waited for. There the kernels find the fault (``Fault.RESTARTED``).
 """
 
 from __future__ import annotations
@@ -43,13 +43,17 @@ class Restarts:
         self.written: dict[int | None, list[int]] = {}
         """Argument index of the first position (None: it is 0) to those of the buffers."""
         self.computed: list[tuple[int, int | tuple[int, int]]] = []
-        """Argument indices of buffers whose positions the graph computes, and how many tokens it appends to them: a
-        number, or of which argument and dimension it is the size."""
+        """Argument indices of buffers whose positions the graph computes, or that have one per row, and how many tokens
+        it appends to them: a number, or of which argument and dimension it is the size."""
+        self.hides_rows = False
+        """Whether rows that have positions of their own went back, and masks hid their old tokens: idle rows do so in
+        each step, and only the first is looked at."""
         for write in found.writes:
             if write.slide is not None:  # which has no positions
                 continue
             first = write.positions.start if isinstance(write.positions, slice) else write.positions
             place = places.get(first) if isinstance(first, Node) else (None if first == 0 else -1)
+            place = -1 if write.per_row else place
             if place != -1 and not (place is None and isinstance(first, Node)):
                 self.written.setdefault(place, []).append(places.get(write.buffer, -1))
             elif write.buffer in places:
@@ -90,34 +94,47 @@ class Restarts:
         forget_compiled_frame()
         return True
 
-    def before(self, args: tuple[Any, ...]) -> list[tuple[KVState, int, int]]:
-        """What was taken over and is appended to at computed positions: a state of each cache, its length, new tokens.
+    def before(self, args: tuple[Any, ...]) -> list[tuple[KVState, list[int], int]]:
+        """What was taken over and is appended to at computed positions, or at a position per row: a state of each
+        cache, the lengths of its rows, new tokens.
 
         Only on the CPU, where that is to be had without waiting.
         """
-        found: dict[int, tuple[KVState, int, int]] = {}
+        found: dict[int, tuple[KVState, list[int], int]] = {}
         for index, tokens in self.computed:
             buffer = args[index]
             if isinstance(buffer, QuantizedKV) and id(buffer.live.group) not in found:
                 state = buffer.live
+                if state.spec.ragged and self.hides_rows:
+                    continue
                 if state.group.taken_over and state.group.start.device.type == "cpu":
                     new = tokens if isinstance(tokens, int) else args[tokens[0]].shape[tokens[1]]
-                    found[id(state.group)] = state, state.length, new
+                    found[id(state.group)] = state, state.row_lengths, new
         return list(found.values())
 
-    def check(self, args: tuple[Any, ...], before: list[tuple[KVState, int, int]]) -> None:
+    def check(self, args: tuple[Any, ...], before: list[tuple[KVState, list[int], int]]) -> None:
         """After the step: where it wrote over old tokens, masks must have hidden those behind.
 
         Raises:
             CacheStateError: they did not, so what the step gave is wrong.
         """
-        back = [(state, past) for state, past, tokens in before if state.length < past + tokens]
-        if back and not self._hides_old(args):
-            state, past = back[0]
+        back = [
+            (past, now)
+            for state, pasts, tokens in before
+            for past, now in zip(pasts, state.row_lengths, strict=True)
+            if now < past + tokens
+        ]
+        if not back:
+            return
+        if self._hides_old(args):
+            self.hides_rows = True
+        else:
+            past, now = back[0]
             raise CacheStateError(
-                f"quantized KV cache: a step wrote at a position that the program computes, before the {past} tokens "
-                f"stored, and attends to tokens behind it (a rotating buffer, or slots?); {state.length} are left. Its "
-                "contents are no longer right: reset() it; pass positions in, and such buffers stay in full precision"
+                "quantized KV cache: a step wrote at a position that the program computes, or at a row's own, before "
+                f"the {past} tokens stored, and attends to tokens behind it (a rotating buffer, or slots?); {now} are "
+                "left. Its contents are no longer right: reset() it; pass positions in that all rows have in common, "
+                "and such buffers stay in full precision"
             )
 
     def _hides_old(self, args: tuple[Any, ...]) -> bool:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.sliding import SlidingKV, with_room
 from xquant_fx.compiler.differences import Difference, beyond_rounding
-from xquant_fx.compiler.full_precision import Rebuilt, contents_of, full
+from xquant_fx.compiler.full_precision import Rebuilt, contents_of, full, held_of
 from xquant_fx.compiler.left_alone import CHECKED
 from xquant_fx.compiler.options import Request
 from xquant_fx.errors import UnsupportedWriteError
@@ -196,8 +196,11 @@ class _Check:
         pairs = [(f"result {i}", a, b) for i, (a, b) in enumerate(zip(ours, results, strict=True))]
         for i in {context.placeholders[node] for node in again.written}:
             value: Any = context.inputs[i]
-            stored = contents_of(value, given[i].shape[2]) if isinstance(value, QuantizedKV) else value
-            pairs.append((f"input {i}", stored, given[i]))
+            stored, wanted = value, given[i]
+            if isinstance(value, QuantizedKV):
+                stored = contents_of(value, wanted.shape[2])
+                wanted = held_of(value, wanted) if value.spec.ragged else wanted  # a row may have gone back
+            pairs.append((f"input {i}", stored, wanted))
         return next((found for pair in pairs if (found := beyond_rounding(*pair))), None)
 
 

@@ -9,6 +9,7 @@ step for them; that graph serves every later step and every later cache.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any
 
@@ -20,6 +21,7 @@ from xquant_fx.cache.allocate import allocate
 from xquant_fx.cache.convert import quantize_in_place
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.ragged import RaggedState
 from xquant_fx.cache.state import KVState
 from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
 from xquant_fx.compiler.left_alone import report_buffers
@@ -63,7 +65,7 @@ class Takeover(torch.fx.Interpreter):
 
     def _apart(self, call: Call) -> list[tuple[Buffer, str]]:
         """Buffers of one cache, as it seemed when the graph was judged, that are appended at different positions."""
-        firsts: dict[int, int | None] = {}
+        firsts: dict[int, int | tuple[int, ...] | None] = {}
         for buffer in self.buffers:
             if buffer.write.slide is not None:  # which goes on from where it was not at the beginning
                 continue
@@ -81,7 +83,7 @@ class _Step(torch.fx.Interpreter):
         super().__init__(takeover.gm)
         self.queries = takeover.queries
         self.groups: list[CacheGroup] = []
-        self.pending: dict[Node, tuple[Tensor, KVState, int]] = {}
+        self.pending: dict[Node, tuple[Tensor, KVState, int | list[int]]] = {}
         self.appends: dict[Node, Node] = {}
         pairs = list(zip(takeover.buffers, tensors, strict=True))
         for number, plan in enumerate(takeover.plans):
@@ -92,12 +94,14 @@ class _Step(torch.fx.Interpreter):
             for (buffer, tensor), state in zip(members, states, strict=True):
                 slide = buffer.write.slide
                 first = None if slide is None else slide.first  # what moves a window reads it before
-                self.pending[first or buffer.write.node] = tensor, state, call.tokens_before(buffer.write)
+                per_row = buffer.write.per_row
+                past = call.row_tokens_before(buffer.write) if per_row else call.tokens_before(buffer.write)
+                self.pending[first or buffer.write.node] = tensor, state, past
                 self.appends[first or buffer.write.node] = buffer.write.node
 
     def take_over(self, *args: Any) -> Any:
         """Run the step; attention sees what it would have seen in an eager step on a quantized cache."""
-        for group in self.groups:
+        for group in itertools.chain(self.groups, *(cache.rows for cache in self.groups)):
             group.holds_all = True
         try:
             return self.run(*args)
@@ -110,9 +114,11 @@ class _Step(torch.fx.Interpreter):
         if n in self.pending:
             buffer, state, past = self.pending.pop(n)
             show_query(state, self.appends[n], self.queries, self.env)
-            if past:
+            if isinstance(state, RaggedState) and isinstance(past, list):
+                state.fill(buffer, past)
+            elif isinstance(past, int) and past:
                 state.store(buffer[:, :, :past], torch.arange(past, device=buffer.device))
-                state.group.forget(state)
+            state.group.forget(state)
             quantize_in_place(buffer, state)
             state.group.taken_over.append(weakref.ref(buffer))
         return super().run_node(n)

@@ -55,6 +55,8 @@ class KVSpec:
     """Tokens that a query sees, its own included (a sliding window); 0: all. Older ones are not kept."""
     token_norms: bool = False
     """Whether a token is divided by its norm over all heads before it is quantized."""
+    ragged: bool = False
+    """Whether each row of the batch has a length of its own, and is appended to at positions of its own."""
     fit: str
     """How a borrowing layer gets its scales: "least_squares" or "minmax"."""
     reason: str = dataclasses.field(default="", compare=False, repr=False)
@@ -161,7 +163,8 @@ class KVSpec:
         """Name to (shape, dtype) of the tensors this side owns; borrowed codes are left out."""
         batch, heads, _, dim = self.shape
         tokens = self.stored_tokens
-        length: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"length": ((2,), torch.int64)}
+        length: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        length = {"length": ((batch, 2) if self.ragged else (2,), torch.int64)}
         if not self.quantized:
             return {"codes": ((batch, heads, tokens, dim), self.dtype), **length}
         of_scheme = SCHEMES[self.scheme].shapes(tokens, dim, self.bits, self.group_size, self.scale_dtype)

@@ -116,7 +116,7 @@ def _count(states: list[KVState], plain: list[Tensor], growing: set[int]) -> Mem
         most = state.spec.full_tokens
         held = min(state.length, most) if id(state) in growing else most
         full += batch * heads * dim * state.spec.dtype.itemsize * held
-        elements += batch * heads * dim * min(state.length, most)
+        elements += heads * dim * sum(min(length, most) for length in state.row_lengths)
     bytes_of["other"] += sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}.values())
     for tensor in plain:
         if tensor.is_floating_point():  # integers only count tokens

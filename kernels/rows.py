@@ -1,0 +1,57 @@
+"""Batches whose rows have lengths of their own: each row is a batch of one, and ops take one after the other.
+
+Nothing but shapes tells such a call: ``quantize_store`` is given positions [B, q], lengths [B, 2] and faults [B], loads
+and attention tokens before the step [B]. Every tensor has a row in its first dimension, but for those of ``SHARED``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from xquant_fx.kernels.arguments import Arguments
+
+A = TypeVar("A", bound=Arguments)
+
+#: What all rows have in common.
+SHARED = frozenset({"sink_logits", "first"})
+#: What a batch that has one length has without its first dimension.
+PER_ROW = frozenset({"pos", "length"})
+
+
+def row_of(a: A, row: int) -> A:
+    """The arguments of ``row`` alone, views of those of the batch."""
+
+    def part(name: str, tensor: Tensor) -> Tensor:
+        if name in SHARED or (name == "mask" and tensor.shape[0] == 1):
+            return tensor
+        one = tensor.narrow(0, row, 1)
+        return one[0] if name in PER_ROW else one
+
+    return a.replace(**{name: part(name, tensor) for name, tensor in a.tensors.items()})
+
+
+class RowLoop(NamedTuple):
+    """How a C++ kernel of one row is called for each."""
+
+    rows: int
+    pitches: tuple[tuple[str, int], ...]
+    """By tensor, how many elements lie between a row and the next."""
+
+    @classmethod
+    def of(cls, rows: int, shapes: Mapping[str, tuple[int, ...]]) -> RowLoop:
+        """The loop over tensors of these shapes, contiguous ones."""
+        shared = {name for name, shape in shapes.items() if name in SHARED or (name == "mask" and shape[0] == 1)}
+        pitch: dict[str, Any] = {name: math.prod(shape) // rows for name, shape in shapes.items()}
+        return cls(rows, tuple((name, 0 if name in shared else pitch[name]) for name in shapes))
+
+
+def write_rows_(buffer: Tensor, pos: Tensor, x: Tensor) -> Tensor:
+    """Write tokens ``x`` [B, H, q, D] to ``buffer`` [B, H, N, D] at positions ``pos`` int64 [B, q], each row's own.
+
+    What ``passes/row_writes.py`` makes of all spellings of this.
+    """
+    return buffer.scatter_(2, pos[:, None, :, None].expand(x.shape), x)
