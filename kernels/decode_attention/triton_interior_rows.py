@@ -182,7 +182,7 @@ def attend_rows(
             total = tl.dot(p, ones, acc=total)
             from_zeros = tl.dot(p, tl.broadcast_to(z[:, None], (STEP, LEAST_COLUMNS)), acc=from_zeros)
             s = numbers_in_order(s, WIDTH, True) * (weight * inverse_power(unit))
-            words = tl.trans(value_words(values[0], t, STEP, VALUES))
+            words = value_words(values[0], t, 0, STEP, WIDTH, STEP * WIDTH // 32, VALUES)
             ps = columns_to_places(p * s.to(tl.float16)[None, :])
             acc = tl.dot(ps, tl.trans(fragment(words, WIDTH, STEP * WIDTH // 32)), acc=acc)
     scale_unit: tl.constexpr = UNIT_OF_SCALES if BYTES else 1.0
