@@ -26,6 +26,7 @@ def built_by(settings: dict[str, Any] | None = None, mode: str | None = None) ->
 
     def scenario(life: Life) -> list[Tensor]:
         backend = functools.partial(xquant_backend, mode=mode, options=life.options)  # torch.compile takes one of both
+        functools.update_wrapper(backend, xquant_backend)  # errors name it
         life.compiled = life.compile(life.model.forward, backend=backend, dynamic=False)
         with inductor_config.patch({"compile_threads": 1, **(settings or {})}):
             return prompt_and_steps(life, range(20, 23))
@@ -70,6 +71,6 @@ def _rank(rank: int, folder: str, life: Life, queue: Any) -> None:
 BY_INDUCTOR: dict[str, Scenario] = {
     'mode="reduce-overhead", on the CPU': built_by(mode="reduce-overhead"),
     "Inductor's cpp_wrapper": built_by({"cpp_wrapper": True}),
-    "Inductor's freezing": built_by({"freezing": True}),
+    "freezing by Inductor": built_by({"freezing": True}),
     "tensor parallel, two processes with gloo": _tensor_parallel,
 }

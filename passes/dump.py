@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+from torch import Tensor
 from torch._logging import trace_structured  # type: ignore[attr-defined]
 from torch.fx import GraphModule
 
@@ -38,7 +39,7 @@ def text_of(gm: GraphModule) -> str:
     lines = []
     for node in gm.graph.nodes:
         value = node.meta.get("example_value")
-        shape = getattr(value, "shape", None)
-        kind = "" if shape is None else f"  # {str(value.dtype).removeprefix('torch.')}{list(shape)}"
+        tensor = isinstance(value, Tensor)  # a DeviceMesh has a shape, too
+        kind = f"  # {str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if tensor else ""
         lines.append(f"{node.format_node()}{kind}")
     return "\n".join(lines) + "\n"

@@ -2,7 +2,7 @@
 
 Dynamo goes on reading its own graph's placeholders after the backend returns, so the passes work on
 a clone. Relied on: ``node._dynamo_source``, ``node.meta["example_value"]`` and ``["tensor_dict"]``,
-``GraphModule._param_name_to_source`` and friends. Checked on torch 2.11, 2.13 and 2.14.
+``GraphModule._param_name_to_source`` and friends, ``_make_graph_module``. Checked on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _make_graph_module
 
 #: Not ``_backend_id``: by it Dynamo's ``caching_precompile`` would put Inductor's function into the place of what the
 #: backend returned, which calls it with the cache's tensors.
@@ -32,7 +33,7 @@ def clone(gm: GraphModule) -> GraphModule:
     for old, new in env.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
-    copy = GraphModule(gm, graph)
+    copy = _make_graph_module(gm, graph)  # whose Python code is written when somebody asks for it
     copy.meta.update(gm.meta)
     for name in _CARRIED:
         if hasattr(gm, name):

@@ -10,6 +10,7 @@ the order of a sum in float32.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -129,6 +130,7 @@ def _replace(graph: Graph, group: Sequence[Layer]) -> None:
         parts = call(graph, torch.split, (out, sizes)) if len(group) > 1 else None
         for i, (layer, shape) in enumerate(zip(group, shapes, strict=True)):
             part = out if parts is None else call(graph, operator.getitem, (parts, i))
-            layer.node.replace_all_uses_with(call(graph, torch.reshape, (part, shape)))
+            like = functools.partial(value_of, layer.node)  # reshaping fake tensors took longer than all else here
+            layer.node.replace_all_uses_with(call(graph, torch.reshape, (part, shape), result=like))
     for layer in group:
         graph.erase_node(layer.node)

@@ -28,6 +28,25 @@ inline i8 maddubs(i8 a, i8 b) {
         out[i] = saturated(((u64)a)[2 * i] * ((s64)b)[2 * i] + ((u64)a)[2 * i + 1] * ((s64)b)[2 * i + 1]);
     return (i8)out;
 }
+// In each quarter first a's numbers, then b's.
+inline i8 packed_ints(i8 a, i8 b) {
+    i32 out;
+    for (int i = 0; i < 32; i++) out[i] = saturated(((i16)(i / 4 % 2 ? b : a))[i / 8 * 4 + i % 4]);
+    return (i8)out;
+}
+inline i8 packed_shorts(i8 a, i8 b) {
+    s64 out;
+    for (int i = 0; i < 64; i++) {
+        const int x = ((i32)(i / 8 % 2 ? b : a))[i / 16 * 8 + i % 8];
+        out[i] = (int8_t)(x > 127 ? 127 : x < -128 ? -128 : x);
+    }
+    return (i8)out;
+}
+inline i8 permuted(i8 order, i8 x) {
+    i16 out;
+    for (int i = 0; i < 16; i++) out[i] = ((i16)x)[((i16)order)[i] & 15];
+    return (i8)out;
+}
 inline i8 madd(i8 a, i8 b) {
     i16 out;
     for (int i = 0; i < 16; i++) out[i] = ((i32)a)[2 * i] * ((i32)b)[2 * i] + ((i32)a)[2 * i + 1] * ((i32)b)[2 * i + 1];
@@ -72,6 +91,11 @@ inline i8 widened(quarter x) {
     for (int i = 0; i < 16; i++) out[i] = ((b16)x)[i];
     return (i8)out;
 }
+inline i8 widened_shorts(half x) {
+    i16 out;
+    for (int i = 0; i < 16; i++) out[i] = ((u16)x)[i];
+    return (i8)out;
+}
 inline quarter narrowed(i8 x) {
     s16 out;
     for (int i = 0; i < 16; i++) out[i] = (int8_t)((i16)x)[i];
@@ -94,6 +118,7 @@ inline f16 from_half(half x) {
 #define __m512 emulated::f16
 #define __m512i emulated::i8
 #define _mm512_cvtepi32_epi8 emulated::narrowed
+#define _mm512_cvtepu16_epi32 emulated::widened_shorts
 #define _mm512_cvtepu8_epi32 emulated::widened
 #define _mm512_cvtph_ps emulated::from_half
 #define _mm512_cvtps_epi32 emulated::rounded
@@ -102,6 +127,9 @@ inline f16 from_half(half x) {
 #define _mm512_madd_epi16 emulated::madd
 #define _mm512_maddubs_epi16 emulated::maddubs
 #define _mm512_max_ps emulated::larger
+#define _mm512_packs_epi16 emulated::packed_shorts
+#define _mm512_packs_epi32 emulated::packed_ints
+#define _mm512_permutexvar_epi32 emulated::permuted
 #define _mm512_reduce_add_ps emulated::total
 #define _mm512_reduce_max_ps emulated::largest
 #define _mm512_roundscale_ps emulated::round_to

@@ -30,9 +30,13 @@ STORES = (ops.STORE, ops.STORE_BORROWED)
 Layers = list[tuple[QuantizedKV, QuantizedKV]]
 
 
-def quantized_layers(config: XQuantConfig = CONFIG, shape: tuple[int, ...] = SHAPE) -> Layers:
-    """Empty keys and values of two layers that pair."""
-    return [tuple(QuantizedKV.of(s) for s in layer) for layer in layers_of(config, shape, torch.float32, 2)]
+#: Layers that are all equal.
+ALONE = CONFIG.replace(share_keys_from=None, share_values_from=None)
+
+
+def quantized_layers(config: XQuantConfig = CONFIG, shape: tuple[int, ...] = SHAPE, number: int = 2) -> Layers:
+    """Empty keys and values of layers; two pair by default."""
+    return [tuple(QuantizedKV.of(s) for s in layer) for layer in layers_of(config, shape, torch.float32, number)]
 
 
 class Rewrites:

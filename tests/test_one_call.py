@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dynamo_graphs import fresh
-from rewrites import quantized_layers, two_layers
+from rewrites import ALONE, quantized_layers, two_layers
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -185,7 +185,7 @@ def steps(options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], dict[str
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-    layers, outputs = quantized_layers(), []
+    layers, outputs = quantized_layers(ALONE, number=6), []
     step = torch.compile(two_layers, backend="xquant", options=options, dynamic=False)
     with torch.no_grad():
         for position in range(10):
@@ -198,6 +198,7 @@ def test_steps_are_the_same() -> None:
     outputs, stored, counted = steps({})
     one_by_one, expected, counted_before = steps({"disable": ["one_call"]})
     assert (counted["one_call"], "one_call" in counted_before) == (1, False)
+    assert counted["layers_not_compiled_again"] == 3 and "layers_not_compiled_again" not in counted_before
     for found, truth in zip([*outputs, *stored], [*one_by_one, *expected], strict=True):
         assert torch.equal(found, truth)
     assert len({output.data_ptr() for output in outputs}) == len(outputs)  # each step's result is its own

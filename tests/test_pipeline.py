@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from xquant_fx import ConfigError, XQuantCache, explain, ops
 from xquant_fx.compiler.options import parse
 from xquant_fx.passes import facts, find_attention, find_writes, pipeline
 from xquant_fx.passes.conditions import CONDITIONS
+from xquant_fx.passes.dump import text_of
 from xquant_fx.passes.graph import call, input_of_size
 from xquant_fx.passes.pipeline import FAMILIES, MAY_BE_OFF, PASSES
 
@@ -109,6 +111,16 @@ def test_dump(tmp_path):
     assert ["decode_attention" in text for text in texts] == [False] * 5 + [True] * 5
     assert ["index_copy" in text or "setitem" in text for text in texts] == [True] * 4 + [False] * 6
     assert "float32[1, 2, 1, 8]" in texts[0]
+
+
+def test_what_has_a_shape_and_is_no_tensor_is_written_by_its_name():
+    """A mesh of devices among the inputs of a tensor parallel model."""
+    graph = Graph()
+    mesh, x = graph.placeholder("mesh"), graph.placeholder("x")
+    mesh.meta["example_value"], x.meta["example_value"] = SimpleNamespace(shape=(2,)), torch.zeros(3, 2)
+    graph.output((mesh, x))
+    lines = text_of(GraphModule({}, graph)).splitlines()
+    assert "#" not in lines[0] and lines[1].endswith("# float32[3, 2]")
 
 
 def test_structured_trace(tmp_path):

@@ -15,10 +15,10 @@ constexpr HadamardOfLanes HADAMARD_OF_LANES;
 
 // One vector of channels: as a product with the matrix, for which lanes need not change places.
 inline void hadamard_of_lanes(float* y) {
-    constexpr int CHAINS = 4;  // each sum waits for the one before it in its chain
-    vf sum[CHAINS] = {};
+    constexpr int SUMS = 4;  // each sum waits for the one before it in its chain
+    vf sum[SUMS] = {};
 #pragma GCC unroll 16
-    for (int i = 0; i < L; i++) sum[i % CHAINS] = fma(splat(y[i]), load<vf>(HADAMARD_OF_LANES.row[i]), sum[i % CHAINS]);
+    for (int i = 0; i < L; i++) sum[i % SUMS] = fma(splat(y[i]), load<vf>(HADAMARD_OF_LANES.row[i]), sum[i % SUMS]);
     store(y, (sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 

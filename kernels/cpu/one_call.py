@@ -19,17 +19,19 @@ import functools
 import inspect
 import logging
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 
-from xquant_fx.kernels.cpu.wrapper_code import KernelCall, NotReadError, Place, Size, WrapperCode, read_wrapper
+from xquant_fx.kernels.cpu.wrapper_chain import Link, chained, kernel_name
+from xquant_fx.kernels.cpu.wrapper_code import KernelCall, NotReadError, Place, Reader, Size, WrapperCode, read_wrapper
 
 log = logging.getLogger(__name__)
 
 _wanted = ContextVar("one_call", default=True)
+_collecting: ContextVar[list[Generated] | None] = ContextVar("collecting", default=None)
 
 #: Python for a generated module, behind its imports.
 IMPORT = "from xquant_fx.kernels.cpu.one_unit import UnitCompile as AsyncCompile"
@@ -66,12 +68,89 @@ def add_hook(wrapper: Any) -> None:
         wrapper.imports.writeline(IMPORT)
 
 
+class Generated(NamedTuple):
+    """A wrapper that Inductor generated."""
+
+    wrapper: Callable[..., Any]
+    module: dict[str, Any]
+    """The globals of its module."""
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[Generated]]:
+    """The wrappers that are generated inside, which stay as they are: for ``joined_chain``."""
+    found = list[Generated]()
+    before = _collecting.set(found)
+    try:
+        yield found
+    finally:
+        _collecting.reset(before)
+
+
 def joined(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[..., Any]:
     """What is called in the place of ``wrapper``; compiled in the background until the first call."""
+    collecting = _collecting.get()
+    if collecting is not None:
+        collecting.append(Generated(wrapper, module))
+        return wrapper
+
+    def begin() -> Callable[[], Callable[..., Any]]:
+        function = _parsed(wrapper)
+        parameters = ", ".join(arg.arg for arg in function.args.args)
+        return _python(parameters, read_wrapper(function), module)
+
+    return _at_first_call(begin, functools.partial(_one_by_one, wrapper, module))
+
+
+class Chain(NamedTuple):
+    """Generated wrappers and how they are called one after the other."""
+
+    generated: Sequence[Generated]
+    read: Sequence[Reader]
+    """What each wrapper does."""
+    links: Sequence[Link]
+    arguments: Sequence[str]
+    results: Sequence[str | None]
+
+
+def read_generated(generated: Generated, itemsizes: Sequence[int]) -> Reader:
+    """What a wrapper does, given bytes of an element of each argument; raises NotReadError."""
+    read = Reader(itemsizes)
+    try:
+        read.read_all(_parsed(generated.wrapper))
+    except (OSError, AttributeError) as error:  # no source
+        raise NotReadError(str(error)[:200]) from error
+    return read
+
+
+def joined_chain(chain: Chain) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """What does the calls of ``chain``, given a list of its arguments, and gives a tuple of its results."""
+
+    def begin() -> Callable[[], Callable[..., Any]]:
+        code = chained(chain.read, chain.links, chain.arguments, chain.results)
+        module = dict(chain.generated[0].module)
+        for number, (_, each) in enumerate(chain.generated):
+            names = [name for name in each if name.startswith("cpp_")]
+            module.update({kernel_name(number, name): each[name] for name in names})
+        return _python("args", code, module)
+
+    return _at_first_call(begin, functools.partial(_in_turn, chain))
+
+
+def _parsed(wrapper: Callable[..., Any]) -> ast.FunctionDef:
+    function = ast.parse(textwrap.dedent(inspect.getsource(wrapper))).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    return function
+
+
+def _at_first_call(
+    begin: Callable[[], Callable[[], Callable[..., Any]]], otherwise: Callable[[], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """Calls what is compiled in the background until then; where that cannot be, what ``otherwise`` makes."""
     from torch._dynamo.utils import dynamo_timed  # imports Dynamo
 
     with dynamo_timed("xquant_one_call"):
-        finish, chosen = _begun(wrapper, module), list[Callable[..., Any]]()
+        finish, chosen = _begun(begin, otherwise), list[Callable[..., Any]]()
 
     def call(*args: Any) -> Any:
         if not chosen:
@@ -82,42 +161,63 @@ def joined(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[...,
     return call
 
 
-def _begun(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[[], Callable[..., Any]]:
+def _begun(
+    begin: Callable[[], Callable[[], Callable[..., Any]]], otherwise: Callable[[], Callable[..., Any]]
+) -> Callable[[], Callable[..., Any]]:
     """What gives the function to call, once it is needed."""
     from torch._dynamo.utils import counters  # imports Dynamo
 
     from xquant_fx.kernels.cpu import build  # brings in Inductor's compiler
 
     try:
-        function = ast.parse(textwrap.dedent(inspect.getsource(wrapper))).body[0]
-        assert isinstance(function, ast.FunctionDef)
-        finish = _python(function, read_wrapper(function), module)
+        finish = begin()
     except (NotReadError, OSError, AttributeError) as error:
-        return functools.partial(_one_by_one, wrapper, module, str(error)[:200])
+        return functools.partial(_told, otherwise, str(error)[:200])
 
     def finished() -> Callable[..., Any]:
         try:
             made = finish()
         except (NotReadError, build.CompileError) as error:
-            return _one_by_one(wrapper, module, str(error)[:200])
+            return _told(otherwise, str(error)[:200])
         counters["xquant"]["one_call"] += 1
         return made
 
     return finished
 
 
-def _one_by_one(wrapper: Callable[..., Any], module: dict[str, Any], reason: str) -> Callable[..., Any]:
+def _told(otherwise: Callable[[], Callable[..., Any]], reason: str) -> Callable[..., Any]:
     from torch._dynamo.utils import counters  # imports Dynamo
-
-    from xquant_fx.kernels.cpu import one_unit  # brings in Inductor's compiler
 
     log.info("the kernels of this graph are called one by one: %s", reason)
     counters["xquant"][f"kernels called one by one: {reason}"] += 1
+    return otherwise()
+
+
+def _one_by_one(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[..., Any]:
+    from xquant_fx.kernels.cpu import one_unit  # brings in Inductor's compiler
+
     one_unit.compile_alone(module)
     return wrapper
 
 
-def _python(function: ast.FunctionDef, code: WrapperCode, module: dict[str, Any]) -> Callable[[], Callable[..., Any]]:
+def _in_turn(chain: Chain) -> Callable[..., Any]:
+    """Calls each of the generated wrappers."""
+    from xquant_fx.kernels.cpu import one_unit  # brings in Inductor's compiler
+
+    for _, module in chain.generated:
+        one_unit.compile_alone(module)
+
+    def call(args: list[Any]) -> tuple[Any, ...]:
+        values = dict(zip(chain.arguments, args, strict=True))
+        for link in chain.links:
+            found = chain.generated[link.wrapper].module["call"]([values[name] for name in link.given])
+            values.update(zip(link.returned, found, strict=True))
+        return tuple(None if name is None else values[name] for name in chain.results)
+
+    return call
+
+
+def _python(parameters: str, code: WrapperCode, module: dict[str, Any]) -> Callable[[], Callable[..., Any]]:
     """Begins to compile the one call. What it returns gives the new wrapper, which allocates what is returned and the
     scratch memory, and makes the call."""
     from xquant_fx.kernels.cpu import build, one_unit  # bring in Inductor's compiler
@@ -127,7 +227,6 @@ def _python(function: ast.FunctionDef, code: WrapperCode, module: dict[str, Any]
     elsewhere = [name for name in names if name not in here]
     outside = _outside(code)
     tensors = [*code.allocated, *outside]
-    table, libraries = _addresses([module[name] for name in elsewhere])
     sizes = sorted({arg.argument for call in code.calls for arg in call.args if isinstance(arg, Size)})
     kernels = Kernels(elsewhere, {name: kernel.types for name, kernel in here.items()})
     types, text = source(code, kernels, tensors, sizes)
@@ -135,7 +234,7 @@ def _python(function: ast.FunctionDef, code: WrapperCode, module: dict[str, Any]
     build.begin_kernel(types, text)
     results = ", ".join("None" if place is None else place.python for place in code.results)
     lines = [
-        f"def call({', '.join(arg.arg for arg in function.args.args)}):",
+        f"def call({parameters}):",
         f"    {', '.join(code.arguments)}, = args",
         "    args.clear()",
         *(f"    {memory} = {python}" for memory, python in code.allocated.items()),
@@ -148,6 +247,7 @@ def _python(function: ast.FunctionDef, code: WrapperCode, module: dict[str, Any]
         for name in set(outside) - set(code.arguments):  # constants, which a module has only once it is loaded
             if not isinstance(module.get(name), torch.Tensor):
                 raise NotReadError(f"{name}, which is no tensor")
+        table, libraries = _addresses([one_unit.loaded(module[name]) for name in elsewhere])
         bound = {**module, "xquant_kernels": table, "xquant_libraries": libraries}
         bound["xquant_one_call"] = build.load(types, text)
         exec(compile("\n".join(lines), "<one call>", "exec"), bound)

@@ -41,6 +41,30 @@ class UnitKernel:
         return self.alone(*args)
 
 
+class LaterKernel:
+    """A kernel that is being compiled; a call waits for it, where loading its module would make all else wait."""
+
+    def __init__(self, future: Any) -> None:
+        self.future = future
+        self.made: Callable[..., Any] | None = None
+
+    def loaded(self) -> Callable[..., Any]:
+        """The compiled kernel; raises what the compiler says."""
+        if self.made is None:
+            self.made = self.future.result()
+        assert self.made is not None
+        return self.made
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the kernel."""
+        return self.loaded()(*args)
+
+
+def loaded(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled function of a kernel that a generated module calls."""
+    return kernel.loaded() if isinstance(kernel, LaterKernel) else kernel
+
+
 class UnitCompile(AsyncCompile):
     """What a generated module compiles by; collects kernels that may share a source."""
 
@@ -49,7 +73,8 @@ class UnitCompile(AsyncCompile):
         if may_be_joined(source_code):
             return UnitKernel(tuple(argtypes), source_code)
         build.isa()  # waits for what is asked in the background already
-        return super().cpp_pybinding(argtypes, source_code)
+        made = super().cpp_pybinding(argtypes, source_code)
+        return LaterKernel(made) if hasattr(made, "result") else made
 
 
 def may_be_joined(code: str) -> bool:
@@ -74,8 +99,9 @@ def unit(kernels: Sequence[UnitKernel]) -> str:
 
 
 def compile_alone(module: dict[str, Any]) -> None:
-    """Compile the kernels among the values of ``module`` one by one, in parallel."""
+    """Compile the kernels among the values of ``module`` one by one, in parallel, and wait for all."""
     compiler, kernels = AsyncCompile(), [k for k in module.values() if isinstance(k, UnitKernel) and k.alone is None]
+    module.update({name: kernel.loaded() for name, kernel in module.items() if isinstance(kernel, LaterKernel)})
     made = {str(i): compiler.cpp_pybinding(list(k.types), k.code) for i, k in enumerate(kernels)}
     compiler.wait(made)
     for i, kernel in enumerate(kernels):

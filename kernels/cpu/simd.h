@@ -119,7 +119,7 @@ inline float to_float(float16 x) {
     return as_float(sign | ((e + 112) << 23) | (m << 13));
 }
 inline vf load_floats(const float* p) { return load<vf>(p); }
-inline vf load_floats(const bfloat16* p) { return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16); }
+inline vf load_floats(const bfloat16* p) { return (vf)(widen(load<vh>(p)) << 16); }
 // The first n < L numbers at p, zeros behind.
 template <class T> inline vf load_first(const T* p, int64_t n) {
     T part[L] = {};

@@ -47,6 +47,7 @@ inline bool any(vi mask) { return !_mm256_testz_si256((__m256i)mask, (__m256i)ma
 
 // Compilers take what __builtin_convertvector says here apart into scalars.
 inline vi widen(vub x) { return (vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)load<int64_t>(&x))); }
+inline vi widen(vh x) { return __builtin_convertvector(x, vi); }
 inline vb narrow(vi x) {
     const __m256i low = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
                                          -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1);

@@ -28,7 +28,16 @@ inline bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i
 
 // Compilers take what __builtin_convertvector says here apart into scalars.
 inline vi widen(vub x) { return (vi)_mm512_cvtepu8_epi32((__m128i)x); }
+inline vi widen(vh x) { return (vi)_mm512_cvtepu16_epi32((__m256i)x); }
 inline vb narrow(vi x) { return (vb)_mm512_cvtepi32_epi8((__m512i)x); }
+
+// Pairs of vectors as one of half the width: of ints as shorts, in the order of the next, of those as bytes, in order.
+#define XQ_PACK
+inline vs pack_ints(vi a, vi b) { return (vs)_mm512_packs_epi32((__m512i)a, (__m512i)b); }
+inline vi pack_shorts(vs a, vs b) {
+    const vi order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    return (vi)_mm512_permutexvar_epi32((__m512i)order, _mm512_packs_epi16((__m512i)a, (__m512i)b));
+}
 
 inline vi round_to_int(vf x) { return (vi)_mm512_cvtps_epi32((__m512)x); }
 

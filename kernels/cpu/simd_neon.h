@@ -40,6 +40,7 @@ inline vi widen(vub x) {
     const uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(load<uint32_t>(&x)));
     return (vi)vmovl_u16(vget_low_u16(vmovl_u8(bytes)));
 }
+inline vi widen(vh x) { return (vi)vmovl_u16((uint16x4_t)x); }
 inline vb narrow(vi x) {
     const int16x4_t shorts = vmovn_s32((int32x4_t)x);
     const int32_t all = vget_lane_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(shorts, shorts))), 0);

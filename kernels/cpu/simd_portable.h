@@ -53,6 +53,7 @@ inline bool any(vi mask) {
 }
 
 inline vi widen(vub x) { return __builtin_convertvector(x, vi); }
+inline vi widen(vh x) { return __builtin_convertvector(x, vi); }
 inline vb narrow(vi x) { return __builtin_convertvector(x, vb); }
 
 // Nearest integer, |x| < 2**22; NaN gives some integer.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,23 +76,29 @@ def read_wrapper(function: ast.FunctionDef) -> WrapperCode:
         NotReadError: it does something that is not read here, such as a call of an ATen operation, or allocates a
             buffer of a size that is known in a step only.
     """
-    reader = _Reader()
-    for statement in function.body:
-        reader.read(statement)
+    reader = Reader()
+    reader.read_all(function)
     return reader.planned()
 
 
-class _Reader:
+class Reader:
     """The names that are bound so far, and what happened to memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, itemsizes: Sequence[int] = ()) -> None:
+        """``itemsizes`` are bytes of an element of each argument, where that is known."""
         self.code = WrapperCode()
+        self.itemsizes = itemsizes
         self.names: dict[str, Place] = {}
         self.sizes: dict[str, int] = {}
         self.sizes_given: dict[str, Size] = {}
         self.allocations: dict[str, str] = {}
         self.events: list[tuple[str, bool]] = []
         """Buffers in the order in which they came (True) and went (False)."""
+
+    def read_all(self, function: ast.FunctionDef) -> None:
+        """All statements of a wrapper; raises NotReadError."""
+        for statement in function.body:
+            self.read(statement)
 
     def read(self, statement: ast.stmt) -> None:
         """One statement; raises NotReadError."""
@@ -120,8 +127,10 @@ class _Reader:
     def _argument(self, node: ast.expr) -> None:
         if not isinstance(node, ast.Name):
             raise NotReadError(ast.unparse(node))
+        number = len(self.code.arguments)
         self.code.arguments.append(node.id)
-        self.names[node.id] = Place(node.id, 0, None, node.id)
+        itemsize = self.itemsizes[number] if number < len(self.itemsizes) else None
+        self.names[node.id] = Place(node.id, 0, itemsize, node.id)
 
     def _allocation(self, name: str, value: ast.expr) -> Place | None:
         match value:

@@ -75,7 +75,7 @@ inline void load_queries(Scratch& scratch, const Inputs& in, int64_t head, int64
             scratch.q_center[r] = (float)sum;
         }
     }
-    scratch.group = -1;
+    scratch.groups = 0;
 }
 
 // One row's sums of rotated values, rotated back (kernels/rotation.py) and added to those of values as they are.

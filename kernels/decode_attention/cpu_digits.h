@@ -4,29 +4,59 @@
 
 namespace xq {
 
-// x [n], n a multiple of four, as DIGITS digits to the base 256; returns what the last digit stands
-// for. `largest` holds, over its lanes, the largest |x|. What rounding leaves goes on to a later number
-// of the same lane: many small weights beside a large one must not all be rounded the same way.
-template <int64_t PITCH> inline float to_digits(const float* x, int64_t n, vf largest, int8_t (*digits)[PITCH]) {
-    constexpr float top = DIGITS == 2 ? 32512.0f : 4161536.0f;  // leaves every digit in -128 .. 127
-    constexpr int CHAINS = 4;  // each number waits for the one before it in its chain
-    const float most = max(largest), inverse = most > 0.0f ? top / most : 0.0f;
-    vf lost[CHAINS] = {};
-    for (int64_t first = 0; first < n; first += CHAINS * L) {
-#pragma GCC unroll 4
-        for (int chain = 0; chain < CHAINS; chain++) {
-            const int64_t i = first + chain * L;
-            if (i >= n) break;
-            const vf exact = fma(load<vf>(x + i), splat(inverse), lost[chain]);
-            vi v = round_to_int(exact);
-            lost[chain] = exact - __builtin_convertvector(v, vf);
-            for (int d = DIGITS - 1; d >= 0; d--) {  // a digit is the low byte, taken as signed; the rest is carried
-                store_up_to(digits[d] + i, narrow(v), n - i);
-                if (d) v = (v + 128) >> 8;
-            }
-        }
+constexpr int CHAINS = 4;  // vectors of numbers, each of which waits for the one before it in its chain
+
+// The first n lanes of v as digits from element i on. A digit is the low byte, taken as signed; the rest is carried.
+template <int64_t PITCH> ALWAYS_INLINE void store_digits(vi v, int8_t (*digits)[PITCH], int64_t i, int64_t n) {
+    for (int d = DIGITS - 1; d >= 0; d--, v = (v + 128) >> 8) store_up_to(digits[d] + i, narrow(v), n);
+}
+
+// CHAINS vectors likewise.
+template <int64_t PITCH> ALWAYS_INLINE void store_digits(const vi (&v)[CHAINS], int8_t (*digits)[PITCH], int64_t i) {
+#ifdef XQ_PACK
+    if constexpr (DIGITS == 2) {  // which make a short
+        const vs a = pack_ints(v[0], v[1]), b = pack_ints(v[2], v[3]);
+        store(digits[0] + i, pack_shorts((a + 128) >> 8, (b + 128) >> 8));
+        store(digits[1] + i, pack_shorts((a << 8) >> 8, (b << 8) >> 8));
+        return;
     }
-    return most / top;
+#endif
+#pragma GCC unroll 4
+    for (int chain = 0; chain < CHAINS; chain++) store_digits(v[chain], digits, i + chain * L, L);
+}
+
+// NR rows x [n], n a multiple of four, as DIGITS digits to the base 256; `unit` gets what the last digit of each stands
+// for. `most` is the largest |x|. CARRY: what rounding leaves goes on to a later number of the same lane, as many small
+// weights beside a large one must not all be rounded the same way.
+template <bool CARRY, int NR, int64_t X_PITCH, int64_t PITCH>
+inline void to_digits(const float (*x)[X_PITCH], int64_t n, const float (&most)[NR], int8_t (*digits)[DIGITS][PITCH],
+                      float* unit) {
+    constexpr float top = DIGITS == 2 ? 32512.0f : 4161536.0f;  // leaves every digit in -128 .. 127
+    vf scale[NR], lost[NR][CHAINS] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; r++) scale[r] = splat(most[r] > 0.0f ? top / most[r] : 0.0f), unit[r] = most[r] / top;
+    const auto rounded = [&](int r, int chain, int64_t i) __attribute__((always_inline)) {
+        if constexpr (!CARRY) return round_to_int(load<vf>(x[r] + i) * scale[r]);
+        const vf exact = fma(load<vf>(x[r] + i), scale[r], lost[r][chain]);
+        const vi v = round_to_int(exact);
+        lost[r][chain] = exact - __builtin_convertvector(v, vf);
+        return v;
+    };
+    int64_t i = 0;
+    for (; i + CHAINS * L <= n; i += CHAINS * L)
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++) {
+            vi v[CHAINS];
+#pragma GCC unroll 4
+            for (int chain = 0; chain < CHAINS; chain++) v[chain] = rounded(r, chain, i + chain * L);
+            store_digits(v, digits[r], i);
+        }
+#pragma GCC unroll 4
+    for (int chain = 0; chain < CHAINS; chain++, i += L) {
+        if (i >= n) break;
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++) store_digits(rounded(r, chain, i), digits[r], i, n - i);
+    }
 }
 
 // 0, or NaN if there was an infinity or a NaN among the scales, whose sum times 0 is `zero_or_nan`: digits cannot
@@ -51,45 +81,52 @@ template <int NR, int NV> ALWAYS_INLINE void join_digits(const vi (&sum)[NR][DIG
         }
 }
 
-// Add to `acc` the sums over `words` words of codes times digits from `element` on; lanes are the other axis.
-// NV vectors, NR rows at once.
+// Add to `sum` words [first, end) of codes times digits from `element` on; lanes are the other axis. NV vectors, NR
+// rows at once.
+template <int BITS, class Sum, int NR, int NV, int64_t PITCH>
+ALWAYS_INLINE void add_words(const int32_t* codes, int64_t stride, int64_t first, int64_t end,
+                             const int8_t (*digits)[DIGITS][PITCH], int64_t element, Sum (&sum)[NR][DIGITS][NV]) {
+    constexpr int PLANES = 8 / BITS;
+    const vi mask = splat((int32_t)(0x01010101u * ((1u << BITS) - 1)));
+    for (int64_t w = first; w < end; w++) {
+        vu word[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) word[v] = load<vu>(codes + w * stride + v * L);
+#pragma GCC unroll 8
+        for (int j = 0; j < PLANES; j++) {
+            vi code[NV];
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) code[v] = BITS == 8 ? (vi)word[v] : (vi)(word[v] >> (BITS * j)) & mask;
+#pragma GCC unroll 4
+            for (int r = 0; r < NR; r++)
+#pragma GCC unroll 3
+                for (int d = 0; d < DIGITS; d++) {
+                    const vi digit = splat(load_word(digits[r][d] + element + (w * PLANES + j) * 4));
+#pragma GCC unroll 4
+                    for (int v = 0; v < NV; v++) sum[r][d][v] = Dot<BITS>::add(sum[r][d][v], code[v], digit);
+                }
+        }
+    }
+}
+
+// Add to `acc` the sums over `words` words.
 template <int BITS, int NR, int NV, int64_t PITCH>
 ALWAYS_INLINE void add_codes(const int32_t* codes, int64_t stride, int64_t words, const int8_t (*digits)[DIGITS][PITCH],
                              int64_t element, vi (&acc)[NR][DIGITS][NV]) {
-    constexpr int PLANES = 8 / BITS;
-    constexpr bool IN_PLACE = std::is_same_v<typename Dot<BITS>::Sum, vi>;  // nothing to empty in between
-    const vi mask = splat((int32_t)(0x01010101u * ((1u << BITS) - 1)));
-    for (int64_t first = 0; first < words; first += Dot<BITS>::WORDS) {
-        typename Dot<BITS>::Sum sum[NR][DIGITS][NV] = {};
-        if constexpr (IN_PLACE) std::memcpy(sum, acc, sizeof(acc));
-        const int64_t end = std::min(words, first + Dot<BITS>::WORDS);
-        for (int64_t w = first; w < end; w++) {
-            vu word[NV];
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; v++) word[v] = load<vu>(codes + w * stride + v * L);
-#pragma GCC unroll 8
-            for (int j = 0; j < PLANES; j++) {
-                vi code[NV];
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; v++) code[v] = BITS == 8 ? (vi)word[v] : (vi)(word[v] >> (BITS * j)) & mask;
-#pragma GCC unroll 4
-                for (int r = 0; r < NR; r++)
-#pragma GCC unroll 3
-                    for (int d = 0; d < DIGITS; d++) {
-                        const vi digit = splat(load_word(digits[r][d] + element + (w * PLANES + j) * 4));
-#pragma GCC unroll 4
-                        for (int v = 0; v < NV; v++) sum[r][d][v] = Dot<BITS>::add(sum[r][d][v], code[v], digit);
-                    }
-            }
-        }
+    using D = Dot<BITS>;
+    if constexpr (std::is_same_v<typename D::Sum, vi>) {  // nothing to empty in between
+        add_words<BITS>(codes, stride, 0, words, digits, element, acc);
+        return;
+    }
+    for (int64_t first = 0; first < words; first += D::WORDS) {
+        typename D::Sum sum[NR][DIGITS][NV] = {};
+        add_words<BITS>(codes, stride, first, std::min(words, first + D::WORDS), digits, element, sum);
 #pragma GCC unroll 4
         for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
             for (int d = 0; d < DIGITS; d++)
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; v++)
-                    if constexpr (IN_PLACE) acc[r][d][v] = sum[r][d][v];
-                    else acc[r][d][v] += Dot<BITS>::total(sum[r][d][v]);
+                for (int v = 0; v < NV; v++) acc[r][d][v] += D::total(sum[r][d][v]);
     }
 }
 

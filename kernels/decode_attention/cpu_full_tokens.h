@@ -68,7 +68,8 @@ inline void score_run(Scratch& scratch, const T* keys, int64_t offset, int64_t n
     for (; i < n; i++) score_tokens_with_all_rows<1>(scratch, keys + i * DK, offset + i);
 }
 
-// Add n weighted values from `offset` of the span on, NV vectors of channels from d on, to NR rows.
+// Add n weighted values from `offset` of the span on, NV vectors of channels from d on, to NR rows; one vector
+// may be more than there are.
 template <int NR, int NV>
 inline void add_tokens(const Scratch& scratch, RunningSoftmax& softmax, const T* values, int64_t row, int64_t d,
                        int64_t offset, int64_t n) {
@@ -81,7 +82,7 @@ inline void add_tokens(const Scratch& scratch, RunningSoftmax& softmax, const T*
     for (int64_t i = 0; i < n; i++) {
         vf x[NV];
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) x[v] = load_up_to(values + i * DV + d + v * L, DV - d - v * L);
+        for (int v = 0; v < NV; v++) x[v] = load_up_to(values + i * DV + d + v * L, NV > 1 ? L : DV - d);
 #pragma GCC unroll 4
         for (int r = 0; r < NR; r++) {
             const vf weight = splat(scratch.weight[row + r][offset + i]);

@@ -64,6 +64,15 @@ struct RunningSoftmax {
     explicit RunningSoftmax(float* data) : m(data), l(data + ROWS), acc(data + HEADER) {}
 };
 
+// Queries with the scales and zero points of a token group.
+struct FoldedQueries {
+    float zero[ROWS];  // queries times zero points
+    float unit[ROWS];  // what the last digit stands for
+    alignas(64) int8_t digits[ROWS][DIGITS][DK_PAD];
+};
+// Groups that are folded one after the other, as each has long chains of instructions that wait for each other.
+constexpr int64_t GROUPS_AHEAD = ROWS > 8 ? 1 : std::clamp<int64_t>(SPAN / K_GROUP, 1, 4);
+
 // Scratch of one thread.
 struct Scratch {
     float score[ROWS][SLACK];
@@ -72,14 +81,12 @@ struct Scratch {
     float ranked[ROWS][DK_PAD + L];  // queries in the order that scales are in
     float folded[ROWS][DK_PAD + L];  // the same, times scales: what codes are multiplied with; zeros behind
     float q_center[ROWS];  // queries times what is in no zero point
-    float q_zero[ROWS];  // queries times zero points
-    float q_unit[ROWS];  // what the last digit of q_digits stands for
-    alignas(64) int8_t q_digits[ROWS][DIGITS][DK_PAD];
+    FoldedQueries keys[GROUPS_AHEAD];  // of the token groups from `group` on
     alignas(64) int8_t p_digits[ROWS][DIGITS][SPAN];
     float p_unit[ROWS];
     float p_zero[ROWS];
     int64_t row0;  // first row of this block
-    int64_t group;  // the token group that q_digits and q_zero are for
+    int64_t group, groups;  // the first token group in `keys`, and how many there are
 };
 
 }  // namespace xq

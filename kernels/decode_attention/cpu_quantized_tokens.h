@@ -11,32 +11,58 @@ template <class Z> inline vf zero_points(const Z* zero, [[maybe_unused]] vf s, [
     else return load_up_to(zero, n);
 }
 
-// Fold the scales of token group g into the queries.
-inline void fold_key_scales(Scratch& scratch, const Inputs& in, int64_t head, int64_t g) {
-    const int64_t row = (head * K_TOKENS / K_GROUP + g) * DK;
-    const S* scale = in.k_scale + row;
-    const S* zero = in.k_zero + row;
-    for (int64_t d = 0; d < DK;
-         d += 64 / (int64_t)sizeof(S)) {  // too few bytes a group for a processor to foresee them
-        __builtin_prefetch(scale + 2 * DK + d);
-        __builtin_prefetch(zero + 2 * DK + d);
-    }
-    vf largest[ROWS] = {}, z[ROWS] = {}, zero_or_nan = {};
-    for (int64_t d = 0; d < DK; d += L) {
-        const vf s = load_scales(scale + d, DK - d), zeros = zero_points(zero + d, s, d, DK - d);
+// Call `use(row, NR)` for blocks of rows, NR a constant: ROWS_AT_ONCE or what is left.
+template <class Use> ALWAYS_INLINE void for_rows(Use use) {
+    for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
+        use(r, std::integral_constant<int, ROWS_AT_ONCE>());
+    if constexpr (ROWS % ROWS_AT_ONCE)
+        use(ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, std::integral_constant<int, ROWS % ROWS_AT_ONCE>());
+}
+
+// Fold scales and zero points of a token group into the queries of NR rows.
+template <int NR>
+inline void fold_key_scales(Scratch& scratch, FoldedQueries& keys, const S* scale, const S* zero, int64_t row) {
+    vf largest[NR] = {}, z[NR] = {}, zero_or_nan = {};
+    const auto fold = [&](int64_t d, auto n,
+                          auto coded) __attribute__((always_inline)) {  // n channels, the first with codes
+        const vf s = load_scales(scale + d, n), zeros = zero_points(zero + d, s, d, n);
         zero_or_nan = fma(s, splat(0.0f), zero_or_nan);
-        for (int64_t r = 0; r < ROWS; r++) {
-            const vf q = load<vf>((RANKED ? scratch.ranked : scratch.query)[r] + d), x = q * s;
-            store(scratch.folded[r] + d, x);
-            largest[r] = max(abs(RANKED ? mask_first(x, K_ELEMENTS - d) : x), largest[r]);
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++) {
+            const vf q = load<vf>((RANKED ? scratch.ranked : scratch.query)[row + r] + d), x = q * s;
+            store(scratch.folded[row + r] + d, x);
+            largest[r] = max(abs(mask_first(x, coded)), largest[r]);
             z[r] = fma(q, zeros, z[r]);
         }
-    }
+    };
+    constexpr int64_t CODED = RANKED ? K_ELEMENTS : DK, WHOLE = std::min(DK, CODED) / L * L;
+    constexpr std::integral_constant<int64_t, L> ALL;
+    for (int64_t d = 0; d < WHOLE; d += L) fold(d, ALL, ALL);
+    for (int64_t d = WHOLE; d < DK; d += L) fold(d, DK - d, CODED - d);
     const float nan = nan_if_not_finite(zero_or_nan);
-    for (int64_t r = 0; r < ROWS; r++) scratch.q_zero[r] = sum(z[r]) + scratch.q_center[r];
-    for (int64_t r = 0; r < ROWS; r++)
-        scratch.q_unit[r] = to_digits<DK_PAD>(scratch.folded[r], K_ELEMENTS, largest[r], scratch.q_digits[r]) + nan;
-    scratch.group = g;
+    float most[NR];
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; r++) {
+        keys.zero[row + r] = sum(z[r]) + (scratch.q_center[row + r] + nan);
+        most[r] = max(largest[r]);
+    }
+    to_digits<(DIGITS > 2)>(scratch.folded + row, K_ELEMENTS, most, keys.digits + row, keys.unit + row);
+}
+
+// The same for all rows and `groups` token groups from g on.
+inline void fold_keys(Scratch& scratch, const Inputs& in, int64_t head, int64_t g, int64_t groups) {
+    scratch.group = g, scratch.groups = groups;
+    const int64_t first = (head * K_TOKENS / K_GROUP + g) * DK;
+    for (int64_t i = 0; i < groups; i++) {
+        const S* scale = in.k_scale + first + i * DK;
+        const S* zero = in.k_zero + first + i * DK;
+        for (int64_t d = 0; d < DK;
+             d += 64 / (int64_t)sizeof(S)) {  // too few bytes a group for a processor to foresee them
+            __builtin_prefetch(scale + (GROUPS_AHEAD + 1) * DK + d);
+            __builtin_prefetch(zero + (GROUPS_AHEAD + 1) * DK + d);
+        }
+        for_rows([&](int64_t row, auto rows) { fold_key_scales<rows()>(scratch, scratch.keys[i], scale, zero, row); });
+    }
 }
 
 // What planes of higher fields gave, in units of a field of BITS bits that follows it.
@@ -51,21 +77,21 @@ template <int BITS, int NR, int NV> ALWAYS_INLINE void make_room(vi (&acc)[NR][D
 
 // Scores of NV vectors of tokens with NR rows, from `offset` of the span on; `norm` is of up to n of the tokens, the
 // others are read by nobody.
-template <int NR, int NV>
-inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, [[maybe_unused]] const uint8_t* norm,
-                     [[maybe_unused]] int64_t n, int64_t row, int64_t offset) {
+template <int64_t STRIDE, int NR, int NV>
+inline void dot_keys(Scratch& scratch, const FoldedQueries& keys, const int32_t* codes,
+                     [[maybe_unused]] const uint8_t* norm, [[maybe_unused]] int64_t n, int64_t row, int64_t offset) {
     constexpr int64_t TO_4 = K_WORDS_8, TO_2 = TO_4 + K_WORDS_4, TO_1 = TO_2 + K_WORDS_2;
-    const auto digits = scratch.q_digits + row;
+    const auto digits = keys.digits + row;
     vi acc[NR][DIGITS][NV] = {};
     if constexpr (RANKED) {
-        add_mixed_codes(codes, stride, digits, acc);
+        add_mixed_codes(codes, STRIDE, digits, acc);
     } else {
-        if constexpr (K_WORDS_8 > 0) add_codes<8>(codes, stride, K_WORDS_8, digits, 0, acc);
-        if constexpr (K_WORDS_4 > 0) add_codes<4>(codes + TO_4 * stride, stride, K_WORDS_4, digits, 0, acc);
+        if constexpr (K_WORDS_8 > 0) add_codes<8>(codes, STRIDE, K_WORDS_8, digits, 0, acc);
+        if constexpr (K_WORDS_4 > 0) add_codes<4>(codes + TO_4 * STRIDE, STRIDE, K_WORDS_4, digits, 0, acc);
         if constexpr (TO_2 > 0 && K_WORDS_2 > 0) make_room<2>(acc);
-        if constexpr (K_WORDS_2 > 0) add_codes<2>(codes + TO_2 * stride, stride, K_WORDS_2, digits, 0, acc);
+        if constexpr (K_WORDS_2 > 0) add_codes<2>(codes + TO_2 * STRIDE, STRIDE, K_WORDS_2, digits, 0, acc);
         if constexpr (TO_1 > 0 && K_WORDS_1 > 0) make_room<1>(acc);
-        if constexpr (K_WORDS_1 > 0) add_codes<1>(codes + TO_1 * stride, stride, K_WORDS_1, digits, 0, acc);
+        if constexpr (K_WORDS_1 > 0) add_codes<1>(codes + TO_1 * STRIDE, STRIDE, K_WORDS_1, digits, 0, acc);
     }
     vf out[NR][NV];
     join_digits(acc, out);
@@ -73,19 +99,16 @@ inline void dot_keys(Scratch& scratch, const int32_t* codes, int64_t stride, [[m
         vf norms = {};
         if constexpr (NORMS) norms = load_norms(norm + v * L, n);
         for (int r = 0; r < NR; r++) {
-            const vf score = fma(out[r][v], splat(scratch.q_unit[row + r]), splat(scratch.q_zero[row + r]));
+            const vf score = fma(out[r][v], splat(keys.unit[row + r]), splat(keys.zero[row + r]));
             store(scratch.score[row + r] + offset + v * L, NORMS ? score * norms : score);
         }
     }
 }
 
-template <int NV>
-inline void dot_keys_with_all_rows(Scratch& scratch, const int32_t* codes, int64_t stride, const uint8_t* norm,
-                                   int64_t n, int64_t offset) {
-    for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
-        dot_keys<ROWS_AT_ONCE, NV>(scratch, codes, stride, norm, n, r, offset);
-    if constexpr (ROWS % ROWS_AT_ONCE)
-        dot_keys<ROWS % ROWS_AT_ONCE, NV>(scratch, codes, stride, norm, n, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, offset);
+template <int64_t STRIDE, int NV>
+inline void dot_keys_with_all_rows(Scratch& scratch, const FoldedQueries& keys, const int32_t* codes,
+                                   const uint8_t* norm, int64_t n, int64_t offset) {
+    for_rows([&](int64_t row, auto rows) { dot_keys<STRIDE, rows(), NV>(scratch, keys, codes, norm, n, row, offset); });
 }
 
 constexpr int64_t TOKENS_AT_ONCE = VECTORS_AT_ONCE * L;
@@ -101,13 +124,19 @@ struct ValueWords {
 // Keys of TOKENS_AT_ONCE tokens are about to be read: fetch keys some way on, and the values of the same tokens,
 // whose turn comes after the span's keys. Spread over the span, as only so many lines can be under way.
 // GCC drops calls of a function that does nothing else, so it must be inlined before GCC looks.
-ALWAYS_INLINE void prefetch(const int32_t* keys, const ValueWords& values) {
+ALWAYS_INLINE void prefetch(const Inputs& in, int64_t head, int64_t t, const int32_t* keys) {
     constexpr int64_t AHEAD = 256, LINE = 16;
+    const ValueWords values(in, head, t);
     for (int64_t w = 0; w < K_WORDS; w++)
         for (int64_t i = 0; i < TOKENS_AT_ONCE; i += LINE) __builtin_prefetch(keys + w * K_TOKENS + AHEAD + i);
     for (int64_t i = 0; i < TOKENS_AT_ONCE * DV / V_HIGH_PER_WORD; i += LINE) __builtin_prefetch(values.high + i);
     if constexpr (V_LOW > 0)
         for (int64_t i = 0; i < TOKENS_AT_ONCE * DV / V_LOW_PER_WORD; i += LINE) __builtin_prefetch(values.low + i);
+    for (int64_t g = 0; g < V_GROUPS; g++) {
+        const int64_t token = (head * V_GROUPS + g) * V_TOKENS + value_slot(t);
+        __builtin_prefetch(in.v_scale + token);
+        if constexpr (!ABOUT_ZERO) __builtin_prefetch(in.v_zero + token);
+    }
 }
 
 // Scores of tokens [t0, t1), all in the codes.
@@ -117,50 +146,57 @@ inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, i
     const uint8_t* norm = NORMS ? in.k_norm + head / H * K_TOKENS + shift : nullptr;
     for (int64_t t = t0; t < t1;) {
         const int64_t g = (t + shift) / K_GROUP, end = std::min(t1, (g + 1) * K_GROUP - shift);
-        if (g != scratch.group) fold_key_scales(scratch, in, head, g);
+        if (g < scratch.group || g >= scratch.group + scratch.groups)
+            fold_keys(scratch, in, head, g, std::min(GROUPS_AHEAD, (t1 + shift - 1) / K_GROUP + 1 - g));
+        const FoldedQueries& keys = scratch.keys[g - scratch.group];
         for (; t + TOKENS_AT_ONCE <= end; t += TOKENS_AT_ONCE) {
-            dot_keys_with_all_rows<VECTORS_AT_ONCE>(scratch, codes + t, K_TOKENS, norm + t, L, t - t0);
-            prefetch(codes + t, ValueWords(in, head, t));
+            dot_keys_with_all_rows<K_TOKENS, VECTORS_AT_ONCE>(scratch, keys, codes + t, norm + t, L, t - t0);
+            prefetch(in, head, t, codes + t);
         }
         for (; t < end; t += L) {
             const int64_t left = K_TOKENS - t - shift;
             if (L <= left) {
-                dot_keys_with_all_rows<1>(scratch, codes + t, K_TOKENS, norm + t, L, t - t0);
+                dot_keys_with_all_rows<K_TOKENS, 1>(scratch, keys, codes + t, norm + t, L, t - t0);
                 continue;
             }
             int32_t part[K_WORDS][L] = {};  // the buffer ends inside this vector
             for (int64_t i = 0; i < K_WORDS; i++) std::memcpy(part[i], codes + i * K_TOKENS + t, left * 4);
-            dot_keys_with_all_rows<1>(scratch, part[0], L, norm + t, left, t - t0);
+            dot_keys_with_all_rows<L, 1>(scratch, keys, part[0], norm + t, left, t - t0);
         }
         t = end;
     }
 }
 
-// Fold the scales of channel group g into the weights of n tokens.
-inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, int64_t g, int64_t t0, int64_t n) {
+// Fold the scales of channel group g into the weights of n tokens, of NR rows.
+template <int NR>
+inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, int64_t g, int64_t t0, int64_t n,
+                              int64_t row) {
     const int64_t token = (head * V_GROUPS + g) * V_TOKENS + value_slot(t0),
                   padded = (n + V_BLOCK - 1) / V_BLOCK * V_BLOCK;
-    vf largest[ROWS] = {}, z[ROWS] = {}, zero_or_nan = {};
+    vf largest[NR] = {}, z[NR] = {}, zero_or_nan = {};
     for (int64_t i = 0; i < n; i += L) {
         const vf s = load_scales(in.v_scale + token + i, n - i);
         [[maybe_unused]] vf zeros = {};
         if constexpr (!ABOUT_ZERO) zeros = load_up_to(in.v_zero + token + i, n - i);
         zero_or_nan = fma(s, splat(0.0f), zero_or_nan);
-        for (int64_t r = 0; r < ROWS; r++) {
-            const vf p = mask_first(load<vf>(scratch.weight[r] + i), n - i), x = p * s;
-            store(scratch.score[r] + i, x);  // the scores have become weights
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++) {
+            const vf p = mask_first(load<vf>(scratch.weight[row + r] + i), n - i), x = p * s;
+            store(scratch.score[row + r] + i, x);  // the scores have become weights
             largest[r] = max(abs(x), largest[r]);
             if constexpr (ABOUT_ZERO) z[r] += x;  // zero points are the same number of scales
             else z[r] += p != 0.0f ? p * zeros : p;
         }
     }
     const float nan = nan_if_not_finite(zero_or_nan);
-    for (int64_t r = 0; r < ROWS; r++) {
-        for (int64_t i = (n + L - 1) / L * L; i < padded; i += L) store(scratch.score[r] + i, splat(0.0f));
-        scratch.p_zero[r] = sum(z[r]) * (ABOUT_ZERO ? -0.5f * ((1 << V_BITS) - 1) : 1.0f);
+    float most[NR];
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; r++) {
+        for (int64_t i = (n + L - 1) / L * L; i < padded; i += L) store(scratch.score[row + r] + i, splat(0.0f));
+        scratch.p_zero[row + r] = sum(z[r]) * (ABOUT_ZERO ? -0.5f * ((1 << V_BITS) - 1) : 1.0f) + nan;
+        most[r] = max(largest[r]);
     }
-    for (int64_t r = 0; r < ROWS; r++)
-        scratch.p_unit[r] = to_digits<SPAN>(scratch.score[r], padded, largest[r], scratch.p_digits[r]) + nan;
+    to_digits<true>(scratch.score + row, padded, most, scratch.p_digits + row, scratch.p_unit + row);
 }
 
 // Add NV vectors of channels from d on, of which `left` are left, to NR rows; `blocks` is of tokens.
@@ -186,11 +222,7 @@ inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const ValueWor
 template <int NV>
 inline void add_values_to_all_rows(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes, int64_t blocks,
                                    int64_t d, int64_t left) {
-    for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
-        add_values<ROWS_AT_ONCE, NV>(scratch, softmax, codes, blocks, r, d, left);
-    if constexpr (ROWS % ROWS_AT_ONCE)
-        add_values<ROWS % ROWS_AT_ONCE, NV>(scratch, softmax, codes, blocks, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, d,
-                                            left);
+    for_rows([&](int64_t row, auto rows) { add_values<rows(), NV>(scratch, softmax, codes, blocks, row, d, left); });
 }
 
 // Weighted values of n tokens from t0, all in the codes.
@@ -199,7 +231,7 @@ inline void quantized_values(Scratch& scratch, const Inputs& in, RunningSoftmax&
     const ValueWords codes(in, head, t0);
     const int64_t blocks = (n + V_BLOCK - 1) / V_BLOCK;
     for (int64_t g = 0; g < V_GROUPS; g++) {
-        fold_value_scales(scratch, in, head, g, t0, n);
+        for_rows([&](int64_t row, auto rows) { fold_value_scales<rows()>(scratch, in, head, g, t0, n, row); });
         int64_t d = g * V_GROUP;
         const int64_t end = d + V_GROUP;
         for (; d + VECTORS_AT_ONCE * L <= end; d += VECTORS_AT_ONCE * L)

@@ -144,6 +144,19 @@ def halves(pairs):
 
 
 @triton.jit
+def times(x, y, ASM: tl.constexpr):
+    """float16 ``x`` [N, M] * ``y`` [M], neighbours in pairs: left to itself, LLVM pairs what is not, and sorts."""
+    if ASM:
+        a, b = x.to(tl.int16, bitcast=True), tl.broadcast_to(y.to(tl.int16, bitcast=True)[None, :], x.shape)
+        a = tl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int16, is_pure=True, pack=2
+        )
+        return a.to(tl.float16, bitcast=True)
+    else:
+        return x * y[None, :]
+
+
+@triton.jit
 def exp2(x, ASM: tl.constexpr):
     """2**x by one instruction; what is too small for float32's normal numbers is 0."""
     if ASM:

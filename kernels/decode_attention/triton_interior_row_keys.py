@@ -18,6 +18,7 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
     halves,
     inverse_power,
     power_above,
+    times,
     words_in_order,
 )
 from xquant_fx.kernels.decode_attention.triton_interior_keys import (
@@ -102,7 +103,7 @@ def group_scales(keys, t0, KEYS: tl.constexpr):
 
 
 @triton.jit
-def scaled_plane(offset, q, s, z, factor, PLANE: tl.constexpr, KEYS: tl.constexpr):
+def scaled_plane(offset, q, s, z, factor, PLANE: tl.constexpr, KEYS: tl.constexpr, ASM: tl.constexpr):
     """Queries times scales, and ``offset`` with the products of queries and zero points."""
     if PLANE[WORDS] == 0:
         return q, offset
@@ -112,7 +113,7 @@ def scaled_plane(offset, q, s, z, factor, PLANE: tl.constexpr, KEYS: tl.constexp
         z = tl.broadcast_to(plane_halves(z, PLANE)[:, None], (places, LEAST_COLUMNS))
         offset = tl.dot(q, z, acc=offset)
         s = plane_halves(s, PLANE) * factor * weight.to(tl.float16)
-        return q * s[None, :], offset
+        return times(q, s, ASM), offset
 
 
 @triton.jit
@@ -122,7 +123,7 @@ def most_of_plane(s, PLANE: tl.constexpr):
 
 
 @triton.jit
-def rows_of_group(q, scales, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
+def rows_of_group(q, scales, SM_SCALE: tl.constexpr, KEYS: tl.constexpr, ASM: tl.constexpr):
     """(queries times scales of each plane, factor [ROWS], offset [ROWS]) of a group of tokens.
 
     What codes give with them, times factor, plus offset, are logits times log2(e).
@@ -134,9 +135,9 @@ def rows_of_group(q, scales, SM_SCALE: tl.constexpr, KEYS: tl.constexpr):
     unit = power_above(tl.maximum(most, most_of_plane(s1, KEYS[PLANES][2]))) * 0.5
     factor = (inverse_power(unit) * SCALED).to(tl.float16)
     offset = tl.zeros((q_unit.shape[0], LEAST_COLUMNS), tl.float32)
-    q_four, offset = scaled_plane(offset, q_four, s4, z4, factor, KEYS[PLANES][0], KEYS)
-    q_two, offset = scaled_plane(offset, q_two, s2, z2, factor, KEYS[PLANES][1], KEYS)
-    q_one, offset = scaled_plane(offset, q_one, s1, z1, factor, KEYS[PLANES][2], KEYS)
+    q_four, offset = scaled_plane(offset, q_four, s4, z4, factor, KEYS[PLANES][0], KEYS, ASM)
+    q_two, offset = scaled_plane(offset, q_two, s2, z2, factor, KEYS[PLANES][1], KEYS, ASM)
+    q_one, offset = scaled_plane(offset, q_one, s1, z1, factor, KEYS[PLANES][2], KEYS, ASM)
     q_unit = q_unit * (SM_SCALE * LOG2_E)
     # No 0, which would make NaN of the logits of what is masked.
     factor = tl.maximum(q_unit * (unit * (SUBNORMAL / SCALED)), LEAST_FACTOR)

@@ -19,6 +19,7 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
     inverse_power,
     numbers_in_order,
     power_above,
+    times,
 )
 from xquant_fx.kernels.decode_attention.triton_interior_keys import LOG2_E
 from xquant_fx.kernels.decode_attention.triton_interior_loop import (
@@ -158,7 +159,7 @@ def attend_rows(
     for t0 in tl.range(low, high, TILE):
         scales, at = next_scales, tl.minimum(t0 + TILE, last)
         next_scales = tile_scales(keys, values, masks, at, STEPS, STEP, KEYS, VALUES, LOGITS[MASK], FOURS)
-        group = rows_of_group(q, scales[0], LOGITS[SM_SCALE], KEYS)
+        group = rows_of_group(q, scales[0], LOGITS[SM_SCALE], KEYS, ASM)
         for step in tl.static_range(STEPS):
             s, z, seen = scales[1] if step == 0 else scales[2]
             t = t0 + step * STEP
@@ -178,12 +179,13 @@ def attend_rows(
                 acc = acc * (alpha * (unit * inverse_power(new_unit))[:, None])
                 top, unit = new_top, new_unit
             p = p.to(tl.float16)
-            z = numbers_in_order(s if VALUES[ROTATION] != -1 else z.to(tl.float32), WIDTH, True).to(tl.float16)
+            s = numbers_in_order(s.to(tl.float16), WIDTH, True)
+            z = s if VALUES[ROTATION] != -1 else numbers_in_order(z, WIDTH, True)
             total = tl.dot(p, ones, acc=total)
             from_zeros = tl.dot(p, tl.broadcast_to(z[:, None], (STEP, LEAST_COLUMNS)), acc=from_zeros)
-            s = numbers_in_order(s, WIDTH, True) * (weight * inverse_power(unit))
+            s = (s.to(tl.float32) * (weight * inverse_power(unit))).to(tl.float16)
             words = value_words(values[0], t, 0, STEP, WIDTH, STEP * WIDTH // 32, VALUES)
-            ps = columns_to_places(p * s.to(tl.float16)[None, :])
+            ps = columns_to_places(times(p, s, ASM))
             acc = tl.dot(ps, tl.trans(fragment(words, WIDTH, STEP * WIDTH // 32)), acc=acc)
     scale_unit: tl.constexpr = UNIT_OF_SCALES if BYTES else 1.0
     # Values about zero have zero point -n / 2 times their scale.

@@ -31,7 +31,13 @@ class Member(Protocol):
     """A ``KVState``."""
 
     spec: KVSpec
-    owned: dict[str, Tensor]
+
+    @property
+    def owned(self) -> dict[str, Tensor]:
+        """Its stored tensors."""
+
+    def store_late(self, x: Tensor, pos: Tensor) -> None:
+        """Store a prompt that has waited."""
 
 
 class Chunk:
@@ -51,6 +57,10 @@ class CacheGroup:
 
     ``lockstep`` says that each step writes every buffer, as in an ``XQuantCache``: buffers of different length are an
     interrupted step. Buffers that were taken over may belong to several sequences.
+
+    ``late`` is a prompt's keys that wait for the queries by which their channels are ranked (``KVState.note_queries``):
+    attention, which comes right behind the append, shows them. Whoever asks for what is stored has it stored before
+    (``settle``), and so does any other step: a copy of one layer's keys waits, no longer than to the next layer.
     """
 
     def __init__(
@@ -65,6 +75,8 @@ class CacheGroup:
         self.chunk_layer: int | None = None
         self.chunks: dict[BufferName, Chunk] = {}
         self.holds_all = False
+        self.late: tuple[Member, Tensor, Tensor] | None = None
+        """A state, and the keys [B, H, q, D] and positions [q] that it is still to store."""
         self.step_tokens = 0
         self.selection: object = None
         """What ``select.py`` makes of it, buffer by buffer."""
@@ -83,6 +95,7 @@ class CacheGroup:
         self.turn = Turn()
 
     def __getstate__(self) -> dict[str, object]:
+        self.settle()
         return {**self.__dict__, "collected": {}, "members": [], "taken_over": [], "selection": None}
 
     def with_start(self, start: Tensor) -> CacheGroup:
@@ -119,6 +132,17 @@ class CacheGroup:
         """Let go of the chunk of ``state``, and of no other's."""
         self.chunks.pop((state.spec.layer, state.spec.role), None)
 
+    def settle(self, state: Member | None = None) -> None:
+        """Store what waits for queries: of ``state``, or None: whatever does."""
+        if self.late is not None and (state is None or self.late[0] is state):
+            (waiting, x, pos), self.late = self.late, None
+            waiting.store_late(x, pos)
+
+    def forget_late(self, state: Member) -> None:
+        """Do not store what waits of ``state``."""
+        if self.late is not None and self.late[0] is state:
+            self.late = None
+
     def drop(self) -> None:
         """Let go of the chunk."""
         self.chunk_layer = None
@@ -131,6 +155,8 @@ class CacheGroup:
         Raises:
             CacheStateError: with them a step begins, and the one before was interrupted.
         """
+        if self.late is not None and set(names) != {self._other_side(self.late[0])}:
+            self.settle()
         if not self.written.isdisjoint(names):
             if self.doubtful or self.interrupted:
                 self._check_whole()
@@ -147,6 +173,10 @@ class CacheGroup:
             self.turn.begin()
         self.written.update(names)
         self.doubtful = self.lockstep
+
+    @staticmethod
+    def _other_side(state: Member) -> BufferName:
+        return state.spec.layer, "value" if state.spec.role == "key" else "key"
 
     def announce(self) -> None:
         """Uncompiled code is about to make positions and masks of a step."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, StaticCache
 
+from xquant_fx.cache.fork import forked
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.huggingface_layer import XQuantLayer, minus_tokens
 from xquant_fx.cache.huggingface_layers import (
@@ -196,8 +197,17 @@ class XQuantCache(StaticCache):
         return self
 
     def fork(self) -> XQuantCache:
-        """A copy with memory of its own, which goes on by itself: one prompt, several continuations."""
-        return copy.deepcopy(self)
+        """A copy that goes on by itself: one prompt, several continuations.
+
+        On Linux's CPUs it shares memory with this cache, page by page, until one of the two writes to a page. Elsewhere
+        it is a copy like ``copy.deepcopy``, and a warning says so once. Either may be reset, cropped, reordered,
+        forked again or deleted: the other does not see it.
+
+        Raises:
+            CacheStateError: another thread is in a step of this cache.
+        """
+        group = self.group
+        return copy.deepcopy(self) if group is None else forked(self, self.states, group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> XQuantCache:
         new = type(self).__new__(type(self))

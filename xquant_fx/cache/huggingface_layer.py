@@ -61,7 +61,8 @@ class XQuantLayer(StaticLayer):
         # As text, which Dynamo can put into a graph. The first buffer brings the plan of the whole cache.
         self.plan_text = "" if siblings else plan.to_json()
         self.masked = False
-        """Whether masks were made for this cache: a model steps through all layers, not someone's code through one."""
+        """Whether masks were made for this cache since it was empty: a model steps through all layers, not someone's
+        code through one."""
         self.padding: Padding | None = None
         self.chunk = 0
         self.prompt_left = 0
@@ -129,7 +130,11 @@ class XQuantLayer(StaticLayer):
             stored = self._update(key_states, value_states, *args, **kwargs)
         if not cold:
             return stored
-        if isinstance(self.keys, QuantizedKV) and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            # A mask that was not made for this cache may be as wide as it. Queries are shown by who runs the graph.
+            if not self.first.masked:
+                key_states = PromptKeys.of(key_states, _ignored, self.max_cache_len)
+        elif isinstance(self.keys, QuantizedKV):
             key_states = PromptKeys.of(key_states, self.keys.live.note_queries, self.max_cache_len)
         return key_states, value_states
 
@@ -209,7 +214,7 @@ class XQuantLayer(StaticLayer):
         for state in self.states:
             state.reset()
         self.cumulative_length.zero_()
-        self.is_initialized, self.padding, self.prompt_left = False, None, 0
+        self.is_initialized, self.masked, self.padding, self.prompt_left = False, False, None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select batch rows in place, codes once per pair."""
@@ -243,6 +248,10 @@ class XQuantLayer(StaticLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Not supported: raises CacheStateError."""
         raise CacheStateError(f"layer {self.layer_idx}: rows are selected in the whole cache: batch_select_indices")
+
+
+def _ignored(query: Tensor) -> None:
+    """What a traced prompt's keys do with the query that reads them."""
 
 
 def minus_tokens(tokens_to_remove: Any) -> int:

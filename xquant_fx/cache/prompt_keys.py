@@ -1,10 +1,11 @@
-"""Eager prompts: keys that know more than ordinary ones of the attention that reads them.
+"""Cold prompts: keys that know more than ordinary ones of the attention that reads them.
 
 ``XQuantLayer.update`` gives a cold prompt its own keys back, which attention then reads. As :class:`PromptKeys` they
 are ordinary keys in every way, but
 
 - when an attention multiplies them with its query, that is noted (``note_queries``);
-- a mask as wide as the whole cache, which fits any other step, loses the columns behind the prompt, where nothing is.
+- a mask as wide as the whole cache, which fits any other step, loses the columns behind the prompt, where nothing is
+  (while Dynamo traces, too).
 """
 
 from __future__ import annotations
@@ -67,14 +68,15 @@ class PromptKeys(torch.Tensor):
         names = ("query", "key") if func in _ATTENTIONS else ("input", "other")
         query, keys = (args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(names))
         prompt = keys.prompt if isinstance(keys, PromptKeys) and not isinstance(query, PromptKeys) else None
+        if prompt is not None and isinstance(query, Tensor) and func in _ATTENTIONS + _PRODUCTS:
+            prompt.note(query)  # before the keys are multiplied, which are in the processor's caches now
         with torch._C.DisableTorchFunctionSubclass():
             if prompt is not None and func in _ATTENTIONS:
                 args = (*args[:3], *map(prompt.cut, args[3:]))  # from the fourth on: the mask, numbers
                 kwargs = {**kwargs, "attn_mask": prompt.cut(kwargs["attn_mask"])} if "attn_mask" in kwargs else kwargs
             result = func(*args, **kwargs)
-        if prompt is not None and isinstance(query, Tensor) and func in _ATTENTIONS + _PRODUCTS:
-            prompt.note(query)
-            return PromptScores.of(result, prompt) if func in _PRODUCTS else result
+        if prompt is not None and isinstance(query, Tensor) and func in _PRODUCTS:
+            return PromptScores.of(result, prompt)
         first = args[0] if args else None
         if func in _VIEWS and isinstance(first, PromptKeys) and isinstance(result, Tensor):
             return cls._marked(result, first.prompt)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xquant_fx import ops
 from xquant_fx.cache.group import CacheGroup, Chunk
+from xquant_fx.cache.pages import is_shared
 from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.faults import FAULTS, Fault, may_wrap
 from xquant_fx.kernels.layout import STEP_TOKENS
@@ -28,6 +29,8 @@ TENSOR_NAMES = tuple(name for name in StoreArguments.tensor_names() if name not 
 
 #: Tokens whose queries say enough of a sequence's.
 FEWEST_QUERIES = 16
+#: Tokens whose queries are squared at a time.
+QUERIES_AT_ONCE = 512
 
 
 class KVState:
@@ -40,15 +43,26 @@ class KVState:
         self.lent_by: KVState | None = None
         """Of such a window: whose codes it borrowed before it slid."""
         with torch.inference_mode(False):  # or only inference mode could write to them
-            self.owned = {
+            self._owned = {
                 name: torch.zeros(shape, dtype=dtype, device=group.start.device)
                 for name, (shape, dtype) in spec.tensor_shapes().items()
             }
         group.join(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.group.settle()
+        return self.__dict__
+
     def __setstate__(self, fields: dict[str, Any]) -> None:
         self.__dict__.update(fields)
         self.group.join(self)
+
+    @property
+    def owned(self) -> dict[str, Tensor]:
+        """Stored tensors that no other state brings, by name; a prompt that waits for its queries is stored first."""
+        if self.group.late is not None:
+            self.group.settle(self)
+        return self._owned
 
     @property
     def name(self) -> tuple[int, str]:
@@ -84,7 +98,16 @@ class KVState:
             before = {name: self.owned[name].clone() for name in self.spec.overwritten} if past else {}
             chunk = Chunk(x, past, new, before)
         self.group.hold(self, chunk)
-        self._write(x, pos)
+        if past == 0 and new >= FEWEST_QUERIES and self.wants_queries:
+            # A copy, of which the kernel needs one anyway where keys are transposed: who gave them may change them.
+            self.group.late = self, x.clone(memory_format=torch.contiguous_format), pos
+        else:
+            self._write(x, pos)
+
+    def store_late(self, x: Tensor, pos: Tensor) -> None:
+        """Store a prompt ``x`` that has waited for its queries."""
+        with torch.no_grad():
+            self._write(x, pos)
 
     def _write(self, x: Tensor, pos: Tensor) -> None:
         fit = self.spec.fit if self.spec.borrowed else None
@@ -99,26 +122,24 @@ class KVState:
     @property
     def wants_queries(self) -> bool:
         """Whether queries decide anything here: channels are ranked, and none was seen."""
-        energy = self.owned.get("energy")
+        energy = self._owned.get("energy")
         return energy is not None and not bool(energy.any())
 
     def note_queries(self, q: Tensor) -> None:
         """Note a prompt's queries [B, heads, q, D], by which channels are ranked when the first group is quantized.
 
-        A prompt that was stored just before is stored again. Few queries say little: less than FEWEST_QUERIES tokens
-        are ignored, and so is a query of another shape (latent attention, say).
+        A prompt that was appended just before has waited for them, and is stored. Few queries say little: less than
+        FEWEST_QUERIES tokens are ignored, and so is a query of another shape (latent attention, say).
         """
         batch, heads, _, dim = self.spec.shape
         fits = q.dim() == 4 and (q.shape[0], q.shape[3]) == (batch, dim) and q.shape[1] % heads == 0
         if not fits or q.shape[2] < FEWEST_QUERIES or not self.wants_queries:
             return
-        # A KV head after the other: squares of all would be the most memory that a prompt takes for a moment.
-        groups = q.detach().split(q.shape[1] // heads, 1)
-        squares = [group.to(torch.float32).square().mean(2).mean(1) for group in groups]
-        self.owned["energy"].copy_(torch.stack(squares, 1))
-        held = self.group.held(self)
-        if held is not None and held.x is not None and held.past == 0:
-            self._write(held.x, torch.arange(held.new, device=held.x.device))
+        # Some tokens after the other: squares of all would be the most memory that a prompt takes for a moment.
+        some = q.detach().split(QUERIES_AT_ONCE, 2)
+        squares = torch.stack([part.to(torch.float32).square().sum(2) for part in some]).sum(0) / q.shape[2]
+        self._owned["energy"].copy_(squares.unflatten(1, (heads, -1)).mean(2))
+        self.group.settle(self)
 
     def load(self, end: int, begin: int = 0) -> Tensor:
         """Dequantize tokens [begin, end) as attention sees them right after the last write."""
@@ -143,9 +164,16 @@ class KVState:
         The mean squares of a model's queries hardly differ between texts (docs/quality.md), and prompts after the
         first are not seen.
         """
+        self.group.forget_late(self)
         for name, tensor in self.owned.items():
-            if name != "energy":
+            if name == "energy":
+                continue
+            if not is_shared(tensor):
                 tensor.zero_()
+                continue
+            with torch.inference_mode(False):  # zeros written to shared pages would make all of them our own
+                self.owned[name] = torch.zeros_like(tensor)
+            self.group.collected.clear()
         self.group.drop()
         self.group.faults.clear()
         self.group.mended()
@@ -160,6 +188,7 @@ class KVState:
 
         Of codes that start over under ``spec`` no quantized token may be past the first round yet.
         """
+        self.group.settle()
         self.spec = spec
         for name, (shape, dtype) in spec.tensor_shapes().items():
             old = self.owned[name]
@@ -175,7 +204,7 @@ class KVState:
             return
         codes = self.tensor("codes")
         assert codes is not None
-        self.owned = {"codes": codes.clone(), **self.owned}
+        self._owned = {"codes": codes.clone(), **self.owned}
         self.lower, self.spec = None, dataclasses.replace(self.spec, partner=None)
         self.group.collected.clear()
 
@@ -239,6 +268,7 @@ class KVState:
     def undo(self, length: int) -> None:
         """Take back what a step that broke off stored after ``length`` tokens, if the window still can: if not, the
         next step finds that lengths differ."""
+        self.group.forget_late(self)
         stored, furthest = self.owned["length"].tolist()
         if stored > length and (
             self.spec.is_exact_back or not length or furthest - length <= self.spec.rollback_tokens

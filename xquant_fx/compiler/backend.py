@@ -40,6 +40,7 @@ from xquant_fx.compiler.self_check import self_check
 from xquant_fx.compiler.short_windows import note_short_windows, why_not_sliding_window
 from xquant_fx.compiler.sliding_step import SlidingStep, begin_to_slide, moved_windows
 from xquant_fx.compiler.takeover import Takeover
+from xquant_fx.compiler.tracing_time import watch_tracing
 from xquant_fx.compiler.watch import Watch
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
 from xquant_fx.passes.context import Context
@@ -77,9 +78,13 @@ def xquant_backend(
         NotRewrittenError: under ``strict``, a KV cache was left in full precision.
         UnsupportedWriteError: the graph writes to a quantized buffer in a way that is no append.
     """
+    watch_tracing(xquant_backend)  # torch._dynamo.reset() forgets it
     with no_collection():
         begin(example_inputs)
         return compile_graph(gm, example_inputs, parse(mode, options), compile_by_inductor)
+
+
+watch_tracing(xquant_backend)
 
 
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
@@ -224,6 +229,7 @@ def _compile_quantized(
     whole = [i for i, node in enumerate(results) if _whole_numbers(fake(node)) in shapes]
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
     compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
+    context.state.tensors.clear()  # or the graph would keep the cache that it was compiled with
     step = CompiledStep(compiled, keep, written, context.state, restarts, whole)
     if moved:
         return SlidingStep(step, gm.forward, moved)

@@ -90,6 +90,7 @@ class CompiledStep:
         """
         states = [args[i].state for i in part.buffers]
         group = states[0].group
+        group.settle()  # tensors that are collected already are not asked for
         known = group.collected.get((self, number))
         if known is None or known[0] != states:
             names = frozenset(args[i].state.name for i in part.buffers if i in self.written)

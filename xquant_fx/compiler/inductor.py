@@ -1,12 +1,14 @@
 """How our graphs go through Inductor: its settings, and what keeps a first step short.
 
-A first step of 30 layers is 25 s of Python, and half as much of C++ compilers. So what Inductor would ask a compiler
-for later, with Python waiting, is asked for at once, in the background (``begin``), and no garbage is looked for.
+A first step of 30 layers would be 25 s of Python, and half as much of C++ compilers. So equal layers are compiled once
+(``layers.py``). What Inductor would ask a compiler for later, with Python waiting, is asked for at once, in the
+background (``begin``), and no garbage is looked for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +18,9 @@ from torch.fx import GraphModule
 
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.compiler.cache_key import cache_key_patch
+from xquant_fx.compiler.layers import compile_layers
 from xquant_fx.compiler.options import Request
+from xquant_fx.compiler.tracing_time import wait_for_hashes
 from xquant_fx.kernels.cpu.one_call import switched
 
 #: For graphs with a quantized cache on a CPU: what takes time there and changes nothing in the code of a step.
@@ -62,19 +66,24 @@ def compile_by_inductor(
 
     Without ``settings`` there is nothing of ours in the graph, which Inductor compiles as if we were not there.
     """
+    wait_for_hashes()
     from torch._inductor import config as inductor_config
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     import xquant_fx.kernels.lowerings  # noqa: F401  (registers them)
 
+    on_cpu = all(_is_on_cpu(each) or not isinstance(each, Tensor) for each in inputs)
+    apart = settings is not None and on_cpu
     patches = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
     if settings is not None:
         patches.update(cache_key_patch(settings))
         # A step's loops are short: of 512 numbers a second thread starts later than the first is through with all.
         patches["cpp.min_chunk_size"] = max(inductor_config.cpp.min_chunk_size, 4096)
-        if all(_is_on_cpu(each) or not isinstance(each, Tensor) for each in inputs):
+        if on_cpu:
             patches.update(CPU_SETTINGS)
+    compile_one = functools.partial(compile_fx, config_patches=patches or None)
     with switched("one_call" not in request.disable):
-        compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
+        made = compile_layers(gm, inputs, compile_one) if apart and "one_call" not in request.disable else None
+        compiled: Any = made or compile_one(gm, inputs)
     return compiled

@@ -51,6 +51,10 @@ class Plan:
     model: ModelFacts | None = None
     """What it was made for, where it was made for one model; it is refused for others."""
 
+    def __deepcopy__(self, memo: object) -> Plan:
+        """Itself, as it never changes."""
+        return self
+
     def __post_init__(self) -> None:
         if not isinstance(self.layers, tuple) or not all(isinstance(layer, LayerPlan) for layer in self.layers):
             raise ConfigError(f"a plan's layers must be a tuple of LayerPlan, got {type(self.layers).__name__}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from xquant_fx.cache.growing import STORED_KV, GrowingKV
+from xquant_fx.cache.pages import shared_bytes
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
 
@@ -41,6 +42,9 @@ class MemoryReport:
     elements: int
     """K and V elements at the cache's current length, of a sliding window those in it; all elements of layers that are
     not quantized."""
+    shared: int = 0
+    """Bytes of all these in pages that were shared by ``fork()`` and that this cache has not written to since: forks of
+    one cache take them once."""
 
     @property
     def total_bytes(self) -> int:
@@ -73,6 +77,7 @@ class MemoryReport:
             f"full precision {self.full_bytes:,} bytes: {self.ratio:.2f} times as much; "
             f"{self.bits_per_element:.3f} bits per element at the current length"
         )
+        note += f"; {self.shared:,} bytes shared with forks" if self.shared else ""
         return render("KV cache memory", ["part", "bytes", "share"], rows, note)
 
 
@@ -117,7 +122,8 @@ def _count(states: list[KVState], plain: list[Tensor], growing: set[int]) -> Mem
         if tensor.is_floating_point():  # integers only count tokens
             full += tensor.nbytes
             elements += tensor.numel()
-    return MemoryReport(full_bytes=full, elements=elements, **bytes_of)
+    shared = shared_bytes(tensor for state in states for tensor in state.owned.values())
+    return MemoryReport(full_bytes=full, elements=elements, shared=shared, **bytes_of)
 
 
 def _tensors(holder: Any) -> Iterator[Tensor]:

@@ -1,0 +1,220 @@
+"""Equal layers are compiled once: which stretches are equal, what cannot be apart, and what wrappers in a row do."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from dynamo_graphs import fresh
+from rewrites import ALONE, Layers, Rewrites, assign, quantized_layers, sdpa
+from test_one_call import unit_kernels
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.fx import Graph
+
+from xquant_fx.compiler.layers import compile_layers
+from xquant_fx.compiler.repeats import pieces_of, why_not_apart
+from xquant_fx.kernels.cpu.one_call import Chain, Generated, Kernels, joined_chain, read_generated, source
+from xquant_fx.kernels.cpu.wrapper_chain import Link, chained, layout
+from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Reader
+
+Step = Callable[..., Tensor]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor) -> Tensor:
+    for keys, values in layers:
+        assign(keys, values, k, v, pos)
+        q = sdpa(q, keys, values)
+        k, v = k + q, v - q
+    return q * 2
+
+
+def one_differs(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor, at: int = 5) -> Tensor:
+    for i, (keys, values) in enumerate(layers):
+        assign(keys, values, k, v, pos)
+        q = sdpa(q, keys, values)
+        k, v = k + q * (3.0 if i == at else 2.0), v - q
+    return q
+
+
+def every_other(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor) -> Tensor:
+    for i, (keys, values) in enumerate(layers):
+        assign(keys, values, k, v, pos)
+        q = sdpa(q, keys, values)
+        k = k + q if i % 2 else k * q
+    return q
+
+
+def other_operand(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor) -> Tensor:
+    """The nodes look alike, but one subtracts the other way round."""
+    for i, (keys, values) in enumerate(layers):
+        assign(keys, values, k, v, pos)
+        q = sdpa(q, keys, values)
+        k, v = k + q, (q - v if i == 3 else v - q)
+    return q
+
+
+def keeps_a_view(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor) -> Tensor:
+    turned = q.transpose(0, 1).transpose(0, 1)
+    for keys, values in layers:
+        assign(keys, values, k, v, pos)
+        q = sdpa(q, keys, values)
+        k, v = k + q, v - turned
+    return q
+
+
+def writes_back(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor) -> Tensor:
+    total = k * 1
+    for keys, values in layers:
+        assign(keys, values, k, v, pos)
+        q = sdpa(q, keys, values)
+        k, total = k + q, total.add_(q)
+    return total
+
+
+def graph_of(step: Step, number: int = 6) -> Graph:
+    seen = Rewrites()
+    with torch.no_grad():
+        torch.compile(step, backend=seen, dynamic=False)(
+            *fresh(1), quantized_layers(ALONE, number=number), torch.arange(1)
+        )
+    (made,) = seen.made
+    return made.graph
+
+
+@pytest.mark.parametrize(
+    ("step", "layers", "repeated", "forms"),
+    [
+        (plain, 6, 4, 3),  # but the first, which ends with an attention, and the last with what follows
+        (plain, 4, 0, 1),  # of three layers behind a kernel: too few
+        (lambda *args: one_differs(*args, at=5), 8, 5, 3),  # a stretch ends with an attention: behind those of 0 to 4
+        (lambda *args: one_differs(*args, at=1), 8, 4, 3),
+        (every_other, 10, 4, 3),
+        (other_operand, 9, 3, 3),  # behind the attention of layer 4
+    ],
+)
+def test_pieces(step: Step, layers: int, repeated: int, forms: int) -> None:
+    graph = graph_of(step, layers)
+    pieces = pieces_of(graph)
+    found = [piece.form for piece in pieces]
+    assert max([found.count(form) for form in found if found.count(form) > 1], default=0) == repeated
+    assert len(set(found)) == forms
+    computed = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    assert [node for piece in pieces for node in piece.nodes] == computed
+    assert why_not_apart(graph, pieces) == ""
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (keeps_a_view, "no tensor of known shape and memory of its own"),
+        (writes_back, "writes to what another piece computed"),
+    ],
+)
+def test_what_cannot_be_apart(step: Step, reason: str) -> None:
+    graph = graph_of(step)
+    pieces = pieces_of(graph)
+    assert len(pieces) > 4 and reason in why_not_apart(graph, pieces)
+
+
+def wrappers(*texts: str) -> list[Reader]:
+    """What wrappers of one float argument, and others of a byte, do."""
+    read = [Reader([4, 1, 1]) for _ in texts]
+    for each, text in zip(read, texts, strict=True):
+        (function,) = ast.parse(text).body
+        assert isinstance(function, ast.FunctionDef)
+        each.read_all(function)
+    return read
+
+
+LAYER = """
+def call(args):
+    arg0_1, arg1_1 = args
+    buf0 = empty_strided_cpu((4, 4), (4, 1), torch.float32)
+    cpp_a(arg0_1, arg1_1, buf0, 7)
+    buf1 = empty_strided_cpu((2, 4), (4, 1), torch.float32)
+    cpp_b(reinterpret_tensor(arg0_1, (2, ), (1, ), 2), buf0, buf1)
+    del buf0
+    return (reinterpret_tensor(buf1, (2, 2), (4, 1), 4), )
+"""
+
+
+def test_what_is_read_of_a_chain() -> None:
+    links = [Link(0, ["x", "w0"], ["h0"]), Link(0, ["h0", "w1"], ["h1"]), Link(0, ["h1", "w2"], ["h2"])]
+    read = wrappers(LAYER)
+    code = chained(read, links, ["x", "w0", "w1", "w2"], ["h2", None, "x"])
+    assert [call.name for call in code.calls] == ["cpp_a_of_0", "cpp_b_of_0"] * 3
+    (returned,) = code.allocated
+    given = [returned, *code.arguments]
+    _, text = source(code, Kernels(["cpp_a_of_0", "cpp_b_of_0"], {}), given, [])
+    assert re.findall(r"kernels\[.\]\)\((.*)\);", text) == [
+        "t1 + 0, t2 + 0, scratch + 0, 7L",
+        "t1 + 8, scratch + 0, scratch + 64",  # two floats into x
+        "scratch + 80, t3 + 0, scratch + 0, 7L",  # what was returned begins 4 floats into its buffer
+        "scratch + 88, scratch + 0, scratch + 128",
+        "scratch + 144, t4 + 0, scratch + 64, 7L",  # where the first layer's result was
+        "scratch + 152, scratch + 64, t0 + 0",
+    ]
+    assert code.scratch == 192 and [place and place.python for place in code.results] == [
+        f"reinterpret_tensor({returned}, (2, 2), (4, 1), 4)", None, "x",
+    ]  # fmt: skip
+    assert layout(read[0].code.results[0], read[0]) == ((2, 2), (4, 1))
+
+
+@pytest.mark.parametrize(
+    ("statements", "reason"),
+    [
+        ("cpp_a(arg0_1, constant0)\n    return (buf0, )", "constant0, which is a constant"),
+        ("return (arg0_1, )", "h0, which is no buffer"),
+        ("return (3, )", "h0, which is no buffer"),
+    ],
+)
+def test_what_is_refused_in_a_chain(statements: str, reason: str) -> None:
+    allocation = "buf0 = empty_strided_cpu((4, ), (1, ), torch.float32)"
+    text = f"def call(args):\n    arg0_1, = args\n    {allocation}\n    {statements}\n"
+    with pytest.raises(NotReadError, match=reason):
+        chained(wrappers(text), [Link(0, ["x"], ["h0"])], ["x"], ["h0"])
+
+
+def layer(args):  # type: ignore[no-untyped-def]
+    (arg0_1,) = args
+    args.clear()
+    buf0 = empty_strided_cpu((3,), (1,), torch.float32)  # noqa: F821
+    cpp_a(arg0_1, buf0, 3)  # noqa: F821
+    buf1 = empty_strided_cpu((3,), (1,), torch.float32)  # noqa: F821
+    cpp_b(buf0, buf1, 3)  # noqa: F821
+    del buf0
+    return (buf1,)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_chain_runs(readable: bool) -> None:
+    """By one call; or each wrapper in its turn, where the kernels have no C++ that can be compiled."""
+    counters.clear()
+    module = {**unit_kernels(), "empty_strided_cpu": torch._C._dynamo.guards._empty_strided_cpu, "torch": torch}
+    generated = Generated(layer, module)
+    links = [Link(0, [f"h{i}"], [f"h{i + 1}"]) for i in range(3)]
+    read = read_generated(generated, [4])
+    if not readable:
+        read.code.calls[0].args[0] = read.code.calls[0].args[0]._replace(memory="constant0")  # type: ignore[union-attr]
+        module["call"] = lambda args: [(args[0] + 1) * 2]
+    call = joined_chain(Chain([generated], [read], links, ["h0"], ["h3", "h1"]))
+    for _ in range(2):
+        assert [each.tolist() for each in call([torch.arange(3.0)])] == [[14, 22, 30], [2, 4, 6]]
+    reason = "kernels called one by one: constant0, which is a constant of one part"
+    assert counters["xquant"] == ({"one_call": 1} if readable else {reason: 1})
+
+
+def test_an_input_that_is_no_tensor_keeps_the_graph_whole() -> None:
+    counters.clear()
+    seen = Rewrites()
+    with torch.no_grad():
+        torch.compile(plain, backend=seen, dynamic=False)(*fresh(1), quantized_layers(ALONE, number=6), torch.arange(1))
+    compiled: list[Any] = []
+    inputs = [*seen.inputs[0][:-1], 3]
+    assert compile_layers(seen.made[0], inputs, lambda *args: compiled.append(args)) is None
+    assert not compiled and counters["xquant"]["layers compiled together: an input is no plain tensor"] == 1

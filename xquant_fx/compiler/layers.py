@@ -1,0 +1,149 @@
+"""Compile one layer of a model for all that are equal, and call it for each.
+
+A graph of 30 equal layers takes Inductor 18 s, one layer of it and what stands before and behind 4. What it generates
+for the layer is read and repeated with each layer's tensors (``kernels/cpu/wrapper_chain.py``), and compiled as the one
+function that the whole graph would have become. Where that is not possible, the graph is compiled as a whole.
+
+Relied on: that AOTAutograd hands all inputs and results of a graph without gradients, in order, to the wrapper that
+Inductor generates. Checked on torch 2.13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._guards import TracingContext
+from torch.fx import Graph, GraphModule, Node
+from torch.nn import Parameter
+
+from xquant_fx.compiler.repeats import Piece, pieces_of, why_not_apart
+from xquant_fx.kernels.cpu.one_call import Chain, Generated, collected, joined_chain, read_generated
+from xquant_fx.kernels.cpu.wrapper_chain import Link, layout
+from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Reader
+from xquant_fx.passes.find_writes import other_mutations
+from xquant_fx.passes.trace import fake, memory_of, value_of
+
+log = logging.getLogger(__name__)
+
+Compile = Callable[[GraphModule, list[Any]], Any]
+
+
+class Part(NamedTuple):
+    """What equal pieces are compiled to."""
+
+    generated: Generated
+    read: Reader
+
+
+def compile_layers(gm: GraphModule, inputs: Sequence[Any], compile_one: Compile) -> Callable[..., Any] | None:
+    """The graph as a function, its equal layers compiled once; None if it has none, or they cannot be."""
+    pieces = pieces_of(gm.graph)
+    if len(pieces) < 2:
+        return None
+    try:
+        if reason := why_not_apart(gm.graph, pieces) or _why_not_inputs(gm.graph, inputs):
+            raise NotReadError(reason)
+        chain = _chain(gm.graph, pieces, inputs, compile_one)
+    except NotReadError as error:
+        log.info("the layers of this graph are compiled together: %s", error)
+        counters["xquant"][f"layers compiled together: {error}"] += 1
+        return None
+    counters["xquant"]["layers_not_compiled_again"] += len(pieces) - len(chain.generated)
+    call = joined_chain(chain)
+    return lambda *args: call(list(args))
+
+
+def _why_not_inputs(graph: Graph, inputs: Sequence[Any]) -> str:
+    """Inputs must be plain tensors. One that is written to must not show in another: layers might differ in that."""
+    given = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
+    if not all(type(each) in (Tensor, Parameter) for each in inputs):
+        return "an input is no plain tensor"
+    shown = [each.untyped_storage().data_ptr() for each in inputs]
+    for node, target in other_mutations(graph, []):
+        memory = given.get(memory_of(target))
+        if memory is not None and shown.count(memory.untyped_storage().data_ptr()) > 1:
+            return f"{node.name} writes to memory of several inputs"
+    return ""
+
+
+def _chain(graph: Graph, pieces: Sequence[Piece], inputs: Sequence[Any], compile_one: Compile) -> Chain:
+    """Raises NotReadError if the parts, or how they fit together, are not what the whole graph would be."""
+    given = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
+    results: Any = graph.output_node().args[0]
+    if not all(each is None or fake(each) is not None for each in results):
+        raise NotReadError("a result is no tensor")
+    returned = _returned(pieces)
+    parts = dict[Hashable, Part]()
+    for form, _ in Counter(piece.form for piece in pieces).most_common():  # what fails, fails with the layers
+        piece = next(piece for piece in pieces if piece.form == form)
+        parts[form] = _compiled(piece, returned[form], given, compile_one)
+    numbers = {form: number for number, form in enumerate(parts)}
+    links = [
+        Link(
+            numbers[piece.form],
+            [node.name for node in piece.given],
+            [piece.nodes[i].name for i in returned[piece.form]],
+        )
+        for piece in pieces
+    ]
+    return Chain(
+        [part.generated for part in parts.values()],
+        [part.read for part in parts.values()],
+        links,
+        [node.name for node in given],
+        [each and each.name for each in results],
+    )
+
+
+def _returned(pieces: Sequence[Piece]) -> dict[Hashable, list[int]]:
+    """By the form of a piece, numbers of the nodes that are used outside of one that has it."""
+    found = dict[Hashable, set[int]]()
+    for piece in pieces:
+        inside = set(piece.nodes)
+        used = (i for i, node in enumerate(piece.nodes) if any(user not in inside for user in node.users))
+        found.setdefault(piece.form, set()).update(used)
+    return {form: sorted(numbers) for form, numbers in found.items()}
+
+
+def _compiled(piece: Piece, returned: Sequence[int], given: dict[Node, Any], compile_one: Compile) -> Part:
+    """``piece`` by itself: it takes what it is given, and returns the values of the nodes that ``returned`` numbers."""
+    graph, env = Graph(), dict[Node, Node]()
+    for node in piece.given:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta["example_value"] = value_of(node)
+    for node in piece.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[piece.nodes[i]] for i in returned))
+    examples = [given[node] if node in given else _like(value_of(node)) for node in piece.given]
+    with collected() as found:
+        compile_one(GraphModule({}, graph), examples)
+    if not found:
+        raise NotReadError("a part has no wrapper of ours")
+    read = read_generated(found[-1], [value_of(node).itemsize for node in piece.given])
+    _check(piece, returned, read)
+    return Part(found[-1], read)
+
+
+def _like(value: Tensor) -> Tensor:
+    """A tensor such as ``value``, of static shape in the mode in which AOTAutograd looks at a graph."""
+    context = TracingContext.try_get()
+    with contextlib.nullcontext() if context is None or context.fake_mode is None else context.fake_mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _check(piece: Piece, returned: Sequence[int], read: Reader) -> None:
+    """A part takes all that it is given, and returns new tensors laid out as the next one was told."""
+    if len(read.code.arguments) != len(piece.given) or len(read.code.results) != len(returned):
+        raise NotReadError("a part takes or returns something else")
+    for number, place in zip(returned, read.code.results, strict=True):
+        node = piece.nodes[number]
+        value, found = value_of(node), layout(place, read)
+        if found != (tuple(value.shape), value.stride()):
+            raise NotReadError(f"{node.name} is returned in another way: {found}")

@@ -1,0 +1,86 @@
+"""What happens beside Dynamo while it traces for this backend.
+
+No garbage is looked for: a full collection looks at all objects of a process, 0.3 s with transformers loaded, and
+tracing 30 layers set two off. And what Inductor's caches hash of torch and Triton, 0.5 s once a process, is read on
+another processor. Compilations by other backends are left alone.
+
+Relied on: ``torch._dynamo.callback``, which ``torch._dynamo.reset()`` empties, the local variable ``compiler_fn`` of
+``convert_frame._compile``, ``_torchdynamo_orig_backend``, and from torch 2.13 on ``prefetch`` of the two hashes.
+Checked on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from torch._dynamo.callback import callback_handler
+
+Backend = Callable[..., Any]
+
+_backends: list[Backend] = []
+#: Not empty while the collector is off because of us.
+_switched_off: list[bool] = []
+
+
+def watch_tracing(backend: Backend) -> None:
+    """From now on, do so whenever Dynamo begins to trace for ``backend``."""
+    if backend not in _backends:
+        _backends.append(backend)
+    if _begin not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(_begin)
+        callback_handler.register_end_callback(_end)
+
+
+def _begin(_: Any) -> None:
+    if _innermost(_compiler()) not in _backends:
+        return
+    if gc.isenabled():
+        gc.disable()
+        _switched_off.append(True)
+    begin_hashes()
+
+
+def _end(_: Any) -> None:
+    if _switched_off:
+        _switched_off.clear()
+        gc.enable()
+
+
+def _compiler() -> Any:
+    """What Dynamo is going to give the graph to; None if it does not say."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_compile" and "compiler_fn" in frame.f_locals:
+            return frame.f_locals["compiler_fn"]
+        frame = frame.f_back
+    return None
+
+
+def _innermost(compiler: Any) -> Any:
+    while hasattr(compiler, "_torchdynamo_orig_backend"):
+        compiler = compiler._torchdynamo_orig_backend
+    return getattr(compiler, "compiler_fn", compiler)  # that of a backend with options
+
+
+def begin_hashes() -> list[str]:
+    """Hash torch's and Triton's files in the background, once; returns which of the two can be."""
+    found = {name: hashed for name, hashed in _hashes().items() if hasattr(hashed, "prefetch")}
+    for hashed in found.values():
+        hashed.prefetch()
+    return list(found)
+
+
+def wait_for_hashes() -> None:
+    """Before Inductor is imported: to hash Triton's packages, the thread imports them."""
+    for hashed in _hashes().values():
+        hashed()
+
+
+def _hashes() -> dict[str, Any]:
+    from torch._inductor import codecache
+
+    return {name: getattr(codecache, name) for name in ("triton_key", "torch_key") if hasattr(codecache, name)}
