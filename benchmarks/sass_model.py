@@ -2,6 +2,7 @@
 
     python benchmarks/sass_model.py                           # the main configurations, three chips
     python benchmarks/sass_model.py --only "2/2 bits" --chips H100
+    python benchmarks/sass_model.py --other                   # if the kernel of whole groups were not there
 
 The kernel of each configuration is compiled for the chip; its loop over codes is counted and run by the model of a
 multiprocessor in ``sass_machine.py``. "times faster" is against full-precision flash decoding at 90 percent of the
@@ -15,6 +16,7 @@ import math
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from results import where, write
 from rich.console import Console
@@ -28,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from test_triton_compile import decode_arguments
 from triton_compiled import compiled, launches
 
+from xquant_fx.kernels.decode_attention import triton_launch
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
-from xquant_fx.kernels.decode_attention.triton_launch import launch
 
 #: Of a config: the pair of schemes that is the default, and the paper's.
 DEFAULT: dict[str, Any] = dict(ranked=True, residual=384, v_residual=128)
@@ -49,7 +51,18 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "xquant-1.7": dict(DEFAULT, k_bits=2, v_bits=1),
     "xquant-1.4": dict(DEFAULT, k_bits=1.5, v_bits=1),
     "xquant-2.7": dict(DEFAULT, k_bits=3, v_bits=2),
+    "3/3 bits": dict(PAPER, k_bits=3, v_bits=3),
+    "8/8 bits": dict(PAPER, k_bits=8, v_bits=8),
+    "2/2 bits, head_dim 256": dict(PAPER, k_bits=2, v_bits=2, dim=256),
+    "2/2 bits, groups of 64": dict(PAPER, k_bits=2, v_bits=2, k_group=64),
+    "2/2 bits, groups of 32": dict(PAPER, k_bits=2, v_bits=2, k_group=32),
+    "3/3 bits, q = 8": dict(PAPER, k_bits=3, v_bits=3, query=8),
+    "ranked 2/3 bits": dict(DEFAULT, k_bits=2, v_bits=3),
+    "ranked 3/3 bits": dict(DEFAULT, k_bits=3, v_bits=3),
+    "xquant-2.2, head_dim 256": dict(DEFAULT, k_bits=2, v_bits=2, dim=256),
+    "xquant-2.2, groups of 64": dict(DEFAULT, k_bits=2, v_bits=2, k_group=64),
 }
+OTHER = "it is left out".format  # in the place of ``why_no_interior``
 TILES = 12
 """Tiles that the simulation runs."""
 
@@ -64,10 +77,14 @@ def bytes_a_token(a: DecodeArguments) -> tuple[float, float]:
     return total + mask, 2 * (a.k_ring.shape[3] + a.v_ring.shape[3])
 
 
-def loop_of(case: dict[str, Any], architecture: str) -> dict[str, Any]:
-    """The loop over codes of a configuration, compiled, and what a program needs; "bytes" are of a tile."""
+def loop_of(case: dict[str, Any], architecture: str, other: bool = False) -> dict[str, Any]:
+    """The loop over codes of a configuration, compiled, and what a program needs; "bytes" are of a tile.
+
+    Of the kernel of whole groups, where that runs; with ``other`` of the one that reads everything else.
+    """
     arguments = decode_arguments(**case)
-    kernel = launches(launch, arguments, hip=False)[0]
+    with mock.patch.object(triton_launch, "why_no_interior", OTHER if other else triton_launch.why_no_interior):
+        kernel = launches(triton_launch.launch, arguments, hip=False)[0]
     needs = compiled(kernel, architecture)
     # The kernel of whole groups names its constants so, where it runs.
     inner = "INTERIOR_" if "TILE" not in kernel.arguments else ""
@@ -105,10 +122,10 @@ def predicted(made: dict[str, Any], chip: Chip) -> dict[str, Any]:
     }
 
 
-def measure(name: str, chips: list[str]) -> list[dict[str, Any]]:
+def measure(name: str, chips: list[str], other: bool) -> list[dict[str, Any]]:
     """A row for each chip."""
     case, rows = CONFIGURATIONS[name], []
-    made = {a: loop_of(case, a) for a in {CHIPS[chip].architecture for chip in chips}}
+    made = {a: loop_of(case, a, other) for a in {CHIPS[chip].architecture for chip in chips}}
     for chip in chips:
         one = made[CHIPS[chip].architecture]
         facts = {key: value for key, value in one.items() if key != "body"}
@@ -146,12 +163,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
     parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=list(CHIPS))
+    parser.add_argument("--other", action="store_true", help="the kernel that reads whole groups where none is faster")
     parser.add_argument("--name", default="sass-model", help="of the results file")
     parser.set_defaults(device="cpu")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name in tqdm(args.only, disable=None):
-        rows += measure(name, args.chips)
+        rows += measure(name, args.chips, args.other)
         write(args.name, {"rows": rows, **where(args)})
     rows.sort(key=lambda row: args.chips.index(row["chip"]))
     Console(width=170).print(table(rows))

@@ -184,6 +184,7 @@ RANKED_SLOW["ranked, a chunk"] = {
     **RANKED, **dict(query=20, mask="padded", kv_heads=2, batch=2, start=(0, 5), v_bits=2),
 }  # fmt: skip
 
+PLAIN: dict[str, Any] = dict(k_scheme="per_channel", v_scheme="per_token", residual=128)
 #: Steps whose whole groups have a kernel of their own on NVIDIA's chips (``triton_interior.py``).
 WHOLE: dict[str, Any] = dict(
     dim=128, v_bits=2, past=700, max_len=1024, kv_heads=1, group=4, k_group=128, residual=128,
@@ -200,6 +201,7 @@ WHOLE_CASES: dict[str, dict[str, Any]] = {
         "whole groups, more rows than a program takes": dict(query=5, mask="padded", start=(300,)),
         "whole groups, an empty row, unwritten tokens": dict(mask="row", past=520),
         "whole groups, none yet": dict(past=250, dim=64),
+        "whole groups, 3 bits, groups of 64": dict(k_bits=3, v_bits=3, dim=64, k_group=64, residual=64, past=360),
     }.items()
 }
 WHOLE_RANKED: dict[str, dict[str, Any]] = {
@@ -232,6 +234,30 @@ WHOLE_SLOW: dict[str, dict[str, Any]] = {
         ),
         "whole groups, loud": dict(loud=1e3, scale=1e-6, dim=64, k_scheme="per_channel", v_scheme="per_token"),
         "whole groups, bfloat16": dict(dtype="bfloat16", k_scheme="per_channel", v_scheme="per_token"),
+        **{
+            f"whole groups of {group}, {k} and {v} bits": dict(
+                PLAIN, k_bits=k, v_bits=v, dim=64, k_group=group, residual=group, past=400, mask=mask, query=query
+            )
+            for group, k, v, mask, query in (
+                (64, 2, 1, "heads", 3),
+                (32, 2, 2, "padded", 1),
+                (32, 4, 4, "none", 1),
+                (96, 8, 8, "padded", 2),
+                (64, 8, 3, "heads", 2),
+                (128, 3, 1, "none", 3),
+            )
+        },
+        "whole groups, 3 bits, head_dim 96": dict(PLAIN, k_bits=3, v_bits=3, dim=96),
+        "whole groups, head_dim 256": dict(PLAIN, dim=256, past=400, mask="padded"),
+        "whole groups, head_dim 256, 8 bits": dict(PLAIN, dim=256, past=400, k_bits=8, v_bits=8, mask="none"),
+        "whole groups, head_dim 256, more rows than a program takes": dict(PLAIN, dim=256, past=400, query=3),
+        "ranked, whole groups, head_dim 256": dict(dim=256, past=500, v_bits=1, norms=True),
+        "ranked, whole groups, values of 3 bits": dict(v_bits=3, past=600, mask="padded", norms=True),
+        "ranked, whole groups, 3 bits, groups of 64": dict(
+            k_bits=3, v_bits=3, dim=64, k_group=64, past=600, scale_dtype="float16", mask="none"
+        ),
+        "ranked, whole groups of 32, values of 8 bits": dict(v_bits=8, dim=64, k_group=32, past=600),
+        "whole groups, 3 bits, loud": dict(PLAIN, loud=1e3, scale=1e-6, dim=64, k_bits=3, v_bits=3),
         "ranked, whole groups, loud": dict(loud=100.0, scale=1e-3),
         "ranked, whole groups, values of rotated weights": dict(v_scheme="per_token_folded", dim=64, query=3),
         "ranked, whole groups, quiet": dict(loud=1e-3, scale=2.0),

@@ -17,6 +17,7 @@ from triton_interpreter import Interpreter
 
 from xquant_fx.kernels.decode_attention import triton_launch
 from xquant_fx.kernels.decode_attention.triton_interior_settings import (
+    Format,
     interior_planes,
     shared_bytes,
     tokens_of_tile,
@@ -57,13 +58,12 @@ LEFT_ALONE: dict[str, tuple[dict[str, Any], str]] = {
     "a chunk": (dict(query=64), "the query rows of a chunk keep a GPU busy"),
     "float32": (dict(dtype=torch.float32), "float32 products are not of the matrix unit's"),
     "a float mask": (dict(mask=torch.bfloat16), "a mask is added to the logits"),
-    "small groups": (dict(k_group=32), "groups of 32 tokens are no multiple of 128"),
+    "small groups": (dict(k_group=16), "groups of 16 tokens are no multiple of 64"),
+    "groups of half a word of 3 bits": (dict(k_group=32, v_bits=3), "groups of 32 tokens are no multiple of 64"),
     "groups of channels": (dict(v_group=32), "a token's values have several scales"),
-    "3 bits": (dict(v_bits=3), "a code is not one field of 1, 2 or 4 bits"),
-    "keys of 8 bits": (dict(k_bits=8), "a code is not one field of 1, 2 or 4 bits"),
     "bfloat16 scales": (dict(scales=torch.bfloat16), "scales are neither bytes nor float16 numbers"),
-    "head_dim 256": (dict(dim=256), "head_dim is no multiple of 16 up to 128"),
-    "head_dim 40": (dict(dim=40), "head_dim is no multiple of 16 up to 128"),
+    "head_dim 512": (dict(dim=512), "head_dim is no multiple of 16 up to 256"),
+    "head_dim 40": (dict(dim=40), "head_dim is no multiple of 16 up to 256"),
     "a short cache": (dict(max_len=512), "the cache is for fewer than 1024 tokens"),
 }
 
@@ -107,9 +107,28 @@ MOST: dict[tuple[str, str], tuple[float, int]] = {
     **{("2/2 bits, q = 8", chip): (3.8, 0) for chip in ("sm_90", "sm_80")},
     ("xquant-2.2, head_dim 64", "sm_90"): (3.0, 0),
     **{("xquant-2.2, q = 8", chip): (8.3, 0) for chip in ("sm_90", "sm_80")},
+    **{
+        (name, chip): (most, 0)
+        for chip in ("sm_90", "sm_80")
+        for name, most in {
+            "3/3 bits": 3.4,
+            "8/8 bits": 3.9,
+            "2/2 bits, groups of 64": 2.2,
+            "ranked 2/3 bits": 3.4,
+            "ranked 3/3 bits": 3.5,
+            "xquant-2.2, groups of 64": 2.7,
+            "3/3 bits, q = 8": 14.0,
+        }.items()
+    },
+    # A word or two that the loop does not want are in memory.
+    ("2/2 bits, head_dim 256", "sm_90"): (1.8, 0),
+    ("2/2 bits, head_dim 256", "sm_80"): (1.8, 8),
+    **{("xquant-2.2, head_dim 256", chip): (3.2, 8) for chip in ("sm_90", "sm_80")},
+    ("2/2 bits, groups of 32", "sm_80"): (3.1, 0),
 }
 QUICK = [("2/2 bits", "sm_80")]
 NARROW = ["2/2 bits", "2/1 bits", "4/4 bits", "xquant-2.7", "xquant-2.2", "xquant-1.7", "xquant-1.4"]
+NARROW += ["3/3 bits", "8/8 bits", "2/2 bits, groups of 64", "ranked 3/3 bits"]
 #: (Name, head_dim, chip) to bytes that are kept in memory outside of the loop: the compiler stops at 168 registers.
 LEFT = {("4/4 bits", 64, "sm_90"): 16}
 
@@ -123,8 +142,9 @@ def test_instructions_per_code(name: str, chip: str) -> None:
     made = sass_model.loop_of(case, chip)
     most, spilled = MOST[name, chip]
     assert made["warps"] == 1 and made["spilled"] <= spilled
+    assert not {"LDL", "STL"} & {one.name.split(".")[0] for one in made["body"]}
     assert sass_model.instructions_a_code(made, case) <= most
-    assert sass_code.count(made["body"], "kind")["STS"] <= 70  # what rows share: scales, norms, masks
+    assert sass_code.count(made["body"], "kind")["STS"] <= 90  # what rows share: scales, norms, masks
     assert made["registers"] <= MOST_REGISTERS and made["shared"] <= most_shared(case) + SCRATCH
 
 
@@ -147,8 +167,8 @@ SCRATCH = 4096
 def most_shared(case: dict[str, Any]) -> int:
     """Shared memory of a program as the launcher estimates it."""
     a = decode_arguments(**case)
-    tile = tokens_of_tile(a.k_order is not None, a.k_bits, a.v_bits, a.q.shape[1] // a.k_ring.shape[1] * a.q.shape[2])
-    return shared_bytes(a.k_bits, a.v_bits, a.q.shape[3], a.v_ring.shape[3], a.k_order is not None, tile)
+    stored = Format(a.k_order is not None, a.k_bits, int(a.v_bits), a.q.shape[3], a.v_ring.shape[3], a.k_group)
+    return shared_bytes(stored, tokens_of_tile(stored, a.q.shape[1] // a.k_ring.shape[1] * a.q.shape[2]))
 
 
 #: Multiprocessors, bytes of shared memory, KV heads, query tokens, and how many splits there are then.

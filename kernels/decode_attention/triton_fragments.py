@@ -65,11 +65,12 @@ def spread(words, WORDS: tl.constexpr):
 
 @triton.jit
 def fragment(words, BITS: tl.constexpr, WORDS: tl.constexpr):
-    """Words, or parts of them, [N, 4 or more] to float16 [N, places]: c * 2**(s - 24)."""
+    """Words, or of WORDS < 4 parts of them, [N, 4 or more] to float16 [N, places]: c * 2**(s - 24)."""
     rows: tl.constexpr = words.shape[0]
     count: tl.constexpr = words.shape[1]
     planes: tl.constexpr = 8 // BITS if WORDS > 1 else 4 // BITS
-    places: tl.constexpr = WORDS * (32 // BITS)
+    bits_of_part: tl.constexpr = 32 if WORDS >= 4 else 8 * WORDS
+    places: tl.constexpr = count * bits_of_part // BITS
     field: tl.constexpr = 0x00010001 * ((1 << BITS) - 1)
     x = spread(tl.reshape(words, (rows, count // 4, 4)), WORDS)
     x = masked(x, field, BITS, planes)  # rows, word // 4, thread, (odd,) planes, lowest bit last
@@ -94,7 +95,8 @@ def fragment(words, BITS: tl.constexpr, WORDS: tl.constexpr):
 def numbers_to_places(x, BITS: tl.constexpr):
     """``x`` [tokens] in the order of places of values of BITS bits, as a column [tokens, 1].
 
-    That is word // 4, plane, word % 4, odd byte, half, highest first.
+    That is word // 4, plane, word % 4, odd byte, half, highest first; of two words plane // 2, word, half of it,
+    plane % 2, byte of that half.
     """
     return numbers_in_order(x, BITS, False)[:, None]
 
@@ -104,9 +106,19 @@ def numbers_in_order(x, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     """``x`` [tokens] in the order of places, or of columns of logits: there the odd byte is before word % 4."""
     planes: tl.constexpr = 8 // BITS
     count: tl.constexpr = x.shape[0]
-    x = tl.reshape(x, (count // (16 * planes), 4, planes, 2, 2))
-    x = tl.permute(x, (0, 2, 4, 1, 3)) if COLUMNS else tl.permute(x, (0, 2, 1, 4, 3))
+    if count * BITS == 64:
+        x = tl.permute(tl.reshape(x, (2, planes // 2, 2, 2, 2)), (1, 0, 3, 2, 4))
+    else:
+        x = tl.reshape(x, (count // (16 * planes), 4, planes, 2, 2))
+        x = tl.permute(x, (0, 2, 4, 1, 3)) if COLUMNS else tl.permute(x, (0, 2, 1, 4, 3))
     return tl.reshape(x, (count,))
+
+
+@triton.jit
+def plane_at(place, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """Which plane of a field of BITS bits is at ``place``, where tokens are in the order of WORDS words, 2 or more."""
+    planes: tl.constexpr = 8 // BITS
+    return (place // 16 * 2 + place // 2 % 2) % planes if WORDS == 2 else place // 16 % planes
 
 
 @triton.jit
@@ -116,8 +128,11 @@ def words_in_order(x, WORDS: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.const
     parts: tl.constexpr = 4 // WORDS if WORDS < 4 else 1
     words: tl.constexpr = x.shape[0]
     count: tl.constexpr = x.shape[1] // parts
-    x = tl.reshape(x, (words, count // (16 * planes), 4, planes, 2, 2, parts))
-    x = tl.permute(x, (1, 3, 5, 2, 4, 0, 6)) if COLUMNS else tl.permute(x, (1, 3, 2, 5, 4, 0, 6))
+    if count * BITS == 64:
+        x = tl.permute(tl.reshape(x, (words, 2, planes // 2, 2, 2, 2, parts)), (2, 1, 4, 3, 5, 0, 6))
+    else:
+        x = tl.reshape(x, (words, count // (16 * planes), 4, planes, 2, 2, parts))
+        x = tl.permute(x, (1, 3, 5, 2, 4, 0, 6)) if COLUMNS else tl.permute(x, (1, 3, 2, 5, 4, 0, 6))
     return tl.reshape(x, (count, words * parts))
 
 

@@ -71,6 +71,7 @@ def interior_kernel(
     K_GROUPS: tl.constexpr,
     V_DIM: tl.constexpr,
     V_BITS: tl.constexpr,
+    V_LOW: tl.constexpr,
     V_GROUP: tl.constexpr,
     V_TOKENS: tl.constexpr,
     V_STRIDE: tl.constexpr,
@@ -109,21 +110,24 @@ def interior_kernel(
 ):
     """One split of the whole tiles of one KV head, with INTERIOR_ROWS query rows: a part, as of ``decode_kernel``."""
     COUNTS: tl.constexpr = (RANKS_1, RANKS_2, RANKS_3, RANKS_4, RANKS_5, RANKS_6, RANKS_7)
+    # Of plain keys a code is one field, of 8 bits at most, or two.
+    WIDE: tl.constexpr = 8 if K_BITS == 8 and not RANKED else 4
     FOURS: tl.constexpr = RANKS_4 if RANKED else K_DIM
     TWOS: tl.constexpr = RANKS_6 + RANKS_2 - RANKS_4 if RANKED else K_DIM
     ONES: tl.constexpr = RANKS_7 + RANKS_5 - RANKS_6 + RANKS_3 - RANKS_4 + RANKS_1 - RANKS_2 if RANKED else K_DIM
     TWOS_AT: tl.constexpr = (FOURS * 4 + 31) // 32 if RANKED else 0
-    ONES_AT: tl.constexpr = TWOS_AT + (TWOS * 2 + 31) // 32 if RANKED else 0
+    ONES_AT: tl.constexpr = TWOS_AT + (TWOS * 2 + 31) // 32 if RANKED or TWO_WORDS > 0 else 0
     PLANES: tl.constexpr = (
-        (FOURS, 4, FOUR_WORDS, 0), (TWOS, 2, TWO_WORDS, TWOS_AT), (ONES, 1, ONE_WORDS, ONES_AT),
+        (FOURS, WIDE, FOUR_WORDS, 0), (TWOS, 2, TWO_WORDS, TWOS_AT), (ONES, 1, ONE_WORDS, ONES_AT),
     )  # fmt: skip
-    # In the order of the fields in triton_unpack.py and triton_softmax.py.
+    # In the order of the fields in triton_unpack.py and triton_softmax.py; here BITS are a whole code's, LOWER a width.
     KEYS: tl.constexpr = (
         K_DIM, K_CHANNELS, K_BITS, 4, K_TOKENS, K_GROUP, K_DIM, True, True, "fp16", RANKED, PLANES, COUNTS, 0,
         k_norm is not None, K_WRAP,
     )  # fmt: skip
     VALUES: tl.constexpr = (
-        V_DIM, V_CHANNELS, V_BITS, 4, V_TOKENS, V_GROUP, V_STRIDE, True, True, "fp16", ROTATION, 0, 0, 0, False, V_WRAP,
+        V_DIM, V_CHANNELS, V_BITS, 4, V_TOKENS, V_GROUP, V_STRIDE, True, True, "fp16", ROTATION, 0, 0, V_LOW, False,
+        V_WRAP,
     )  # fmt: skip
     LOGITS: tl.constexpr = (SCALE, SOFTCAP, WINDOW, MASK_KIND, SINK_TOKENS)
     split = tl.program_id(0)

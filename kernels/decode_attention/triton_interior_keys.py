@@ -19,7 +19,7 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
 )
 from xquant_fx.kernels.decode_attention.triton_interior_scales import FIELDS, FIRST, WIDTH, WORDS, halves_of_run
 from xquant_fx.kernels.decode_attention.triton_products import SUBNORMAL
-from xquant_fx.kernels.decode_attention.triton_unpack import COUNTS, DIM, PLANES, RANKED, TOKENS, code_slot
+from xquant_fx.kernels.decode_attention.triton_unpack import BITS, COUNTS, DIM, PLANES, RANKED, TOKENS, code_slot
 from xquant_fx.kernels.triton_small_floats import UNIT_OF_MIDS, UNIT_OF_SCALES
 from xquant_fx.kernels.triton_widths import rank_of_field, width_of_rank
 
@@ -43,13 +43,15 @@ def place_weights(place, PLANE: tl.constexpr, KEYS: tl.constexpr):
         field = rank_of_field(field, PLANE[WIDTH], KEYS[COUNTS])
         shift = width_of_rank(field, KEYS[COUNTS]) & (PLANE[WIDTH] - 1)
         weight = weight * tl.exp2(shift.to(tl.float32))
+    else:
+        weight = weight * (1 << (KEYS[BITS] & (PLANE[WIDTH] - 1)))
     return field, tl.where(in_plane, weight, 0.0)
 
 
 @triton.jit
 def every_eighth(q, order, unit, rows, valid_rows, FROM: tl.constexpr, PLANE: tl.constexpr, KEYS: tl.constexpr):
     """Query rows of the places FROM, FROM + 8, ... of a plane."""
-    place = tl.arange(0, PLANE[WORDS] * (4 // PLANE[WIDTH])) * 8 + FROM
+    place = tl.arange(0, PLANE[WORDS] * 4 // PLANE[WIDTH]) * 8 + FROM
     channel, weight = place_weights(place, PLANE, KEYS)
     if KEYS[RANKED]:
         channel = tl.load(order + channel)

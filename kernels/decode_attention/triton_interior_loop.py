@@ -15,6 +15,7 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
     fragment,
     inverse_power,
     numbers_to_places,
+    plane_at,
     power_above,
 )
 from xquant_fx.kernels.decode_attention.triton_interior_keys import (
@@ -24,7 +25,16 @@ from xquant_fx.kernels.decode_attention.triton_interior_keys import (
 from xquant_fx.kernels.decode_attention.triton_interior_scales import interior_scales
 from xquant_fx.kernels.decode_attention.triton_products import LARGEST, SUBNORMAL
 from xquant_fx.kernels.decode_attention.triton_softmax import MASK, SM_SCALE, SOFTCAP, tanh
-from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, DIM, NORMS, ROTATION, code_slot
+from xquant_fx.kernels.decode_attention.triton_unpack import (
+    BITS,
+    CHANNELS,
+    DIM,
+    LOWER,
+    NORMS,
+    ROTATION,
+    TOKENS,
+    code_slot,
+)
 from xquant_fx.kernels.triton_small_floats import UNIT_OF_SCALES, decode_scale, scale_in_units
 
 # Top of a row that has seen nothing yet: finite, so that differences are numbers.
@@ -93,15 +103,33 @@ def eighth_sums(x):
 
 
 @triton.jit
-def value_words(codes, t0, TILE: tl.constexpr, VALUES: tl.constexpr):
-    """Words [words, channels] of a tile of values, as they lie in memory."""
-    w = code_slot(t0, VALUES) // (32 // VALUES[BITS]) + tl.arange(0, TILE * VALUES[BITS] // 32)
-    d = tl.arange(0, VALUES[CHANNELS])
-    pointers = codes + w[:, None] * VALUES[DIM] + d[None, :]
+def value_words(codes, t0, FROM: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
+                VALUES: tl.constexpr):  # fmt: skip
+    """Words [channels, words] of a tile of fields of values of WIDTH bits, whose plane begins at word FROM.
+
+    WORDS: of the plane of narrower fields. Where these are 2 each word is halves, and of the upper plane of two both
+    words of 32 tokens belong to one thread.
+    """
+    parts: tl.constexpr = 4 // WORDS if WORDS < 4 else 1
+    count: tl.constexpr = TILE * WIDTH // 32
+    if parts == 2:
+        codes = codes.to(tl.pointer_type(tl.uint16), bitcast=True)
+    w = tl.arange(0, count)
+    if count > WORDS:
+        threads: tl.constexpr = 4 // parts
+        w = 2 * (w // (2 * threads) * threads + w % threads) + w // threads % 2
+    w += FROM + code_slot(t0, VALUES) // (32 // WIDTH)
+    d = tl.arange(0, VALUES[CHANNELS] * parts)
+    pointers = codes + w[:, None] * (VALUES[DIM] * parts) + d[None, :]
     if VALUES[CHANNELS] == VALUES[DIM]:
-        return tl.load(pointers)
+        words = tl.load(pointers)
     else:
-        return tl.load(pointers, mask=(d < VALUES[DIM])[None, :], other=0)
+        words = tl.load(pointers, mask=(d < VALUES[DIM] * parts)[None, :], other=0)
+    if parts > 1:
+        words = tl.permute(tl.reshape(words, (count, VALUES[CHANNELS], parts)), (1, 0, 2))
+        return tl.reshape(words, (VALUES[CHANNELS], count * parts))
+    else:
+        return tl.trans(words)
 
 
 @triton.jit
@@ -124,7 +152,10 @@ def attend_interior(
     # What a tile wants besides codes is loaded a tile ahead, but where masks of rows leave no registers for that.
     AHEAD: tl.constexpr = mask_rows.shape[0] == 1
     BYTES: tl.constexpr = values[1].dtype.element_ty == tl.uint8
-    WIDTH: tl.constexpr = VALUES[BITS]
+    # Of two planes, fields of a token are in the order of the lower.
+    WIDTH: tl.constexpr = VALUES[LOWER] if VALUES[LOWER] > 0 else VALUES[BITS]
+    UPPER: tl.constexpr = VALUES[BITS] - VALUES[LOWER]
+    UPPER_WORDS: tl.constexpr = VALUES[TOKENS] * UPPER // 32
     ALL_SEE: tl.constexpr = -1 if FOURS else 255
     last = tl.maximum(high - TILE, 0)
     top = tl.full((ROWS,), NOTHING, tl.float32)
@@ -132,8 +163,12 @@ def attend_interior(
     from_zeros = tl.zeros((8, ROWS), tl.float32)
     acc = tl.zeros((VALUES[CHANNELS], ROWS), tl.float32)
     unit = tl.full((1,), 2.0**-100, tl.float32)  # of values' scales: a power of two above all so far
-    plane = tl.arange(0, TILE) // 16 % (8 // WIDTH)
-    factor = tl.exp2((-WIDTH * plane).to(tl.float32))
+    WORDS: tl.constexpr = TILE * WIDTH // 32
+    place = tl.arange(0, TILE)
+    upper = VALUES[LOWER] - UPPER * plane_at(place, UPPER, WORDS)
+    factor = tl.exp2(upper.to(tl.float32))
+    # What a lower field weighs where one of the upper plane weighs 1.
+    lower = tl.exp2((-WIDTH * plane_at(place, WIDTH, WORDS) - upper).to(tl.float32)).to(tl.float16)
     next_keys = interior_scales(keys, tl.minimum(low, last), VALUES[CHANNELS], KEYS)
     next_s, next_z = value_scales(values, tl.minimum(low, last), TILE, VALUES)
     next_norms = token_norms(keys, tl.minimum(low, last), TILE, KEYS)
@@ -176,12 +211,15 @@ def attend_interior(
         from_zeros = from_zeros * alpha[None, :] + eighth_sums(p * z)
         back = alpha * (unit * inverse_power(new_unit))
         unit = new_unit
-        words = tl.trans(value_words(values[0], t0, TILE, VALUES))
-        acc = tl.dot(fragment(words, WIDTH, TILE * WIDTH // 32), ps, acc=acc * back[None, :])
+        words = value_words(values[0], t0, 0, TILE, UPPER, WORDS, VALUES)
+        acc = tl.dot(fragment(words, UPPER, WORDS), ps, acc=acc * back[None, :])
+        if VALUES[LOWER] > 0:
+            words = value_words(values[0], t0, UPPER_WORDS, TILE, WIDTH, WORDS, VALUES)
+            acc = tl.dot(fragment(words, WIDTH, WORDS), ps * lower[:, None], acc=acc)
     scale_unit: tl.constexpr = UNIT_OF_SCALES if BYTES else 1.0
     down: tl.constexpr = 1.0 / LARGEST
     # Values about zero have zero point -n / 2 times their scale.
-    middle: tl.constexpr = -0.5 * ((1 << WIDTH) - 1) * scale_unit if VALUES[ROTATION] != -1 else 1.0
+    middle: tl.constexpr = -0.5 * ((1 << VALUES[BITS]) - 1) * scale_unit if VALUES[ROTATION] != -1 else 1.0
     acc = acc * (unit * (SUBNORMAL * scale_unit * down))[:, None] + (tl.sum(from_zeros, 0) * (middle * down))[None, :]
     total = tl.sum(total, 0) * down
     return tl.where(total == 0, float("-inf"), top * LN_2), total, acc

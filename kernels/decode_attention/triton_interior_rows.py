@@ -184,7 +184,7 @@ def attend_rows(
             total = tl.dot(p, ones, acc=total)
             from_zeros = tl.dot(p, tl.broadcast_to(z[:, None], (STEP, LEAST_COLUMNS)), acc=from_zeros)
             s = (s.to(tl.float32) * (weight * inverse_power(unit))).to(tl.float16)
-            words = tl.trans(value_words(values[0], t, STEP, VALUES))
+            words = value_words(values[0], t, 0, STEP, WIDTH, STEP * WIDTH // 32, VALUES)
             ps = columns_to_places(times(p, s, ASM))
             acc = tl.dot(ps, tl.trans(fragment(words, WIDTH, STEP * WIDTH // 32)), acc=acc)
     scale_unit: tl.constexpr = UNIT_OF_SCALES if BYTES else 1.0

@@ -1,35 +1,64 @@
-"""When ``interior_kernel`` runs, and its constants: the one place where that is decided."""
+"""When ``interior_kernel`` runs, and its constants: the one place where that is decided.
+
+It takes every width of a plan and head_dims up to 256. Left to ``decode_kernel`` are what reads scales or masks element
+by element (several scales a token of values, masks of floats), and what no model of 16 bits has.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
 
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
-from xquant_fx.kernels.packing import codes_per_word
+from xquant_fx.kernels.packing import codes_per_block, codes_per_word, plane_widths
 from xquant_fx.kernels.triton_device import Device, splits_for
 from xquant_fx.kernels.triton_host import power_of_two
 from xquant_fx.kernels.widths import planes
 
-#: Most tokens of a tile, which must lie in one group.
-TILE = 128
+#: Most tokens of a tile, which must lie in one group, and fewest.
+TILE, LEAST_TILE = 128, 32
 #: Tiles of codes in flight at a time.
 STAGES = 3
 #: Caches for fewer tokens have few whole tiles, which are not worth a launch of their own.
 LEAST_LENGTH = 1024
-#: Most channels of keys or values: a program of one warp has registers for no more.
-MOST_CHANNELS = 128
+#: Most channels of keys or values: a program of one warp has registers for no more. Above WIDE tiles are smaller.
+MOST_CHANNELS, WIDE = 256, 128
 #: Most splits of the tokens, each of which leaves a part for the last kernel to read.
 MOST_SPLITS = 128
-#: Bits of a plane of codes to the constant that says how many words of a token it is filled up to.
-PLANES = {4: "FOUR_WORDS", 2: "TWO_WORDS", 1: "ONE_WORDS"}
+#: Bits of a plane of codes to the constant that says how many words of a token it is filled up to. Codes of 8 bits have
+#: one plane, in the place of that of 4.
+PLANES = {8: "FOUR_WORDS", 4: "FOUR_WORDS", 2: "TWO_WORDS", 1: "ONE_WORDS"}
+
+
+#: Query rows of a program: columns of its matrix products, or, where there are more, rows of the left operand.
+FEW_ROWS, MANY_ROWS = 8, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How keys and values are stored, as far as a program's registers go by it."""
+
+    ranked: bool
+    k_bits: float
+    v_bits: int
+    k_dim: int
+    v_dim: int
+    k_group: int
+
+    @property
+    def many_rows(self) -> bool:
+        """Whether there are registers for more than a few query rows: for codes of one plane, in large groups."""
+        planes_of = (self.k_bits, self.v_bits)
+        plain = not self.ranked and all(bits in (1, 2, 4) for bits in planes_of)
+        return plain and max(self.k_dim, self.v_dim) <= WIDE and self.k_group % TILE == 0
 
 
 def why_no_interior(a: DecodeArguments, hip: bool) -> str:
     """Why ``decode_kernel`` reads all codes itself, in words; "" if ``interior_kernel`` takes the whole groups."""
-    ranked, v_dim = a.k_order is not None, a.v_ring.shape[3]
+    v_dim = a.v_ring.shape[3]
     if hip:
         return "AMD's matrix units flush codes that are taken for float16 numbers to zero"
     if a.k_new is not None:
@@ -38,12 +67,10 @@ def why_no_interior(a: DecodeArguments, hip: bool) -> str:
         return "float32 products are not of the matrix unit's"
     if a.mask is not None and a.mask.dtype != torch.bool:
         return "a mask is added to the logits"
-    if a.k_group % TILE:
-        return f"groups of {a.k_group} tokens are no multiple of {TILE}"
+    if a.k_group % (least := fewest_tokens(int(a.v_bits))):
+        return f"groups of {a.k_group} tokens are no multiple of {least}"
     if a.v_group != v_dim:
         return "a token's values have several scales"
-    if a.v_bits not in PLANES or not (ranked or a.k_bits in PLANES):
-        return "a code is not one field of 1, 2 or 4 bits"
     if not {a.k_scale.dtype, a.v_scale.dtype} <= {torch.uint8, torch.float16}:
         return "scales are neither bytes nor float16 numbers"
     if a.q.shape[3] % 16 or max(a.q.shape[3], v_dim) > MOST_CHANNELS:
@@ -63,50 +90,55 @@ def interior_planes(bits: float, dim: int, ranked: bool) -> dict[str, int]:
     if ranked:
         words = {plane.width: plane.words for plane in planes(bits, dim)}
     else:
-        words = {int(bits): math.ceil(dim / codes_per_word(bits))}
-    return {name: plane_words(width, words[width]) if width in words else 0 for width, name in PLANES.items()}
+        words = {width: math.ceil(dim / codes_per_word(width)) for width in plane_widths(bits)}
+    filled = {PLANES[width]: plane_words(width, count) for width, count in words.items()}
+    return {**dict.fromkeys(PLANES.values(), 0), **filled}
 
 
-#: Query rows of a program: columns of its matrix products, or, where there are more, rows of the left operand.
-FEW_ROWS, MANY_ROWS = 8, 16
+def rows_of_program(a: Format, rows: int) -> int:
+    """Query rows of a program, of ``rows`` of one KV head: codes are decoded once for them."""
+    return MANY_ROWS if rows > FEW_ROWS and a.many_rows else FEW_ROWS
 
 
-def rows_of_program(rows: int, ranked: bool) -> int:
-    """Query rows of a program, of ``rows`` of one KV head: codes are decoded once for them.
+def fewest_tokens(v_bits: int) -> int:
+    """Fewest tokens of a tile: two words in the plane of its values' lowest bits, halves of which four threads take."""
+    return max(2 * codes_per_block(v_bits), LEAST_TILE)
 
-    Queries of several planes, of ``ranked`` keys, have no room in registers for more than a few rows.
+
+def tokens_of_tile(a: Format, rows: int) -> int:
+    """Tokens of a tile: as many as registers have room for, and shared memory, so that programs are many enough.
+
+    Ranked keys of 3 bits have three planes of queries, values of 3 bits two of codes; 8 bits are many bytes.
     """
-    return FEW_ROWS if ranked or rows <= FEW_ROWS else MANY_ROWS
+    if rows > FEW_ROWS and a.many_rows:
+        most = TILE // 2 if a.v_bits > 1 else TILE
+    elif max(a.k_bits, a.v_bits) == 8 or (a.ranked and max(a.k_dim, a.v_dim) > WIDE):
+        most = TILE // 4
+    elif (a.ranked and a.k_bits > 2) or a.v_bits == 3 or max(a.k_dim, a.v_dim) > WIDE:
+        most = TILE // 2
+    else:
+        most = TILE
+    return max(min(most, a.k_group & -a.k_group), fewest_tokens(a.v_bits))
 
 
-def tokens_of_tile(ranked: bool, k_bits: float, v_bits: float, rows: int) -> int:
-    """Tokens of a tile: half a group for ranked keys of 3 bits, whose three planes of queries leave fewer registers.
-
-    And for more ``rows``. Of values of 1 bit half a group would be fewer words than four threads share.
-    """
-    narrow = k_bits > 2 if ranked else rows > FEW_ROWS
-    return TILE // 2 if narrow and v_bits > 1 else TILE
-
-
-def shared_bytes(k_bits: float, v_bits: float, k_dim: int, v_dim: int, ranked: bool, tile: int) -> int:
+def shared_bytes(a: Format, tile: int) -> int:
     """Shared memory of a program: words of keys and values, of as many tiles as are in flight.
 
     Triton takes up to 4 kB more for reductions where channels are few; registers limit the programs there.
     """
-    words = sum(interior_planes(k_bits, k_dim, ranked).values())
-    return STAGES * tile * (4 * words + math.ceil(v_dim * v_bits / 8))
+    words = sum(interior_planes(a.k_bits, a.k_dim, a.ranked).values())
+    return STAGES * tile * (4 * words + math.ceil(a.v_dim * a.v_bits / 8))
 
 
 def interior_settings(
-    *, batch: int, kv_heads: int, rows: int, k_bits: float, v_bits: float, k_dim: int, v_dim: int, ranked: bool,
-    max_len: int, interpret: bool, device: Device, runs: bool,
-) -> dict[str, Any]:  # fmt: skip
+    *, stored: Format, batch: int, kv_heads: int, rows: int, max_len: int, interpret: bool, device: Device, runs: bool
+) -> dict[str, Any]:
     """Fields of ``Settings`` of ``interior_kernel``, if it ``runs``."""
-    tile, of_program = tokens_of_tile(ranked, k_bits, v_bits, rows), rows_of_program(rows, ranked)
+    tile, of_program = tokens_of_tile(stored, rows), rows_of_program(stored, rows)
     blocks = math.ceil(rows / of_program)
     splits = 0
     if runs:
-        slots = device.programs(warps=1, shared=shared_bytes(k_bits, v_bits, k_dim, v_dim, ranked, tile))
+        slots = device.programs(warps=1, shared=shared_bytes(stored, tile))
         splits = splits_for(slots, batch * kv_heads * blocks, min(max_len // (2 * tile), MOST_SPLITS))
     return dict(
         INTERIOR_SPLITS=splits, INTERIOR_ROWS=of_program, INTERIOR_BLOCKS=blocks, INTERIOR_TILE=tile,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from xquant_fx.kernels.decode_attention.triton_interior_settings import MOST_SPLITS, interior_settings
+from xquant_fx.kernels.decode_attention.triton_interior_settings import MOST_SPLITS, Format, interior_settings
 from xquant_fx.kernels.packing import codes_per_word, high_and_low
 from xquant_fx.kernels.triton_device import LARGE, Device, splits_for
 from xquant_fx.kernels.triton_host import power_of_two, rank_counts
@@ -158,8 +158,8 @@ def settings(
     full_stages = 1 if hip or (wide_ranked and warps > 4) else 2
     stages = 1 if hip and wide_ranked and dtype == torch.float32 else STAGES
     interior = interior_settings(
-        batch=batch, kv_heads=kv_heads, rows=rows, k_bits=k_bits, v_bits=v_bits, k_dim=k_dim, v_dim=v_dim,
-        ranked=ranked, max_len=max_len, interpret=interpret, device=device, runs=edges > 0,
+        stored=Format(ranked, k_bits, v_bits, k_dim, v_dim, k_group), batch=batch, kv_heads=kv_heads, rows=rows,
+        max_len=max_len, interpret=interpret, device=device, runs=edges > 0,
     )  # fmt: skip
     shared = shared_bytes(k_dim, v_dim, k_bits, v_bits, dtype, tile, least_full, full_stages)
     most_splits = min(math.ceil(max_len / (2 * tile)), MOST_SPLITS)
