@@ -5,7 +5,7 @@
 // queries, values of one group, 1 bit per element.
 namespace xq {
 
-constexpr int64_t PIECE = 8, PIECES = DV / PIECE;  // channels of a byte
+constexpr int64_t PIECE = 8;  // channels of a byte
 static_assert(V_GROUPS == 1 && V_BITS == 1, "");
 
 // 256 vectors of PIECE numbers as bytes: unsigned, BIAS added.
@@ -42,7 +42,7 @@ ALWAYS_INLINE vi entries(const Book& book, uint64_t code, uint64_t high) {
     return found;
 }
 
-// Weighted values by a table of entries: codes [PIECES][pitch] bytes.
+// Weighted values by a table of entries: codes [DV / PIECE][pitch] bytes.
 template <int NV>
 inline void table_values(Scratch& scratch, RunningSoftmax& softmax, const Book& book, const uint8_t* codes,
                          int64_t pitch, int64_t n) {
@@ -192,8 +192,9 @@ inline void trellis_values(Scratch& scratch, RunningSoftmax& softmax, const uint
 
 // Scores of keys that were quantized before RoPE, n tokens from t0 on: codes of 2 bits (all channels alike, where the
 // product has ranks), dequantized, turned by cos and sin [n, DK / 2] (lanes are tokens: [DK / 2][pitch]), multiplied.
-inline void turned_scores(Scratch& scratch, const Inputs& in, const float* cosines, const float* sines,
-                          const int32_t* order, int64_t pitch, int64_t t0, int64_t n, int64_t offset) {
+inline void turned_scores(Scratch& scratch, const Inputs& in, const float (&scaled)[2][DK], const float* cosines,
+                          const float* sines, const int32_t* order, int64_t pitch, int64_t t0, int64_t n,
+                          int64_t offset) {
     constexpr int64_t WORDS = DK / 16;
     alignas(64) float key[DK][L];
     for (int64_t t = t0; t < t0 + n; t += L) {
@@ -203,7 +204,7 @@ inline void turned_scores(Scratch& scratch, const Inputs& in, const float* cosin
             for (int i = 0; i < 16; i++) {
                 const int64_t rank = w * 16 + i;
                 const vi code = (vi)(word >> (8 * (i % 4) + 2 * (i / 4))) & splat(3);
-                const float s = scratch.scaled[0][rank], z = scratch.scaled[1][rank];
+                const float s = scaled[0][rank], z = scaled[1][rank];
                 store(key[order[rank]], fma(__builtin_convertvector(code, vf), splat(s), splat(z)));
             }
         }
@@ -242,7 +243,7 @@ inline bool add_span(int way, Scratch& scratch, RunningSoftmax& softmax, const I
         quantized_values(scratch, in, softmax, 0, t, SPAN);
         return true;
     }
-    fold_value_scales(scratch, in, 0, 0, t, SPAN);
+    for_rows([&](int64_t row, auto rows) { fold_value_scales<rows()>(scratch, in, 0, 0, t, SPAN, row); });
     if (way == TABLE) {
         table_values<L == 16 ? 2 : 1>(scratch, softmax, *data.book, data.bytes + t, tokens, SPAN);
         return true;
@@ -261,14 +262,15 @@ inline bool add_span(int way, Scratch& scratch, RunningSoftmax& softmax, const I
 
 // Scores of the span from t on, by keys that are turned as they are read.
 inline void turned_span(Scratch& scratch, const Inputs& in, const Data& data, int64_t t, int64_t tokens) {
+    alignas(64) float scaled[2][DK];  // scales of a group, and zero points
     for (int64_t i = 0; i < SPAN; i += K_GROUP) {
         const int64_t row = (t + i) / K_GROUP * DK;
         for (int64_t d = 0; d < DK; d += L) {
             const vf s = load_scales(data.k_scale + row + d, L);
-            store(scratch.scaled[0] + d, s);
-            store(scratch.scaled[1] + d, s * (load_mids(data.k_zero + row + d, L) - 1.5f));
+            store(scaled[0] + d, s);
+            store(scaled[1] + d, s * (load_mids(data.k_zero + row + d, L) - 1.5f));
         }
-        turned_scores(scratch, in, data.cosines, data.sines, data.order, tokens, t + i, K_GROUP, i);
+        turned_scores(scratch, in, scaled, data.cosines, data.sines, data.order, tokens, t + i, K_GROUP, i);
     }
 }
 
@@ -282,7 +284,7 @@ inline void load_problem(Scratch& scratch, Inputs& in, const Data& data, float q
             scratch.ranked[r][d] = query_scale * data.weights[r * SPAN + data.order[d]];
         }
     }
-    scratch.group = -1;
+    scratch.groups = 0;
 }
 
 }  // namespace xq

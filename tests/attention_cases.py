@@ -193,11 +193,13 @@ WHOLE_CASES: dict[str, dict[str, Any]] = {
     name: {**WHOLE, **case}
     for name, case in {
         "whole groups": dict(),
-        "whole groups, head_dim 64, 1 bit": dict(dim=64, k_bits=1, v_bits=1, group=2, kv_heads=2),
+        "whole groups, head_dim 64, 1 bit, small keys": dict(
+            dim=64, k_bits=1, v_bits=1, group=2, kv_heads=2, quiet=1e-3, scale=100.0
+        ),
         "whole groups, 4 bits, head_dim 96": dict(dim=96, k_bits=4, v_bits=4, mask="none", group=8),
         "whole groups, softcap, window": dict(mask="none", softcap=2.0, window=300, query=2, group=3),
         "whole groups, 16 rows, a mask a head": dict(query=4, mask="heads", max_len=1026),
-        "whole groups, 16 rows, values of 1 bit": dict(query=4, v_bits=1),
+        "whole groups, 16 rows, values of 1 bit, small keys": dict(query=4, v_bits=1, quiet=1e-3, scale=100.0),
         "whole groups, more rows than a program takes": dict(query=5, mask="padded", start=(300,)),
         "whole groups, an empty row, unwritten tokens": dict(mask="row", past=520),
         "whole groups, none yet": dict(past=250, dim=64),
@@ -208,7 +210,9 @@ WHOLE_RANKED: dict[str, dict[str, Any]] = {
     name: {**WHOLE, **RANKED, "residual": 256, **case}
     for name, case in {
         "ranked, whole groups": dict(norms=True, residual=384, v_residual=128),
-        "ranked, whole groups, head_dim 64, keys 1.5, values 1 bit": dict(dim=64, k_bits=1.5, v_bits=1),
+        "ranked, whole groups, head_dim 64, keys 1.5, values 1 bit, small keys": dict(
+            dim=64, k_bits=1.5, v_bits=1, quiet=1e-5, scale=1e4
+        ),
         "ranked, whole groups, sinks, padding": dict(
             dim=64, sinks=4, start=(150,), mask="padded", query=3, group=2, norms=True
         ),

@@ -50,6 +50,9 @@ class Setup:
     scale: float | None = None
     scale_dtype: str | None = None
     loud: float = 1.0
+    quiet: float = 1.0
+    quiet_values: float = 1.0
+    """What keys and values are multiplied by."""
     norms: bool = False
     """Whether ranked keys are divided by token norms; tokens differ in loudness then."""
     spoil: str = ""
@@ -80,6 +83,7 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
     noise = torch.randn(s.batch, s.kv_heads, s.past + s.query, dim, generator=seeded(7 + (side == "key")))
     x = noise * (0.2 + channel.abs()) + channel
     x = x * (torch.arange(x.shape[2]) % 5 / 4 + 0.5)[:, None] if s.norms and side == "key" else x
+    x = x * (s.quiet if side == "key" else s.quiet_values)
     if s.peak and side == "key":
         x = noise * 0.02
         x[:, :, 0, 0] = 1.0

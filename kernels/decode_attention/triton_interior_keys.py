@@ -27,6 +27,8 @@ from xquant_fx.kernels.triton_widths import rank_of_field, width_of_rank
 LEAST_ROWS = tl.constexpr(16)
 # Queries below 2, scales below 2 * SCALED and the weight of a field, 8 at most, multiply to a float16.
 SCALED = tl.constexpr(2.0**10)
+# Scales are brought up from no less than that: SCALED times its inverse is a float16, and a group of zeros gives zeros.
+LEAST_SCALES = tl.constexpr(2.0**-5)
 LEAST_UNIT = tl.constexpr(2.0**-100)
 LEAST_FACTOR = tl.constexpr(2.0**-120)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -167,7 +169,7 @@ def interior_logits(q, keys, scales, t0, TILE: tl.constexpr, V_BITS: tl.constexp
     x, q_four, q_two, q_one, q_unit, from_center = q
     s, mid, s_four, s_two, s_one = scales
     s, mid = halves_of_run(s, 4, BYTES, False), halves_of_run(mid, 4, BYTES, True)
-    unit = power_above(tl.max(tl.abs(s), 0).to(tl.float32)) * 0.5
+    unit = tl.maximum(power_above(tl.max(tl.abs(s), 0).to(tl.float32)) * 0.5, LEAST_SCALES)
     factor = (inverse_power(unit) * SCALED).to(tl.float16)
     sums = tl.zeros((TILE, x.shape[0]), tl.float32)
     levels = tl.zeros((LEAST_ROWS, x.shape[0]), tl.float32)

@@ -23,6 +23,7 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
 )
 from xquant_fx.kernels.decode_attention.triton_interior_keys import (
     LEAST_FACTOR,
+    LEAST_SCALES,
     LEAST_UNIT,
     LOG2_E,
     SCALED,
@@ -132,7 +133,7 @@ def rows_of_group(q, scales, SM_SCALE: tl.constexpr, KEYS: tl.constexpr, ASM: tl
     z4, z2, z1 = scales[0][1], scales[1][1], scales[2][1]
     q_four, q_two, q_one, q_unit = q
     most = tl.maximum(most_of_plane(s4, KEYS[PLANES][0]), most_of_plane(s2, KEYS[PLANES][1]))
-    unit = power_above(tl.maximum(most, most_of_plane(s1, KEYS[PLANES][2]))) * 0.5
+    unit = tl.maximum(power_above(tl.maximum(most, most_of_plane(s1, KEYS[PLANES][2]))) * 0.5, LEAST_SCALES)
     factor = (inverse_power(unit) * SCALED).to(tl.float16)
     offset = tl.zeros((q_unit.shape[0], LEAST_COLUMNS), tl.float32)
     q_four, offset = scaled_plane(offset, q_four, s4, z4, factor, KEYS[PLANES][0], KEYS, ASM)
