@@ -7,7 +7,8 @@
     buffer.scatter_(2, pos[:, None].expand_as(k), k)                =>  buffer.index_copy_(2, pos, k)
 
 What an index is, is found by computing it: of numbers that the graph itself says (``arange``), or from numbers in the
-place of positions through views. So a batch index that leaves out a row, or that comes from outside, is none.
+place of positions through views. So a batch index that leaves out a row, or that comes from outside, is none; nor is
+one that something writes to.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from xquant_fx.kernels.rows import write_rows_
+from xquant_fx.passes.find_writes import written_by
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.trace import argument, fake, is_view_like
+from xquant_fx.passes.trace import argument, fake, is_view_like, memory_of
 from xquant_fx.passes.vocabulary import kind
 
 #: Elements of an index that may be computed, if it has no memory of its own less than that.
@@ -31,7 +33,24 @@ MOST = 2**22
 
 def name_row_writes(graph: Graph) -> int:
     """Rewrite all appends of a position per row in place; returns how many."""
-    return sum(_indexed(graph, node) or _scattered(graph, node) for node in list(graph.nodes))
+    changes, nodes = _Changes(graph), list(graph.nodes)
+    return sum(_indexed(graph, node, changes) or _scattered(graph, node, changes) for node in nodes)
+
+
+class _Changes:
+    """What the program writes to, and where."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.at: dict[Node, list[int]] = {}
+        for node, i in self.order.items():
+            for operand in written_by(node):
+                self.at.setdefault(memory_of(operand), []).append(i)
+
+    def of(self, node: Node, before: Node | None = None) -> bool:
+        """Whether something writes to ``node``, or to a view or copy of it, behind it and ``before`` another."""
+        end = len(self.order) if before is None else self.order[before]
+        return any(self.order[node] < i < end for i in self.at.get(memory_of(node), ()))
 
 
 def why_no_row_write(node: Node) -> str:
@@ -40,7 +59,10 @@ def why_no_row_write(node: Node) -> str:
     by_row = kind(node) == "setitem" and isinstance(index, tuple) and fake(index[0]) is not None
     if by_row:
         return "rows are chosen by an index that is not arange(batch size) of this graph, or that leaves some out"
-    return "its index is not seen to be one position per token" if kind(node) == "scatter" else ""
+    if kind(node) != "scatter":
+        return ""
+    reduces = argument(node, 4, "reduce") is not None
+    return "it computes with what is there" if reduces else "its index is not seen to be one position per token"
 
 
 def _buffer(node: Node) -> tuple[Node, tuple[int, int, int, int]] | None:
@@ -53,7 +75,7 @@ def _buffer(node: Node) -> tuple[Node, tuple[int, int, int, int]] | None:
     return (buffer, (batch, heads, tokens, dim)) if all(isinstance(n, int) for n in value.shape) else None
 
 
-def _indexed(graph: Graph, node: Node) -> bool:
+def _indexed(graph: Graph, node: Node, changes: _Changes) -> bool:
     found = _buffer(node) if kind(node) == "setitem" else None
     index, x = argument(node, 1, "index"), argument(node, 2, "value")
     if found is None or not isinstance(index, tuple) or not isinstance(x, Node):
@@ -61,14 +83,19 @@ def _indexed(graph: Graph, node: Node) -> bool:
     buffer, (batch, heads, _, dim) = found
     if len(index) == 4 and index[3] == slice(None):
         index = index[:3]
-    if len(index) != 3 or not all(isinstance(index[d], Node) for d in (0, 2)) or not _is_count(index[0], batch):
+    if len(index) != 3 or not all(isinstance(index[d], Node) for d in (0, 2)):
         return False
     pos, value = index[2], fake(index[2])
-    if value is None or value.dtype not in (torch.int64, torch.int32):
+    # Indices broadcast from the last dimension on: rows must count along the first of positions.
+    if (
+        value is None
+        or value.dtype not in (torch.int64, torch.int32)
+        or not _is_count(index[0], batch, changes, value.dim())
+    ):
         return False
     if isinstance(index[1], Node):
-        roots = [_root(pos, shape, (batch, 1)) for shape in ((batch, 1), (batch,))]
-        pos = next(filter(None, roots), None) if _is_count(index[1], heads, last=True) else None
+        roots = [_root(pos, shape, (batch, 1), node, changes) for shape in ((batch, 1), (batch,))]
+        pos = next(filter(None, roots), None) if _is_count(index[1], heads, changes, last=True) else None
         tokens: tuple[Any, ...] = ()
     else:
         pos = pos if index[1] == slice(None) and value.dim() in (1, 2) and value.shape[0] == batch else None
@@ -81,7 +108,7 @@ def _indexed(graph: Graph, node: Node) -> bool:
     return _replace(graph, node, buffer, pos, x)
 
 
-def _scattered(graph: Graph, node: Node) -> bool:
+def _scattered(graph: Graph, node: Node, changes: _Changes) -> bool:
     found = _buffer(node) if kind(node) == "scatter" else None
     dim, index, x = argument(node, 1, "dim"), argument(node, 2, "index"), argument(node, 3, "src")
     written = fake(x)
@@ -89,9 +116,11 @@ def _scattered(graph: Graph, node: Node) -> bool:
         return False
     buffer, (batch, heads, _, width) = found
     tokens = written.shape[2] if written.dim() == 4 else None
-    if not isinstance(tokens, int) or tuple(written.shape) != (batch, heads, tokens, width) or len(node.kwargs) > 2:
+    if not isinstance(tokens, int) or tuple(written.shape) != (batch, heads, tokens, width):
         return False
-    common = _root(index, (tokens,), tuple(written.shape), is_common=True)
+    if argument(node, 4, "reduce") is not None:
+        return False
+    common = _root(index, (tokens,), tuple(written.shape), node, changes, is_common=True)
     if common is not None:
         with graph.inserting_before(node):
             append = graph.call_method("index_copy_", (buffer, 2, common, x))
@@ -99,8 +128,8 @@ def _scattered(graph: Graph, node: Node) -> bool:
         node.replace_all_uses_with(buffer)
         graph.erase_node(node)
         return True
-    pos = _root(index, (batch, tokens), tuple(written.shape))
-    pos = _root(index, (batch,), tuple(written.shape)) if pos is None and tokens == 1 else pos
+    pos = _root(index, (batch, tokens), tuple(written.shape), node, changes)
+    pos = _root(index, (batch,), tuple(written.shape), node, changes) if pos is None and tokens == 1 else pos
     return pos is not None and _replace(graph, node, buffer, pos, x)
 
 
@@ -118,29 +147,39 @@ def _replace(graph: Graph, node: Node, buffer: Node, pos: Node, x: Node) -> bool
     return True
 
 
-def _is_count(node: object, size: int, last: bool = False) -> bool:
-    """Whether ``node`` counts 0, 1, ... ``size`` along the first dimension, or the ``last``, and has no other."""
-    value = _computed(node, {})
-    if value is None or value.numel() != size or not isinstance(node, Node):
+def _is_count(node: object, size: int, changes: _Changes, dims: int = 1, last: bool = False) -> bool:
+    """Whether ``node`` counts 0, 1, ... ``size`` along the first of ``dims`` dimensions, or the ``last`` of any."""
+    value = _computed(node, {}, changes)
+    if value is None or value.flatten().tolist() != list(range(size)):
         return False
-    along = value.dim() - 1 if last else 0
-    return value.shape[along] == size and value.flatten().tolist() == list(range(size))
+    return value.dim() <= 2 and (
+        size == 1 or (value.shape[-1] == size if last else tuple(value.shape) == (size, 1)[:dims])
+    )
 
 
-def _root(index: object, shape: tuple[int, ...], wanted: tuple[int, ...], is_common: bool = False) -> Node | None:
+def _root(
+    index: object,
+    shape: tuple[int, ...],
+    wanted: tuple[int, ...],
+    write: Node,
+    changes: _Changes,
+    is_common: bool = False,
+) -> Node | None:
     """The node of positions of ``shape`` ([B] or [B, q]) that ``index`` repeats over heads and channels, if it does.
 
     Where it ``is_common``, positions [q] that it repeats over rows, too.
 
-    ``wanted`` is the shape of the index: [B, 1], or [B, H, q, D].
+    ``wanted`` is the shape of the index of ``write``: [B, 1], or [B, H, q, D].
     """
     for node in _chain(index):
+        if node is not index and changes.of(node, before=write):
+            continue
         value = fake(node)
         if value is None or tuple(value.shape) != shape or value.dtype not in (torch.int64, torch.int32):
             continue
         numbers = torch.arange(math.prod(shape)).reshape(shape)
         meant = numbers if len(wanted) == 2 else numbers.reshape(1 if is_common else shape[0], 1, -1, 1)
-        got = _computed(index, {node: numbers})
+        got = _computed(index, {node: numbers}, changes)
         if got is None or tuple(got.shape) != wanted:
             continue
         if len(wanted) == 4 and got.stride(1) == got.stride(3) == 0:
@@ -159,16 +198,18 @@ def _chain(node: object) -> Iterator[Node]:
         node = node.args[0] if is_view_like(node) and node.args else None
 
 
-def _computed(node: object, known: Mapping[Node, Tensor]) -> Tensor | None:
+def _computed(node: object, known: Mapping[Node, Tensor], changes: _Changes) -> Tensor | None:
     """The numbers that ``node`` gives, of ``arange`` and of ``known`` ones through views; None if others are in it."""
     if not isinstance(node, Node):
         return None
     if node in known:
         return known[node]
     if node.target is torch.arange:
+        if changes.of(node):
+            return None
         given = {name: value for name, value in node.kwargs.items() if name in ("start", "end", "step")}
         return torch.arange(*node.args, **given) if _are_constant([*node.args, *given.values()]) else None
-    before = _computed(node.args[0], known) if is_view_like(node) and node.args else None
+    before = _computed(node.args[0], known, changes) if is_view_like(node) and node.args else None
     value = fake(node)
     if before is None or value is None or value.dtype not in (torch.int64, torch.int32):
         return None

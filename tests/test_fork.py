@@ -233,6 +233,13 @@ def test_a_fork_in_the_middle_of_a_step_of_another_thread(model: Any) -> None:
         cache.fork()
 
 
+def test_a_fork_of_an_interrupted_cache_says_what_happened(model: Any) -> None:
+    cache = filled(model)
+    cache.update(*torch.ones(2, 2, *cache.layers[0].keys.shape[1:2], 1, cache.layers[0].keys.shape[3]), 0)
+    with pytest.raises(CacheStateError, match="a step was interrupted in between"):
+        logits_of(model.forward, IDS[:, 300:301], cache.fork())
+
+
 def test_new_and_reset_caches_are_forked(model: Any) -> None:
     cache = XQuantCache(model.config, ROOM, RANKED)
     for _ in range(2):

@@ -13,7 +13,15 @@ from states import layers_of
 from stepping import interpreted
 
 import xquant_fx.warn_once as warn_once
-from xquant_fx import CacheStateError, XQuantConfig, explain, memory_report, ops
+from xquant_fx import (
+    CacheStateError,
+    UnsupportedWriteError,
+    XQuantConfig,
+    decode_attention,
+    explain,
+    memory_report,
+    ops,
+)
 from xquant_fx.cache.kv_tensor import QuantizedKV
 
 B, H, N, D, LENGTHS = 3, 2, 64, 16, (37, 5, 20)
@@ -214,6 +222,46 @@ def test_rows_that_are_chosen_otherwise_stay_as_they_are(rows):
         assert not site.rewritten and "rows are chosen by an index that is not arange(batch size)" in site.reason
 
 
+def counted_backwards():
+    rows = torch.arange(B)
+    rows.sub_(B - 1).abs_()
+    return rows
+
+
+def by_changed_index(buffer, x, pos):
+    index = pos[:, None, :, None].expand_as(x).contiguous()
+    pos.add_(1)
+    buffer.scatter_(2, index, x)
+
+
+def by_sum(buffer, x, pos):
+    buffer.scatter_(2, pos[:, None, :, None].expand_as(x), x, reduce="add")
+
+
+@pytest.mark.filterwarnings("ignore:The reduce argument:UserWarning")
+@pytest.mark.parametrize(
+    ("write", "heads", "q"),
+    [
+        (lambda pos: (torch.arange(B), slice(None), pos), H, B),
+        (lambda pos: (torch.arange(B)[:, None], slice(None), pos[:, 0]), H, 1),
+        (lambda pos: (torch.arange(B), torch.arange(B), pos), B, 1),
+        (lambda pos: (counted_backwards(), slice(None), pos[:, 0]), H, 1),
+        (by_changed_index, H, 1), (by_sum, H, 1),
+    ],
+    ids=["along tokens", "each to all rows", "along heads", "changed numbers", "changed positions", "sum"],
+)  # fmt: skip
+def test_indices_that_mean_something_else_stay_as_they_are(write, heads, q):
+    if write not in (by_changed_index, by_sum):
+        index = write
+
+        def write(buffer, x, pos):
+            buffer[index(pos)] = x.transpose(1, 2) if q > 1 else x[:, :, 0]
+
+    x, buffers = torch.randn(2, 3, B, heads, q, D), [[torch.zeros(B, heads, N, D) for _ in range(2)] for _ in range(2)]
+    for site in explain(decoder(write), x, buffers, ahead(1, q, (0, 0, 0))[0]).sites:
+        assert not site.rewritten and "the buffer is also written by" in site.reason
+
+
 @pytest.mark.parametrize(
     ("spoil", "positions", "match"),
     [
@@ -265,6 +313,47 @@ def test_eager_code_gives_one_row_a_new_prompt(taken_over):
     assert torch.equal(keys.dequantize()[::2], before[::2]) and torch.equal(keys[2:3].dequantize(), before[2:3])
     keys[torch.tensor([2, 0]), :, torch.tensor([21, 38])] = torch.ones(2, H, D)
     assert keys.state.row_lengths == [39, 12, 22]
+
+
+def test_a_compiled_step_gives_one_row_a_new_prompt(taken_over):
+    def prompt(keys, values):
+        return decoder(alone)(x, [[keys, values]], torch.arange(12)[None])
+
+    x = torch.randn(1, 3, 1, H, 12, D)
+    copied = copy.deepcopy(taken_over[0])
+    rows = [[buffer[1:2] for buffer in layer] for layer in (taken_over[0], copied)]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(prompt, backend=interpreted(**SMALL))(*rows[0]), prompt(*rows[1]))
+    for mine, theirs in zip(taken_over[0], copied, strict=True):
+        assert mine.state.row_lengths == theirs.state.row_lengths == [38, 12, 21]
+        assert all(torch.equal(mine.state.owned[name][::2], t[::2]) for name, t in theirs.state.owned.items())
+        theirs.state.group.drop()  # eager code sees its prompt in full precision
+        torch.testing.assert_close(mine.dequantize()[:, :, :12], theirs.dequantize()[:, :, :12])
+
+
+@pytest.mark.parametrize("q", [1, 3])
+def test_decode_attention_takes_each_row_by_its_length(taken_over, q):
+    (keys, values), pos = taken_over[0], ahead(2)[1][:, :1] + torch.arange(q)
+    query, k, v = torch.randn(3, B, H, q, D)
+    for buffer, x in ((keys, k), (values, v)):
+        by_index_of_tokens(buffer, x, pos)
+    got = decode_attention(query, (keys, values), 0)
+    for row in range(B):
+        part = slice(row, row + 1)
+        torch.testing.assert_close(got[part], decode_attention(query[part], (keys[part], values[part]), 0))
+    alone(keys[1:2], k[1:2], pos[1:2] + q)
+    with pytest.raises(CacheStateError, match=rf"row 1: {6 + 2 * q} keys and {6 + q} values are stored"):
+        decode_attention(query, (keys, values), 0)
+
+
+def test_a_buffer_of_such_rows_is_no_window_that_moves():
+    buffers = prompts((N - 1, 5, 20))
+    run(torch.compile(decoder(by_index), backend=interpreted(**SMALL)), buffers, ahead(1, lengths=(N - 1, 5, 20)))
+    keys, held = buffers[0][0], buffers[0][0].dequantize()
+    for moved in (torch.cat([keys[:, :, 1:], torch.ones(B, H, 1, D)], 2), torch.roll(keys, -1, 2)):
+        with pytest.raises(UnsupportedWriteError, match="nothing was written"):
+            keys.copy_(moved)
+    assert keys.state.row_lengths == [N, 6, 21] and torch.equal(keys.dequantize(), held)
 
 
 def test_rows_are_selected_copied_counted_and_emptied(taken_over):

@@ -38,7 +38,7 @@ def decode_attention(
     Args:
         q: [B, Hq, q, D] with 1 to 8 tokens, the last ones stored; Hq is a multiple of the KV heads.
         cache: an ``XQuantCache``, or any cache whose buffers were taken over, or a (keys, values) pair of
-            quantized buffers.
+            quantized buffers, whose rows may have lengths of their own.
         layer: index of the layer in the cache; ignored for a pair.
         mask: None (causal, left padding of the cache left out), bool (True may be attended to) or
             float (added to the logits), broadcastable to [B, Hq, q, N], N being max_cache_len (not 1).
@@ -66,7 +66,7 @@ def decode_attention(
         )
     if sink_logits is not None:
         sink_logits = _logits(sink_logits, q, where)
-    past = key.owned["length"][:1] - new
+    past = _rows(key)[:, 0] - new
     mask = _causal(key, past, new) if mask is None else _fitting(mask, (*q.shape[:3], spec.shape[2]), where)
     fixed = spec.decode_constants(value.spec)
     fixed["window"] = min((n for n in (window, spec.window) if n), default=0)
@@ -115,13 +115,16 @@ def _check(q: Tensor, key: KVState, value: KVState) -> None:
             where + f"q must have shape [{batch}, multiple of {heads}, q, {dim}] and dtype {key.spec.dtype}, "
             f"got {tuple(q.shape)} and {q.dtype}"
         )
-    keys, values = key.length, value.length
-    if not 1 <= q.shape[2] <= min(STEP_TOKENS, keys):
+    (keys, most_keys), (values, most_values) = (_rows(side).unbind(1) for side in (key, value))
+    stored = int(keys.min())
+    if not 1 <= q.shape[2] <= min(STEP_TOKENS, stored):
         error = CacheStateError if 1 <= q.shape[2] <= STEP_TOKENS else ArgumentError
-        raise error(where + f"q must have 1 to {STEP_TOKENS} stored tokens, got {q.shape[2]} of {keys}")
-    if values != keys:
-        raise CacheStateError(where + f"{keys} keys and {values} values are stored")
-    lost = max(key.furthest, value.furthest) - (keys - q.shape[2])
+        raise error(where + f"q must have 1 to {STEP_TOKENS} stored tokens, got {q.shape[2]} of {stored}")
+    for row, (each, other) in enumerate(zip(keys.tolist(), values.tolist(), strict=True)):
+        if each != other:
+            of_row = f"row {row}: " if len(keys) > 1 else ""
+            raise CacheStateError(where + f"{of_row}{each} keys and {other} values are stored")
+    lost = int((torch.maximum(most_keys, most_values) - keys).max()) + q.shape[2]
     if lost > key.spec.rollback_tokens:
         raise CacheStateError(
             where
@@ -135,10 +138,15 @@ def _check(q: Tensor, key: KVState, value: KVState) -> None:
         )
 
 
+def _rows(state: KVState) -> Tensor:
+    """Tokens stored, and stored at most since the sequence began: int64 [1, 2], or [B, 2] where rows differ."""
+    return state.owned["length"].reshape(-1, 2)
+
+
 def _causal(state: KVState, past: Tensor, new: int) -> Tensor:
     """Bool [B or 1, 1, q, N]: tokens up to the query's own, without left padding."""
     tokens = torch.arange(state.spec.shape[2], device=past.device)
-    seen = tokens <= past + torch.arange(new, device=past.device)[:, None]
+    seen = tokens <= past[:, None, None] + torch.arange(new, device=past.device)[:, None]
     return (seen & (tokens >= state.group.start[:, None, None]))[:, None]
 
 

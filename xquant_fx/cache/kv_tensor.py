@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 
 from xquant_fx.cache.left import ONCE, leave
+from xquant_fx.cache.ragged import Row
 from xquant_fx.cache.reads import Dequantized, Token, read
 from xquant_fx.cache.select import select
 from xquant_fx.cache.state import KVState
@@ -103,6 +104,10 @@ class QuantizedKV(Dequantized):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.live,)
+
+    def _is_view(self) -> bool:
+        """False for one row of a batch, which is a buffer of its own: Dynamo would look for a base with strides."""
+        return not isinstance(self.state, Row) and bool(super()._is_view())
 
     def standing_for(self, state: KVState) -> QuantizedKV:
         """A buffer like this one of another ``state``."""

@@ -19,7 +19,7 @@ from xquant_fx.errors import CacheStateError
 from xquant_fx.plan.spec import KVSpec
 
 
-class _Row(KVState):
+class Row(KVState):
     """A row of a batch whose rows have lengths of their own; it may begin a sequence anew while others go on."""
 
     def store(self, x: Tensor, pos: Tensor) -> None:
@@ -42,7 +42,7 @@ class RaggedState(KVState):
         below = self.lower.rows if isinstance(self.lower, RaggedState) else None
         self.rows: list[KVState] = []
         for row, group in enumerate(self.group.row_groups()):
-            state = _Row(spec, group, None if below is None else below[row])
+            state = Row(spec, group, None if below is None else below[row])
             for name, tensor in self.owned.items():
                 state.owned[name] = tensor[row] if name == "length" else tensor[row : row + 1]
             self.rows.append(state)

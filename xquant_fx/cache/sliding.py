@@ -235,6 +235,8 @@ def _zero(kv: SlidingKV) -> Any:
 
 
 def _is_full(kv: QuantizedKV) -> bool:
+    if kv.spec.ragged:  # whose rows are windows of their own, if any
+        return False
     return isinstance(kv, SlidingKV) or (kv.state is not None and kv.state.length == kv.spec.shape[2])
 
 
@@ -246,7 +248,7 @@ def _roll(kv: QuantizedKV, shifts: Any, dims: Any = ()) -> Any:
 
 def _cat(tensors: Any, dim: int = 0) -> Any:
     kv = tensors[0]
-    if kv.state is None or len(tensors) != 2 or dim not in (2, -2):
+    if kv.state is None or len(tensors) != 2 or dim not in (2, -2) or kv.spec.ragged:
         return NotImplemented
     x, length = tensors[1], kv.state.length
     width = kv.width if isinstance(kv, SlidingKV) else kv.spec.shape[2]

@@ -76,8 +76,8 @@ class Turn:
         self._last, self._mended = me, False
 
     def others(self) -> bool:
-        """Whether the last step was begun by another thread."""
-        return self._last != threading.get_ident()
+        """Whether the last step was begun by another thread, as far as this (of a copy: nobody) knows."""
+        return self._last not in (0, threading.get_ident())
 
     def forget(self) -> None:
         """All buffers hold the same again, as somebody asked for."""

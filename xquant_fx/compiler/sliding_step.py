@@ -63,7 +63,8 @@ class BeginToSlide:
         placeholders = self.found.gm.graph.find_nodes(op="placeholder")
         call = Call(self.found.gm, dict(zip(placeholders, args, strict=True)), self.foresights)
         known = all(not foresight.reason for foresight in self.foresights.values())
-        if known and all(args[i].live.length == call.tokens_before(write) for i, write in self.windows.items()):
+        windows = [(args[i].live, write) for i, write in self.windows.items()]
+        if known and all(w.length == call.tokens_before(write) and not w.spec.ragged for w, write in windows):
             return self.graph(*args)
         return self.give_back(*args)
 
