@@ -23,6 +23,18 @@ from xquant_fx.warn_once import forget
 SHAPE = (1, 2, 64, 16)
 
 
+def test_keys_of_8_bits_have_schemes_that_take_them() -> None:
+    """Channels of 8 bits have no ranks; values are stored as kernels read them beside such keys."""
+    for bits in (8, [8, 2]):
+        config = XQuantConfig(k_bits=bits)
+        assert (config.k_scheme, config.v_scheme) == ("per_channel", "per_token") and config.v_bits == 2
+        assert config == XQuantConfig().replace(k_bits=bits) == XQuantConfig.from_json(config.to_json())
+    assert XQuantConfig(k_bits=8, v_scheme="per_token_rotated").v_scheme == "per_token_rotated"
+    assert XQuantConfig(v_bits=8) == XQuantConfig().replace(v_bits=8, k_scheme="per_channel_ranked")
+    with pytest.raises(ConfigError, match="k_bits must be one of .*per_channel_ranked"):
+        XQuantConfig(k_bits=8, k_scheme="per_channel_ranked")
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

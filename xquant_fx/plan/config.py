@@ -52,6 +52,10 @@ def _plain(bits: Any) -> Any:
     return int(bits) if isinstance(bits, float) and bits.is_integer() else bits
 
 
+def _has_eight(bits: object) -> bool:
+    return 8 in (bits if isinstance(bits, tuple | list) else (bits,))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XQuantConfig:
     """Settings of a quantized KV cache. The defaults are the preset ``xquant-2.2``.
@@ -60,10 +64,11 @@ class XQuantConfig:
         ConfigError: a field breaks the rule stated beside it.
     """
 
-    k_scheme: str = "per_channel_ranked"
-    """How keys are quantized: "per_channel_ranked" (mixed widths by channel) or "per_channel" (XQuant, KIVI)."""
-    v_scheme: str = "per_token_rotated"
-    """How values are quantized: "per_token_rotated" (after a Hadamard transform), "per_token" (XQuant, KIVI), or
+    k_scheme: str = ""
+    """How keys are quantized: "per_channel_ranked" (mixed widths by channel) or "per_channel" (XQuant, KIVI). Not given:
+    the first; where a layer's keys have 8 bits, which have no ranks, the second, with values "per_token"."""
+    v_scheme: str = ""
+    """How values are quantized; not given: the first, but for what ``k_scheme`` says. "per_token_rotated" (after a Hadamard transform), "per_token" (XQuant, KIVI), or
     "per_token_folded": as the first, but the windows hold rotated values, and where a graph allows it the weights of
     the linear layers before and behind an attention rotate, in rotated copies that take their memory once more."""
     k_bits: Bits = 2
@@ -117,7 +122,9 @@ class XQuantConfig:
             if isinstance(value, list):
                 value = tuple(value)
             object.__setattr__(self, name, tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value))
-            self._check_bits(name, f"{name[0]}_scheme")
+        self._choose_schemes()
+        self._check_bits("k_bits", "k_scheme")
+        self._check_bits("v_bits", "v_scheme")
         self._check_share("share_keys_from")
         self._check_share("share_values_from")
         self._check_lengths()
@@ -138,6 +145,8 @@ class XQuantConfig:
     def replace(self, **changes: Any) -> XQuantConfig:
         """Return a copy with ``changes`` applied and validated."""
         _check_names(changes)
+        if self.k_scheme == "per_channel_ranked" and "k_scheme" not in changes and _has_eight(changes.get("k_bits")):
+            changes = {"k_scheme": "", "v_scheme": "", **changes}
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
@@ -161,6 +170,14 @@ class XQuantConfig:
         if fields.get("scale_dtype") is not None:
             fields["scale_dtype"] = getattr(torch, str(fields["scale_dtype"]), fields["scale_dtype"])
         return cls(**fields)
+
+    def _choose_schemes(self) -> None:
+        """Fill in the schemes that are not given: of pairs that one kernel reads."""
+        keys, values = (
+            ("per_channel", "per_token") if _has_eight(self.k_bits) else ("per_channel_ranked", "per_token_rotated")
+        )
+        object.__setattr__(self, "k_scheme", keys if self.k_scheme == "" else self.k_scheme)
+        object.__setattr__(self, "v_scheme", values if self.v_scheme == "" else self.v_scheme)
 
     def scheme(self, role: str) -> str:
         """Scheme of ``role`` ("key" or "value")."""
