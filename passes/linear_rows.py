@@ -3,6 +3,8 @@
     q = linear(x, wq, bq)           out = xquant::linear_rows(x, [wq, wk], [bq, None])
     k = linear(x, wk)         =>    q, k = out.split(...), viewed
 
+Products with weights [in, out] (``addmm``, ``mm``, ``matmul``: GPT-2's ``Conv1D``) are calls of their own.
+
 A decode step is such layers, mostly, and torch's products of one row read 16-bit weights at less than half that
 speed. Layers that take the same input are one call, whose threads start once. The results are those of torch but for
 the order of a sum in float32.
@@ -35,6 +37,15 @@ from xquant_fx.passes.vocabulary import kind
 _PLAIN = (FakeTensor, Tensor, Parameter)
 
 
+#: By kind, what the operands are, by name and in order; an op that is given more (an ``out``, say) is left alone.
+_ROLES = {
+    "linear": {"input": "x", "weight": "weight", "bias": "bias"},
+    "mm": {"input": "x", "mat2": "weight"},
+    "matmul": {"input": "x", "other": "weight"},
+    "addmm": {"input": "bias", "mat1": "x", "mat2": "weight"},
+}
+
+
 class Layer(NamedTuple):
     """One linear layer of a graph."""
 
@@ -42,6 +53,8 @@ class Layer(NamedTuple):
     x: Node
     weight: Node
     bias: Node | None
+    in_first: bool
+    """Whether the weights are [in, out]."""
 
     @property
     def inputs(self) -> tuple[Node, ...]:
@@ -61,13 +74,16 @@ def linear_rows(gm: GraphModule, context: Context) -> int:
 
 
 def _layer(node: Node) -> Layer | None:
-    if kind(node) != "linear":
+    roles = _ROLES.get(kind(node), {})
+    given = {**dict(zip(roles, node.args, strict=False)), **node.kwargs}
+    scales = (given.pop("alpha", 1), given.pop("beta", 1))
+    if scales != (1, 1) or len(node.args) > len(roles) or not given.keys() <= roles.keys():
         return None
-    given = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
-    x, weight, bias = given["input"], given["weight"], given.get("bias")
+    found = {roles[name]: value for name, value in given.items()}
+    x, weight, bias = (found.get(role) for role in ("x", "weight", "bias"))
     if not isinstance(x, Node) or not isinstance(weight, Node) or not isinstance(bias, Node | None):
         return None
-    return Layer(node, x, weight, bias)
+    return Layer(node, x, weight, bias, in_first=kind(node) != "linear")
 
 
 def _fits(layer: Layer) -> bool:
@@ -82,6 +98,8 @@ def _fits(layer: Layer) -> bool:
     if not all(_is_plain(t) for t in tensors):
         return False
     inputs, weights = value_of(layer.x), value_of(layer.weight)
+    if layer.bias is not None and value_of(layer.bias).shape != value_of(layer.node).shape[-1:]:  # addmm broadcasts
+        return False
     if len({value_of(each).dtype for each in (*layer.inputs, layer.node)}) > 1:  # autocast, for one
         return False
     rows = math.prod(inputs.shape[:-1])
@@ -96,7 +114,7 @@ def _is_given(node: Node) -> bool:
 def _is_plain(tensor: Tensor | None) -> bool:
     if tensor is None or not all(type(size) is int for size in tensor.shape):
         return False
-    return type(tensor) in _PLAIN and tensor.device.type == "cpu"
+    return type(tensor) in _PLAIN and tensor.device.type == "cpu" and tensor.layout == torch.strided
 
 
 def _groups(graph: Graph, layers: Sequence[Layer]) -> list[list[Layer]]:
@@ -109,6 +127,9 @@ def _groups(graph: Graph, layers: Sequence[Layer]) -> list[list[Layer]]:
     groups: list[list[Layer]] = []
     latest: dict[Node, list[Layer]] = {}
     for layer in layers:
+        if layer.in_first:
+            groups.append([layer])
+            continue
         group, roots = latest.get(layer.x, []), {memory_of(each) for each in layer.inputs}
         begin, end = order[group[0].node] if group else 0, order[layer.node]
         unchanged = all(root is not None and root not in roots for at, root in written if begin < at < end)
@@ -125,7 +146,7 @@ def _replace(graph: Graph, group: Sequence[Layer]) -> None:
     x, shapes = value_of(group[0].x), [tuple(value_of(layer.node).shape) for layer in group]
     weights, biases = [layer.weight for layer in group], [layer.bias for layer in group]
     with graph.inserting_before(group[0].node):
-        out: Any = call(graph, ops.LINEAR_ROWS, (group[0].x, weights, biases))
+        out: Any = call(graph, ops.LINEAR_ROWS, (group[0].x, weights, biases, group[0].in_first))
         sizes = [math.prod(x.shape[:-1]) * shape[-1] for shape in shapes]
         parts = call(graph, torch.split, (out, sizes)) if len(group) > 1 else None
         for i, (layer, shape) in enumerate(zip(group, shapes, strict=True)):

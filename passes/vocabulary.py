@@ -26,6 +26,8 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "bmm": (torch.bmm, "bmm"),
     "baddbmm": (torch.baddbmm, "baddbmm"),
     "linear": (_F.linear,),
+    "mm": (torch.mm, "mm"),
+    "addmm": (torch.addmm, "addmm"),
     "einsum": (torch.einsum, torch.functional.einsum),
     # arithmetic, element by element
     "add": (torch.add, operator.add, operator.iadd, "add", "add_", "__add__", "__radd__"),

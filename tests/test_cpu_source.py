@@ -40,6 +40,7 @@ OPS = ("decode_attention", "quantize_store", "linear_rows")
 
 
 LINEAR = cpu_linear.Problem(dtype=torch.bfloat16, rows=1, biased=(True, False))
+ADDMM = cpu_linear.Problem(dtype=torch.bfloat16, rows=1, biased=(True,), in_first=True)
 NEW_PAIR = dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated", residual=64)
 
 
@@ -93,7 +94,7 @@ def whole_sources(isa: str) -> dict[str, str]:
         **{f"append {state.spec.scheme}": append_of(state) for state in new_states()},
     }
     made = {name: cpu_attention.source(p, ISAS[isa])[1] for name, p in decodes.items()}
-    made["linear"] = cpu_linear.source(LINEAR, ISAS[isa])[1]
+    made |= {name: cpu_linear.source(p, ISAS[isa])[1] for name, p in {"linear": LINEAR, "addmm": ADDMM}.items()}
     return made | {name: cpu_store.source(a, ISAS[isa])[1] for name, a in appends.items()}
 
 
@@ -111,10 +112,10 @@ def test_example_header_is_true(op: str) -> None:
     assert (KERNELS / op / cpu_source.EXAMPLE).read_text() == examples()[op]
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_editors_can_read(op: str) -> None:
+@pytest.mark.parametrize("file", [*(f"{op}/cpu.cpp" for op in OPS), "linear_rows/columns.cpp"])
+def test_editors_can_read(file: str) -> None:
     """The file alone, without a flag of ours, is C++ without a warning."""
-    compile_only("-Wshadow", str(KERNELS / op / "cpu.cpp"))
+    compile_only("-Wshadow", str(KERNELS / file))
 
 
 @pytest.mark.parametrize("isa", ISAS)

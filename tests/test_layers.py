@@ -21,6 +21,7 @@ from xquant_fx.compiler.repeats import pieces_of, why_not_apart
 from xquant_fx.kernels.cpu.one_call import Chain, Generated, Kernels, joined_chain, read_generated, source
 from xquant_fx.kernels.cpu.wrapper_chain import Link, chained, layout
 from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Reader
+from xquant_fx.passes.trace import fake
 
 Step = Callable[..., Tensor]
 
@@ -207,6 +208,40 @@ def test_a_chain_runs(readable: bool) -> None:
         assert [each.tolist() for each in call([torch.arange(3.0)])] == [[14, 22, 30], [2, 4, 6]]
     reason = "kernels called one by one: constant0, which is a constant of one part"
     assert counters["xquant"] == ({"one_call": 1} if readable else {reason: 1})
+
+
+def test_a_size_that_is_known_in_a_step_only() -> None:
+    """One that shows in a stride alone, too: no hash is asked of it."""
+    seen = Rewrites()
+
+    def step(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor) -> Tensor:
+        return plain(q, k, v, layers, pos)[:, :, -1] * 2
+
+    with torch.no_grad():
+        torch.compile(step, backend=seen, dynamic=True)(*fresh(5), quantized_layers(ALONE, number=6), torch.arange(5))
+    (made,) = seen.made
+    pieces = pieces_of(made.graph)
+    assert "is no tensor of known shape" in why_not_apart(made.graph, pieces)
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(tuple(stride for node in made.graph.nodes if fake(node) is not None for stride in fake(node).stride()))
+
+
+def test_torch_counts_what_is_written_to() -> None:
+    """By a view, too; and nothing else."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor, total: Tensor) -> Tensor:
+        total[0].add_(1)
+        return plain(q, k, v, layers, pos)
+
+    counters.clear()
+    layers, total, args = quantized_layers(ALONE, number=6), torch.zeros(2), fresh(1)
+    compiled = torch.compile(step, backend="xquant", dynamic=False)
+    before = [tensor._version for tensor in (total, *args)]
+    with torch.no_grad():
+        for position in range(2):
+            compiled(*args, layers, torch.tensor([position]), total)
+    assert total.tolist() == [2, 0] and counters["xquant"]["layers_not_compiled_again"] == 3
+    assert [tensor._version for tensor in (total, *args)] == [before[0] + 2, *before[1:]]
 
 
 def test_an_input_that_is_no_tensor_keeps_the_graph_whole() -> None:

@@ -31,6 +31,15 @@ SHAPES = [
     (torch.float32, 1, 200, 180, True),
     (torch.float32, 8, 17, 9, False),
 ]
+#: The same with weights [in, out], of one layer: parts of 8 rows and the rest, whole vectors and rests.
+IN_FIRST = [
+    (torch.bfloat16, 1, 576, 192, True),
+    (torch.bfloat16, 3, 75, 13, True),
+    (torch.bfloat16, 8, 96, 50, False),
+    (torch.float16, 1, 67, 31, True),
+    (torch.float32, 1, 200, 180, False),
+    (torch.float32, 8, 5, 9, True),
+]
 #: Outputs of several layers, by their sum; that of one output has no bias.
 LAYERS = {50: [1, 49], 180: [100, 63, 17], 6: [2, 1, 3]}
 
@@ -43,13 +52,19 @@ def problem(dtype: torch.dtype, rows: int, inner: int, out: int, bias: bool) -> 
     return LinearArguments(x.to(dtype), list(weight.to(dtype).split(cuts)), biases)
 
 
+def in_first(a: LinearArguments) -> LinearArguments:
+    """The same of one layer, its weights laid out as ``addmm`` takes them."""
+    bias = None if None in a.biases else torch.cat([each for each in a.biases if each is not None])
+    return LinearArguments(a.x, [torch.cat(list(a.weights)).t().contiguous()], [bias], in_first=True)
+
+
 def check(a: LinearArguments, out: Tensor) -> None:
     """One rounding to the dtype, and what float32 sums may lose."""
     x, rows = a.x.double(), a.x.shape[:-1].numel()
-    parts = out.split([rows * weight.shape[0] for weight in a.weights])
+    parts = out.split([rows * size for size in sizes_given(a)[1:]])
     assert out.dtype == a.x.dtype
     for weight, bias, part in zip(a.weights, a.biases, parts, strict=True):
-        weight, bias = weight.double(), None if bias is None else bias.double()
+        weight, bias = (weight.t() if a.in_first else weight).double(), None if bias is None else bias.double()
         truth = nn.functional.linear(x, weight, bias)
         terms = nn.functional.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
         rounded = EPS[a.x.dtype] * truth.abs() * (a.x.dtype != torch.float32)
@@ -64,29 +79,39 @@ def test_against_the_truth(shape: Any) -> None:
     check(a, linear(a))
 
 
+@pytest.mark.parametrize("shape", IN_FIRST)
+def test_weights_of_addmm_against_the_truth(shape: Any) -> None:
+    a = in_first(problem(*shape))
+    check(a, ops.LINEAR_ROWS(a.x, a.weights, a.biases, a.in_first))
+    check(a, linear(a))
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_narrower_vectors(isa: str) -> None:
     if ISAS[isa].lanes > cpu_build.isa().lanes:
         pytest.skip(f"this machine has {cpu_build.isa().name} only")
-    for shape in SHAPES[1], SHAPES[4], SHAPES[5]:
-        a = problem(*shape)
+    problems = [problem(*SHAPES[i]) for i in (1, 4, 5)] + [in_first(problem(*IN_FIRST[i])) for i in (1, 3, 4)]
+    for a in problems:
         types, code = source(problem_of(a), ISAS[isa])
-        out = empty_output(a.x, a.weights, a.biases)
+        out = empty_output(a.x, a.weights, a.biases, a.in_first)
         cpu_build.load(types, code)(*a.tensors, out, *sizes_given(a))
         check(a, out)
 
 
-def test_nan_and_infinity_stay() -> None:
-    a = problem(torch.bfloat16, 2, 64, 8, False)
+@pytest.mark.parametrize("turned", [False, True])
+def test_nan_and_infinity_stay(turned: bool) -> None:
+    a = problem(torch.bfloat16, 2, 65, 8, False)
     a.x[0, 0, 5], a.weights[0][3, 7], a.weights[0][4] = torch.nan, torch.inf, 0.0
-    out = ops.LINEAR_ROWS(a.x, a.weights, a.biases).view(1, 2, 8)
+    a = in_first(a) if turned else a
+    out = ops.LINEAR_ROWS(a.x, a.weights, a.biases, a.in_first).view(1, 2, 8)
     assert out[0, 0].isnan().all()
     assert out[0, 1].isinf().tolist() == [n == 3 for n in range(8)] and out[0, 1, 4] == 0
 
 
 def test_opcheck() -> None:
-    a = problem(torch.float32, 2, 32, 8, True)
-    torch.library.opcheck(ops.LINEAR_ROWS, (a.x, a.weights, a.biases), test_utils=("test_schema", "test_faketensor"))
+    for a in problem(torch.float32, 2, 32, 8, True), in_first(problem(torch.float32, 2, 32, 8, True)):
+        args = (a.x, a.weights, a.biases, a.in_first)
+        torch.library.opcheck(ops.LINEAR_ROWS, args, test_utils=("test_schema", "test_faketensor"))
 
 
 class Around(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 MOST_ROWS = 8
 
 #: The result is the layers' outputs as one block of memory, [..., out] of the first and so on.
-SCHEMA = "linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor"
+SCHEMA = "linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases, bool in_first=False) -> Tensor"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,9 +25,11 @@ class LinearArguments:
     x: Tensor
     """[..., in], of up to MOST_ROWS rows."""
     weights: Sequence[Tensor]
-    """[out, in] of each layer, contiguous."""
+    """[out, in] of each layer, contiguous; [in, out] of the only one, if ``in_first``."""
     biases: Sequence[Tensor | None]
     """[out] of each layer that has one."""
+    in_first: bool = False
+    """Whether the weights are laid out as ``addmm`` takes them."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -37,4 +39,5 @@ class LinearArguments:
     def mapped(self, function: Callable[[Any], Any]) -> LinearArguments:
         """These arguments with ``function`` applied to the tensors that are there."""
         biases = [None if bias is None else function(bias) for bias in self.biases]
-        return LinearArguments(function(self.x), [function(weight) for weight in self.weights], biases)
+        weights = [function(weight) for weight in self.weights]
+        return LinearArguments(function(self.x), weights, biases, self.in_first)

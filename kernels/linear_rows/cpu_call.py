@@ -26,18 +26,19 @@ def is_faster_here() -> bool:
 def problem_of(a: LinearArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) -> Problem:
     """The kernel for these arguments; ``sizes`` and ``dtype`` read a tensor's shape and dtype."""
     biased = tuple(bias is not None for bias in a.biases)
-    return Problem(dtype=dtype(a.x), rows=math.prod(sizes(a.x)[:-1]), biased=biased)
+    rows = math.prod(sizes(a.x)[:-1])
+    return Problem(dtype=dtype(a.x), rows=rows, biased=biased, in_first=a.in_first)
 
 
 def sizes_given(a: LinearArguments, sizes: Any = sizes_of) -> list[int]:
     """What the kernel takes behind the tensors and the output: in, and out of each layer."""
-    return [sizes(a.x)[-1], *(sizes(weight)[0] for weight in a.weights)]
+    return [sizes(a.x)[-1], *(sizes(weight)[int(a.in_first)] for weight in a.weights)]
 
 
 def empty_output(*args: Any, **kwargs: Any) -> Tensor:
     """An uninitialised result: rows times all layers' out."""
     a = LinearArguments(*args, **kwargs)
-    return a.x.new_empty(problem_of(a).rows * sum(weight.shape[0] for weight in a.weights))
+    return a.x.new_empty(problem_of(a).rows * sum(sizes_given(a)[1:]))
 
 
 def run_cpu(*args: Any, **kwargs: Any) -> Tensor:
@@ -45,6 +46,6 @@ def run_cpu(*args: Any, **kwargs: Any) -> Tensor:
     from xquant_fx.kernels.cpu import build as cpu_build  # brings in Inductor's compiler
 
     a = LinearArguments(*args, **kwargs).mapped(Tensor.contiguous)
-    out = empty_output(a.x, a.weights, a.biases)
+    out = empty_output(a.x, a.weights, a.biases, a.in_first)
     cpu_build.load(*source(problem_of(a), cpu_build.isa()))(*a.tensors, out, *sizes_given(a))
     return out

@@ -23,11 +23,13 @@ class Problem:
     rows: int
     biased: tuple[bool, ...]
     """Of each layer, whether it has a bias."""
+    in_first: bool = False
+    """Whether the weights of the layer, which is the only one, are [in, out]."""
 
 
 def constants(p: Problem) -> str:
     """The constants that the C++ relies on."""
-    assert 1 <= p.rows <= MOST_ROWS
+    assert 1 <= p.rows <= MOST_ROWS and (len(p.biased) == 1 or not p.in_first)
     return definitions({"ROWS": p.rows, "LAYERS": len(p.biased)}, {}, {}, {"T": p.dtype})
 
 
@@ -38,6 +40,9 @@ def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
     given = {"x": "const xq::T*", **{f"weight{i}": "const xq::T*" for i in numbers}}
     given |= {f"bias{i}": "const xq::T*" for i in numbers if p.biased[i]}
     given |= {"out": "xq::T*", "in_size": "int64_t", **{f"size{i}": "int64_t" for i in numbers}}
+    if p.in_first:
+        entry = f"xq::product(x, weight0, {'bias0' if p.biased[0] else 'nullptr'}, out, in_size, size0);"
+        return whole_source(isa, constants(p), "linear_rows/columns.cpp", given, entry)
     layers = ", ".join(f"{{weight{i}, {f'bias{i}' if p.biased[i] else 'nullptr'}, size{i}}}" for i in numbers)
     entry = f"xq::linear(x, {{{layers}}}, out, in_size);"
     return whole_source(isa, constants(p), "linear_rows/cpu.cpp", given, entry)

@@ -56,8 +56,19 @@ def compile_layers(gm: GraphModule, inputs: Sequence[Any], compile_one: Compile)
         counters["xquant"][f"layers compiled together: {error}"] += 1
         return None
     counters["xquant"]["layers_not_compiled_again"] += len(pieces) - len(chain.generated)
-    call = joined_chain(chain)
-    return lambda *args: call(list(args))
+    return _counting_writes(joined_chain(chain), gm.graph)
+
+
+def _counting_writes(call: Callable[[list[Any]], Any], graph: Graph) -> Callable[..., Any]:
+    """``call``, which torch does not see write: counts that in the versions of its arguments, as AOTAutograd does."""
+    written = {memory_of(target) for _, target in other_mutations(graph, [])}
+    numbers = [i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in written]
+
+    def counting(*args: Any) -> Any:
+        torch.autograd.graph.increment_version([args[i] for i in numbers])
+        return call(list(args))
+
+    return counting
 
 
 def _why_not_inputs(graph: Graph, inputs: Sequence[Any]) -> str:

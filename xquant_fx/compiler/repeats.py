@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
@@ -69,7 +70,7 @@ def why_not_apart(graph: Graph, pieces: Sequence[Piece]) -> str:
 
 
 def _is_static(value: Tensor | None) -> bool:
-    return value is not None and all(type(size) is int for size in value.shape)
+    return value is not None and all(type(size) is int for size in (*value.shape, *value.stride()))
 
 
 def _stretches(nodes: Sequence[Node]) -> Iterator[Sequence[Node]]:
@@ -195,6 +196,8 @@ def _plain(value: Any, name: Callable[[Node], Hashable]) -> Hashable:
         return "dict", tuple((key, _plain(each, name)) for key, each in value.items())
     if isinstance(value, slice):
         return "slice", tuple(_plain(each, name) for each in (value.start, value.stop, value.step))
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):  # have no hash, or one that is guarded on
+        return type(value).__name__, str(value)
     if isinstance(value, float) and (math.isnan(value) or value == 0):
         return "float", repr(value)
     return type(value).__name__, value
