@@ -311,6 +311,9 @@ def test_eager_code_gives_one_row_a_new_prompt(taken_over):
     assert keys.state.row_lengths == [38, 12, 21]
     torch.testing.assert_close(keys.dequantize()[1:2, :, :12], x)  # as a prompt sees itself
     assert torch.equal(keys.dequantize()[::2], before[::2]) and torch.equal(keys[2:3].dequantize(), before[2:3])
+    with pytest.raises(CacheStateError, match="positions of one step must be consecutive"):
+        alone(keys[1:2], x[:, :, :2], torch.tensor([[0, 2]]))
+    assert keys.state.row_lengths == [38, 12, 21], "a row that cannot begin anew keeps what it holds"
     keys[torch.tensor([2, 0]), :, torch.tensor([21, 38])] = torch.ones(2, H, D)
     assert keys.state.row_lengths == [39, 12, 22]
 

@@ -24,9 +24,14 @@ class Row(KVState):
 
     def store(self, x: Tensor, pos: Tensor) -> None:
         """Append ``x`` [1, H, q, D] at ``pos`` [q]; raises CacheStateError as any state, position 0 empties the row."""
+        before = self.owned["length"].clone()
         if pos.numel() and not bool(pos[0]) and self.length < self.spec.shape[2]:
             self.owned["length"].zero_()
-        super().store(x, pos)
+        try:
+            super().store(x, pos)
+        except CacheStateError:  # raised before anything is stored
+            self.owned["length"].copy_(before)
+            raise
         self.group.settle()  # who takes the tensors of the batch does not ask each row what waits for queries
 
 
