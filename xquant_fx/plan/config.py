@@ -65,12 +65,13 @@ class XQuantConfig:
     """
 
     k_scheme: str = ""
-    """How keys are quantized: "per_channel_ranked" (mixed widths by channel) or "per_channel" (XQuant, KIVI). Not given:
-    the first; where a layer's keys have 8 bits, which have no ranks, the second, with values "per_token"."""
+    """How keys are quantized: "per_channel_ranked" (mixed widths by channel) or "per_channel" (XQuant, KIVI). If not
+    given the first; but where a layer's keys have 8 bits, which have no ranks, the second, with values "per_token"."""
     v_scheme: str = ""
-    """How values are quantized; not given: the first, but for what ``k_scheme`` says. "per_token_rotated" (after a Hadamard transform), "per_token" (XQuant, KIVI), or
-    "per_token_folded": as the first, but the windows hold rotated values, and where a graph allows it the weights of
-    the linear layers before and behind an attention rotate, in rotated copies that take their memory once more."""
+    """How values are quantized: "per_token_rotated" (after a Hadamard transform; if not given, but for what ``k_scheme``
+    says), "per_token" (XQuant, KIVI), or "per_token_folded": as the first, but the windows hold rotated values, and
+    where a graph allows it the weights of the linear layers before and behind an attention rotate, in rotated copies
+    that take their memory once more."""
     k_bits: Bits = 2
     """Bits of a stored key element, one number or one per layer: 1, 2, 3, 4 or 8; on average 1 to 4 in quarters
     where channels are ranked; 16: unquantized. The rotary part of keys beside a latent (DeepSeek) has 4 at least."""
