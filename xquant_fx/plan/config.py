@@ -68,7 +68,7 @@ class XQuantConfig:
     """How keys are quantized: "per_channel_ranked" (mixed widths by channel) or "per_channel" (XQuant, KIVI). If not
     given the first; but where a layer's keys have 8 bits, which have no ranks, the second, with values "per_token"."""
     v_scheme: str = ""
-    """How values are quantized: "per_token_rotated" (after a Hadamard transform; if not given, but for what ``k_scheme``
+    """How values are quantized: "per_token_rotated" (Hadamard transform first; if not given, but for what ``k_scheme``
     says), "per_token" (XQuant, KIVI), or "per_token_folded": as the first, but the windows hold rotated values, and
     where a graph allows it the weights of the linear layers before and behind an attention rotate, in rotated copies
     that take their memory once more."""
