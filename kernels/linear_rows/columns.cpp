@@ -6,20 +6,11 @@
 // sum is read and written once per that many products, and processors fetch several long streams faster than one (30 of
 // 42 GB/s, against 22 from rows that follow each other, on a Zen 5 core). Blocks of columns, whose sums no other thread
 // has, are short pieces of memory, which took two threads up to 1.4 times as long.
-#ifndef XQ_LANES  // an editor, which sees no constants
-#include "example_problem.h"
-#endif
+#include "few_rows.h"
 
 namespace xq {
 
-#if defined(XQ_ISA_AVX512) && defined(__AVX512BF16__)
-constexpr bool PAIRS = std::is_same_v<T, bfloat16>;  // multiply two rows' numbers to a lane
-#else
-constexpr bool PAIRS = false;
-#endif
-constexpr int64_t STEP = PAIRS ? 2 * L : L;  // columns at once
 constexpr int STREAMS = 8;
-constexpr int64_t FEW_BYTES = 1 << 16;  // of weights: a second thread starts later than the first is through
 
 // Sums [ROWS][pitch] of all columns, over a thread's rows of weights. With PAIRS, each 2 L sums are in the order of
 // add_pairs.
@@ -129,7 +120,7 @@ inline void finish(const Sums& from, int64_t blocks, int64_t m, int64_t n, const
 }
 
 void product(const T* x, const T* weight, const T* bias, T* out, int64_t in_size, int64_t size) {
-    const int num_threads = in_size * size * (int64_t)sizeof(T) < FEW_BYTES ? 1 : max_threads();
+    const int num_threads = threads_for(in_size, size);
     const int64_t steps = (size + STEP - 1) / STEP, pitch = steps * STEP;
     AlignedFloats buffer(num_threads * ROWS * pitch);
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)

@@ -5,23 +5,13 @@
 // Its time is that of reading the weights once, so all rows of x share what is read, one thread team works on all
 // layers, and each thread reads two long streams: from the start and from the middle of its part of the weights.
 // Processors fetch such streams by themselves and faster than when told to (42 of 42 GB/s against 32 on a Zen 5 core).
-#ifndef XQ_LANES  // an editor, which sees no constants
-#include "example_problem.h"
-#endif
+#include "few_rows.h"
 
 namespace xq {
 
-#if defined(XQ_ISA_AVX512) && defined(__AVX512BF16__)
-constexpr bool PAIRS = std::is_same_v<T, bfloat16>;
-#else
-constexpr bool PAIRS = false;
-#endif
-
 // What x is held as, with zeros up to a whole number of steps: PAIRS multiplies bfloat16 numbers, two to a lane.
 typedef std::conditional_t<PAIRS, T, float> X;
-constexpr int64_t STEP = PAIRS ? 2 * L : L;
 constexpr int STREAMS = ROWS <= REGISTERS / 4 ? 2 : 1;  // the sums fit into registers
-constexpr int64_t FEW_BYTES = 1 << 16;  // of weights: a second thread starts later than the first is through
 
 // One layer: weight [size, in], bias [size] or null.
 struct Layer {
@@ -91,7 +81,7 @@ void linear(const T* rows, const Layer (&layers)[LAYERS], T* out, int64_t in_siz
     load_rows(rows, x, pitch, in_size);
     int64_t size = 0;
     for (const Layer& layer : layers) size += layer.size;
-    const int num_threads = in_size * size * (int64_t)sizeof(T) < FEW_BYTES ? 1 : max_threads();
+    const int num_threads = threads_for(in_size, size);
     const auto at = [&](int64_t n) { return output(layers, out, in_size, n); };
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
     for (int part = 0; part < num_threads; part++) {

@@ -1,0 +1,21 @@
+// What both kernels of few rows have in common: how wide a step is, and how many threads are worth it.
+#pragma once
+#ifndef XQ_LANES  // an editor, which sees no constants
+#include "example_problem.h"
+#endif
+
+namespace xq {
+
+#if defined(XQ_ISA_AVX512) && defined(__AVX512BF16__)
+constexpr bool PAIRS = std::is_same_v<T, bfloat16>;  // multiply two numbers to a lane
+#else
+constexpr bool PAIRS = false;
+#endif
+constexpr int64_t STEP = PAIRS ? 2 * L : L;  // numbers at once
+
+constexpr int64_t FEW_BYTES = 1 << 16;  // of weights: a second thread starts later than the first is through
+inline int threads_for(int64_t in_size, int64_t size) {
+    return in_size * size * (int64_t)sizeof(T) < FEW_BYTES ? 1 : max_threads();
+}
+
+}  // namespace xq
