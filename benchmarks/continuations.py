@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filled import fill
 from results import where, write
 from rich.console import Console
 from rich.table import Table
@@ -46,13 +47,8 @@ def mib() -> float:
 def filled(model: Any, context: int, args: argparse.Namespace) -> XQuantCache:
     """A cache with random keys and values of ``context`` tokens."""
     torch.manual_seed(0)
-    decoder = model.config.get_text_config(decoder=True)
-    heads = decoder.num_key_value_heads
-    dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
     cache = XQuantCache(model.config, max_cache_len=context + SPARE, config=XQuantConfig.preset(args.preset))
-    for layer in range(len(cache.layers)):
-        cache.update(*(torch.randn(1, heads, context, dim, dtype=model.dtype) for _ in range(2)), layer)
-    return cache
+    return fill(cache, model, context)
 
 
 def memory(step: Callable[[Any], float], make: Callable[[Any], Any], cache: Any, args: argparse.Namespace) -> Any:

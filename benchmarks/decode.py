@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from filled import fill
 from results import RESULTS, peak_bytes, synchronize, where, write
 from rich.console import Console
 from rich.table import Table
@@ -39,16 +40,6 @@ def build(args: argparse.Namespace, context: int) -> LlamaForCausalLM:
         head_dim=args.head_dim, max_position_embeddings=context + 64, tie_word_embeddings=True,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval().to(args.device, getattr(torch, args.dtype))
-
-
-@torch.no_grad()
-def fill(cache: Any, args: argparse.Namespace, context: int) -> Any:
-    """Random keys and values for ``context`` tokens in every layer."""
-    shape = (args.batch, args.kv_heads, context, args.head_dim)
-    kind = dict(device=args.device, dtype=getattr(torch, args.dtype))
-    for layer in range(args.layers):
-        cache.update(torch.randn(shape, **kind), torch.randn(shape, **kind), layer)
-    return cache
 
 
 @torch.no_grad()
@@ -76,12 +67,16 @@ def measure(args: argparse.Namespace, context: int) -> dict[str, Any]:
     """Both sides at one context length; ``speed`` is how many times faster xquant is."""
     model, room = build(args, context), context + 64
     quantized = XQuantCache(model.config, max_cache_len=room, config=XQuantConfig.preset(args.preset))
+
+    def of(backend: str | None, cache: Any) -> dict[str, float]:
+        return steps(model, backend, fill(cache, model, context, args.batch), args)
+
     sides: dict[str, Callable[[], dict[str, float]]] = {
-        "static": lambda: steps(model, "inductor", fill(StaticCache(model.config, room), args, context), args),
-        "xquant": lambda: steps(model, "xquant", fill(quantized, args, context), args),
+        "static": lambda: of("inductor", StaticCache(model.config, room)),
+        "xquant": lambda: of("xquant", quantized),
     }
     if args.quanto:  # Hugging Face's own quantized cache, which cannot be compiled
-        sides["quanto"] = lambda: steps(model, None, fill(quanto_cache(model), args, context), args)
+        sides["quanto"] = lambda: of(None, quanto_cache(model))
     found = {name: run() for name, run in sides.items()}
     report = memory_report(quantized)
     return {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filled import fill
 from peer_models import loaded
 from transformers import StaticCache
 
@@ -66,7 +67,6 @@ class Compiled(Way):
         self.caches: dict[int, Any] = {}
         self.compiled: dict[int, Any] = {}
 
-    @torch.no_grad()
     def _filled(self, context: int) -> Any:
         """A cache that holds random keys and values of ``context`` tokens."""
         if context not in self.caches:
@@ -74,11 +74,7 @@ class Compiled(Way):
             made: Any = StaticCache(config, context + self.margin)
             if self.preset:
                 made = XQuantCache(config, max_cache_len=self.room, config=XQuantConfig.preset(self.preset))
-            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            shape = (1, config.num_key_value_heads, context, head_dim)
-            for layer in range(config.num_hidden_layers):
-                made.update(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16(), layer)
-            self.caches[context] = made
+            self.caches[context] = fill(made, self.model, context)
         return self.caches[context]
 
     def _step(self, room: int) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from dynamo_graphs import fresh
 from rewrites import ALONE, Layers, Rewrites, assign, quantized_layers, sdpa
-from test_one_call import unit_kernels
+from test_one_call import unit_module, unit_wrapper
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx import Graph
@@ -181,23 +181,12 @@ def test_what_is_refused_in_a_chain(statements: str, reason: str) -> None:
         chained(wrappers(text), [Link(0, ["x"], ["h0"])], ["x"], ["h0"])
 
 
-def layer(args):  # type: ignore[no-untyped-def]
-    (arg0_1,) = args
-    args.clear()
-    buf0 = empty_strided_cpu((3,), (1,), torch.float32)  # noqa: F821
-    cpp_a(arg0_1, buf0, 3)  # noqa: F821
-    buf1 = empty_strided_cpu((3,), (1,), torch.float32)  # noqa: F821
-    cpp_b(buf0, buf1, 3)  # noqa: F821
-    del buf0
-    return (buf1,)
-
-
 @pytest.mark.parametrize("readable", [True, False])
 def test_a_chain_runs(readable: bool) -> None:
     """By one call; or each wrapper in its turn, where the kernels have no C++ that can be compiled."""
     counters.clear()
-    module = {**unit_kernels(), "empty_strided_cpu": torch._C._dynamo.guards._empty_strided_cpu, "torch": torch}
-    generated = Generated(layer, module)
+    module = unit_module()
+    generated = Generated(unit_wrapper, module)
     links = [Link(0, [f"h{i}"], [f"h{i + 1}"]) for i in range(3)]
     read = read_generated(generated, [4])
     if not readable:
