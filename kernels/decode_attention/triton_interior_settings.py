@@ -110,7 +110,7 @@ def tokens_of_tile(a: Format, rows: int) -> int:
 
     Ranked keys of 3 bits have three planes of queries, values of 3 bits two of codes; 8 bits are many bytes.
     """
-    if rows > FEW_ROWS and a.many_rows:
+    if rows_of_program(a, rows) == MANY_ROWS:
         most = TILE // 2 if a.v_bits > 1 else TILE
     elif max(a.k_bits, a.v_bits) == 8 or (a.ranked and max(a.k_dim, a.v_dim) > WIDE):
         most = TILE // 4

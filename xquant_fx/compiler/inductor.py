@@ -74,7 +74,7 @@ def compile_by_inductor(
     import xquant_fx.kernels.lowerings  # noqa: F401  (registers them)
 
     on_cpu = all(_is_on_cpu(each) or not isinstance(each, Tensor) for each in inputs)
-    apart = settings is not None and on_cpu
+    one_call = "one_call" not in request.disable
     patches = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
     if settings is not None:
         patches.update(cache_key_patch(settings))
@@ -83,7 +83,7 @@ def compile_by_inductor(
         if on_cpu:
             patches.update(CPU_SETTINGS)
     compile_one = functools.partial(compile_fx, config_patches=patches or None)
-    with switched("one_call" not in request.disable):
-        made = compile_layers(gm, inputs, compile_one) if apart and "one_call" not in request.disable else None
+    with switched(one_call):
+        made = compile_layers(gm, inputs, compile_one) if settings is not None and on_cpu and one_call else None
         compiled: Any = made or compile_one(gm, inputs)
     return compiled
