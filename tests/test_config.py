@@ -31,8 +31,12 @@ def test_keys_of_8_bits_have_schemes_that_take_them() -> None:
         assert config == XQuantConfig().replace(k_bits=bits) == XQuantConfig.from_json(config.to_json())
     assert XQuantConfig(k_bits=8, v_scheme="per_token_rotated").v_scheme == "per_token_rotated"
     assert XQuantConfig(v_bits=8) == XQuantConfig().replace(v_bits=8, k_scheme="per_channel_ranked")
-    with pytest.raises(ConfigError, match=r"k_bits must be one of .*per_channel_ranked"):
-        XQuantConfig(k_bits=8, k_scheme="per_channel_ranked")
+    for make in (
+        lambda: XQuantConfig(k_bits=8, k_scheme="per_channel_ranked"),
+        lambda: XQuantConfig(v_scheme="per_token_folded").replace(k_bits=8),  # one was named: both stay
+    ):
+        with pytest.raises(ConfigError, match=r"k_bits must be one of .*per_channel_ranked"):
+            make()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ MAY_BE_NONE = ("v_group_size", "residual_length", "k_residual_length", "v_residu
 EVEN_WINDOWS = {"key": 256, "value": 256}
 #: and where :func:`xquant_fx.plan.plan.residual_lengths` finds that keys want more: as many bytes (docs/quality.md).
 KEY_WINDOWS = {"key": 384, "value": 128}
+#: Schemes of keys and values where none is named: of keys of 8 bits in some layer, and of less.
+SCHEMES_OF_EIGHT, SCHEMES_OF_LESS = ("per_channel", "per_token"), ("per_channel_ranked", "per_token_rotated")
 
 Bits = float | tuple[float, ...]
 ShareFrom = int | float | None
@@ -146,7 +148,8 @@ class XQuantConfig:
     def replace(self, **changes: Any) -> XQuantConfig:
         """Return a copy with ``changes`` applied and validated."""
         _check_names(changes)
-        if self.k_scheme == "per_channel_ranked" and "k_scheme" not in changes and _has_eight(changes.get("k_bits")):
+        as_if_not_named = (self.k_scheme, self.v_scheme) == SCHEMES_OF_LESS and "k_scheme" not in changes
+        if as_if_not_named and _has_eight(changes.get("k_bits")):
             changes = {"k_scheme": "", "v_scheme": "", **changes}
         return dataclasses.replace(self, **changes)
 
@@ -174,9 +177,7 @@ class XQuantConfig:
 
     def _choose_schemes(self) -> None:
         """Fill in the schemes that are not given: of pairs that one kernel reads."""
-        keys, values = (
-            ("per_channel", "per_token") if _has_eight(self.k_bits) else ("per_channel_ranked", "per_token_rotated")
-        )
+        keys, values = SCHEMES_OF_EIGHT if _has_eight(self.k_bits) else SCHEMES_OF_LESS
         object.__setattr__(self, "k_scheme", keys if self.k_scheme == "" else self.k_scheme)
         object.__setattr__(self, "v_scheme", values if self.v_scheme == "" else self.v_scheme)
 
