@@ -193,7 +193,8 @@ class Comparison:
             first = self.at % self.case.rotating
             tokens = min(tokens, self.case.rotating - first)
         ids = torch.randint(48, (self.case.batch, tokens), generator=self.random)
-        args = ids, torch.arange(tokens) + (first[:, None] if self.case.ragged else first), self.at, self.pad
+        pos = torch.arange(tokens) + (first[:, None] if self.case.ragged else first)
+        args = ids, pos, 0 if self.case.ragged else first, self.pad
         whole = [b.dequantize() if isinstance(b, QuantizedKV) else b.clone() for b in self._parts()]
         copies = self.names["make"]([seen_by_step(buffer, first, 0) for buffer in self._parts()])
         try:
