@@ -52,6 +52,15 @@ FOUND = {
     ),
 }
 
+ROWS = dict(ragged=True, batch=3, bits=4, scheme="ranked", append="rows by scatter_", mask="padded")
+#: A row begins anew.
+ANEW = dict(ROWS, attention="written out", heads=2, mask="causal", events=(9, 1, 0, 1))
+#: The same where nothing is fused.
+UNFUSED = {
+    "a row begins anew, and heads are chosen by an index: its mask was not looked for": case(**ANEW, repeat="index"),
+    "the same, and a clamp of the scores": case(**ANEW, before="clamp", applied="added"),
+}
+
 #: What is refused, with words of the error.
 REFUSED = {
     "a rotating buffer whose positions the graph computes": (
@@ -85,6 +94,12 @@ def test_found_once(name: str) -> None:
     assert outcome.fused or "without a word" in name
 
 
+@pytest.mark.parametrize("name", UNFUSED)
+def test_found_once_and_not_fused(name: str) -> None:
+    outcome = run(UNFUSED[name])
+    assert (outcome.kind, outcome.detail, outcome.quantized, outcome.fused) == ("right", "", 2, 0)
+
+
 def masks_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuse_decode, "build_mask", lambda *a: None)
 
@@ -103,7 +118,6 @@ def test_a_fault_is_found_and_made_smaller(monkeypatch: pytest.MonkeyPatch, tmp_
     assert Campaign(tmp_path / "fuzz.json", 0).counts == campaign.counts
 
 
-ROWS = dict(ragged=True, batch=3, bits=4, scheme="ranked", append="rows by scatter_", mask="padded")
 DEEP = dict(layers=7, odd=5, differs="scale", bits=4, products="addmm", events=(9, 1, 1))
 
 

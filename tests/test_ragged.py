@@ -196,7 +196,7 @@ def test_old_tokens_of_a_row_must_be_hidden():
 
     compiled, buffers = torch.compile(step, backend=interpreted(**SMALL)), prompts()
     run(compiled, buffers, ahead(2))
-    with pytest.raises(CacheStateError, match="attends to tokens behind it"):
+    with pytest.raises(CacheStateError, match="no mask is recognised that hides the others"):
         run(compiled, buffers, [torch.tensor([[39], [0], [22]])])
 
 
