@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.compiler.cache_key import cache_key_patch
+from xquant_fx.compiler.index_checks import checks_behind_indices
 from xquant_fx.compiler.layers import compile_layers
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.tracing_time import wait_for_hashes
@@ -83,7 +84,7 @@ def compile_by_inductor(
         if on_cpu:
             patches.update(CPU_SETTINGS)
     compile_one = functools.partial(compile_fx, config_patches=patches or None)
-    with switched(one_call):
+    with switched(one_call), checks_behind_indices() if settings is not None else contextlib.nullcontext():
         made = compile_layers(gm, inputs, compile_one) if settings is not None and on_cpu and one_call else None
         compiled: Any = made or compile_one(gm, inputs)
     return compiled
