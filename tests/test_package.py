@@ -59,6 +59,7 @@ MAY_BE_IMPORTED_BY = {
     "torch._inductor": [
         "compiler.inductor",
         "compiler.tracing_time",
+        "compiler.kept_steps",
         "compiler.cache_key",
         "kernels.lowerings",
         "kernels.cpu.build",
