@@ -5,7 +5,7 @@ for the layer is read and repeated with each layer's tensors (``kernels/cpu/wrap
 function that the whole graph would have become. Where that is not possible, the graph is compiled as a whole.
 
 Relied on: that AOTAutograd hands all inputs and results of a graph without gradients, in order, to the wrapper that
-Inductor generates. Checked on torch 2.13.
+Inductor generates. Checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
