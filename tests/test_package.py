@@ -60,6 +60,7 @@ MAY_BE_IMPORTED_BY = {
         "compiler.inductor",
         "compiler.index_checks",
         "compiler.tracing_time",
+        "compiler.kept_steps",
         "compiler.cache_key",
         "kernels.lowerings",
         "kernels.cpu.build",
