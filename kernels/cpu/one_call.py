@@ -7,7 +7,7 @@ in the same order, in one piece of scratch memory. Those that Inductor wrote sta
 (``one_unit.py``). A wrapper that does more than that stays as it is.
 
 Private torch APIs: what ``wrapper_code.py`` names; the wrapper's ``suffix``; that a kernel is the function ``kernel``
-of a module of its own. Checked on torch 2.13.
+of a module of its own. Checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What Inductor's Python wrapper does with its C++ kernels, read from the code that it generated.
 
 The wrapper allocates buffers, gives parts of them other names, and calls kernels with them. Read are those statements
-(as torch 2.13 writes them) and no others: a wrapper that does anything else is refused, with the statement.
+(as torch 2.11 and 2.13 write them) and no others: a wrapper that does anything else is refused, with the statement.
 """
 
 from __future__ import annotations
