@@ -121,7 +121,7 @@ def call(
 ) -> Node:
     """Add a call and its fake result together, at the graph's insertion point.
 
-    ``result`` makes a tensor like the call's, where the call itself would take long: fake tensors are slow.
+    ``result`` makes what the call gives, where the call itself would take long: fake tensors are slow.
     """
     node = graph.call_function(target, args, kwargs or {})
     values = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
