@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.compiler.cache_key import cache_key_patch
+from xquant_fx.compiler.index_checks import checks_behind_indices
 from xquant_fx.compiler.kept_steps import are_expected, place_of
 from xquant_fx.compiler.layers import compile_layers, restored_layers
 from xquant_fx.compiler.options import Request
@@ -85,7 +86,7 @@ def compile_by_inductor(
     if place and (restored := restored_layers(gm, inputs, place)):
         return restored
     make_fake_inputs(gm.graph, inputs)
-    with switched(one_call):
+    with switched(one_call), checks_behind_indices() if settings is not None else contextlib.nullcontext():
         compile_one = _compile_one(patches)
         made = compile_layers(gm, inputs, compile_one, place) if by_layers else None
         compiled: Any = made or compile_one(gm, inputs)
