@@ -158,8 +158,9 @@ def _replace(graph: Graph, group: Sequence[Layer]) -> None:
     x, shapes = value_of(group[0].x), [tuple(value_of(layer.node).shape) for layer in group]
     weights, biases = [layer.weight for layer in group], [layer.bias for layer in group]
     with graph.inserting_before(group[0].node):
-        out: Any = call(graph, ops.LINEAR_ROWS, (group[0].x, weights, biases, group[0].in_first))
         sizes = [math.prod(x.shape[:-1]) * shape[-1] for shape in shapes]
+        flat = functools.partial(torch.empty, sum(sizes), dtype=x.dtype, device=x.device)
+        out: Any = call(graph, ops.LINEAR_ROWS, (group[0].x, weights, biases, group[0].in_first), result=flat)
         parts = call(graph, torch.split, (out, sizes)) if len(group) > 1 else None
         for i, (layer, shape) in enumerate(zip(group, shapes, strict=True)):
             part = out if parts is None else call(graph, operator.getitem, (parts, i))

@@ -72,7 +72,9 @@ class QuantizedKV(Dequantized):
     @classmethod
     def of(cls, state: KVState) -> QuantizedKV:
         """The buffer that stands for ``state``, whose address compiled graphs may take for granted."""
-        buffer = cls(state.spec, state.owned["length"], state)
+        # One tensor for all buffers of a cache: Dynamo looks at it once, and then whether it is the same.
+        anchor = state.owned["length"] if isinstance(state, Row) else state.group.start
+        buffer = cls(state.spec, anchor, state)
         torch._dynamo.mark_static_address(buffer)
         return buffer
 
@@ -158,10 +160,19 @@ class QuantizedKV(Dequantized):
         Where each row has a length of its own, ``pos`` may be [B, q].
         """
         if self.state is None:
-            if reason := self.spec.why_not(x):  # Dynamo leaves the step to eager code, which raises the same
+            if reason := self.spec.why_not(x) or self._why_not_here(
+                x
+            ):  # Dynamo leaves the step to eager code, which raises the same
                 raise UnsupportedFakeTensorException(reason)
             return
         self.state.store(self.numbers_of(x), pos)
+
+    def _why_not_here(self, x: Tensor) -> str:
+        if x.shape[2] > self.shape[2]:
+            return f"{self.origin}: a step of {x.shape[2]} tokens does not fit into a cache of {self.shape[2]}"
+        return (
+            "" if x.device == self.device else f"{self.origin}: this cache is on {self.device}, the step on {x.device}"
+        )
 
     def numbers_of(self, x: Tensor) -> Tensor:
         """What is to be stored, as numbers.
