@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_cases import CASES, RANKED_CASES, RANKED_SLOW, RANKED_SPOILED, SPOILED, allowed
 from attention_runs import Setup, arguments, errors, inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xquant_fx import ops
 from xquant_fx.kernels.cpu import build as cpu_build
@@ -120,6 +121,23 @@ def test_opcheck() -> None:
     args["q"] = args["q"].contiguous()
     torch.library.opcheck(ops.DECODE_CPU, (), args)
     torch.library.opcheck(ops.DECODE, (), args)
+
+
+def test_a_mode_sees_the_kernel_as_an_op() -> None:
+    """Nothing but eager code that nobody watches calls the kernel past torch's dispatcher."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    setup = Setup(dim=16, past=40, max_len=48, mask="padded")
+    args = arguments(setup, inputs(setup))
+    with Watch():
+        watched = ops.DECODE(**args)
+    assert ops.DECODE_CPU in seen
+    assert torch.equal(watched, ops.decode_attention(**args))
 
 
 def test_sources_of_one_problem_are_one_text() -> None:

@@ -200,6 +200,10 @@ def test_steps_are_the_same() -> None:
     one_by_one, expected, counted_before = steps({"disable": ["one_call"]})
     assert (counted["one_call"], "one_call" in counted_before) == (1, False)
     assert counted["layers_not_compiled_again"] == 3 and "layers_not_compiled_again" not in counted_before
+    again, stored_again, counted_again = steps({})  # from disk (kept_steps.py)
+    assert [counted_again[name] for name in ("steps restored", "one_call", "layers_not_compiled_again")] == [1, 1, 3]
     for found, truth in zip([*outputs, *stored], [*one_by_one, *expected], strict=True):
+        assert torch.equal(found, truth)
+    for found, truth in zip([*again, *stored_again], [*one_by_one, *expected], strict=True):
         assert torch.equal(found, truth)
     assert len({output.data_ptr() for output in outputs}) == len(outputs)  # each step's result is its own

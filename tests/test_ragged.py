@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from itertools import chain
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_old_tokens_of_a_row_must_be_hidden():
 
     compiled, buffers = torch.compile(step, backend=interpreted(**SMALL)), prompts()
     run(compiled, buffers, ahead(2))
-    with pytest.raises(CacheStateError, match="attends to tokens behind it"):
+    with pytest.raises(CacheStateError, match="no mask is recognised that hides the others"):
         run(compiled, buffers, [torch.tensor([[39], [0], [22]])])
 
 
@@ -332,6 +333,57 @@ def test_a_compiled_step_gives_one_row_a_new_prompt(taken_over):
         assert all(torch.equal(mine.state.owned[name][::2], t[::2]) for name, t in theirs.state.owned.items())
         theirs.state.group.drop()  # eager code sees its prompt in full precision
         torch.testing.assert_close(mine.dequantize()[:, :, :12], theirs.dequantize()[:, :, :12])
+
+
+def by_slice(row, x, buffers, tokens):
+    """A prompt of ``tokens`` into one row of the batch, which the function itself takes."""
+    return decoder(alone)(x, [[b[row : row + 1] for b in layer] for layer in buffers], torch.arange(tokens)[None])
+
+
+def by_select(row, x, buffers, tokens):
+    return decoder(alone)(x, [[b[row].unsqueeze(0) for b in layer] for layer in buffers], torch.arange(tokens)[None])
+
+
+def by_assignment(row, x, buffers, tokens):
+    mask = torch.arange(N) <= torch.arange(tokens)[:, None]
+    for (q, k, v), (keys, values) in zip(x, buffers, strict=True):
+        keys[row : row + 1, :, :tokens] = k
+        values[row, :, :tokens] = v[0]
+        x = x + sdpa(q, keys[row : row + 1], values[row][None], attn_mask=mask)
+    return x
+
+
+@pytest.mark.parametrize("prompt", [by_slice, by_select, by_assignment])
+def test_a_compiled_step_takes_a_row_of_the_batch(taken_over, prompt):
+    """Of row 1, whose number is a constant then; of the others, an input; to row 0 a shorter prompt than it held."""
+    calls = []
+    step = torch.compile(prompt, backend=interpreted(calls, **SMALL))
+    for row in (1, 2, 0):
+        x, copied = torch.randn(2, 3, 1, H, 12, D), copy.deepcopy(taken_over)
+        with torch.no_grad():
+            torch.testing.assert_close(step(row, x, taken_over, 12), by_slice(row, x, copied, 12))
+        for mine, theirs in zip(chain(*taken_over), chain(*copied), strict=True):
+            assert mine.state.row_lengths == theirs.state.row_lengths
+            assert all(torch.equal(mine.state.owned[name], t) for name, t in theirs.state.owned.items())
+    assert taken_over[0][0].state.row_lengths == [12, 12, 12] and calls
+    got = run(torch.compile(decoder(by_index), backend=interpreted(**SMALL)), taken_over, [torch.full((B, 1), 12)])
+    torch.testing.assert_close(got, run(decoder(by_index), copied, [torch.full((B, 1), 12)]))
+
+
+def test_two_rows_in_one_graph_give_the_batch_back(taken_over, caplog):
+    def prompt(x, buffers):
+        return by_slice(1, x, buffers, 12) + by_slice(2, x, buffers, 12)
+
+    x, held = torch.randn(2, 3, 1, H, 12, D), [[buffer.dequantize() for buffer in layer] for layer in taken_over]
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="xquant_fx"):
+        got = torch.compile(prompt, backend=interpreted(**{**SMALL, "self_check": False}))(x, taken_over)
+        torch.testing.assert_close(got, prompt(x, held))
+    assert type(taken_over[0][0]) is torch.Tensor and "what was stored was dequantized" in caplog.text
+
+
+def test_one_row_of_ordinary_buffers_is_told_of_as_such():
+    for site in explain(by_slice, 1, torch.randn(2, 3, 1, H, 12, D), prompts(), 12).sites:
+        assert not site.rewritten and "a step that writes all rows, each at a position of its own" in site.reason
 
 
 @pytest.mark.parametrize("q", [1, 3])

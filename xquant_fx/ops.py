@@ -32,7 +32,7 @@ from xquant_fx.kernels.rows import row_of
 from xquant_fx.kernels.shared_code_load import plain_torch as plain_load
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.kernels.triton_host import has_triton
-from xquant_fx.tracing import is_traced
+from xquant_fx.tracing import is_traced, is_watched
 
 _lib = torch.library.Library("xquant", "DEF")
 _lib.define("rotate_values(Tensor x, bool back) -> Tensor")
@@ -83,6 +83,10 @@ def _is_triton_here(x: Tensor) -> bool:
     return has_triton()
 
 
+def _attend_cpu(a: DecodeArguments) -> Tensor:
+    return DECODE_CPU(**a._asdict()) if is_watched(a.q) else cpu_attention.attend(a)
+
+
 #: Device type to the kernel that appends a step of up to STEP_TOKENS tokens there. On the CPU only compiled code
 #: has one: eager code has no compiler to wait for.
 STEP_KERNELS = {
@@ -97,7 +101,7 @@ BOTH_KERNELS = {
 
 #: Device type to the kernel that attends straight to the codes there.
 DECODE_KERNELS = {
-    "cpu": Kernel(lambda a: DECODE_CPU(**a._asdict()), lambda x: True),
+    "cpu": Kernel(_attend_cpu, lambda x: True),
     "cuda": Kernel(
         lambda a: triton_attention.decode_attention(**a._asdict()), _is_triton_here, triton_attention.why_not
     ),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import ctypes
 import functools
 import inspect
 import logging
@@ -25,10 +24,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from xquant_fx.kernels.cpu.kept_call import KeptCall, bound, may_be_kept
 from xquant_fx.kernels.cpu.wrapper_chain import Link, chained, kernel_name
 from xquant_fx.kernels.cpu.wrapper_code import KernelCall, NotReadError, Place, Reader, Size, WrapperCode, read_wrapper
 
 log = logging.getLogger(__name__)
+
+Keep = Callable[[KeptCall], None]
 
 _wanted = ContextVar("one_call", default=True)
 _collecting: ContextVar[list[Generated] | None] = ContextVar("collecting", default=None)
@@ -123,8 +125,11 @@ def read_generated(generated: Generated, itemsizes: Sequence[int]) -> Reader:
     return read
 
 
-def joined_chain(chain: Chain) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """What does the calls of ``chain``, given a list of its arguments, and gives a tuple of its results."""
+def joined_chain(chain: Chain, keep: Keep | None = None) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """What does the calls of ``chain``, given a list of its arguments, and gives a tuple of its results.
+
+    ``keep`` gets what is needed to make the same call another time.
+    """
 
     def begin() -> Callable[[], Callable[..., Any]]:
         code = chained(chain.read, chain.links, chain.arguments, chain.results)
@@ -132,7 +137,7 @@ def joined_chain(chain: Chain) -> Callable[[list[Any]], tuple[Any, ...]]:
         for number, (_, each) in enumerate(chain.generated):
             names = [name for name in each if name.startswith("cpp_")]
             module.update({kernel_name(number, name): each[name] for name in names})
-        return _python("args", code, module)
+        return _python("args", code, module, keep)
 
     return _at_first_call(begin, functools.partial(_in_turn, chain))
 
@@ -217,7 +222,9 @@ def _in_turn(chain: Chain) -> Callable[..., Any]:
     return call
 
 
-def _python(parameters: str, code: WrapperCode, module: dict[str, Any]) -> Callable[[], Callable[..., Any]]:
+def _python(
+    parameters: str, code: WrapperCode, module: dict[str, Any], keep: Keep | None = None
+) -> Callable[[], Callable[..., Any]]:
     """Begins to compile the one call. What it returns gives the new wrapper, which allocates what is returned and the
     scratch memory, and makes the call."""
     from xquant_fx.kernels.cpu import build, one_unit  # bring in Inductor's compiler
@@ -247,11 +254,10 @@ def _python(parameters: str, code: WrapperCode, module: dict[str, Any]) -> Calla
         for name in set(outside) - set(code.arguments):  # constants, which a module has only once it is loaded
             if not isinstance(module.get(name), torch.Tensor):
                 raise NotReadError(f"{name}, which is no tensor")
-        table, libraries = _addresses([one_unit.loaded(module[name]) for name in elsewhere])
-        bound = {**module, "xquant_kernels": table, "xquant_libraries": libraries}
-        bound["xquant_one_call"] = build.load(types, text)
-        exec(compile("\n".join(lines), "<one call>", "exec"), bound)
-        made: Callable[..., Any] = bound["call"]
+        function, files = build.load(types, text), [_file(one_unit.loaded(module[name])) for name in elsewhere]
+        made = bound(lines, function, files, module)
+        if keep is not None and set(outside) <= set(code.arguments) and may_be_kept(made):
+            keep(KeptCall(lines, _file(function), files))
         return made
 
     return finish
@@ -264,11 +270,9 @@ def _outside(code: WrapperCode) -> list[str]:
     return sorted(used - set(code.offsets) - set(code.allocated))
 
 
-def _addresses(kernels: list[Any]) -> tuple[torch.Tensor, list[ctypes.CDLL]]:
-    """Addresses of the C++ functions behind Python's, int64, and what keeps them loaded."""
-    libraries = [ctypes.CDLL(kernel.__self__.__file__) for kernel in kernels]
-    addresses = [ctypes.cast(library.kernel, ctypes.c_void_p).value for library in libraries]
-    return torch.tensor([*addresses, 0], dtype=torch.int64), libraries  # an empty tensor would have no memory
+def _file(kernel: Any) -> str:
+    """The library of a C++ function that is called from Python."""
+    return str(kernel.__self__.__file__)
 
 
 class Kernels(NamedTuple):

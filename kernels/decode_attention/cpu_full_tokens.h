@@ -50,8 +50,7 @@ template <int NT, int NR> inline void score_tokens(Scratch& scratch, const T* ke
         }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < NR; r++)
-        for (int i = 0; i < NT; i++) scratch.score[row + r][offset + i] = sum(s[r][i]);
+    for (int r = 0; r < NR; r++) sums(s[r], scratch.score[row + r] + offset);
 }
 
 template <int NT> inline void score_tokens_with_all_rows(Scratch& scratch, const T* keys, int64_t offset) {

@@ -132,9 +132,9 @@ class Restarts:
             past, now = back[0]
             raise CacheStateError(
                 "quantized KV cache: a step wrote at a position that the program computes, or at a row's own, before "
-                f"the {past} tokens stored, and attends to tokens behind it (a rotating buffer, or slots?); {now} are "
-                "left. Its contents are no longer right: reset() it; pass positions in that all rows have in common, "
-                "and such buffers stay in full precision"
+                f"the {past} tokens stored; {now} are left, and no mask is recognised that hides the others (a "
+                "rotating buffer, or slots?). Its contents are no longer right: reset() it; pass positions in that all "
+                "rows have in common, and such buffers stay in full precision"
             )
 
     def _hides_old(self, args: tuple[Any, ...]) -> bool:

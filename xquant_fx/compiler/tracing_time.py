@@ -2,7 +2,8 @@
 
 No garbage is looked for: a full collection looks at all objects of a process, 0.3 s with transformers loaded, and
 tracing 30 layers set two off. And what Inductor's caches hash of torch and Triton, 0.5 s once a process, is read on
-another processor. Compilations by other backends are left alone.
+another processor, where no step is kept that could do without (``kept_steps.py``). Compilations by other backends are
+left alone.
 
 Relied on: ``torch._dynamo.callback``, which ``torch._dynamo.reset()`` empties, the local variable ``compiler_fn`` of
 ``convert_frame._compile``, ``_torchdynamo_orig_backend``, and from torch 2.13 on ``prefetch`` of the two hashes.
@@ -18,6 +19,8 @@ from types import FrameType
 from typing import Any
 
 from torch._dynamo.callback import callback_handler
+
+from xquant_fx.compiler.kept_steps import are_expected
 
 Backend = Callable[..., Any]
 
@@ -41,7 +44,8 @@ def _begin(_: Any) -> None:
     if gc.isenabled():
         gc.disable()
         _switched_off.append(True)
-    begin_hashes()
+    if not are_expected():
+        begin_hashes()
 
 
 def _end(_: Any) -> None:
