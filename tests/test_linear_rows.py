@@ -126,11 +126,16 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor, between: str, *step: Any) -> Any:
         x = x * 2
+        same = x.mul_(0.5)
         y = self.plain(x)
         if between == "write":
             x += 1
         if between == "view":
             x.view(-1)[0] = 3
+        if between == "activation":
+            nn.functional.relu(x, inplace=True)
+        if between == "result of an op in place":
+            same.add_(1)
         z = self.biased(x)
         out = two_layers(*step)
         bias = self.last.bias * z[0, 0, :8] if between == "bias" else self.last.bias
@@ -160,7 +165,8 @@ def test_which_layers_are_replaced(rows: int, replaced: int) -> None:
 
 
 #: What stands between three layers of one input, and how many layers each call then has; two more follow.
-TOGETHER = {"": [3, 1, 1], "write": [1, 2, 1, 1], "view": [1, 2, 1, 1], "bias": [2, 1, 1, 1], "other": [2, 2, 1]}
+TOGETHER = {"": [3, 1, 1], "bias": [2, 1, 1, 1], "other": [2, 2, 1]}
+TOGETHER |= {change: [1, 2, 1, 1] for change in ("write", "view", "activation", "result of an op in place")}
 
 
 @pytest.mark.skipif(not is_faster_here(), reason="no kernel for this processor")
