@@ -85,6 +85,6 @@ def _tokens(store: Node) -> Tensor:
 def _pair(gm: GraphModule, both: list[Node]) -> None:
     a = BothArguments.of_sides(*map(StoreArguments.of, both))
     with gm.graph.inserting_before(max(both)):
-        call(gm.graph, ops.STORE_BOTH[a.overload], (), a._asdict())
+        call(gm.graph, ops.STORE_BOTH[a.overload], (), a._asdict(), result=lambda: None)
     for node in both:
         gm.graph.erase_node(node)
