@@ -69,28 +69,21 @@ def over_room(graph: Graph, mask: Node, site: Site, stored: dict[str, Any], cont
 
 
 def widened(graph: Graph, mask: Node, room: int, first: Node | None) -> Node:
-    """``mask`` [..., T] of the T tokens from ``first`` on as [..., room], which hides all others."""
+    """``mask`` [..., T] of the T tokens from ``first`` on as [..., room], which hides all others.
+
+    It is read at ``room`` columns rather than joined to others: what Inductor then allocates has a size that is known
+    when it compiles, which ``kernels/cpu/one_call.py`` asks for.
+    """
     value = value_of(mask)
     tokens = value.shape[-1]
     if not isinstance(tokens, int):
         tokens = call(graph, torch.ops.aten.sym_size.int, (mask, value.dim() - 1))
+    columns = call(graph, torch.arange, (room,), {"device": value.device})
     if first is not None:
-        return _placed(graph, mask, tokens, room, first)
-    beyond = call(graph, operator.sub, (room, tokens))
-    hidden = False if value.dtype == torch.bool else -math.inf
-    # Not torch.nn.functional.pad: a symbolic width is an error of its bool kernel (torch 2.13).
-    options = {"dtype": value.dtype, "device": value.device}
-    rows = (int(size) for size in value.shape[:-1])  # batch, heads and queries are numbers by now, if as symbols
-    rest = call(graph, torch.full, ((*rows, beyond), hidden), options)
-    return call(graph, torch.cat, ([mask, rest], -1))
-
-
-def _placed(graph: Graph, mask: Node, width: Any, room: int, first: Node) -> Node:
-    value = value_of(mask)
-    columns = call(graph, operator.sub, (call(graph, torch.arange, (room,), {"device": value.device}), first))
-    inside = call(
-        graph, operator.and_, (call(graph, operator.ge, (columns, 0)), call(graph, operator.lt, (columns, width)))
-    )
+        columns = call(graph, operator.sub, (columns, first))
+    inside = call(graph, operator.lt, (columns, tokens))
+    if first is not None:
+        inside = call(graph, operator.and_, (inside, call(graph, operator.ge, (columns, 0))))
     columns = call(graph, torch.where, (inside, columns, 0))
     moved = call(graph, torch.index_select, (mask, value.dim() - 1, columns))
     hidden = False if value.dtype == torch.bool else -math.inf

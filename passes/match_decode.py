@@ -15,11 +15,11 @@ from xquant_fx.passes.late_sinks import late_sinks
 from xquant_fx.passes.layouts import mask_shape, output_layout, query_layout
 from xquant_fx.passes.pair_heads import NOT_HEADS, heads_of_operand, paired
 from xquant_fx.passes.records import Absorbed, Attention, Decode, Layout, MaskTerm, Pairing, Source
-from xquant_fx.passes.scores import Scene, keeps_last_two
+from xquant_fx.passes.scores import Scene, keeps_last_two, shape_of
 from xquant_fx.passes.trace import argument, fake, keeps_numbers, operand, value_of
 from xquant_fx.passes.track_axes import tracked
 from xquant_fx.passes.vocabulary import kind
-from xquant_fx.passes.walk_scores import walk
+from xquant_fx.passes.walk_scores import walk, walk_as_far
 
 
 def match_decode(attention: Attention, key: Source, value: Source, absorbed: Absorbed | None = None) -> Decode | str:
@@ -89,8 +89,17 @@ def masks_of(attention: Attention, key: Source, value: Source) -> tuple[MaskTerm
     """What is known of the masks of an attention over the buffer of ``key``, fused or not, of any number of queries."""
     if attention.kind != "scaled_dot_product_attention":
         form = match_decode(attention, key, value)
-        return form.terms if isinstance(form, Decode) else ()
+        return form.terms if isinstance(form, Decode) else _masks_behind_scores(attention)
     return _mask_of_sdpa(argument(attention.node, 3, "attn_mask"), ())
+
+
+def _masks_behind_scores(attention: Attention) -> tuple[MaskTerm, ...]:
+    """Masks of an attention that is written out and not fused, as far as they are known from the softmax back."""
+    softmax, shape = attention.node, shape_of(attention.node)
+    if attention.scores is None or not shape or argument(softmax, 1, "dim") not in (-1, len(shape) - 1):
+        return ()
+    heads = shape[1] if len(shape) == 4 else 1
+    return walk_as_far(Scene(attention, heads), argument(softmax, 0, "input"))[0].terms
 
 
 def _mask_of_sdpa(mask: object, scores: tuple[int, ...]) -> tuple[MaskTerm, ...]:

@@ -15,21 +15,28 @@ from xquant_fx.passes.vocabulary import kind, op_name
 
 def walk(scene: Scene, node: object) -> Scores | str:
     """Take ops off ``node``, the softmax's input, until the product; what was found, or why that fails."""
+    found, reason = walk_as_far(scene, node)
+    return reason or found
+
+
+def walk_as_far(scene: Scene, node: object) -> tuple[Scores, str]:
+    """What was found until the product, and ""; or from the softmax back to something unknown, and what that is."""
     found = Scores()
     while isinstance(node, Node):
         others = [user for user in node.users if user is not found.largest and user not in scene.ends]
         if len(others) != 1:
-            return "the attention scores are used for something else, too"
+            return found, "the attention scores are used for something else, too"
         if node is scene.product.node:
-            return _take_product(scene.product, found)
+            whole = _take_product(scene.product, found)
+            return (found, whole) if isinstance(whole, str) else (whole, "")
         taken = _take(node, found, scene)
         if isinstance(taken, str):
-            return taken
+            return found, taken
         if taken is None:
             break
         node, found = taken
     name = op_name(node) if isinstance(node, Node) else repr(node)
-    return f"{name} lies between the scores and the softmax"
+    return found, f"{name} lies between the scores and the softmax"
 
 
 def _take(node: Node, found: Scores, scene: Scene) -> Taken | str | None:

@@ -9,6 +9,7 @@ from xquant_fx.passes.ends_in_attention import ends_in_attention
 from xquant_fx.passes.facts import NEAR, Facts, is_quantized
 from xquant_fx.passes.find_writes import is_factory
 from xquant_fx.passes.records import Source, Write
+from xquant_fx.passes.row_uses import why_one_row
 from xquant_fx.passes.row_writes import why_no_row_write
 from xquant_fx.passes.trace import argument, fake, is_shape_query, readers
 from xquant_fx.passes.vocabulary import kind, op_name
@@ -113,7 +114,8 @@ def _why_not_mutation(buffer: Node, what: str, facts: Facts) -> str:
         return ""
     if _is_copied_over(buffer, facts):
         return f"{what}: the buffer is also written by copy_, which is no append (a sliding window?)"
-    reason = why_no_row_write(mutation.node) or "which is no append along dimension 2"
+    reason = why_no_row_write(mutation.node) or why_one_row(mutation.node, buffer)
+    reason = reason or "which is no append along dimension 2"
     return f"{what}: the buffer is also written by {op_name(mutation.node)}, {reason}"
 
 
@@ -162,7 +164,8 @@ def _why_not_continued(user: Node, operand: Node, what: str) -> str:
         return ""
     return (
         f"{what}: attention reads the cache with more put behind it (compressed tokens?), which an uncompiled step "
-        "would take for new tokens of the cache; pass an XQuantCache, if the model takes one"
+        "would take for new tokens of the cache; pass an XQuantCache, or write to a buffer of fixed length: a model "
+        "that can do neither keeps full precision here"
     )
 
 

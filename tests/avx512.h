@@ -47,12 +47,42 @@ inline i8 permuted(i8 order, i8 x) {
     for (int i = 0; i < 16; i++) out[i] = ((i16)x)[((i16)order)[i] & 15];
     return (i8)out;
 }
+// Lanes of a and, from 16 on, of b.
+inline f16 permuted_of_both(f16 a, i8 order, f16 b) {
+    f16 out;
+    for (int i = 0; i < 16; i++) out[i] = (((i16)order)[i] & 16 ? b : a)[((i16)order)[i] & 15];
+    return out;
+}
+// In each quarter the lower, or the upper, two lanes of a between those of b.
+inline f16 interleaved(f16 a, f16 b, int upper) {
+    f16 out;
+    for (int i = 0; i < 16; i++) out[i] = (i % 2 ? b : a)[i / 4 * 4 + i % 4 / 2 + 2 * upper];
+    return out;
+}
+inline f16 interleaved_low(f16 a, f16 b) { return interleaved(a, b, 0); }
+inline f16 interleaved_high(f16 a, f16 b) { return interleaved(a, b, 1); }
+// Two quarters of a, then two of b.
+inline f16 quarters(f16 a, f16 b, int which) {
+    f16 out;
+    for (int i = 0; i < 16; i++) out[i] = (i < 8 ? a : b)[(which >> i / 4 * 2 & 3) * 4 + i % 4];
+    return out;
+}
 inline i8 madd(i8 a, i8 b) {
     i16 out;
     for (int i = 0; i < 16; i++) out[i] = ((i32)a)[2 * i] * ((i32)b)[2 * i] + ((i32)a)[2 * i + 1] * ((i32)b)[2 * i + 1];
     return (i8)out;
 }
 inline i8 all(short x) { return (i8)(i32{} + x); }
+inline f16 dpbf16(f16 sum, i32 a, i32 b) {
+    const auto wide = [](int16_t x) {
+        const uint32_t bits = (uint32_t)(uint16_t)x << 16;
+        float y;
+        __builtin_memcpy(&y, &bits, 4);
+        return y;
+    };
+    for (int i = 0; i < 32; i++) sum[i / 2] += wide(a[i]) * wide(b[i]);
+    return sum;
+}
 inline f16 fmadd(f16 a, f16 b, f16 c) {
     for (int i = 0; i < 16; i++) a[i] = std::fma(a[i], b[i], c[i]);
     return a;
@@ -116,12 +146,14 @@ inline f16 from_half(half x) {
 #define __m128i emulated::quarter
 #define __m256i emulated::half
 #define __m512 emulated::f16
+#define __m512bh emulated::i32
 #define __m512i emulated::i8
 #define _mm512_cvtepi32_epi8 emulated::narrowed
 #define _mm512_cvtepu16_epi32 emulated::widened_shorts
 #define _mm512_cvtepu8_epi32 emulated::widened
 #define _mm512_cvtph_ps emulated::from_half
 #define _mm512_cvtps_epi32 emulated::rounded
+#define _mm512_dpbf16_ps emulated::dpbf16
 #define _mm512_dpbusd_epi32 emulated::dpbusd
 #define _mm512_fmadd_ps emulated::fmadd
 #define _mm512_madd_epi16 emulated::madd
@@ -129,13 +161,17 @@ inline f16 from_half(half x) {
 #define _mm512_max_ps emulated::larger
 #define _mm512_packs_epi16 emulated::packed_shorts
 #define _mm512_packs_epi32 emulated::packed_ints
+#define _mm512_permutex2var_ps emulated::permuted_of_both
 #define _mm512_permutexvar_epi32 emulated::permuted
 #define _mm512_reduce_add_ps emulated::total
 #define _mm512_reduce_max_ps emulated::largest
 #define _mm512_roundscale_ps emulated::round_to
 #define _mm512_scalef_ps emulated::times_power
 #define _mm512_set1_epi16 emulated::all
+#define _mm512_shuffle_f32x4 emulated::quarters
 #define _mm512_test_epi32_mask emulated::both
+#define _mm512_unpackhi_ps emulated::interleaved_high
+#define _mm512_unpacklo_ps emulated::interleaved_low
 #ifndef _MM_FROUND_TO_NEAREST_INT
 #define _MM_FROUND_TO_NEAREST_INT 0
 #define _MM_FROUND_NO_EXC 8

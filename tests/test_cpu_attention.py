@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_cases import CASES, RANKED_CASES, RANKED_SLOW, RANKED_SPOILED, SPOILED, allowed
 from attention_runs import Setup, arguments, errors, inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xquant_fx import ops
 from xquant_fx.kernels.cpu import build as cpu_build
@@ -65,8 +66,9 @@ def test_avx512_without_the_processor(name: str, macro: str) -> None:
     given = inputs(setup)
     a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
     types, code = source(problem_of(a), ISAS["avx512"])
-    others = "".join(f"#undef {m}\n" for m in ("__AVX512VNNI__", "__AVX512VL__", "__AVX512BW__"))
-    shim = f"{others}#define {macro} 1\n{(Path(__file__).parent / 'avx512.h').read_text()}"
+    others = "".join(f"#undef {m}\n" for m in ("__AVX512VNNI__", "__AVX512VL__", "__AVX512BW__", "__AVX512BF16__"))
+    with_bfloat16 = "#define __AVX512BF16__ 1\n" if macro == "__AVX512VNNI__" else ""
+    shim = f"{others}#define {macro} 1\n{with_bfloat16}{(Path(__file__).parent / 'avx512.h').read_text()}"
     assert code.count("#include <immintrin.h>") == 1
     out = empty_output(**a._asdict())
     cpu_build.load(types, code.replace("#include <immintrin.h>", shim))(*a.tensors.values(), out)
@@ -120,6 +122,23 @@ def test_opcheck() -> None:
     args["q"] = args["q"].contiguous()
     torch.library.opcheck(ops.DECODE_CPU, (), args)
     torch.library.opcheck(ops.DECODE, (), args)
+
+
+def test_a_mode_sees_the_kernel_as_an_op() -> None:
+    """Nothing but eager code that nobody watches calls the kernel past torch's dispatcher."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    setup = Setup(dim=16, past=40, max_len=48, mask="padded")
+    args = arguments(setup, inputs(setup))
+    with Watch():
+        watched = ops.DECODE(**args)
+    assert ops.DECODE_CPU in seen
+    assert torch.equal(watched, ops.decode_attention(**args))
 
 
 def test_sources_of_one_problem_are_one_text() -> None:

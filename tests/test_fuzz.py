@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from fuzz.campaign import PLAIN, Campaign, script, smaller
-from fuzz.case import Case
+from fuzz.case import FORK, Case
 from fuzz.comparison import Outcome, run
 
+from xquant_fx.compiler import repeats
 from xquant_fx.passes import fuse_decode
 
 SECONDS = 8
@@ -49,6 +50,21 @@ FOUND = {
     "keys and values in one tensor, and a graph break before attention, left without a word": case(
         holder="stacked", graph_break="before attention", events=(6, 1)
     ),
+    "copies behind a graph break: their options were taken for others than those of the takeover": case(
+        layers=2, position="item", bits=8, scheme="shared", attention="written out", events=(3, 1, FORK, 2)
+    ),
+    "a token taken back, and keys that are read by contiguous: the buffer was asked for its memory": case(
+        bits=4, read="contiguous", mask="padded", events=(7, 1, -1, 1)
+    ),
+}
+
+ROWS = dict(ragged=True, batch=3, bits=4, scheme="ranked", append="rows by scatter_", mask="padded")
+#: A row begins anew.
+ANEW = dict(ROWS, attention="written out", heads=2, mask="causal", events=(9, 1, 0, 1))
+#: The same where nothing is fused.
+UNFUSED = {
+    "a row begins anew, and heads are chosen by an index: its mask was not looked for": case(**ANEW, repeat="index"),
+    "the same, and a clamp of the scores": case(**ANEW, before="clamp", applied="added"),
 }
 
 #: What is refused, with words of the error.
@@ -84,6 +100,12 @@ def test_found_once(name: str) -> None:
     assert outcome.fused or "without a word" in name
 
 
+@pytest.mark.parametrize("name", UNFUSED)
+def test_found_once_and_not_fused(name: str) -> None:
+    outcome = run(UNFUSED[name])
+    assert (outcome.kind, outcome.detail, outcome.quantized, outcome.fused) == ("right", "", 2, 0)
+
+
 def masks_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuse_decode, "build_mask", lambda *a: None)
 
@@ -100,6 +122,33 @@ def test_a_fault_is_found_and_made_smaller(monkeypatch: pytest.MonkeyPatch, tmp_
     small = Case.from_json(failure["case"])
     assert (small.layers, small.read) == (1, "whole") and len(small.events) < 4 and "class Decoder" in said[0]
     assert Campaign(tmp_path / "fuzz.json", 0).counts == campaign.counts
+
+
+DEEP = dict(layers=7, odd=5, differs="scale", bits=4, products="addmm", events=(9, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("tried", "tensors"),
+    [
+        (case(**ROWS, events=(11, 1, 1, FORK, 1, -2, 1, FORK, 0, 1)), 2),  # a row goes back, another begins anew
+        (case(bits=4, differs="window", layers=2, odd=0, products="one tensor", events=(9, 1, FORK, 1, FORK, 1)), 4),
+        (case(append="cat", bits=4, differs="theta", products="mm", events=(9, 1, FORK, 1, FORK, 1)), 2),
+    ],
+    ids=["a row's own positions", "forks", "forks that grow"],
+)
+def test_what_the_grammar_has(tried: Case, tensors: int) -> None:
+    outcome = run(tried)
+    assert (outcome.kind, outcome.detail, outcome.quantized, outcome.tensors) == ("right", "", tensors, tensors)
+    assert outcome.fused and not outcome.reasons
+
+
+def test_a_constant_of_one_of_several_equal_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal layers are run as the first of them is; numbers that are not compared would be the first one's."""
+    assert run(case(**DEEP)).kind == "right"
+    plain = repeats._plain
+    monkeypatch.setattr(repeats, "_plain", lambda x, name: "number" if isinstance(x, float) else plain(x, name))
+    outcome = run(case(**DEEP))
+    assert outcome.kind == "wrong" and "the same contents" in outcome.detail
 
 
 def test_a_case_that_cannot_be_plainer_stays() -> None:

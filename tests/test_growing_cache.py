@@ -253,13 +253,16 @@ def test_generate_without_a_cache(models):
 
 
 def test_generate_is_as_with_an_xquant_cache(models):
+    """Of a padded prompt: the mask, too, becomes as long as the room."""
     plain, made = models
     torch._dynamo.reset()
     counters.clear()
     ids, config = prompt(length=300), XQuantConfig.preset("kivi-2")
-    out = generate(made["kivi-2"], ids, return_dict_in_generate=True, output_logits=True)
+    more = dict(attention_mask=torch.ones(1, 300, dtype=torch.int64), return_dict_in_generate=True, output_logits=True)
+    more["attention_mask"][0, :7] = 0
+    out = generate(made["kivi-2"], ids, **more)
     cache = XQuantCache(plain.config, 512, config)
-    want = generate(made["kivi-2"], ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True)
+    want = generate(made["kivi-2"], ids, past_key_values=cache, **more)
     assert torch.equal(out.sequences, want.sequences)
     assert counters["xquant"]["one_call"] == 2 and not any("one by one" in name for name in counters["xquant"])
     torch.testing.assert_close(out.logits, want.logits, rtol=0, atol=2e-5)

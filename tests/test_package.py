@@ -58,7 +58,9 @@ MAY_BE_IMPORTED_BY = {
     "matplotlib": ["evaluate.plots"],
     "torch._inductor": [
         "compiler.inductor",
+        "compiler.index_checks",
         "compiler.tracing_time",
+        "compiler.kept_steps",
         "compiler.cache_key",
         "kernels.lowerings",
         "kernels.cpu.build",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from itertools import chain
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rewrites import sdpa
 from states import layers_of
 from stepping import interpreted
 
+import xquant_fx.compiler.restarts as restarts
 import xquant_fx.warn_once as warn_once
 from xquant_fx import (
     CacheStateError,
@@ -150,14 +152,24 @@ def test_compiled_kernels_take_each_row_by_its_length():
         assert_as_alone(got, positions, row, **SMALL)
 
 
-def test_a_row_begins_anew_while_others_go_on_and_one_is_idle():
-    """Row 0 begins anew at steps 3 and 7; row 1 writes over its last token; row 2 goes on."""
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_row_begins_anew_while_others_go_on_and_one_is_idle(on_host, monkeypatch):
+    """Row 0 begins anew at steps 3 and 7; row 1 writes over its last token; row 2 goes on.
+
+    Lengths are no longer looked at once it is known that masks hide what rows held: not at all where they are a
+    device's.
+    """
+    monkeypatch.setattr(restarts, "is_host", lambda state: on_host)
+    looked, check = [], restarts.Restarts.check
+    monkeypatch.setattr(
+        restarts.Restarts, "check", lambda self, args, before: looked.append(bool(before)) or check(self, args, before)
+    )
     steps = [
         [37, 5, 20], [38, 6, 21], [39, 7, 22], [0, 7, 23], [1, 7, 24], [2, 7, 25], [3, 8, 26], [0, 9, 27], [1, 10, 28],
     ]  # fmt: skip
     positions, buffers = [torch.tensor(step)[:, None] for step in steps], prompts()
     got = run(torch.compile(decoder(by_index), backend=interpreted(**SMALL)), buffers, positions)
-    assert buffers[0][0].state.row_lengths == [2, 11, 29]
+    assert buffers[0][0].state.row_lengths == [2, 11, 29] and sum(looked) == (3 if on_host else 0)
     for row, parts in enumerate((((0, 3), (3, 7), (7, 9)), ((0, 9),), ((0, 9),))):
         for first, last in parts:
             lengths = (0, 0, 0) if first else LENGTHS
@@ -186,7 +198,11 @@ def test_a_full_row_does_not_begin_anew():
         run(step, buffers, [torch.tensor([[0], [6], [21]])])
 
 
-def test_old_tokens_of_a_row_must_be_hidden():
+@pytest.mark.parametrize("on_host", [True, False])
+def test_old_tokens_of_a_row_must_be_hidden(on_host, monkeypatch):
+    """Also where lengths would have to be waited for: there the first step decides whether they are."""
+    monkeypatch.setattr(restarts, "is_host", lambda state: on_host)
+
     def step(x, buffers, pos):
         (keys, values), (q, k, v) = buffers[0], x[0]
         by_index(keys, k, pos)
@@ -195,7 +211,7 @@ def test_old_tokens_of_a_row_must_be_hidden():
 
     compiled, buffers = torch.compile(step, backend=interpreted(**SMALL)), prompts()
     run(compiled, buffers, ahead(2))
-    with pytest.raises(CacheStateError, match="attends to tokens behind it"):
+    with pytest.raises(CacheStateError, match="no mask is recognised that hides the others"):
         run(compiled, buffers, [torch.tensor([[39], [0], [22]])])
 
 
@@ -332,6 +348,57 @@ def test_a_compiled_step_gives_one_row_a_new_prompt(taken_over):
         assert all(torch.equal(mine.state.owned[name][::2], t[::2]) for name, t in theirs.state.owned.items())
         theirs.state.group.drop()  # eager code sees its prompt in full precision
         torch.testing.assert_close(mine.dequantize()[:, :, :12], theirs.dequantize()[:, :, :12])
+
+
+def by_slice(row, x, buffers, tokens):
+    """A prompt of ``tokens`` into one row of the batch, which the function itself takes."""
+    return decoder(alone)(x, [[b[row : row + 1] for b in layer] for layer in buffers], torch.arange(tokens)[None])
+
+
+def by_select(row, x, buffers, tokens):
+    return decoder(alone)(x, [[b[row].unsqueeze(0) for b in layer] for layer in buffers], torch.arange(tokens)[None])
+
+
+def by_assignment(row, x, buffers, tokens):
+    mask = torch.arange(N) <= torch.arange(tokens)[:, None]
+    for (q, k, v), (keys, values) in zip(x, buffers, strict=True):
+        keys[row : row + 1, :, :tokens] = k
+        values[row, :, :tokens] = v[0]
+        x = x + sdpa(q, keys[row : row + 1], values[row][None], attn_mask=mask)
+    return x
+
+
+@pytest.mark.parametrize("prompt", [by_slice, by_select, by_assignment])
+def test_a_compiled_step_takes_a_row_of_the_batch(taken_over, prompt):
+    """Of row 1, whose number is a constant then; of the others, an input; to row 0 a shorter prompt than it held."""
+    calls = []
+    step = torch.compile(prompt, backend=interpreted(calls, **SMALL))
+    for row in (1, 2, 0):
+        x, copied = torch.randn(2, 3, 1, H, 12, D), copy.deepcopy(taken_over)
+        with torch.no_grad():
+            torch.testing.assert_close(step(row, x, taken_over, 12), by_slice(row, x, copied, 12))
+        for mine, theirs in zip(chain(*taken_over), chain(*copied), strict=True):
+            assert mine.state.row_lengths == theirs.state.row_lengths
+            assert all(torch.equal(mine.state.owned[name], t) for name, t in theirs.state.owned.items())
+    assert taken_over[0][0].state.row_lengths == [12, 12, 12] and calls
+    got = run(torch.compile(decoder(by_index), backend=interpreted(**SMALL)), taken_over, [torch.full((B, 1), 12)])
+    torch.testing.assert_close(got, run(decoder(by_index), copied, [torch.full((B, 1), 12)]))
+
+
+def test_two_rows_in_one_graph_give_the_batch_back(taken_over, caplog):
+    def prompt(x, buffers):
+        return by_slice(1, x, buffers, 12) + by_slice(2, x, buffers, 12)
+
+    x, held = torch.randn(2, 3, 1, H, 12, D), [[buffer.dequantize() for buffer in layer] for layer in taken_over]
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="xquant_fx"):
+        got = torch.compile(prompt, backend=interpreted(**{**SMALL, "self_check": False}))(x, taken_over)
+        torch.testing.assert_close(got, prompt(x, held))
+    assert type(taken_over[0][0]) is torch.Tensor and "what was stored was dequantized" in caplog.text
+
+
+def test_one_row_of_ordinary_buffers_is_told_of_as_such():
+    for site in explain(by_slice, 1, torch.randn(2, 3, 1, H, 12, D), prompts(), 12).sites:
+        assert not site.rewritten and "a step that writes all rows, each at a position of its own" in site.reason
 
 
 @pytest.mark.parametrize("q", [1, 3])

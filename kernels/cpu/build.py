@@ -1,7 +1,7 @@
 """Compile C++ kernels with Inductor's builder, outside a compiled graph.
 
-Private torch APIs: ``CppPythonBindingsCodeCache.load_pybinding``, ``AsyncCompile.submit``, ``pick_vec_isa`` and
-``get_cpp_compiler``. Checked on torch 2.11, 2.13 and 2.14.
+Private torch APIs: ``CppPythonBindingsCodeCache.load_pybinding`` and its ``_load_library_inner``,
+``AsyncCompile.submit``, ``pick_vec_isa`` and ``get_cpp_compiler``. Checked on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import concurrent.futures
 import contextvars
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
@@ -70,3 +71,10 @@ def begin_kernel(types: tuple[str, ...], code: str) -> None:
             CppPythonBindingsCodeCache.load_pybinding_async, list(types), code, submit_fn=AsyncCompile.submit
         )
         AsyncCompile.submit(functools.partial(contextvars.copy_context().run, load_async))
+
+
+def function_in(library: str) -> Callable[..., Any]:
+    """The function ``kernel`` in the file that ``load`` had built, by the name that ``load`` would give it."""
+    module: Any = CppPythonBindingsCodeCache._load_library_inner(library, Path(library).stem)
+    function: Callable[..., Any] = module.kernel
+    return function

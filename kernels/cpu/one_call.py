@@ -7,28 +7,30 @@ in the same order, in one piece of scratch memory. Those that Inductor wrote sta
 (``one_unit.py``). A wrapper that does more than that stays as it is.
 
 Private torch APIs: what ``wrapper_code.py`` names; the wrapper's ``suffix``; that a kernel is the function ``kernel``
-of a module of its own. Checked on torch 2.13.
+of a module of its own. Checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import ctypes
 import functools
 import inspect
 import logging
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 
+from xquant_fx.kernels.cpu.kept_call import KeptCall, bound, may_be_kept
 from xquant_fx.kernels.cpu.wrapper_chain import Link, chained, kernel_name
 from xquant_fx.kernels.cpu.wrapper_code import KernelCall, NotReadError, Place, Reader, Size, WrapperCode, read_wrapper
 
 log = logging.getLogger(__name__)
+
+Keep = Callable[[KeptCall], None]
 
 _wanted = ContextVar("one_call", default=True)
 _collecting: ContextVar[list[Generated] | None] = ContextVar("collecting", default=None)
@@ -40,9 +42,9 @@ IMPORT = "from xquant_fx.kernels.cpu.one_unit import UnitCompile as AsyncCompile
 HOOK = """
 import xquant_fx.kernels.cpu.one_call
 if "Runner" in globals():
-    Runner.call = xquant_fx.kernels.cpu.one_call.joined(Runner.call, globals())
+    Runner.call = xquant_fx.kernels.cpu.one_call.joined(Runner.call, globals(), {itemsizes})
 else:
-    call = xquant_fx.kernels.cpu.one_call.joined(call, globals())
+    call = xquant_fx.kernels.cpu.one_call.joined(call, globals(), {itemsizes})
 """
 
 
@@ -63,9 +65,18 @@ def add_hook(wrapper: Any) -> None:
     suffix = getattr(wrapper, "suffix", None)  # a torch without one calls kernels one by one
     if suffix is None:
         log.info("the kernels of this graph are called one by one: this torch's wrapper has no suffix")
-    elif HOOK.strip() not in suffix.getvalue():
-        suffix.splice(HOOK)
+    elif ".one_call.joined(" not in suffix.getvalue():
+        suffix.splice(HOOK.format(itemsizes=_itemsizes()))
         wrapper.imports.writeline(IMPORT)
+
+
+def _itemsizes() -> dict[str, int]:
+    """Bytes of an element of each tensor that the graph in Inductor's hands is given, by its name in the wrapper."""
+    from torch._inductor.virtualized import V  # imports Inductor
+
+    given = V.graph.graph_inputs.items()
+    dtypes = {name: each.maybe_get_dtype() for name, each in given if hasattr(each, "maybe_get_dtype")}
+    return {name: dtype.itemsize for name, dtype in dtypes.items() if dtype is not None}
 
 
 class Generated(NamedTuple):
@@ -87,8 +98,13 @@ def collected() -> Iterator[list[Generated]]:
         _collecting.reset(before)
 
 
-def joined(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[..., Any]:
-    """What is called in the place of ``wrapper``; compiled in the background until the first call."""
+def joined(
+    wrapper: Callable[..., Any], module: dict[str, Any], itemsizes: Mapping[str, int] | None = None
+) -> Callable[..., Any]:
+    """What is called in the place of ``wrapper``; compiled in the background until the first call.
+
+    ``itemsizes`` are bytes of an element of its arguments, by name.
+    """
     collecting = _collecting.get()
     if collecting is not None:
         collecting.append(Generated(wrapper, module))
@@ -97,7 +113,7 @@ def joined(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[...,
     def begin() -> Callable[[], Callable[..., Any]]:
         function = _parsed(wrapper)
         parameters = ", ".join(arg.arg for arg in function.args.args)
-        return _python(parameters, read_wrapper(function), module)
+        return _python(parameters, read_wrapper(function, itemsizes), module)
 
     return _at_first_call(begin, functools.partial(_one_by_one, wrapper, module))
 
@@ -123,8 +139,11 @@ def read_generated(generated: Generated, itemsizes: Sequence[int]) -> Reader:
     return read
 
 
-def joined_chain(chain: Chain) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """What does the calls of ``chain``, given a list of its arguments, and gives a tuple of its results."""
+def joined_chain(chain: Chain, keep: Keep | None = None) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """What does the calls of ``chain``, given a list of its arguments, and gives a tuple of its results.
+
+    ``keep`` gets what is needed to make the same call another time.
+    """
 
     def begin() -> Callable[[], Callable[..., Any]]:
         code = chained(chain.read, chain.links, chain.arguments, chain.results)
@@ -132,7 +151,7 @@ def joined_chain(chain: Chain) -> Callable[[list[Any]], tuple[Any, ...]]:
         for number, (_, each) in enumerate(chain.generated):
             names = [name for name in each if name.startswith("cpp_")]
             module.update({kernel_name(number, name): each[name] for name in names})
-        return _python("args", code, module)
+        return _python("args", code, module, keep)
 
     return _at_first_call(begin, functools.partial(_in_turn, chain))
 
@@ -217,7 +236,9 @@ def _in_turn(chain: Chain) -> Callable[..., Any]:
     return call
 
 
-def _python(parameters: str, code: WrapperCode, module: dict[str, Any]) -> Callable[[], Callable[..., Any]]:
+def _python(
+    parameters: str, code: WrapperCode, module: dict[str, Any], keep: Keep | None = None
+) -> Callable[[], Callable[..., Any]]:
     """Begins to compile the one call. What it returns gives the new wrapper, which allocates what is returned and the
     scratch memory, and makes the call."""
     from xquant_fx.kernels.cpu import build, one_unit  # bring in Inductor's compiler
@@ -247,11 +268,10 @@ def _python(parameters: str, code: WrapperCode, module: dict[str, Any]) -> Calla
         for name in set(outside) - set(code.arguments):  # constants, which a module has only once it is loaded
             if not isinstance(module.get(name), torch.Tensor):
                 raise NotReadError(f"{name}, which is no tensor")
-        table, libraries = _addresses([one_unit.loaded(module[name]) for name in elsewhere])
-        bound = {**module, "xquant_kernels": table, "xquant_libraries": libraries}
-        bound["xquant_one_call"] = build.load(types, text)
-        exec(compile("\n".join(lines), "<one call>", "exec"), bound)
-        made: Callable[..., Any] = bound["call"]
+        function, files = build.load(types, text), [_file(one_unit.loaded(module[name])) for name in elsewhere]
+        made = bound(lines, function, files, module)
+        if keep is not None and set(outside) <= set(code.arguments) and may_be_kept(made):
+            keep(KeptCall(lines, _file(function), files))
         return made
 
     return finish
@@ -264,11 +284,9 @@ def _outside(code: WrapperCode) -> list[str]:
     return sorted(used - set(code.offsets) - set(code.allocated))
 
 
-def _addresses(kernels: list[Any]) -> tuple[torch.Tensor, list[ctypes.CDLL]]:
-    """Addresses of the C++ functions behind Python's, int64, and what keeps them loaded."""
-    libraries = [ctypes.CDLL(kernel.__self__.__file__) for kernel in kernels]
-    addresses = [ctypes.cast(library.kernel, ctypes.c_void_p).value for library in libraries]
-    return torch.tensor([*addresses, 0], dtype=torch.int64), libraries  # an empty tensor would have no memory
+def _file(kernel: Any) -> str:
+    """The library of a C++ function that is called from Python."""
+    return str(kernel.__self__.__file__)
 
 
 class Kernels(NamedTuple):

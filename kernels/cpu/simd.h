@@ -72,6 +72,29 @@ template <> struct Dot<8> {  // a nibble at a time
 };
 #endif
 
+// What `f` makes of vectors, `across` of the lanes of one, of each of N vectors.
+template <int N, class F, class Across>
+ALWAYS_INLINE void each_across(const vf (&x)[N], float* out, [[maybe_unused]] F f, Across across) {
+#ifdef XQ_FOUR_ACROSS
+    if constexpr (N > 1) {
+#pragma GCC unroll 4
+        for (int i = 0; i < N; i += 4) {
+            const vf all =
+                four_across(f, x[i], x[std::min(i + 1, N - 1)], x[std::min(i + 2, N - 1)], x[std::min(i + 3, N - 1)]);
+            std::memcpy(out + i, &all, std::min(4, N - i) * sizeof(float));
+        }
+        return;
+    }
+#endif
+    for (int i = 0; i < N; i++) out[i] = across(x[i]);
+}
+template <int N> ALWAYS_INLINE void sums(const vf (&x)[N], float* out) {
+    each_across(x, out, [](vf a, vf b) { return a + b; }, [](vf a) { return sum(a); });
+}
+template <int N> ALWAYS_INLINE void maxima(const vf (&x)[N], float* out) {
+    each_across(x, out, [](vf a, vf b) { return max(a, b); }, [](vf a) { return max(a); });
+}
+
 inline vf abs(vf x) { return (vf)((vu)x & 0x7fffffffu); }
 
 // The vector 0, 1, 2 ...

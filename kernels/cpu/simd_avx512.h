@@ -20,10 +20,28 @@ inline vs multiply_add_pairs(vi code, vi digit) { return (vs)_mm512_maddubs_epi1
 inline vi add_pairs(vs x) { return (vi)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(1)); }
 #endif
 
+#ifdef __AVX512BF16__
+#define XQ_DOT_BFLOAT16
+// sum + a . b of bfloat16 numbers, two to a lane.
+inline vf dot_bfloat16(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+#endif
+
 inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline float sum(vf x) { return _mm512_reduce_add_ps((__m512)x); }
 inline float max(vf x) { return _mm512_reduce_max_ps((__m512)x); }
 inline vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+
+// The sums, or by `f` whatever else, across the lanes of four vectors: four lanes, and the same in each quarter.
+#define XQ_FOUR_ACROSS
+template <class F> inline vf four_across(F f, vf a, vf b, vf c, vf d) {
+    const vf ab = f((vf)_mm512_unpacklo_ps((__m512)a, (__m512)b), (vf)_mm512_unpackhi_ps((__m512)a, (__m512)b));
+    const vf cd = f((vf)_mm512_unpacklo_ps((__m512)c, (__m512)d), (vf)_mm512_unpackhi_ps((__m512)c, (__m512)d));
+    const vi low = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}, high = low + 2;
+    vf x = f((vf)_mm512_permutex2var_ps((__m512)ab, (__m512i)low, (__m512)cd),
+             (vf)_mm512_permutex2var_ps((__m512)ab, (__m512i)high, (__m512)cd));
+    x = f(x, (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4e));
+    return f(x, (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xb1));
+}
 inline bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
 
 // Compilers take what __builtin_convertvector says here apart into scalars.

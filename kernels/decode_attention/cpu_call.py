@@ -73,12 +73,16 @@ def problem_of(a: DecodeArguments, sizes: Any = sizes_of, dtype: Any = dtype_of)
 
 
 def run_cpu(*args: Any, **kwargs: Any) -> Tensor:
+    """The op's body: :func:`attend` of its arguments."""
+    return attend(DecodeArguments(*args, **kwargs))
+
+
+def attend(a: DecodeArguments) -> Tensor:
     """Compile the kernel for this problem, or take it from the cache, and run it."""
     # Imported here: it brings in Inductor's compiler.
     from xquant_fx.kernels.cpu import build as cpu_build
 
-    a = DecodeArguments(*args, **kwargs).mapped(Tensor.contiguous)
     types, code = source(problem_of(a), cpu_build.isa())
     out = _empty(a)
-    cpu_build.load(types, code)(*a.tensors.values(), out)
+    cpu_build.load(types, code)(*[tensor.contiguous() for tensor in a.tensors.values()], out)
     return out

@@ -34,7 +34,7 @@ inline void to_digits(const float (*x)[X_PITCH], int64_t n, const float (&most)[
     constexpr float top = DIGITS == 2 ? 32512.0f : 4161536.0f;  // leaves every digit in -128 .. 127
     vf scale[NR], lost[NR][CHAINS] = {};
 #pragma GCC unroll 4
-    for (int r = 0; r < NR; r++) scale[r] = splat(most[r] > 0.0f ? top / most[r] : 0.0f), unit[r] = most[r] / top;
+    for (int r = 0; r < NR; r++) scale[r] = splat(most[r] > 0.0f ? top / most[r] : 0.0f), unit[r] = most[r] * (1 / top);
     const auto rounded = [&](int r, int chain, int64_t i) __attribute__((always_inline)) {
         if constexpr (!CARRY) return round_to_int(load<vf>(x[r] + i) * scale[r]);
         const vf exact = fma(load<vf>(x[r] + i), scale[r], lost[r][chain]);

@@ -41,11 +41,10 @@ inline void fold_key_scales(Scratch& scratch, FoldedQueries& keys, const S* scal
     for (int64_t d = WHOLE; d < DK; d += L) fold(d, DK - d, CODED - d);
     const float nan = nan_if_not_finite(zero_or_nan);
     float most[NR];
+    maxima(largest, most);
+    sums(z, keys.zero + row);
 #pragma GCC unroll 4
-    for (int r = 0; r < NR; r++) {
-        keys.zero[row + r] = sum(z[r]) + (scratch.q_center[row + r] + nan);
-        most[r] = max(largest[r]);
-    }
+    for (int r = 0; r < NR; r++) keys.zero[row + r] += scratch.q_center[row + r] + nan;
     to_digits<(DIGITS > 2)>(scratch.folded + row, K_ELEMENTS, most, keys.digits + row, keys.unit + row);
 }
 
@@ -189,12 +188,13 @@ inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, 
         }
     }
     const float nan = nan_if_not_finite(zero_or_nan);
-    float most[NR];
+    float most[NR], zero[NR];
+    maxima(largest, most);
+    sums(z, zero);
 #pragma GCC unroll 4
     for (int r = 0; r < NR; r++) {
         for (int64_t i = (n + L - 1) / L * L; i < padded; i += L) store(scratch.score[row + r] + i, splat(0.0f));
-        scratch.p_zero[row + r] = sum(z[r]) * (ABOUT_ZERO ? -0.5f * ((1 << V_BITS) - 1) : 1.0f) + nan;
-        most[r] = max(largest[r]);
+        scratch.p_zero[row + r] = zero[r] * (ABOUT_ZERO ? -0.5f * ((1 << V_BITS) - 1) : 1.0f) + nan;
     }
     to_digits<true>(scratch.score + row, padded, most, scratch.p_digits + row, scratch.p_unit + row);
 }

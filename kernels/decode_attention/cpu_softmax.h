@@ -57,7 +57,7 @@ inline void logits(Scratch& scratch, const Inputs& in, const float* so_far, int6
 #pragma GCC unroll 4
         for (int r = 0; r < NR; r++) store(scratch.score[row + r] + i, x[r]);
     }
-    for (int r = 0; r < NR; r++) m[row + r] = max(largest[r]);
+    maxima(largest, m + row);
 }
 
 // The online softmax over n tokens from t0, row by row in two passes, so that the sums across lanes that

@@ -5,6 +5,8 @@ To add one, write a module with what ``base.Scheme`` names, and put it into ``SC
 
 from __future__ import annotations
 
+import functools
+
 import xquant_fx.kernels.schemes.per_channel as per_channel
 import xquant_fx.kernels.schemes.per_channel_ranked as per_channel_ranked
 import xquant_fx.kernels.schemes.per_token as per_token
@@ -21,6 +23,7 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
+@functools.cache
 def wrap_of(scheme: str, tokens: int, max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
     """After how many tokens codes with room for ``tokens`` start over in a cache of ``max_len``; 0: they do not."""
     return wraps_at(tokens, SCHEMES[scheme].stored_tokens(0, dim, bits, group, residual), max_len)

@@ -31,6 +31,17 @@ APPENDS = {
     "one by one": "for j in range(t):\n    {B}[{s}p + j] = {x}.select({d}, j)",
 }
 NEEDS_INT = ("slice", "narrow", "slice copy_", "one by one")
+#: The same where each row has positions of its own, ``pos`` [B, t].
+RAGGED = {
+    "rows": "if t == 1:\n    {B}[torch.arange(B), :, pos[:, 0]] = {x}[:, :, 0]\n"
+    "else:\n    {B}[torch.arange(B)[:, None], :, pos] = {x}.transpose(1, 2)",
+    "rows of tokens": "{B}[torch.arange(B)[:, None], :, pos] = {x}.transpose(1, 2)",
+    "rows and heads": "if t == 1:\n    {B}[torch.arange(B)[:, None], torch.arange(KV), pos] = {x}[:, :, 0]\n"
+    "else:\n    {B}[torch.arange(B)[:, None], :, pos] = {x}.transpose(1, 2)",
+    "rows by index_put_": "torch.ops.aten.index_put_({B}, [torch.arange(B)[:, None], None, pos], {x}.transpose(1, 2))",
+    "rows by scatter_": "{B}.scatter_(2, pos[:, None, :, None].expand(-1, KV, -1, D), {x})",
+    "row after row": "for j in range(B):\n    {B}[j].index_copy_(1, pos[j], {x}[j])",
+}
 #: In place of an append: the cache grows.
 CONCATENATE = "K, V = torch.cat([K, k], 2), torch.cat([V, v], 2)"
 
@@ -52,7 +63,8 @@ def append(form: str, layout: str) -> str:
     if form == "scatter_" and layout == "bthd":
         form = "index_copy_"  # positions would have to be expanded otherwise
     words = dict(d=dim, s=":, " * dim, n="None, " * dim)
-    sides = (APPENDS[form].format(B=b, x=into.format(x), **words) for b, x in (("K", "k"), ("V", "v")))
+    forms = {**APPENDS, **RAGGED}
+    sides = (forms[form].format(B=b, x=into.format(x), **words) for b, x in (("K", "k"), ("V", "v")))
     return "\n".join(sides)
 
 

@@ -30,6 +30,20 @@ MASKS = {
     "table": "seen = torch.ones(N, N, dtype=torch.bool).tril()[pos][None, None, :, :total]",
 }  # fmt: skip
 
+#: The same where each row has positions of its own, ``pos`` [B, t].
+RAGGED_MASKS = {
+    "causal": "seen = (torch.arange(total) <= pos[..., None])[:, None]",
+    "window": (
+        "at = torch.arange(total)\n"
+        "seen = ((at <= pos[..., None]) & (at > pos[..., None] - 5))[:, None]"
+    ),
+    "padded": (
+        "at = torch.arange(total)\n"
+        "seen = (at <= pos[..., None]) & ((at >= pad[:, None, None]) | (at == pos[..., None]))\nseen = seen[:, None]"
+    ),
+    "table": "seen = torch.ones(N, N, dtype=torch.bool).tril()[pos][:, None, :, :total]",
+}  # fmt: skip
+
 #: Heads of keys and values beside those of queries: expression over ``{}``, [B, KV, T, D] to [B, HEADS, T, D].
 REPEATS = {
     "repeat_interleave": "{}.repeat_interleave(HEADS // KV, 1)",

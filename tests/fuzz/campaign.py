@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fuzz.case import Case, draw
+from fuzz.case import FORK, Case, draw
 from fuzz.comparison import Outcome, run, settings_of
 from fuzz.program import source
 
 FAILED = ("wrong", "crashed", "refused")
 #: Field to its plainest choice, tried in this order to make a failure smaller.
 PLAIN: dict[str, Any] = dict(
-    graph_break="", in_place="", rotating=0, layers=1, batch=1, kv_heads=1, heads=1, dim=8,
+    graph_break="", in_place="", rotating=0, differs="", odd=-1, products="linear",
+    layers=1, batch=1, kv_heads=1, heads=1, dim=8,
     dtype="float32", layout="bhtd", holder="list of tuples", position="tensor", append="index_copy_", read="whole",
     mask="causal", repeat="repeat_interleave", attention="sdpa", product="matmul", before="nothing",
     applied="masked_fill", after="nothing", weights="softmax", output="matmul", bits=16, scheme="kivi",
@@ -74,9 +75,20 @@ with torch.no_grad():
         at += event
 """
 
+SHORT = """{source}
+
+# {detail}
+from fuzz.case import Case
+from fuzz.comparison import run
+
+print(run(Case.from_json({json!r})))
+"""
+
 
 def script(case: Case, detail: str) -> str:
-    """A failure as a program of its own."""
+    """A failure as a program of its own, or one that needs this package where rows or forks are in it."""
+    if case.ragged or FORK in case.events:
+        return SHORT.format(source=source(case), detail=detail, json=case.to_json())
     return SCRIPT.format(
         source=source(case), detail=detail, json=case.to_json(), config=settings_of(case).to_json(),
         events=case.events, rotating=case.rotating, eager_prompt=case.eager_prompt,

@@ -6,10 +6,11 @@ import dataclasses
 import json
 from random import Random
 
-from fuzz import appends, attention
+from fuzz import appends, attention, weights
 from fuzz.holders import GROWING, HOLDERS
 
 LENGTH = 48  # tokens that a buffer has room for
+FORK = 100  # an event
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,17 @@ class Case:
     rotating: int
     """Tokens after which positions begin anew, 0: never."""
     events: tuple[int, ...]
-    """The prompt and what follows it: new tokens of a step; negative numbers take tokens back, 0 empties the cache."""
+    """The prompt and what follows it: new tokens of a step; negative numbers take tokens back, 0 empties the cache,
+    ``FORK`` goes on with a copy, and back to what was copied at the next one. Of a ragged batch one row is taken back
+    or begins anew."""
+    ragged: bool = False
+    """Whether each row is written at positions of its own."""
+    products: str = "linear"
+    """The layers' products with weights: ``PRODUCTS`` of ``weights.py``."""
+    differs: str = ""
+    """What is a constant of its own in layer ``odd``: ``DIFFERS`` of ``weights.py``."""
+    odd: int = -1
+    """The layer that differs, -1: none."""
 
     def to_json(self) -> str:
         """One line."""
@@ -87,7 +98,7 @@ def draw(number: int) -> Case:
     forms = [f for f in appends.APPENDS if has_int or f not in appends.NEEDS_INT]
     reads = [r for r in attention.READS if (has_int and not grows) or r not in attention.READS_NEED_INT]
     kv_heads, rotating = pick((1, 2, 2)), 0 if grows or random.randrange(10) else pick((8, 16))
-    return Case(
+    case = Case(
         layers=pick((1, 1, 2, 2)), heads=kv_heads * pick((1, 2, 2)), kv_heads=kv_heads, dim=pick((8, 16)),
         batch=pick((1, 1, 2)), dtype=mostly("float32", ("float32", "bfloat16", "float16", "float64")),
         holder=pick(GROWING) if grows else mostly("list of tuples", HOLDERS),
@@ -103,6 +114,45 @@ def draw(number: int) -> Case:
         dynamic=random.randrange(4) == 0, eager_prompt=random.random() < 0.5,
         rotating=rotating, events=_events(random, grows or bool(rotating)),
     )  # fmt: skip
+    return _more(case, random)
+
+
+def _more(case: Case, random: Random) -> Case:
+    """What the grammar learnt later, drawn behind all else: what a number stood for before is a part of what it is."""
+    layers = random.choice((3, 6, 6, 7)) if random.randrange(8) == 0 else case.layers
+    differs = random.choice(list(weights.DIFFERS)) if layers > 1 and not case.rotating else ""
+    case = dataclasses.replace(
+        case, layers=layers, differs=differs, odd=random.randrange(-1, layers) if differs else -1,
+        products=random.choice(("linear", *weights.PRODUCTS)),
+    )  # fmt: skip
+    if random.randrange(4) == 0 and not case.rotating and case.append != "cat":
+        reads = [form for form in attention.READS if form not in attention.READS_NEED_INT]
+        case = dataclasses.replace(
+            case, ragged=True, batch=random.choice((2, 3)), layout="bhtd", append=random.choice(list(appends.RAGGED)),
+            position="tensor", read=case.read if case.read in reads else "whole",
+            mask=case.mask if case.mask in attention.RAGGED_MASKS else "causal", events=_ragged_events(random),
+        )  # fmt: skip
+    if random.randrange(4) == 0 and not case.rotating:
+        at = random.randint(2, max(2, len(case.events) - 1))
+        ahead = random.choice((1, 1, 2, 9))
+        case = dataclasses.replace(case, events=(*case.events[:at], FORK, ahead, 1, FORK, *case.events[at:]))
+    return dataclasses.replace(case, events=case.events[:5]) if layers > 2 else case  # which take time
+
+
+def _ragged_events(random: Random) -> tuple[int, ...]:
+    """The longest row's prompt, and steps; one rollback and some rows that begin anew. No row is ever full."""
+    chosen = [random.randint(4, 14)]
+    other = random.choice((2, 3, 7, 9))
+    backs = [-random.randint(1, 3)]
+    for _ in range(random.randint(3, 8)):
+        kind = random.randrange(8)
+        if kind == 0:
+            chosen.append(0)
+        elif kind == 1 and backs and len(chosen) > 1:
+            chosen.append(backs.pop())
+        elif sum(chosen) + other < LENGTH - 12:
+            chosen.append(random.choice((1, 1, 1, other)))
+    return (*chosen, 1)
 
 
 def _events(random: Random, only_steps: bool) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ Two rules, at every step:
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import linecache
 import logging
@@ -23,16 +24,19 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from fuzz.case import Case
+from fuzz.appends import LAYOUTS
+from fuzz.case import FORK, Case
+from fuzz.contents import clear_behind, relative_error, seen_by_step
+from fuzz.pieces import by_pieces
 from fuzz.program import source
-from xquant_fx import XQuantConfig, ops
+from xquant_fx import XQuantConfig
+from xquant_fx.cache.fork import forked
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.compiler.backend import compile_graph, xquant_backend
 from xquant_fx.compiler.options import parse
 from xquant_fx.errors import XQuantError
 from xquant_fx.kernels.layout import STEP_TOKENS
-from xquant_fx.kernels.shared_code_load.arguments import STORED
 from xquant_fx.warn_once import forget
 
 #: dtype to what rounding explains, relative.
@@ -90,7 +94,7 @@ def backend_of(case: Case, by_inductor: bool) -> Any:
     def backend(gm: Any, inputs: Any) -> Any:
         if by_inductor:
             return xquant_backend(gm, inputs, options={"config": settings_of(case)})
-        return compile_graph(gm, inputs, request, lambda graph, *_: graph.forward)
+        return compile_graph(gm, inputs, request, lambda graph, *_: by_pieces(graph))
 
     return backend
 
@@ -120,6 +124,8 @@ class Comparison:
         self.step = torch.compile(self.model, backend=backend, dynamic=None if case.dynamic else False)
         self.cache, self.twin = self.names["empty"](), self.names["empty"]()
         self.at, self.pad = 0, torch.arange(case.batch) * 2
+        self.rows = torch.zeros(case.batch, dtype=torch.int64)
+        self.kept: tuple[Any, Any, int, Tensor] | None = None
         self.random = torch.Generator().manual_seed(0)
 
     def leaves(self) -> list[Tensor]:
@@ -130,16 +136,51 @@ class Comparison:
     def run(self) -> Outcome:
         """All events, up to the first that goes wrong."""
         for number, event in enumerate(self.case.events):
-            where = f"event {number} ({event}) at position {self.at}: "
+            where = f"event {number} ({event}) at position {self.rows.tolist() if self.case.ragged else self.at}: "
+            if event == FORK:
+                self._fork()
+                continue
             if event <= 0:
-                self._take_back(-event)
+                self._take_back(-event, number)
+                continue
+            if number == 0 and self.case.ragged:
+                self._fill(event)
                 continue
             outcome = self._advance(event, number)
             if outcome.kind != "right":
                 return dataclasses.replace(outcome, detail=where + outcome.detail)
         return Outcome("right")
 
-    def _take_back(self, tokens: int) -> None:
+    def _fork(self) -> None:
+        """Go on with a copy that shares memory, or, the next time, with what was copied."""
+        if self.kept is not None:
+            (self.cache, self.twin, self.at, self.rows), self.kept = self.kept, None
+            return
+        self.kept = self.cache, self.twin, self.at, self.rows
+        held = self.leaves()
+        groups = {id(b.state.group) for b in held if type(b) is QuantizedKV}
+        if len(groups) == 1 and all(type(b) is QuantizedKV for b in held):
+            self.cache = forked(self.cache, [b.live for b in held], held[0].state.group)
+        else:
+            self.cache = copy.deepcopy(self.cache)
+        self.twin = copy.deepcopy(self.twin)
+
+    def _fill(self, tokens: int) -> None:
+        """Give each row of a ragged batch a prompt, each of another length."""
+        self.rows = (tokens - 3 * torch.arange(self.case.batch)).clamp_min(1)
+        dim = LAYOUTS[self.case.layout][3]
+        for mine, theirs in zip(self._parts(), self._parts(self.twin), strict=True):
+            for row, length in enumerate(self.rows.tolist()):
+                part = mine[row].narrow(dim - 1, 0, length)
+                part.copy_(torch.randn(part.shape, generator=self.random))
+            theirs.copy_(mine)
+
+    def _take_back(self, tokens: int, number: int) -> None:
+        if self.case.ragged:
+            row = number % self.case.batch
+            self.rows = self.rows.clone()
+            self.rows[row] = (self.rows[row] - tokens).clamp_min(1) if tokens else 0
+            return
         self.at -= tokens or self.at
         if not tokens:
             for cache in (self.cache, self.twin):
@@ -147,12 +188,13 @@ class Comparison:
                     buffer.zero_()
 
     def _advance(self, tokens: int, number: int) -> Outcome:
-        first = self.at
+        first: Any = self.rows if self.case.ragged else self.at
         if self.case.rotating:
             first = self.at % self.case.rotating
             tokens = min(tokens, self.case.rotating - first)
         ids = torch.randint(48, (self.case.batch, tokens), generator=self.random)
-        args = ids, torch.arange(first, first + tokens), first, self.pad
+        pos = torch.arange(tokens) + (first[:, None] if self.case.ragged else first)
+        args = ids, pos, 0 if self.case.ragged else first, self.pad
         whole = [b.dequantize() if isinstance(b, QuantizedKV) else b.clone() for b in self._parts()]
         copies = self.names["make"]([seen_by_step(buffer, first, 0) for buffer in self._parts()])
         try:
@@ -166,7 +208,7 @@ class Comparison:
             out, self.cache = step(*self._fresh(args), self.cache)
         except Exception as error:
             return _failure(error)
-        self.at += tokens
+        self.at, self.rows = self.at + tokens, self.rows + tokens
         if ordinary < [type(buffer) is Tensor for buffer in self.leaves()]:  # they were given back
             here, after = self.model(*self._fresh(args), self.names["make"](whole))
         elif ordinary != [type(buffer) is Tensor for buffer in self.leaves()]:  # they were taken over
@@ -181,23 +223,25 @@ class Comparison:
             here, after = out, self.names["make"](self.leaves())
         return self._judge(out, here, right, self.names["leaves"](after), first, tokens)
 
-    def _taken_over(self, args: tuple[Any, ...], first: int, tokens: int) -> tuple[Tensor, Any]:
+    def _taken_over(self, args: tuple[Any, ...], first: Any, tokens: int) -> tuple[Tensor, Any]:
         """The step once more in eager code, on what it saw: tokens before it as they were quantized by it."""
         seen = [seen_by_step(buffer, first, tokens) for buffer in self.leaves()]
         for tensor in seen:
-            tensor[:, :, first:] = 0  # only [B, KV, N, D] are taken over
+            clear_behind(tensor, first)  # only [B, KV, N, D] are taken over
         out: tuple[Tensor, Any] = self.model(*self._fresh(args), self.names["make"](seen))
         return out
 
-    def _parts(self) -> list[Tensor]:
+    def _parts(self, cache: Any = None) -> list[Tensor]:
         """What ``make`` was given."""
-        return list(self.cache) if self.case.holder == "stacked" else self.leaves()
+        cache = self.cache if cache is None else cache
+        parts: list[Tensor] = list(cache) if self.case.holder == "stacked" else self.names["leaves"](cache)
+        return parts
 
     @staticmethod
     def _fresh(args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
 
-    def _judge(self, out: Tensor, here: Tensor, right: Tensor, after: list[Tensor], first: int, tokens: int) -> Outcome:
+    def _judge(self, out: Tensor, here: Tensor, right: Tensor, after: list[Tensor], first: Any, tokens: int) -> Outcome:
         rounding = ROUNDING[self.case.dtype]
         if (error := relative_error(out, here)) > rounding:
             return Outcome("wrong", f"differs from eager code on the same contents by {error:.2g}")
@@ -210,29 +254,11 @@ class Comparison:
             for i, (mine, theirs) in enumerate(zip(self.leaves(), after, strict=True)):
                 pair = [seen_by_step(buffer, first, tokens) for buffer in (mine, theirs)]
                 if isinstance(mine, QuantizedKV):  # what lies behind is forgotten
-                    pair = [dense[:, :, : first + tokens] for dense in pair]
+                    for dense in pair:
+                        clear_behind(dense, first + tokens)
                 if (error := relative_error(*pair)) > rounding:
                     return Outcome("wrong", f"tensor {i} of the cache differs from eager code's by {error:.2g}")
         return Outcome("right")
-
-
-def seen_by_step(buffer: Tensor, past: int, new: int) -> Tensor:
-    """What a step sees that begins with ``past`` tokens and has stored ``new`` more: zeros behind them."""
-    if not isinstance(buffer, QuantizedKV | GrowingKV):
-        return buffer.clone()
-    state = buffer.live
-    tensors = {name: state.tensor(name) for name in STORED}
-    where = dict(past=torch.tensor([past]), new_tokens=new, n=buffer.shape[2])
-    dense: Tensor = ops.LOAD(**tensors, **where, **state.spec.load_constants(), x=None)
-    return dense.clone()
-
-
-def relative_error(mine: Tensor, theirs: Tensor) -> float:
-    """Root of the mean square of the difference, relative; inf where shapes, dtypes or NaN differ."""
-    if mine.shape != theirs.shape or mine.dtype != theirs.dtype or not torch.equal(mine.isnan(), theirs.isnan()):
-        return float("inf")
-    a, b = (t.double().nan_to_num() for t in (mine, theirs))
-    return ((a - b).norm() / b.norm().clamp_min(1e-6)).item()
 
 
 def _failure(error: BaseException) -> Outcome:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fuzz import attention
+from fuzz import attention, weights
 from fuzz.appends import LAYOUTS, POSITIONS, append, indented
 from fuzz.case import IN_PLACE, LENGTH, Case
 from fuzz.holders import GROWING, HOLDERS
@@ -37,8 +37,8 @@ class Decoder(nn.Module):
         torch.manual_seed(0)
         width = HEADS * D
         self.embed, self.place = nn.Embedding(48, width), nn.Embedding(2 * N, width)
-        self.q, self.o = (nn.ModuleList(nn.Linear(width, width) for _ in range(LAYERS)) for _ in range(2))
-        self.k, self.v = (nn.ModuleList(nn.Linear(width, KV * D) for _ in range(LAYERS)) for _ in range(2))
+        self.q, self.o = products(width, width), products(width, width)
+        self.k, self.v = products(width, KV * D), products(width, KV * D)
         self.sinks = nn.Parameter(torch.randn(HEADS))
         self.to(DTYPE)
 
@@ -65,22 +65,27 @@ def source(case: Case) -> str:
     holder, grows = HOLDERS[case.holder], case.append == "cat"
     shape = "(B, KV, 0, D)" if grows else LAYOUTS[case.layout][0]
     layers = [
-        LAYER.format(number=i, keys=holder.keys, values=holder.values, layer=_layer(case)) for i in range(case.layers)
+        LAYER.format(number=i, keys=holder.keys, values=holder.values, layer=_layer(case, i))
+        for i in range(case.layers)
     ]
+    before = holder.before + weights.DIFFERS[case.differs][0] + weights.PRODUCTS[case.products]
     as_made = "tuple" if case.holder == "tuple" else "list"
     return HEAD.format(
         layers=case.layers, heads=case.heads, kv_heads=case.kv_heads, dim=case.dim, batch=case.batch, length=LENGTH,
-        dtype=case.dtype, before=holder.before, make=indented(holder.make, 1), shape=shape, leaves=holder.leaves,
+        dtype=case.dtype, before=before, make=indented(holder.make, 1), shape=shape, leaves=holder.leaves,
         position=indented(POSITIONS[case.position], 2), longer="        longer = []\n" if grows else "",
         each_layer=indented("".join(layers), 2),
         returned=f"{as_made}(longer)" if grows and case.holder in GROWING else "cache",
     )  # fmt: skip
 
 
-def _layer(case: Case) -> str:
+def _layer(case: Case, number: int) -> str:
     """All lines of one layer between its projections."""
     after_append, after_scores = IN_PLACE[case.in_place]
-    parts = [append(case.append, case.layout)]
+    _, before_append, after_mask, usual, odd = weights.DIFFERS[case.differs]
+    constant = odd if number == case.odd else usual
+    masks = attention.RAGGED_MASKS if case.ragged else attention.MASKS
+    parts = [before_append.format(constant), append(case.append, case.layout)]
     if case.append == "cat":
         parts.append("longer.append((K, V))")
     parts.append(after_append)
@@ -89,7 +94,7 @@ def _layer(case: Case) -> str:
     whole = LAYOUTS[case.layout][1]
     read = attention.READS[case.read]
     parts += [f"{side}_ = {read.format(whole.format(side))}" for side in "KV"]
-    parts += ["total = K_.shape[2]", attention.MASKS[case.mask]]
+    parts += ["total = K_.shape[2]", masks[case.mask], after_mask.format(constant)]
     parts += [f"{name} = {_repeated(case, side)}" for name, side in (("keys", "K_"), ("values", "V_"))]
     parts += _attention(case, after_scores)
     if case.graph_break == "between layers":

@@ -70,7 +70,7 @@ def decode_attention(
     mask = _causal(key, past, new) if mask is None else _fitting(mask, (*q.shape[:3], spec.shape[2]), where)
     fixed = spec.decode_constants(value.spec)
     fixed["window"] = min((n for n in (window, spec.window) if n), default=0)
-    out = ops.DECODE(
+    out = ops.decode_attention(  # the op's body: this is never traced, and the op itself takes as long as a short step
         q=q,
         **of_sides(key.tensor, value.tensor),
         start=key.group.start,
@@ -115,16 +115,16 @@ def _check(q: Tensor, key: KVState, value: KVState) -> None:
             where + f"q must have shape [{batch}, multiple of {heads}, q, {dim}] and dtype {key.spec.dtype}, "
             f"got {tuple(q.shape)} and {q.dtype}"
         )
-    (keys, most_keys), (values, most_values) = (_rows(side).unbind(1) for side in (key, value))
-    stored = int(keys.min())
+    rows = list(zip(_rows(key).tolist(), _rows(value).tolist(), strict=True))
+    stored = min(keys for (keys, _), _ in rows)
     if not 1 <= q.shape[2] <= min(STEP_TOKENS, stored):
         error = CacheStateError if 1 <= q.shape[2] <= STEP_TOKENS else ArgumentError
         raise error(where + f"q must have 1 to {STEP_TOKENS} stored tokens, got {q.shape[2]} of {stored}")
-    for row, (each, other) in enumerate(zip(keys.tolist(), values.tolist(), strict=True)):
-        if each != other:
-            of_row = f"row {row}: " if len(keys) > 1 else ""
-            raise CacheStateError(where + f"{of_row}{each} keys and {other} values are stored")
-    lost = int((torch.maximum(most_keys, most_values) - keys).max()) + q.shape[2]
+    for row, ((keys, _), (values, _)) in enumerate(rows):
+        if keys != values:
+            of_row = f"row {row}: " if len(rows) > 1 else ""
+            raise CacheStateError(where + f"{of_row}{keys} keys and {values} values are stored")
+    lost = max(max(most_keys, most_values) - keys for (keys, most_keys), (_, most_values) in rows) + q.shape[2]
     if lost > key.spec.rollback_tokens:
         raise CacheStateError(
             where
@@ -159,7 +159,7 @@ def _fitting(mask: Tensor, shape: tuple[int, ...], where: str) -> Tensor:
             where + f"the mask must be bool or float and broadcast to {list(shape)} (its last dimension that long), "
             f"got {tuple(mask.shape)} of {mask.dtype}"
         )
-    mask = mask.reshape(full)
+    mask = mask if mask.dim() == 4 else mask.reshape(full)
     return mask if mask.dtype in (torch.bool, torch.float32) else mask.to(torch.float32)
 
 

@@ -29,6 +29,9 @@ States: Any = getattr(cache_utils, "LinearAttentionLayer", StaticLayer)
 class XQuantIndexedLayer(XQuantLayer, Indexed):  # type: ignore[misc]
     """A quantized layer beside an indexer's keys [B, tokens, channels], which stay in full precision."""
 
+    is_indexer_initialized: bool
+    indexer_position_ids: Any = None  # older transformers have none
+
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """Append; returns what the indexer sees, like ``update``: of a cold prefill the prompt itself."""
         cold = not self.is_indexer_initialized
@@ -38,6 +41,8 @@ class XQuantIndexedLayer(XQuantLayer, Indexed):  # type: ignore[misc]
     def reset(self) -> None:
         """Empty the layer."""
         XQuantLayer.reset(self)
+        if self.is_indexer_initialized:
+            self.indexer_cumulative_length.zero_()  # which older transformers make but once
         self.is_indexer_initialized, self.indexer_keys, self.indexer_position_ids = False, None, None
 
     def truncate(self, length: int) -> None:

@@ -95,6 +95,13 @@ class View:
         there = (entries >> PRESENT | entries >> SWAPPED) & 1
         return (there & ~(entries >> OF_FILE)).bool()
 
+    def pages_of(self, tensor: Tensor) -> slice:
+        """The pages that ``tensor`` lies in: none if its memory is another by now (``share_memory_``, ``set_``)."""
+        begin = tensor.data_ptr() - self.bytes.data_ptr()
+        if begin not in self.file.offsets:
+            return slice(0)
+        return slice(begin // PAGE, -(-(begin + tensor.nbytes) // PAGE))
+
     def copied(self) -> View:
         """Another mapping with the same contents."""
         new, own = View(self.file), self.own
@@ -113,7 +120,8 @@ def can_be_shared(tensor: Tensor) -> bool:
 
 def is_shared(tensor: Tensor) -> bool:
     """Whether it lies in pages that others may share."""
-    return tensor in _views
+    view: View | None = _views.get(tensor)
+    return view is not None and view.pages_of(tensor) != slice(0)
 
 
 @torch.inference_mode(False)
@@ -132,8 +140,15 @@ def share(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 def shared_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of ``tensors`` that lie in pages which they did not write to since they were shared."""
-    views = {id(view): view for tensor in tensors if (view := _views.get(tensor)) is not None}
-    return sum(PAGE * int((~view.own).sum()) for view in views.values())
+    found: dict[int, tuple[View, list[Tensor]]] = {}
+    for tensor in tensors:
+        if (view := _views.get(tensor)) is not None:
+            found.setdefault(id(view), (view, []))[1].append(tensor)
+    total = 0
+    for view, held in found.values():
+        own = view.own
+        total += sum(int((~own[view.pages_of(tensor)]).sum()) for tensor in held)
+    return PAGE * total
 
 
 @functools.cache

@@ -10,6 +10,7 @@ Everything is decided by one detection, on a clone of the graph. Then
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,6 +37,7 @@ from xquant_fx.compiler.planning import plan_graph, warn_of_lengths, why_not_gra
 from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.proof import Call
 from xquant_fx.compiler.restarts import Restarts
+from xquant_fx.compiler.row_slices import row_graph
 from xquant_fx.compiler.self_check import self_check
 from xquant_fx.compiler.short_windows import note_short_windows, why_not_sliding_window
 from xquant_fx.compiler.sliding_step import SlidingStep, begin_to_slide, moved_windows
@@ -90,6 +92,9 @@ watch_tracing(xquant_backend)
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
     """Decide what becomes of a graph; ``compiler`` gets what is to be compiled."""
     check_frozen(gm, request)
+    if (one := row_graph(gm, inputs)) is not None:
+        with contextlib.suppress(UnsupportedWriteError):  # else as any graph that does this to a batch
+            return one.calling(compile_graph(one.gm, one.given(inputs, one.row), request, compiler))
     found = detect_graph(gm, inputs, request)
     report_left(found.sites, request)
     _check_gradients(gm, inputs)

@@ -18,10 +18,13 @@ from torch.fx import GraphModule
 
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.compiler.cache_key import cache_key_patch
-from xquant_fx.compiler.layers import compile_layers
+from xquant_fx.compiler.index_checks import checks_behind_indices
+from xquant_fx.compiler.kept_steps import are_expected, place_of
+from xquant_fx.compiler.layers import compile_layers, restored_layers
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.tracing_time import wait_for_hashes
 from xquant_fx.kernels.cpu.one_call import switched
+from xquant_fx.passes.graph import make_fake_inputs
 
 #: For graphs with a quantized cache on a CPU: what takes time there and changes nothing in the code of a step.
 CPU_SETTINGS: dict[str, Any] = {
@@ -49,7 +52,7 @@ def no_collection() -> Iterator[None]:
 
 def begin(inputs: list[Any]) -> None:
     """Where kernels of ours are going to be compiled, find out in the background what that takes."""
-    if any(isinstance(each, STORED_KV) and _is_on_cpu(each) for each in inputs):
+    if not are_expected() and any(isinstance(each, STORED_KV) and _is_on_cpu(each) for each in inputs):
         from xquant_fx.kernels.cpu.build import begin_probes  # brings in Inductor's compiler
 
         begin_probes()
@@ -66,12 +69,8 @@ def compile_by_inductor(
 
     Without ``settings`` there is nothing of ours in the graph, which Inductor compiles as if we were not there.
     """
-    wait_for_hashes()
     from torch._inductor import config as inductor_config
     from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    import xquant_fx.kernels.lowerings  # noqa: F401  (registers them)
 
     on_cpu = all(_is_on_cpu(each) or not isinstance(each, Tensor) for each in inputs)
     one_call = "one_call" not in request.disable
@@ -82,8 +81,23 @@ def compile_by_inductor(
         patches["cpp.min_chunk_size"] = max(inductor_config.cpp.min_chunk_size, 4096)
         if on_cpu:
             patches.update(CPU_SETTINGS)
-    compile_one = functools.partial(compile_fx, config_patches=patches or None)
-    with switched(one_call):
-        made = compile_layers(gm, inputs, compile_one) if settings is not None and on_cpu and one_call else None
+    by_layers = settings is not None and on_cpu and one_call
+    place = place_of(gm.graph, inputs, patches) if by_layers else None
+    if place and (restored := restored_layers(gm, inputs, place)):
+        return restored
+    make_fake_inputs(gm.graph, inputs)
+    with switched(one_call), checks_behind_indices() if settings is not None else contextlib.nullcontext():
+        compile_one = _compile_one(patches)
+        made = compile_layers(gm, inputs, compile_one, place) if by_layers else None
         compiled: Any = made or compile_one(gm, inputs)
     return compiled
+
+
+def _compile_one(patches: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor, which is imported here and not before: not where a step is restored."""
+    wait_for_hashes()
+    from torch._inductor.compile_fx import compile_fx
+
+    import xquant_fx.kernels.lowerings  # noqa: F401  (registers them)
+
+    return functools.partial(compile_fx, config_patches=patches or None)

@@ -2,10 +2,11 @@
 
 A graph of 30 equal layers takes Inductor 18 s, one layer of it and what stands before and behind 4. What it generates
 for the layer is read and repeated with each layer's tensors (``kernels/cpu/wrapper_chain.py``), and compiled as the one
-function that the whole graph would have become. Where that is not possible, the graph is compiled as a whole.
+function that the whole graph would have become. Where that is not possible, the graph is compiled as a whole. The
+function is kept on disk (``kept_steps.py``).
 
 Relied on: that AOTAutograd hands all inputs and results of a graph without gradients, in order, to the wrapper that
-Inductor generates. Checked on torch 2.13.
+Inductor generates. Checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
+from xquant_fx.compiler.kept_steps import Place
 from xquant_fx.compiler.repeats import Piece, pieces_of, why_not_apart
 from xquant_fx.kernels.cpu.one_call import Chain, Generated, collected, joined_chain, read_generated
 from xquant_fx.kernels.cpu.wrapper_chain import Link, layout
@@ -42,8 +44,19 @@ class Part(NamedTuple):
     read: Reader
 
 
-def compile_layers(gm: GraphModule, inputs: Sequence[Any], compile_one: Compile) -> Callable[..., Any] | None:
-    """The graph as a function, its equal layers compiled once; None if it has none, or they cannot be."""
+def restored_layers(gm: GraphModule, inputs: Sequence[Any], place: Place) -> Callable[..., Any] | None:
+    """What ``compile_layers`` made of the same graph before, perhaps in another process; None if it did not."""
+    call = None if _why_not_inputs(gm.graph, inputs) else place.restored()
+    return None if call is None else _counting_writes(call, gm.graph)
+
+
+def compile_layers(
+    gm: GraphModule, inputs: Sequence[Any], compile_one: Compile, place: Place | None = None
+) -> Callable[..., Any] | None:
+    """The graph as a function, its equal layers compiled once; None if it has none, or they cannot be.
+
+    It is kept at ``place``.
+    """
     pieces = pieces_of(gm.graph)
     if len(pieces) < 2:
         return None
@@ -55,8 +68,10 @@ def compile_layers(gm: GraphModule, inputs: Sequence[Any], compile_one: Compile)
         log.info("the layers of this graph are compiled together: %s", error)
         counters["xquant"][f"layers compiled together: {error}"] += 1
         return None
-    counters["xquant"]["layers_not_compiled_again"] += len(pieces) - len(chain.generated)
-    return _counting_writes(joined_chain(chain), gm.graph)
+    spared = len(pieces) - len(chain.generated)
+    counters["xquant"]["layers_not_compiled_again"] += spared
+    keep = None if place is None else lambda kept: place.keep(kept._replace(spared=spared))
+    return _counting_writes(joined_chain(chain, keep), gm.graph)
 
 
 def _counting_writes(call: Callable[[list[Any]], Any], graph: Graph) -> Callable[..., Any]:

@@ -159,7 +159,7 @@ def _is_kernel(node: Node) -> bool:
 
 def _look(node: Node) -> Hashable:
     """What ``node`` does, without who gives it its operands."""
-    return _described(node, _described_value)
+    return _described(node, described_value)
 
 
 def _piece(nodes: Sequence[Node]) -> Piece:
@@ -168,7 +168,7 @@ def _piece(nodes: Sequence[Node]) -> Piece:
     def name(operand: Node) -> Hashable:
         if operand in inside:
             return "computed", inside[operand]
-        return "given", given.setdefault(operand, len(given)), _described_value(operand)
+        return "given", given.setdefault(operand, len(given)), described_value(operand)
 
     form = tuple(_described(node, name) for node in nodes)
     return Piece(list(nodes), list(given), form)
@@ -176,10 +176,11 @@ def _piece(nodes: Sequence[Node]) -> Piece:
 
 def _described(node: Node, name: Callable[[Node], Hashable]) -> Hashable:
     given = _plain(node.args, name), _plain(node.kwargs, name)
-    return node.op, node.target, given, _described_value(node)
+    return node.op, node.target, given, described_value(node)
 
 
-def _described_value(node: Node) -> Hashable:
+def described_value(node: Node) -> Hashable:
+    """Layout of the tensor that ``node`` gives, or of what type its value is."""
     value = fake(node)
     if value is None or not _is_static(value):
         return str(type(node.meta.get("example_value")))

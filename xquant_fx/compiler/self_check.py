@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.ragged import Row
 from xquant_fx.cache.sliding import SlidingKV, with_room
 from xquant_fx.compiler.differences import Difference, beyond_rounding
 from xquant_fx.compiler.full_precision import Rebuilt, contents_of, full, held_of
@@ -199,7 +200,8 @@ class _Check:
             stored, wanted = value, given[i]
             if isinstance(value, QuantizedKV):
                 stored = contents_of(value, wanted.shape[2])
-                wanted = held_of(value, wanted) if value.spec.ragged else wanted  # a row may have gone back
+                may_go_back = value.spec.ragged or isinstance(self.inputs[i].state, Row)
+                wanted = held_of(value, wanted) if may_go_back else wanted
             pairs.append((f"input {i}", stored, wanted))
         return next((found for pair in pairs if (found := beyond_rounding(*pair))), None)
 

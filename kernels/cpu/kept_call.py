@@ -1,0 +1,94 @@
+"""The one C++ call of a graph (``one_call.py``), kept on disk: Python around it, and the libraries that Inductor built.
+
+To load it takes 10 ms and no compiler; without it Inductor is imported, 0.4 s, and asked for the same again.
+
+Private torch APIs: ``_empty_strided_cpu``, ``_reinterpret_tensor``, and through ``build.py`` how Inductor loads a
+library. Checked on torch 2.13.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+#: What the Python around a call may name: of the modules that Inductor generates, and of ours.
+_GIVEN = ("xquant_kernels", "xquant_one_call")
+
+
+class KeptCall(NamedTuple):
+    """How to make the call without a compiler."""
+
+    lines: list[str]
+    """Python that defines ``call``."""
+    library: str
+    """File of the C++ function."""
+    kernels: list[str]
+    """Files of the kernels that it calls in other libraries, in the order of their addresses."""
+    spared: int = 0
+    """Parts of the graph that were like another one, and not compiled: for counters."""
+
+
+def bound(lines: Sequence[str], function: Any, kernels: Sequence[str], names: dict[str, Any]) -> Callable[..., Any]:
+    """The ``call`` that ``lines`` define, around the C++ ``function``; ``names`` are its globals."""
+    libraries = [ctypes.CDLL(file) for file in kernels]
+    addresses = [ctypes.cast(library.kernel, ctypes.c_void_p).value for library in libraries]
+    table = torch.tensor([*addresses, 0], dtype=torch.int64)  # an empty tensor would have no memory
+    space = {**names, "xquant_kernels": table, "xquant_libraries": libraries, "xquant_one_call": function}
+    exec(compile("\n".join(lines), "<one call>", "exec"), space)
+    made: Callable[..., Any] = space["call"]
+    return made
+
+
+def may_be_kept(call: Callable[..., Any]) -> bool:
+    """Whether the Python of ``call`` names nothing but what a kept one is given, and what torch has."""
+    names = set(call.__code__.co_names) - set(_names()) - set(_GIVEN) - {"clear"}
+    return all(hasattr(torch, name) for name in names)
+
+
+def keep(kept: KeptCall, file: Path) -> None:
+    """Write ``kept`` to ``file``, at once or not at all: other processes may read it. Paths are as seen from there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    seen = kept._replace(library=_seen(kept.library, file), kernels=[_seen(each, file) for each in kept.kernels])
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as whole:
+        json.dump(seen._asdict(), whole)
+    os.replace(whole.name, file)
+
+
+def restored(file: Path) -> Callable[..., Any] | None:
+    """The call that was kept in ``file``; None if there is none, or a library of it is gone."""
+    from torch._dynamo.utils import counters  # imports Dynamo
+
+    try:
+        kept = KeptCall(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    library, *kernels = (str(file.parent / each) for each in (kept.library, *kept.kernels))
+    if not all(os.path.exists(each) for each in (library, *kernels)):
+        return None
+    from xquant_fx.kernels.cpu import build  # brings in Inductor's cache of code
+
+    made = bound(kept.lines, build.function_in(library), kernels, _names())
+    counters["xquant"]["steps restored"] += 1
+    counters["xquant"]["one_call"] += 1
+    counters["xquant"]["layers_not_compiled_again"] += kept.spared
+    return made
+
+
+def _seen(library: str, file: Path) -> str:
+    return os.path.relpath(library, file.parent)
+
+
+def _names() -> dict[str, Any]:
+    guards: Any = torch._C._dynamo.guards
+    return {
+        "torch": torch,
+        "empty_strided_cpu": guards._empty_strided_cpu,
+        "reinterpret_tensor": guards._reinterpret_tensor,
+    }

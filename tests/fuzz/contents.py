@@ -1,0 +1,42 @@
+"""What caches hold, as ordinary tensors, and how far tensors are apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xquant_fx import ops
+from xquant_fx.cache.growing import GrowingKV
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.kernels.shared_code_load.arguments import STORED
+
+
+def clear_behind(dense: Tensor, lengths: Any) -> None:
+    """Zeros from ``lengths`` on, a number or one for each row of [B, KV, N, D]."""
+    if isinstance(lengths, int):
+        lengths = torch.tensor([lengths])
+    dense.masked_fill_((torch.arange(dense.shape[2]) >= lengths[:, None])[:, None, :, None], 0)
+
+
+def seen_by_step(buffer: Tensor, past: Any, new: int) -> Tensor:
+    """What a step sees that begins with ``past`` tokens and has stored ``new`` more: zeros behind them.
+
+    ``past`` is a number, or one for each row [B].
+    """
+    if not isinstance(buffer, QuantizedKV | GrowingKV):
+        return buffer.clone()
+    state = buffer.live
+    tensors = {name: state.tensor(name) for name in STORED}
+    where = dict(past=torch.tensor([past]) if isinstance(past, int) else past, new_tokens=new, n=buffer.shape[2])
+    dense: Tensor = ops.LOAD(**tensors, **where, **state.spec.load_constants(), x=None)
+    return dense.clone()
+
+
+def relative_error(mine: Tensor, theirs: Tensor) -> float:
+    """Root of the mean square of the difference, relative; inf where shapes, dtypes or NaN differ."""
+    if mine.shape != theirs.shape or mine.dtype != theirs.dtype or not torch.equal(mine.isnan(), theirs.isnan()):
+        return float("inf")
+    a, b = (t.double().nan_to_num() for t in (mine, theirs))
+    return ((a - b).norm() / b.norm().clamp_min(1e-6)).item()

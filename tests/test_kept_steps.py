@@ -1,0 +1,143 @@
+"""Steps that are kept on disk: restored where everything is the same, compiled where anything differs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dynamo_graphs import fresh
+from test_one_call import unit_module, unit_wrapper
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch.fx import Graph
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from xquant_fx.compiler import kept_steps
+from xquant_fx.compiler.cache_key import KeyPass, cache_key_patch
+from xquant_fx.compiler.kept_steps import Place, place_of
+from xquant_fx.kernels.cpu.kept_call import KeptCall, keep, may_be_kept, restored
+from xquant_fx.kernels.cpu.one_call import Chain, Generated, joined_chain, read_generated
+from xquant_fx.kernels.cpu.wrapper_chain import Link
+
+
+def chain_of_two(keep: Callable[[KeptCall], None] | None) -> Callable[[list[Any]], Any]:
+    generated = Generated(unit_wrapper, unit_module())
+    links = [Link(0, [f"h{i}"], [f"h{i + 1}"]) for i in range(2)]
+    return joined_chain(Chain([generated], [read_generated(generated, [4])], links, ["h0"], ["h2", None, "h1"]), keep)
+
+
+def test_a_call_is_kept_and_restored(tmp_path: Path) -> None:
+    file = tmp_path / "xquant" / "a.json"
+    assert restored(file) is None
+    found: list[KeptCall] = []
+    made = chain_of_two(found.append)
+    expected = made([torch.arange(3.0)])  # it is compiled by then, and kept
+    keep(found[0]._replace(spared=1), file)
+    counters.clear()
+    call = restored(file)
+    assert call is not None and counters["xquant"] == {
+        "steps restored": 1, "one_call": 1, "layers_not_compiled_again": 1,
+    }  # fmt: skip
+    (two, none, one) = call([torch.arange(3.0)])
+    assert none is None and torch.equal(two, expected[0]) and torch.equal(one, expected[2])
+    keep(found[0]._replace(library=str(tmp_path / "gone.so")), file)
+    assert restored(file) is None
+    keep(found[0]._replace(kernels=[str(tmp_path / "gone.so")]), file)
+    assert restored(file) is None
+    file.write_text(file.read_text()[:-9])
+    assert restored(file) is None
+
+
+def test_what_names_something_of_its_module_is_not_kept() -> None:
+    space: dict[str, Any] = {}
+    exec("def call(args):\n    return (empty_strided_cpu((3, ), (1, ), torch.float32), )", space)
+    assert may_be_kept(space["call"])
+    exec("def call(args):\n    return (constant0, )", space)
+    assert not may_be_kept(space["call"])
+
+
+def graph(scale: float = 2.0, dtype: torch.dtype = torch.float32, tokens: int = 3, op: Any = torch.ops.aten.mul) -> Any:
+    """A graph as passes leave it, its inputs, and patches of Inductor's config."""
+    x, y = torch.ones(tokens, 4, dtype=dtype), nn.Parameter(torch.ones(4, dtype=dtype), requires_grad=False)
+    made = make_fx(lambda x, y: torch.ops.aten.add(op(x, scale), y), tracing_mode="fake")(x, y).graph
+    for node in made.nodes:
+        node.meta["example_value"] = node.meta.get("val")
+    return made, [x, y], cache_key_patch("settings")
+
+
+def place(made: Graph, inputs: list[Any], patches: dict[str, Any]) -> Place | None:
+    with torch.no_grad():
+        return place_of(made, inputs, patches)
+
+
+OTHERS = {
+    "a number": dict(scale=2.5), "type of a number": dict(scale=2), "dtype": dict(dtype=torch.float64),
+    "shape": dict(tokens=4), "op": dict(op=torch.ops.aten.sub),
+}  # fmt: skip
+
+
+def test_the_same_is_found_again() -> None:
+    assert place(*graph()) == place(*graph()) is not None
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_another_graph_is_another_step(what: str) -> None:
+    assert place(*graph(**OTHERS[what])) not in (place(*graph()), None)
+
+
+def test_other_surroundings_are_another_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, inputs, patches = graph()
+    found = [place(made, inputs, patches), place(made, inputs, cache_key_patch("other specs"))]
+    found.append(place(made, inputs, {**patches, "cpp.min_chunk_size": 1}))
+    found.append(place(made, inputs, {**patches, "post_grad_custom_pre_pass": KeyPass("settings", (_Named(),))}))
+    with inductor_config.patch("cpp.simdlen", 1):
+        found.append(place(made, inputs, patches))
+    with torch.inference_mode():
+        found.append(place(made, inputs, patches))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    found.append(place(made, inputs, patches))
+    torch.set_num_threads(threads)
+    inputs[0] = torch.ones(4, 3).T
+    found.append(place(made, inputs, patches))
+    monkeypatch.setattr("xquant_fx.compiler.cache_key.source_hash", lambda: b"other sources")
+    found.append(place(made, inputs, patches))
+    assert None not in found and len(set(found)) == len(found)
+
+
+class _Named(kept_steps.KeyPass):
+    def __init__(self) -> None:
+        super().__init__("of a user")
+
+
+@torch.library.custom_op("kept_steps_test::double", mutates_args=())
+def double(x: Tensor, scale: float) -> Tensor:
+    return x * scale
+
+
+@double.register_fake
+def _(x: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_what_has_no_lasting_text_is_not_kept() -> None:
+    made, inputs, patches = graph()
+    assert place(*graph(op=torch.ops.kept_steps_test.double)) is None
+    assert place(made, [inputs[0], 3], patches) is None  # no tensor
+    assert place(made, inputs, {**patches, "post_grad_custom_pre_pass": KeyPass("", (print,))}) is None
+    with torch.autocast("cpu"):
+        assert place(made, inputs, patches) is None
+    for caches in ({"fx_graph_cache": False}, {"force_disable_caches": True}):
+        with inductor_config.patch(caches):
+            assert place(made, inputs, patches) is None and not kept_steps.are_expected()
+    of_a_user = Graph()
+    of_a_user.output(of_a_user.call_function(fresh, (1,)))
+    assert place(of_a_user, [], patches) is None
+    of_python = Graph()
+    of_python.output(of_python.call_function(operator.add, (1, 2)))
+    assert place(of_python, [], patches) is not None

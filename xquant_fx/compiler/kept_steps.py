@@ -1,0 +1,170 @@
+"""What a graph of equal layers was compiled to, kept on disk: a later process neither imports Inductor nor asks it.
+
+Inductor's own caches spare it the compilation, too, but not 0.4 s of imports, 0.4 of hashing torch's sources, the
+preprocessor, and a look for each part of a graph. A kept step is found by all that these caches look at: the graph with
+the layouts of its tensors, configs of Inductor and AOTAutograd, our sources, versions, and the processor. What has no
+stable text is not kept: ops that somebody registered, passes that somebody gave Inductor without a uuid.
+
+Relied on: ``get_hash`` of torch's config modules, ``_get_qualified_name``, and where Inductor's caches are. Checked on
+torch 2.13.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+from torch.fx.node import _get_qualified_name
+
+from xquant_fx.compiler.cache_key import KeyPass
+from xquant_fx.compiler.repeats import described_value
+from xquant_fx.kernels.cpu import kept_call
+from xquant_fx.kernels.cpu.kept_call import KeptCall
+from xquant_fx.passes.find_writes import is_opaque
+
+#: Ops whose bodies change with the versions of torch or of this package only.
+_NAMESPACES = ("aten", "prims", "xquant")
+_MODULES = ("torch", "_operator", "operator", "math", "builtins")
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+class NotKeptError(Exception):
+    """Something has no text that is the same in another process whenever it does the same."""
+
+
+class Place(NamedTuple):
+    """Where a step is kept."""
+
+    file: Path
+
+    def restored(self) -> Callable[[list[Any]], Any] | None:
+        """The step, if it is there."""
+        return kept_call.restored(self.file)
+
+    def keep(self, kept: KeptCall) -> None:
+        """Write it."""
+        kept_call.keep(kept, self.file)
+
+
+def folder() -> Path:
+    """All that are kept, beside what Inductor keeps."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "xquant"
+
+
+def are_expected() -> bool:
+    """Whether there are any: then what only a compilation needs can wait until there is one."""
+    return _wanted() and folder().is_dir()
+
+
+def place_of(graph: Graph, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Place | None:
+    """Where the step that ``graph`` becomes under these ``patches`` of Inductor's config is kept, or is to be."""
+    if not _wanted():
+        return None
+    try:
+        text = repr((_surroundings(patches), [_input(each) for each in inputs], _graph(graph)))
+    except NotKeptError:
+        return None
+    return Place(folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.json")
+
+
+def _wanted() -> bool:
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config
+
+    caches = config.fx_graph_cache and functorch_config.enable_autograd_cache
+    return bool(caches) and not config.force_disable_caches and not torch.is_autocast_enabled("cpu")
+
+
+def _surroundings(patches: Mapping[str, Any]) -> tuple[Any, ...]:
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config
+
+    settings = {name: _setting(value) for name, value in patches.items()}
+    switches = (
+        torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device(),
+        torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
+        getattr(torch.utils.deterministic, "fill_uninitialized_memory", None), torch.backends.mkldnn.enabled,
+        torch.is_inference_mode_enabled(), torch.is_grad_enabled(),
+    )  # fmt: skip
+    return sorted(settings.items()), switches, config.get_hash(), functorch_config.get_hash(), _machine()
+
+
+def _setting(value: Any) -> Any:
+    if isinstance(value, KeyPass):
+        value = value.uuid()
+        if value is None:
+            raise NotKeptError
+    return repr(value)
+
+
+@functools.cache
+def _machine() -> tuple[Any, ...]:
+    """Versions, and what decides which instructions are compiled for."""
+    versions = torch.__version__, torch.version.git_version, sys.implementation.cache_tag, platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    kinds = {line.partition(":")[0].strip(): line for line in reversed(lines)}
+    processor = [kinds.get(name) for name in ("model name", "flags", "Features", "CPU part")]
+    return *versions, torch.backends.cpu.get_cpu_capability(), processor or lines
+
+
+def _input(value: Any) -> tuple[Any, ...]:
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_conj() or value.is_neg():
+        raise NotKeptError
+    return tuple(value.shape), value.stride(), value.dtype, value.device
+
+
+def _graph(graph: Graph) -> list[Any]:
+    numbers: dict[Node, int] = {}
+    lines = []
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr") or is_opaque(node):
+            raise NotKeptError
+        target = "" if node.op in ("placeholder", "output") else _target(node.target)
+        given = _text(node.args, numbers), _text(node.kwargs, numbers)
+        lines.append((node.op, target, *given, described_value(node)))
+        numbers[node] = len(numbers)
+    return lines
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, str):  # a method
+        return target
+    if isinstance(target, OpOverload):
+        name = f"torch.ops.{target}"
+    else:
+        try:
+            name = _get_qualified_name(target)
+        except (RuntimeError, AttributeError) as error:
+            raise NotKeptError from error
+    module, *rest = name.split(".")
+    if module not in _MODULES or (rest[0] == "ops" and rest[1] not in _NAMESPACES):
+        raise NotKeptError
+    return name
+
+
+def _text(value: Any, numbers: Mapping[Node, int]) -> Any:
+    if isinstance(value, Node):
+        return f"%{numbers[value]}"
+    if isinstance(value, tuple | list):
+        return type(value).__name__, [_text(each, numbers) for each in value]
+    if isinstance(value, dict):
+        return {key: _text(each, numbers) for key, each in value.items()}
+    if isinstance(value, slice):
+        return "slice", [_text(each, numbers) for each in (value.start, value.stop, value.step)]
+    if type(value) in _PLAIN or value is Ellipsis:
+        return type(value).__name__, repr(value)
+    raise NotKeptError
