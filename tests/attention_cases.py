@@ -199,7 +199,9 @@ WHOLE_CASES: dict[str, dict[str, Any]] = {
         "whole groups, 4 bits, head_dim 96": dict(dim=96, k_bits=4, v_bits=4, mask="none", group=8),
         "whole groups, softcap, window": dict(mask="none", softcap=2.0, window=300, query=2, group=3),
         "whole groups, 16 rows, a mask a head": dict(query=4, mask="heads", max_len=1026),
-        "whole groups, 16 rows, values of 1 bit, small keys": dict(query=4, v_bits=1, quiet=1e-3, scale=100.0),
+        "whole groups, 16 rows, head_dim 64, 1 bit, small keys": dict(
+            query=4, dim=64, k_bits=1, v_bits=1, quiet=1e-3, scale=100.0
+        ),
         "whole groups, more rows than a program takes": dict(query=5, mask="padded", start=(300,)),
         "whole groups, an empty row, unwritten tokens": dict(mask="row", past=520),
         "whole groups, none yet": dict(past=250, dim=64),

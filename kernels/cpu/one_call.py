@@ -58,25 +58,19 @@ def switched(on: bool) -> Iterator[None]:
         _wanted.reset(before)
 
 
-def add_hook(wrapper: Any) -> None:
-    """Let the module that ``wrapper`` generates join its calls, once, where that is switched on."""
+def add_hook(wrapper: Any, itemsizes: Mapping[str, int]) -> None:
+    """Let the module that ``wrapper`` generates join its calls, once, where that is switched on.
+
+    ``itemsizes`` are bytes of an element of each tensor that it is given, by its name there.
+    """
     if not _wanted.get():
         return
     suffix = getattr(wrapper, "suffix", None)  # a torch without one calls kernels one by one
     if suffix is None:
         log.info("the kernels of this graph are called one by one: this torch's wrapper has no suffix")
     elif ".one_call.joined(" not in suffix.getvalue():
-        suffix.splice(HOOK.format(itemsizes=_itemsizes()))
+        suffix.splice(HOOK.format(itemsizes=dict(itemsizes)))
         wrapper.imports.writeline(IMPORT)
-
-
-def _itemsizes() -> dict[str, int]:
-    """Bytes of an element of each tensor that the graph in Inductor's hands is given, by its name in the wrapper."""
-    from torch._inductor.virtualized import V  # imports Inductor
-
-    given = V.graph.graph_inputs.items()
-    dtypes = {name: each.maybe_get_dtype() for name, each in given if hasattr(each, "maybe_get_dtype")}
-    return {name: dtype.itemsize for name, dtype in dtypes.items() if dtype is not None}
 
 
 class Generated(NamedTuple):
