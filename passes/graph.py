@@ -8,7 +8,7 @@ a clone. Relied on: ``node._dynamo_source``, ``node.meta["example_value"]`` and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from torch.fx._lazy_graph_module import _make_graph_module
 #: Not ``_backend_id``: by it Dynamo's ``caching_precompile`` would put Inductor's function into the place of what the
 #: backend returned, which calls it with the cache's tensors.
 _CARRIED = ("_param_name_to_source", "compile_subgraph_reason", "_source_to_user_stacks")
+
+#: In the ``meta`` of an input that Dynamo's graph did not have.
+_ADDED = "xquant_added"
 
 
 def clone(gm: GraphModule) -> GraphModule:
@@ -53,17 +56,27 @@ def fake_mode(graph: Graph) -> Any:
 
 def add_input(graph: Graph, after: Node, name: str, tensor: Tensor) -> Node:
     """Add a placeholder for ``tensor``, whose address CUDA graphs may take for granted."""
-    mode, context = fake_mode(graph), TracingContext.try_get()
+    mode = fake_mode(graph)
     with graph.inserting_after(after):
         node = graph.placeholder(name)
-    if context is not None and context.fake_mode is not None:
-        # AOTAutograd makes its own fakes of the inputs in this mode, or takes one that is alive. Ours
-        # keeps the shapes static: Dynamo would know no source for a symbolic one.
-        node.meta["xquant_fake_input"] = context.fake_mode.from_tensor(tensor, static_shapes=True)
+    node.meta[_ADDED] = True
     node._dynamo_source = None
     node.meta["example_value"] = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     return node
+
+
+def make_fake_inputs(graph: Graph, inputs: Sequence[Any]) -> None:
+    """Before AOTAutograd gets ``graph``: fakes of the inputs that were added, in its mode, and static.
+
+    It makes its own fakes of inputs, or takes one that is alive. Dynamo would know no source for a symbolic size.
+    """
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return
+    for node, tensor in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if node.meta.get(_ADDED):
+            node.meta["xquant_fake_input"] = context.fake_mode.from_tensor(tensor, static_shapes=True)
 
 
 def input_of_size(graph: Graph, size: Any) -> tuple[Node, bool]:
@@ -108,7 +121,7 @@ def call(
 ) -> Node:
     """Add a call and its fake result together, at the graph's insertion point.
 
-    ``result`` makes a tensor like the call's, where the call itself would take long: fake tensors are slow.
+    ``result`` makes what the call gives, where the call itself would take long: fake tensors are slow.
     """
     node = graph.call_function(target, args, kwargs or {})
     values = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])

@@ -108,10 +108,8 @@ class BufferRewrite:
             if spec.folded:
                 x = self.rotations[node] = call(self.graph, ops.ROTATE, (x, False))
             arguments = dict(x=x, pos=pos, **self.tensors, **spec.store_constants())
-            if spec.borrowed:
-                self.stores[node] = call(self.graph, ops.STORE_BORROWED, (), dict(arguments, fit=spec.fit))
-            else:
-                self.stores[node] = call(self.graph, ops.STORE, (), arguments)
+            op, fit = (ops.STORE_BORROWED, {"fit": spec.fit}) if spec.borrowed else (ops.STORE, {})
+            self.stores[node] = call(self.graph, op, (), arguments | fit, result=lambda: None)
             tokens = new if isinstance(new, int) else call(self.graph, torch.ops.aten.sym_size.int, (x, 2))
             self.loaded = self.loads[node] = self._load(past, tokens, before, x if chunk else None)
         return self.loaded

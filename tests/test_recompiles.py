@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -41,10 +42,20 @@ class Steps:
         return len(self.graphs)
 
 
+def guarded(step: Any, layer: int) -> set[str]:
+    """Attributes of one layer of the cache that are looked at before each step, to tell whether its graph fits."""
+    while not (found := torch._dynamo.eval_frame._debug_get_cache_entry_list(step.__code__)):
+        step = step.__wrapped__
+    (entry,) = found
+    return set(re.findall(rf"source=L\S+\.layers\[{layer}\]\.(\w+),", str(entry.guard_manager)))
+
+
 def test_steps_are_compiled_once_per_shape() -> None:
     steps = Steps()
     cache = steps.cache()
     assert steps.run(cache, prompt(5), count=6) == 1
+    expected = {"keys", "values", "cumulative_length", "is_initialized", "leads", "__dict__"}
+    assert guarded(LlamaForCausalLM.forward, 1) == expected  # each costs time in every step, in every layer
     cache.reset()
     assert steps.run(cache, prompt(11)) == 1  # another prompt, of another length
     assert steps.run(steps.cache(), prompt(7)) == 1  # another cache of the same config

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo import output_graph, symbolic_convert
 from torch._dynamo.callback import callback_handler
+from torch._dynamo.funcname_cache import get_funcname
 
 from xquant_fx.compiler.backend import xquant_backend
 from xquant_fx.compiler.tracing_time import begin_hashes, watch_tracing
 
 #: Whether the collector was on: first while Dynamo traced, then, as there is no graph, when the function ran.
 seen: list[bool] = []
+#: Whether Dynamo had its own way to name functions in logs, likewise.
+named: list[bool] = []
+LOGGER = logging.getLogger("torch._dynamo.output_graph.__trace_call")
 
 
 @torch._dynamo.assume_constant_result
 def note() -> int:
     """Called by Dynamo while it traces."""
     seen.append(gc.isenabled())
+    named.append(symbolic_convert.get_funcname is get_funcname)
     return 0
 
 
@@ -33,6 +40,7 @@ def traced(x: torch.Tensor) -> int:
 def fresh() -> Iterator[None]:
     torch._dynamo.reset()
     seen.clear()
+    named.clear()
     watch_tracing(xquant_backend)
     yield
     gc.enable()
@@ -46,6 +54,17 @@ def run(function: Callable[..., Any] = traced, **kwargs: Any) -> None:
 def test_the_collector_is_off_while_dynamo_traces_for_us(backend: Any) -> None:
     run(backend=backend)
     assert seen[0] is False and gc.isenabled()
+    assert named[0] is False and symbolic_convert.get_funcname is get_funcname
+
+
+def test_logs_that_show_names_have_them() -> None:
+    assert output_graph.trace_call_log is LOGGER
+    LOGGER.setLevel(logging.DEBUG)
+    try:
+        run(backend="xquant")
+    finally:
+        LOGGER.setLevel(logging.NOTSET)
+    assert named[0] is True
 
 
 def test_options_make_no_difference() -> None:
@@ -56,7 +75,7 @@ def test_options_make_no_difference() -> None:
 @pytest.mark.parametrize("backend", ["eager", functools.partial(xquant_backend)], ids=["eager", "wrapped"])
 def test_other_backends_are_left_alone(backend: Any) -> None:
     run(backend=backend)
-    assert seen[0] is True
+    assert seen[0] is True and named[0] is True
 
 
 def test_a_collector_that_was_off_stays_off() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from xquant_fx.cache.allocate import Slot, quantized_empty
+from xquant_fx.cache.heap import keep_freed_memory
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.padding import Padding
 from xquant_fx.cache.prompt_keys import PromptKeys
@@ -46,11 +47,14 @@ class XQuantLayer(StaticLayer):
         with torch.inference_mode(False):
             super().__init__(max_cache_len=max_cache_len)
         self.layer_idx, self.window = layer_idx, window
-        self.is_sliding = window > 0
+        if window:  # else it is what its class says, and no attribute of its own that Dynamo would guard on
+            self.is_sliding = True
         self.left_window = 0
         """The window of a layer that keeps all tokens nevertheless."""
         self.lower = siblings[-1] if siblings and layer_idx % 2 else None
         self.first = siblings[0] if siblings else self
+        self.leads = not siblings
+        """Whether it is the first one."""
         self.siblings = siblings
         """All quantized layers of the cache, once it is made."""
         self.latents = latents
@@ -84,6 +88,8 @@ class XQuantLayer(StaticLayer):
         The first layer does so for all, where nothing is traced: what stays is then one block of memory, and what a
         prompt needs for a moment leaves no holes between.
         """
+        if self.first is self and not torch.compiler.is_compiling() and key_states.device.type == "cpu":
+            keep_freed_memory()
         self._allocate(key_states, value_states)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():
@@ -122,24 +128,45 @@ class XQuantLayer(StaticLayer):
         Raises:
             CacheStateError: the tokens do not fit the cache; nothing is changed.
         """
+        # What Dynamo traces in each layer of a step, and guards on, are the lines that follow and no others: what does
+        # not fit is found by the buffers that it sees (``QuantizedKV.append_at``).
+        if not torch.compiler.is_compiling():
+            return self._uncompiled(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            return self._compiled_prompt(key_states, value_states, *args, **kwargs)
+        new = key_states.shape[2]
+        if self.leads and (self.padding is not None or not self.siblings[-1].is_initialized):
+            self._check_step(new, cold=False)
+        positions = torch.arange(new, device=key_states.device) + self.cumulative_length
+        self.cumulative_length.add_(new)
+        keys: Any = self.keys
+        values: Any = self.values
+        keys.index_copy_(2, positions, key_states)
+        values.index_copy_(2, positions, value_states)
+        return keys, values
+
+    def _compiled_prompt(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._check(key_states, value_states, cold=True)
+        super().update(key_states, value_states, *args, **kwargs)
+        # A mask that was not made for this cache may be as wide as it. Queries are shown by who runs the graph.
+        if not self.first.masked:
+            key_states = PromptKeys.of(key_states, _ignored, self.max_cache_len)
+        return key_states, value_states
+
+    def _uncompiled(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cold = not self.is_initialized
         self._check(key_states, value_states, cold)
-        if torch.compiler.is_compiling():
-            stored = super().update(key_states, value_states, *args, **kwargs)
-        else:
-            stored = self._update(key_states, value_states, *args, **kwargs)
+        if cold:  # as a buffer would give them back: attention reads them faster, and storing needs a copy anyway
+            key_states, value_states = key_states.contiguous(), value_states.contiguous()
+        stored = self._update(key_states, value_states, *args, **kwargs)
         if not cold:
             return stored
-        if torch.compiler.is_compiling():
-            # A mask that was not made for this cache may be as wide as it. Queries are shown by who runs the graph.
-            if not self.first.masked:
-                key_states = PromptKeys.of(key_states, _ignored, self.max_cache_len)
-        elif isinstance(self.keys, QuantizedKV):
+        if isinstance(self.keys, QuantizedKV):
             key_states = PromptKeys.of(key_states, self.keys.live.note_queries, self.max_cache_len)
         return key_states, value_states
 
     def _check(self, key_states: Tensor, value_states: Tensor, cold: bool) -> None:
-        """Whatever can be known before anything is written; Dynamo traces this, and leaves what is refused to eager."""
+        """Whatever can be known before anything is written; where Dynamo traces this, eager code says what it is."""
         # Attributes that are read here only to be told are read then: Dynamo guards on each that it meets.
         new, room = key_states.shape[2], self.max_cache_len if cold or self.keys is None else self.keys.shape[2]
         if new > room:
@@ -157,7 +184,7 @@ class XQuantLayer(StaticLayer):
                         f"layer {self.layer_idx}: this cache is on {buffer.device}, the step on {x.device}: make the "
                         "cache after the model was moved, or move the cache (cache.to(device))"
                     )
-        if self.first is self:
+        if self.leads:
             self._check_step(new, cold)
 
     def _check_step(self, new: int, cold: bool) -> None:

@@ -72,7 +72,9 @@ class QuantizedKV(Dequantized):
     @classmethod
     def of(cls, state: KVState) -> QuantizedKV:
         """The buffer that stands for ``state``, whose address compiled graphs may take for granted."""
-        buffer = cls(state.spec, state.owned["length"], state)
+        # One tensor for all buffers of a cache: Dynamo looks at it once, and then whether it is the same.
+        anchor = state.owned["length"] if isinstance(state, Row) else state.group.start
+        buffer = cls(state.spec, anchor, state)
         torch._dynamo.mark_static_address(buffer)
         return buffer
 
@@ -100,10 +102,16 @@ class QuantizedKV(Dequantized):
         with torch.inference_mode(False):
             new = self.standing_for(copy.deepcopy(self.live, memo))
         memo[id(self)] = new
-        return new
+        return new.as_taken_over(bool(self.live.group.taken_over))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.live,)
+        return _rebuild, (self.live, bool(self.live.group.taken_over))
+
+    def as_taken_over(self, was: bool) -> QuantizedKV:
+        """This buffer, which can be given back if what it is a copy of ``was`` an ordinary one once."""
+        if was:
+            self.live.group.taken_over.append(weakref.ref(self))
+        return self
 
     def _is_view(self) -> bool:
         """False for one row of a batch, which is a buffer of its own: Dynamo would look for a base with strides."""
@@ -152,10 +160,19 @@ class QuantizedKV(Dequantized):
         Where each row has a length of its own, ``pos`` may be [B, q].
         """
         if self.state is None:
-            if reason := self.spec.why_not(x):  # Dynamo leaves the step to eager code, which raises the same
+            if reason := self.spec.why_not(x) or self._why_not_here(
+                x
+            ):  # Dynamo leaves the step to eager code, which raises the same
                 raise UnsupportedFakeTensorException(reason)
             return
         self.state.store(self.numbers_of(x), pos)
+
+    def _why_not_here(self, x: Tensor) -> str:
+        if x.shape[2] > self.shape[2]:
+            return f"{self.origin}: a step of {x.shape[2]} tokens does not fit into a cache of {self.shape[2]}"
+        return (
+            "" if x.device == self.device else f"{self.origin}: this cache is on {self.device}, the step on {x.device}"
+        )
 
     def numbers_of(self, x: Tensor) -> Tensor:
         """What is to be stored, as numbers.
@@ -195,8 +212,8 @@ def _noted(out: Any, args: Any) -> Any:
     return out
 
 
-def _rebuild(state: KVState) -> QuantizedKV:
-    return QuantizedKV.of(state)
+def _rebuild(state: KVState, was_taken_over: bool = False) -> QuantizedKV:
+    return QuantizedKV.of(state).as_taken_over(was_taken_over)
 
 
 def _refuse_aot(arg: Any) -> None:
@@ -261,9 +278,7 @@ def _index_select(kv: QuantizedKV, dim: int, index: Tensor) -> Any:
     if dim not in (0, -4) or kv.state is None or not kv.is_whole:
         return NotImplemented
     chosen = kv.standing_for(select(kv.state, index.reshape(-1)))
-    if kv.state.group.taken_over:
-        chosen.live.group.taken_over.append(weakref.ref(chosen))
-    return chosen
+    return chosen.as_taken_over(bool(kv.state.group.taken_over))
 
 
 def _index(kv: QuantizedKV, indices: Any) -> Any:

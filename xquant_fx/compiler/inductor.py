@@ -24,6 +24,7 @@ from xquant_fx.compiler.layers import compile_layers, restored_layers
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.tracing_time import wait_for_hashes
 from xquant_fx.kernels.cpu.one_call import switched
+from xquant_fx.passes.graph import make_fake_inputs
 
 #: For graphs with a quantized cache on a CPU: what takes time there and changes nothing in the code of a step.
 CPU_SETTINGS: dict[str, Any] = {
@@ -84,6 +85,7 @@ def compile_by_inductor(
     place = place_of(gm.graph, inputs, patches) if by_layers else None
     if place and (restored := restored_layers(gm, inputs, place)):
         return restored
+    make_fake_inputs(gm.graph, inputs)
     with switched(one_call), checks_behind_indices() if settings is not None else contextlib.nullcontext():
         compile_one = _compile_one(patches)
         made = compile_layers(gm, inputs, compile_one, place) if by_layers else None

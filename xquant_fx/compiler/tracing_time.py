@@ -3,22 +3,25 @@
 No garbage is looked for: a full collection looks at all objects of a process, 0.3 s with transformers loaded, and
 tracing 30 layers set two off. And what Inductor's caches hash of torch and Triton, 0.5 s once a process, is read on
 another processor, where no step is kept that could do without (``kept_steps.py``). Compilations by other backends are
-left alone.
+left alone. Nor are source files of the model read for names of functions that only logs show which are off.
 
 Relied on: ``torch._dynamo.callback``, which ``torch._dynamo.reset()`` empties, the local variable ``compiler_fn`` of
-``convert_frame._compile``, ``_torchdynamo_orig_backend``, and from torch 2.13 on ``prefetch`` of the two hashes.
-Checked on torch 2.11 and 2.13.
+``convert_frame._compile``, ``_torchdynamo_orig_backend``, ``get_funcname`` of ``symbolic_convert`` and the logger of
+``TORCH_LOGS=trace_call``, and from torch 2.13 on ``prefetch`` of the two hashes. Checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from torch._dynamo import symbolic_convert
 from torch._dynamo.callback import callback_handler
+from torch._dynamo.funcname_cache import get_funcname
 
 from xquant_fx.compiler.kept_steps import are_expected
 
@@ -46,12 +49,19 @@ def _begin(_: Any) -> None:
         _switched_off.append(True)
     if not are_expected():
         begin_hashes()
+    if not logging.getLogger("torch._dynamo.output_graph.__trace_call").isEnabledFor(logging.DEBUG):
+        vars(symbolic_convert)["get_funcname"] = _no_name
 
 
 def _end(_: Any) -> None:
     if _switched_off:
         _switched_off.clear()
         gc.enable()
+    vars(symbolic_convert)["get_funcname"] = get_funcname
+
+
+def _no_name(filename: str, lineno: int) -> None:
+    """In the place of Dynamo's ``get_funcname``, which splits a whole file into tokens."""
 
 
 def _compiler() -> Any:
