@@ -35,7 +35,7 @@ kernels bar 70 facts bar
 # A wrong kernel needs no timing: the kernel of whole groups, and whether a step is one CUDA graph.
 # shellcheck disable=SC2086
 job tests-first 60 $pytest $workers --junitxml "$out/tests-first.xml" -k "whole or default"
-kernels compile 90 compile
+kernels compile 90 compile rows
 kernels all 120 all
 # shellcheck disable=SC2086
 job tests 90 $pytest $workers --junitxml "$out/tests.xml" -k "not whole and not default"

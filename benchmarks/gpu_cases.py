@@ -31,6 +31,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 HEADS = 8
 #: The step that the project is measured by.
 BAR: dict[str, Any] = dict(length=131072, batch=8, group=4)
+#: Rows of lengths of their own: tokens of each before the step.
+ROWS: dict[str, Any] = dict(length=4096, batch=1, group=4, pasts=(4000, 0, 1300, 127))
 Case = dict[str, Any]
 
 
@@ -47,6 +49,11 @@ def cases() -> list[Case]:
     return made + [dict(BAR, setting=name, query=n) for name in main for n in (2, 4)]
 
 
+def row_cases() -> list[Case]:
+    """Steps that are checked, not timed: rows of lengths of their own."""
+    return [dict(ROWS, setting=name) for name in ("2/2 bits", "xquant-2.2")]
+
+
 def filled(t: Tensor, device: str, numbers: torch.Generator | None) -> Tensor:
     """A tensor of the shape and dtype of ``t``: any codes, scales of about 1, all of a mask true."""
     if t.dtype == torch.int32:
@@ -59,16 +66,19 @@ def filled(t: Tensor, device: str, numbers: torch.Generator | None) -> Tensor:
 
 
 def step(case: Case, device: str) -> DecodeArguments:
-    """Arguments of a decode step after ``length`` tokens less those of the step itself."""
-    given = {**SETTINGS[case["setting"]], **{k: v for k, v in case.items() if k not in ("setting", "length", "batch")}}
+    """Arguments of a decode step after ``length`` tokens less those of the step itself, or after ``pasts``."""
+    others = ("setting", "length", "batch", "pasts")
+    given = {**SETTINGS[case["setting"]], **{k: v for k, v in case.items() if k not in others}}
     given.setdefault("max_len", case["length"])
-    query = given.get("query", 1)
-    a = decode_arguments(**given, kv_heads=HEADS * case["batch"])
+    query, pasts = given.get("query", 1), case.get("pasts", ())
+    a = decode_arguments(**given, kv_heads=HEADS * case["batch"], rows=len(pasts) or 1)
     if device == "meta":
         return a
     numbers = torch.Generator(device).manual_seed(0)
     a = a.mapped(lambda t: filled(t, device, numbers))
-    past = torch.full((1,), case["length"] - query, dtype=torch.int64, device=device)
+    past = torch.tensor(pasts or [case["length"] - query], device=device)
+    if pasts:
+        a = a.replace(mask=torch.arange(a.max_len, device=device) <= past[:, None, None, None])
     if a.k_order is not None:
         ranks = torch.arange(a.q.shape[3], dtype=torch.int32, device=device).expand(a.k_order.shape).contiguous()
         a = a.replace(k_order=ranks)

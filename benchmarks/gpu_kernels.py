@@ -1,8 +1,8 @@
 """Decode kernels on a GPU: time in CUDA graphs, registers, clocks, and a sweep; one JSON line for each result.
 
     python benchmarks/gpu_kernels.py facts bar --out gpu.jsonl        # what machine this is, and the bar
-    python benchmarks/gpu_kernels.py compile all sweep --out gpu.jsonl
-    python benchmarks/gpu_kernels.py facts bar compile all sweep --dry-run   # without a GPU: what would be launched
+    python benchmarks/gpu_kernels.py compile rows all sweep --out gpu.jsonl
+    python benchmarks/gpu_kernels.py facts bar compile rows all sweep --dry-run   # without a GPU: what is launched
 
 Times are of the device: a graph of some calls is replayed between two events, so that no launch is waited for. A line
 says what share of the bandwidth of a copy, measured in the same process, a step reached. What fails is a line, too.
@@ -22,17 +22,20 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_cases import BAR, Case, bytes_read, cases, copies, full_precision, step
+from gpu_cases import BAR, Case, bytes_read, cases, copies, full_precision, row_cases, step
 from results import where
 from triton_compiled import launches
 
 from xquant_fx import ops
-from xquant_fx.kernels.decode_attention import triton_interior_settings, triton_launch
+from xquant_fx.kernels.decode_attention import plain_torch, triton_interior_settings, triton_launch
+from xquant_fx.kernels.rows import row_of
 from xquant_fx.kernels.triton_device import Device
 
 CALLS, REPLAYS = 4, 5
 COMPILERS = 8
 """Processes that compile at a time."""
+MOST_ERROR = 0.02
+"""Of a bfloat16 step beside another, by the largest number."""
 
 
 class Run:
@@ -162,6 +165,31 @@ def bar(run: Run, args: argparse.Namespace) -> None:
         run.attempt("needs", lambda: {"kernels": needs()})
 
 
+def row_error(case: Case, device: str) -> float:
+    """Largest error of a step of rows of lengths of their own beside plain torch, by the largest number."""
+    torch.manual_seed(1)
+    a = step(case, device).mapped(torch.randn_like, ("q",))
+    a = a.mapped(lambda ring: 0.03 * torch.randn_like(ring), ("k_ring", "v_ring"))  # about as large as codes
+    plain = torch.cat([plain_torch.attend(row_of(a, row)) for row in range(len(case["pasts"]))]).float()
+    return float((ops.DECODE(**a._asdict()).float() - plain).abs().max() / plain.abs().max())
+
+
+def rows(run: Run, args: argparse.Namespace) -> None:
+    """Whether rows of lengths of their own give what each gives alone; no times."""
+
+    def check(case: Case) -> dict[str, Any]:
+        if run.dry:
+            made = launches(triton_launch.launch, step(case, "meta"), hip=False)
+            return {"kernels": [one.kernel.fn.__name__ for one in made]}
+        error = row_error(case, "cuda")
+        if not error < MOST_ERROR:
+            raise ArithmeticError(f"{error:.3g} of the largest number")
+        return {"of_largest": error}
+
+    for case in row_cases():
+        run.attempt("rows", lambda case=case: check(case), **case)
+
+
 def compile_one(case: Case) -> str:
     """Fill Triton's cache with the kernels of ``case``; "" or what went wrong."""
     try:
@@ -175,15 +203,15 @@ def compile_one(case: Case) -> str:
 
 def compile_all(run: Run, args: argparse.Namespace) -> None:
     """Compile the kernels of all cases, in several processes."""
-    begin = time.time()
+    begin, todo = time.time(), [*cases(), *row_cases()]
     if run.dry:
-        run.note("compiled", cases=len(cases()))
+        run.note("compiled", cases=len(todo))
         return
     import multiprocessing
 
     fresh = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
     with concurrent.futures.ProcessPoolExecutor(COMPILERS, mp_context=fresh) as pool:
-        for case, wrong in zip(cases(), pool.map(compile_one, cases()), strict=True):
+        for case, wrong in zip(todo, pool.map(compile_one, todo), strict=True):
             if wrong:
                 run.note("compile", **case, error=wrong)
     run.note("compiled", seconds=time.time() - begin)
@@ -224,7 +252,7 @@ def sweep(run: Run, args: argparse.Namespace) -> None:
                     run.attempt("sweep", lambda case=case: time_case(run, case), programs=share, stages=stages, **case)
 
 
-JOBS = {"facts": facts, "bar": bar, "compile": compile_all, "all": every, "sweep": sweep}
+JOBS = {"facts": facts, "bar": bar, "compile": compile_all, "all": every, "sweep": sweep, "rows": rows}
 
 
 def main() -> None:

@@ -51,12 +51,19 @@ def begin(types: tuple[str, ...], code: str) -> None:
         cpu_build.begin_kernel(types, f"\n{code}")
 
 
+def _itemsizes() -> dict[str, int]:
+    """Bytes of an element of each tensor that the graph is given, by its name in the wrapper."""
+    given = V.graph.graph_inputs.items()
+    dtypes = {name: each.maybe_get_dtype() for name, each in given if hasattr(each, "maybe_get_dtype")}
+    return {name: dtype.itemsize for name, dtype in dtypes.items() if dtype is not None}
+
+
 def define(wrapper: Any, name: str, types: tuple[str, ...], code: str) -> str:
     """Put a kernel's source into the generated module, once; returns what it is called there."""
     if V.graph.cpp_wrapper:
         raise ConfigError("the kernels for quantized KV caches need Inductor's Python wrapper: turn cpp_wrapper off")
     if code not in wrapper.src_to_kernel:
-        add_hook(wrapper)
+        add_hook(wrapper, _itemsizes())
         called = wrapper.src_to_kernel[code] = f"cpp_{name}_{wrapper.next_kernel_suffix()}"
         body = f"async_compile.cpp_pybinding({list(types)!r}, r'''\n{code}''')"
         declaration = code[code.rfind('extern "C"') :].split("{", 1)[0] + ";\n"

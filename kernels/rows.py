@@ -1,4 +1,5 @@
-"""Batches whose rows have lengths of their own: each row is a batch of one, and ops take one after the other.
+"""Batches whose rows have lengths of their own: each row is a batch of one. Plain torch and C++ kernels take one after
+the other, Triton kernels all in one launch.
 
 Nothing but shapes tells such a call: ``quantize_store`` is given positions [B, q], lengths [B, 2] and faults [B], loads
 and attention tokens before the step [B]. Every tensor has a row in its first dimension, but for those of ``SHARED``.

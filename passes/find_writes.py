@@ -11,7 +11,7 @@ from xquant_fx.kernels.rows import write_rows_
 from xquant_fx.passes.find_slides import find_slide, last_tokens_of
 from xquant_fx.passes.records import Write
 from xquant_fx.passes.trace import argument, fake, value_of
-from xquant_fx.passes.vocabulary import IN_PLACE_OPERATORS, kind, op_name
+from xquant_fx.passes.vocabulary import is_in_place, kind
 
 
 def find_writes(graph: Graph) -> list[Write]:
@@ -28,12 +28,12 @@ def other_mutations(graph: Graph, known: list[Write]) -> list[tuple[Node, Node]]
 
 
 def written_by(node: Node) -> list[Node]:
-    """The operands that ``node`` writes to: by its name, by ``out=`` or by the op's schema."""
+    """The operands that ``node`` writes to: as an op in place, by ``out=`` or by the op's schema."""
     if node.op not in ("call_method", "call_function"):
         return []
-    name, found = op_name(node), list[object]([node.kwargs.get("out")])
-    if node.args and (node.target in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))):
-        found.append(node.args[0])
+    found = list[object]([node.kwargs.get("out")])
+    if is_in_place(node):
+        found.append(argument(node, 0, "input"))
     target = getattr(node.target, "default", node.target)  # of an op that was called without its overload
     schema = getattr(target, "_schema", None) if node.op == "call_function" else None
     for i, parameter in enumerate(schema.arguments if isinstance(schema, torch.FunctionSchema) else ()):

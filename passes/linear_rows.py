@@ -3,7 +3,8 @@
     q = linear(x, wq, bq)           out = xquant::linear_rows(x, [wq, wk], [bq, None])
     k = linear(x, wk)         =>    q, k = out.split(...), viewed
 
-Products with weights [in, out] (``addmm``, ``mm``, ``matmul``: GPT-2's ``Conv1D``) are calls of their own.
+Products with weights [in, out] (``addmm``, ``mm``, ``matmul``: GPT-2's ``Conv1D``) are calls of their own; by a
+transpose (``x @ w.T``) they are linear layers like others.
 
 A decode step is such layers, mostly, and torch's products of one row read 16-bit weights at less than half that
 speed. Layers that take the same input are one call, whose threads start once. The results are those of torch but for
@@ -30,7 +31,7 @@ from xquant_fx.kernels.linear_rows.cpu_call import DTYPES, is_faster_here
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.find_writes import is_opaque, other_mutations
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.trace import fake, memory_of, value_of
+from xquant_fx.passes.trace import argument, fake, memory_of, value_of
 from xquant_fx.passes.vocabulary import kind
 
 #: Not subclasses: quantized weights have kernels of their own.
@@ -83,7 +84,18 @@ def _layer(node: Node) -> Layer | None:
     x, weight, bias = (found.get(role) for role in ("x", "weight", "bias"))
     if not isinstance(x, Node) or not isinstance(weight, Node) or not isinstance(bias, Node | None):
         return None
-    return Layer(node, x, weight, bias, in_first=kind(node) != "linear")
+    turned = _transposed(weight)
+    return Layer(node, x, turned or weight, bias, in_first=(kind(node) != "linear") is (turned is None))
+
+
+def _transposed(weight: Node) -> Node | None:
+    """The matrix that ``weight`` is the transpose of: ``x @ w.T`` is a linear layer of ``w``."""
+    value, of = fake(weight), weight.args[0] if weight.args else None
+    if value is None or value.dim() != 2 or not isinstance(of, Node):
+        return None
+    dims = [argument(weight, i, name) for i, name in ((1, "dim0"), (2, "dim1"))]
+    swaps = kind(weight) == "transpose" and {int(dim) % 2 for dim in dims if isinstance(dim, int)} == {0, 1}
+    return of if swaps or kind(weight) in ("T", "mT") else None
 
 
 def _fits(layer: Layer) -> bool:

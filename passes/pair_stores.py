@@ -50,8 +50,6 @@ def _why_not(keys: Write, values: Write, both: list[Node]) -> str:
     sides = [StoreArguments.of(node) for node in both]
     if any(side.bits == 16 for side in sides):
         return "16 bits"
-    if keys.per_row or value_of(sides[0].pos).dim() == 2:  # type: ignore[arg-type]  # of a graph's nodes
-        return "rows have positions of their own"
     tokens = [_tokens(node).shape[2] for node in both]
     if tokens[0] != tokens[1] or not isinstance(tokens[0], int) or tokens[0] > STEP_TOKENS:
         return f"more than {STEP_TOKENS} tokens, or an unknown number"

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from xquant_fx.passes.records import Source
-from xquant_fx.passes.vocabulary import COPIES, VIEWS, kind, op_name
+from xquant_fx.passes.vocabulary import COPIES, VIEWS, is_in_place, kind, op_name
 
 _PLAIN_FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -79,9 +79,9 @@ def _returns_alias(name: str) -> bool:
 
 
 def memory_of(node: Node) -> Node:
-    """The first node, going back through views of any kind, whose memory ``node`` may show."""
+    """The first node, going back through views of any kind and ops in place, whose memory ``node`` may show."""
     before = operand(node)
-    while before is not None and (is_view_like(node) or shares_memory(node)):
+    while before is not None and (is_view_like(node) or shares_memory(node) or is_in_place(node)):
         node, before = before, operand(before)
     return node
 

@@ -6,6 +6,8 @@ spelling, add it to its row; a string is a method's name.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from typing import Any
 
@@ -104,9 +106,13 @@ VIEWS = COPIES | {
 IN_PLACE_OPERATORS = frozenset(
     {
         operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-        operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
+        operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
     }
 )  # fmt: skip
+#: The same as methods: ``x.__iadd__(y)``.
+_IN_PLACE_METHODS = frozenset(f"__{each.__name__}__" for each in IN_PLACE_OPERATORS)
+#: These end with an underscore because the name without is a keyword of Python.
+_KEYWORDS = frozenset({operator.and_, operator.or_, operator.is_, operator.not_})
 
 _KINDS = {spelling: kind for kind, spellings in SPELLINGS.items() for spelling in spellings}
 _ATTRIBUTES = {"mT": "mT", "T": "T", "data": "detach", "shape": "shape", "device": "shape", "dtype": "shape"}
@@ -135,3 +141,29 @@ def op_name(node: Node) -> str:
     if node.target is getattr:
         return str(node.args[1])
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether ``node`` writes to its first operand: by its name, as an operator, or told to by ``inplace=True``."""
+    if node.op not in ("call_method", "call_function") or node.target in _KEYWORDS:
+        return False
+    name = op_name(node)
+    by_name = name in _IN_PLACE_METHODS or (name.endswith("_") and not name.endswith("__"))
+    return by_name or node.target in IN_PLACE_OPERATORS or _is_told_to(node)
+
+
+def _is_told_to(node: Node) -> bool:
+    """Whether an activation or a dropout is called with ``inplace``, by position or by name."""
+    place = None if isinstance(node.target, str) else _place_of_inplace(node.target)
+    given = node.args[place] if place is not None and place < len(node.args) else node.kwargs.get("inplace", False)
+    return given is not False and given is not None
+
+
+@functools.cache
+def _place_of_inplace(function: Any) -> int | None:
+    """Where ``function`` takes ``inplace`` as a positional argument; None if it does not, or none is known."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # written in C
+        return None
+    return names.index("inplace") if "inplace" in names else None

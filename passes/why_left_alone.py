@@ -164,7 +164,8 @@ def _why_not_continued(user: Node, operand: Node, what: str) -> str:
         return ""
     return (
         f"{what}: attention reads the cache with more put behind it (compressed tokens?), which an uncompiled step "
-        "would take for new tokens of the cache; pass an XQuantCache, if the model takes one"
+        "would take for new tokens of the cache; pass an XQuantCache, or write to a buffer of fixed length: a model "
+        "that can do neither keeps full precision here"
     )
 
 

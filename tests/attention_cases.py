@@ -199,7 +199,9 @@ WHOLE_CASES: dict[str, dict[str, Any]] = {
         "whole groups, 4 bits, head_dim 96": dict(dim=96, k_bits=4, v_bits=4, mask="none", group=8),
         "whole groups, softcap, window": dict(mask="none", softcap=2.0, window=300, query=2, group=3),
         "whole groups, 16 rows, a mask a head": dict(query=4, mask="heads", max_len=1026),
-        "whole groups, 16 rows, values of 1 bit, small keys": dict(query=4, v_bits=1, quiet=1e-3, scale=100.0),
+        "whole groups, 16 rows, head_dim 64, 1 bit, small keys": dict(
+            query=4, dim=64, k_bits=1, v_bits=1, quiet=1e-3, scale=100.0
+        ),
         "whole groups, more rows than a program takes": dict(query=5, mask="padded", start=(300,)),
         "whole groups, an empty row, unwritten tokens": dict(mask="row", past=520),
         "whole groups, none yet": dict(past=250, dim=64),
@@ -281,6 +283,34 @@ WHOLE_SPOILED = {
 #: Of ranked keys a logit is a sum of five parts (three planes of codes, mid points, the center), each of which rounds
 #: at its own size before they cancel.
 RANKED_ROUNDINGS = 32
+
+
+#: Rows of lengths of their own, ``pasts`` before the step: by the kernel that reads everything,
+ROW_CASES: dict[str, dict[str, Any]] = {
+    "rows": dict(pasts=[150, 0, 33, 199], mask="padded", dim=32, group=2),
+    "rows, no mask, softcap, window, 3 query tokens": dict(
+        pasts=[150, 20, 197], query=3, mask="none", softcap=2.0, window=40, dim=32, group=2
+    ),
+    "rows, alibi, sink logits, float32": dict(pasts=[150, 3], mask="alibi", query=2, dtype="float32", extra=True),
+    "rows, a chunk": dict(pasts=[120, 0, 40], query=20, mask="padded", kv_heads=2),
+    "rows, ranked, sinks, padding, token norms": dict(
+        RANKED, pasts=[196, 0, 66], start=[9, 0, 2], sinks=4, norms=True, mask="padded", query=3, v_bits=2, group=2
+    ),
+}
+#: and by that of whole groups beside it.
+WHOLE_ROWS: dict[str, dict[str, Any]] = {
+    name: {**{key: value for key, value in WHOLE.items() if key != "past"}, **case}
+    for name, case in {
+        "rows, whole groups": dict(pasts=[270, 0], mask="padded", dim=64, v_bits=1, group=2),
+        "rows, whole groups, a full one, one without any": dict(pasts=[140, 1023]),
+        "rows, whole groups, 16 rows, a mask a head": dict(pasts=[700, 1020], query=4, mask="heads"),
+        "rows, whole groups, ranked, sinks, padding": dict(
+            RANKED, residual=256, dim=64, pasts=[900, 260], start=[150, 0], sinks=4, mask="padded", query=3, group=2,
+            norms=True,
+        ),
+    }.items()
+}  # fmt: skip
+ROWS_QUICK = ("rows", "rows, no mask, softcap, window, 3 query tokens", "rows, whole groups")
 
 
 def allowed(result: dict[str, Any], case: dict[str, Any], roundings: int | None = None) -> float:

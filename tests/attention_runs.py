@@ -17,6 +17,7 @@ from xquant_fx import XQuantConfig
 from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.decode_attention.arguments import OF_KEYS, OF_SIDE, DecodeArguments, of_sides
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.rows import SHARED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,3 +239,25 @@ def interpret(hip: bool = False, **kwargs: Any) -> dict[str, Any]:
 
     out = launch(DecodeArguments(**arguments(setup, given)), wrap=wrap, interpret=True, hip=hip)
     return {**errors(setup, out, given), "kernels": ran}
+
+
+def interpret_rows(pasts: list[int], **kwargs: Any) -> list[dict[str, Any]]:
+    """The same of a batch whose rows hold ``pasts`` tokens before the step: the errors of each row."""
+    from xquant_fx.kernels.decode_attention.triton_launch import launch
+
+    starts = kwargs.pop("start", [0] * len(pasts))
+    setups = [Setup(**kwargs, past=past, start=(start,)) for past, start in zip(pasts, starts, strict=True)]
+    given = [inputs(s) for s in setups]
+    rows = [DecodeArguments(**arguments(s, each)) for s, each in zip(setups, given, strict=True)]
+    whole = {name: torch.cat([row.tensors[name] for row in rows]) for name in rows[0].tensors if name not in SHARED}
+    # Positions of a step [B, q], of which the first of each row is the number of tokens before it.
+    pos = whole["past"][:, None] + torch.arange(setups[0].query)
+    ran: list[str] = []
+
+    def wrap(kernel: Any) -> Any:
+        ran.append(kernel.fn.__name__)
+        return kernel
+
+    out = launch(rows[0].replace(**{**whole, "past": pos[:, 0]}), wrap=wrap, interpret=True, hip=False)
+    each = zip(setups, out.split(1), given, strict=True)
+    return [{**errors(s, of_row, of_given), "kernels": ran} for s, of_row, of_given in each]

@@ -73,6 +73,16 @@ inline i8 madd(i8 a, i8 b) {
     return (i8)out;
 }
 inline i8 all(short x) { return (i8)(i32{} + x); }
+inline f16 dpbf16(f16 sum, i32 a, i32 b) {
+    const auto wide = [](int16_t x) {
+        const uint32_t bits = (uint32_t)(uint16_t)x << 16;
+        float y;
+        __builtin_memcpy(&y, &bits, 4);
+        return y;
+    };
+    for (int i = 0; i < 32; i++) sum[i / 2] += wide(a[i]) * wide(b[i]);
+    return sum;
+}
 inline f16 fmadd(f16 a, f16 b, f16 c) {
     for (int i = 0; i < 16; i++) a[i] = std::fma(a[i], b[i], c[i]);
     return a;
@@ -136,12 +146,14 @@ inline f16 from_half(half x) {
 #define __m128i emulated::quarter
 #define __m256i emulated::half
 #define __m512 emulated::f16
+#define __m512bh emulated::i32
 #define __m512i emulated::i8
 #define _mm512_cvtepi32_epi8 emulated::narrowed
 #define _mm512_cvtepu16_epi32 emulated::widened_shorts
 #define _mm512_cvtepu8_epi32 emulated::widened
 #define _mm512_cvtph_ps emulated::from_half
 #define _mm512_cvtps_epi32 emulated::rounded
+#define _mm512_dpbf16_ps emulated::dpbf16
 #define _mm512_dpbusd_epi32 emulated::dpbusd
 #define _mm512_fmadd_ps emulated::fmadd
 #define _mm512_madd_epi16 emulated::madd

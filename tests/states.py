@@ -30,10 +30,12 @@ def layers_of(
     *,
     device: str = "cpu",
     start: Tensor | None = None,
+    ragged: bool = False,
 ) -> list[list[KVState]]:
-    """Empty (keys, values) of every layer of one cache, all of one shape [B, H, N, D]."""
+    """Empty (keys, values) of every layer of one cache, all of one shape [B, H, N, D]; ``ragged``: rows differ."""
     plan, roles = make_plan(settings, num_layers), get_args(Role)
-    specs = bind_all(plan, [(layer, role, Geometry(shape, dtype)) for layer in range(num_layers) for role in roles])
+    of_each = Geometry(shape, dtype, ragged=ragged)
+    specs = bind_all(plan, [(layer, role, of_each) for layer in range(num_layers) for role in roles])
     states = allocate(CacheGroup(plan, shape[0], torch.device(device), start), specs)
     return [states[i : i + 2] for i in range(0, len(states), 2)]
 

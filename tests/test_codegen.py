@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import fake_cuda, generated_code
+from states import layers_of
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import compile_fx
@@ -351,6 +352,39 @@ def test_sliding_windows_are_in_that_graph_too() -> None:
     assert not any(outside)
     for kernel in ("append_kernel", "decode_kernel", "combine_kernel"):
         assert len(re.findall(rf"\n +{kernel}_\d+\.run\(", source.code)) == MODEL.num_hidden_layers
+
+
+def rows_step(x: Tensor, buffers: list[QuantizedKV], pos: Tensor) -> Tensor:
+    """A layer whose rows are written at positions of their own [B, q]; ``x`` [3, B, H, q, D]."""
+    for buffer, new in zip(buffers, x[1:], strict=True):
+        buffer[torch.arange(pos.shape[0], device=x.device)[:, None], :, pos] = new.transpose(1, 2)
+    mask = torch.arange(LENGTH, device=x.device) <= pos[:, None, :, None]
+    return scaled_dot_product_attention(x[0], *buffers, attn_mask=mask)
+
+
+def test_rows_of_lengths_of_their_own() -> None:
+    """One launch stores both sides of all rows, one attends to the codes: rows are no loop, and nothing is copied."""
+    shape, config = (3, KV_HEADS, LENGTH, DIM), small("xquant")
+    states = layers_of(config, shape, DTYPE, ragged=True)[0]
+
+    def make_args() -> tuple[Any, ...]:
+        made = layers_of(config, shape, DTYPE, device="cuda", ragged=True)[0]
+        with torch.device("cuda"):
+            x, pos = torch.zeros(3, 3, KV_HEADS, 2, DIM, dtype=DTYPE), torch.zeros(3, 2, dtype=torch.int64)
+        return x, [QuantizedKV.of(state) for state in made], pos
+
+    with maybe_fake("cuda"):
+        source = Source(generated_code(rows_step, make_args))
+    check_all_on_device(source)
+    assert source.fallbacks == set() and ".copy_(" not in source.call
+    ours = [name.rstrip("_0123456789") for name, _ in source.runs if not name.startswith("triton_")]
+    assert ours == ["append_kernel", "decode_kernel", "combine_kernel"]
+    sizes = {(t.numel(), str(t.dtype).removeprefix("torch.")) for state in states for t in state.owned.values()}
+    assert source.allocated and not sizes & set(source.allocated)
+    (appended,) = (arguments for name, arguments in source.runs if name.startswith("append"))
+    lengths = [argument for argument in source.inputs if source.layouts[argument] == ((3, 2), (2, 1))]
+    assert len(lengths) == 3 and set(lengths) <= {*appended, *source.read}  # positions, and lengths of both sides
+    assert {*lengths} & source.written == {*lengths[1:]}
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -66,8 +66,9 @@ def test_avx512_without_the_processor(name: str, macro: str) -> None:
     given = inputs(setup)
     a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
     types, code = source(problem_of(a), ISAS["avx512"])
-    others = "".join(f"#undef {m}\n" for m in ("__AVX512VNNI__", "__AVX512VL__", "__AVX512BW__"))
-    shim = f"{others}#define {macro} 1\n{(Path(__file__).parent / 'avx512.h').read_text()}"
+    others = "".join(f"#undef {m}\n" for m in ("__AVX512VNNI__", "__AVX512VL__", "__AVX512BW__", "__AVX512BF16__"))
+    with_bfloat16 = "#define __AVX512BF16__ 1\n" if macro == "__AVX512VNNI__" else ""
+    shim = f"{others}#define {macro} 1\n{with_bfloat16}{(Path(__file__).parent / 'avx512.h').read_text()}"
     assert code.count("#include <immintrin.h>") == 1
     out = empty_output(**a._asdict())
     cpu_build.load(types, code.replace("#include <immintrin.h>", shim))(*a.tensors.values(), out)

@@ -235,6 +235,15 @@ ALONE = {  # and the word that the reason must have
     "a query that is changed afterwards": (
         lambda q, k, v, pos: (r := q * 1.0, s := r @ k.mT, r.mul_(2.0), softmax_of(s, v))[-1], "mul_ changes in place",
     ),
+    "a query that an activation changes": (
+        lambda q, k, v, pos: (
+            r := q * 1.0, s := r @ k.mT, torch.nn.functional.relu(r, inplace=True), softmax_of(s, v))[-1],
+        "relu changes in place",
+    ),
+    "a query that is changed by the method behind an operator": (
+        lambda q, k, v, pos: (r := q * 1.0, s := r @ k.mT, r.__imul__(2.0), softmax_of(s, v))[-1],
+        "__imul__ changes in place",
+    ),
     "a mask that is changed afterwards": (
         lambda q, k, v, pos: (
             m := mask_of(pos, torch.float32), s := q @ k.mT + m, m[:, 2:].fill_(-3.0), softmax_of(s, v))[-1],

@@ -50,6 +50,12 @@ FOUND = {
     "keys and values in one tensor, and a graph break before attention, left without a word": case(
         holder="stacked", graph_break="before attention", events=(6, 1)
     ),
+    "copies behind a graph break: their options were taken for others than those of the takeover": case(
+        layers=2, position="item", bits=8, scheme="shared", attention="written out", events=(3, 1, FORK, 2)
+    ),
+    "a token taken back, and keys that are read by contiguous: the buffer was asked for its memory": case(
+        bits=4, read="contiguous", mask="padded", events=(7, 1, -1, 1)
+    ),
 }
 
 ROWS = dict(ragged=True, batch=3, bits=4, scheme="ranked", append="rows by scatter_", mask="padded")

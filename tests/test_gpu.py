@@ -20,6 +20,7 @@ from attention_cases import (
 from attention_runs import Setup, arguments, errors, inputs
 from dynamo_graphs import tiny
 from states import layers_of
+from stepping import interpreted
 
 from xquant_fx import XQuantCache, XQuantConfig, ops
 
@@ -113,6 +114,35 @@ def test_a_whole_step_is_one_cuda_graph(preset: str) -> None:
     assert counters["inductor"]["cudagraph_skips"] == 0
     assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] <= 1
     assert {state.length for state in cache.states} == {78}
+
+
+@pytest.mark.parametrize("preset", ["xquant", "xquant-2.2"])
+def test_rows_of_lengths_of_their_own(preset: str) -> None:
+    """Buffers that compiled steps take over, a row of which begins anew: as steps run one op at a time on the CPU."""
+    config = XQuantConfig.preset(preset).replace(k_group_size=32, residual_length=32)
+    numbers = torch.Generator().manual_seed(0)
+    x, prompt = torch.randn(40, 3, 3, 2, 1, 64, generator=numbers), torch.randn(2, 3, 2, 100, 64, generator=numbers)
+    lengths = torch.tensor([100, 0, 37])
+    steps = [lengths + i if i < 20 else torch.tensor([lengths[0] + i, i - 20, 57]) for i in range(40)]
+
+    def step(x: Any, keys: Any, values: Any, pos: Any) -> Any:
+        for buffer, new in zip((keys, values), x[1:], strict=True):
+            buffer[torch.arange(3, device=x.device), :, pos] = new[:, :, 0]
+        mask = torch.arange(192, device=x.device) <= pos[:, None, None, None]
+        return torch.nn.functional.scaled_dot_product_attention(x[0], keys, values, attn_mask=mask)
+
+    outs = []
+    for device, backend in (("cpu", interpreted(config=config)), ("cuda", "xquant")):
+        torch._dynamo.reset()
+        options = {"config": config} if backend == "xquant" else None
+        compiled, buffers = torch.compile(step, backend=backend, options=options), torch.zeros(2, 3, 2, 192, 64)
+        for row, length in enumerate(lengths.tolist()):
+            buffers[:, row, :, :length] = prompt[:, row, :, :length]
+        keys, values = (buffer.to(device).clone() for buffer in buffers)
+        with torch.no_grad():
+            outs.append([compiled(x[i].to(device), keys, values, pos.to(device)).cpu() for i, pos in enumerate(steps)])
+        assert keys.state.row_lengths == [140, 20, 58]
+    torch.testing.assert_close(*outs, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("length", [4096, 32768])

@@ -40,6 +40,7 @@ def test_a_dry_run_of_all_jobs(tmp_path: Path) -> None:
     assert all(line["kernels"][0] == "interior_kernel" and line["length"] == 131072 for line in steps[:2])
     assert {line["way"] for line in lines if line["what"] == "full precision"} >= {"flash", "cudnn", "matmul"}
     assert sum(line["what"] == "sweep" for line in lines) == 18
+    assert [line["kernels"][0] for line in lines if line["what"] == "rows"] == ["interior_kernel"] * 2
 
 
 def test_what_fails_is_a_line(tmp_path: Path) -> None:
@@ -62,6 +63,17 @@ def test_steps_are_such_as_ops_take(setting: str) -> None:
     given = gpu_cases.step(dict(setting=setting, length=1024, batch=1, group=2, dim=64), "cpu")
     out = ops.DECODE(**given._asdict())
     assert out.shape == (1, 16, 1, 64) and out.isfinite().all() and out.abs().max() > 0
+
+
+@pytest.mark.parametrize("setting", ["2/2 bits", "xquant-2.2"])
+def test_rows_are_checked_beside_plain_torch(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a wrong length of one row would do is far more than what is allowed."""
+    case = dict(setting=setting, length=512, batch=1, group=1, dim=32, pasts=(500, 0, 127), k_group=32)
+    monkeypatch.setitem(ops.DECODE_KERNELS, "cpu", ops.DECODE_KERNELS["cpu"]._replace(why_not=lambda a: "slow"))
+    assert gpu_kernels.row_error(case, "cpu") == 0
+    attend = ops.decode_attention
+    monkeypatch.setattr(ops, "DECODE", lambda past, **given: attend(past=past[[0, 0, 2]], **given))
+    assert gpu_kernels.row_error(case, "cpu") > 10 * gpu_kernels.MOST_ERROR
 
 
 def test_bytes_of_a_step() -> None:

@@ -11,6 +11,7 @@ import torch
 from states import layers_of
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import LlamaConfig
 
 from xquant_fx import XQuantCache, XQuantConfig, ops
 from xquant_fx.cache.state import KVState
@@ -36,6 +37,15 @@ def at_once() -> KVState:
     state = layers()[0][0]
     state._write(X, POS)
     return state
+
+
+def test_attention_of_a_prompt_reads_each_head_in_one_piece() -> None:
+    """As of a static buffer, though projections give one token's heads together."""
+    given = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (X, Y.repeat(1, 1, 7, 1)[:, :, :TOKENS])]
+    model = LlamaConfig(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    seen = XQuantCache(model, 200, config=CONFIG).update(*given, 0)
+    assert not any(x.is_contiguous() for x in given)
+    assert all(x.is_contiguous() and torch.equal(x, y) for x, y in zip(seen, given, strict=True))
 
 
 def tensors(state: KVState) -> dict[str, Tensor]:

@@ -122,20 +122,26 @@ class Around(nn.Module):
         torch.manual_seed(1)
         self.plain, self.biased = nn.Linear(16, 24, bias=False, dtype=dtype), nn.Linear(16, 16, dtype=dtype)
         self.last = nn.Linear(16, 8, dtype=dtype)
-        self.across = nn.Parameter(torch.randn(16, 16, dtype=dtype))
+        self.across = nn.Parameter(torch.randn(16, 32, dtype=dtype))
 
     def forward(self, x: Tensor, between: str, *step: Any) -> Any:
         x = x * 2
+        same = x.mul_(0.5)
         y = self.plain(x)
         if between == "write":
             x += 1
         if between == "view":
             x.view(-1)[0] = 3
+        if between == "activation":
+            nn.functional.relu(x, inplace=True)
+        if between == "result of an op in place":
+            same.add_(1)
         z = self.biased(x)
         out = two_layers(*step)
         bias = self.last.bias * z[0, 0, :8] if between == "bias" else self.last.bias
         t = nn.functional.linear(z if between == "other" else x, self.last.weight, bias)
-        return out, y, z, t, nn.functional.linear(z, self.across.t())  # this is not [out, in] in memory
+        turned = nn.functional.linear(z, self.across.t()), z @ self.last.weight.T
+        return out, y, z, t, turned, nn.functional.linear(z, self.across[:, ::2])  # this is no block of memory
 
 
 def run(rows: int, options: dict[str, Any] | None = None, between: str = "") -> tuple[Any, dict[str, int], Rewrites]:
@@ -151,15 +157,16 @@ def run(rows: int, options: dict[str, Any] | None = None, between: str = "") -> 
 
 
 @pytest.mark.skipif(not is_faster_here(), reason="no kernel for this processor")
-@pytest.mark.parametrize(("rows", "replaced"), [(1, 3), (8, 3), (9, 0)])
+@pytest.mark.parametrize(("rows", "replaced"), [(1, 5), (8, 5), (9, 0)])
 def test_which_layers_are_replaced(rows: int, replaced: int) -> None:
     out, counted, _ = run(rows)
     assert counted["linear_rows"] == replaced
     torch.testing.assert_close(out, run(rows, {"disable": ["linear_rows"]})[0])
 
 
-#: What stands between three layers of one input, and how many layers each call then has.
-TOGETHER = {"": [3], "write": [1, 2], "view": [1, 2], "bias": [2, 1], "other": [2, 1]}
+#: What stands between three layers of one input, and how many layers each call then has; two more follow.
+TOGETHER = {"": [3, 1, 1], "bias": [2, 1, 1, 1], "other": [2, 2, 1]}
+TOGETHER |= {change: [1, 2, 1, 1] for change in ("write", "view", "activation", "result of an op in place")}
 
 
 @pytest.mark.skipif(not is_faster_here(), reason="no kernel for this processor")

@@ -130,6 +130,14 @@ def test_kernels_of_one_source() -> None:
     assert all(kernel.alone is None for name, kernel in module.items() if name.startswith("cpp_"))
 
 
+def test_a_part_of_an_argument() -> None:
+    """One tensor holds the weights of all layers, say."""
+    text = "def call(args):\n    arg0_1, = args\n    cpp_a(reinterpret_tensor(arg0_1, (2, ), (1, ), 3))\n    return ()"
+    assert addresses(read_wrapper(function(text), {"arg0_1": 2})) == ["0])(t0 + 6"]
+    with pytest.raises(NotReadError, match="reinterpret_tensor"):
+        read_wrapper(function(text))
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_constants_that_a_module_gets_after_it_is_loaded(known: bool) -> None:
     """Inductor sets them as attributes of the finished module; a name that stays unknown is no tensor."""
@@ -207,3 +215,18 @@ def test_steps_are_the_same() -> None:
     for found, truth in zip([*again, *stored_again], [*one_by_one, *expected], strict=True):
         assert torch.equal(found, truth)
     assert len({output.data_ptr() for output in outputs}) == len(outputs)  # each step's result is its own
+
+
+def test_one_tensor_of_the_weights_of_all_layers() -> None:
+    """A kernel is given a place within an argument, for which the size of its elements must be known."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, layers: Any, pos: Tensor, weights: Tensor) -> Tensor:
+        return two_layers(torch.nn.functional.linear(q, weights[1]), k, v, layers, pos)
+
+    counters.clear()
+    args = (*fresh(1), quantized_layers(ALONE, number=1), torch.tensor([0]), torch.randn(2, 8, 8))
+    with torch.no_grad():
+        found = torch.compile(step, backend="xquant", dynamic=False)(*args)
+        expected = step(*args[:3], quantized_layers(ALONE, number=1), *args[4:])
+    torch.testing.assert_close(found, expected)
+    assert counters["xquant"]["one_call"] == 1

@@ -47,6 +47,31 @@ def test_one_op_a_layer(borrowed: str, kernel_of_both: list[BothArguments]) -> N
     assert kernel_of_both[-1].overload == borrowed
 
 
+def test_one_op_a_layer_of_rows(kernel_of_both: list[BothArguments]) -> None:
+    """Each at positions of its own; it stores what the two ops store."""
+    lengths, outs = [5, 2], []
+    config = XQuantConfig.preset("xquant").replace(k_group_size=4, residual_length=4, share_values_from=0)
+
+    def step(x: Any, keys: Any, values: Any, pos: Any) -> Any:
+        for buffer in (keys, values):
+            buffer[torch.arange(2), :, pos] = x[:, :, 0]
+        return sdpa(x, keys, values, attn_mask=torch.arange(24) <= pos[:, None, None, None])
+
+    x = torch.randn(2, 2, 12, 16, generator=torch.Generator().manual_seed(0))
+    for paired in (True, False):
+        seen = Rewrites(config=config, disable=[] if paired else ["pair_stores"])
+        torch._dynamo.reset()
+        compiled, buffers = torch.compile(step, backend=seen, dynamic=False), [torch.zeros(2, 2, 24, 16) for _ in "kv"]
+        for buffer in buffers:
+            for row, length in enumerate(lengths):
+                buffer[row, :, :length] = x[row, :, :length]
+        with torch.no_grad():
+            outs.append([compiled(x[:, :, i : i + 1], *buffers, torch.tensor(lengths) + i) for i in range(5)])
+        assert all(count(made, *BY_ONE) == paired and count(made, *STORES) == 2 * (not paired) for made in seen.made)
+    torch.testing.assert_close(*outs, rtol=0, atol=0)
+    assert kernel_of_both[-1].k_length.shape == (2, 2)
+
+
 def grow(q: Any, k: Any, v: Any, past: Any, keep: int) -> Any:
     k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
     return sdpa(q, k, v), (k[:, :, -keep:], v[:, :, -keep:]) if keep else (k, v)

@@ -13,6 +13,7 @@ from rewrites import sdpa
 from states import layers_of
 from stepping import interpreted
 
+import xquant_fx.compiler.restarts as restarts
 import xquant_fx.warn_once as warn_once
 from xquant_fx import (
     CacheStateError,
@@ -151,14 +152,24 @@ def test_compiled_kernels_take_each_row_by_its_length():
         assert_as_alone(got, positions, row, **SMALL)
 
 
-def test_a_row_begins_anew_while_others_go_on_and_one_is_idle():
-    """Row 0 begins anew at steps 3 and 7; row 1 writes over its last token; row 2 goes on."""
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_row_begins_anew_while_others_go_on_and_one_is_idle(on_host, monkeypatch):
+    """Row 0 begins anew at steps 3 and 7; row 1 writes over its last token; row 2 goes on.
+
+    Lengths are no longer looked at once it is known that masks hide what rows held: not at all where they are a
+    device's.
+    """
+    monkeypatch.setattr(restarts, "is_host", lambda state: on_host)
+    looked, check = [], restarts.Restarts.check
+    monkeypatch.setattr(
+        restarts.Restarts, "check", lambda self, args, before: looked.append(bool(before)) or check(self, args, before)
+    )
     steps = [
         [37, 5, 20], [38, 6, 21], [39, 7, 22], [0, 7, 23], [1, 7, 24], [2, 7, 25], [3, 8, 26], [0, 9, 27], [1, 10, 28],
     ]  # fmt: skip
     positions, buffers = [torch.tensor(step)[:, None] for step in steps], prompts()
     got = run(torch.compile(decoder(by_index), backend=interpreted(**SMALL)), buffers, positions)
-    assert buffers[0][0].state.row_lengths == [2, 11, 29]
+    assert buffers[0][0].state.row_lengths == [2, 11, 29] and sum(looked) == (3 if on_host else 0)
     for row, parts in enumerate((((0, 3), (3, 7), (7, 9)), ((0, 9),), ((0, 9),))):
         for first, last in parts:
             lengths = (0, 0, 0) if first else LENGTHS
@@ -187,7 +198,11 @@ def test_a_full_row_does_not_begin_anew():
         run(step, buffers, [torch.tensor([[0], [6], [21]])])
 
 
-def test_old_tokens_of_a_row_must_be_hidden():
+@pytest.mark.parametrize("on_host", [True, False])
+def test_old_tokens_of_a_row_must_be_hidden(on_host, monkeypatch):
+    """Also where lengths would have to be waited for: there the first step decides whether they are."""
+    monkeypatch.setattr(restarts, "is_host", lambda state: on_host)
+
     def step(x, buffers, pos):
         (keys, values), (q, k, v) = buffers[0], x[0]
         by_index(keys, k, pos)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import operator
 import weakref
 
 import pytest
@@ -18,6 +19,7 @@ import xquant_fx.warn_once as warn_once
 from xquant_fx import CacheStateError, ConfigError, NotRewrittenError, UnsupportedWriteError, XQuantCache
 from xquant_fx.compiler.backend import compile_graph
 from xquant_fx.compiler.options import parse
+from xquant_fx.passes.vocabulary import is_in_place
 
 
 def copied(q, k, v, layers, pos):
@@ -70,6 +72,10 @@ def double(x: torch.Tensor) -> None:
     x.mul_(2)
 
 
+def by_an_activation(q, k, v, layers, pos):
+    torch.nn.functional.relu(layers[0][0], inplace=True)
+
+
 def by_an_op_of_ones_own(q, k, v, layers, pos):
     torch.ops.xquant_test.double(layers[0][0])
 
@@ -82,7 +88,7 @@ def after_a_view(q, k, v, layers, pos):
 
 WRITES = [
     copied, whole, one_head, scaled, added, through_a_view, through_a_part, other_dimension, by_mask, into_out,
-    together, by_an_op_of_ones_own, after_a_view,
+    together, by_an_activation, by_an_op_of_ones_own, after_a_view,
 ]  # fmt: skip
 
 
@@ -264,3 +270,32 @@ def test_graphs_without_a_cache_go_to_the_compiler_as_they_are():
     result = compile_graph(gm, inputs, parse(None, None), lambda *args: calls.append(args) or gm.forward)
     ((graph, example_inputs, _, settings),) = calls
     assert graph is gm and example_inputs is inputs and settings is None and result == gm.forward
+
+
+def test_ops_in_place():
+    """By what they are called, or told; ``and_`` has its underscore for another reason."""
+    graph = torch.fx.Graph()
+    x, functional = graph.placeholder("x"), torch.nn.functional
+    found = {
+        (name, len(args), *kwargs.items()): is_in_place(make(target, args, kwargs))
+        for name, make, target, args, kwargs in (
+            ("and_", graph.call_function, operator.and_, (x, x), {}),
+            ("or_", graph.call_function, operator.or_, (x, x), {}),
+            ("iand", graph.call_function, operator.iand, (x, x), {}),
+            ("ilshift", graph.call_function, operator.ilshift, (x, 1), {}),
+            ("relu", graph.call_function, functional.relu, (x,), {}),
+            ("relu", graph.call_function, functional.relu, (x, True), {}),
+            ("relu", graph.call_function, functional.relu, (x,), {"inplace": True}),
+            ("relu", graph.call_function, functional.relu, (x,), {"inplace": False}),
+            ("dropout", graph.call_function, functional.dropout, (x, 0.5, True, True), {}),
+            ("torch.relu_", graph.call_function, torch.relu_, (x,), {}),
+            ("torch.relu", graph.call_function, torch.relu, (x,), {}),
+            ("add_", graph.call_method, "add_", (x, x), {}),
+            ("__iadd__", graph.call_method, "__iadd__", (x, x), {}),
+            ("__and__", graph.call_method, "__and__", (x, x), {}),
+        )
+    }
+    assert [key for key, written in found.items() if written] == [
+        ("iand", 2), ("ilshift", 2), ("relu", 2), ("relu", 1, ("inplace", True)), ("dropout", 4), ("torch.relu_", 1),
+        ("add_", 2), ("__iadd__", 2),
+    ]  # fmt: skip

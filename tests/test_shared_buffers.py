@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from dynamo_graphs import SHAPE, SMALL, sites_of
@@ -28,9 +30,9 @@ CACHES = {
 }
 
 
-def gemma4():
-    """Layers 2 and 3 read what layers 0 and 1 store."""
-    fields = dict(SMALL, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["full_attention"] * 4)
+def gemma4(**more_fields):
+    """Layers 2 and 3 read what the last layer of their type below them stores: layer 1, if all are of one type."""
+    fields = dict(SMALL, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["full_attention"] * 4) | more_fields
     more = dict(global_head_dim=8, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8)
     return Gemma4TextConfig(**fields, **more)
 
@@ -133,3 +135,17 @@ def test_life_of_a_cache_with_layers_that_store_nothing():
     cache.batch_repeat_interleave(2)
     cache.crop(-1)
     assert cache.get_seq_length() == 22 and cache.layers[0].batch_size == 2
+
+
+def test_uncompiled_steps_read_what_compiled_ones_read():
+    """Layer 2 reads what layer 0 stored, after layer 1 was written to."""
+    torch.manual_seed(0)
+    types = ["sliding_attention", "full_attention"] * 2
+    model = AutoModelForCausalLM.from_config(gemma4(layer_types=types, sliding_window=24, initializer_range=0.3)).eval()
+    cache = XQuantCache(model.config, 48, XQuantConfig(**NARROW, sliding_windows=True))
+    logits_of(model, IDS[:, :20], cache)
+    step = torch.compile(model.forward, backend=interpreted(), dynamic=False)
+    for at in (20, 21):
+        compiled, ids = copy.deepcopy(cache), IDS[:, at : at + 1]
+        assert relative_error(*(logits_of(f, ids, c) for f, c in ((model, cache), (step, compiled)))) < 1e-5
+    assert not cache.windows_left

@@ -7,7 +7,17 @@ wrong, so there the kernels are told to compute in float32 and only reading and 
 from __future__ import annotations
 
 import pytest
-from attention_cases import CASES, RANKED_CASES, RANKED_SLOW, RANKED_SPOILED, SPOILED, allowed
+from attention_cases import (
+    CASES,
+    RANKED_CASES,
+    RANKED_SLOW,
+    RANKED_SPOILED,
+    ROW_CASES,
+    ROWS_QUICK,
+    SPOILED,
+    WHOLE_ROWS,
+    allowed,
+)
 from triton_interpreter import Interpreter
 
 pytest.importorskip("triton")
@@ -31,6 +41,18 @@ def test_against_the_truth(name: str, interpreter: Interpreter) -> None:
     assert result["same_nan"] and result["zeros_are_zero"]
     assert result["largest"] > 0
     assert result["error"] <= allowed(result, case), result
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ROWS_QUICK else pytest.param(n, marks=pytest.mark.slow) for n in (*ROW_CASES, *WHOLE_ROWS)]
+)
+def test_rows_of_lengths_of_their_own(name: str, interpreter: Interpreter) -> None:
+    """Each against the truth of a batch of one; nothing is stored of some, and one is full."""
+    case = {**ROW_CASES, **WHOLE_ROWS}[name]
+    for row in interpreter.call("attention_runs:interpret_rows", **case):
+        assert row["kernels"] == ["interior_kernel"] * (name in WHOLE_ROWS) + ["decode_kernel", "combine_kernel"]
+        assert row["same_nan"] and row["zeros_are_zero"]
+        assert row["error"] <= allowed(row, case), row
 
 
 @pytest.mark.parametrize("name", [*AMD, "groups of 32 in blocks of 64"])

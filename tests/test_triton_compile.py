@@ -56,24 +56,24 @@ def decode_arguments(
     v_group: int | None = None, residual: int = 128, sinks: int = 0, softcap: float = 0.0, window: int = 0,
     extra: bool = False, max_len: int = 32768, kv_heads: int = 8, scales: torch.dtype | None = None,
     norms: bool | None = None,
-    v_residual: int | None = None,
+    v_residual: int | None = None, rows: int = 1,
 ) -> DecodeArguments:  # fmt: skip
-    """Arguments of ``decode_attention`` without data."""
+    """Arguments of ``decode_attention`` without data, of ``rows`` sequences, each of a length of its own."""
     config = XQuantConfig(
         **schemes(ranked), k_bits=k_bits, v_bits=v_bits, share_values_from=None, k_group_size=k_group,
         v_group_size=v_group, residual_length=residual, v_residual_length=v_residual, sink_tokens=sinks,
         scale_dtype=scales, k_token_norms=norms,
     )  # fmt: skip
-    key, value = (stored(side, dtype, config, (1, kv_heads, max_len, dim)) for side in ("key", "value"))
+    key, value = (stored(side, dtype, config, (rows, kv_heads, max_len, dim)) for side in ("key", "value"))
     facts = {f"{side}_{name}": t[name] for side, t in (("k", key), ("v", value)) for name in FACTS}
-    chunk = empty(1, kv_heads, query, dim, dtype=dtype) if query > STEP_TOKENS else None
+    chunk = empty(rows, kv_heads, query, dim, dtype=dtype) if query > STEP_TOKENS else None
     return DecodeArguments(
-        q=empty(1, kv_heads * group, query, dim, dtype=dtype),
+        q=empty(rows, kv_heads * group, query, dim, dtype=dtype),
         **of_sides(key.get, value.get),
         **facts,
-        start=empty(1, dtype=torch.int64),
-        past=empty(1, dtype=torch.int64),
-        mask=None if mask is None else empty(1, 1, query, max_len, dtype=mask),
+        start=empty(rows, dtype=torch.int64),
+        past=empty(rows, dtype=torch.int64),
+        mask=None if mask is None else empty(rows, 1, query, max_len, dtype=mask),
         sink_logits=empty(kv_heads * group, dtype=dtype) if extra else None,
         new_tokens=query,
         max_len=max_len,
@@ -88,22 +88,24 @@ def decode_arguments(
 def append_arguments(
     *, side: str, new: int = 1, dim: int = 128, bits: float = 2, group: int = 128, residual: int = 128, sinks: int = 0,
     fit: str | None = None, dtype: torch.dtype = torch.bfloat16, max_len: int = 32768, ranked: bool = False,
-    scales: torch.dtype | None = None, norms: bool | None = None,
+    scales: torch.dtype | None = None, norms: bool | None = None, rows: int = 0,
 ) -> StoreArguments:  # fmt: skip
-    """Arguments of ``triton_store.launch`` without data."""
+    """Arguments of ``triton_store.launch`` without data; ``rows`` sequences have positions of their own, 0: one."""
     groups = dict(k_group_size=group) if side == "key" else dict(k_group_size=residual, v_group_size=group)
     bits_of = dict(k_bits=bits) if side == "key" else dict(v_bits=bits)
     fields: dict[str, Any] = dict(residual_length=residual, sink_tokens=sinks, scale_dtype=scales, k_token_norms=norms)
     config = XQuantConfig(**fields, **bits_of, **schemes(ranked), **groups)
-    t = stored(side, dtype, config, (1, 8, max_len, dim))
+    t = stored(side, dtype, config, (rows or 1, 8, max_len, dim))
+    if rows:
+        t["length"] = empty(rows, 2, dtype=torch.int64)
     step = ("x", "pos", "start", "fault")
     tensors = {name: t.get(name) for name in StoreArguments.tensor_names() if name not in step}
     return StoreArguments(
-        x=empty(1, 8, new, dim, dtype=dtype),
-        pos=empty(new, dtype=torch.int64),
+        x=empty(rows or 1, 8, new, dim, dtype=dtype),
+        pos=empty(*([rows] if rows else []), new, dtype=torch.int64),
         **tensors,
-        start=empty(1, dtype=torch.int64),
-        fault=empty(1, dtype=torch.int32),
+        start=empty(rows or 1, dtype=torch.int64),
+        fault=empty(rows or 1, dtype=torch.int32),
         scheme=t["scheme"],
         bits=bits,
         group_size=group,
@@ -151,6 +153,9 @@ MORE = {
     "float16": dict(dtype=torch.float16),
     "float32": dict(dtype=torch.float32),
     "one query head": dict(group=1, mask=None),
+    "rows": dict(rows=4),
+    "rows, all of it": dict(rows=4, query=3, softcap=50.0, window=512, mask=torch.bfloat16, sinks=4, extra=True),
+    "rows, a chunk": dict(rows=4, query=64),
     "8 query tokens": dict(query=8, group=8),
     "all of it": dict(query=3, softcap=50.0, window=512, mask=torch.bfloat16, sinks=4, extra=True),
     "all of it, head_dim 256": dict(dim=256, query=3, softcap=50.0, window=512, mask=torch.bfloat16, sinks=4),
@@ -186,6 +191,8 @@ MORE = {
             "a chunk, float32": dict(query=512, dtype=torch.float32),
             "all of it": dict(query=3, softcap=50.0, window=512, mask=torch.bfloat16, sinks=4, extra=True),
             "one query head": dict(group=1, mask=None, v_bits=2),
+            "rows": dict(rows=4, v_bits=2, v_residual=128),
+            "rows, head_dim 256, 3 query tokens": dict(rows=4, dim=256, query=3, v_bits=2, sinks=4),
         }.items()
     },
 }
@@ -229,16 +236,20 @@ APPEND = {
     "keys, head_dim 96, 4 bits": dict(side="key", new=8, dim=96, bits=4, group=16),
     "ranked keys": dict(side="key", ranked=True, residual=256),
     "rotated values": dict(side="value", ranked=True),
+    "ranked keys, rows": dict(side="key", ranked=True, residual=256, rows=4, norms=True, sinks=4),
     "ranked keys, head_dim 256, 8 tokens": dict(side="key", ranked=True, residual=256, dim=256, new=8, sinks=4),
     "ranked keys, head_dim 80, 1.5 bits": dict(side="key", ranked=True, residual=256, dim=80, bits=1.5, new=4),
     "ranked keys, head_dim 96, 4 bits": dict(side="key", ranked=True, residual=96, group=32, dim=96, bits=4),
     "ranked keys, float32, 3 bits": dict(side="key", ranked=True, residual=64, group=32, bits=3, dtype=torch.float32),
     "rotated values, head_dim 256, 8 tokens": dict(side="value", ranked=True, dim=256, group=256, new=8),
+    "keys, rows": dict(side="key", rows=4, new=3, sinks=4),
+    "rotated values, rows": dict(side="value", rows=4, ranked=True),
     "rotated values, head_dim 96, groups of 32": dict(side="value", ranked=True, dim=96, group=32, new=3, bits=1),
 }
 BOTH = {
     "ranked keys, rotated values": ("ranked keys", "rotated values"),
     "keys, values": ("keys", "values"),
+    "ranked keys, rotated values, rows": ("ranked keys, rows", "rotated values, rows"),
     "ranked keys, fitted values, 8 tokens": ("ranked keys, head_dim 256, 8 tokens", "fitted values"),
 }
 QUICK = ("fitted keys", "fitted values", "ranked keys, rotated values", "keys, values")

@@ -104,7 +104,7 @@ MOST: dict[tuple[str, str], tuple[float, int]] = {
     **{(f"xquant-{bits}", chip): (2.1, 0) for bits in (1.4, 1.7, 2.2) for chip in ("sm_90", "sm_80")},
     **{("xquant-2.7", chip): (2.9, 0) for chip in ("sm_90", "sm_80")},
     ("2/2 bits, head_dim 64", "sm_90"): (2.4, 0),
-    **{("2/2 bits, q = 8", chip): (3.8, 0) for chip in ("sm_90", "sm_80")},
+    **{("2/2 bits, q = 8", chip): (3.6, 0) for chip in ("sm_90", "sm_80")},
     ("xquant-2.2, head_dim 64", "sm_90"): (3.0, 0),
     **{("xquant-2.2, q = 8", chip): (8.3, 0) for chip in ("sm_90", "sm_80")},
     **{

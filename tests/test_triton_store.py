@@ -111,6 +111,14 @@ def test_positions_that_do_not_follow(side: str, what: str, interpreter: Interpr
     assert ours == theirs and ours[0] == fault
 
 
+#: Positions [3, q] after prompts of 22, 5 and 13 tokens: rows go on, are idle, begin anew, go back, one by one.
+ROWS = [
+    [[22], [5], [13]], [list(range(23, 31)), list(range(5, 13)), list(range(14, 22))],
+    [list(range(31, 39)), list(range(13, 21)), list(range(14, 22))], [[0], [21], [21]], [[1, 2], [22, 23], [22, 23]],
+]  # fmt: skip
+LENGTHS_AFTER = [[3, 3], [24, 24], [24, 24]]
+#: What is no append to each: too far back, a jump, past the end; one fault does not hide another row's.
+BAD_ROWS = [[10, 11], [6, 8], [47, 48]]
 BOTH = {
     "default schemes": dict(k_bits=2, v_bits=2, k_group_size=16, residual_length=32, sink_tokens=4),
     "range codes, shared": dict(
@@ -132,3 +140,32 @@ def test_keys_and_values_in_one_launch(name: str, interpreter: Interpreter) -> N
     assert found.pop("launched") == ["append_kernel"] * (2 * len(script) + 1)
     assert found.pop("faults_before") == [0, 0] and found.pop("faults") == [Fault.NOT_CONSECUTIVE] * 2
     assert found.pop("off") < 1e-3 and not any(found.values()), found  # a code may lie at a tie
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("default schemes", 1), ("range codes, shared", 2),
+        pytest.param("ranked keys, values of range codes", 1, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_rows_of_lengths_of_their_own(name: str, layers: int, interpreter: Interpreter) -> None:
+    """As the ops store them row by row, in one launch for both sides."""
+    config = {**BOTH[name], "sink_tokens": 2, "rollback_tokens": 8}
+    given = dict(lengths=[22, 5, 13], script=ROWS, config=config, layers=layers)
+    found = interpreter.call("triton_store_runs:rows", **given)
+    assert found.pop("launched") == ["append_kernel"] * (layers * len(ROWS))
+    assert all(ours == theirs for ours, theirs in found["lengths"]) and found.pop("lengths")[-1][0] == LENGTHS_AFTER
+    assert found.pop("faults") == [[0, 0, 0]] * 2
+    assert found.pop("off") < 1e-3 and not any(found.values()), found  # a code may lie at a tie
+
+
+def test_each_row_has_a_fault_of_its_own(interpreter: Interpreter) -> None:
+    config = {**BOTH["range codes, shared"], "rollback_tokens": 8}
+    expected = [Fault.ROLLED_BACK_TOO_FAR, Fault.NOT_CONSECUTIVE, Fault.FULL]
+    for lengths, script, codes in (
+        ([22, 5, 13], [[[22], [5], [13]], BAD_ROWS], expected),
+        ([48, 5, 13], [[[0], [7], [13]]], [Fault.RESTARTED, Fault.NOT_APPENDED, 0]),
+    ):
+        found = interpreter.call("triton_store_runs:rows", lengths=lengths, script=script, config=config)
+        assert found["faults"] == [codes, codes] and found["length"] == 0, found

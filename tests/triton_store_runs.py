@@ -136,6 +136,45 @@ def both(script: list[int], config: dict[str, Any], positions: list[int]) -> dic
     return {**found, "faults": [int(layers[0][0].tensor("fault")) for layers in (ours, theirs)], "launched": launched}
 
 
+def rows(lengths: list[int], script: list[list[list[int]]], config: dict[str, Any], layers: int = 1) -> dict[str, Any]:
+    """Steps of layers whose rows have positions of their own [B, q], by one launch each, and by the ops.
+
+    Rows begin with prompts of ``lengths``. What differs in the end, as in ``both``, launches, and of the kernel and of
+    the ops the faults of all steps and the lengths after each.
+    """
+    batch, settings = len(lengths), XQuantConfig(**config)
+    shape, start, generator = (batch, 2, 48, 16), torch.arange(batch), torch.Generator().manual_seed(9)
+    ours, theirs = (layers_of(settings, shape, torch.float32, layers, start=start, ragged=True) for _ in range(2))
+    states = [[state for layer in each for state in layer] for each in (ours, theirs)]
+    for side, state in [pair for each in states for pair in enumerate(each)]:
+        poison(state)
+        state.fill(torch.randn(batch, 2, max(lengths), 16, generator=torch.Generator().manual_seed(side)), lengths)
+    launched: list[str] = []
+    found: dict[str, Any] = dict(off=0.0, ring=0, length=0, sink=0, lengths=[])
+
+    def noted(kernel: Any) -> Any:
+        launched.append(kernel.fn.__name__)
+        return kernel
+
+    for pos in map(torch.tensor, script):
+        for mine, other in zip(ours, theirs, strict=True):
+            x = [torch.randn(batch, 2, pos.shape[1], 16, generator=generator) for _ in "kv"]
+            launch(*(store_arguments(state, x[side], pos) for side, state in enumerate(mine)), wrap=noted)
+            for side, state in enumerate(other):
+                append_by_op(state, x[side], pos)
+        found["lengths"].append([each[-1].tensor("length").tolist() for each in states])
+    for one, other in zip(*states, strict=True):
+        past = one.tensor("length")[:, 0]
+        loads = [ops.LOAD(**{**load_arguments(state, 0, 0, 48), "past": past}) for state in (one, other)]
+        found["off"] = max(found["off"], float((~loads[0].isclose(loads[1], 1e-4, 1e-5, True)).float().mean()))
+        for name in ("ring", "length", "sink"):
+            x, y = one.tensor(name), other.tensor(name)
+            if x is not None and y is not None:
+                wrong = differ(x, y)
+                found[name] += int((wrong[:, :, :-1] if name == "sink" else wrong).sum())
+    return {**found, "faults": [each[0].tensor("fault").tolist() for each in states], "launched": launched}
+
+
 def sliding(what: str, **fields: Any) -> None:
     """A layer with a sliding window and one without are stored to and read the same; see sliding_states.py."""
     sliding_states.play(XQuantConfig(**sliding_states.CONFIGS[what], **fields), append)

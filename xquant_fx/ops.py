@@ -137,20 +137,8 @@ CHUNK_KERNELS = {
 
 
 def quantize_store(*args: Any, **kwargs: Any) -> None:
-    """Store tokens and quantize those that are due; ``fit`` (overload ``borrowed``) for borrowed codes.
-
-    Rows with positions of their own are stored one after the other: by one C++ kernel in a compiled step on a CPU.
-    """
-    a = StoreArguments(*args, **kwargs)
-    if a.length.dim() == 1:
-        _store(a)
-    elif a.bits < 16 and a.x.device.type == "cpu" and is_traced(a.x) and _is_step(a):
-        _append_cpu(a)
-    else:
-        begins = (a.pos[:, :1] == 0) & (a.length[:, :1] < a.max_len)
-        a.length.masked_fill_(begins, 0)
-        for row in range(a.x.shape[0]):
-            _store(row_of(a, row))
+    """Store tokens and quantize those that are due; ``fit`` (overload ``borrowed``) for borrowed codes."""
+    _store(StoreArguments(*args, **kwargs))
 
 
 def _is_step(a: StoreArguments) -> bool:
@@ -160,9 +148,26 @@ def _is_step(a: StoreArguments) -> bool:
 
 def _store(a: StoreArguments) -> None:
     if a.bits == 16:
-        plain_store.store_full(a)
+        _store_rows(plain_store.store_full, a)
+    elif _is_step(a):
+        _run(STEP_KERNELS, a.x, a, _store_plainly)
+    else:
+        _store_rows(lambda row: _run(CHUNK_KERNELS, row.x, row, plain_store.store), a)
+
+
+def _store_rows(store: Callable[[StoreArguments], None], a: StoreArguments) -> None:
+    """By ``store``, which takes a batch of one length: rows with positions of their own one after the other."""
+    if a.length.dim() == 1:
+        store(a)
         return
-    _run(STEP_KERNELS if _is_step(a) else CHUNK_KERNELS, a.x, a, plain_store.store)
+    begins = (a.pos[:, :1] == 0) & (a.length[:, :1] < a.max_len)
+    a.length.masked_fill_(begins, 0)
+    for row in range(a.x.shape[0]):
+        store(row_of(a, row))
+
+
+def _store_plainly(a: StoreArguments) -> None:
+    _store_rows(plain_store.store, a)
 
 
 def quantize_store_both(*args: Any, **kwargs: Any) -> None:
@@ -174,7 +179,7 @@ def quantize_store_both(*args: Any, **kwargs: Any) -> None:
         kernel.run(a)
         return
     for side in a.sides:
-        _run(STEP_KERNELS, side.x, side, plain_store.store)
+        _run(STEP_KERNELS, side.x, side, _store_plainly)
 
 
 def shared_code_load(*args: Any, **kwargs: Any) -> Tensor:
@@ -189,17 +194,16 @@ def decode_attention(*args: Any, **kwargs: Any) -> Tensor:
 
     Tokens past the last one written count as zeros, as in the static buffer that this replaces, unless the mask
     leaves them out. A chunk of more than STEP_TOKENS tokens passes its keys and values as ``k_new`` and ``v_new``,
-    and the rings as they were before it. Rows with lengths of their own are attended to one after the other.
+    and the rings as they were before it.
     """
     a = DecodeArguments(*args, **kwargs)
+    return _run(DECODE_KERNELS, a.q, a, _attend_plainly)
+
+
+def _attend_plainly(a: DecodeArguments) -> Tensor:
+    """Rows with lengths of their own one after the other."""
     rows = a.past.shape[0]
-    if rows > 1 and a.q.device.type != "cpu":
-        return torch.cat([_attend(row_of(a, row)) for row in range(rows)])
-    return _attend(a)
-
-
-def _attend(a: DecodeArguments) -> Tensor:
-    return _run(DECODE_KERNELS, a.q, a, plain_attention.attend)
+    return plain_attention.attend(a) if rows == 1 else torch.cat([_attend_plainly(row_of(a, i)) for i in range(rows)])
 
 
 def linear_rows(*args: Any, **kwargs: Any) -> Tensor:

@@ -24,14 +24,15 @@ inline void hadamard_of_lanes(float* y) {
 
 template <int64_t DIM, int64_t SIZE> inline void hadamard(float* y) {
     constexpr int64_t DONE = SIZE % L == 0 ? L : 1;
+    typedef std::conditional_t<DONE == L, vf, float> Lanes;
     if constexpr (DONE == L)
         for (int64_t d = 0; d < DIM; d += L) hadamard_of_lanes(y + d);
     for (int64_t half = DONE; half < SIZE; half *= 2)
         for (int64_t i = 0; i < DIM; i += 2 * half)
-            for (int64_t j = i; j < i + half; j++) {
-                const float a = y[j], b = y[j + half];
-                y[j] = a + b;
-                y[j + half] = a - b;
+            for (int64_t j = i; j < i + half; j += DONE) {
+                const Lanes a = load<Lanes>(y + j), b = load<Lanes>(y + j + half);
+                store(y + j, a + b);
+                store(y + j + half, a - b);
             }
 }
 

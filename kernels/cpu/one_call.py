@@ -7,7 +7,7 @@ in the same order, in one piece of scratch memory. Those that Inductor wrote sta
 (``one_unit.py``). A wrapper that does more than that stays as it is.
 
 Private torch APIs: what ``wrapper_code.py`` names; the wrapper's ``suffix``; that a kernel is the function ``kernel``
-of a module of its own. Checked on torch 2.13.
+of a module of its own. Checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import functools
 import inspect
 import logging
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -42,9 +42,9 @@ IMPORT = "from xquant_fx.kernels.cpu.one_unit import UnitCompile as AsyncCompile
 HOOK = """
 import xquant_fx.kernels.cpu.one_call
 if "Runner" in globals():
-    Runner.call = xquant_fx.kernels.cpu.one_call.joined(Runner.call, globals())
+    Runner.call = xquant_fx.kernels.cpu.one_call.joined(Runner.call, globals(), {itemsizes})
 else:
-    call = xquant_fx.kernels.cpu.one_call.joined(call, globals())
+    call = xquant_fx.kernels.cpu.one_call.joined(call, globals(), {itemsizes})
 """
 
 
@@ -58,15 +58,18 @@ def switched(on: bool) -> Iterator[None]:
         _wanted.reset(before)
 
 
-def add_hook(wrapper: Any) -> None:
-    """Let the module that ``wrapper`` generates join its calls, once, where that is switched on."""
+def add_hook(wrapper: Any, itemsizes: Mapping[str, int]) -> None:
+    """Let the module that ``wrapper`` generates join its calls, once, where that is switched on.
+
+    ``itemsizes`` are bytes of an element of each tensor that it is given, by its name there.
+    """
     if not _wanted.get():
         return
     suffix = getattr(wrapper, "suffix", None)  # a torch without one calls kernels one by one
     if suffix is None:
         log.info("the kernels of this graph are called one by one: this torch's wrapper has no suffix")
-    elif HOOK.strip() not in suffix.getvalue():
-        suffix.splice(HOOK)
+    elif ".one_call.joined(" not in suffix.getvalue():
+        suffix.splice(HOOK.format(itemsizes=dict(itemsizes)))
         wrapper.imports.writeline(IMPORT)
 
 
@@ -89,8 +92,13 @@ def collected() -> Iterator[list[Generated]]:
         _collecting.reset(before)
 
 
-def joined(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[..., Any]:
-    """What is called in the place of ``wrapper``; compiled in the background until the first call."""
+def joined(
+    wrapper: Callable[..., Any], module: dict[str, Any], itemsizes: Mapping[str, int] | None = None
+) -> Callable[..., Any]:
+    """What is called in the place of ``wrapper``; compiled in the background until the first call.
+
+    ``itemsizes`` are bytes of an element of its arguments, by name.
+    """
     collecting = _collecting.get()
     if collecting is not None:
         collecting.append(Generated(wrapper, module))
@@ -99,7 +107,7 @@ def joined(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[...,
     def begin() -> Callable[[], Callable[..., Any]]:
         function = _parsed(wrapper)
         parameters = ", ".join(arg.arg for arg in function.args.args)
-        return _python(parameters, read_wrapper(function), module)
+        return _python(parameters, read_wrapper(function, itemsizes), module)
 
     return _at_first_call(begin, functools.partial(_one_by_one, wrapper, module))
 

@@ -74,7 +74,7 @@ template <> struct Dot<8> {  // a nibble at a time
 
 // What `f` makes of vectors, `across` of the lanes of one, of each of N vectors.
 template <int N, class F, class Across>
-ALWAYS_INLINE void each_across(const vf (&x)[N], float* out, F f, Across across) {
+ALWAYS_INLINE void each_across(const vf (&x)[N], float* out, [[maybe_unused]] F f, Across across) {
 #ifdef XQ_FOUR_ACROSS
     if constexpr (N > 1) {
 #pragma GCC unroll 4

@@ -20,6 +20,12 @@ inline vs multiply_add_pairs(vi code, vi digit) { return (vs)_mm512_maddubs_epi1
 inline vi add_pairs(vs x) { return (vi)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(1)); }
 #endif
 
+#ifdef __AVX512BF16__
+#define XQ_DOT_BFLOAT16
+// sum + a . b of bfloat16 numbers, two to a lane.
+inline vf dot_bfloat16(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+#endif
+
 inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline float sum(vf x) { return _mm512_reduce_add_ps((__m512)x); }
 inline float max(vf x) { return _mm512_reduce_max_ps((__m512)x); }

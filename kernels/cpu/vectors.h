@@ -32,7 +32,7 @@ template <class V> inline V load(const void* p) {
     return v;
 }
 template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof(V)); }
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) { return x - vf{}; }  // with a sum -0 would become 0, so compilers would have to add
 inline vi splat(int32_t x) { return vi{} + x; }
 
 // Of simd.h, which includes the header of the ISA before it defines them.

@@ -1,7 +1,7 @@
 """What Inductor's Python wrapper does with its C++ kernels, read from the code that it generated.
 
 The wrapper allocates buffers, gives parts of them other names, and calls kernels with them. Read are those statements
-(as torch 2.13 writes them) and no others: a wrapper that does anything else is refused, with the statement.
+(as torch 2.11 and 2.13 write them) and no others: a wrapper that does anything else is refused, with the statement.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,14 +69,14 @@ class WrapperCode:
     """Bytes of scratch memory."""
 
 
-def read_wrapper(function: ast.FunctionDef) -> WrapperCode:
-    """What the wrapper ``function`` does.
+def read_wrapper(function: ast.FunctionDef, itemsizes: Mapping[str, int] | None = None) -> WrapperCode:
+    """What the wrapper ``function`` does; ``itemsizes`` are bytes of an element of arguments, by name.
 
     Raises:
         NotReadError: it does something that is not read here, such as a call of an ATen operation, or allocates a
             buffer of a size that is known in a step only.
     """
-    reader = Reader()
+    reader = Reader(named=itemsizes)
     reader.read_all(function)
     return reader.planned()
 
@@ -84,10 +84,10 @@ def read_wrapper(function: ast.FunctionDef) -> WrapperCode:
 class Reader:
     """The names that are bound so far, and what happened to memory."""
 
-    def __init__(self, itemsizes: Sequence[int] = ()) -> None:
-        """``itemsizes`` are bytes of an element of each argument, where that is known."""
+    def __init__(self, itemsizes: Sequence[int] = (), named: Mapping[str, int] | None = None) -> None:
+        """``itemsizes`` are bytes of an element of each argument, where that is known; or ``named`` are."""
         self.code = WrapperCode()
-        self.itemsizes = itemsizes
+        self.itemsizes, self.named = itemsizes, named or {}
         self.names: dict[str, Place] = {}
         self.sizes: dict[str, int] = {}
         self.sizes_given: dict[str, Size] = {}
@@ -129,7 +129,7 @@ class Reader:
             raise NotReadError(ast.unparse(node))
         number = len(self.code.arguments)
         self.code.arguments.append(node.id)
-        itemsize = self.itemsizes[number] if number < len(self.itemsizes) else None
+        itemsize = self.itemsizes[number] if number < len(self.itemsizes) else self.named.get(node.id)
         self.names[node.id] = Place(node.id, 0, itemsize, node.id)
 
     def _allocation(self, name: str, value: ast.expr) -> Place | None:

@@ -55,13 +55,13 @@ inline void attend_span(Scratch& scratch, const Inputs& in, RunningSoftmax& soft
 }
 
 inline void load_queries(Scratch& scratch, const Inputs& in, int64_t head, int64_t row0) {
-    scratch.row0 = row0;
+    scratch.row0 = row0, scratch.q = in.q + (head * ALL_ROWS + row0) * DK;
     std::memset(scratch.query, 0, sizeof(scratch.query));
     std::memset(scratch.folded, 0, sizeof(scratch.folded));
     std::fill(scratch.q_center, scratch.q_center + ROWS, 0.0f);
     for (int64_t r = 0; r < ROWS; r++)
         for (int64_t d = 0; d < DK; d += L)
-            store(scratch.query[r] + d, load_up_to(in.q + (head * ALL_ROWS + row0 + r) * DK + d, DK - d) * SCALE);
+            store(scratch.query[r] + d, load_up_to(scratch.q + r * DK + d, DK - d) * SCALE);
     if constexpr (RANKED) {
         std::memset(scratch.ranked, 0, sizeof(scratch.ranked));
         const int32_t* order = in.k_order + head * DK;
@@ -82,7 +82,10 @@ inline void load_queries(Scratch& scratch, const Inputs& in, int64_t head, int64
 inline void rotate_back(float* acc) {
     float* y = acc + CODES_AT;
     hadamard<DV, ROTATED>(y);
-    for (int64_t d = 0; d < DV; d++) acc[d] += y[d] * ROTATION_SIGNS[d] * ROTATION_SCALE;
+    int64_t d = 0;
+    for (; d + L <= DV; d += L)
+        store(acc + d, fma(load<vf>(y + d), load<vf>(ROTATION_SIGNS + d) * ROTATION_SCALE, load<vf>(acc + d)));
+    for (; d < DV; d++) acc[d] += y[d] * ROTATION_SIGNS[d] * ROTATION_SCALE;
 }
 
 // What is in no span, and the division by the sum of weights.

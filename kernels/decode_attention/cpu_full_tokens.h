@@ -38,6 +38,23 @@ ALWAYS_INLINE void prefetch_window(const Inputs& in, const T* ring, const T* chu
 // Scores of NT tokens whose keys are in full precision and follow each other, with NR rows.
 template <int NT, int NR> inline void score_tokens(Scratch& scratch, const T* keys, int64_t row, int64_t offset) {
     vf s[NR][NT] = {};
+#ifdef XQ_DOT_BFLOAT16
+    if constexpr (std::is_same_v<T, bfloat16> && DK % (2 * L) == 0) {  // products are exact
+        for (int64_t d = 0; d < DK; d += 2 * L)
+#pragma GCC unroll 4
+            for (int r = 0; r < NR; r++) {
+                const vi q = load<vi>(scratch.q + (row + r) * DK + d);
+#pragma GCC unroll 4
+                for (int i = 0; i < NT; i++) s[r][i] = dot_bfloat16(s[r][i], load<vi>(keys + i * DK + d), q);
+            }
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++) {
+            for (int i = 0; i < NT; i++) s[r][i] *= SCALE;
+            sums(s[r], scratch.score[row + r] + offset);
+        }
+        return;
+    }
+#endif
     for (int64_t d = 0; d < DK; d += L) {
         vf k[NT];
 #pragma GCC unroll 4

@@ -85,6 +85,7 @@ struct Scratch {
     alignas(64) int8_t p_digits[ROWS][DIGITS][SPAN];
     float p_unit[ROWS];
     float p_zero[ROWS];
+    const T* q;  // queries of this block of rows, as they are given
     int64_t row0;  // first row of this block
     int64_t group, groups;  // the first token group in `keys`, and how many there are
 };

@@ -144,16 +144,61 @@ def halves(pairs):
 
 
 @triton.jit
-def times(x, y, ASM: tl.constexpr):
-    """float16 ``x`` [N, M] * ``y`` [M], neighbours in pairs: left to itself, LLVM pairs what is not, and sorts."""
+def operand_of_pairs(pairs):
+    """float16 [N, 2 * M] of both halves of int32 ``pairs`` [N, M]."""
+    x = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+    return tl.reshape(x, (pairs.shape[0], pairs.shape[1] * 2)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def pairs_of_halves(x):
+    """int32 [N, M] of neighbours of float16 ``x`` [N, 2 * M]."""
+    x = x.to(tl.int16, bitcast=True).to(tl.int32)
+    first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return (first & 0xFFFF) | (second << 16)
+
+
+@triton.jit
+def twice(x):
+    """int32 of float16 ``x`` in both halves."""
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return bits | (bits << 16)
+
+
+@triton.jit
+def twice_power(x):
+    """``twice`` of float32 ``x``, a power of two that is a normal float16."""
+    return ((x.to(tl.int32, bitcast=True) >> 13) - (112 << 10)) * 0x10001
+
+
+@triton.jit
+def times_pairs(x, y, ASM: tl.constexpr):
+    """int32: products of both halves of int32 ``x`` and ``y``, float16 numbers."""
+    x, y = tl.broadcast(x, y)
     if ASM:
-        a, b = x.to(tl.int16, bitcast=True), tl.broadcast_to(y.to(tl.int16, bitcast=True)[None, :], x.shape)
+        return tl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        low = x.to(tl.int16).to(tl.float16, bitcast=True) * y.to(tl.int16).to(tl.float16, bitcast=True)
+        high = (x >> 16).to(tl.int16).to(tl.float16, bitcast=True) * (y >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        low, high = low.to(tl.int16, bitcast=True).to(tl.int32), high.to(tl.int16, bitcast=True).to(tl.int32)
+        return (low & 0xFFFF) | (high << 16)
+
+
+@triton.jit
+def times(x, pairs, ASM: tl.constexpr):
+    """float16 ``x`` [N, 2 * M] times both halves of int32 ``pairs`` [M]: left to itself, LLVM pairs what are no
+    neighbours, and sorts."""
+    y = operand_of_pairs(pairs[None, :])
+    if ASM:
+        a, b = tl.broadcast(x.to(tl.int16, bitcast=True), y.to(tl.int16, bitcast=True))
         a = tl.inline_asm_elementwise(
             "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int16, is_pure=True, pack=2
         )
         return a.to(tl.float16, bitcast=True)
     else:
-        return x * y[None, :]
+        return x * y
 
 
 @triton.jit

@@ -31,6 +31,7 @@ from xquant_fx.kernels.decode_attention.triton_setup import (
     limits_of,
     mask_rows_of,
     norms_of,
+    past_of,
     range_of_split,
 )
 from xquant_fx.kernels.triton_rotation import rotate_back
@@ -62,6 +63,7 @@ def interior_kernel(
     KV_HEADS: tl.constexpr,
     HEADS_PER_KV: tl.constexpr,
     QUERY: tl.constexpr,
+    PAST_STRIDE: tl.constexpr,
     MAX_LEN: tl.constexpr,
     K_DIM: tl.constexpr,
     K_BITS: tl.constexpr,
@@ -136,7 +138,7 @@ def interior_kernel(
     keys = codes_of(head, k_codes, k_scale, k_zero, K_WORDS * K_TOKENS, K_GROUPS * K_DIM)
     values = codes_of(head, v_codes, v_scale, v_zero, V_TOKENS * V_BITS // 32 * V_DIM, V_DIM // V_GROUP * V_STRIDE)
     keys = keys[0], keys[1], keys[2], norms_of(batch, k_norm, k_codes, KEYS)
-    past_tokens = tl.load(past).to(tl.int32)
+    past_tokens = past_of(past, batch, QUERY, MAX_LEN, PAST_STRIDE)
     first_sink = tl.load(start + batch).to(tl.int32) if SINK_TOKENS > 0 else 0
     _first, k_limit, v_limit = limits_of(past_tokens, K_RESIDUAL, V_RESIDUAL, WINDOW, KEYS)
     limit = tl.minimum(k_limit, v_limit)

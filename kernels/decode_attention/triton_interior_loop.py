@@ -62,24 +62,30 @@ def token_norms(keys, t0, TILE: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def mask_bits(mask_rows, t0, TILE: tl.constexpr, MASK_KIND: tl.constexpr, FOURS: tl.constexpr):
-    """A byte a token of a tile, of which bit r says whether row r sees it; with FOURS four of them in each int32.
-
-    So a mask ahead of its tile takes a register or two. Nothing of use without a mask.
-    """
-    ROWS: tl.constexpr = mask_rows.shape[0]
+def mask_words(mask_rows, t0, TILE: tl.constexpr, MASK_KIND: tl.constexpr, FOURS: tl.constexpr):
+    """What each row of a mask sees of a tile, as stored: 1 or 0, with FOURS in each byte of an int32."""
     if MASK_KIND == "none":
-        return tl.zeros((1,), tl.int32)
+        return tl.zeros((1, 1), tl.int32)
+    elif FOURS:
+        rows = mask_rows.to(tl.pointer_type(tl.int32), bitcast=True)
+        return tl.load(rows[:, None] + (t0 // 4 + tl.arange(0, TILE // 4))[None, :])
     else:
-        if FOURS:
-            rows = mask_rows.to(tl.pointer_type(tl.int32), bitcast=True)
-            seen = tl.load(rows[:, None] + (t0 // 4 + tl.arange(0, TILE // 4))[None, :])
-        else:
-            seen = tl.load(mask_rows[:, None] + (t0 + tl.arange(0, TILE))[None, :]).to(tl.int32)
-        if ROWS == 1:
-            return tl.reshape(seen, (seen.shape[1],)) * 255
-        else:
-            return tl.xor_sum(seen << tl.arange(0, ROWS)[:, None], 0)
+        return tl.load(mask_rows[:, None] + (t0 + tl.arange(0, TILE))[None, :]).to(tl.int32)
+
+
+@triton.jit
+def bits_of_rows(seen):
+    """``mask_words`` of all rows, 8 at most, in one: a byte a token, of which bit r says whether row r sees it."""
+    if seen.shape[0] == 1:
+        return tl.reshape(seen, (seen.shape[1],)) * 255
+    else:
+        return tl.xor_sum(seen << tl.arange(0, seen.shape[0])[:, None], 0)
+
+
+@triton.jit
+def mask_bits(mask_rows, t0, TILE: tl.constexpr, MASK_KIND: tl.constexpr, FOURS: tl.constexpr):
+    """``bits_of_rows`` of a tile, so that a mask ahead of its tile takes a register or two."""
+    return bits_of_rows(mask_words(mask_rows, t0, TILE, MASK_KIND, FOURS))
 
 
 @triton.jit

@@ -15,10 +15,14 @@ import triton.language as tl
 
 from xquant_fx.kernels.decode_attention.triton_fragments import (
     fragment,
-    halves,
     inverse_power,
+    operand_of_pairs,
+    pairs_of_halves,
     power_above,
     times,
+    times_pairs,
+    twice,
+    twice_power,
     words_in_order,
 )
 from xquant_fx.kernels.decode_attention.triton_interior_keys import (
@@ -30,9 +34,9 @@ from xquant_fx.kernels.decode_attention.triton_interior_keys import (
     place_weights,
     plane_words,
 )
-from xquant_fx.kernels.decode_attention.triton_interior_scales import WIDTH, WORDS, fields_of_runs, halves_of_four
+from xquant_fx.kernels.decode_attention.triton_interior_scales import WIDTH, WORDS, even_and_odd, fields_of_runs
 from xquant_fx.kernels.decode_attention.triton_products import SUBNORMAL
-from xquant_fx.kernels.decode_attention.triton_unpack import DIM, GROUP, PLANES, STRIDE, code_slot
+from xquant_fx.kernels.decode_attention.triton_unpack import CHANNELS, DIM, GROUP, PLANES, STRIDE, code_slot
 
 # Columns of a product at least.
 LEAST_COLUMNS = tl.constexpr(8)
@@ -42,6 +46,13 @@ LEAST_COLUMNS = tl.constexpr(8)
 def most_of(x):
     """The largest magnitude of ``x``, which one instruction finds among a warp's integers; NaN is the largest."""
     return tl.max(x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def most_of_pairs(x):
+    """float32: the largest magnitude of float16 numbers, two in each int32; NaN is the largest."""
+    most = tl.max(tl.maximum(x & 0x7FFF, (x >> 16) & 0x7FFF), 0)
+    return most.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -81,26 +92,31 @@ def plane_numbers(numbers, PLANE: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def plane_halves(x, PLANE: tl.constexpr):
-    """float16 of what ``plane_numbers`` gave."""
+def plane_pairs(x, PLANE: tl.constexpr):
+    """What ``plane_numbers`` gave as float16 numbers, two places in each int32: [places / 2]."""
     run: tl.constexpr = 4 if PLANE[WORDS] >= 4 else PLANE[WORDS]
     if run == 1:
-        return x.to(tl.float16, bitcast=True)
+        x = pairs_of_halves(x.to(tl.float16, bitcast=True)[None, :])
+        return tl.reshape(x, (x.shape[1],))
     elif run == 2:
-        return halves(x[:, None])
+        return x
     else:
-        return halves_of_four(x)
+        return tl.reshape(even_and_odd(x), (2 * x.shape[0],))
 
 
 @triton.jit
 def group_scales(keys, t0, KEYS: tl.constexpr):
-    """(scales, zero points), as stored, of each plane for the group of ``t0``."""
+    """(scales, zero points), as stored, of each plane for the group of ``t0``, and all scales, two in each int32."""
     _codes, scale, zero, _norms = keys
     at = code_slot(t0, KEYS) // KEYS[GROUP] * KEYS[STRIDE]
     s, z = scale + at, zero + at
     four = plane_numbers(s, KEYS[PLANES][0], KEYS), plane_numbers(z, KEYS[PLANES][0], KEYS)
     two = plane_numbers(s, KEYS[PLANES][1], KEYS), plane_numbers(z, KEYS[PLANES][1], KEYS)
-    return four, two, (plane_numbers(s, KEYS[PLANES][2], KEYS), plane_numbers(z, KEYS[PLANES][2], KEYS))
+    one = plane_numbers(s, KEYS[PLANES][2], KEYS), plane_numbers(z, KEYS[PLANES][2], KEYS)
+    pair = tl.arange(0, KEYS[CHANNELS] // 2)
+    pair = tl.where(pair * 2 < KEYS[DIM], pair, 0)
+    # A load of their own, for the largest: what nothing else wants Triton brings to the operand once.
+    return four, two, one, tl.load(s.to(tl.pointer_type(tl.int32), bitcast=True) + pair)
 
 
 @triton.jit
@@ -110,17 +126,12 @@ def scaled_plane(offset, q, s, z, factor, PLANE: tl.constexpr, KEYS: tl.constexp
         return q, offset
     else:
         places: tl.constexpr = PLANE[WORDS] * (32 // PLANE[WIDTH])
-        _channel, weight = place_weights(tl.arange(0, places), PLANE, KEYS)
-        z = tl.broadcast_to(plane_halves(z, PLANE)[:, None], (places, LEAST_COLUMNS))
+        _channel, weight = place_weights(tl.arange(0, places // 2) * 2, PLANE, KEYS)  # neighbours weigh the same
+        z = operand_of_pairs(plane_pairs(z, PLANE)[None, :])
+        z = tl.trans(tl.broadcast_to(z, (LEAST_COLUMNS, places)))
         offset = tl.dot(q, z, acc=offset)
-        s = plane_halves(s, PLANE) * factor * weight.to(tl.float16)
+        s = times_pairs(plane_pairs(s, PLANE), times_pairs(twice(weight.to(tl.float16)), factor, ASM), ASM)
         return times(q, s, ASM), offset
-
-
-@triton.jit
-def most_of_plane(s, PLANE: tl.constexpr):
-    """The largest scale of a plane."""
-    return most_of(plane_halves(s, PLANE)) if PLANE[WORDS] > 0 else 0.0
 
 
 @triton.jit
@@ -132,9 +143,8 @@ def rows_of_group(q, scales, SM_SCALE: tl.constexpr, KEYS: tl.constexpr, ASM: tl
     s4, s2, s1 = scales[0][0], scales[1][0], scales[2][0]
     z4, z2, z1 = scales[0][1], scales[1][1], scales[2][1]
     q_four, q_two, q_one, q_unit = q
-    most = tl.maximum(most_of_plane(s4, KEYS[PLANES][0]), most_of_plane(s2, KEYS[PLANES][1]))
-    unit = tl.maximum(power_above(tl.maximum(most, most_of_plane(s1, KEYS[PLANES][2]))) * 0.5, LEAST_SCALES)
-    factor = (inverse_power(unit) * SCALED).to(tl.float16)
+    unit = tl.maximum(power_above(most_of_pairs(scales[3])) * 0.5, LEAST_SCALES)
+    factor = twice_power(inverse_power(unit) * SCALED)
     offset = tl.zeros((q_unit.shape[0], LEAST_COLUMNS), tl.float32)
     q_four, offset = scaled_plane(offset, q_four, s4, z4, factor, KEYS[PLANES][0], KEYS, ASM)
     q_two, offset = scaled_plane(offset, q_two, s2, z2, factor, KEYS[PLANES][1], KEYS, ASM)

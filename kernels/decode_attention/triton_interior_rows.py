@@ -18,6 +18,7 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
     fragment,
     inverse_power,
     numbers_in_order,
+    pairs_of_halves,
     power_above,
     times,
 )
@@ -26,7 +27,8 @@ from xquant_fx.kernels.decode_attention.triton_interior_loop import (
     LARGEST_LOG2,
     LN_2,
     NOTHING,
-    mask_bits,
+    bits_of_rows,
+    mask_words,
     token_bits,
     value_scales,
     value_words,
@@ -71,9 +73,9 @@ def all_bits(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def rows_that_see(bits, ROWS: tl.constexpr, QUERY: tl.constexpr, WIDTH: tl.constexpr, FOURS: tl.constexpr):
-    """[ROWS, tokens] of two ``mask_bits``, of 8 rows each; with QUERY, rows of a query token see the same."""
-    low, high = bits
+def rows_that_see(seen, ROWS: tl.constexpr, QUERY: tl.constexpr, WIDTH: tl.constexpr, FOURS: tl.constexpr):
+    """[ROWS, tokens] of two ``mask_words``, of 8 rows each; with QUERY, rows of a query token see the same."""
+    low, high = bits_of_rows(seen[0]), bits_of_rows(seen[1])
     if FOURS:
         low, high = token_bits(low), token_bits(high)
     bit = tl.arange(0, ROWS) % QUERY if QUERY > 0 else tl.arange(0, ROWS)
@@ -84,16 +86,16 @@ def rows_that_see(bits, ROWS: tl.constexpr, QUERY: tl.constexpr, WIDTH: tl.const
 @triton.jit
 def step_scales(values, masks, t0, STEP: tl.constexpr, VALUES: tl.constexpr,
                 MASK_KIND: tl.constexpr, FOURS: tl.constexpr):  # fmt: skip
-    """(scales, zero points, what rows see) of the tokens of a step, as stored."""
+    """(scales, zero points, what rows see) of the tokens of a step, as stored: of a mask bits are seldom wanted."""
     s, z = value_scales(values, t0, STEP, VALUES)
-    seen = mask_bits(masks[0], t0, STEP, MASK_KIND, FOURS), mask_bits(masks[1], t0, STEP, MASK_KIND, FOURS)
+    seen = mask_words(masks[0], t0, STEP, MASK_KIND, FOURS), mask_words(masks[1], t0, STEP, MASK_KIND, FOURS)
     return s, z, seen
 
 
 @triton.jit
 def tile_scales(keys, values, masks, t0, STEPS: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr,
                 VALUES: tl.constexpr, MASK_KIND: tl.constexpr, FOURS: tl.constexpr):  # fmt: skip
-    """``group_scales``, and those of all steps of a tile, two at most."""
+    """``group_scales``, and ``step_scales`` of all steps of a tile, two at most."""
     of_group = group_scales(keys, t0, KEYS)
     first = step_scales(values, masks, t0, STEP, VALUES, MASK_KIND, FOURS)
     if STEPS == 1:
@@ -144,14 +146,14 @@ def attend_rows(
     # A step has four words of values at least.
     STEP: tl.constexpr = 64 if WIDTH > 1 else 128
     STEPS: tl.constexpr = TILE // STEP
-    ALL_SEE: tl.constexpr = -1 if FOURS else 255
+    ALL_SEE: tl.constexpr = 0x01010101 if FOURS else 1
     last = tl.maximum(high - TILE, 0)
     top = tl.full((ROWS,), NOTHING, tl.float32)
     total = tl.zeros((ROWS, LEAST_COLUMNS), tl.float32)
     from_zeros = tl.zeros((ROWS, LEAST_COLUMNS), tl.float32)
     acc = tl.zeros((ROWS, VALUES[CHANNELS]), tl.float32)
-    unit = tl.full((1,), 2.0**-100, tl.float32)  # of values' scales: a power of two above all so far
-    plane = tl.arange(0, STEP) // 16 % (8 // WIDTH)
+    unit = tl.full((), 2.0**-100, tl.float32)  # of values' scales: a power of two above all so far
+    plane = tl.arange(0, STEP) // 4 % (8 // WIDTH)
     weight = tl.exp2((-WIDTH * plane).to(tl.float32) + LARGEST_LOG2)
     ones = tl.full((STEP, LEAST_COLUMNS), 1.0, tl.float16)
     at = tl.minimum(low, last)
@@ -164,32 +166,33 @@ def attend_rows(
             s, z, seen = scales[1] if step == 0 else scales[2]
             t = t0 + step * STEP
             r, factor, offset = row_logits(group, keys[0], t, STEP, WIDTH, KEYS, LOGITS)
-            if LOGITS[MASK] == "bool":  # noqa: SIM102 - known before the kernel runs
+            if LOGITS[MASK] == "bool":
                 # It is seldom applied: a mask hides what is padded, or to come.
-                if tl.max(((seen[0] & seen[1]) != ALL_SEE).to(tl.int32), 0) != 0:
+                hidden = (seen[0] & seen[1]) ^ ALL_SEE
+                if tl.max(tl.reshape(hidden, (hidden.shape[0] * hidden.shape[1],)), 0) != 0:
                     r = tl.where(rows_that_see(seen, ROWS, QUERY, WIDTH, FOURS) != 0, r, float("-inf"))
             s = scale_in_units(s)
             new_unit = tl.maximum(unit, power_above(most_of(s)))
             p = exp2(r * factor[:, None] + (offset - top)[:, None], ASM)
-            if (all_bits(p, ASM) >= TWO) | (tl.max(new_unit, 0) > tl.max(unit, 0)):
+            if (all_bits(p, ASM) >= TWO) | (new_unit > unit):
                 new_top = tl.maximum(top, tl.max(r, 1) * factor + offset)
                 p = exp2(r * factor[:, None] + (offset - new_top)[:, None], ASM)
                 alpha = exp2(top - new_top, ASM)[:, None]
                 total, from_zeros = total * alpha, from_zeros * alpha
-                acc = acc * (alpha * (unit * inverse_power(new_unit))[:, None])
+                acc = acc * (alpha * (unit * inverse_power(new_unit)))
                 top, unit = new_top, new_unit
             p = p.to(tl.float16)
-            s = numbers_in_order(s.to(tl.float16), WIDTH, True)
-            z = s if VALUES[ROTATION] != -1 else numbers_in_order(z, WIDTH, True)
+            z = numbers_in_order((s if VALUES[ROTATION] != -1 else z).to(tl.float16), WIDTH, True)
             total = tl.dot(p, ones, acc=total)
             from_zeros = tl.dot(p, tl.broadcast_to(z[:, None], (STEP, LEAST_COLUMNS)), acc=from_zeros)
-            s = (s.to(tl.float32) * (weight * inverse_power(unit))).to(tl.float16)
+            s = numbers_in_order((s * (weight * inverse_power(unit))).to(tl.float16), WIDTH, True)
+            s = pairs_of_halves(s[None, :])
+            ps = columns_to_places(times(p, tl.reshape(s, (STEP // 2,)), ASM))
             words = value_words(values[0], t, 0, STEP, WIDTH, STEP * WIDTH // 32, VALUES)
-            ps = columns_to_places(times(p, s, ASM))
             acc = tl.dot(ps, tl.trans(fragment(words, WIDTH, STEP * WIDTH // 32)), acc=acc)
     scale_unit: tl.constexpr = UNIT_OF_SCALES if BYTES else 1.0
     # Values about zero have zero point -n / 2 times their scale.
     middle: tl.constexpr = -0.5 * ((1 << WIDTH) - 1) * scale_unit if VALUES[ROTATION] != -1 else 1.0
     total = tl.max(total, 1)  # all columns are the same
-    acc = acc * (unit * (SUBNORMAL * scale_unit / LARGEST))[:, None] + (tl.max(from_zeros, 1) * middle)[:, None]
+    acc = acc * (unit * (SUBNORMAL * scale_unit / LARGEST)) + (tl.max(from_zeros, 1) * middle)[:, None]
     return tl.where(total == 0, float("-inf"), top * LN_2), total, tl.trans(acc)

@@ -20,11 +20,17 @@ FIRST = tl.constexpr(3)
 
 
 @triton.jit
-def halves_of_four(x):
-    """float16 [4 * N] of int64 ``x`` [N], of each four 0, 2, 1, 3."""
+def even_and_odd(x):
+    """int32 [N, 2] of the 16-bit numbers of int64 ``x`` [N]: of each four 0 and 2, and 1 and 3."""
     low, high = x.to(tl.int32), (x >> 32).to(tl.int32)
     even = (low & 0xFFFF) | (high << 16)
-    return halves(tl.join(even, ((low >> 16) & 0xFFFF) | (high & -65536)))
+    return tl.join(even, ((low >> 16) & 0xFFFF) | (high & -65536))
+
+
+@triton.jit
+def halves_of_four(x):
+    """float16 [4 * N] of int64 ``x`` [N], of each four 0, 2, 1, 3."""
+    return halves(even_and_odd(x))
 
 
 @triton.jit

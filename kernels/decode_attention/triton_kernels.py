@@ -35,6 +35,7 @@ from xquant_fx.kernels.decode_attention.triton_setup import (
     limits_of,
     mask_rows_of,
     norms_of,
+    past_of,
     range_of_split,
     rows_of,
 )
@@ -77,6 +78,7 @@ def decode_kernel(
     HEADS_PER_KV: tl.constexpr,
     QUERY: tl.constexpr,
     NEW_TOKENS: tl.constexpr,
+    PAST_STRIDE: tl.constexpr,
     MAX_LEN: tl.constexpr,
     K_DIM: tl.constexpr,
     K_BITS: tl.constexpr,
@@ -188,7 +190,7 @@ def decode_kernel(
     keys = keys[0], keys[1], keys[2], norms_of(batch, k_norm, k_codes, KEYS)
     RINGS: tl.constexpr = (K_RING, V_RING)
     residual = rows_of(head, k_ring, v_ring, RINGS, KEYS, VALUES)
-    past_tokens = tl.load(past).to(tl.int32)
+    past_tokens = past_of(past, batch, QUERY, MAX_LEN, PAST_STRIDE)
     first_sink = tl.load(start + batch).to(tl.int32) if SINK_TOKENS > 0 else 0
     stored = past_tokens + NEW_TOKENS
     first, k_limit, v_limit = limits_of(past_tokens, K_RESIDUAL, V_RESIDUAL, WINDOW, KEYS)

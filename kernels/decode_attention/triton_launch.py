@@ -61,7 +61,8 @@ def warps_of(a: DecodeArguments, hip: bool) -> int:
     if hip or not (ranked or k_planes or v_planes):
         return 4
     small = (ranked and a.k_group < 64) or (v_planes and a.v_group < a.v_ring.shape[3])
-    large = wide and (k_planes or v_planes or a.k_scale.dtype == torch.float16)
+    ragged = a.past.shape[0] > 1
+    large = wide and (k_planes or v_planes or a.k_scale.dtype == torch.float16 or (ranked and ragged))
     return 8 if a.q.dtype == torch.float32 or small or large else 4
 
 
@@ -131,6 +132,7 @@ def launch(
         HEADS_PER_KV=heads // kv_heads,
         QUERY=query,
         NEW_TOKENS=a.new_tokens,
+        PAST_STRIDE=a.past.stride(0) if a.past.shape[0] > 1 else 0,
         MAX_LEN=a.max_len,
         K_DIM=k_dim,
         K_BITS=int(a.k_bits),

@@ -41,6 +41,15 @@ def rows_of(head, keys, values, TOKENS: tl.constexpr, KEYS: tl.constexpr, VALUES
 
 
 @triton.jit
+def past_of(past, batch, QUERY: tl.constexpr, MAX_LEN: tl.constexpr, PAST_STRIDE: tl.constexpr):
+    """Tokens stored before the step: one number for all rows of the batch, or each row's own, PAST_STRIDE apart.
+
+    They are within bounds, wherever the step was asked for: its fault is read later.
+    """
+    return tl.maximum(tl.minimum(tl.load(past + batch * PAST_STRIDE).to(tl.int32), MAX_LEN - QUERY), 0)
+
+
+@triton.jit
 def limits_of(
     past_tokens, K_RESIDUAL: tl.constexpr, V_RESIDUAL: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr
 ):

@@ -3,25 +3,20 @@
 
 namespace xq {
 
-// Values: a group runs along channels of one token.
-inline float sum_of_group(const float* x) {
-    vf s = splat(0.0f);
-    for (int64_t i = 0; i < GROUP; i += L) s += load_up_to(x + i, GROUP - i);
-    return sum(s);
-}
-
-// The group in float32; returns its least number in all lanes, and its step.
+// A group runs along channels of one token: in float32, with its least number in all lanes, and its step.
 ALWAYS_INLINE void range_of_values(const T* row, float* x, vf& lows, vf& step) {
-    float low = INF, high = -INF;
-    bool nan = false;
-    for (int64_t i = 0; i < GROUP; i++) {
-        x[i] = to_float(row[i]);
-        nan |= x[i] != x[i];
-        low = x[i] < low ? x[i] : low;
-        high = x[i] > high ? x[i] : high;
+    vf low = splat(INF), high = splat(-INF);
+    vi nan = splat(0);
+    for (int64_t i = 0; i < GROUP; i += L) {
+        const vf v = load_up_to(row + i, GROUP - i);
+        store(x + i, v);
+        const vi here = GROUP % L ? iota() < (int32_t)(GROUP - i) : splat(-1);
+        nan |= v != v;
+        low = (here & (v < low)) ? v : low;
+        high = (here & (v > high)) ? v : high;
     }
-    lows = splat(low);
-    range_to_step(lows, splat(high), splat(nan ? -1 : 0), splat((float)MAX_CODE), step);
+    lows = splat(-max(-low));
+    range_to_step(lows, splat(max(high)), splat(any(nan) ? -1 : 0), splat((float)MAX_CODE), step);
 }
 
 // Put the group's codes into its words.
@@ -33,15 +28,20 @@ ALWAYS_INLINE void encode_values(const float* x, vf lows, vf step, Codes* words,
 
 // Scale and zero point that fit the codes best: a regression of values on codes.
 ALWAYS_INLINE void fit_values(const float* x, const int32_t* words, int64_t t, S* scale, S* zero) {
-    float c[GROUP + L], cov[GROUP + L], var[GROUP + L];
+    float c[GROUP + L];
     get_codes(words, t, GROUP, c);
-    const float mean_x = sum_of_group(x) / GROUP, mean_c = sum_of_group(c) / GROUP;
-    for (int64_t i = 0; i < GROUP; i++) {
-        const float dc = c[i] - mean_c;
-        cov[i] = dc * (x[i] - mean_x);
-        var[i] = dc * dc;
+    vf sum_x = splat(0.0f), sum_c = sum_x, cov = sum_x, var = sum_x;
+    for (int64_t i = 0; i < GROUP; i += L) {
+        sum_x += load_up_to(x + i, GROUP - i);
+        sum_c += load_up_to(c + i, GROUP - i);
     }
-    const float total = sum_of_group(var), s = total > 0.0f ? sum_of_group(cov) / total : 0.0f;
+    const float mean_x = sum(sum_x) / GROUP, mean_c = sum(sum_c) / GROUP;
+    for (int64_t i = 0; i < GROUP; i += L) {
+        const vf dc = load<vf>(c + i) - mean_c;
+        cov += mask_first(dc * (load<vf>(x + i) - mean_x), GROUP - i);
+        var += mask_first(dc * dc, GROUP - i);
+    }
+    const float total = sum(var), s = total > 0.0f ? sum(cov) / total : 0.0f;
     store_scale_and_zero(scale, zero, s, mean_x - s * mean_c);
 }
 

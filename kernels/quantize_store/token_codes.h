@@ -5,6 +5,14 @@ namespace xq {
 
 constexpr int64_t CODE_ROWS = TOKENS * BITS / 32;  // of words of one head, in all planes
 
+// The first n words at p, all L where there are as many.
+ALWAYS_INLINE vi load_words(const int32_t* p, int64_t n) {
+    if (n >= L) return load<vi>(p);
+    vi words = {};
+    std::memcpy(&words, p, n * 4);
+    return words;
+}
+
 // Put the codes of n channels of token t among those of the tokens around it; `words` is where the channels of the
 // head's first row begin. Whole vectors of codes are read.
 ALWAYS_INLINE void put_codes(Codes* words, int64_t t, int64_t n, const uint8_t* codes) {
@@ -12,23 +20,22 @@ ALWAYS_INLINE void put_codes(Codes* words, int64_t t, int64_t n, const uint8_t* 
         int32_t* row = const_cast<int32_t*>(words) + word_of_code(plane, t) * D;
         const int32_t shift = shift_of_code(plane, t), field = (int32_t)(mask_of(plane) << shift);
         for (int64_t i = 0; i < n; i += L) {
-            vi word = {};
-            std::memcpy(&word, row + i, std::min<int64_t>(L, n - i) * 4);
+            const vi word = load_words(row + i, n - i);
             const vi code = widen(load<vub>(codes + i)) >> (int)plane.shift;
             store_up_to(row + i, (word & ~field) | (code << shift & field), n - i);
         }
     }
 }
 
-// Undo it.
+// Undo it. Whole vectors of floats are written.
 ALWAYS_INLINE void get_codes(const int32_t* words, int64_t t, int64_t n, float* codes) {
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t code = 0;
+    for (int64_t i = 0; i < n; i += L) {
+        vi code = {};
         for (const Plane& plane : PLANES) {
-            const uint32_t word = (uint32_t)words[word_of_code(plane, t) * D + i];
-            code |= (word >> shift_of_code(plane, t) & mask_of(plane)) << plane.shift;
+            const vi word = load_words(words + word_of_code(plane, t) * D + i, n - i);
+            code |= (word >> shift_of_code(plane, t) & (int32_t)mask_of(plane)) << (int)plane.shift;
         }
-        codes[i] = (float)code;
+        store(codes + i, __builtin_convertvector(code, vf));
     }
 }
 

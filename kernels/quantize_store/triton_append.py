@@ -1,7 +1,8 @@
 """The Triton kernel that appends one decode step: one side of a layer, or keys and values in one launch.
 
-Both sides get tokens at the same positions. Nothing that one of them writes is read by the other, so their programs
-stand side by side: first those of the side that is called 0, then those of side 1, if there is one.
+Both sides get tokens at the same positions, with RAGGED each row of the batch at its own. Nothing that one of them
+writes is read by the other, so their programs stand side by side: first those of the side that is called 0, then those
+of side 1, if there is one.
 """
 
 from __future__ import annotations
@@ -32,28 +33,29 @@ def append_side(
     GROUP: tl.constexpr = STEP[7]
     MAX_LEN: tl.constexpr = STEP[8]
     WRAP: tl.constexpr = STEP[9]
+    RAGGED: tl.constexpr = STEP[10]
     if APPEND == "blocks":
         append_blocks(
             program, x, pos, codes, scale, zero, ring, sink, start, length, fault,
-            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, WRAP,
+            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, WRAP, RAGGED,
             BITS, LOW, ETA, FIT, TOKENS, GROUPS, CHANNELS, TILE,
         )  # fmt: skip
     elif APPEND == "tokens":
         append_tokens(
             program, x, pos, codes, scale, zero, ring, sink, start, length, fault,
-            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, WRAP,
+            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, WRAP, RAGGED,
             BITS, LOW, ETA, FIT, WORDS, TOKENS, CHANNELS,
         )  # fmt: skip
     elif APPEND == "ranked":
         append_ranked(
             program, x, pos, codes, scale, zero, ring, sink, order, center, energy, norm, start, length, fault,
-            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, WRAP,
+            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, WRAP, RAGGED,
             TOKENS, GROUPS, WORDS, CHANNELS, TILE, COUNTS,
         )  # fmt: skip
     else:
         append_rotated(
             program, x, pos, codes, scale, ring, sink, start, length, fault,
-            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, WRAP,
+            HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, SINKS, RESIDUAL, GROUP, MAX_LEN, WRAP, RAGGED,
             BITS, LOW, ABOUT_ZERO, LEVELS, WORDS, TOKENS, CHANNELS,
         )  # fmt: skip
 
@@ -63,7 +65,7 @@ def append_kernel(
     pos, start, fault,
     x_0, codes_0, scale_0, zero_0, ring_0, sink_0, order_0, center_0, energy_0, norm_0, length_0,
     x_1, codes_1, scale_1, zero_1, ring_1, sink_1, order_1, center_1, energy_1, norm_1, length_1,
-    NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, PROGRAMS_0: tl.constexpr,
+    NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, RAGGED: tl.constexpr, PROGRAMS_0: tl.constexpr,
     APPEND_0: tl.constexpr, HEADS_0: tl.constexpr, DIM_0: tl.constexpr, RING_0: tl.constexpr, SINKS_0: tl.constexpr,
     RESIDUAL_0: tl.constexpr, GROUP_0: tl.constexpr, MAX_LEN_0: tl.constexpr, WRAP_0: tl.constexpr,
     BITS_0: tl.constexpr,
@@ -81,11 +83,11 @@ def append_kernel(
 ):  # fmt: skip
     """PROGRAMS_0 programs of side 0, then those of side 1; APPEND_1 is "" where there is none."""
     STEP_0: tl.constexpr = (
-        HEADS_0, NEW_TOKENS, NEW_TILE, DIM_0, RING_0, SINKS_0, RESIDUAL_0, GROUP_0, MAX_LEN_0, WRAP_0,
+        HEADS_0, NEW_TOKENS, NEW_TILE, DIM_0, RING_0, SINKS_0, RESIDUAL_0, GROUP_0, MAX_LEN_0, WRAP_0, RAGGED,
     )  # fmt: skip
     COUNTS_0: tl.constexpr = (RANKS_1_0, RANKS_2_0, RANKS_3_0, RANKS_4_0, RANKS_5_0, RANKS_6_0, RANKS_7_0)
     STEP_1: tl.constexpr = (
-        HEADS_1, NEW_TOKENS, NEW_TILE, DIM_1, RING_1, SINKS_1, RESIDUAL_1, GROUP_1, MAX_LEN_1, WRAP_1,
+        HEADS_1, NEW_TOKENS, NEW_TILE, DIM_1, RING_1, SINKS_1, RESIDUAL_1, GROUP_1, MAX_LEN_1, WRAP_1, RAGGED,
     )  # fmt: skip
     COUNTS_1: tl.constexpr = (RANKS_1_1, RANKS_2_1, RANKS_3_1, RANKS_4_1, RANKS_5_1, RANKS_6_1, RANKS_7_1)
     program = tl.program_id(0)

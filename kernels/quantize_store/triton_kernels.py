@@ -48,11 +48,18 @@ def note_step(
     NEW_TILE: tl.constexpr,
     MAX_LEN: tl.constexpr,
     ROLLBACK: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
-    """Faults and length, as ``fault_code`` and ``advance`` have them; ``past`` is within bounds."""
+    """Faults and length, as ``fault_code`` and ``advance`` have them; ``past`` is within bounds.
+
+    A row with positions of its own begins anew at 0 unless it is full.
+    """
     j = tl.arange(0, NEW_TILE)
     asked = tl.load(pos)
     stored, furthest = tl.load(length), tl.load(length + 1)
+    if RAGGED:
+        goes_on = (asked != 0) | (stored == MAX_LEN)
+        stored, furthest = tl.where(goes_on, stored, 0), tl.where(goes_on, furthest, 0)
     code = tl.where((asked > stored) | (asked < 0), NOT_APPENDED, 0)
     code = tl.where(asked + NEW_TOKENS > MAX_LEN, FULL, code)
     code = tl.where((asked > 0) & (furthest - asked > ROLLBACK), ROLLED_BACK_TOO_FAR, code)
@@ -70,19 +77,25 @@ def note_step(
 @triton.jit
 def begin_step(
     program, row, x, ring, pos, start, length, fault,
-    HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
-    RESIDUAL: tl.constexpr, MAX_LEN: tl.constexpr,
+    PROGRAMS: tl.constexpr, HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr,
+    RING: tl.constexpr, RESIDUAL: tl.constexpr, MAX_LEN: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """(head among all rows, first token of the row, source) of a program with the batch row and head ``row``.
+    """(head among all rows, first token of the batch row, its positions, source) of a program with ``row``, a batch row
+    and head, of which each has PROGRAMS.
 
-    The first program of a side notes the step.
+    The first program of a side notes the step; with RAGGED, the first of each batch row notes that of the row.
     """
     head = row.to(tl.int64)
+    notes = program == 0
+    if RAGGED:
+        batch = row // HEADS
+        pos, length, fault = pos + batch * NEW_TOKENS, length + batch * 2, fault + batch
+        notes = program % (HEADS * PROGRAMS) == 0
     source = source_of(x, ring, pos, head, NEW_TOKENS, DIM, RING, MAX_LEN)
     _, _, past = source
-    if program == 0:
-        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, RING - RESIDUAL)
-    return head, tl.load(start + row // HEADS).to(tl.int32), source
+    if notes:
+        note_step(pos, length, fault, past, NEW_TOKENS, NEW_TILE, MAX_LEN, RING - RESIDUAL, RAGGED)
+    return head, tl.load(start + row // HEADS).to(tl.int32), pos, source
 
 
 @triton.jit
@@ -90,16 +103,17 @@ def append_blocks(
     program, x, pos, codes, scale, zero, ring, sink, start, length, fault,
     HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
     SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
-    WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, ETA: tl.constexpr, FIT: tl.constexpr,
-    TOKENS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    WRAP: tl.constexpr, RAGGED: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, ETA: tl.constexpr,
+    FIT: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A program has a batch row and head, a group of tokens that the step may complete, and a chunk of channels."""
     CHUNKS: tl.constexpr = (DIM + CHUNK - 1) // CHUNK
     DUE: tl.constexpr = (NEW_TOKENS + RESIDUAL - 1) // RESIDUAL * (RESIDUAL // GROUP)
     row, part, chunk = program // CHUNKS // DUE, program // CHUNKS % DUE, program % CHUNKS
-    head, first_token, source = begin_step(
-        program, row, x, ring, pos, start, length, fault, HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, MAX_LEN
-    )
+    head, first_token, pos, source = begin_step(
+        program, row, x, ring, pos, start, length, fault,
+        DUE * CHUNKS, HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, MAX_LEN, RAGGED,
+    )  # fmt: skip
     _, _, past = source
     d = chunk * CHUNK + tl.arange(0, CHUNK)
     if part == 0:
@@ -125,14 +139,15 @@ def append_tokens(
     program, x, pos, codes, scale, zero, ring, sink, start, length, fault,
     HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
     SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
-    WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, ETA: tl.constexpr, FIT: tl.constexpr,
-    WORDS: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
+    WRAP: tl.constexpr, RAGGED: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, ETA: tl.constexpr,
+    FIT: tl.constexpr, WORDS: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """A program has a batch row and head, and a group of channels: it quantizes each token that leaves the window."""
     row, group = program // (DIM // GROUP), program % (DIM // GROUP)
-    head, first_token, source = begin_step(
-        program, row, x, ring, pos, start, length, fault, HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, MAX_LEN
-    )
+    head, first_token, pos, source = begin_step(
+        program, row, x, ring, pos, start, length, fault,
+        DIM // GROUP, HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, MAX_LEN, RAGGED,
+    )  # fmt: skip
     codes += head * (WORDS * DIM)
     scale += (head * (DIM // GROUP) + group) * STRIDE
     zero += (head * (DIM // GROUP) + group) * STRIDE

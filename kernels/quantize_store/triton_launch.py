@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xquant_fx.kernels.arguments import Arguments, Overload
 from xquant_fx.kernels.packing import high_and_low
@@ -122,11 +123,12 @@ def launch(*sides: StoreArguments, wrap: Callable[[Any], Any]) -> None:
         for side in (first, second)
     ]
     wrap(append_kernel)[(sum(programs),)](
-        *(getattr(first, name) for name in COMMON),
+        *(getattr(first.mapped(Tensor.contiguous, ("pos",)), name) for name in COMMON),
         *of_sides[0],
         *of_sides[1],
         NEW_TOKENS=new,
         NEW_TILE=power_of_two(new),
+        RAGGED=first.length.dim() == 2,
         PROGRAMS_0=programs[0],
         **{f"{name}_{number}": value for number, made in enumerate(both) for name, value in made.items()},
         num_warps=8 if many else 4,

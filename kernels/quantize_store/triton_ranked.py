@@ -140,14 +140,15 @@ def append_ranked(
     program, x, pos, codes, scale, zero, ring, sink, order, center, energy, norm, start, length, fault,
     HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
     SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
-    WRAP: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, CHANNELS: tl.constexpr,
-    TILE: tl.constexpr, COUNTS: tl.constexpr,
+    WRAP: tl.constexpr, RAGGED: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    CHANNELS: tl.constexpr, TILE: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """A program has a batch row and head: it writes the new tokens and quantizes the groups that become due."""
     row = program
-    head, first_token, source = begin_step(
-        program, row, x, ring, pos, start, length, fault, HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, MAX_LEN
-    )
+    head, first_token, pos, source = begin_step(
+        program, row, x, ring, pos, start, length, fault,
+        1, HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, MAX_LEN, RAGGED,
+    )  # fmt: skip
     _, _, past = source
     order += head * DIM
     center += head * DIM

@@ -66,14 +66,15 @@ def append_rotated(
     program, x, pos, codes, scale, ring, sink, start, length, fault,
     HEADS: tl.constexpr, NEW_TOKENS: tl.constexpr, NEW_TILE: tl.constexpr, DIM: tl.constexpr, RING: tl.constexpr,
     SINK_TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, GROUP: tl.constexpr, MAX_LEN: tl.constexpr,
-    WRAP: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, STEP: tl.constexpr, LEVELS: tl.constexpr,
-    WORDS: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
+    WRAP: tl.constexpr, RAGGED: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, STEP: tl.constexpr,
+    LEVELS: tl.constexpr, WORDS: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A program has a batch row and head, and a group of channels: it quantizes each token that leaves the window."""
     row, group = program // (DIM // GROUP), program % (DIM // GROUP)
-    head, first_token, source = begin_step(
-        program, row, x, ring, pos, start, length, fault, HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, MAX_LEN
-    )
+    head, first_token, pos, source = begin_step(
+        program, row, x, ring, pos, start, length, fault,
+        DIM // GROUP, HEADS, NEW_TOKENS, NEW_TILE, DIM, RING, RESIDUAL, MAX_LEN, RAGGED,
+    )  # fmt: skip
     codes += head * (WORDS * DIM)
     scale += (head * (DIM // GROUP) + group) * STRIDE
     d = tl.arange(0, CHANNELS)

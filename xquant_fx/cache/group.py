@@ -128,9 +128,12 @@ class CacheGroup:
             group.step_tokens, group.uncompiled = tokens, 0
 
     def hold(self, state: Member, chunk: Chunk) -> None:
-        """Keep ``chunk`` until another layer, or the same side of this one, is written."""
+        """Keep ``chunk`` until the same side of this layer is written; what holds tokens, until another layer is.
+
+        Of a short step, whose tokens the windows hold, how many there were is kept: layers above may read this one.
+        """
         if self.chunk_layer != state.spec.layer and not self.holds_all:
-            self.drop()
+            self._drop_copies()
         self.chunk_layer = state.spec.layer
         self.chunks[state.spec.layer, state.spec.role] = chunk
 
@@ -142,7 +145,7 @@ class CacheGroup:
         """From now on, as before a takeover: let go of all chunks but those of the layer written last."""
         for group in (self, *self.rows):
             group.holds_all = False
-            group.chunks = {key: chunk for key, chunk in group.chunks.items() if key[0] == group.chunk_layer}
+            group._drop_copies(but=group.chunk_layer)
 
     def forget(self, state: Member) -> None:
         """Let go of the chunk of ``state``, and of no other's."""
@@ -159,6 +162,11 @@ class CacheGroup:
         """Do not store what waits of ``state``."""
         if self.late is not None and self.late[0] is state:
             self.late = None
+
+    def _drop_copies(self, but: int | None = None) -> None:
+        """Let go of the chunks that hold tokens, ``but`` those of one layer."""
+        self.step_tokens = 0
+        self.chunks = {key: chunk for key, chunk in self.chunks.items() if chunk.x is None or key[0] == but}
 
     def drop(self) -> None:
         """Let go of the chunk."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from xquant_fx.cache.allocate import Slot, quantized_empty
+from xquant_fx.cache.heap import keep_freed_memory
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.padding import Padding
 from xquant_fx.cache.prompt_keys import PromptKeys
@@ -87,6 +88,8 @@ class XQuantLayer(StaticLayer):
         The first layer does so for all, where nothing is traced: what stays is then one block of memory, and what a
         prompt needs for a moment leaves no holes between.
         """
+        if self.first is self and not torch.compiler.is_compiling() and key_states.device.type == "cpu":
+            keep_freed_memory()
         self._allocate(key_states, value_states)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():
@@ -153,6 +156,8 @@ class XQuantLayer(StaticLayer):
     def _uncompiled(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cold = not self.is_initialized
         self._check(key_states, value_states, cold)
+        if cold:  # as a buffer would give them back: attention reads them faster, and storing needs a copy anyway
+            key_states, value_states = key_states.contiguous(), value_states.contiguous()
         stored = self._update(key_states, value_states, *args, **kwargs)
         if not cold:
             return stored

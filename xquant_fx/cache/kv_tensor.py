@@ -102,10 +102,16 @@ class QuantizedKV(Dequantized):
         with torch.inference_mode(False):
             new = self.standing_for(copy.deepcopy(self.live, memo))
         memo[id(self)] = new
-        return new
+        return new.as_taken_over(bool(self.live.group.taken_over))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.live,)
+        return _rebuild, (self.live, bool(self.live.group.taken_over))
+
+    def as_taken_over(self, was: bool) -> QuantizedKV:
+        """This buffer, which can be given back if what it is a copy of ``was`` an ordinary one once."""
+        if was:
+            self.live.group.taken_over.append(weakref.ref(self))
+        return self
 
     def _is_view(self) -> bool:
         """False for one row of a batch, which is a buffer of its own: Dynamo would look for a base with strides."""
@@ -206,8 +212,8 @@ def _noted(out: Any, args: Any) -> Any:
     return out
 
 
-def _rebuild(state: KVState) -> QuantizedKV:
-    return QuantizedKV.of(state)
+def _rebuild(state: KVState, was_taken_over: bool = False) -> QuantizedKV:
+    return QuantizedKV.of(state).as_taken_over(was_taken_over)
 
 
 def _refuse_aot(arg: Any) -> None:
@@ -272,9 +278,7 @@ def _index_select(kv: QuantizedKV, dim: int, index: Tensor) -> Any:
     if dim not in (0, -4) or kv.state is None or not kv.is_whole:
         return NotImplemented
     chosen = kv.standing_for(select(kv.state, index.reshape(-1)))
-    if kv.state.group.taken_over:
-        chosen.live.group.taken_over.append(weakref.ref(chosen))
-    return chosen
+    return chosen.as_taken_over(bool(kv.state.group.taken_over))
 
 
 def _index(kv: QuantizedKV, indices: Any) -> Any:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 def share_storage(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors, or two fake ones, lie in one storage."""
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    """Whether two tensors, or two fake ones, lie in one storage; one that is quantized has an empty one of its own."""
+    return Tensor.untyped_storage(a)._cdata == Tensor.untyped_storage(b)._cdata
 
 
 def why_not_alone(tensor: Tensor) -> str:

@@ -6,7 +6,7 @@ function that the whole graph would have become. Where that is not possible, the
 function is kept on disk (``kept_steps.py``).
 
 Relied on: that AOTAutograd hands all inputs and results of a graph without gradients, in order, to the wrapper that
-Inductor generates. Checked on torch 2.13.
+Inductor generates. Checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations

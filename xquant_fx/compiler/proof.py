@@ -62,8 +62,6 @@ class Call:
             return "" if write.slide.is_prompt else why_not_held(buffer, self.tokens_before(write))
         if reason or not write.per_row:
             return reason or why_not_appended(buffer, self.positions(write))
-        if buffer.device.type != "cpu":
-            return "rows with positions of their own are quantized on CPUs only"
         rows = enumerate(self.row_positions(write))
         reasons = ((row, why_not_appended(buffer[row : row + 1], positions)) for row, positions in rows)
         return next((f"row {row}: {why}" for row, why in reasons if why), "")

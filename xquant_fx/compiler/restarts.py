@@ -7,7 +7,8 @@ the positions of one step do not follow one another, the buffers are given back,
 
 Positions that the program passes in on the CPU are looked at before each step. Computed ones, and those that each row
 has of its own, are known after it, by how many tokens are stored then: what is wrong raises. Those on a device would
-have to be waited for. There the kernels find the fault (``Fault.RESTARTED``).
+have to be waited for. There the kernels find the fault (``Fault.RESTARTED``); of rows, masks are looked at in the first
+step, and lengths after each only where they do not hide what lies behind a row.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ class Restarts:
         """Argument indices of buffers whose positions the graph computes, or that have one per row, and how many tokens
         it appends to them: a number, or of which argument and dimension it is the size."""
         self.hides_rows = False
-        """Whether rows that have positions of their own went back, and masks hid their old tokens: idle rows do so in
-        each step, and only the first is looked at."""
+        """Whether masks hid what rows that have positions of their own hold behind them, when one of them first went
+        back: idle rows do so in each step. On a device, whose lengths would have to be waited for: in the first step.
+        """
+        self.looked = False
         for write in found.writes:
             if write.slide is not None:  # which has no positions
                 continue
@@ -98,19 +101,25 @@ class Restarts:
         """What was taken over and is appended to at computed positions, or at a position per row: a state of each
         cache, the lengths of its rows, new tokens.
 
-        Only on the CPU, where that is to be had without waiting.
+        Only on the CPU, where that is to be had without waiting; elsewhere of rows whose old tokens masks do not hide.
         """
         found: dict[int, tuple[KVState, list[int], int]] = {}
         for index, tokens in self.computed:
             buffer = args[index]
             if isinstance(buffer, QuantizedKV) and id(buffer.live.group) not in found:
                 state = buffer.live
-                if state.spec.ragged and self.hides_rows:
-                    continue
-                if state.group.taken_over and state.group.start.device.type == "cpu":
+                if state.group.taken_over and self._is_watched(state, args):
                     new = tokens if isinstance(tokens, int) else args[tokens[0]].shape[tokens[1]]
                     found[id(state.group)] = state, state.row_lengths, new
         return list(found.values())
+
+    def _is_watched(self, state: KVState, args: tuple[Any, ...]) -> bool:
+        """Whether a step has to tell how far it went."""
+        if not state.spec.ragged:
+            return is_host(state)
+        if not is_host(state) and not self.looked:
+            self.looked, self.hides_rows = True, self._hides_old(args)
+        return not self.hides_rows
 
     def check(self, args: tuple[Any, ...], before: list[tuple[KVState, list[int], int]]) -> None:
         """After the step: where it wrote over old tokens, masks must have hidden those behind.
@@ -145,6 +154,11 @@ class Restarts:
         call, facts = Call(found.gm, given), Facts(graph)
         sites = [site for site in found.sites if site.is_quantized]
         return all(call.hides_the_rest(site, facts) for site in sites)
+
+
+def is_host(state: KVState) -> bool:
+    """Whether the lengths of ``state`` are read without waiting for a device."""
+    return state.group.start.device.type == "cpu"
 
 
 def _first(positions: Any) -> int | None:
