@@ -113,6 +113,10 @@ class Other(Tensor):
     """Tensors of another class, which need not have memory."""
 
 
+def note(query: Tensor) -> None:
+    """What keys do with the query that reads them."""
+
+
 Q, K, V = prompt(1, 4, 2, LONG)
 MASK = torch.zeros(LONG, LONG, dtype=torch.bfloat16)
 GROUPED = dict(is_causal=True, enable_gqa=True)
@@ -135,7 +139,7 @@ LEFT = {
 def test_what_torch_computes(name: str, calls: list[tuple[int, ...]]) -> None:
     (q, k, v), given = LEFT[name]
     torch.manual_seed(0)
-    out = scaled_dot_product_attention(q, PromptKeys.of(k, lambda query: None), v, **given)
+    out = scaled_dot_product_attention(q, PromptKeys.of(k, note), v, **given)
     torch.manual_seed(0)
     expected = scaled_dot_product_attention(q, k, v, **given)
     assert torch.equal(out.as_subclass(Tensor), expected.as_subclass(Tensor)) and not calls
@@ -145,13 +149,13 @@ def test_what_torch_computes(name: str, calls: list[tuple[int, ...]]) -> None:
 def test_when_torch_computes(around: Any, calls: list[tuple[int, ...]]) -> None:
     for context in (around, nullcontext()):
         with context:
-            scaled_dot_product_attention(Q, PromptKeys.of(K, lambda query: None), V, None, 0.0, True, enable_gqa=True)
+            scaled_dot_product_attention(Q, PromptKeys.of(K, note), V, None, 0.0, True, enable_gqa=True)
         assert len(calls) == (context is not around)
 
 
 def test_other_calls_that_have_it(calls: list[tuple[int, ...]]) -> None:
     """Repeated KV heads, no groups, a scale, no gradient wanted; compiled ones do not."""
-    keys, expected = PromptKeys.of(K, lambda query: None), exact(Q, K, V, 0.2)
+    keys, expected = PromptKeys.of(K, note), exact(Q, K, V, 0.2)
     repeated = keys[:, :, None].expand(1, 2, 2, LONG, DIM).reshape(1, 4, LONG, DIM)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -161,7 +165,8 @@ def test_other_calls_that_have_it(calls: list[tuple[int, ...]]) -> None:
         out = attend(Q.detach().requires_grad_(), repeated, V.repeat_interleave(2, 1))
         torch.testing.assert_close(out.double(), expected, atol=0.02, rtol=0.01)
         assert type(out) is Tensor and len(calls) == 1
-        torch.compile(attend, backend="eager")(Q, repeated, V.repeat_interleave(2, 1))
+        compiled = torch.compile(lambda q, k, v: attend(q, PromptKeys.of(k, note), v), backend="eager", fullgraph=True)
+        compiled(Q, K.repeat_interleave(2, 1), V.repeat_interleave(2, 1))
     assert len(calls) == 1
 
 

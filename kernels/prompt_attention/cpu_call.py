@@ -20,7 +20,7 @@ LONG_PROMPT = 256
 
 @functools.cache
 def is_faster_here() -> bool:
-    """Whether this processor is one that the kernel is written for, as torch names it (private names: torch 2.11, 2.13)."""
+    """Whether this processor is one that the kernel is written for, as torch names it (privately: 2.11, 2.13)."""
     has_pairs = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
     return has_pairs and torch.backends.cpu.get_cpu_capability().lower() in FASTER
 
