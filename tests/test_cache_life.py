@@ -116,6 +116,57 @@ def test_a_prompt_longer_than_the_cache(model, how):
     assert logits_of(model.forward, IDS[:1, :16], cache).shape[1] == 16
 
 
+def refused(dtype=torch.float32, keys=1, values=1, batch=1):
+    """Keys and values that do not fit what ``test_what_a_compiled_append_refuses_is_not_counted`` stores."""
+    return torch.ones(batch, 2, keys, 16).to(dtype), torch.ones(batch, 2, values, 16).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (refused(torch.bfloat16), "holds torch.float32, the step has torch.bfloat16"),
+        (refused(batch=2), "holds 1 row, the step has 2"),
+        (refused(keys=70, values=70), "the cache is full"),
+        (refused(values=2), "one position per token"),
+        ((refused()[0], refused(torch.bfloat16)[1]), "values: this cache holds torch.float32"),
+    ],
+)
+def test_what_a_compiled_append_refuses_is_not_counted(tiny_llama, given, message) -> None:
+    """Neither by the cache nor by its buffers: the next step goes on as if nothing had been."""
+    torch._dynamo.reset()
+    cache, good = XQuantCache(tiny_llama(layers=1).config, 64, SMALL), refused()
+    append = torch.compile(lambda k, v: cache.update(k, v, 0), backend=interpreted(self_check=False), dynamic=False)
+    with torch.no_grad():
+        cache.update(*refused(keys=9, values=9), 0)
+        append(*good)
+        with pytest.raises(CacheStateError, match=f"^layer 0.*{message}"):
+            append(*given)
+        assert cache.get_seq_length() == 10
+        append(*good)
+    assert [cache.get_seq_length(), *(state.length for state in cache.states)] == [11, 11, 11]
+
+
+def test_a_cache_left_elsewhere_is_named_in_a_compiled_append(tiny_llama) -> None:
+    torch._dynamo.reset()
+    cache, good = XQuantCache(tiny_llama(layers=1).config, 64, SMALL), refused()
+    cache.update(*good, 0)
+    cache.to("meta")
+    append = torch.compile(lambda k, v: cache.update(k, v, 0), backend=interpreted(), dynamic=False)
+    with pytest.raises(CacheStateError, match=r"^layer 0 keys: this cache is on meta, the step on cpu: move it"):
+        append(*good)
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("emptied", [0, 1])
+def test_a_layer_that_was_emptied_alone(model, how, emptied) -> None:
+    """It must not take a step for a prompt."""
+    cache = new(model)
+    logits_of(model, IDS[:1, :20], cache)
+    cache.layers[emptied].reset()
+    with pytest.raises(CacheStateError, match=f"layer {emptied} holds no tokens, layer {1 - emptied} does"):
+        logits_of(compiled(model) if how == "compiled" else model, IDS[:1, 20:21], cache)
+
+
 def test_a_refused_step_leaves_the_cache_as_it_was(model):
     """Gradients are refused when the first layer stores; the next try finds an empty cache."""
     cache = new(model)

@@ -7,6 +7,7 @@ that are tried, not the kernel's arithmetic (tests/test_cpu_attention.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from numeric import seeded
 from states import range_config
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from xquant_fx import ArgumentError, CacheStateError, XQuantCache, XQuantConfig, decode_attention
@@ -124,6 +126,74 @@ def test_a_pair_of_buffers() -> None:
         decode_attention(q, (layer.values, layer.keys), 1)
 
 
+class Wrapped(Tensor):
+    """A tensor that has its numbers in another one, as quantized weights and distributed tensors do."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        wrapped = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        wrapped.inner = inner
+        return wrapped
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tree_map(lambda x: x.inner if isinstance(x, Wrapped) else x, (args, kwargs or {}))
+        return func(*given[0], **given[1])
+
+
+Attend = Callable[..., Tensor]
+#: Ways to call it whose tensors have no numbers at the address they name, or other ones.
+INDIRECT: dict[str, Callable[[Attend, Tensor, Tensor], Tensor]] = {
+    "wrapped queries": lambda attend, q, mask: attend(Wrapped(q), mask),
+    "a wrapped mask": lambda attend, q, mask: attend(q, Wrapped(mask)),
+    "a negated view": lambda attend, q, mask: attend(torch._neg_view(-q), mask),
+    "a negated view of a mask": lambda attend, q, mask: attend(q, torch._neg_view(-mask)),
+    "vmap": lambda attend, q, mask: torch.vmap(attend, (0, None))(torch.stack([-q, q]), mask)[1],
+    "functionalize": lambda attend, q, mask: torch.func.functionalize(attend)(q, mask),
+}
+
+
+@pytest.mark.parametrize("name", INDIRECT)
+def test_numbers_that_are_not_where_the_tensor_is(name: str) -> None:
+    cache, q, mask = Loop().cache, tokens(2, HEADS, 3), bias
+
+    def attend(q: Tensor, mask: Tensor) -> Tensor:
+        return decode_attention(q, cache, 0, mask=mask)
+
+    torch.testing.assert_close(INDIRECT[name](attend, q, mask), attend(q, mask), rtol=0, atol=0)
+
+
+def test_zeros_without_memory() -> None:
+    cache, zeros = Loop().cache, torch._efficientzerotensor((B, HEADS, 1, DIM))
+    assert torch.equal(decode_attention(zeros, cache, 0), decode_attention(torch.zeros(zeros.shape), cache, 0))
+
+
+def test_derivatives_are_refused_or_left_to_torch() -> None:
+    """It has none: torch says so of parameters when somebody asks for them, and queries never get as far."""
+    cache, q = Loop().cache, tokens(2, HEADS, 3)
+    assert decode_attention(q, cache, 0, sink_logits=torch.nn.Parameter(torch.zeros(HEADS))).requires_grad
+    with pytest.raises(CacheStateError, match="layer 0: a quantized KV cache has no gradient"):
+        torch.func.jvp(lambda q: decode_attention(q, cache, 0), (q,), (q,))
+
+
+def test_a_profiler_sees_the_kernel() -> None:
+    cache = Loop().cache
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        decode_attention(tokens(1, HEADS, 3), cache, 0)
+    assert "xquant::decode_attention_cpu" in [event.key for event in profile.key_averages()]
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, MAX_LEN), (B, MAX_LEN + 32)])
+def test_a_pair_of_two_caches(batch: int, length: int) -> None:
+    """Kernels would read behind the shorter one's end."""
+    other = XQuantCache(model_config(), max_cache_len=length, config=CONFIG)
+    other.update(*(tokens(PROMPT, KV_HEADS, side)[:batch] for side in (0, 1)), 0)
+    with pytest.raises(ArgumentError, match=r"layer 0: a pair must be of one cache, got keys \(\[2, 2, 96\]"):
+        decode_attention(tokens(1, HEADS, 3), (Loop().cache.layers[0].keys, other.layers[0].values), 0)
+
+
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "a batch of 3": ({"q": torch.zeros(3, HEADS, 1, DIM)}, r"layer 0: q must have shape \[2, multiple of 2, q, 16\]"),
     "3 heads": ({"q": torch.zeros(B, 3, 1, DIM)}, r"got \(2, 3, 1, 16\)"),
@@ -144,6 +214,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "a layer too many": ({"layer": 2}, "one of the cache's 2 layers, got 2 of a XQuantCache"),
     "no cache": ({"cache": "cache"}, "one of the cache's 0 layers, got 0 of a str"),
     "a gradient": ({"q": tokens(1, HEADS, 3).requires_grad_()}, "no gradient"),
+    "queries elsewhere": ({"q": torch.zeros(B, HEADS, 1, DIM, device="meta")}, "this cache is on cpu, q on meta"),
+    "a mask elsewhere": ({"mask": torch.zeros(MAX_LEN, device="meta")}, "this cache is on cpu, mask on meta"),
+    "sink logits elsewhere": ({"sink_logits": torch.zeros(4, device="meta")}, "on cpu, sink_logits on meta"),
+    "a sparse mask": ({"mask": torch.zeros(1, MAX_LEN).to_sparse()}, "mask must be dense, got torch.sparse_coo"),
     "sink logits of KV heads": ({"sink_logits": torch.zeros(2)}, r"sink_logits must have shape \[4\], got \(2,\)"),
 }  # fmt: skip
 

@@ -21,7 +21,6 @@ from xquant_fx.compiler.tracing_time import begin_hashes, watch_tracing
 seen: list[bool] = []
 #: Whether Dynamo had its own way to name functions in logs, likewise.
 named: list[bool] = []
-LOGGER = logging.getLogger("torch._dynamo.output_graph.__trace_call")
 
 
 @torch._dynamo.assume_constant_result
@@ -57,13 +56,17 @@ def test_the_collector_is_off_while_dynamo_traces_for_us(backend: Any) -> None:
     assert named[0] is False and symbolic_convert.get_funcname is get_funcname
 
 
-def test_logs_that_show_names_have_them() -> None:
-    assert output_graph.trace_call_log is LOGGER
-    LOGGER.setLevel(logging.DEBUG)
+LOGS = [output_graph.trace_call_log, symbolic_convert.trace_call_log, symbolic_convert.trace_source_log]
+
+
+@pytest.mark.parametrize("logger", LOGS, ids=lambda logger: logger.name)
+def test_logs_that_show_names_have_them(logger: logging.Logger) -> None:
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
     try:
         run(backend="xquant")
     finally:
-        LOGGER.setLevel(logging.NOTSET)
+        logger.setLevel(level)
     assert named[0] is True
 
 

@@ -84,7 +84,7 @@ def _is_triton_here(x: Tensor) -> bool:
 
 
 def _attend_cpu(a: DecodeArguments) -> Tensor:
-    return DECODE_CPU(**a._asdict()) if is_watched(a.q) else cpu_attention.attend(a)
+    return DECODE_CPU(**a._asdict()) if is_watched(a.q, a.mask, a.sink_logits) else cpu_attention.attend(a)
 
 
 #: Device type to the kernel that appends a step of up to STEP_TOKENS tokens there. On the CPU only compiled code

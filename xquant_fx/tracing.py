@@ -1,6 +1,7 @@
 """Who traces what: functions that Dynamo leaves alone, and ops that are traced for a compiler.
 
-Relied on: FunctionalTensor, FakeTensor (torch 2.11, 2.13), ``_len_torch_dispatch_stack`` (2.13).
+Relied on: FunctionalTensor, FakeTensor (torch 2.11, 2.13), ``_len_torch_dispatch_stack``, ``_dispatch_keys``,
+``_get_tracing_state`` and ``_profiler_enabled`` (2.13).
 """
 
 from __future__ import annotations
@@ -16,6 +17,15 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_KEYS = torch._C.DispatchKey
+#: What torch's dispatcher knows of a tensor with numbers in a CPU's memory, and of no other.
+_ORDINARY = functools.reduce(
+    torch._C.DispatchKeySet.add,
+    (_KEYS.AutogradCPU, _KEYS.ADInplaceOrView, _KEYS.AutocastCPU),
+    torch._C.DispatchKeySet(_KEYS.CPU),
+).raw_repr()
+
 
 def not_traced(reason: str) -> Callable[[F], F]:
     """``torch.compiler.disable``, which would lose the function's types: Dynamo traces neither it nor what it calls."""
@@ -27,10 +37,17 @@ def is_traced(x: Tensor) -> bool:
     return isinstance(x, FunctionalTensor | FakeTensor)
 
 
-def is_watched(x: Tensor) -> bool:
-    """Whether an op of ``x`` must go through torch's dispatcher, which takes longer than a small kernel.
+def is_watched(*tensors: Tensor | None) -> bool:
+    """Whether an op of these must go through torch's dispatcher, which takes longer than a small kernel on a CPU.
 
-    So it is where the op is traced, where a mode looks on, and where ``x`` wants a gradient, which ends in an error.
+    So it is where the op is traced, where a mode or a profiler looks on, and where a tensor is another type's or a
+    transform's (``torch.vmap``), has no numbers in memory or other ones (a negated view), or wants a gradient.
     """
-    wants_gradient = torch.is_grad_enabled() and x.requires_grad
-    return is_traced(x) or wants_gradient or torch._C._len_torch_dispatch_stack() > 0
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() or torch._C._autograd._profiler_enabled():
+        return True
+    wants_gradients = torch.is_grad_enabled()
+    return any(not _is_plain(x) or (wants_gradients and x.requires_grad) for x in tensors if x is not None)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in _PLAIN and not torch._C._dispatch_keys(x).raw_repr() & ~_ORDINARY

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from xquant_fx import ops
 from xquant_fx.cache.kv_tensor import QuantizedKV
@@ -64,6 +65,9 @@ def decode_attention(
         raise ArgumentError(
             where + f"scale must be finite, softcap and window 0 (off) or more, got {scale}, {softcap} and {window}"
         )
+    for name, x in (("mask", mask), ("sink_logits", sink_logits)):
+        if x is not None:
+            _check_memory(name, x, key)
     if sink_logits is not None:
         sink_logits = _logits(sink_logits, q, where)
     past = _rows(key)[:, 0] - new
@@ -105,6 +109,8 @@ def _states(cache: Any, layer: int) -> tuple[KVState, KVState]:
 
 def _check(q: Tensor, key: KVState, value: KVState) -> None:
     where, (batch, heads, _, dim) = f"layer {key.spec.layer}: ", key.spec.shape
+    if _placed(key) != _placed(value):
+        raise ArgumentError(where + f"a pair must be of one cache, got keys {_placed(key)} and values {_placed(value)}")
     if not (key.spec.quantized and value.spec.quantized):
         raise CacheStateError(where + "16-bit storage has no codes to attend to; use scaled_dot_product_attention")
     if reason := why_not_fused(key.spec, value.spec):
@@ -115,6 +121,7 @@ def _check(q: Tensor, key: KVState, value: KVState) -> None:
             where + f"q must have shape [{batch}, multiple of {heads}, q, {dim}] and dtype {key.spec.dtype}, "
             f"got {tuple(q.shape)} and {q.dtype}"
         )
+    _check_memory("q", q, key)
     rows = list(zip(_rows(key).tolist(), _rows(value).tolist(), strict=True))
     stored = min(keys for (keys, _), _ in rows)
     if not 1 <= q.shape[2] <= min(STEP_TOKENS, stored):
@@ -132,10 +139,25 @@ def _check(q: Tensor, key: KVState, value: KVState) -> None:
             f"{key.spec.rollback_tokens}, got {lost}: "
             "older ones are quantized already"
         )
-    if torch.is_grad_enabled() and q.requires_grad:
+    if (torch.is_grad_enabled() and q.requires_grad) or unpack_dual(q).tangent is not None:
         raise CacheStateError(
             where + "a quantized KV cache has no gradient; call this under torch.no_grad() or torch.inference_mode()"
         )
+
+
+def _placed(state: KVState) -> tuple[list[int], str, str]:
+    """Batch, heads and tokens of a side, how its rows grow, and where it is: what both sides of a layer share."""
+    spec = state.spec
+    return list(spec.shape[:3]), "row by row" if spec.ragged else "together", str(state.group.start.device)
+
+
+def _check_memory(name: str, x: Tensor, state: KVState) -> None:
+    """Raise ArgumentError unless ``x`` is dense and where the cache is: kernels take addresses, and cannot tell."""
+    where, device = f"layer {state.spec.layer}: ", state.group.start.device
+    if x.device != device:
+        raise ArgumentError(where + f"this cache is on {device}, {name} on {x.device}")
+    if x.layout != torch.strided:
+        raise ArgumentError(where + f"{name} must be dense, got {x.layout}")
 
 
 def _rows(state: KVState) -> Tensor:

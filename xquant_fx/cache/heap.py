@@ -20,4 +20,4 @@ def keep_freed_memory() -> None:
     As any program that frees a tensor of 32 MB does. The block is not touched, so it takes no memory.
     """
     with torch.inference_mode(False):
-        torch.empty(LARGEST, dtype=torch.uint8)
+        torch.empty(LARGEST, dtype=torch.uint8, device="cpu")  # whatever torch.set_default_device says

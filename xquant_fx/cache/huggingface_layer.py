@@ -137,12 +137,12 @@ class XQuantLayer(StaticLayer):
         new = key_states.shape[2]
         if self.leads and (self.padding is not None or not self.siblings[-1].is_initialized):
             self._check_step(new, cold=False)
-        positions = torch.arange(new, device=key_states.device) + self.cumulative_length
-        self.cumulative_length.add_(new)
         keys: Any = self.keys
         values: Any = self.values
+        positions = torch.arange(new, device=keys.device) + self.cumulative_length
         keys.index_copy_(2, positions, key_states)
         values.index_copy_(2, positions, value_states)
+        self.cumulative_length.add_(new)  # last: the graph ends before what is refused
         return keys, values
 
     def _compiled_prompt(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -173,6 +173,8 @@ class XQuantLayer(StaticLayer):
             raise CacheStateError(
                 f"layer {self.layer_idx}: a step of {new} tokens does not fit into a cache of {room} (max_cache_len)"
             )
+        if cold and self.first.masked and self.siblings[-1].is_initialized:
+            raise self._left_behind()
         if not cold:
             for buffer, x in ((self.keys, key_states), (self.values, value_states)):
                 if buffer is None:
@@ -189,12 +191,9 @@ class XQuantLayer(StaticLayer):
 
     def _check_step(self, new: int, cold: bool) -> None:
         """The same of a whole step, by the cache's first layer."""
-        left = [layer.layer_idx for layer in self.siblings if not layer.is_initialized]
+        left = [layer for layer in self.siblings if not layer.is_initialized]
         if not cold and left and self.masked:
-            raise CacheStateError(
-                f"layer {left[0]} holds no tokens, layer 0 does: the first step was interrupted between them; reset() "
-                "empties the cache"
-            )
+            raise left[0]._left_behind()
         padding = self.padding
         if padding is None:
             return
@@ -204,6 +203,13 @@ class XQuantLayer(StaticLayer):
         elif self.prompt_left:
             padding.check_chunk(new, self.chunk, self.prompt_left)
             self.prompt_left -= new
+
+    def _left_behind(self) -> CacheStateError:
+        other = next(layer.layer_idx for layer in self.siblings if layer.is_initialized)
+        return CacheStateError(
+            f"layer {self.layer_idx} holds no tokens, layer {other} does: the first step was interrupted between them; "
+            "reset() empties the cache"
+        )
 
     @not_traced("what runs uncompiled here stays so: Dynamo would split it at the first length")
     def _update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

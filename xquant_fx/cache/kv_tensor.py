@@ -160,19 +160,25 @@ class QuantizedKV(Dequantized):
         Where each row has a length of its own, ``pos`` may be [B, q].
         """
         if self.state is None:
-            if reason := self.spec.why_not(x) or self._why_not_here(
-                x
-            ):  # Dynamo leaves the step to eager code, which raises the same
-                raise UnsupportedFakeTensorException(reason)
+            if reason := self.spec.why_not(x) or self._why_not_here(pos, x):
+                raise UnsupportedFakeTensorException(reason)  # Dynamo leaves the step to eager code, which raises, too
             return
+        if reason := self._why_elsewhere(x):
+            raise CacheStateError(reason)
         self.state.store(self.numbers_of(x), pos)
 
-    def _why_not_here(self, x: Tensor) -> str:
-        if x.shape[2] > self.shape[2]:
-            return f"{self.origin}: a step of {x.shape[2]} tokens does not fit into a cache of {self.shape[2]}"
-        return (
-            "" if x.device == self.device else f"{self.origin}: this cache is on {self.device}, the step on {x.device}"
-        )
+    def _why_not_here(self, pos: Tensor, x: Tensor) -> str:
+        new, room = x.shape[2], self.shape[2]
+        if new > room:
+            return f"{self.origin}: a step of {new} tokens does not fit into a cache of {room}"
+        if pos.shape[-1] != new:
+            return f"{self.origin}: a step needs one position per token, got {pos.shape[-1]} for {new} tokens"
+        return self._why_elsewhere(x)
+
+    def _why_elsewhere(self, x: Tensor) -> str:
+        if x.device == self.device:
+            return ""
+        return f"{self.origin}: this cache is on {self.device}, the step on {x.device}: move it (cache.to(device))"
 
     def numbers_of(self, x: Tensor) -> Tensor:
         """What is to be stored, as numbers.

@@ -6,8 +6,8 @@ another processor, where no step is kept that could do without (``kept_steps.py`
 left alone. Nor are source files of the model read for names of functions that only logs show which are off.
 
 Relied on: ``torch._dynamo.callback``, which ``torch._dynamo.reset()`` empties, the local variable ``compiler_fn`` of
-``convert_frame._compile``, ``_torchdynamo_orig_backend``, ``get_funcname`` of ``symbolic_convert`` and the logger of
-``TORCH_LOGS=trace_call``, and from torch 2.13 on ``prefetch`` of the two hashes. Checked on torch 2.11 and 2.13.
+``convert_frame._compile``, ``_torchdynamo_orig_backend``, ``get_funcname`` of ``symbolic_convert`` and the names of
+loggers, and from torch 2.13 on ``prefetch`` of the two hashes. Checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from xquant_fx.compiler.kept_steps import are_expected
 Backend = Callable[..., Any]
 
 _backends: list[Backend] = []
+#: Loggers of ``TORCH_LOGS=trace_call`` and ``trace_source``, which show names of functions.
+_NAMING_LOGS = ("output_graph.__trace_call", "symbolic_convert.__trace_call", "symbolic_convert.__trace_source")
 #: Not empty while the collector is off because of us.
 _switched_off: list[bool] = []
 
@@ -49,7 +51,7 @@ def _begin(_: Any) -> None:
         _switched_off.append(True)
     if not are_expected():
         begin_hashes()
-    if not logging.getLogger("torch._dynamo.output_graph.__trace_call").isEnabledFor(logging.DEBUG):
+    if not any(logging.getLogger(f"torch._dynamo.{name}").isEnabledFor(logging.DEBUG) for name in _NAMING_LOGS):
         vars(symbolic_convert)["get_funcname"] = _no_name
 
 
