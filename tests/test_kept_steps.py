@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from pathlib import Path
@@ -39,18 +40,47 @@ def test_a_call_is_kept_and_restored(tmp_path: Path) -> None:
     expected = made([torch.arange(3.0)])  # it is compiled by then, and kept
     keep(found[0]._replace(spared=1), file)
     counters.clear()
-    call = restored(file)
-    assert call is not None and counters["xquant"] == {
+    with torch.device("meta"):  # a user's default device
+        call = restored(file)
+    assert call is not None and call.__globals__["xquant_kernels"].is_cpu  # C++ reads it
+    assert counters["xquant"] == {
         "steps restored": 1, "one_call": 1, "layers_not_compiled_again": 1,
     }  # fmt: skip
     (two, none, one) = call([torch.arange(3.0)])
     assert none is None and torch.equal(two, expected[0]) and torch.equal(one, expected[2])
-    keep(found[0]._replace(library=str(tmp_path / "gone.so")), file)
-    assert restored(file) is None
-    keep(found[0]._replace(kernels=[str(tmp_path / "gone.so")]), file)
-    assert restored(file) is None
-    file.write_text(file.read_text()[:-9])
-    assert restored(file) is None
+    assert [each.name for each in file.parent.iterdir()] == ["a.json"]
+    whole = file.read_text()
+    for text in ("[3]", "3", "{}", whole[:-9], whole.replace("args.clear", "args.close"), '{"sha256": 1, "step": 2}'):
+        file.write_text(text)
+        assert restored(file) is None, text
+
+
+def test_without_a_library_nothing_is_restored(tmp_path: Path) -> None:
+    """One is gone, was cut short, or has no ``kernel``."""
+    file, gone, short = tmp_path / "a.json", tmp_path / "gone.so", tmp_path / "short.so"
+    short.write_bytes(b"\x7fELF")
+    other = max(Path(torch.__file__).parent.glob("lib/*torch_python*"), default=short)
+    found: list[KeptCall] = []
+    chain_of_two(found.append)([torch.arange(3.0)])
+    counters.clear()
+    for library in (gone, short, other):
+        keep(found[0]._replace(library=str(library)), file)
+        assert restored(file) is None
+        keep(found[0]._replace(kernels=[str(library)]), file)
+        assert restored(file) is None
+    assert sum(counters["xquant"].values()) == 6 and not any("kept" in name for name in counters["xquant"])
+
+
+def test_where_nothing_can_be_written_the_step_runs_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    full = tmp_path / "full.json"
+    full.mkdir()  # what was written cannot be given this name
+    for file in (tmp_path / "file" / "a.json", full):
+        counters.clear()
+        (two, _, _) = chain_of_two(lambda kept, file=file: keep(kept, file))([torch.arange(3.0)])  # type: ignore[misc]
+        assert two.tolist() == [6, 10, 14]
+        assert any("steps not kept" in name for name in counters["xquant"]) and restored(file) is None
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "full.json"]
 
 
 def test_what_names_something_of_its_module_is_not_kept() -> None:
@@ -77,7 +107,8 @@ def place(made: Graph, inputs: list[Any], patches: dict[str, Any]) -> Place | No
 
 OTHERS = {
     "a number": dict(scale=2.5), "type of a number": dict(scale=2), "dtype": dict(dtype=torch.float64),
-    "shape": dict(tokens=4), "op": dict(op=torch.ops.aten.sub),
+    "shape": dict(tokens=4), "op": dict(op=torch.ops.aten.sub), "sign of zero": dict(scale=-0.0),
+    "what is no number": dict(scale=float("nan")),
 }  # fmt: skip
 
 
@@ -95,6 +126,13 @@ def test_other_surroundings_are_another_step(monkeypatch: pytest.MonkeyPatch) ->
     found = [place(made, inputs, patches), place(made, inputs, cache_key_patch("other specs"))]
     found.append(place(made, inputs, {**patches, "cpp.min_chunk_size": 1}))
     found.append(place(made, inputs, {**patches, "post_grad_custom_pre_pass": KeyPass("settings", (_Named(),))}))
+    with inductor_config.patch("joint_custom_post_pass", _Named()):
+        found.append(place(made, inputs, patches))
+    with torch.compiler.config.patch(cache_key_tag="a user's"):
+        found.append(place(made, inputs, patches))
+    with monkeypatch.context() as changed:
+        changed.setitem(inductor_config.post_grad_fusion_options, "batch_linear", {})
+        found.append(place(made, inputs, patches))
     with inductor_config.patch("cpp.simdlen", 1):
         found.append(place(made, inputs, patches))
     with torch.inference_mode():
@@ -103,14 +141,24 @@ def test_other_surroundings_are_another_step(monkeypatch: pytest.MonkeyPatch) ->
     torch.set_num_threads(threads + 1)
     found.append(place(made, inputs, patches))
     torch.set_num_threads(threads)
-    inputs[0] = torch.ones(4, 3).T
-    found.append(place(made, inputs, patches))
+    storage = torch.ones(13)
+    found.append(place(made, [storage[:12].view(3, 4), storage[:4]], patches))
+    for other in (torch.ones(4, 3).T, torch.ones(13)[1:].view(3, 4)):
+        found.append(place(made, [other, inputs[1]], patches))
     monkeypatch.setattr("xquant_fx.compiler.cache_key.source_hash", lambda: b"other sources")
     found.append(place(made, inputs, patches))
     assert None not in found and len(set(found)) == len(found)
 
 
-class _Named(kept_steps.KeyPass):
+@dataclasses.dataclass
+class _Nameless:
+    """Its text is the same in each process, whatever it does."""
+
+    def __call__(self, graph: Graph) -> None:
+        pass
+
+
+class _Named(KeyPass):
     def __init__(self) -> None:
         super().__init__("of a user")
 
@@ -129,7 +177,11 @@ def test_what_has_no_lasting_text_is_not_kept() -> None:
     made, inputs, patches = graph()
     assert place(*graph(op=torch.ops.kept_steps_test.double)) is None
     assert place(made, [inputs[0], 3], patches) is None  # no tensor
+    assert place(made, [inputs[0].to_sparse(), inputs[1]], patches) is None
     assert place(made, inputs, {**patches, "post_grad_custom_pre_pass": KeyPass("", (print,))}) is None
+    for name, user in (("joint_custom_pre_pass", [print]), ("custom_partitioner_fn", _Nameless())):
+        with inductor_config.patch(name, user):
+            assert place(made, inputs, patches) is None
     with torch.autocast("cpu"):
         assert place(made, inputs, patches) is None
     for caches in ({"fx_graph_cache": False}, {"force_disable_caches": True}):

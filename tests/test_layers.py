@@ -68,6 +68,14 @@ def keeps_a_view(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor) -
     return q
 
 
+def counts_from_storage(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor) -> Tensor:
+    for keys, values in layers:
+        assign(keys, values, k, v, pos)
+        q = sdpa(q, keys, values)
+        k = k + q.as_strided(q.shape, q.stride(), 0)
+    return q
+
+
 def writes_back(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor) -> Tensor:
     total = k * 1
     for keys, values in layers:
@@ -114,6 +122,7 @@ def test_pieces(step: Step, layers: int, repeated: int, forms: int) -> None:
     [
         (keeps_a_view, "no tensor of known shape and memory of its own"),
         (writes_back, "writes to what another piece computed"),
+        (counts_from_storage, "counts from where a storage begins"),
     ],
 )
 def test_what_cannot_be_apart(step: Step, reason: str) -> None:

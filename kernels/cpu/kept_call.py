@@ -9,7 +9,9 @@ library. Checked on torch 2.11 and 2.13.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+log = logging.getLogger(__name__)
 
 #: What the Python around a call may name: of the modules that Inductor generates, and of ours.
 _GIVEN = ("xquant_kernels", "xquant_one_call")
@@ -39,7 +43,7 @@ def bound(lines: Sequence[str], function: Any, kernels: Sequence[str], names: di
     """The ``call`` that ``lines`` define, around the C++ ``function``; ``names`` are its globals."""
     libraries = [ctypes.CDLL(file) for file in kernels]
     addresses = [ctypes.cast(library.kernel, ctypes.c_void_p).value for library in libraries]
-    table = torch.tensor([*addresses, 0], dtype=torch.int64)  # an empty tensor would have no memory
+    table = torch.tensor([*addresses, 0], dtype=torch.int64, device="cpu")  # an empty tensor would have no memory
     space = {**names, "xquant_kernels": table, "xquant_libraries": libraries, "xquant_one_call": function}
     exec(compile("\n".join(lines), "<one call>", "exec"), space)
     made: Callable[..., Any] = space["call"]
@@ -53,32 +57,80 @@ def may_be_kept(call: Callable[..., Any]) -> bool:
 
 
 def keep(kept: KeptCall, file: Path) -> None:
-    """Write ``kept`` to ``file``, at once or not at all: other processes may read it. Paths are as seen from there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    seen = kept._replace(library=_seen(kept.library, file), kernels=[_seen(each, file) for each in kept.kernels])
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as whole:
-        json.dump(seen._asdict(), whole)
-    os.replace(whole.name, file)
+    """Write ``kept`` to ``file``, at once or not at all: other processes may read it. Paths are as seen from there.
+
+    Where nothing can be written, that is told (``counters["xquant"]``, the log), and the call is made all the same.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        seen = kept._replace(library=_seen(kept.library, file), kernels=[_seen(each, file) for each in kept.kernels])
+        text = json.dumps(seen._asdict())
+        _write_whole(json.dumps({"sha256": _digest(text), "step": text}), file)
+    except (OSError, ValueError) as error:
+        _tell("kept", error)
+
+
+def _write_whole(text: str, file: Path) -> None:
+    whole = tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False)  # noqa: SIM115 (it is renamed)
+    try:
+        with whole:
+            whole.write(text)
+        os.replace(whole.name, file)
+    except OSError:
+        os.unlink(whole.name)
+        raise
 
 
 def restored(file: Path) -> Callable[..., Any] | None:
-    """The call that was kept in ``file``; None if there is none, or a library of it is gone."""
+    """The call that was kept in ``file``; None if there is none, it was damaged, or a library of it is gone."""
     from torch._dynamo.utils import counters  # imports Dynamo
 
     try:
-        kept = KeptCall(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):
+        text = file.read_text()
+    except FileNotFoundError:
         return None
-    library, *kernels = (str(file.parent / each) for each in (kept.library, *kept.kernels))
-    if not all(os.path.exists(each) for each in (library, *kernels)):
+    except OSError as error:
+        _tell("restored", error)
         return None
-    from xquant_fx.kernels.cpu import build  # brings in Inductor's cache of code
-
-    made = bound(kept.lines, build.function_in(library), kernels, _names())
+    try:
+        kept = _read(text)
+        library, *kernels = (str(file.parent / each) for each in (kept.library, *kept.kernels))
+        function = _function_in(library)
+        made = bound(kept.lines, function, kernels, _names())
+    except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
+        _tell("restored", error)
+        return None
     counters["xquant"]["steps restored"] += 1
     counters["xquant"]["one_call"] += 1
     counters["xquant"]["layers_not_compiled_again"] += kept.spared
     return made
+
+
+def _read(text: str) -> KeptCall:
+    """Raises if ``text`` is not as it was written: with a list of kernels cut short, C++ would call any address."""
+    whole = json.loads(text)
+    if _digest(whole["step"]) != whole["sha256"]:
+        raise ValueError("the file is not what was written")
+    return KeptCall(**json.loads(whole["step"]))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _function_in(library: str) -> Any:
+    if not os.path.exists(library):  # or Inductor would be imported for nothing
+        raise FileNotFoundError(library)
+    from xquant_fx.kernels.cpu import build  # brings in Inductor's cache of code
+
+    return build.function_in(library)
+
+
+def _tell(what: str, error: Exception) -> None:
+    from torch._dynamo.utils import counters  # imports Dynamo
+
+    log.info("a step was not %s: %s", what, error)
+    counters["xquant"][f"steps not {what}: {type(error).__name__}"] += 1
 
 
 def _seen(library: str, file: Path) -> str:

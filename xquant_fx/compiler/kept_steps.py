@@ -5,8 +5,8 @@ preprocessor, and a look for each part of a graph. A kept step is found by all t
 the layouts of its tensors, configs of Inductor and AOTAutograd, our sources, versions, and the processor. What has no
 stable text is not kept: ops that somebody registered, passes that somebody gave Inductor without a uuid.
 
-Relied on: ``get_hash`` of torch's config modules, ``_get_qualified_name``, and where Inductor's caches are. Checked on
-torch 2.11 and 2.13.
+Relied on: ``save_config_portable`` and ``get_hash`` of torch's config modules, ``_get_qualified_name``, and where
+Inductor's caches are. Checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import hashlib
 import platform
 import sys
+import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,6 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import _get_qualified_name
 
-from xquant_fx.compiler.cache_key import KeyPass
 from xquant_fx.compiler.repeats import described_value
 from xquant_fx.kernels.cpu import kept_call
 from xquant_fx.kernels.cpu.kept_call import KeptCall
@@ -35,6 +35,11 @@ from xquant_fx.passes.find_writes import is_opaque
 _NAMESPACES = ("aten", "prims", "xquant")
 _MODULES = ("torch", "_operator", "operator", "math", "builtins")
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
+#: Passes of a user, which Inductor leaves out of the values of its config.
+_PASSES = (
+    "pre_grad_custom_pass", "post_grad_custom_post_pass", "joint_custom_pre_pass", "joint_custom_post_pass",
+    "_pre_fusion_custom_pass", "_fuse_ddp_communication_passes",
+)  # fmt: skip
 
 
 class NotKeptError(Exception):
@@ -72,7 +77,7 @@ def place_of(graph: Graph, inputs: Sequence[Any], patches: Mapping[str, Any]) ->
     if not _wanted():
         return None
     try:
-        text = repr((_surroundings(patches), [_input(each) for each in inputs], _graph(graph)))
+        text = repr((_surroundings(patches), _inputs(inputs), _graph(graph)))
     except NotKeptError:
         return None
     return Place(folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.json")
@@ -89,20 +94,26 @@ def _wanted() -> bool:
 def _surroundings(patches: Mapping[str, Any]) -> tuple[Any, ...]:
     from torch._functorch import config as functorch_config
     from torch._inductor import config
+    from torch.compiler import config as compiler_config
 
-    settings = {name: _setting(value) for name, value in patches.items()}
+    values = config.save_config_portable(ignore_private_configs=False)  # a hash misses what was changed in its place
+    values |= {name: getattr(config, name, None) for name in _PASSES}
+    settings = {name: _setting(value) for name, value in {**values, **patches}.items()}
     switches = (
         torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device(),
         torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
         getattr(torch.utils.deterministic, "fill_uninitialized_memory", None), torch.backends.mkldnn.enabled,
-        torch.is_inference_mode_enabled(), torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(), torch.is_grad_enabled(), compiler_config.cache_key_tag,
     )  # fmt: skip
-    return sorted(settings.items()), switches, config.get_hash(), functorch_config.get_hash(), _machine()
+    return sorted(settings.items()), switches, functorch_config.get_hash(), _machine()
 
 
 def _setting(value: Any) -> Any:
-    if isinstance(value, KeyPass):
-        value = value.uuid()
+    """A value of a config; of a pass its uuid, since its text says nothing of what it does."""
+    if isinstance(value, tuple | list):
+        return [_setting(each) for each in value]
+    if callable(value):
+        value = value.uuid() if hasattr(value, "uuid") else None
         if value is None:
             raise NotKeptError
     return repr(value)
@@ -111,20 +122,32 @@ def _setting(value: Any) -> Any:
 @functools.cache
 def _machine() -> tuple[Any, ...]:
     """Versions, and what decides which instructions are compiled for."""
-    versions = torch.__version__, torch.version.git_version, sys.implementation.cache_tag, platform.machine()
+    versions = torch.__version__, torch.version.git_version, platform.machine()
+    python = sys.implementation.cache_tag, sysconfig.get_config_var("SOABI")  # which tells free-threaded ones apart
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = [platform.processor()]
     kinds = {line.partition(":")[0].strip(): line for line in reversed(lines)}
     processor = [kinds.get(name) for name in ("model name", "flags", "Features", "CPU part")]
-    return *versions, torch.backends.cpu.get_cpu_capability(), processor or lines
+    return *versions, *python, torch.backends.cpu.get_cpu_capability(), processor if any(processor) else lines
+
+
+def _inputs(values: Sequence[Any]) -> list[Any]:
+    """Layouts of ``values``, and which of them lie in one storage: AOTAutograd looks at both."""
+    found, storages = [_input(value) for value in values], dict[int, int]()
+    return [
+        (*each, storages.setdefault(value.untyped_storage().data_ptr(), i))
+        for i, (each, value) in enumerate(zip(found, values, strict=True))
+    ]
 
 
 def _input(value: Any) -> tuple[Any, ...]:
-    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_conj() or value.is_neg():
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_quantized:
         raise NotKeptError
-    return tuple(value.shape), value.stride(), value.dtype, value.device
+    if value.is_conj() or value.is_neg():
+        raise NotKeptError
+    return tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, value.device
 
 
 def _graph(graph: Graph) -> list[Any]:

@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 
 from xquant_fx.passes.find_writes import is_opaque, other_mutations
 from xquant_fx.passes.trace import fake, memory_of
+from xquant_fx.passes.vocabulary import op_name
 
 #: Fewer equal stretches are not worth it: what stands around them is compiled, too.
 LEAST = 4
@@ -57,6 +58,8 @@ def why_not_apart(graph: Graph, pieces: Sequence[Piece]) -> str:
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr") or is_opaque(node):
             return f"{node.name} holds something of its own"
+        if node.op in ("call_method", "call_function") and "as_strided" in op_name(node):
+            return f"{node.name} counts from where a storage begins, which is elsewhere in each layer's"
         if node.op == "placeholder" and not _is_static(fake(node)):
             return f"{node.name} is no tensor of known shape"
     for node, target in other_mutations(graph, []):
