@@ -301,7 +301,7 @@ ROW_CASES: dict[str, dict[str, Any]] = {
 WHOLE_ROWS: dict[str, dict[str, Any]] = {
     name: {**{key: value for key, value in WHOLE.items() if key != "past"}, **case}
     for name, case in {
-        "rows, whole groups": dict(pasts=[700, 0], mask="padded", dim=64, v_bits=1, group=2),
+        "rows, whole groups": dict(pasts=[270, 0], mask="padded", dim=64, v_bits=1, group=2),
         "rows, whole groups, a full one, one without any": dict(pasts=[140, 1023]),
         "rows, whole groups, 16 rows, a mask a head": dict(pasts=[700, 1020], query=4, mask="heads"),
         "rows, whole groups, ranked, sinks, padding": dict(

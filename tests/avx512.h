@@ -83,6 +83,16 @@ inline f16 dpbf16(f16 sum, i32 a, i32 b) {
     for (int i = 0; i < 32; i++) sum[i / 2] += wide(a[i]) * wide(b[i]);
     return sum;
 }
+inline i32 to_bfloat16(f16 high, f16 low) {  // to the nearest, even ones of two
+    i32 out;
+    for (int i = 0; i < 32; i++) {
+        uint32_t bits;
+        const float x = i < 16 ? low[i] : high[i - 16];
+        __builtin_memcpy(&bits, &x, 4);
+        out[i] = (int16_t)((x != x ? 0x7fc00000u : bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+    }
+    return out;
+}
 inline f16 fmadd(f16 a, f16 b, f16 c) {
     for (int i = 0; i < 16; i++) a[i] = std::fma(a[i], b[i], c[i]);
     return a;
@@ -151,6 +161,7 @@ inline f16 from_half(half x) {
 #define _mm512_cvtepi32_epi8 emulated::narrowed
 #define _mm512_cvtepu16_epi32 emulated::widened_shorts
 #define _mm512_cvtepu8_epi32 emulated::widened
+#define _mm512_cvtne2ps_pbh emulated::to_bfloat16
 #define _mm512_cvtph_ps emulated::from_half
 #define _mm512_cvtps_epi32 emulated::rounded
 #define _mm512_dpbf16_ps emulated::dpbf16

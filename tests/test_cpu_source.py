@@ -31,16 +31,18 @@ from xquant_fx.kernels.decode_attention import cpu_source as cpu_attention
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.linear_rows import cpu_source as cpu_linear
 from xquant_fx.kernels.linear_rows.cpu_call import is_faster_here
+from xquant_fx.kernels.prompt_attention import cpu_source as cpu_prompt
 from xquant_fx.kernels.quantize_store import cpu_call as append
 from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
 from xquant_fx.kernels.quantize_store.arguments import OWN, StoreArguments
 
 KERNELS = Path(__file__).parents[1] / "kernels"
-OPS = ("decode_attention", "quantize_store", "linear_rows")
+OPS = ("decode_attention", "quantize_store", "linear_rows", "prompt_attention")
 
 
 LINEAR = cpu_linear.Problem(dtype=torch.bfloat16, rows=1, biased=(True, False))
 ADDMM = cpu_linear.Problem(dtype=torch.bfloat16, rows=1, biased=(True,), in_first=True)
+PROMPT = cpu_prompt.Problem(dim=64)
 NEW_PAIR = dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated", residual=64)
 
 
@@ -72,10 +74,12 @@ def examples() -> dict[str, str]:
         cpu_attention.constants(decode_problem()),
         cpu_store.constants(append_problem()),
         cpu_linear.constants(LINEAR),
+        cpu_prompt.constants(PROMPT),
     )
     tensors = (
         cpu_source.pointers(DecodeArguments, Overload()),
         cpu_source.pointers(StoreArguments, OWN),
+        {},
         {},
     )
     return {op: cpu_source.example(*parts) for op, *parts in zip(OPS, constants, tensors, strict=True)}
@@ -94,6 +98,7 @@ def whole_sources(isa: str) -> dict[str, str]:
         **{f"append {state.spec.scheme}": append_of(state) for state in new_states()},
     }
     made = {name: cpu_attention.source(p, ISAS[isa])[1] for name, p in decodes.items()}
+    made["prompt"] = cpu_prompt.source(PROMPT, ISAS[isa])[1]
     made |= {name: cpu_linear.source(p, ISAS[isa])[1] for name, p in {"linear": LINEAR, "addmm": ADDMM}.items()}
     return made | {name: cpu_store.source(a, ISAS[isa])[1] for name, a in appends.items()}
 

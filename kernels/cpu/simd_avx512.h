@@ -24,6 +24,8 @@ inline vi add_pairs(vs x) { return (vi)_mm512_madd_epi16((__m512i)x, _mm512_set1
 #define XQ_DOT_BFLOAT16
 // sum + a . b of bfloat16 numbers, two to a lane.
 inline vf dot_bfloat16(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+// a and then b as bfloat16 numbers.
+inline vi round_to_bfloat16(vf a, vf b) { return (vi)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
 #endif
 
 inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }

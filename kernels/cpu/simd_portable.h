@@ -9,7 +9,8 @@
 //   multiply_add_pairs, add_pairs
 //                             for sums of codes times digits; or XQ_DOT_BYTES and dot_bytes, see simd_neon.h
 //   fma, sum, max, any        arithmetic
-//   dot_bfloat16              with XQ_DOT_BFLOAT16; or nothing, and bfloat16 numbers are multiplied as floats
+//   dot_bfloat16, round_to_bfloat16
+//                             with XQ_DOT_BFLOAT16; or nothing, and bfloat16 numbers are multiplied as floats
 //   four_across               of four vectors at once, with XQ_FOUR_ACROSS; or nothing, and simd.h takes one by one
 //   widen, narrow             between bytes and lanes
 //   round_to_int, exp_negative

@@ -44,12 +44,9 @@ def rows_of(head, keys, values, TOKENS: tl.constexpr, KEYS: tl.constexpr, VALUES
 def past_of(past, batch, QUERY: tl.constexpr, MAX_LEN: tl.constexpr, PAST_STRIDE: tl.constexpr):
     """Tokens stored before the step: one number for all rows of the batch, or each row's own, PAST_STRIDE apart.
 
-    A row's is within bounds, wherever the step was asked for: its fault is read later.
+    They are within bounds, wherever the step was asked for: its fault is read later.
     """
-    if PAST_STRIDE == 0:
-        return tl.load(past).to(tl.int32)
-    else:
-        return tl.maximum(tl.minimum(tl.load(past + batch * PAST_STRIDE).to(tl.int32), MAX_LEN - QUERY), 0)
+    return tl.maximum(tl.minimum(tl.load(past + batch * PAST_STRIDE).to(tl.int32), MAX_LEN - QUERY), 0)
 
 
 @triton.jit

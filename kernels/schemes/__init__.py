@@ -24,6 +24,11 @@ SCHEMES: dict[str, Scheme] = {
 
 
 @functools.cache
+def _wrap_of(scheme: str, tokens: int, max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
+    return wraps_at(tokens, SCHEMES[scheme].stored_tokens(0, dim, bits, group, residual), max_len)
+
+
 def wrap_of(scheme: str, tokens: int, max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
     """After how many tokens codes with room for ``tokens`` start over in a cache of ``max_len``; 0: they do not."""
-    return wraps_at(tokens, SCHEMES[scheme].stored_tokens(0, dim, bits, group, residual), max_len)
+    numbers = all(type(size) is int for size in (tokens, max_len, dim))  # a symbol is no key
+    return (_wrap_of if numbers else _wrap_of.__wrapped__)(scheme, tokens, max_len, dim, bits, group, residual)

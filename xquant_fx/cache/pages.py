@@ -6,7 +6,7 @@ writes: nothing that is done to one cache is seen by another, kernels meet plain
 
 Relied on, Linux alone: private mappings of a ``memfd`` by ``torch.from_file``, and ``/proc/self/pagemap``, which tells
 the pages of a mapping that are no longer the file's (Linux, Documentation/admin-guide/mm/pagemap.rst). Checked on torch
-2.13.
+2.11 and 2.13.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 are ordinary keys in every way, but
 
 - when an attention multiplies them with its query, that is noted (``note_queries``);
+- long prompts on some CPUs are attended to by a kernel (``kernels/prompt_attention/``);
 - a mask as wide as the whole cache, which fits any other step, loses the columns behind the prompt, where nothing is
   (while Dynamo traces, too).
 """
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from xquant_fx.kernels.prompt_attention.cpu_call import attended
 
 _ATTENTIONS = (torch.nn.functional.scaled_dot_product_attention,)
 _PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
@@ -71,10 +74,12 @@ class PromptKeys(torch.Tensor):
         if prompt is not None and isinstance(query, Tensor) and func in _ATTENTIONS + _PRODUCTS:
             prompt.note(query)  # before the keys are multiplied, which are in the processor's caches now
         with torch._C.DisableTorchFunctionSubclass():
+            result = None
             if prompt is not None and func in _ATTENTIONS:
                 args = (*args[:3], *map(prompt.cut, args[3:]))  # from the fourth on: the mask, numbers
                 kwargs = {**kwargs, "attn_mask": prompt.cut(kwargs["attn_mask"])} if "attn_mask" in kwargs else kwargs
-            result = func(*args, **kwargs)
+                result = attended(*args, **kwargs)
+            result = func(*args, **kwargs) if result is None else result
         if prompt is not None and isinstance(query, Tensor) and func in _PRODUCTS:
             return PromptScores.of(result, prompt)
         first = args[0] if args else None

@@ -6,7 +6,7 @@ the layouts of its tensors, configs of Inductor and AOTAutograd, our sources, ve
 stable text is not kept: ops that somebody registered, passes that somebody gave Inductor without a uuid.
 
 Relied on: ``get_hash`` of torch's config modules, ``_get_qualified_name``, and where Inductor's caches are. Checked on
-torch 2.13.
+torch 2.11 and 2.13.
 """
 
 from __future__ import annotations

@@ -1,0 +1,7 @@
+// One problem's constants, so that editors can read cpu.cpp. Written by tests/test_cpu_source.py.
+#pragma once
+#include "../cpu/simd.h"
+
+namespace xq {
+constexpr int64_t D = 64;
+}  // namespace xq
