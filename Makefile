@@ -60,6 +60,7 @@ bench: $(READY)
 	.venv/bin/python benchmarks/decode.py --layers 2 --kv-heads 8 --head-dim 128 --hidden 256 --intermediate 512 \
 		--contexts 32768 --steps 15 --name decode-cpu-2-layers-32k
 	.venv/bin/python benchmarks/store.py
+	.venv/bin/python benchmarks/prompt_attention.py
 
 bench-peers: $(READY) models
 	.venv/bin/pip install --quiet -c requirements.txt -e '.[bench-peers]'

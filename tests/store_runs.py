@@ -66,6 +66,9 @@ def load_arguments(state: KVState, past: int, new: int, n: int, **more: Tensor |
 class ThroughState:
     """Steps by ``KVState.store`` and ``load``."""
 
+    keeps_steps = True
+    """Whether a layer shows what its last step saw until it is written to again, if that was of up to 8 tokens."""
+
     def __init__(self, case: Case) -> None:
         self.states = pair_of(case)
         self.count = case.max_len
@@ -92,6 +95,7 @@ class ThroughOps(ThroughState):
     Only a full cache is told to start anew: there position 0 alone is a fault (test_store_faults.py).
     """
 
+    keeps_steps = False
     by_op = staticmethod(append)
 
     def step(self, layer: int, past: int, x: Tensor) -> Tensor:
@@ -140,16 +144,20 @@ def run(case: Case, script: list[int], driver: type[ThroughState]) -> list[KVSta
     lower = Reference(case)
     refs = [lower, Reference(case, lower if layers.states[1].spec.borrowed else None)]
     length = furthest = 0
+    shown = (0, 0)  # tokens before the step that the lower layer shows, and of it
     for number, move in enumerate(script):
         past = length
         if move <= 0:
             length = max(length + move, furthest - case.rollback, 0) if move else 0
-            furthest = furthest if length else 0
+            furthest, shown = furthest if length else 0, (length, 0)
             for layer, ref in enumerate(refs):
                 layers.rollback(layer, length)
                 ref.write(length, ref.tokens[:, :, :0])
         else:
             length = min(length + move, case.max_len)
+            if length > past:
+                kept = driver.keeps_steps and length - past <= STEP_TOKENS
+                shown = (past, length - past) if kept else (length, 0)
             for layer, ref in enumerate(refs[: 2 * (length > past)]):
                 x = case.tokens(length - past, 2 * number + layer)
                 ref.write(past, x)
@@ -157,7 +165,7 @@ def run(case: Case, script: list[int], driver: type[ThroughState]) -> list[KVSta
                 ref.check_stored(layers.states[layer].tensors)
         furthest = max(furthest, length)
         for layer, ref in enumerate(refs[: 1 if move > 0 else 2]):  # the upper layer's last step is still to be seen
-            compare(layers.view(layer, length), ref, length, 0)
+            compare(layers.view(layer, length), ref, *shown)
     return layers.states
 
 

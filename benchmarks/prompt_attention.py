@@ -1,0 +1,134 @@
+"""Causal attention of a prompt to itself on a CPU: the kernel of eager cold prompts beside torch's own.
+
+    python benchmarks/prompt_attention.py
+    python benchmarks/prompt_attention.py --threads 2 --shapes 32,8,128 --tokens 4096
+
+The two in turn, the least of a few rounds: milliseconds of processor time, which is what threads take together, and of
+the clock. Errors are relative to float64, of 64 queries at the end. JSON goes to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from results import where, write
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from xquant_fx.kernels.prompt_attention.cpu_call import attended, is_faster_here
+
+CHECKED = 64
+"""Queries of which errors are taken."""
+
+
+class Shape(NamedTuple):
+    """Of one attention."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, text: str) -> Shape:
+        """From ``heads,KV heads,head_dim``."""
+        return cls(*map(int, text.split(",")))
+
+
+def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What torch would run."""
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by the kernel."""
+    out = attended(q, k, v, is_causal=True, enable_gqa=True)
+    assert out is not None, "the kernel does not take this shape"
+    return out
+
+
+def error(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
+    """Relative distance from float64, of the last queries."""
+    seen = torch.ones(CHECKED, k.shape[2], dtype=torch.bool).tril(k.shape[2] - CHECKED)
+    exact = [x.double() for x in (q[:, :, -CHECKED:], k, v)]
+    right = scaled_dot_product_attention(*exact, attn_mask=seen, enable_gqa=True)
+    return float((out[:, :, -CHECKED:] - right).norm() / right.norm())
+
+
+def milliseconds(run: Callable[[], Any]) -> tuple[float, float]:
+    """Of the processor, and of the clock."""
+    processor, clock = time.process_time(), time.perf_counter()
+    run()
+    return 1e3 * (time.process_time() - processor), 1e3 * (time.perf_counter() - clock)
+
+
+def measure(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
+    """Both ways in turn."""
+    random = torch.Generator().manual_seed(0)
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+    q, k, v = (torch.randn(1, n, tokens, shape.head_dim, generator=random).bfloat16() for n in heads)
+    ways = {"torch": torchs, "ours": ours}
+    errors = {name: error(way(q, k, v), q, k, v) for name, way in ways.items()}  # and what is loaded once
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            runs[name].append(milliseconds(lambda way=way: way(q, k, v)))
+    least = {name: dict(zip(("processor", "clock"), map(min, zip(*found, strict=True)), strict=True))
+             for name, found in runs.items()}  # fmt: skip
+    faster = {kind: least["torch"][kind] / least["ours"][kind] for kind in ("processor", "clock")}
+    return {**shape._asdict(), "tokens": tokens, "ms": least, "times faster": faster, "errors": errors}
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """A row for each shape and length."""
+    made = Table(title="a prompt's attention")
+    names = (
+        "heads",
+        "KV heads",
+        "head_dim",
+        "tokens",
+        "torch, ms",
+        "ours, ms",
+        "times faster",
+        "by the clock",
+        "errors",
+    )
+    for name in names:
+        made.add_column(name, justify="right")
+    for row in rows:
+        ms, faster, errors = row["ms"], row["times faster"], row["errors"]
+        made.add_row(
+            *(str(row[name]) for name in ("heads", "kv_heads", "head_dim")), f"{row['tokens']:,}",
+            f"{ms['torch']['processor']:.2f}", f"{ms['ours']['processor']:.2f}", f"{faster['processor']:.1f}",
+            f"{faster['clock']:.1f}", f"{errors['torch']:.2e}, {errors['ours']:.2e}",
+        )  # fmt: skip
+    return made
+
+
+@torch.no_grad()
+def main() -> None:
+    """Run, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", type=Shape.of, nargs="+", default=[Shape(9, 3, 64), Shape(32, 8, 128)],
+                        help="heads,KV heads,head_dim")  # fmt: skip
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    if not is_faster_here():
+        print("this processor leaves prompts to torch: it has no AVX-512 BF16, or it has AMX")
+        return
+    torch.set_num_threads(args.threads)
+    args.device = "cpu"
+    rows = [measure(shape, tokens, args.rounds) for shape in args.shapes for tokens in args.tokens]
+    Console(width=120).print(table(rows))
+    write("prompt-attention-cpu", {**where(args), "threads": args.threads, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
