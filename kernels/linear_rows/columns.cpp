@@ -42,26 +42,26 @@ inline void add_products(float* sums, int64_t pitch, const T* const (&weights)[N
     }
 }
 
-#if defined(XQ_ISA_AVX512) && defined(__AVX512BF16__)
+#ifdef XQ_DOT_BFLOAT16
 // The same for 2 L columns: the first L sums are those of the columns 0-3, 8-11, 16-19, 24-27.
 template <int N> inline void add_pairs(float* sums, int64_t pitch, const T* const (&weights)[N], const Factors<N>& by) {
     constexpr int HALF = (N + 1) / 2;
-    __m512i low[HALF], high[HALF];
+    vi low[HALF], high[HALF];
 #pragma GCC unroll 4
     for (int i = 0; i < HALF; i++) {
         const __m512i a = load<__m512i>(weights[2 * i]);
         const __m512i b = 2 * i + 1 < N ? load<__m512i>(weights[(2 * i + 1) % N]) : _mm512_setzero_si512();
-        low[i] = _mm512_unpacklo_epi16(a, b), high[i] = _mm512_unpackhi_epi16(a, b);
+        low[i] = (vi)_mm512_unpacklo_epi16(a, b), high[i] = (vi)_mm512_unpackhi_epi16(a, b);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; m++) {
-        __m512 first = load<__m512>(sums + m * pitch), second = load<__m512>(sums + m * pitch + L);
+        vf first = load<vf>(sums + m * pitch), second = load<vf>(sums + m * pitch + L);
 #pragma GCC unroll 4
         for (int i = 0; i < HALF; i++) {
             const uint32_t next = 2 * i + 1 < N ? as_bits(by.x[m][(2 * i + 1) % N]) & 0xffff0000u : 0;
-            const __m512bh x = (__m512bh)_mm512_set1_epi32((int32_t)(as_bits(by.x[m][2 * i]) >> 16 | next));
-            first = _mm512_dpbf16_ps(first, (__m512bh)low[i], x);
-            second = _mm512_dpbf16_ps(second, (__m512bh)high[i], x);
+            const vi x = splat((int32_t)(as_bits(by.x[m][2 * i]) >> 16 | next));
+            first = dot_bfloat16(first, low[i], x);
+            second = dot_bfloat16(second, high[i], x);
         }
         store(sums + m * pitch, first), store(sums + m * pitch + L, second);
     }
@@ -69,7 +69,7 @@ template <int N> inline void add_pairs(float* sums, int64_t pitch, const T* cons
 #endif
 
 template <int N> inline void add_step(float* sums, int64_t pitch, const T* const (&weights)[N], const Factors<N>& by) {
-#if defined(XQ_ISA_AVX512) && defined(__AVX512BF16__)
+#ifdef XQ_DOT_BFLOAT16
     if constexpr (PAIRS) return add_pairs<N>(sums, pitch, weights, by);
     else
 #endif

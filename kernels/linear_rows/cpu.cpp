@@ -37,8 +37,8 @@ inline Output output(const Layer (&layers)[LAYERS], T* out, int64_t in_size, int
 }
 
 inline vf add_products(vf sum, const T* weight, const X* x) {
-#if defined(XQ_ISA_AVX512) && defined(__AVX512BF16__)
-    if constexpr (PAIRS) return (vf)_mm512_dpbf16_ps((__m512)sum, load<__m512bh>(weight), load<__m512bh>(x));
+#ifdef XQ_DOT_BFLOAT16
+    if constexpr (PAIRS) return dot_bfloat16(sum, load<vi>(weight), load<vi>(x));
     else
 #endif
         return fma(load_floats(weight), load_floats(x), sum);

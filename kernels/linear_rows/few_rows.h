@@ -6,7 +6,7 @@
 
 namespace xq {
 
-#if defined(XQ_ISA_AVX512) && defined(__AVX512BF16__)
+#ifdef XQ_DOT_BFLOAT16
 constexpr bool PAIRS = std::is_same_v<T, bfloat16>;  // multiply two numbers to a lane
 #else
 constexpr bool PAIRS = false;
