@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -17,9 +18,10 @@ MODEL = str(EXAMPLES / "model")
 README = (ROOT / "README.md").read_text()
 
 
-def run(script: str, *args: str) -> str:
+def run(script: str, *args: str, **environment: str) -> str:
     command = [sys.executable, str(EXAMPLES / script), *args]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "deprecated" not in done.stderr  # by the versions that are installed
     return done.stdout
@@ -39,9 +41,11 @@ def test_generate(flags):
 
 
 def test_generate_in_full_precision_agrees():
-    out = run("generate.py", "--model", MODEL, "--no-compile", "--preset", "full", "--max-new-tokens", "4")
+    """By torch's attention, on any processor: a kernel of ours for prompts would round otherwise."""
+    args = ("--model", MODEL, "--no-compile", "--preset", "full", "--max-new-tokens", "4")
+    out = run("generate.py", *args, ATEN_CPU_CAPABILITY="avx2")
     assert re.search(r"first new token that differs +│ +none", out)
-    assert re.search(r"mean KL divergence of the next token, nats +│ +0\.000\d", out)
+    assert re.search(r"mean KL divergence of the next token, nats +│ +0\.0000", out)
 
 
 def test_generate_says_when_the_context_is_exceeded():
