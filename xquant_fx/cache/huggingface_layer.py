@@ -88,13 +88,13 @@ class XQuantLayer(StaticLayer):
         The first layer does so for all, where nothing is traced: what stays is then one block of memory, and what a
         prompt needs for a moment leaves no holes between.
         """
-        if self.first is self and not torch.compiler.is_compiling() and key_states.device.type == "cpu":
+        if self.leads and not torch.compiler.is_compiling() and key_states.device.type == "cpu":
             keep_freed_memory()
         self._allocate(key_states, value_states)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
-            for layer in self.siblings[1:] if self.first is self else []:
+            for layer in self.siblings[1:] if self.leads else []:
                 layer._allocate(key_states, value_states)  # taken when its turn comes, if it fits
         self.is_initialized = True
 
@@ -103,7 +103,7 @@ class XQuantLayer(StaticLayer):
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
         lower, padding = self.lower, self.first.padding
-        first = None if self.first is self else self.first.keys
+        first = None if self.leads else self.first.keys
         start = None if padding is None else padding.rows(self.batch_size)
         self.roles = key, value = self._roles(key_states, value_states)
         below = {} if lower is None else dict(zip(lower.roles, (lower.keys, lower.values), strict=True))
