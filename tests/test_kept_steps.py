@@ -20,16 +20,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from xquant_fx.compiler import kept_steps
 from xquant_fx.compiler.cache_key import KeyPass, cache_key_patch
-from xquant_fx.compiler.kept_steps import Place, place_of
+from xquant_fx.compiler.kept_steps import place_of
 from xquant_fx.kernels.cpu.kept_call import KeptCall, keep, may_be_kept, restored
 from xquant_fx.kernels.cpu.one_call import Chain, Generated, joined_chain, read_generated
 from xquant_fx.kernels.cpu.wrapper_chain import Link
 
 
 def chain_of_two(keep: Callable[[KeptCall], None] | None) -> Callable[[list[Any]], Any]:
-    generated = Generated(unit_wrapper, unit_module())
+    generated = Generated(unit_wrapper, unit_module(), {"arg0_1": 4})
     links = [Link(0, [f"h{i}"], [f"h{i + 1}"]) for i in range(2)]
-    return joined_chain(Chain([generated], [read_generated(generated, [4])], links, ["h0"], ["h2", None, "h1"]), keep)
+    return joined_chain(Chain([generated], [read_generated(generated)], links, ["h0"], ["h2", None, "h1"]), keep)
 
 
 def test_a_call_is_kept_and_restored(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def graph(scale: float = 2.0, dtype: torch.dtype = torch.float32, tokens: int = 
     return made, [x, y], cache_key_patch("settings")
 
 
-def place(made: Graph, inputs: list[Any], patches: dict[str, Any]) -> Place | None:
+def place(made: Graph, inputs: list[Any], patches: dict[str, Any]) -> Path | None:
     with torch.no_grad():
         return place_of(made, inputs, patches)
 

@@ -133,7 +133,7 @@ def test_what_cannot_be_apart(step: Step, reason: str) -> None:
 
 def wrappers(*texts: str) -> list[Reader]:
     """What wrappers of one float argument, and others of a byte, do."""
-    read = [Reader([4, 1, 1]) for _ in texts]
+    read = [Reader({"arg0_1": 4, "arg1_1": 1, "arg2_1": 1}) for _ in texts]
     for each, text in zip(read, texts, strict=True):
         (function,) = ast.parse(text).body
         assert isinstance(function, ast.FunctionDef)
@@ -195,9 +195,9 @@ def test_a_chain_runs(readable: bool) -> None:
     """By one call; or each wrapper in its turn, where the kernels have no C++ that can be compiled."""
     counters.clear()
     module = unit_module()
-    generated = Generated(unit_wrapper, module)
+    generated = Generated(unit_wrapper, module, {"arg0_1": 4})
     links = [Link(0, [f"h{i}"], [f"h{i + 1}"]) for i in range(3)]
-    read = read_generated(generated, [4])
+    read = read_generated(generated)
     if not readable:
         read.code.calls[0].args[0] = read.code.calls[0].args[0]._replace(memory="constant0")  # type: ignore[union-attr]
         module["call"] = lambda args: [(args[0] + 1) * 2]

@@ -85,18 +85,12 @@ def restored(file: Path) -> Callable[..., Any] | None:
     """The call that was kept in ``file``; None if there is none, it was damaged, or a library of it is gone."""
     from torch._dynamo.utils import counters  # imports Dynamo
 
-    try:
-        text = file.read_text()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        _tell("restored", error)
+    if not file.exists():
         return None
     try:
-        kept = _read(text)
+        kept = _read(file.read_text())
         library, *kernels = (str(file.parent / each) for each in (kept.library, *kept.kernels))
-        function = _function_in(library)
-        made = bound(kept.lines, function, kernels, _names())
+        made = bound(kept.lines, _function_in(library), kernels, _names())
     except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
         _tell("restored", error)
         return None

@@ -79,6 +79,8 @@ class Generated(NamedTuple):
     wrapper: Callable[..., Any]
     module: dict[str, Any]
     """The globals of its module."""
+    itemsizes: Mapping[str, int] | None = None
+    """Bytes of an element of its arguments, by name."""
 
 
 @contextlib.contextmanager
@@ -101,7 +103,7 @@ def joined(
     """
     collecting = _collecting.get()
     if collecting is not None:
-        collecting.append(Generated(wrapper, module))
+        collecting.append(Generated(wrapper, module, itemsizes))
         return wrapper
 
     def begin() -> Callable[[], Callable[..., Any]]:
@@ -123,9 +125,9 @@ class Chain(NamedTuple):
     results: Sequence[str | None]
 
 
-def read_generated(generated: Generated, itemsizes: Sequence[int]) -> Reader:
-    """What a wrapper does, given bytes of an element of each argument; raises NotReadError."""
-    read = Reader(itemsizes)
+def read_generated(generated: Generated) -> Reader:
+    """What a wrapper does; raises NotReadError."""
+    read = Reader(generated.itemsizes)
     try:
         read.read_all(_parsed(generated.wrapper))
     except (OSError, AttributeError) as error:  # no source
@@ -142,9 +144,9 @@ def joined_chain(chain: Chain, keep: Keep | None = None) -> Callable[[list[Any]]
     def begin() -> Callable[[], Callable[..., Any]]:
         code = chained(chain.read, chain.links, chain.arguments, chain.results)
         module = dict(chain.generated[0].module)
-        for number, (_, each) in enumerate(chain.generated):
-            names = [name for name in each if name.startswith("cpp_")]
-            module.update({kernel_name(number, name): each[name] for name in names})
+        for number, generated in enumerate(chain.generated):
+            names = [name for name in generated.module if name.startswith("cpp_")]
+            module.update({kernel_name(number, name): generated.module[name] for name in names})
         return _python("args", code, module, keep)
 
     return _at_first_call(begin, functools.partial(_in_turn, chain))
@@ -217,8 +219,8 @@ def _in_turn(chain: Chain) -> Callable[..., Any]:
     """Calls each of the generated wrappers."""
     from xquant_fx.kernels.cpu import one_unit  # brings in Inductor's compiler
 
-    for _, module in chain.generated:
-        one_unit.compile_alone(module)
+    for generated in chain.generated:
+        one_unit.compile_alone(generated.module)
 
     def call(args: list[Any]) -> tuple[Any, ...]:
         values = dict(zip(chain.arguments, args, strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +76,7 @@ def read_wrapper(function: ast.FunctionDef, itemsizes: Mapping[str, int] | None 
         NotReadError: it does something that is not read here, such as a call of an ATen operation, or allocates a
             buffer of a size that is known in a step only.
     """
-    reader = Reader(named=itemsizes)
+    reader = Reader(itemsizes)
     reader.read_all(function)
     return reader.planned()
 
@@ -84,10 +84,10 @@ def read_wrapper(function: ast.FunctionDef, itemsizes: Mapping[str, int] | None 
 class Reader:
     """The names that are bound so far, and what happened to memory."""
 
-    def __init__(self, itemsizes: Sequence[int] = (), named: Mapping[str, int] | None = None) -> None:
-        """``itemsizes`` are bytes of an element of each argument, where that is known; or ``named`` are."""
+    def __init__(self, itemsizes: Mapping[str, int] | None = None) -> None:
+        """``itemsizes`` are bytes of an element of arguments, by name, where that is known."""
         self.code = WrapperCode()
-        self.itemsizes, self.named = itemsizes, named or {}
+        self.itemsizes = itemsizes or {}
         self.names: dict[str, Place] = {}
         self.sizes: dict[str, int] = {}
         self.sizes_given: dict[str, Size] = {}
@@ -127,10 +127,8 @@ class Reader:
     def _argument(self, node: ast.expr) -> None:
         if not isinstance(node, ast.Name):
             raise NotReadError(ast.unparse(node))
-        number = len(self.code.arguments)
         self.code.arguments.append(node.id)
-        itemsize = self.itemsizes[number] if number < len(self.itemsizes) else self.named.get(node.id)
-        self.names[node.id] = Place(node.id, 0, itemsize, node.id)
+        self.names[node.id] = Place(node.id, 0, self.itemsizes.get(node.id), node.id)
 
     def _allocation(self, name: str, value: ast.expr) -> Place | None:
         match value:

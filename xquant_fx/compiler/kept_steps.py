@@ -16,9 +16,9 @@ import hashlib
 import platform
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import _get_qualified_name
 
-from xquant_fx.compiler.repeats import described_value
-from xquant_fx.kernels.cpu import kept_call
-from xquant_fx.kernels.cpu.kept_call import KeptCall
+from xquant_fx.compiler.repeats import compared, described_value
 from xquant_fx.passes.find_writes import is_opaque
 
 #: Ops whose bodies change with the versions of torch or of this package only.
@@ -46,20 +44,6 @@ class NotKeptError(Exception):
     """Something has no text that is the same in another process whenever it does the same."""
 
 
-class Place(NamedTuple):
-    """Where a step is kept."""
-
-    file: Path
-
-    def restored(self) -> Callable[[list[Any]], Any] | None:
-        """The step, if it is there."""
-        return kept_call.restored(self.file)
-
-    def keep(self, kept: KeptCall) -> None:
-        """Write it."""
-        kept_call.keep(kept, self.file)
-
-
 def folder() -> Path:
     """All that are kept, beside what Inductor keeps."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -72,15 +56,15 @@ def are_expected() -> bool:
     return _wanted() and folder().is_dir()
 
 
-def place_of(graph: Graph, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Place | None:
-    """Where the step that ``graph`` becomes under these ``patches`` of Inductor's config is kept, or is to be."""
+def place_of(graph: Graph, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Path | None:
+    """The file that keeps the step which ``graph`` becomes under these ``patches`` of Inductor's config, or is to."""
     if not _wanted():
         return None
     try:
         text = repr((_surroundings(patches), _inputs(inputs), _graph(graph)))
     except NotKeptError:
         return None
-    return Place(folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.json")
+    return folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
 def _wanted() -> bool:
@@ -153,12 +137,16 @@ def _input(value: Any) -> tuple[Any, ...]:
 def _graph(graph: Graph) -> list[Any]:
     numbers: dict[Node, int] = {}
     lines = []
+
+    def name(operand: Node) -> str:
+        return f"%{numbers[operand]}"
+
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr") or is_opaque(node):
             raise NotKeptError
         target = "" if node.op in ("placeholder", "output") else _target(node.target)
-        given = _text(node.args, numbers), _text(node.kwargs, numbers)
-        lines.append((node.op, target, *given, described_value(node)))
+        given = compared(node.args, name, _text), compared(node.kwargs, name, _text)
+        lines.append((node.op, target, given, described_value(node)))
         numbers[node] = len(numbers)
     return lines
 
@@ -179,15 +167,7 @@ def _target(target: Any) -> str:
     return name
 
 
-def _text(value: Any, numbers: Mapping[Node, int]) -> Any:
-    if isinstance(value, Node):
-        return f"%{numbers[value]}"
-    if isinstance(value, tuple | list):
-        return type(value).__name__, [_text(each, numbers) for each in value]
-    if isinstance(value, dict):
-        return {key: _text(each, numbers) for key, each in value.items()}
-    if isinstance(value, slice):
-        return "slice", [_text(each, numbers) for each in (value.start, value.stop, value.step)]
+def _text(value: Any) -> tuple[str, str]:
     if type(value) in _PLAIN or value is Ellipsis:
         return type(value).__name__, repr(value)
     raise NotKeptError

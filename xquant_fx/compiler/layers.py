@@ -15,6 +15,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +25,8 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
-from xquant_fx.compiler.kept_steps import Place
 from xquant_fx.compiler.repeats import Piece, pieces_of, why_not_apart
+from xquant_fx.kernels.cpu.kept_call import keep, restored
 from xquant_fx.kernels.cpu.one_call import Chain, Generated, collected, joined_chain, read_generated
 from xquant_fx.kernels.cpu.wrapper_chain import Link, layout
 from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Reader
@@ -44,14 +45,14 @@ class Part(NamedTuple):
     read: Reader
 
 
-def restored_layers(gm: GraphModule, inputs: Sequence[Any], place: Place) -> Callable[..., Any] | None:
+def restored_layers(gm: GraphModule, inputs: Sequence[Any], place: Path) -> Callable[..., Any] | None:
     """What ``compile_layers`` made of the same graph before, perhaps in another process; None if it did not."""
-    call = None if _why_not_inputs(gm.graph, inputs) else place.restored()
+    call = None if _why_not_inputs(gm.graph, inputs) else restored(place)
     return None if call is None else _counting_writes(call, gm.graph)
 
 
 def compile_layers(
-    gm: GraphModule, inputs: Sequence[Any], compile_one: Compile, place: Place | None = None
+    gm: GraphModule, inputs: Sequence[Any], compile_one: Compile, place: Path | None = None
 ) -> Callable[..., Any] | None:
     """The graph as a function, its equal layers compiled once; None if it has none, or they cannot be.
 
@@ -70,8 +71,8 @@ def compile_layers(
         return None
     spared = len(pieces) - len(chain.generated)
     counters["xquant"]["layers_not_compiled_again"] += spared
-    keep = None if place is None else lambda kept: place.keep(kept._replace(spared=spared))
-    return _counting_writes(joined_chain(chain, keep), gm.graph)
+    kept_at = None if place is None else lambda kept: keep(kept._replace(spared=spared), place)
+    return _counting_writes(joined_chain(chain, kept_at), gm.graph)
 
 
 def _counting_writes(call: Callable[[list[Any]], Any], graph: Graph) -> Callable[..., Any]:
@@ -152,7 +153,7 @@ def _compiled(piece: Piece, returned: Sequence[int], given: dict[Node, Any], com
         compile_one(GraphModule({}, graph), examples)
     if not found:
         raise NotReadError("a part has no wrapper of ours")
-    read = read_generated(found[-1], [value_of(node).itemsize for node in piece.given])
+    read = read_generated(found[-1])
     _check(piece, returned, read)
     return Part(found[-1], read)
 

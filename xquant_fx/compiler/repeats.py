@@ -178,7 +178,7 @@ def _piece(nodes: Sequence[Node]) -> Piece:
 
 
 def _described(node: Node, name: Callable[[Node], Hashable]) -> Hashable:
-    given = _plain(node.args, name), _plain(node.kwargs, name)
+    given = compared(node.args, name), compared(node.kwargs, name)
     return node.op, node.target, given, described_value(node)
 
 
@@ -190,16 +190,22 @@ def described_value(node: Node) -> Hashable:
     return tuple(value.shape), value.stride(), value.dtype, value.device
 
 
-def _plain(value: Any, name: Callable[[Node], Hashable]) -> Hashable:
-    """An argument as something that can be compared: numbers of different types differ."""
+def compared(value: Any, name: Callable[[Node], Hashable], leaf: Callable[[Any], Hashable] | None = None) -> Hashable:
+    """An argument as something that can be compared: nodes by ``name``, what holds no others by ``leaf``."""
+    leaf = leaf or _leaf
     if isinstance(value, Node):
         return name(value)
     if isinstance(value, tuple | list):
-        return type(value).__name__, tuple(_plain(each, name) for each in value)
+        return type(value).__name__, tuple(compared(each, name, leaf) for each in value)
     if isinstance(value, dict):
-        return "dict", tuple((key, _plain(each, name)) for key, each in value.items())
+        return "dict", tuple((key, compared(each, name, leaf)) for key, each in value.items())
     if isinstance(value, slice):
-        return "slice", tuple(_plain(each, name) for each in (value.start, value.stop, value.step))
+        return "slice", tuple(compared(each, name, leaf) for each in (value.start, value.stop, value.step))
+    return leaf(value)
+
+
+def _leaf(value: Any) -> Hashable:
+    """Numbers of different types differ."""
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):  # have no hash, or one that is guarded on
         return type(value).__name__, str(value)
     if isinstance(value, float) and (math.isnan(value) or value == 0):
