@@ -18,7 +18,8 @@ from torch.fx import Graph
 
 from xquant_fx.compiler.layers import compile_layers
 from xquant_fx.compiler.repeats import pieces_of, why_not_apart
-from xquant_fx.kernels.cpu.one_call import Chain, Generated, Kernels, joined_chain, read_generated, source
+from xquant_fx.kernels.cpu.one_call import Chain, Generated, joined_chain, read_generated
+from xquant_fx.kernels.cpu.one_call_source import Kernels, source
 from xquant_fx.kernels.cpu.wrapper_chain import Link, chained, layout
 from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Reader
 from xquant_fx.passes.trace import fake

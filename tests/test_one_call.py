@@ -13,7 +13,8 @@ from rewrites import ALONE, quantized_layers, two_layers
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from xquant_fx.kernels.cpu.one_call import Kernels, joined, source
+from xquant_fx.kernels.cpu.one_call import joined
+from xquant_fx.kernels.cpu.one_call_source import Kernels, source
 from xquant_fx.kernels.cpu.one_unit import UnitCompile, may_be_joined
 from xquant_fx.kernels.cpu.wrapper_code import NotReadError, WrapperCode, read_wrapper
 

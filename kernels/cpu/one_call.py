@@ -3,8 +3,8 @@
 A decode step of a small model is some hundred calls of a few microseconds each. Between them the wrapper makes and
 checks tensors, in Python whose code and objects the weights have driven from the caches: a tenth of a step. Here it is
 read (``wrapper_code.py``) and becomes one C++ function, which gets the tensors' addresses and calls the same kernels
-in the same order, in one piece of scratch memory. Those that Inductor wrote stand in the same source
-(``one_unit.py``). A wrapper that does more than that stays as it is.
+in the same order, in one piece of scratch memory (``one_call_source.py``). Those that Inductor wrote stand in the same
+source (``one_unit.py``). A wrapper that does more than that stays as it is.
 
 Private torch APIs: what ``wrapper_code.py`` names; the wrapper's ``suffix``; that a kernel is the function ``kernel``
 of a module of its own. Checked on torch 2.11 and 2.13.
@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 
 from xquant_fx.kernels.cpu.kept_call import KeptCall, bound, may_be_kept
+from xquant_fx.kernels.cpu.one_call_source import Kernels, source
 from xquant_fx.kernels.cpu.wrapper_chain import Link, chained, kernel_name
-from xquant_fx.kernels.cpu.wrapper_code import KernelCall, NotReadError, Place, Reader, Size, WrapperCode, read_wrapper
+from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Place, Reader, Size, WrapperCode, read_wrapper
 
 log = logging.getLogger(__name__)
 
@@ -283,41 +284,3 @@ def _outside(code: WrapperCode) -> list[str]:
 def _file(kernel: Any) -> str:
     """The library of a C++ function that is called from Python."""
     return str(kernel.__self__.__file__)
-
-
-class Kernels(NamedTuple):
-    """Where the kernels are that one function calls."""
-
-    elsewhere: list[str]
-    """Names of those in libraries of their own, whose addresses it gets."""
-    here: dict[str, tuple[str, ...]]
-    """Those in the same source (``one_unit.unit``), in order, with the C++ types of their arguments."""
-
-
-def source(code: WrapperCode, kernels: Kernels, tensors: list[str], sizes: list[str]) -> tuple[tuple[str, ...], str]:
-    """(argument types, C++ source of ``kernel``): the kernels' addresses, scratch memory, ``tensors``, ``sizes``."""
-    given = {memory: f"t{i}" for i, memory in enumerate(tensors)} | {size: f"n{i}" for i, size in enumerate(sizes)}
-    types = ("const int64_t*", "uint8_t*", *("uint8_t*" for _ in tensors), *("int64_t" for _ in sizes))
-    names = ("kernels", "scratch", *given.values())
-    lines = [f"    {_cpp(call, kernels, code, given)}\n" for call in code.calls]
-    signature = ", ".join(f"{kind} {name}" for kind, name in zip(types, names, strict=True))
-    return types, f'#include <cstdint>\nextern "C" void kernel({signature}) {{\n{"".join(lines)}}}\n'
-
-
-def _cpp(call: KernelCall, kernels: Kernels, code: WrapperCode, names: dict[str, str]) -> str:
-    given = [_cpp_argument(arg, code, names) for arg in call.args]
-    if call.name in kernels.here:
-        cast = ", ".join(f"({kind})({arg})" for kind, arg in zip(kernels.here[call.name], given, strict=True))
-        return f"unit_{[*kernels.here].index(call.name)}::kernel({cast});"
-    kinds = ", ".join("void*" if isinstance(arg, Place) else "int64_t" for arg in call.args)
-    return f"((void (*)({kinds}))kernels[{kernels.elsewhere.index(call.name)}])({', '.join(given)});"
-
-
-def _cpp_argument(arg: Place | Size | int, code: WrapperCode, names: dict[str, str]) -> str:
-    if isinstance(arg, int):
-        return f"{arg}L"
-    if isinstance(arg, Size):
-        return names[arg.argument]
-    if arg.memory in code.offsets:
-        return f"scratch + {code.offsets[arg.memory] + arg.offset}"
-    return f"{names[arg.memory]} + {arg.offset}"
