@@ -87,18 +87,9 @@ def measure(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> Table:
     """A row for each shape and length."""
     made = Table(title="a prompt's attention")
-    names = (
-        "heads",
-        "KV heads",
-        "head_dim",
-        "tokens",
-        "torch, ms",
-        "ours, ms",
-        "times faster",
-        "by the clock",
-        "errors",
-    )
-    for name in names:
+    for name in (
+        "heads", "KV heads", "head_dim", "tokens", "torch, ms", "ours, ms", "times faster", "by the clock", "errors",
+    ):  # fmt: skip
         made.add_column(name, justify="right")
     for row in rows:
         ms, faster, errors = row["ms"], row["times faster"], row["errors"]
