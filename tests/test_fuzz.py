@@ -145,8 +145,8 @@ def test_what_the_grammar_has(tried: Case, tensors: int) -> None:
 def test_a_constant_of_one_of_several_equal_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal layers are run as the first of them is; numbers that are not compared would be the first one's."""
     assert run(case(**DEEP)).kind == "right"
-    plain = repeats._plain
-    monkeypatch.setattr(repeats, "_plain", lambda x, name: "number" if isinstance(x, float) else plain(x, name))
+    leaf = repeats._leaf
+    monkeypatch.setattr(repeats, "_leaf", lambda value: "number" if isinstance(value, float) else leaf(value))
     outcome = run(case(**DEEP))
     assert outcome.kind == "wrong" and "the same contents" in outcome.detail
 
