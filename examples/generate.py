@@ -4,7 +4,9 @@
     python examples/generate.py --model Qwen/Qwen2.5-0.5B-Instruct --preset kivi-2 --device cuda
 
 The model is SmolLM2-135M-Instruct where ``make models`` has fetched it, else the small one that comes with the project.
-One that follows instructions gets a chapter to read and a question on it; others continue a page.
+One that follows instructions gets a chapter to read and a question on it; others continue a page. It runs in the dtype
+that it is stored in; in float32 where the processor is far slower in that one (bfloat16 without AVX-512, say), since
+most of the demo is prompts.
 
 Both go one way: ``model.compile(backend=...)``, then ``model.generate(past_key_values=...)``. From
 transformers 5.24 on that argument is called ``cache``; ``cache_argument`` takes the right one.
@@ -36,6 +38,8 @@ from xquant_fx.quality import agreement, kl_divergence, teacher_forced_logits, t
 HERE = Path(__file__).resolve().parent
 MODELS = (HERE.parent / "models" / "smollm2-135m-instruct", HERE / "model")
 TIMED_RUNS = 2
+SLOWER = 2.0
+"""So many times slower than in float32 is too slow."""
 QUESTION = "Who came to the inn in this chapter, what did he bring with him, and what was he afraid of? Answer briefly."
 
 
@@ -92,6 +96,23 @@ def write(model: Any, ids: Tensor, new_tokens: int, make_cache: Callable[[], Any
     return Run(text, cache, statistics.median(rates), first_seconds)
 
 
+def fitting_dtype(stored: torch.dtype, device: str) -> torch.dtype:
+    """``stored``, or float32 where this processor multiplies matrices ``SLOWER`` times as fast in that."""
+    seconds = {dtype: seconds_of_product(dtype) for dtype in (stored, torch.float32)} if device == "cpu" else {}
+    return torch.float32 if seconds and seconds[stored] > SLOWER * seconds[torch.float32] else stored
+
+
+def seconds_of_product(dtype: torch.dtype) -> float:
+    """What a linear layer takes for a prompt's tokens: the least of a few times."""
+    x, weight = torch.ones(512, 512, dtype=dtype), torch.ones(1024, 512, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
 def summary(explanation: Any) -> str:
     """An Explanation in a few lines: how many attention sites had which fate."""
     done = sum(site.rewritten for site in explanation.sites)
@@ -110,6 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="of the model (default: what it is stored in, where that is fast)")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 3:
         parser.error("--max-new-tokens must be at least 3, to time the steps between them")
@@ -132,7 +154,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run both caches and print the comparison."""
     args, console = parse_args(argv), Console(highlight=False)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval().to(args.device)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype or "auto").eval()
+    stored = model.dtype
+    model.to(args.device, stored if args.dtype else fitting_dtype(stored, args.device))
     ids, asked = prompt_of(tokenizer, args.prompt)
     ids = ids.to(args.device)
     config = XQuantConfig.preset(args.preset)
@@ -146,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     name = "/".join(Path(args.model).parts[-2:])
     console.print(f"{name}, {model.dtype}: {prompt_length} tokens of prompt, {args.max_new_tokens} new")
+    if model.dtype != stored:
+        console.print(f"[yellow]not in {stored}, which it is stored in: this processor is far slower in that")
     entries = [entry for layer in make_plan(config, 1).layers for entry in layer]
     if length <= (window := min(entry.residual_length for entry in entries)):
         console.print(f"[yellow]every token stays in the residual windows, of {window} tokens at least")
