@@ -45,11 +45,11 @@ job() {
 # shellcheck disable=SC2086
 kernels() { job "$1" "$2" "$python" benchmarks/gpu_kernels.py "${@:3}" --out "$out/gpu.jsonl" $dry; }
 
-# Compilers of each worker; programs of one core each else.
-export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
 workers=$($python -c "import xdist" 2>/dev/null && echo "-n 12")
 [ -z "$dry" ] || workers=--collect-only
-pytest="$python -m pytest -m gpu -v -rf --tb=short --import-mode=importlib -p no:cacheprovider tests/test_gpu.py"
+# A worker has about a core.
+pytest="env OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2 $python -m pytest -m gpu -v -rf --tb=short"
+pytest="$pytest --import-mode=importlib -p no:cacheprovider tests/test_gpu.py"
 
 kernels bar 65 facts bar profile
 # A wrong kernel needs no timing: the kernel of whole groups; then appends, and whether a step is one CUDA graph.
