@@ -39,7 +39,8 @@ def build(args: argparse.Namespace, context: int) -> LlamaForCausalLM:
         num_hidden_layers=args.layers, num_attention_heads=args.kv_heads * args.gqa, num_key_value_heads=args.kv_heads,
         head_dim=args.head_dim, max_position_embeddings=context + 64, tie_word_embeddings=True,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval().to(args.device, getattr(torch, args.dtype))
+    with torch.device(args.device):  # random numbers of a CPU take it seconds
+        return LlamaForCausalLM(config).eval().to(getattr(torch, args.dtype))
 
 
 @torch.no_grad()

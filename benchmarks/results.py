@@ -56,8 +56,11 @@ def cpu_name() -> str:
 
 def where(args: argparse.Namespace) -> dict[str, Any]:
     """Machine, versions, commit and settings of this run."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    commit = git.stdout.strip() or "unknown: not a git checkout"
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip() or "unknown: not a git checkout"
+    except OSError:
+        commit = "unknown: no git"
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "xquant_fx": __version__}
     versions |= {name: metadata.version(name) for name in ("triton",) if importlib.util.find_spec(name)}

@@ -356,6 +356,31 @@ def test_inductor_inlines_appends() -> None:
     assert call.count("_kernel_0.run(") == 1 and call.count(".run(") == 1
 
 
+def named(kernel: Any, found: dict[str, Any]) -> None:
+    """Put into ``found`` what the global names stand for that ``kernel`` uses, and what it calls."""
+    for name in sorted({*kernel.fn.__code__.co_names} & {*kernel.fn.__globals__}):
+        thing = kernel.fn.__globals__[name]
+        if name in found:
+            one, other = (getattr(each, "value", each) for each in (found[name], thing))
+            assert one == other, f"{name} is two things"
+            continue
+        found[name] = thing
+        if isinstance(thing, triton.JITFunction):
+            named(thing, found)
+
+
+def test_a_name_is_one_thing_in_all_that_a_kernel_calls() -> None:
+    """Inductor writes it all into one file, by names: of two functions of one name, in two modules, only the first."""
+    from xquant_fx.kernels.decode_attention.triton_interior import interior_kernel
+    from xquant_fx.kernels.decode_attention.triton_kernels import combine_kernel, decode_kernel
+    from xquant_fx.kernels.quantize_store.triton_append import append_kernel
+
+    for kernel in (interior_kernel, decode_kernel, combine_kernel, append_kernel):
+        found: dict[str, Any] = {}
+        named(kernel, found)
+        assert "tl" in found
+
+
 def never(a: Any) -> None:
     raise AssertionError("a kernel that does not take these arguments ran")
 

@@ -73,7 +73,7 @@ def all_bits(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def rows_that_see(seen, ROWS: tl.constexpr, QUERY: tl.constexpr, WIDTH: tl.constexpr, FOURS: tl.constexpr):
+def many_rows_that_see(seen, ROWS: tl.constexpr, QUERY: tl.constexpr, WIDTH: tl.constexpr, FOURS: tl.constexpr):
     """[ROWS, tokens] of two ``mask_words``, of 8 rows each; with QUERY, rows of a query token see the same."""
     low, high = bits_of_rows(seen[0]), bits_of_rows(seen[1])
     if FOURS:
@@ -170,7 +170,7 @@ def attend_rows(
                 # It is seldom applied: a mask hides what is padded, or to come.
                 hidden = (seen[0] & seen[1]) ^ ALL_SEE
                 if tl.max(tl.reshape(hidden, (hidden.shape[0] * hidden.shape[1],)), 0) != 0:
-                    r = tl.where(rows_that_see(seen, ROWS, QUERY, WIDTH, FOURS) != 0, r, float("-inf"))
+                    r = tl.where(many_rows_that_see(seen, ROWS, QUERY, WIDTH, FOURS) != 0, r, float("-inf"))
             s = scale_in_units(s)
             new_unit = tl.maximum(unit, power_above(most_of(s)))
             p = exp2(r * factor[:, None] + (offset - top)[:, None], ASM)
