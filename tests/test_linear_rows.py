@@ -30,6 +30,7 @@ SHAPES = [
     (torch.float16, 5, 40, 6, False),
     (torch.float32, 1, 200, 180, True),
     (torch.float32, 8, 17, 9, False),
+    (torch.bfloat16, 7, 50, 11, True),
 ]
 #: The same with weights [in, out], of one layer: parts of 8 rows and the rest, whole vectors and rests.
 IN_FIRST = [
@@ -90,7 +91,7 @@ def test_weights_of_addmm_against_the_truth(shape: Any) -> None:
 def test_narrower_vectors(isa: str) -> None:
     if ISAS[isa].lanes > cpu_build.isa().lanes:
         pytest.skip(f"this machine has {cpu_build.isa().name} only")
-    problems = [problem(*SHAPES[i]) for i in (1, 4, 5)] + [in_first(problem(*IN_FIRST[i])) for i in (1, 3, 4)]
+    problems = [problem(*SHAPES[i]) for i in (1, 4, 5, 7)] + [in_first(problem(*IN_FIRST[i])) for i in (1, 3, 4)]
     for a in problems:
         types, code = source(problem_of(a), ISAS[isa])
         out = empty_output(a.x, a.weights, a.biases, a.in_first)

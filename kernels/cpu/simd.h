@@ -200,4 +200,8 @@ struct AlignedFloats {
     }
 };
 
+// Of L pairs of bfloat16 numbers the first ones, and the second ones.
+inline vf first_of_pairs(vi pairs) { return (vf)(pairs << 16); }
+inline vf second_of_pairs(vi pairs) { return (vf)(pairs & (int32_t)0xffff0000); }
+
 }  // namespace xq

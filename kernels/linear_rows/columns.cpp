@@ -12,8 +12,8 @@ namespace xq {
 
 constexpr int STREAMS = 8;
 
-// Sums [ROWS][pitch] of all columns, over a thread's rows of weights. With PAIRS, each 2 L sums are in the order of
-// add_pairs.
+// Sums [ROWS][pitch] of all columns, over a thread's rows of weights. Those of a step are in the order of
+// part_of_step or, with PAIRS, of add_pairs.
 struct Sums {
     float* at;
     int64_t pitch, size;
@@ -30,15 +30,18 @@ template <int N> struct Factors {
 
 template <int N>
 inline void add_products(float* sums, int64_t pitch, const T* const (&weights)[N], const Factors<N>& by) {
-    vf w[N];
+#pragma GCC unroll 2
+    for (int part = 0; part < VECTORS; part++, sums += L) {
+        vf w[N];
 #pragma GCC unroll 8
-    for (int i = 0; i < N; i++) w[i] = load_floats(weights[i]);
+        for (int i = 0; i < N; i++) w[i] = part_of_step(weights[i], part);
 #pragma GCC unroll 8
-    for (int m = 0; m < ROWS; m++) {
-        vf sum = load<vf>(sums + m * pitch);
+        for (int m = 0; m < ROWS; m++) {
+            vf sum = load<vf>(sums + m * pitch);
 #pragma GCC unroll 8
-        for (int i = 0; i < N; i++) sum = fma(w[i], splat(by.x[m][i]), sum);
-        store(sums + m * pitch, sum);
+            for (int i = 0; i < N; i++) sum = fma(w[i], splat(by.x[m][i]), sum);
+            store(sums + m * pitch, sum);
+        }
     }
 }
 
@@ -104,8 +107,11 @@ inline void add_block(const Sums& to, const T* x, const T* weight, int64_t in_si
         add_rows<1>(to, weight + k * to.size, 0, Factors<1>(x, in_size, k, 0));
 }
 
-// Where the sum of column n is, of 2 L.
-constexpr int64_t place(int64_t n) { return PAIRS ? (n & 4) * 4 + (n & 24) / 2 + (n & 3) : n; }
+// Where the sum of column n of a step is.
+constexpr int64_t place(int64_t n) {
+    if (PAIRS) return (n & 4) * 4 + (n & 24) / 2 + (n & 3);
+    return n % VECTORS * L + n / VECTORS;
+}
 
 // Columns n to n + STEP of row m: `blocks` threads' sums, and the bias.
 inline void finish(const Sums& from, int64_t blocks, int64_t m, int64_t n, const T* bias, T* out) {
