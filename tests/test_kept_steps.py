@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from xquant_fx.compiler import kept_steps
 from xquant_fx.compiler.cache_key import KeyPass, cache_key_patch
 from xquant_fx.compiler.kept_steps import place_of
+from xquant_fx.kernels.cpu import kept_call
 from xquant_fx.kernels.cpu.kept_call import KeptCall, keep, may_be_kept, restored
 from xquant_fx.kernels.cpu.one_call import Chain, Generated, joined_chain, read_generated
 from xquant_fx.kernels.cpu.wrapper_chain import Link
@@ -193,3 +195,19 @@ def test_what_has_no_lasting_text_is_not_kept() -> None:
     of_python = Graph()
     of_python.output(of_python.call_function(operator.add, (1, 2)))
     assert place(of_python, [], patches) is not None
+
+
+def test_a_folder_keeps_the_steps_that_were_used_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_call, "MOST", 3)
+    found: list[KeptCall] = []
+    chain_of_two(found.append)([torch.arange(3.0)])
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "tmp_begun").touch()  # by a process that was killed
+    os.utime(tmp_path / "tmp_begun", (0, 0))
+    for number, name in enumerate("abc", start=1):
+        keep(found[0], tmp_path / name)
+        os.utime(tmp_path / name, (number, number))
+    assert restored(tmp_path / "a") is not None  # which is the last now
+    keep(found[0], tmp_path / "d")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "a folder", "c", "d"]
+    assert restored(tmp_path / "b") is None

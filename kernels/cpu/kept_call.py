@@ -8,6 +8,7 @@ library. Checked on torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -21,6 +22,9 @@ from typing import Any, NamedTuple
 import torch
 
 log = logging.getLogger(__name__)
+
+#: Files that a folder keeps at most, those of the steps used last: of 50 to 100 KB each, and a model has a handful.
+MOST = 256
 
 #: What the Python around a call may name: of the modules that Inductor generates, and of ours.
 _GIVEN = ("xquant_kernels", "xquant_one_call")
@@ -66,6 +70,7 @@ def keep(kept: KeptCall, file: Path) -> None:
         seen = kept._replace(library=_seen(kept.library, file), kernels=[_seen(each, file) for each in kept.kernels])
         text = json.dumps(seen._asdict())
         _write_whole(json.dumps({"sha256": _digest(text), "step": text}), file)
+        _remove_oldest(file.parent)
     except (OSError, ValueError) as error:
         _tell("kept", error)
 
@@ -81,6 +86,21 @@ def _write_whole(text: str, file: Path) -> None:
         raise
 
 
+def _remove_oldest(folder: Path) -> None:
+    """Remove all but the ``MOST`` files used last, and what a process that was killed had begun to write.
+
+    Other processes may do so at the same time. A step that is gone is compiled anew; libraries stay, as Inductor's do.
+    """
+    used = list[tuple[int, str]]()
+    for each in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            if each.is_file():
+                used.append((each.stat().st_mtime_ns, each.path))
+    for _, path in sorted(used)[:-MOST]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
 def restored(file: Path) -> Callable[..., Any] | None:
     """The call that was kept in ``file``; None if there is none, it was damaged, or a library of it is gone."""
     from torch._dynamo.utils import counters  # imports Dynamo
@@ -94,6 +114,8 @@ def restored(file: Path) -> Callable[..., Any] | None:
     except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
         _tell("restored", error)
         return None
+    with contextlib.suppress(OSError):  # in a folder of somebody else, or just removed by another process
+        os.utime(file)  # it was used
     counters["xquant"]["steps restored"] += 1
     counters["xquant"]["one_call"] += 1
     counters["xquant"]["layers_not_compiled_again"] += kept.spared

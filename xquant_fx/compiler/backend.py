@@ -25,6 +25,7 @@ from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.left import leave
 from xquant_fx.cache.prompt_keys import PromptKeys, PromptScores
+from xquant_fx.compiler.chunks import UncompiledChunk
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.frozen import check_frozen
 from xquant_fx.compiler.give_back import GiveBack, groups_of
@@ -57,7 +58,7 @@ from xquant_fx.plan.plan import make_plan
 
 log = logging.getLogger(__name__)
 
-Compiler = Callable[..., Callable[..., Any]]
+Compiler = Callable[..., Any]
 
 
 def xquant_backend(
@@ -235,6 +236,9 @@ def _compile_quantized(
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
     compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
     context.state.tensors.clear()  # or the graph would keep the cache that it was compiled with
+    if compiled is None:
+        log.info("a chunk of a number of tokens that varies: such steps run uncompiled")
+        return UncompiledChunk(restarts)
     step = CompiledStep(compiled, keep, written, context.state, restarts, whole)
     if moved:
         return SlidingStep(step, gm.forward, moved)

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.compiler.cache_key import cache_key_patch
+from xquant_fx.compiler.chunks import has_chunk_of_any_length
 from xquant_fx.compiler.index_checks import checks_behind_indices
 from xquant_fx.compiler.kept_steps import are_expected, place_of
 from xquant_fx.compiler.layers import compile_layers, restored_layers
@@ -42,8 +43,8 @@ def no_collection() -> Iterator[None]:
     time. What it leaves in cycles goes with the first collection afterwards.
     """
     was_on = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was_on:
@@ -64,15 +65,18 @@ def _is_on_cpu(value: Any) -> bool:
 
 def compile_by_inductor(
     gm: GraphModule, inputs: list[Any], request: Request, settings: str | None
-) -> Callable[..., Any]:
+) -> Callable[..., Any] | None:
     """Inductor's function for ``gm``; ``settings`` is what the key of its caches has to hold besides the graph.
 
-    Without ``settings`` there is nothing of ours in the graph, which Inductor compiles as if we were not there.
+    Without ``settings`` there is nothing of ours in the graph, which Inductor compiles as if we were not there. None
+    where the program's graph is to run as it stands (``chunks.py``).
     """
     from torch._inductor import config as inductor_config
     from torch._inductor import list_mode_options
 
     on_cpu = all(_is_on_cpu(each) or not isinstance(each, Tensor) for each in inputs)
+    if settings is not None and on_cpu and has_chunk_of_any_length(gm.graph):
+        return None
     one_call = "one_call" not in request.disable
     patches = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
     if settings is not None:

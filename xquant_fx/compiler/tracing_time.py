@@ -47,8 +47,8 @@ def _begin(_: Any) -> None:
     if _innermost(_compiler()) not in _backends:
         return
     if gc.isenabled():
+        _switched_off.append(True)  # first: Ctrl-C may strike between the two
         gc.disable()
-        _switched_off.append(True)
     if not are_expected():
         begin_hashes()
     if not any(logging.getLogger(f"torch._dynamo.{name}").isEnabledFor(logging.DEBUG) for name in _NAMING_LOGS):

@@ -1,0 +1,46 @@
+"""Chunks whose number of tokens a step alone knows, on CPUs: their graphs run as they stand, op by op.
+
+Each turn of a chat brings another number of tokens, each round of assisted decoding another number of candidates. Our
+C++ attention is made for one number of queries, so each would be compiled by itself, all layers at once, until Dynamo
+compiles none any more. Most of a chunk's time is matrix products, which are the same uncompiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Graph
+
+from xquant_fx import ops
+from xquant_fx.compiler.restarts import Restarts
+from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.passes.trace import value_of
+
+_STORES = (ops.STORE, ops.STORE_BORROWED)
+
+
+def has_chunk_of_any_length(graph: Graph) -> bool:
+    """Whether a rewritten ``graph`` appends a number of tokens that it does not know, more than STEP_TOKENS.
+
+    Where it does not know it, Dynamo guards on the answer.
+    """
+    stores = (node for op in _STORES for node in graph.find_nodes(op="call_function", target=op))
+    new = (value_of(StoreArguments.of(node).x).shape[2] for node in stores)
+    return any(not isinstance(tokens, int) and bool(tokens > STEP_TOKENS) for tokens in new)
+
+
+class UncompiledChunk:
+    """Runs the program's graph, and looks at positions as a compiled step does."""
+
+    def __init__(self, restarts: Restarts) -> None:
+        self.restarts = restarts
+
+    def __call__(self, *args: Any) -> Any:
+        """One step."""
+        if self.restarts.give_back(args):
+            return self.restarts.graph(*args)
+        before = self.restarts.before(args) if self.restarts.computed else []
+        out = self.restarts.graph(*args)
+        self.restarts.check(args, before)
+        return out
