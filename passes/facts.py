@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch.fx import Graph, Node
 
 from xquant_fx.cache.allocate import quantized_empty
@@ -14,7 +15,7 @@ from xquant_fx.passes.find_writes import concatenation, find_writes, other_mutat
 from xquant_fx.passes.products import is_product
 from xquant_fx.passes.records import Source, Write
 from xquant_fx.passes.trace import argument, fake, memory_of, operand, readers, source_of, value_of
-from xquant_fx.passes.vocabulary import kind
+from xquant_fx.passes.vocabulary import kind, op_name
 
 NEAR = 64  # nodes to look at, going back from an operand, for a cache that it is computed from
 
@@ -94,11 +95,22 @@ class Facts:
         value = fake(root)
         if kind(root) != "cat" or value is None or value.dim() != 4 or argument(root, 1, "dim", 0) not in (2, -2):
             return None
-        if not any(user.op == "output" for user, _ in readers(root)):
+        if not any(user.op == "output" or _is_returned_stack(user) for user, _ in readers(root)):
             return None
         parts = [self.source(part).root for part in root.all_input_nodes]
         empty = any((part_value := fake(part)) is not None and part_value.numel() == 0 for part in parts)
         return next((part for part in parts if part.op == "placeholder"), root if empty else None)
+
+    def grows_elsewhere(self, root: Node) -> Node | None:
+        """The old tensor, if ``root`` appends to it and is returned, but not along the tokens of [B, H, N, D]."""
+        value, dim = fake(root), argument(root, 1, "dim", 0)
+        if kind(root) != "cat" or value is None:
+            return None
+        is_returned = any(user.op == "output" or _is_returned_stack(user) for user in root.users)
+        if not is_returned or value.dim() < 3 or (value.dim() == 4 and dim in (2, -2)):
+            return None
+        past = self.source(root.all_input_nodes[0]).root
+        return past if past.op == "placeholder" and not isinstance(fake(past), torch.nn.Parameter) else None
 
     def overflows(self, root: Node) -> Node | None:
         """The buffer that a part of ``root`` is copied over: a sliding window that this step overflows."""
@@ -113,7 +125,7 @@ class Facts:
 
     def caches_behind(self, root: Node) -> list[Node]:
         """The KV buffers that ``root`` is or is computed from, not looking through other attentions."""
-        buffer = self.overflows(root)
+        buffer = self.overflows(root) or self.grows_elsewhere(root)
         if buffer is not None:
             return [buffer]
         found, queue = [], [root]
@@ -126,6 +138,11 @@ class Facts:
                 inputs = dict.fromkeys([*node.all_input_nodes, *self.stored_in(node)])
                 queue += [n for n in inputs if n not in queue]
         return found
+
+
+def _is_returned_stack(node: Node) -> bool:
+    """Whether it stacks keys and values that are returned together."""
+    return op_name(node) == "stack" and any(user.op == "output" for user in node.users)
 
 
 def _of_convolution(mutation: Mutation) -> bool:

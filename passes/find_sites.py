@@ -158,8 +158,8 @@ def _from_cache(source: Source, caches: list[Node], facts: Facts) -> Source:
 
     New tokens that overflow a sliding window, and what grows and is cut, are what they are.
     """
-    of_window = facts.grows(source.root) is not None or facts.overflows(source.root) is not None
-    if not caches or source.root in caches or of_window:
+    itself = any(find(source.root) is not None for find in (facts.grows, facts.grows_elsewhere, facts.overflows))
+    if not caches or source.root in caches or itself:
         return source
     return Source(caches[0], (op_name(source.root), *source.path))
 

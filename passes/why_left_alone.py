@@ -11,11 +11,13 @@ from xquant_fx.passes.find_writes import is_factory
 from xquant_fx.passes.records import Source, Write
 from xquant_fx.passes.row_uses import why_one_row
 from xquant_fx.passes.row_writes import why_no_row_write
-from xquant_fx.passes.trace import argument, fake, is_shape_query, readers
+from xquant_fx.passes.trace import argument, fake, is_shape_query, readers, value_of
 from xquant_fx.passes.vocabulary import kind, op_name
 
 #: Types of buffers that the ops store.
 STORABLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
+#: Dimensions of a buffer, for people.
+LAYOUT = "[batch, heads, tokens, channels]"
 #: Of a buffer that is filled elsewhere, once or in another graph.
 NOT_WRITTEN = "the buffer is read and not written in this graph (cross attention, or a graph break?)"
 
@@ -91,6 +93,11 @@ def _why_not_computed(root: Node, what: str, facts: Facts) -> str:
             f"{what} grow by concatenation and what is returned is not the concatenation itself (a sliding window?); "
             "pass an XQuantCache or a StaticCache"
         )
+    if facts.grows_elsewhere(root) is not None:
+        return (
+            f"{what} grow by concatenation along dimension {argument(root, 1, 'dim', 0)} of {value_of(root).dim()}: "
+            f"tokens must be dimension 2 of {LAYOUT}, so transpose before the concatenation, not behind it"
+        )
     if is_factory(root) and facts.writes_to(root):
         later = f"{what}: the buffer is allocated inside this graph; it is taken over at the next step"
         return why_not_length(root, what, facts) or later
@@ -115,7 +122,7 @@ def _why_not_mutation(buffer: Node, what: str, facts: Facts) -> str:
     if _is_copied_over(buffer, facts):
         return f"{what}: the buffer is also written by copy_, which is no append (a sliding window?)"
     reason = why_no_row_write(mutation.node) or why_one_row(mutation.node, buffer)
-    reason = reason or "which is no append along dimension 2"
+    reason = reason or f"which is no append along dimension 2 of {LAYOUT}"
     return f"{what}: the buffer is also written by {op_name(mutation.node)}, {reason}"
 
 

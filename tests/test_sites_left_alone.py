@@ -278,6 +278,16 @@ def along_heads(q, k, v, past):
     return sdpa(torch.cat((q, q), 1), k, v), (k, v)
 
 
+def tokens_before_heads(q, k, v, past):
+    k, v = (torch.cat((old.transpose(1, 2), new.transpose(1, 2)), dim=1) for old, new in zip(past, (k, v), strict=True))
+    return sdpa(q, k.transpose(1, 2), v.transpose(1, 2)), (k, v)
+
+
+def stacked(q, k, v, past):
+    k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+    return sdpa(q, k, v), torch.stack((k, v))
+
+
 @pytest.mark.parametrize(
     "step, reason",
     [
@@ -287,12 +297,14 @@ def along_heads(q, k, v, past):
         (cut, "what is returned is not the concatenation itself"),
         (in_front, "grow by concatenation and what is returned is not"),
         (more_behind, "attention reads the cache with more put behind it"),
-        (along_heads, "no KV cache is read here"),
+        (along_heads, "grow by concatenation along dimension 1 of 4: tokens must be dimension 2"),
+        (tokens_before_heads, "grow by concatenation along dimension 1 of 4: tokens must be dimension 2"),
+        (stacked, "what is returned is not the concatenation itself"),
     ],
 )
 def test_concatenations_that_are_left_alone(step, reason):
     (site,) = sites_of(step, *fresh(), (torch.randn(SHAPE), torch.randn(SHAPE)))
-    assert reason in site.reason
+    assert reason in site.reason and site.stays_ordinary
 
 
 def test_a_table_that_a_step_fills_is_no_cache_beside_those_that_grow():
