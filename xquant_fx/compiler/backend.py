@@ -58,6 +58,7 @@ from xquant_fx.plan.plan import make_plan
 
 log = logging.getLogger(__name__)
 
+#: Gives a function, or for a graph with a quantized cache None: it is to run as the program has it.
 Compiler = Callable[..., Any]
 
 
@@ -114,7 +115,7 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
         return gm.forward
     quantized = [i for i, t in enumerate(inputs) if isinstance(t, STORED_KV)]
     if not quantized:
-        compiled = compiler(gm, inputs, request, None)
+        compiled: Callable[..., Any] = compiler(gm, inputs, request, None)
         return Watch(compiled, gm, found, request, detect_graph) if found.left_for_now else compiled
     _check_config([inputs[i] for i in quantized], request)
     try:
@@ -172,7 +173,8 @@ def _refused(
     report_buffers([(buffer_name(buffer.node), reason) for buffer in buffers], request)
     for buffer in buffers:
         leave(inputs[buffer.index], reason)  # type: ignore[index]
-    return compiler(gm, inputs, request, None)
+    compiled: Callable[..., Any] = compiler(gm, inputs, request, None)
+    return compiled
 
 
 def _allocates(gm: GraphModule) -> bool:

@@ -25,8 +25,9 @@ def has_chunk_of_any_length(graph: Graph) -> bool:
 
     Where it does not know it, Dynamo guards on the answer.
     """
-    stores = (node for op in _STORES for node in graph.find_nodes(op="call_function", target=op))
-    new = (value_of(StoreArguments.of(node).x).shape[2] for node in stores)
+    nodes = (node for op in _STORES for node in graph.find_nodes(op="call_function", target=op))
+    stores: list[Any] = [StoreArguments.of(node) for node in nodes]  # of nodes
+    new: list[Any] = [value_of(store.x).shape[2] for store in stores]
     return any(not isinstance(tokens, int) and bool(tokens > STEP_TOKENS) for tokens in new)
 
 
