@@ -90,8 +90,8 @@ def _why_not_computed(root: Node, what: str, facts: Facts) -> str:
         return f"{what} of a sliding window: attention reads new tokens, the buffer gets the last of them"
     if facts.grows(root) is not None:
         return (
-            f"{what} grow by concatenation and what is returned is not the concatenation itself (a sliding window?); "
-            "pass an XQuantCache or a StaticCache"
+            f"{what} grow by concatenation and what is returned is not the concatenation itself (a sliding window? a "
+            "stack of keys and values?); return keys and values as they are, or pass an XQuantCache or a StaticCache"
         )
     if facts.grows_elsewhere(root) is not None:
         return (

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.cache_utils import EncoderDecoderCache
 
-from xquant_fx import XQuantCache, XQuantConfig, ops
+from xquant_fx import XQuantCache, XQuantConfig, memory_report, ops
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.compiler.backend import detect_graph
 from xquant_fx.compiler.options import parse
@@ -93,6 +93,11 @@ def test_encoder_decoder(build, make, settings, compiled_prompt, cross_is_quanti
     assert isinstance(own, STORED_KV) and isinstance(cross, STORED_KV) == cross_is_quantized
     appends = sum(node.target is ops.STORE for node in calls[-1].graph.nodes)
     assert appends == 2, "keys and values of the decoder, and nothing of the encoder"
+    decoder = memory_report(cache.self_attention_cache)
+    assert memory_report([(own, cache.self_attention_cache.layers[0].values)]).codes == decoder.codes
+    if cross_is_quantized:
+        both = memory_report(cache.cross_attention_cache).total_bytes + decoder.total_bytes
+        assert memory_report(cache).total_bytes == both
 
 
 def test_reason_of_an_ordinary_cross_attention():

@@ -82,13 +82,15 @@ class MemoryReport:
 
 
 def memory_report(cache_or_model: Any) -> MemoryReport:
-    """Report on an XQuantCache, any Hugging Face cache or a module whose buffers were quantized.
+    """Report on an XQuantCache, any Hugging Face cache, pasts in tuples, or a module whose buffers were quantized.
+
+    Of an ``EncoderDecoderCache`` both caches are counted.
 
     Raises:
         ArgumentError: it is neither a cache nor a module.
         CacheStateError: no quantized KV buffer is in it (an XQuantCache allocates at its first step).
     """
-    if not (hasattr(cache_or_model, "layers") or isinstance(cache_or_model, torch.nn.Module)):
+    if not (_caches_in(cache_or_model) or isinstance(cache_or_model, torch.nn.Module | tuple | list)):
         raise ArgumentError(f"memory_report takes a cache or a module, got {type(cache_or_model).__name__}")
     tensors = list(_tensors(cache_or_model))
     states = [t.live for t in tensors if isinstance(t, STORED_KV)]
@@ -127,17 +129,26 @@ def _count(states: list[KVState], plain: list[Tensor], growing: set[int]) -> Mem
 
 
 def _tensors(holder: Any) -> Iterator[Tensor]:
-    """All tensors that a cache's layers hold, or the quantized buffers of a module, each once."""
-    if hasattr(holder, "layers") and not isinstance(holder, torch.nn.Module):
-        # Linear attention keeps dicts of states.
-        found = (t for layer in holder.layers for t in tree_leaves(vars(layer)) if isinstance(t, Tensor))
-    else:
+    """All tensors that a cache's layers or tuples hold, or the quantized buffers of a module, each once."""
+    if isinstance(holder, torch.nn.Module):
         found = (t for module in holder.modules() for t in _module_tensors(module))
+    else:
+        # Linear attention keeps dicts of states.
+        layers = [vars(layer) for cache in _caches_in(holder) for layer in cache.layers] or holder
+        found = (t for t in tree_leaves(layers) if isinstance(t, Tensor))
     seen: set[int] = set()
     for tensor in found:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield tensor
+
+
+def _caches_in(holder: Any) -> list[Any]:
+    """The caches with layers that ``holder`` is or, as an ``EncoderDecoderCache``, has."""
+    if isinstance(holder, torch.nn.Module | tuple | list):
+        return []
+    held = [holder] if hasattr(holder, "layers") else getattr(holder, "__dict__", {}).values()
+    return [cache for cache in held if hasattr(cache, "layers")]
 
 
 def _module_tensors(module: torch.nn.Module) -> Iterator[Tensor]:
