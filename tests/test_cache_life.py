@@ -221,20 +221,21 @@ def test_inference_mode_and_then_not(model, how):
 # Padding.
 
 
-def test_padding_is_forgotten_by_reset(model):
+@pytest.mark.parametrize("empty", [XQuantCache.reset, lambda cache: cache.crop(-cache.get_seq_length())])
+def test_padding_is_forgotten_by_reset_and_by_a_crop_to_nothing(model, empty):
     mask = torch.ones(1, 40, dtype=torch.long)
     mask[0, :25] = 0
     runs = []
     for padding in (None, mask):
         cache = new(model, padding_mask=padding)
         logits_of(model.forward, IDS[:1, :40], cache)
-        cache.reset()
+        empty(cache)
         logits_of(model.forward, IDS[1:2, :40], cache)
         runs.append(logits_of(model.forward, IDS[1:2, 40:41], cache))
     assert torch.equal(*runs)
     with pytest.raises(CacheStateError, match="holds one already: reset"):
         cache.set_padding_mask(mask)
-    cache.reset()
+    empty(cache)
     cache.set_padding_mask(mask)
     logits_of(model.forward, IDS[:1, :40], cache)
     assert cache.group.start.tolist() == [25]

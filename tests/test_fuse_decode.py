@@ -244,6 +244,11 @@ ALONE = {  # and the word that the reason must have
         lambda q, k, v, pos: (r := q * 1.0, s := r @ k.mT, r.__imul__(2.0), softmax_of(s, v))[-1],
         "__imul__ changes in place",
     ),
+    "a query that is changed inside of vmap": (
+        lambda q, k, v, pos: (
+            r := q * 1.0, s := r @ k.mT, torch.vmap(lambda x: x.mul_(2.0))(r), softmax_of(s, v))[-1],
+        "mul_ changes in place",
+    ),
     "a mask that is changed afterwards": (
         lambda q, k, v, pos: (
             m := mask_of(pos, torch.float32), s := q @ k.mT + m, m[:, 2:].fill_(-3.0), softmax_of(s, v))[-1],

@@ -136,9 +136,9 @@ class XQuantCache(StaticCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Roll back ``-tokens_to_remove`` tokens (Hugging Face counts them negative), in all layers or in none.
 
-        After a step that was interrupted it brings all layers to one length again. Layers that are not quantized decide
-        by their ``is_croppable``: static ones cannot be rolled back before transformers 5.24, sliding windows from then
-        on if the whole cache fits into them.
+        Where none is left the cache is new, as after ``reset()``. After a step that was interrupted it brings all
+        layers to one length again. Layers that are not quantized decide by their ``is_croppable``: static ones cannot
+        be rolled back before transformers 5.24, sliding windows from then on if the whole cache fits into them.
 
         Raises:
             CacheStateError: more tokens than ``rollback_tokens`` of the config and not all: those before them are

@@ -265,7 +265,10 @@ class XQuantLayer(StaticLayer):
         self.truncate(length)
 
     def truncate(self, length: int) -> None:
-        """Keep ``length`` tokens."""
+        """Keep ``length`` tokens; none: as ``reset()``, since padding is that of the prompt that goes."""
+        if not length and self.is_initialized:
+            self.reset()
+            return
         for state in self.states:
             state.truncate(length)
         self.cumulative_length.fill_(length)

@@ -1,6 +1,7 @@
 """Who else sees a tensor's memory, by counting what holds its storage.
 
-Relied on: ``Tensor._is_view``, ``Tensor._use_count``, ``torch._C._storage_Use_Count``, and that a storage that wraps
+Relied on: ``Tensor._is_view``, ``Tensor._use_count``, ``torch._C._storage_Use_Count``, ``torch._C._has_storage``,
+``is_functorch_wrapped_tensor`` and ``get_unwrapped`` of ``torch._C._functorch``, and that a storage that wraps
 foreign memory, or was given away to NumPy, is not resizable. Checked on torch 2.11, 2.13 and 2.14.
 """
 
@@ -15,7 +16,17 @@ from torch import Tensor
 
 def share_storage(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors, or two fake ones, lie in one storage; one that is quantized has an empty one of its own."""
+    a, b = _outside_of_vmap(a), _outside_of_vmap(b)
+    if not (torch._C._has_storage(a) and torch._C._has_storage(b)):  # a sparse tensor, say
+        return False
     return Tensor.untyped_storage(a)._cdata == Tensor.untyped_storage(b)._cdata
+
+
+def _outside_of_vmap(tensor: Tensor) -> Tensor:
+    """What ``vmap`` and its kin wrap in a tensor that has no storage of its own; they may be nested."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def why_not_alone(tensor: Tensor) -> str:
