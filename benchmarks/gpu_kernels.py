@@ -198,7 +198,9 @@ def profile(run: Run, args: argparse.Namespace) -> None:
 def time_full(run: Run, case: Case) -> None:
     """Microseconds of each full-precision way."""
     about = {key: case[key] for key in ("length", "batch", "group", "query", "dim") if key in case}
-    for name, call in full_precision(case, "meta" if run.dry else "cuda").items():
+    ways: dict[str, Callable[[], Any]] = {}
+    run.attempt("ways", lambda: ways.update(full_precision(case, "meta" if run.dry else "cuda")), again=True, **about)
+    for name, call in ways.items():
         body = (lambda: {}) if run.dry else lambda call=call: {"us": microseconds([call])}
         run.attempt("full precision", body, way=name, **about)
 
