@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from xquant_fx.kernels.prompt_attention.cpu_call import attended, is_faster_here
+from xquant_fx.kernels.prompt_attention.cpu_call import attended, faster_dtypes
 
 CHECKED = 64
 """Queries of which errors are taken."""
@@ -67,11 +67,11 @@ def milliseconds(run: Callable[[], Any]) -> tuple[float, float]:
     return 1e3 * (time.process_time() - processor), 1e3 * (time.perf_counter() - clock)
 
 
-def measure(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
+def measure(shape: Shape, tokens: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Both ways in turn."""
     random = torch.Generator().manual_seed(0)
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-    q, k, v = (torch.randn(1, n, tokens, shape.head_dim, generator=random).bfloat16() for n in heads)
+    q, k, v = (torch.randn(1, n, tokens, shape.head_dim, generator=random).to(dtype) for n in heads)
     ways = {"torch": torchs, "ours": ours}
     errors = {name: error(way(q, k, v), q, k, v) for name, way in ways.items()}  # and what is loaded once
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
@@ -81,20 +81,28 @@ def measure(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
     least = {name: dict(zip(("processor", "clock"), map(min, zip(*found, strict=True)), strict=True))
              for name, found in runs.items()}  # fmt: skip
     faster = {kind: least["torch"][kind] / least["ours"][kind] for kind in ("processor", "clock")}
-    return {**shape._asdict(), "tokens": tokens, "ms": least, "times faster": faster, "errors": errors}
+    return {
+        **shape._asdict(),
+        "dtype": str(dtype),
+        "tokens": tokens,
+        "ms": least,
+        "times faster": faster,
+        "errors": errors,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """A row for each shape and length."""
     made = Table(title="a prompt's attention")
     for name in (
-        "heads", "KV heads", "head_dim", "tokens", "torch, ms", "ours, ms", "times faster", "by the clock", "errors",
+        "heads", "KV heads", "head_dim", "dtype", "tokens", "torch, ms", "ours, ms", "times faster", "by the clock",
+        "errors",
     ):  # fmt: skip
         made.add_column(name, justify="right")
     for row in rows:
         ms, faster, errors = row["ms"], row["times faster"], row["errors"]
         made.add_row(
-            *(str(row[name]) for name in ("heads", "kv_heads", "head_dim")), f"{row['tokens']:,}",
+            *(str(row[name]) for name in ("heads", "kv_heads", "head_dim", "dtype")), f"{row['tokens']:,}",
             f"{ms['torch']['processor']:.2f}", f"{ms['ours']['processor']:.2f}", f"{faster['processor']:.1f}",
             f"{faster['clock']:.1f}", f"{errors['torch']:.2e}, {errors['ours']:.2e}",
         )  # fmt: skip
@@ -108,15 +116,18 @@ def main() -> None:
     parser.add_argument("--shapes", type=Shape.of, nargs="+", default=[Shape(9, 3, 64), Shape(32, 8, 128)],
                         help="heads,KV heads,head_dim")  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    if not is_faster_here():
-        print("this processor leaves prompts to torch: it has no AVX-512 BF16, or it has AMX")
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    if left := [str(dtype) for dtype in dtypes if dtype not in faster_dtypes()]:
+        print(f"this processor leaves prompts in {', '.join(left)} to torch")
         return
     torch.set_num_threads(args.threads)
     args.device = "cpu"
-    rows = [measure(shape, tokens, args.rounds) for shape in args.shapes for tokens in args.tokens]
+    cases = [(shape, tokens, dtype) for shape in args.shapes for tokens in args.tokens for dtype in dtypes]
+    rows = [measure(*case, args.rounds) for case in cases]
     Console(width=120).print(table(rows))
     write("prompt-attention-cpu", {**where(args), "threads": args.threads, "rows": rows})
 

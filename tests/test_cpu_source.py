@@ -42,7 +42,7 @@ OPS = ("decode_attention", "quantize_store", "linear_rows", "prompt_attention")
 
 LINEAR = cpu_linear.Problem(dtype=torch.bfloat16, rows=1, biased=(True, False))
 ADDMM = cpu_linear.Problem(dtype=torch.bfloat16, rows=1, biased=(True,), in_first=True)
-PROMPT = cpu_prompt.Problem(dim=64)
+PROMPT = cpu_prompt.Problem(dtype=torch.bfloat16, dim=64)
 NEW_PAIR = dict(k_scheme="per_channel_ranked", v_scheme="per_token_rotated", residual=64)
 
 

@@ -1,1 +1,1 @@
-"""A cold prompt's causal attention to itself, on CPUs that multiply pairs of bfloat16 numbers."""
+"""A cold prompt's causal attention to itself, on CPUs where torch's own is slower."""

@@ -1,16 +1,16 @@
-// Causal attention of a prompt to itself in bfloat16, by flash attention (Dao et al., 2022).
+// Causal attention of a prompt to itself in bfloat16 or float32, by flash attention (Dao et al., 2022).
 //
 //   out[p] = sum over t <= p of softmax(scale * q[p] . k[t]) * v[t]     sums in float, rounded once
 //
-// Both products are multiply(): rows of pairs of bfloat16 numbers, as they lie in memory, by a matrix of pairs, which
-// keys and values of a KV head are packed as, once. ROWS queries after the other pass KEYS tokens, whose pairs stay in
-// the nearest cache meanwhile; weights are rounded to bfloat16, and their sums are of the rounded ones.
+// Both products are multiply(): rows by a matrix of lanes (pairs of bfloat16 numbers, or floats), which keys and values
+// of a KV head are packed as, once. ROWS queries after the other pass KEYS tokens, whose lanes stay in near caches
+// meanwhile. Where lanes are pairs, weights are rounded to bfloat16, and their sums are of the rounded ones.
 #include "products.h"
 
 namespace xq {
 
 constexpr int64_t BLOCK = 8 * ROWS;  // queries of one task
-constexpr int64_t KEYS = 8 * L;      // tokens between two looks at the largest score
+constexpr int64_t KEYS = 8 * L;  // tokens between two looks at the largest score
 
 // Numbers [batch, heads, tokens, D] and their strides, of which the last is 1.
 template <class P> struct Heads {
@@ -20,15 +20,15 @@ template <class P> struct Heads {
 };
 
 struct Prompt {
-    Heads<const bfloat16> q, k, v;
-    Heads<bfloat16> out;
+    Heads<const T> q, k, v;
+    Heads<T> out;
     int64_t batch, heads, kv_heads, tokens;
     float scale;
 };
 
 // What the queries of a task have seen so far.
 struct alignas(64) Task {
-    bfloat16 q[BLOCK][D];
+    X q[BLOCK][D];
     float acc[BLOCK][D];
     vf total[BLOCK];  // of weights, by lane
     float largest[BLOCK];
@@ -36,8 +36,8 @@ struct alignas(64) Task {
 
 // Scores [ROWS, KEYS] of queries, row r of which sees the first `seen + r` tokens, become weights, zeros behind those.
 // `rescale` is by how much what was summed before counts less.
-inline void weights(const float (&score)[ROWS][KEYS], bfloat16 (&weight)[ROWS][KEYS], Task& task, int64_t row,
-                    int64_t seen, int64_t vectors, float scale, float* rescale) {
+inline void weights(const float (&score)[ROWS][KEYS], X (&weight)[ROWS][KEYS], Task& task, int64_t row, int64_t seen,
+                    int64_t vectors, float scale, float* rescale) {
     float m[ROWS];
     vf highest[ROWS];
     for (int64_t r = 0; r < ROWS; r++) {
@@ -59,49 +59,45 @@ inline void weights(const float (&score)[ROWS][KEYS], bfloat16 (&weight)[ROWS][K
             for (int64_t j = 0; j < 2; j++) {
                 const int64_t left = seen + r - (i + j) * L;
                 const vf x = fma(load<vf>(score[r] + (i + j) * L), splat(scale), base);
-                p[j] = exp_negative<true>(left >= L ? x : first_lanes(x, left));
+                p[j] = exp_negative<!std::is_same_v<T, float>>(left >= L ? x : first_lanes(x, left));
             }
-            const vi pairs = round_to_pairs(p[0], p[1]);
-            store(weight[r] + i * L, pairs);
-            total = add_products(total, pairs, splat(0x3f803f80));  // times 1
+            total = store_weights(weight[r] + i * L, p[0], p[1], total);
         }
         task.total[row + r] = total;
     }
 }
 
 // ROWS queries from `row` on of a task against `count` tokens, of which the first sees `seen`.
-inline void attend_rows(Task& task, int64_t row, const int32_t* keys, const int32_t* values, int64_t seen,
-                        int64_t count, float scale) {
+inline void attend_rows(Task& task, int64_t row, const Lane* keys, const Lane* values, int64_t seen, int64_t count,
+                        float scale) {
     alignas(64) float score[ROWS][KEYS];
-    alignas(64) bfloat16 weight[ROWS][KEYS];
+    alignas(64) X weight[ROWS][KEYS];
     float rescale[ROWS];
     const int64_t vectors = (count + 2 * L - 1) / (2 * L) * 2;
-    for (int64_t i = 0; i < vectors; i += WIDE, keys += D / 2 * WIDE * L)
-        multiply_up_to<WIDE>(vectors - i, score[0] + i * L, KEYS, nullptr, task.q[row], D, keys, WIDE * L, D / 2);
+    for (int64_t i = 0; i < vectors; i += WIDE, keys += D / PER_LANE * WIDE * L)
+        multiply_up_to<WIDE>(vectors - i, score[0] + i * L, KEYS, nullptr, task.q[row], D, keys, WIDE * L,
+                             D / PER_LANE);
     weights(score, weight, task, row, seen, vectors, scale, rescale);
     for (int64_t d = 0; d < D; d += WIDE * L)
         multiply_up_to<WIDE>((D - d) / L, task.acc[row] + d, D, rescale, weight[0], KEYS, values + d, D,
-                             vectors * L / 2);
+                             vectors * L / PER_LANE);
 }
 
-void attend_block(const Prompt& in, const int32_t* keys, const int32_t* values, int64_t b, int64_t head,
-                  int64_t first) {
+void attend_block(const Prompt& in, const Lane* keys, const Lane* values, int64_t b, int64_t head, int64_t first) {
     Task task = {};
     const int64_t queries = std::min(BLOCK, in.tokens - first);
-    for (int64_t r = 0; r < queries; r++) std::memcpy((void*)task.q[r], in.q.at(b, head, first + r), sizeof(task.q[r]));
+    for (int64_t r = 0; r < queries; r++) load_row(in.q.at(b, head, first + r), task.q[r], D);
     std::fill(task.largest, task.largest + BLOCK, MINUS_INFINITY);
     for (int64_t t = 0; t < first + queries; t += KEYS)
         for (int64_t row = 0; row < queries; row += ROWS) {
             const int64_t seen = first + row + 1 - t, count = std::min(KEYS, seen + ROWS - 1);
-            if (count > 0) attend_rows(task, row, keys + t * (D / 2), values + t / 2 * D, seen, count, in.scale);
+            if (count > 0)
+                attend_rows(task, row, keys + t * (D / PER_LANE), values + t / PER_LANE * D, seen, count, in.scale);
         }
     for (int64_t r = 0; r < queries; r++) {
         const float share = 1.0f / sum(task.total[r]);
-        for (int64_t d = 0; d < D; d += L) {
-            const vf x = load<vf>(task.acc[r] + d) * share;
-            const vi pairs = round_to_pairs(x, x);
-            std::memcpy((void*)(in.out.at(b, head, first + r) + d), &pairs, L * sizeof(bfloat16));
-        }
+        T* out = in.out.at(b, head, first + r);
+        for (int64_t d = 0; d < D; d += L) store_rounded(out + d, load<vf>(task.acc[r] + d) * share);
     }
 }
 
@@ -109,15 +105,15 @@ void attend(const Prompt& in) {
     const int64_t whole = (in.tokens + KEYS - 1) / KEYS * KEYS, group = in.heads / in.kv_heads;
     const int64_t blocks = (in.tokens + BLOCK - 1) / BLOCK;
     [[maybe_unused]] const int num_threads = max_threads();
-    AlignedFloats keys(whole * (D / 2)), values(whole / 2 * D);
-    int32_t *const k = (int32_t*)keys.data, *const v = (int32_t*)values.data;
+    AlignedFloats keys(whole * (D / PER_LANE)), values(whole / PER_LANE * D);
+    Lane *const k = (Lane*)keys.data, *const v = (Lane*)values.data;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     for (int64_t i = 0; i < in.batch * in.kv_heads; i++) {
         const int64_t b = i / in.kv_heads, h = i % in.kv_heads;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < whole; t += WIDE * L) {
-            pack_keys(in.k.at(b, h, t), in.k.token, in.tokens - t, k + t * (D / 2));
-            pack_values(in.v.at(b, h, t), in.v.token, in.tokens - t, v + t / 2 * D);
+            pack_keys(in.k.at(b, h, t), in.k.token, in.tokens - t, k + t * (D / PER_LANE));
+            pack_values(in.v.at(b, h, t), in.v.token, in.tokens - t, v + t / PER_LANE * D);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < blocks * group; task++)  // the longest first

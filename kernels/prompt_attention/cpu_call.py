@@ -10,19 +10,20 @@ from torch import Tensor
 from xquant_fx.kernels.prompt_attention.cpu_source import STRIDES, Problem, source
 from xquant_fx.tracing import is_watched
 
-#: The instruction sets where it was measured to be faster, of processors that multiply pairs of bfloat16 numbers. Where
-#: they multiply tiles (AMX), torch does so, too.
-FASTER = ("avx512",)
+#: Dtypes by instruction set: where it was measured to be faster. With AVX-512, of processors that multiply pairs of
+#: bfloat16 numbers; where they multiply tiles (AMX), torch does so, too.
+FASTER = {"avx512": (torch.bfloat16,), "avx2": (torch.bfloat16, torch.float32)}
 
 #: Tokens from which on a prompt has the kernel, where it takes torch long enough to be worth one.
 LONG_PROMPT = 256
 
 
 @functools.cache
-def is_faster_here() -> bool:
-    """Whether this processor is one that the kernel is written for, as torch names it (privately: 2.11, 2.13)."""
+def faster_dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes that the kernel is written for on this processor, as torch names it (privately: 2.11, 2.13)."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
     has_pairs = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-    return has_pairs and torch.backends.cpu.get_cpu_capability().lower() in FASTER
+    return FASTER.get(capability, ()) if has_pairs or capability == "avx2" else ()
 
 
 def attended(
@@ -39,7 +40,7 @@ def attended(
 
     That is also so where flash attention is switched off (``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``).
     """
-    if torch.compiler.is_compiling() or attn_mask is not None or dropout_p or not is_causal or not is_faster_here():
+    if torch.compiler.is_compiling() or attn_mask is not None or dropout_p or not is_causal:
         return None
     if not _are_taken(query, key, value, enable_gqa) or not torch.backends.cuda.flash_sdp_enabled():
         return None
@@ -51,11 +52,13 @@ def attended(
 
 
 def _are_taken(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool:
-    """Whether these are a long prompt's in bfloat16: [B, heads, q, D], and [B, KV heads, q, D] twice."""
+    """Whether these are a long prompt's, of a dtype that gains: [B, heads, q, D], and [B, KV heads, q, D] twice."""
     tensors = (query, key, value)
     if not type(query) is type(value) is Tensor:  # others may have no memory of their own; keys are the caller's
         return False
-    if not all(x.dim() == 4 and x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors):
+    if query.dtype not in faster_dtypes() or any(x.dtype != query.dtype for x in tensors):
+        return False
+    if not all(x.dim() == 4 and x.device.type == "cpu" for x in tensors):
         return False
     (batch, heads, tokens, dim), kv_heads = query.shape, key.shape[1]
     if tokens < LONG_PROMPT or dim % 32 or not key.shape == value.shape == (batch, kv_heads, tokens, dim):
@@ -66,8 +69,9 @@ def _are_taken(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """Causal attention [B, heads, q, D] of queries [B, heads, q, D] to keys and values [B, KV heads, q, D].
 
-    All are bfloat16. Scores and sums are in float32, weights are rounded to bfloat16, the result is rounded once; it
-    lies in memory as [B, q, heads, D], as torch's does. ``scale`` of scores: 1 / sqrt(D) if None.
+    All are bfloat16 or all float32. Scores and sums are in float32, weights are rounded to bfloat16 where pairs of such
+    numbers are multiplied, the result is rounded once; it lies in memory as [B, q, heads, D], as torch's does.
+    ``scale`` of scores: 1 / sqrt(D) if None.
     """
     from xquant_fx.kernels.cpu import build as cpu_build
 
@@ -75,6 +79,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
     out = query.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     tensors = [*(x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)), out]
     strides = [x.stride(i) for x in tensors for i in range(len(STRIDES))]
-    run = cpu_build.load(*source(Problem(dim=dim), cpu_build.isa()))
+    run = cpu_build.load(*source(Problem(dtype=query.dtype, dim=dim), cpu_build.isa()))
     run(*tensors, *strides, batch, heads, kv_heads, tokens, dim**-0.5 if scale is None else scale)
     return out

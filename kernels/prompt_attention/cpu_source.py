@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import torch
+
 from xquant_fx.kernels.cpu.isa import Isa
 from xquant_fx.kernels.cpu.source import definitions, whole_source
 
@@ -16,6 +18,8 @@ STRIDES = ("batch", "head", "token")
 class Problem:
     """What is fixed when the kernel is compiled."""
 
+    dtype: torch.dtype
+    """bfloat16 or float32."""
     dim: int
     """Channels of a head, a multiple of 32."""
 
@@ -23,13 +27,13 @@ class Problem:
 def constants(p: Problem) -> str:
     """The constants that the C++ relies on."""
     assert p.dim % 32 == 0
-    return definitions({"D": p.dim}, {}, {}, {})
+    return definitions({"D": p.dim}, {}, {}, {"T": p.dtype})
 
 
 @functools.cache
 def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
     """(argument types, C++ source of ``kernel``): q, k, v, out, strides, batch, heads, KV heads, tokens, scale."""
-    tensors = {name: "const xq::bfloat16*" for name in ("q", "k", "v")} | {"out": "xq::bfloat16*"}
+    tensors = {name: "const xq::T*" for name in ("q", "k", "v")} | {"out": "xq::T*"}
     strides = {f"{name}_{of}": "int64_t" for name in tensors for of in STRIDES}
     sizes = {name: "int64_t" for name in ("batch", "heads", "kv_heads", "tokens")}
     heads = ", ".join("{" + ", ".join([name, *(f"{name}_{of}" for of in STRIDES)]) + "}" for name in tensors)

@@ -4,4 +4,5 @@
 
 namespace xq {
 constexpr int64_t D = 64;
+using T = xq::bfloat16;
 }  // namespace xq
