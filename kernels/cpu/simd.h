@@ -39,17 +39,17 @@ inline uint32_t as_bits(float f) {
 }
 
 // Sums of codes (unsigned bytes of BITS bits) times digits (signed bytes), the four bytes of a lane together:
-// `add` takes up to WORDS words of 8 / BITS vectors each, `total` gives the sum per lane.
+// `add` may be called until the largest codes of one byte add up to ROOM, `total` gives the sum per lane.
 #ifdef XQ_DOT_BYTES
 template <int BITS> struct Dot {
-    static constexpr int64_t WORDS = 1 << 30;
+    static constexpr int64_t ROOM = 1 << 30;
     typedef vi Sum;
     static vi add(vi sum, vi code, vi digit) { return dot_bytes<BITS>(sum, code, digit); }
     static vi total(vi sum) { return sum; }
 };
 #else
 template <int BITS> struct Dot {  // in 16 bits for as long as nothing can overflow them
-    static constexpr int64_t WORDS = 32767 / (8 / BITS * 2 * ((1 << BITS) - 1) * 128);
+    static constexpr int64_t ROOM = 32767 / (2 * 128);
     typedef vs Sum;
     static vs add(vs sum, vi code, vi digit) {
         sum += multiply_add_pairs(code, digit);
@@ -61,7 +61,7 @@ template <int BITS> struct Dot {  // in 16 bits for as long as nothing can overf
     static vi total(vs sum) { return add_pairs(sum); }
 };
 template <> struct Dot<8> {  // a nibble at a time
-    static constexpr int64_t WORDS = 1 << 30;
+    static constexpr int64_t ROOM = 1 << 30;
     typedef vi Sum;
     static vi add(vi sum, vi code, vi digit) {
         const vi low = splat(0x0f0f0f0f);
@@ -70,6 +70,13 @@ template <> struct Dot<8> {  // a nibble at a time
     }
     static vi total(vi sum) { return sum; }
 };
+#endif
+
+// Whether digits stand in memory as `add` takes them, in every lane: an instruction that reads them costs nothing then.
+#ifdef XQ_SPREAD_DIGITS
+constexpr bool SPREAD_DIGITS = true;
+#else
+constexpr bool SPREAD_DIGITS = false;
 #endif
 
 // What `f` makes of vectors, `across` of the lanes of one, of each of N vectors.

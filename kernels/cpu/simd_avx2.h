@@ -17,8 +17,9 @@ template <int BITS> inline vi dot_bytes(vi sum, vi code, vi digit) {
 }
 #else
 inline vs multiply_add_pairs(vi code, vi digit) { return (vs)_mm256_maddubs_epi16((__m256i)code, (__m256i)digit); }
-// Or GCC makes all products of a word first and runs out of registers.
-#define XQ_FINISH_NOW(sum) asm("" : "+x"(sum))
+#define XQ_SPREAD_DIGITS
+// Or GCC makes all products of a word first, or reads the word once more for each, and runs out of registers.
+#define XQ_FINISH_NOW(x) asm("" : "+x"(x))
 inline vi add_pairs(vs x) { return (vi)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1)); }
 #endif
 
@@ -57,14 +58,20 @@ inline vb narrow(vi x) {
     return load<vb>(&all);
 }
 
+// Pairs of vectors as one of half the width: of ints as shorts, in the order of the next, of those as bytes, in order.
+#define XQ_PACK
+inline vs pack_ints(vi a, vi b) { return (vs)_mm256_packs_epi32((__m256i)a, (__m256i)b); }
+inline vi pack_shorts(vs a, vs b) {
+    const vi order = {0, 4, 1, 5, 2, 6, 3, 7};
+    return (vi)_mm256_permutevar8x32_epi32(_mm256_packs_epi16((__m256i)a, (__m256i)b), (__m256i)order);
+}
+
 inline vi round_to_int(vf x) { return (vi)_mm256_cvtps_epi32((__m256)x); }
 
 template <bool APPROXIMATE> inline vf exp_negative(vf x) {
-    const vf lowest = splat(-87.0f), y = max(lowest, x), t = y * LOG2_OF_E;
-    const vf n = (vf)_mm256_round_ps((__m256)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const vf p = APPROXIMATE ? exp2_of_remainder(t - n) : exp_of_remainder(y, n);
-    const vf scaled = p * (vf)((round_to_int(n) + 127) << 23);
-    return (vf)_mm256_andnot_ps((__m256)(x < lowest), (__m256)scaled);
+    const vf magic = splat(12582912.0f + 127);  // its last bits count ones; 2**-127 comes out as 0
+    const vf y = max(splat(-88.0f), x), t = y * LOG2_OF_E, shifted = t + magic, n = shifted - magic;
+    return (APPROXIMATE ? exp2_of_remainder(t - n) : exp_of_remainder(y, n)) * (vf)((vi)shifted << 23);
 }
 
 inline vf load_floats(const float16* p) {

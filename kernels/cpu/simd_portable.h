@@ -8,11 +8,13 @@
 //   REGISTERS                 how many vectors the processor holds
 //   multiply_add_pairs, add_pairs
 //                             for sums of codes times digits; or XQ_DOT_BYTES and dot_bytes, see simd_neon.h
+//                             with XQ_SPREAD_DIGITS where an instruction reads digits from memory, but repeats none
 //   fma, sum, max, any        arithmetic
 //   dot_bfloat16, round_to_bfloat16
 //                             with XQ_DOT_BFLOAT16; or nothing, and bfloat16 numbers are multiplied as floats
 //   four_across               of four vectors at once, with XQ_FOUR_ACROSS; or nothing, and simd.h takes one by one
 //   widen, narrow             between bytes and lanes
+//   pack_ints, pack_shorts    with XQ_PACK; or nothing, and narrow is called for each vector
 //   round_to_int, exp_negative
 //   load_floats               of float16
 #pragma once

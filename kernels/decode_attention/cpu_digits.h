@@ -65,106 +65,167 @@ inline float nan_if_not_finite(vf zero_or_nan) {
     return any(zero_or_nan != zero_or_nan) ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
 }
 
-// Rows and vectors that `dot_codes` takes at once: their sums fill the registers.
-constexpr int ROWS_AT_ONCE = REGISTERS == 32 ? 4 : 2, VECTORS_AT_ONCE = L < 16 && ROWS == 1 ? 4 : 2;
+// Rows that are taken at once where nothing is in the way of their sums but the number of registers.
+constexpr int ROWS_AT_ONCE = REGISTERS == 32 ? 4 : 2;
+// Rows and vectors of codes whose dot products are taken at once: their sums fill the registers. Where digits are read
+// as they are multiplied, vectors need not share them, so rows share the codes.
+constexpr int DOT_ROWS = SPREAD_DIGITS ? (int)std::min<int64_t>(ROWS, 4) : ROWS_AT_ONCE;
+constexpr int DOT_VECTORS = SPREAD_DIGITS ? 4 / DOT_ROWS : L < 16 && ROWS == 1 ? 4 : 2;
 
-// The sums of each digit as one number.
-template <int NR, int NV> ALWAYS_INLINE void join_digits(const vi (&sum)[NR][DIGITS][NV], vf (&out)[NR][NV]) {
-#pragma GCC unroll 4
-    for (int r = 0; r < NR; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) {
-            vf total = __builtin_convertvector(sum[r][0][v], vf);
-            for (int d = 1; d < DIGITS; d++)
-                total = fma(total, splat(256.0f), __builtin_convertvector(sum[r][d][v], vf));
-            out[r][v] = total;
-        }
+// Call `use(row, NR)` for blocks of rows, NR a constant: AT_ONCE or what is left.
+template <int AT_ONCE = ROWS_AT_ONCE, class Use> ALWAYS_INLINE void for_rows(Use use) {
+    for (int64_t r = 0; r + AT_ONCE <= ROWS; r += AT_ONCE) use(r, std::integral_constant<int, AT_ONCE>());
+    if constexpr (ROWS % AT_ONCE) use(ROWS / AT_ONCE * AT_ONCE, std::integral_constant<int, ROWS % AT_ONCE>());
 }
 
-// Add to `sum` words [first, end) of codes times digits from `element` on; lanes are the other axis. NV vectors, NR
-// rows at once.
-template <int BITS, class Sum, int NR, int NV, int64_t PITCH>
-ALWAYS_INLINE void add_words(const int32_t* codes, int64_t stride, int64_t first, int64_t end,
-                             const int8_t (*digits)[DIGITS][PITCH], int64_t element, Sum (&sum)[NR][DIGITS][NV]) {
-    constexpr int PLANES = 8 / BITS;
-    const vi mask = splat((int32_t)(0x01010101u * ((1u << BITS) - 1)));
-    for (int64_t w = first; w < end; w++) {
-        vu word[NV];
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) word[v] = load<vu>(codes + w * stride + v * L);
-#pragma GCC unroll 8
-        for (int j = 0; j < PLANES; j++) {
-            vi code[NV];
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; v++) code[v] = BITS == 8 ? (vi)word[v] : (vi)(word[v] >> (BITS * j)) & mask;
+// Digits of NR rows as dot products read them, four neighbours at a time: where they are, in rows of PITCH bytes, or
+// [fours][NR][DIGITS] vectors, in each lane the same.
+template <int NR, int64_t PITCH> struct Digits {
+    const int8_t* data;
+    ALWAYS_INLINE vi four(int r, int d, int64_t index) const {
+        if constexpr (SPREAD_DIGITS) return load<vi>(data + ((index * NR + r) * DIGITS + d) * sizeof(vi));
+        else return splat(load_word(data + (r * DIGITS + d) * PITCH + index * 4));
+    }
+};
+
+// Those of n numbers from `first` on; `spread` holds them where they have to be written down once more.
+template <int NR, int64_t PITCH>
+ALWAYS_INLINE Digits<NR, PITCH> digits_of(const int8_t (*digits)[DIGITS][PITCH], int64_t first, int64_t n,
+                                          int8_t* spread) {
+    if constexpr (SPREAD_DIGITS) {
+        int8_t* to = spread;
+        for (int64_t i = first; i < first + n; i += 4)
 #pragma GCC unroll 4
             for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
-                for (int d = 0; d < DIGITS; d++) {
-                    const vi digit = splat(load_word(digits[r][d] + element + (w * PLANES + j) * 4));
-#pragma GCC unroll 4
-                    for (int v = 0; v < NV; v++) sum[r][d][v] = Dot<BITS>::add(sum[r][d][v], code[v], digit);
-                }
-        }
-    }
+                for (int d = 0; d < DIGITS; d++, to += sizeof(vi)) store(to, splat(load_word(digits[r][d] + i)));
+        return {spread};
+    } else return {digits[0][0] + first};
 }
 
-// Add to `acc` the sums over `words` words.
-template <int BITS, int NR, int NV, int64_t PITCH>
-ALWAYS_INLINE void add_codes(const int32_t* codes, int64_t stride, int64_t words, const int8_t (*digits)[DIGITS][PITCH],
-                             int64_t element, vi (&acc)[NR][DIGITS][NV]) {
-    using D = Dot<BITS>;
-    if constexpr (std::is_same_v<typename D::Sum, vi>) {  // nothing to empty in between
-        add_words<BITS>(codes, stride, 0, words, digits, element, acc);
-        return;
-    }
-    for (int64_t first = 0; first < words; first += D::WORDS) {
-        typename D::Sum sum[NR][DIGITS][NV] = {};
-        add_words<BITS>(codes, stride, first, std::min(words, first + D::WORDS), digits, element, sum);
+// Sums of codes times digits of NR rows, by lane, over NV vectors.
+template <int NR, int NV> struct Sums {
+    vi total[NR][DIGITS][NV] = {};
+    typename Dot<7>::Sum part[NR][DIGITS][NV] = {};  // what is not in the total yet
+    int64_t used = 0;                                // of Dot<7>::ROOM
+
+    template <class F> static ALWAYS_INLINE void each(F f) {
 #pragma GCC unroll 4
         for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
             for (int d = 0; d < DIGITS; d++)
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; v++) acc[r][d][v] += D::total(sum[r][d][v]);
+                for (int v = 0; v < NV; v++) f(r, d, v);
     }
-}
 
-// The same for the codes of ranked keys, which have up to 7 bits and may be spread over planes. What needs no putting
-// together is left to loops: unrolled code is large, and a processor reads only so much of it in time.
-template <int NR, int NV, int64_t PITCH>
-ALWAYS_INLINE void add_mixed_codes(const int32_t* codes, int64_t stride, const int8_t (*digits)[DIGITS][PITCH],
-                                   vi (&acc)[NR][DIGITS][NV]) {
-#pragma GCC unroll 16
-    for (const Plain& plain : PLAIN) {
-        const int32_t* words = codes + plain.word * stride;
-        if (plain.width == 4) add_codes<4>(words, stride, plain.words, digits, plain.element, acc);
-        if (plain.width == 2) add_codes<2>(words, stride, plain.words, digits, plain.element, acc);
-        if (plain.width == 1) add_codes<1>(words, stride, plain.words, digits, plain.element, acc);
+    // Has to be called before codes are added whose largest, summed over those of one byte, are `more`.
+    ALWAYS_INLINE void reserve(int64_t more) {
+        if (used + more > Dot<7>::ROOM) finish();
+        used += more;
     }
-    typedef Dot<7> D;
-    vu code[NV] = {};
-#pragma GCC unroll 128
-    for (const Piece& piece : PIECES) {
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) {
-            const vu word = load<vu>(codes + piece.word * stride + v * L);
-            code[v] |= (piece.shift < 0 ? word << -piece.shift : word >> piece.shift) & piece.mask;
-        }
-        if (!piece.last) continue;
+
+    ALWAYS_INLINE void finish() {
+        each([&](int r, int d, int v) __attribute__((always_inline)) {
+            if constexpr (!std::is_same_v<typename Dot<7>::Sum, vi>)
+                total[r][d][v] += Dot<7>::total(part[r][d][v]), part[r][d][v] = typename Dot<7>::Sum{};
+        });
+        used = 0;
+    }
+
+    // What planes of higher fields gave, in units of a field of BITS bits that follows it.
+    template <int BITS> ALWAYS_INLINE void shift() {
+        finish();
+        each([&](int r, int d, int v) __attribute__((always_inline)) { total[r][d][v] *= 1 << BITS; });
+    }
+
+    // Add codes of BITS bits, a byte each, times the digits numbered `four`.
+    template <int BITS, int64_t PITCH>
+    ALWAYS_INLINE void add(const vi (&code)[NV], Digits<NR, PITCH> digits, int64_t four) {
 #pragma GCC unroll 4
         for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
             for (int d = 0; d < DIGITS; d++) {
-                const vi digit = splat(load_word(digits[r][d] + piece.element));
+                const vi digit = digits.four(r, d, four);
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; v++)
-                    if constexpr (std::is_same_v<D::Sum, vi>) acc[r][d][v] = D::add(acc[r][d][v], (vi)code[v], digit);
-                    else acc[r][d][v] += D::total(D::add(D::Sum{}, (vi)code[v], digit));
+                    if constexpr (std::is_same_v<typename Dot<BITS>::Sum, vi>)
+                        total[r][d][v] = Dot<BITS>::add(total[r][d][v], code[v], digit);
+                    else part[r][d][v] = Dot<BITS>::add(part[r][d][v], code[v], digit);
             }
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) code[v] = vu{};
     }
-}
+
+    // Add words of codes, `stride` apart, times the digits from number `four` on; lanes are the other axis.
+    template <int BITS, int64_t PITCH>
+    ALWAYS_INLINE void add_words(const int32_t* codes, int64_t stride, int64_t words, Digits<NR, PITCH> digits,
+                                 int64_t four) {
+        constexpr int PLANES = 8 / BITS, LARGEST = PLANES * ((1 << BITS) - 1);
+        constexpr int64_t AT_ONCE = std::max<int64_t>(Dot<BITS>::ROOM / LARGEST, 1);
+        const vi mask = splat((int32_t)(0x01010101u * ((1u << BITS) - 1)));
+        for (int64_t first = 0; first < words; first += AT_ONCE) {
+            const int64_t end = std::min(words, first + AT_ONCE);
+            if constexpr (BITS < 8) reserve((end - first) * LARGEST);
+            for (int64_t w = first; w < end; w++) {
+                vu word[NV];
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v++) {
+                    word[v] = load<vu>(codes + w * stride + v * L);
+#ifdef XQ_FINISH_NOW
+                    XQ_FINISH_NOW(word[v]);
+#endif
+                }
+#pragma GCC unroll 8
+                for (int j = 0; j < PLANES; j++) {
+                    vi code[NV];
+#pragma GCC unroll 4
+                    for (int v = 0; v < NV; v++) code[v] = BITS == 8 ? (vi)word[v] : (vi)(word[v] >> (BITS * j)) & mask;
+                    add<BITS>(code, digits, four + w * PLANES + j);
+                }
+            }
+        }
+    }
+
+    // The same for the codes of ranked keys, which have up to 7 bits and may be spread over planes. What needs no
+    // putting together is left to loops: unrolled code is large, and a processor reads only so much of it in time.
+    template <int64_t PITCH>
+    ALWAYS_INLINE void add_mixed(const int32_t* codes, int64_t stride, Digits<NR, PITCH> digits) {
+#pragma GCC unroll 16
+        for (const Plain& plain : PLAIN) {
+            const int32_t* words = codes + plain.word * stride;
+            if (plain.width == 4) add_words<4>(words, stride, plain.words, digits, plain.element / 4);
+            if (plain.width == 2) add_words<2>(words, stride, plain.words, digits, plain.element / 4);
+            if (plain.width == 1) add_words<1>(words, stride, plain.words, digits, plain.element / 4);
+        }
+        vi code[NV] = {};
+        uint32_t largest = 0;
+#pragma GCC unroll 128
+        for (const Piece& piece : PIECES) {
+            largest |= piece.mask & 0xff;
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) {
+                const vu word = load<vu>(codes + piece.word * stride + v * L);
+                code[v] |= (vi)((piece.shift < 0 ? word << -piece.shift : word >> piece.shift) & piece.mask);
+            }
+            if (!piece.last) continue;
+            reserve(largest);
+            add<7>(code, digits, piece.element / 4);
+            largest = 0;
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) code[v] = vi{};
+        }
+    }
+
+    // The digits' sums as one number each.
+    ALWAYS_INLINE void join(vf (&out)[NR][NV]) {
+        finish();
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) {
+                vf x = __builtin_convertvector(total[r][0][v], vf);
+                for (int d = 1; d < DIGITS; d++) x = fma(x, splat(256.0f), __builtin_convertvector(total[r][d][v], vf));
+                out[r][v] = x;
+            }
+    }
+};
 
 }  // namespace xq

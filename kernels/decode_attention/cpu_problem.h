@@ -73,6 +73,10 @@ struct FoldedQueries {
 // Groups that are folded one after the other, as each has long chains of instructions that wait for each other.
 constexpr int64_t GROUPS_AHEAD = ROWS > 8 ? 1 : std::clamp<int64_t>(SPAN / K_GROUP, 1, 4);
 
+// Tokens whose weights are spread at a time (see digits_of): so few that they stay in the first cache, so many that
+// their sums are seldom put aside. And what that takes, in bytes of one number.
+constexpr int64_t SPREAD_VALUES = 128, SPREAD_BYTES = SPREAD_DIGITS ? DIGITS * sizeof(vi) / 4 : 0;
+
 // Scratch of one thread.
 struct Scratch {
     float score[ROWS][SLACK];
@@ -83,6 +87,9 @@ struct Scratch {
     float q_center[ROWS];  // queries times what is in no zero point
     FoldedQueries keys[GROUPS_AHEAD];  // of the token groups from `group` on
     alignas(64) int8_t p_digits[ROWS][DIGITS][SPAN];
+    // Digits in every lane of a vector, and sums of a channel group's values that are put aside.
+    alignas(64) int8_t spread[std::max(SPREAD_VALUES, K_ELEMENTS) * SPREAD_BYTES * 4 + 64];
+    alignas(64) int32_t sums[4 * DIGITS][DV_PAD + 4 * L];
     float p_unit[ROWS];
     float p_zero[ROWS];
     const T* q;  // queries of this block of rows, as they are given

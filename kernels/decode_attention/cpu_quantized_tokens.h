@@ -11,14 +11,6 @@ template <class Z> inline vf zero_points(const Z* zero, [[maybe_unused]] vf s, [
     else return load_up_to(zero, n);
 }
 
-// Call `use(row, NR)` for blocks of rows, NR a constant: ROWS_AT_ONCE or what is left.
-template <class Use> ALWAYS_INLINE void for_rows(Use use) {
-    for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
-        use(r, std::integral_constant<int, ROWS_AT_ONCE>());
-    if constexpr (ROWS % ROWS_AT_ONCE)
-        use(ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, std::integral_constant<int, ROWS % ROWS_AT_ONCE>());
-}
-
 // Fold scales and zero points of a token group into the queries of NR rows.
 template <int NR>
 inline void fold_key_scales(Scratch& scratch, FoldedQueries& keys, const S* scale, const S* zero, int64_t row) {
@@ -64,36 +56,25 @@ inline void fold_keys(Scratch& scratch, const Inputs& in, int64_t head, int64_t 
     }
 }
 
-// What planes of higher fields gave, in units of a field of BITS bits that follows it.
-template <int BITS, int NR, int NV> ALWAYS_INLINE void make_room(vi (&acc)[NR][DIGITS][NV]) {
-#pragma GCC unroll 4
-    for (int r = 0; r < NR; r++)
-#pragma GCC unroll 3
-        for (int d = 0; d < DIGITS; d++)
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; v++) acc[r][d][v] *= 1 << BITS;
-}
-
 // Scores of NV vectors of tokens with NR rows, from `offset` of the span on; `norm` is of up to n of the tokens, the
 // others are read by nobody.
 template <int64_t STRIDE, int NR, int NV>
-inline void dot_keys(Scratch& scratch, const FoldedQueries& keys, const int32_t* codes,
+inline void dot_keys(Scratch& scratch, const FoldedQueries& keys, Digits<NR, DK_PAD> digits, const int32_t* codes,
                      [[maybe_unused]] const uint8_t* norm, [[maybe_unused]] int64_t n, int64_t row, int64_t offset) {
     constexpr int64_t TO_4 = K_WORDS_8, TO_2 = TO_4 + K_WORDS_4, TO_1 = TO_2 + K_WORDS_2;
-    const auto digits = keys.digits + row;
-    vi acc[NR][DIGITS][NV] = {};
+    Sums<NR, NV> sums;
     if constexpr (RANKED) {
-        add_mixed_codes(codes, STRIDE, digits, acc);
+        sums.add_mixed(codes, STRIDE, digits);
     } else {
-        if constexpr (K_WORDS_8 > 0) add_codes<8>(codes, STRIDE, K_WORDS_8, digits, 0, acc);
-        if constexpr (K_WORDS_4 > 0) add_codes<4>(codes + TO_4 * STRIDE, STRIDE, K_WORDS_4, digits, 0, acc);
-        if constexpr (TO_2 > 0 && K_WORDS_2 > 0) make_room<2>(acc);
-        if constexpr (K_WORDS_2 > 0) add_codes<2>(codes + TO_2 * STRIDE, STRIDE, K_WORDS_2, digits, 0, acc);
-        if constexpr (TO_1 > 0 && K_WORDS_1 > 0) make_room<1>(acc);
-        if constexpr (K_WORDS_1 > 0) add_codes<1>(codes + TO_1 * STRIDE, STRIDE, K_WORDS_1, digits, 0, acc);
+        if constexpr (K_WORDS_8 > 0) sums.template add_words<8>(codes, STRIDE, K_WORDS_8, digits, 0);
+        if constexpr (K_WORDS_4 > 0) sums.template add_words<4>(codes + TO_4 * STRIDE, STRIDE, K_WORDS_4, digits, 0);
+        if constexpr (TO_2 > 0 && K_WORDS_2 > 0) sums.template shift<2>();
+        if constexpr (K_WORDS_2 > 0) sums.template add_words<2>(codes + TO_2 * STRIDE, STRIDE, K_WORDS_2, digits, 0);
+        if constexpr (TO_1 > 0 && K_WORDS_1 > 0) sums.template shift<1>();
+        if constexpr (K_WORDS_1 > 0) sums.template add_words<1>(codes + TO_1 * STRIDE, STRIDE, K_WORDS_1, digits, 0);
     }
     vf out[NR][NV];
-    join_digits(acc, out);
+    sums.join(out);
     for (int v = 0; v < NV; v++) {
         vf norms = {};
         if constexpr (NORMS) norms = load_norms(norm + v * L, n);
@@ -104,13 +85,7 @@ inline void dot_keys(Scratch& scratch, const FoldedQueries& keys, const int32_t*
     }
 }
 
-template <int64_t STRIDE, int NV>
-inline void dot_keys_with_all_rows(Scratch& scratch, const FoldedQueries& keys, const int32_t* codes,
-                                   const uint8_t* norm, int64_t n, int64_t offset) {
-    for_rows([&](int64_t row, auto rows) { dot_keys<STRIDE, rows(), NV>(scratch, keys, codes, norm, n, row, offset); });
-}
-
-constexpr int64_t TOKENS_AT_ONCE = VECTORS_AT_ONCE * L;
+constexpr int64_t TOKENS_AT_ONCE = DOT_VECTORS * L, PREFETCHED = std::max<int64_t>(TOKENS_AT_ONCE, 16);
 
 // Words of values from a token on, which is the first of a block: its row in each plane.
 struct ValueWords {
@@ -120,17 +95,17 @@ struct ValueWords {
           low(in.v_codes + (head * V_ROWS + V_TOKENS / V_HIGH_PER_WORD + value_slot(t) / V_LOW_PER_WORD) * DV) {}
 };
 
-// Keys of TOKENS_AT_ONCE tokens are about to be read: fetch keys some way on, and the values of the same tokens,
+// Keys of PREFETCHED tokens are about to be read: fetch keys some way on, and the values of the same tokens,
 // whose turn comes after the span's keys. Spread over the span, as only so many lines can be under way.
 // GCC drops calls of a function that does nothing else, so it must be inlined before GCC looks.
 ALWAYS_INLINE void prefetch(const Inputs& in, int64_t head, int64_t t, const int32_t* keys) {
     constexpr int64_t AHEAD = 256, LINE = 16;
     const ValueWords values(in, head, t);
     for (int64_t w = 0; w < K_WORDS; w++)
-        for (int64_t i = 0; i < TOKENS_AT_ONCE; i += LINE) __builtin_prefetch(keys + w * K_TOKENS + AHEAD + i);
-    for (int64_t i = 0; i < TOKENS_AT_ONCE * DV / V_HIGH_PER_WORD; i += LINE) __builtin_prefetch(values.high + i);
+        for (int64_t i = 0; i < PREFETCHED; i += LINE) __builtin_prefetch(keys + w * K_TOKENS + AHEAD + i);
+    for (int64_t i = 0; i < PREFETCHED * DV / V_HIGH_PER_WORD; i += LINE) __builtin_prefetch(values.high + i);
     if constexpr (V_LOW > 0)
-        for (int64_t i = 0; i < TOKENS_AT_ONCE * DV / V_LOW_PER_WORD; i += LINE) __builtin_prefetch(values.low + i);
+        for (int64_t i = 0; i < PREFETCHED * DV / V_LOW_PER_WORD; i += LINE) __builtin_prefetch(values.low + i);
     for (int64_t g = 0; g < V_GROUPS; g++) {
         const int64_t token = (head * V_GROUPS + g) * V_TOKENS + value_slot(t);
         __builtin_prefetch(in.v_scale + token);
@@ -138,30 +113,41 @@ ALWAYS_INLINE void prefetch(const Inputs& in, int64_t head, int64_t t, const int
     }
 }
 
+// Scores of tokens [t, end) of one token group with NR rows, from `offset` of the span on; their codes are in the slots
+// `shift` further on.
+template <int NR>
+inline void dot_group(Scratch& scratch, const Inputs& in, const FoldedQueries& keys, int64_t head, int64_t row,
+                      int64_t t, int64_t end, int64_t offset, int64_t shift) {
+    const int32_t* codes = in.k_codes + head * K_WORDS * K_TOKENS + shift;
+    const uint8_t* norm = NORMS ? in.k_norm + head / H * K_TOKENS + shift : nullptr;
+    const auto digits = digits_of<NR>(keys.digits + row, 0, K_ELEMENTS, scratch.spread);
+    offset -= t;
+    for (; t + TOKENS_AT_ONCE <= end; t += TOKENS_AT_ONCE) {
+        dot_keys<K_TOKENS, NR, DOT_VECTORS>(scratch, keys, digits, codes + t, norm + t, L, row, offset + t);
+        if (row == 0 && t % PREFETCHED < TOKENS_AT_ONCE) prefetch(in, head, t, codes + t);
+    }
+    for (; t < end; t += L) {
+        const int64_t left = K_TOKENS - t - shift;
+        if (L <= left) {
+            dot_keys<K_TOKENS, NR, 1>(scratch, keys, digits, codes + t, norm + t, L, row, offset + t);
+            continue;
+        }
+        int32_t part[K_WORDS][L] = {};  // the buffer ends inside this vector
+        for (int64_t i = 0; i < K_WORDS; i++) std::memcpy(part[i], codes + i * K_TOKENS + t, left * 4);
+        dot_keys<L, NR, 1>(scratch, keys, digits, part[0], norm + t, left, row, offset + t);
+    }
+}
+
 // Scores of tokens [t0, t1), all in the codes.
 inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, int64_t t0, int64_t t1) {
     const int64_t shift = key_slot(t0) - t0;
-    const int32_t* codes = in.k_codes + head * K_WORDS * K_TOKENS + shift;
-    const uint8_t* norm = NORMS ? in.k_norm + head / H * K_TOKENS + shift : nullptr;
     for (int64_t t = t0; t < t1;) {
         const int64_t g = (t + shift) / K_GROUP, end = std::min(t1, (g + 1) * K_GROUP - shift);
         if (g < scratch.group || g >= scratch.group + scratch.groups)
             fold_keys(scratch, in, head, g, std::min(GROUPS_AHEAD, (t1 + shift - 1) / K_GROUP + 1 - g));
         const FoldedQueries& keys = scratch.keys[g - scratch.group];
-        for (; t + TOKENS_AT_ONCE <= end; t += TOKENS_AT_ONCE) {
-            dot_keys_with_all_rows<K_TOKENS, VECTORS_AT_ONCE>(scratch, keys, codes + t, norm + t, L, t - t0);
-            prefetch(in, head, t, codes + t);
-        }
-        for (; t < end; t += L) {
-            const int64_t left = K_TOKENS - t - shift;
-            if (L <= left) {
-                dot_keys_with_all_rows<K_TOKENS, 1>(scratch, keys, codes + t, norm + t, L, t - t0);
-                continue;
-            }
-            int32_t part[K_WORDS][L] = {};  // the buffer ends inside this vector
-            for (int64_t i = 0; i < K_WORDS; i++) std::memcpy(part[i], codes + i * K_TOKENS + t, left * 4);
-            dot_keys_with_all_rows<L, 1>(scratch, keys, part[0], norm + t, left, t - t0);
-        }
+        for_rows<DOT_ROWS>(
+            [&](int64_t row, auto rows) { dot_group<rows()>(scratch, in, keys, head, row, t, end, t - t0, shift); });
         t = end;
     }
 }
@@ -199,18 +185,33 @@ inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, 
     to_digits<true>(scratch.score + row, padded, most, scratch.p_digits + row, scratch.p_unit + row);
 }
 
-// Add NV vectors of channels from d on, of which `left` are left, to NR rows; `blocks` is of tokens.
-template <int NR, int NV>
-inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes, int64_t blocks, int64_t row,
-                       int64_t d, int64_t left) {
-    vi sums[NR][DIGITS][NV] = {};
-    add_codes<V_HIGH>(codes.high + d, DV, blocks * (V_BLOCK / V_HIGH_PER_WORD), scratch.p_digits + row, 0, sums);
+// Words of values whose digits are spread at a time.
+constexpr int64_t VALUES_AT_ONCE = SPREAD_DIGITS ? SPREAD_VALUES : SPAN;
+
+// Add NV vectors of channels from d on, of which `left` are left, to NR rows; `blocks` is of tokens, those from `block`
+// on of `all`.
+template <int NR, int NV, int64_t PITCH>
+inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes, Digits<NR, PITCH> digits,
+                       int64_t block, int64_t blocks, int64_t all, int64_t row, int64_t d, int64_t left) {
+    constexpr int64_t HIGH_WORDS = V_BLOCK / V_HIGH_PER_WORD;
+    Sums<NR, NV> sums;
+    sums.template add_words<V_HIGH>(codes.high + block * HIGH_WORDS * DV + d, DV, blocks * HIGH_WORDS, digits, 0);
     if constexpr (V_LOW > 0) {
-        make_room<V_LOW>(sums);
-        add_codes<V_LOW>(codes.low + d, DV, blocks, scratch.p_digits + row, 0, sums);
+        sums.template shift<V_LOW>();
+        sums.template add_words<V_LOW>(codes.low + block * DV + d, DV, blocks, digits, 0);
+    }
+    if constexpr (VALUES_AT_ONCE < SPAN) {
+        sums.finish();
+        const bool first = block == 0, last = block + blocks == all;
+        sums.each([&](int r, int digit, int v) __attribute__((always_inline)) {
+            int32_t* sum = scratch.sums[r * DIGITS + digit] + d + v * L;
+            if (!first) sums.total[r][digit][v] += load<vi>(sum);
+            if (!last) store(sum, sums.total[r][digit][v]);
+        });
+        if (!last) return;
     }
     vf out[NR][NV];
-    join_digits(sums, out);
+    sums.join(out);
     for (int r = 0; r < NR; r++)
         for (int v = 0; v < NV; v++) {
             float* acc = softmax.acc + (row + r) * ACC + CODES_AT + d + v * L;
@@ -219,10 +220,19 @@ inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const ValueWor
         }
 }
 
-template <int NV>
-inline void add_values_to_all_rows(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes, int64_t blocks,
-                                   int64_t d, int64_t left) {
-    for_rows([&](int64_t row, auto rows) { add_values<rows(), NV>(scratch, softmax, codes, blocks, row, d, left); });
+// Add the values of a channel group, of channels [begin, end), to NR rows.
+template <int NR>
+inline void add_group(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes, int64_t blocks, int64_t row,
+                      int64_t begin, int64_t end) {
+    constexpr int64_t AT_ONCE = VALUES_AT_ONCE / V_BLOCK;
+    for (int64_t block = 0; block < blocks; block += AT_ONCE) {
+        const int64_t n = std::min(AT_ONCE, blocks - block);
+        const auto digits = digits_of<NR>(scratch.p_digits + row, block * V_BLOCK, n * V_BLOCK, scratch.spread);
+        int64_t d = begin;
+        for (; d + DOT_VECTORS * L <= end; d += DOT_VECTORS * L)
+            add_values<NR, DOT_VECTORS>(scratch, softmax, codes, digits, block, n, blocks, row, d, DOT_VECTORS * L);
+        for (; d < end; d += L) add_values<NR, 1>(scratch, softmax, codes, digits, block, n, blocks, row, d, end - d);
+    }
 }
 
 // Weighted values of n tokens from t0, all in the codes.
@@ -232,11 +242,9 @@ inline void quantized_values(Scratch& scratch, const Inputs& in, RunningSoftmax&
     const int64_t blocks = (n + V_BLOCK - 1) / V_BLOCK;
     for (int64_t g = 0; g < V_GROUPS; g++) {
         for_rows([&](int64_t row, auto rows) { fold_value_scales<rows()>(scratch, in, head, g, t0, n, row); });
-        int64_t d = g * V_GROUP;
-        const int64_t end = d + V_GROUP;
-        for (; d + VECTORS_AT_ONCE * L <= end; d += VECTORS_AT_ONCE * L)
-            add_values_to_all_rows<VECTORS_AT_ONCE>(scratch, softmax, codes, blocks, d, VECTORS_AT_ONCE * L);
-        for (; d < end; d += L) add_values_to_all_rows<1>(scratch, softmax, codes, blocks, d, end - d);
+        for_rows<DOT_ROWS>([&](int64_t row, auto rows) {
+            add_group<rows()>(scratch, softmax, codes, blocks, row, g * V_GROUP, (g + 1) * V_GROUP);
+        });
     }
 }
 
