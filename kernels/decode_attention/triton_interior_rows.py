@@ -4,8 +4,9 @@
     out [rows, channels] += p [rows, tokens] @ V [tokens, channels]
 
 Codes are decoded once for 16 rows, scales applied once for a tile, which is taken in steps of fewer tokens. A row's
-top is not its largest logit: it moves only when a weight would be 2 or more, so that most steps find no maximum and
-scale nothing. Sums of weights and of zero points are products, too.
+top is not its largest logit: it moves, to one above that, only when a weight would be 1 or more, so that most steps
+find no maximum and scale nothing. Whether it does is asked before weights are computed, which then fill the gaps
+between products with values. Sums of weights and of zero points are products, too.
 """
 
 from __future__ import annotations
@@ -45,9 +46,6 @@ from xquant_fx.kernels.decode_attention.triton_softmax import MASK, SM_SCALE, SO
 from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, PLANES, ROTATION
 from xquant_fx.kernels.triton_small_floats import UNIT_OF_SCALES, scale_in_units
 
-# The bits of 2.0: no number from 0 on that is smaller has bit 30.
-TWO = tl.constexpr(0x40000000)
-
 
 @triton.jit
 def columns_to_places(p):
@@ -59,17 +57,17 @@ def columns_to_places(p):
 
 
 @triton.jit
-def either(a, b):
-    """Bits of both."""
-    return a | b
+def both(a, b):
+    """Bits that both have."""
+    return a & b
 
 
 @triton.jit
-def all_bits(x, ASM: tl.constexpr):
-    """An int32 that is TWO or more if any of ``x`` >= 0 is 2 or more, or no number."""
+def common_sign(x, ASM: tl.constexpr):
+    """An int32 that is negative if all of ``x`` are, 0 or more if any is 0 or more."""
     bits = tl.reshape(x.to(tl.int32, bitcast=True), (x.shape[0] * x.shape[1],))
     # The interpreter is slow to reduce by a function.
-    return tl.reduce(bits, 0, either) if ASM else tl.max(bits, 0)
+    return tl.reduce(bits, 0, both) if ASM else tl.max(bits, 0)
 
 
 @triton.jit
@@ -154,7 +152,7 @@ def attend_rows(
     acc = tl.zeros((ROWS, VALUES[CHANNELS]), tl.float32)
     unit = tl.full((), 2.0**-100, tl.float32)  # of values' scales: a power of two above all so far
     plane = tl.arange(0, STEP) // 4 % (8 // WIDTH)
-    weight = tl.exp2((-WIDTH * plane).to(tl.float32) + LARGEST_LOG2)
+    weight = tl.exp2((-WIDTH * plane).to(tl.float32) + (LARGEST_LOG2 + 1.0))
     ones = tl.full((STEP, LEAST_COLUMNS), 1.0, tl.float16)
     at = tl.minimum(low, last)
     next_scales = tile_scales(keys, values, masks, at, STEPS, STEP, KEYS, VALUES, LOGITS[MASK], FOURS)
@@ -173,26 +171,30 @@ def attend_rows(
                     r = tl.where(many_rows_that_see(seen, ROWS, QUERY, WIDTH, FOURS) != 0, r, float("-inf"))
             s = scale_in_units(s)
             new_unit = tl.maximum(unit, power_above(most_of(s)))
-            p = exp2(r * factor[:, None] + (offset - top)[:, None], ASM)
-            if (all_bits(p, ASM) >= TWO) | (new_unit > unit):
-                new_top = tl.maximum(top, tl.max(r, 1) * factor + offset)
-                p = exp2(r * factor[:, None] + (offset - new_top)[:, None], ASM)
+            # Before the branch, so that nothing but weights is waited for after it, where ``unit`` is ``new_unit``.
+            z = numbers_in_order((s if VALUES[ROTATION] != -1 else z).to(tl.float16), WIDTH, True)
+            s = numbers_in_order((s * (weight * inverse_power(new_unit))).to(tl.float16), WIDTH, True)
+            s = tl.reshape(pairs_of_halves(s[None, :]), (STEP // 2,))
+            if WIDTH == 2:  # other widths have no registers for that
+                words = value_words(values[0], t, 0, STEP, WIDTH, STEP * WIDTH // 32, VALUES)
+            x = r * factor[:, None] + (offset - top)[:, None]
+            if (common_sign(x, ASM) >= 0) | (new_unit > unit):
+                new_top = tl.maximum(top, tl.max(r, 1) * factor + (offset + 1.0))
+                x = r * factor[:, None] + (offset - new_top)[:, None]
                 alpha = exp2(top - new_top, ASM)[:, None]
                 total, from_zeros = total * alpha, from_zeros * alpha
                 acc = acc * (alpha * (unit * inverse_power(new_unit)))
                 top, unit = new_top, new_unit
-            p = p.to(tl.float16)
-            z = numbers_in_order((s if VALUES[ROTATION] != -1 else z).to(tl.float16), WIDTH, True)
+            if WIDTH != 2:
+                words = value_words(values[0], t, 0, STEP, WIDTH, STEP * WIDTH // 32, VALUES)
+            p = exp2(x, ASM).to(tl.float16)
             total = tl.dot(p, ones, acc=total)
             from_zeros = tl.dot(p, tl.broadcast_to(z[:, None], (STEP, LEAST_COLUMNS)), acc=from_zeros)
-            s = numbers_in_order((s * (weight * inverse_power(unit))).to(tl.float16), WIDTH, True)
-            s = pairs_of_halves(s[None, :])
-            ps = columns_to_places(times(p, tl.reshape(s, (STEP // 2,)), ASM))
-            words = value_words(values[0], t, 0, STEP, WIDTH, STEP * WIDTH // 32, VALUES)
+            ps = columns_to_places(times(p, s, ASM))
             acc = tl.dot(ps, tl.trans(fragment(words, WIDTH, STEP * WIDTH // 32)), acc=acc)
     scale_unit: tl.constexpr = UNIT_OF_SCALES if BYTES else 1.0
     # Values about zero have zero point -n / 2 times their scale.
     middle: tl.constexpr = -0.5 * ((1 << WIDTH) - 1) * scale_unit if VALUES[ROTATION] != -1 else 1.0
     total = tl.max(total, 1)  # all columns are the same
-    acc = acc * (unit * (SUBNORMAL * scale_unit / LARGEST)) + (tl.max(from_zeros, 1) * middle)[:, None]
+    acc = acc * (unit * (SUBNORMAL * scale_unit / (2.0 * LARGEST))) + (tl.max(from_zeros, 1) * middle)[:, None]
     return tl.where(total == 0, float("-inf"), top * LN_2), total, tl.trans(acc)
