@@ -31,6 +31,14 @@ from xquant_fx.passes.vocabulary import kind
 
 def normalize(graph: Graph) -> int:
     """Normalize ``graph`` in place; returns how many results and writes were replaced."""
+    replaced = name_assignments(graph)
+    for node in list(graph.nodes):
+        replaced += _assign_to_tokens(graph, node)
+    return replaced + name_row_writes(graph) + merge_row_loops(graph)
+
+
+def name_assignments(graph: Graph) -> int:
+    """Only what does not depend on the order of a buffer's dimensions: writes are ``index_copy_`` and assignments."""
     replaced = 0
     for node in list(graph.nodes):
         replaced += _write_to_itself(graph, node) + _put(graph, node)
@@ -40,9 +48,7 @@ def normalize(graph: Graph) -> int:
             node.replace_all_uses_with(buffer)
             replaced += 1
         replaced += _copy_into_part(graph, node)
-    for node in list(graph.nodes):
-        replaced += _assign_to_tokens(graph, node)
-    return replaced + name_row_writes(graph) + merge_row_loops(graph)
+    return replaced
 
 
 def _write_to_itself(graph: Graph, node: Node) -> bool:

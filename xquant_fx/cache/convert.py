@@ -12,31 +12,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xquant_fx.cache.aliases import alias_of, shown_by
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.laid_out import LaidOutKV
 from xquant_fx.cache.state import KVState
 
 
 def dequantize_in_place(buffer: QuantizedKV) -> None:
     """Make the object ``buffer`` an ordinary tensor of dequantized values, with zeros behind the last token."""
-    static = getattr(buffer, "_dynamo_static_input_type", None)
-    kind = type(buffer)
+    ordered = buffer.ordered if isinstance(buffer, LaidOutKV) else None
+    dims = buffer.dims if isinstance(buffer, LaidOutKV) else ""
     with torch.inference_mode(False), torch.no_grad():
-        plain = buffer.dequantize()
+        _make_plain(buffer, buffer.dequantize())
+        if ordered is not None:  # by which a graph knows it
+            _make_plain(ordered, alias_of(buffer, dims))
+
+
+def _make_plain(buffer: QuantizedKV, plain: Tensor) -> None:
+    static = getattr(buffer, "_dynamo_static_input_type", None)
+    kind, kept = type(buffer), dict(plain.__dict__)
     attributes = dict(buffer.__dict__)
     buffer.__dict__.clear()
     plain.__dict__.update(attributes)  # it gets the wrapper, which is dropped with it
     buffer.__class__, plain.__class__ = torch.Tensor, kind  # type: ignore[assignment]
     torch._C._swap_tensor_impl(buffer, plain)
+    buffer.__dict__.update(kept)
     if static is not None:
         torch._dynamo.mark_static_address(buffer)
 
 
-def quantize_in_place(buffer: Tensor, state: KVState) -> None:
-    """Make the object ``buffer`` the QuantizedKV of ``state``; its own storage is released."""
-    static = getattr(buffer, "_dynamo_static_input_type", None)
-    new = QuantizedKV(state.spec, state.owned["length"], state)  # a static address only if the buffer's was
+def quantize_in_place(buffer: Tensor, state: KVState) -> Tensor:
+    """Make the object ``buffer`` the QuantizedKV of ``state``; its own storage is released.
+
+    Returns:
+        What a program holds: ``buffer``, or what it shows in another order of dimensions, which is made quantized, too.
+    """
+    shown = shown_by(buffer)
+    _make_quantized(buffer, QuantizedKV(state.spec, state.owned["length"], state))
+    if shown is None:
+        return buffer
+    owner, dims = shown
+    _make_quantized(owner, LaidOutKV(state.spec, state.owned["length"], state, None, dims))
+    return owner
+
+
+def _make_quantized(buffer: Tensor, new: QuantizedKV) -> None:
+    static = getattr(buffer, "_dynamo_static_input_type", None)  # a static address only if the buffer's was
     attributes = dict(new.__dict__)
-    buffer.__class__, new.__class__ = QuantizedKV, torch.Tensor  # type: ignore[assignment]
+    buffer.__class__, new.__class__ = type(new), torch.Tensor  # type: ignore[assignment]
     torch._C._swap_tensor_impl(buffer, new)
     buffer.__dict__.update(attributes)
     if static is not None:

@@ -211,7 +211,7 @@ class QuantizedKV(Dequantized):
 
 def _noted(out: Any, args: Any) -> Any:
     """``out``, and if it may stand for a whole buffer among ``args``, that it was quantized once."""
-    if type(out) is Tensor and out.dim() == 4:
+    if type(out) is Tensor and out.dim() in (3, 4):
         for arg in args:
             if isinstance(arg, QuantizedKV) and arg.shape[1:] == out.shape[1:]:
                 leave(out, ONCE)

@@ -29,8 +29,10 @@ def _outside_of_vmap(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def why_not_alone(tensor: Tensor) -> str:
+def why_not_alone(tensor: Tensor, aliases: int = 0) -> str:
     """Who else may see what is written to ``tensor``, in words; "" if nobody: its memory may be replaced.
+
+    ``aliases`` tensors of the same storage are ours.
 
     A view has its base; ``.data``, ``.detach()``, ``set_`` and views made under ``inference_mode`` are further tensors
     of one storage. NumPy, DLPack, files and other processes hold memory that torch does not count.
@@ -38,7 +40,7 @@ def why_not_alone(tensor: Tensor) -> str:
     if tensor._is_view():
         return "the buffer is a view of another tensor"
     tensors, handles, holders = (count - alone for count, alone in zip(_counts(tensor), _alone(), strict=True))
-    if tensors > 0:
+    if tensors > aliases:
         return "another tensor shares the buffer's memory (a view, .data or .detach() of it?)"
     if handles > 0:
         return "the buffer's storage is held by something else"

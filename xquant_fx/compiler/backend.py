@@ -32,6 +32,7 @@ from xquant_fx.compiler.give_back import GiveBack, groups_of
 from xquant_fx.compiler.growing_step import GrowingStep, has_room
 from xquant_fx.compiler.growing_takeover import GrowingTakeover
 from xquant_fx.compiler.inductor import begin, compile_by_inductor, no_collection
+from xquant_fx.compiler.laid_out_graph import laid_out_graph
 from xquant_fx.compiler.left_alone import report_buffers, report_left, report_uncompiled, report_unfused
 from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, warn_of_lengths, why_not_gradients, why_not_layers, without_sharing
@@ -94,6 +95,8 @@ watch_tracing(xquant_backend)
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
     """Decide what becomes of a graph; ``compiler`` gets what is to be compiled."""
     check_frozen(gm, request)
+    if (usual := laid_out_graph(gm, inputs)) is not None:
+        return usual.calling(compile_graph(usual.gm, usual.given(inputs), request, compiler))
     if (one := row_graph(gm, inputs)) is not None:
         with contextlib.suppress(UnsupportedWriteError):  # else as any graph that does this to a batch
             return one.calling(compile_graph(one.gm, one.given(inputs, one.row), request, compiler))

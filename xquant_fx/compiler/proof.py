@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from xquant_fx.cache.aliases import owner_of, shown_by
 from xquant_fx.cache.left import why_left
 from xquant_fx.cache.storage import share_storage, why_not_alone
 from xquant_fx.passes.facts import Facts
@@ -67,12 +68,20 @@ class Call:
         return next((f"row {row}: {why}" for row, why in reasons if why), "")
 
     def _why_seen(self, buffer: Tensor) -> str:
-        buffer = self.originals.get(id(buffer), buffer)
-        others = [self.originals.get(id(t), t) for t in self.given.values() if type(t) is Tensor]
+        aliases = sum(shown_by(t) is not None and share_storage(t, buffer) for t in self._tensors())
+        buffer = self._original(buffer)
+        others = [self._original(t) for t in self._tensors()]
         if any(share_storage(other, buffer) for other in others if other is not buffer):
             return "another input shares the buffer's memory and would not see what is appended"
-        why = why_not_alone(buffer)
+        why = why_not_alone(buffer, aliases)
         return f"{why}, which would not see what is appended" if why else ""
+
+    def _tensors(self) -> list[Tensor]:
+        return [each for each in self.given.values() if type(each) is Tensor]
+
+    def _original(self, tensor: Tensor) -> Tensor:
+        owner = owner_of(tensor)
+        return self.originals.get(id(owner), owner)
 
     def foresight_of(self, write: Write) -> Foresight:
         """How the positions of ``write`` are known ahead."""

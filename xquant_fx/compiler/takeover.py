@@ -119,6 +119,5 @@ class _Step(torch.fx.Interpreter):
             elif isinstance(past, int) and past:
                 state.store(buffer[:, :, :past], torch.arange(past, device=buffer.device))
             state.group.forget(state)
-            quantize_in_place(buffer, state)
-            state.group.taken_over.append(weakref.ref(buffer))
+            state.group.taken_over.append(weakref.ref(quantize_in_place(buffer, state)))
         return super().run_node(n)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from xquant_fx.compiler.backend import detect_graph
+from xquant_fx.compiler.laid_out_graph import laid_out_graph
 from xquant_fx.compiler.left_alone import report_left
 from xquant_fx.compiler.options import parse
 from xquant_fx.compiler.self_check import self_check
@@ -72,13 +73,16 @@ def explain(
     copied, originals = copies((args, kwargs))
 
     def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        program, given = gm.forward, inputs
+        if (usual := laid_out_graph(gm, inputs)) is not None:
+            gm, inputs = usual.gm, usual.given(inputs)
         found = detect_graph(gm, inputs, request, originals)
         if request.self_check:
             judge = functools.partial(detect_graph, originals=originals)
             found = self_check(gm, found, inputs, request, judge).explained
         seen.append(found)
-        held.save(found, inputs)
-        return gm.forward
+        held.save(found, given)
+        return program
 
     function = getattr(model, "_orig_mod", model)
     function = function.forward if isinstance(function, torch.nn.Module) else function

@@ -1,0 +1,127 @@
+"""KV buffers whose dimensions are not in the order [B, H, N, D]: a step gives exactly what it gives in that order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from stepping import interpreted
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from xquant_fx import XQuantConfig, explain, memory_report
+from xquant_fx.cache.aliases import in_order, laid_out
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.laid_out import LaidOutKV
+from xquant_fx.errors import CacheStateError, UnsupportedWriteError
+from xquant_fx.passes.order_dims import dims_of
+
+LAYERS, HEADS, KV, DIM, LENGTH = 2, 4, 2, 16, 64
+CONFIG = XQuantConfig.preset("kivi-4").replace(k_group_size=8, residual_length=8, rollback_tokens=8)
+SHAPE = dict(H=KV, N=LENGTH, D=DIM)
+
+
+def by_positions(buffer: Tensor, at: int, pos: Tensor, x: Tensor) -> None:
+    buffer[(slice(None),) * at + (pos,)] = x
+
+
+def by_index_copy(buffer: Tensor, at: int, pos: Tensor, x: Tensor) -> None:
+    buffer.index_copy_(at, pos, x)
+
+
+def by_index_put(buffer: Tensor, at: int, pos: Tensor, x: Tensor) -> None:
+    torch.ops.aten.index_put_(buffer, [*[None] * at, pos], x)
+
+
+def by_span(buffer: Tensor, at: int, pos: int, x: Tensor) -> None:
+    buffer[(slice(None),) * at + (slice(pos, pos + x.shape[at]), ...)] = x
+
+
+def by_narrow(buffer: Tensor, at: int, pos: int, x: Tensor) -> None:
+    buffer.narrow(at, pos, x.shape[at]).copy_(x)
+
+
+def by_number(buffer: Tensor, at: int, pos: int, x: Tensor) -> None:
+    if x.shape[at] > 1:
+        return by_span(buffer, at, pos, x)
+    buffer[(slice(None),) * at + (pos,)] = x.squeeze(at)
+
+
+class Decoder(nn.Module):
+    """Two layers whose buffers have dimensions ``dims``, and which append by ``write``."""
+
+    def __init__(self, dims: str, write: Callable[..., None] = by_positions, batch: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dims, self.write = dims, write
+        self.embed = nn.Embedding(50, HEADS * DIM)
+        self.q, self.k, self.v = (
+            nn.ModuleList(nn.Linear(HEADS * DIM, n * DIM, bias=False) for _ in range(LAYERS)) for n in (HEADS, KV, KV)
+        )
+        for layer in range(LAYERS):
+            for name in ("keys", "values"):
+                shape = [{**SHAPE, "B": batch}[dim] for dim in dims]
+                self.register_buffer(f"{name}_{layer}", torch.zeros(shape), persistent=False)
+        self.register_buffer("mask", torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(), persistent=False)
+
+    def forward(self, ids: Tensor, pos: Any) -> Tensor:
+        x = self.embed(ids)
+        at = self.dims.index("N")
+        new = pos if isinstance(pos, Tensor) else slice(pos, pos + ids.shape[1])
+        for layer in range(LAYERS):
+            q, k, v = (m[layer](x).unflatten(-1, (-1, DIM)).transpose(1, 2) for m in (self.q, self.k, self.v))
+            held = getattr(self, f"keys_{layer}"), getattr(self, f"values_{layer}")
+            for buffer, tokens in zip(held, (k, v), strict=True):
+                self.write(buffer, at, pos, laid_out(tokens, self.dims))
+            keys, values = (in_order(buffer, self.dims) for buffer in held)
+            y = sdpa(q, keys, values, attn_mask=self.mask[new], enable_gqa=True)
+            x = x + y.transpose(1, 2).flatten(2)
+        return x @ self.embed.weight.T
+
+
+def buffers(model: Decoder) -> list[Tensor]:
+    return [buffer for name, buffer in model.named_buffers() if name != "mask"]
+
+
+@torch.no_grad()
+def steps(model: Decoder, step: Callable[..., Tensor], sizes: tuple[int, ...] = (21, 1, 1, 3, 1, 9, 1, 1)) -> Tensor:
+    """Logits of steps of ``sizes`` tokens; the first is a prompt in eager code."""
+    batch = 1 if "B" not in model.dims else buffers(model)[0].shape[model.dims.index("B")]
+    ids, out, at = torch.randint(50, (batch, 40), generator=torch.Generator().manual_seed(1)), [], 0
+    for number, n in enumerate(sizes):
+        ints = model.write in (by_span, by_narrow, by_number)
+        out.append((step if number else model)(ids[:, at : at + n], at if ints else torch.arange(at, at + n)))
+        at += n
+    return torch.cat(out, 1)
+
+
+WAYS = [
+    ("BNHD", by_positions), ("BNHD", by_index_copy), ("BNHD", by_span), ("BNHD", by_number), ("BNHD", by_index_put),
+    ("NBHD", by_positions), ("NBHD", by_narrow), ("BHDN", by_index_copy), ("BHDN", by_number), ("NHD", by_positions),
+    ("NHD", by_number), ("HND", by_span), ("HDN", by_index_copy),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dims", "write"), WAYS)
+def test_steps_are_those_of_the_usual_order(dims: str, write: Callable[..., None]) -> None:
+    batch = 2 if "B" in dims else 1
+    usual, other = Decoder("BHND", batch=batch), Decoder(dims, write, batch)
+    expected = steps(usual, torch.compile(usual, backend=interpreted(config=CONFIG)))
+    made: list[Any] = []
+    torch._dynamo.reset()
+    got = steps(other, torch.compile(other, backend=interpreted(made, config=CONFIG)))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert all(type(buffer) is LaidOutKV for buffer in buffers(other)) and made
+    seen = explain(other, torch.zeros(batch, 1, dtype=torch.long), position(write, 38))
+    assert [(site.rewritten, site.dequantized) for site in seen.sites] == [(True, "")] * LAYERS
+    report = memory_report(other)
+    assert report.total_bytes == memory_report(usual).total_bytes
+    held = buffers(other)[0]
+    torch.testing.assert_close(in_order(held.dequantize(), dims), buffers(usual)[0].dequantize(), rtol=1e-5, atol=1e-5)
+
+
+def position(write: Callable[..., None], at: int) -> Any:
+    return at if write in (by_span, by_narrow, by_number) else torch.tensor([at])

@@ -1,0 +1,79 @@
+"""A graph whose KV buffers are in another order of dimensions, as one of buffers [B, H, N, D].
+
+Ordinary buffers are given to it as aliases (``cache/aliases.py``), quantized ones as what they are in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.nn import Parameter
+
+from xquant_fx.cache.aliases import alias_of, in_order
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.laid_out import LaidOutKV
+from xquant_fx.passes.graph import clone
+from xquant_fx.passes.normalize import name_assignments
+from xquant_fx.passes.order_dims import dims_of, order_dims
+from xquant_fx.passes.trace import fake, value_of
+
+
+class LaidOutGraph(NamedTuple):
+    """A graph made of another one."""
+
+    gm: GraphModule
+    dims: Mapping[int, str]
+    """Of the inputs that it gets in the usual order: their dimensions."""
+
+    def given(self, args: Sequence[Any]) -> list[Any]:
+        """``args`` of the program's graph as those of this one."""
+        return [_in_order(arg, self.dims[i]) if i in self.dims else arg for i, arg in enumerate(args)]
+
+    def calling(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """What is given the program's arguments and calls ``compiled``."""
+        return lambda *args: compiled(*self.given(args))
+
+
+def _in_order(arg: Any, dims: str) -> Any:
+    if isinstance(arg, LaidOutKV):
+        return arg.ordered
+    return alias_of(arg, dims) if type(arg) is Tensor else in_order(arg, dims)
+
+
+def laid_out_graph(gm: GraphModule, inputs: Sequence[Any]) -> LaidOutGraph | None:
+    """The graph of buffers in the usual order, if some of ``gm`` are in another one."""
+    if not any(_may_be(each) for each in inputs):
+        return None
+    made = clone(gm)
+    name_assignments(made.graph)
+    nodes = made.graph.find_nodes(op="placeholder")
+    dims = {i: each for i, node in enumerate(nodes) if (each := _dims(node, inputs[i]))}
+    if not dims or not order_dims(made.graph, {nodes[i]: (each, _value(nodes[i], each)) for i, each in dims.items()}):
+        return None
+    made.recompile()
+    return LaidOutGraph(made, dims)
+
+
+def _may_be(value: Any) -> bool:
+    if isinstance(value, LaidOutKV):
+        return True
+    is_ordinary = isinstance(value, Tensor) and not isinstance(value, QuantizedKV | Parameter)
+    return is_ordinary and value.dim() in (3, 4) and value.is_floating_point()
+
+
+def _dims(node: Node, value: Any) -> str:
+    if isinstance(value, LaidOutKV):
+        return value.dims
+    return dims_of(node) if _may_be(value) else ""
+
+
+def _value(node: Node, dims: str) -> Any:
+    """What is known of the input in its place."""
+    value = fake(node)
+    if isinstance(value, LaidOutKV):
+        return value.ordered
+    with value_of(node).fake_mode:  # type: ignore[attr-defined]
+        return in_order(value_of(node), dims)
