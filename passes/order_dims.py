@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from xquant_fx.cache.aliases import ORDER
+from xquant_fx.passes.find_writes import appended
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.trace import argument, fake, value_of
 from xquant_fx.passes.vocabulary import kind
@@ -23,11 +25,11 @@ _LENGTHS = (int, torch.SymInt)
 
 
 def dims_of(node: Node) -> str:
-    """The dimensions of the buffer ``node``, such as "BNHD", by its appends; "" if it has the usual or none that show."""
+    """The dimensions of the buffer ``node``, such as "BNHD", by its appends; "" if they are usual, or do not show."""
     value = fake(node)
     if node.op != "placeholder" or value is None or value.dim() not in (3, 4) or not value.is_floating_point():
         return ""
-    if isinstance(value, torch.nn.Parameter):
+    if isinstance(value, torch.nn.Parameter) or not all(isinstance(size, int) for size in value.shape):
         return ""
     found = set(_places_of_tokens(node, value))
     if len(found) != 1 or None in found:
@@ -47,13 +49,15 @@ def _gets_heads(buffer: Node) -> bool:
 def _places_of_tokens(buffer: Node, value: torch.Tensor) -> Iterator[int | None]:
     """Of each write to ``buffer`` the one dimension that it chooses places of; None if it is no append."""
     for user in buffer.users:
-        if not user.args or user.args[0] is not buffer:
-            continue
-        if kind(user) == "index_copy":
-            dim = argument(user, 1, "dim")
-            yield dim % value.dim() if isinstance(dim, int) else None
-        elif kind(user) == "setitem":
-            yield place_of(user.args[1], value)
+        if user.args[:1] == (buffer,) and kind(user) in ("index_copy", "setitem"):
+            yield _place(user, value)
+
+
+def _place(write: Node, value: torch.Tensor) -> int | None:
+    if kind(write) == "setitem":
+        return place_of(write.args[1], value)
+    dim = argument(write, 1, "dim")
+    return dim % value.dim() if isinstance(dim, int) else None
 
 
 def place_of(index: object, value: torch.Tensor) -> int | None:
@@ -103,11 +107,9 @@ def _order(graph: Graph, buffer: Node, dims: str, value: Any) -> bool:
         ordered = graph.placeholder(str(buffer.target))
     ordered._dynamo_source = getattr(buffer, "_dynamo_source", None)
     ordered.meta.update({**buffer.meta, "example_value": value})
-    shape = value_of(buffer)
-    for user in list(buffer.users):
-        if user.args and user.args[0] is buffer and kind(user) in ("index_copy", "setitem"):
-            if not _order_write(graph, user, ordered, dims, shape):
-                return False
+    writes = [user for user in buffer.users if user.args[:1] == (buffer,) and kind(user) in ("index_copy", "setitem")]
+    if not all(_order_write(graph, write, ordered, dims) for write in writes):
+        return False
     for user in list(buffer.users):  # a view for each, or one would be made before an append that it shows
         with graph.inserting_before(user):
             user.replace_input_with(buffer, _seen(graph, ordered, dims))
@@ -117,44 +119,40 @@ def _order(graph: Graph, buffer: Node, dims: str, value: Any) -> bool:
 
 def _seen(graph: Graph, ordered: Node, dims: str) -> Node:
     """``ordered`` as the program sees it."""
-    shape = value_of(ordered).shape
+    there = [dim for dim in ORDER if dim in dims]
     if len(dims) < 4:
-        ordered = call(graph, torch.reshape, (ordered, [n for dim, n in zip("BHND", shape, strict=True) if dim in dims]))
-    there = [dim for dim in "BHND" if dim in dims]
+        sizes = dict(zip(ORDER, value_of(ordered).shape, strict=True))
+        ordered = call(graph, torch.reshape, (ordered, [sizes[dim] for dim in there]))
     return call(graph, torch.permute, (ordered, [there.index(dim) for dim in dims]))
 
 
-def _order_write(graph: Graph, write: Node, ordered: Node, dims: str, seen: torch.Tensor) -> bool:
-    place, name = dims.index("N"), "value" if kind(write) == "setitem" else "source"
-    x = argument(write, 2 if kind(write) == "setitem" else 3, name)
-    value = fake(x)
-    if not isinstance(x, Node) or value is None:
+def _order_write(graph: Graph, write: Node, ordered: Node, dims: str) -> bool:
+    value, x = fake(write.args[0]), appended(write)
+    numbers = fake(x)
+    if value is None or numbers is None or not isinstance(x, Node) or _place(write, value) != dims.index("N"):
         return False
     if kind(write) == "index_copy":
-        with graph.inserting_before(write):
-            write.args = (ordered, 2, argument(write, 2, "index"), _ordered(graph, x, dims))
-        write.kwargs = {}
-        return value.dim() == len(dims)
-    items = full_index(write.args[1], len(dims))
-    assert items is not None
-    tokens, written = items[place], dims
-    if not isinstance(tokens, slice) and not isinstance(fake(tokens), torch.Tensor):
-        written = dims.replace("N", "")  # an int leaves the dimension out
-    if value.dim() != len(written):
+        tokens, written = argument(write, 2, "index"), dims
+    else:
+        items = full_index(write.args[1], len(dims)) or []
+        tokens = items[dims.index("N")]
+        drops = not isinstance(tokens, slice) and fake(tokens) is None  # a number leaves the dimension out
+        written = dims.replace("N", "") if drops else dims
+    if numbers.dim() != len(written):
         return False
     with graph.inserting_before(write):
         x = _ordered(graph, x, written)
-        if written != dims:  # [B, H, 1, D], of which the token has no dimension
-            x = call(graph, torch.select, (x, 2, 0))
-    write.args = (ordered, (slice(None), slice(None), tokens), x)
+        x = call(graph, torch.select, (x, 2, 0)) if written != dims else x
+    where = (2, tokens) if kind(write) == "index_copy" else ((slice(None), slice(None), tokens),)
+    write.args, write.kwargs = (ordered, *where, x), {}
     return True
 
 
 def _ordered(graph: Graph, x: Node, dims: str) -> Node:
     """``x`` with dimensions ``dims`` as [B, H, n, D]."""
-    there = [dim for dim in "BHND" if dim in dims]
+    there = [dim for dim in ORDER if dim in dims]
     x = call(graph, torch.permute, (x, [dims.index(dim) for dim in there]))
-    for at, dim in enumerate("BHND"):
+    for at, dim in enumerate(ORDER):
         if dim not in dims:
             x = call(graph, torch.unsqueeze, (x, at))
     return x

@@ -10,16 +10,15 @@ import pytest
 import torch
 from stepping import interpreted
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from xquant_fx import XQuantConfig, explain, memory_report
 from xquant_fx.cache.aliases import in_order, laid_out
-from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.laid_out import LaidOutKV
-from xquant_fx.errors import CacheStateError, UnsupportedWriteError
-from xquant_fx.passes.order_dims import dims_of
 
 LAYERS, HEADS, KV, DIM, LENGTH = 2, 4, 2, 16, 64
+FULL = XQuantConfig.preset("full")
 CONFIG = XQuantConfig.preset("kivi-4").replace(k_group_size=8, residual_length=8, rollback_tokens=8)
 SHAPE = dict(H=KV, N=LENGTH, D=DIM)
 
@@ -87,7 +86,7 @@ def buffers(model: Decoder) -> list[Tensor]:
 
 
 @torch.no_grad()
-def steps(model: Decoder, step: Callable[..., Tensor], sizes: tuple[int, ...] = (21, 1, 1, 3, 1, 9, 1, 1)) -> Tensor:
+def steps(model: Decoder, step: Callable[..., Tensor], sizes: tuple[int, ...] = (21, 1, 1, 3, 9, 1)) -> Tensor:
     """Logits of steps of ``sizes`` tokens; the first is a prompt in eager code."""
     batch = 1 if "B" not in model.dims else buffers(model)[0].shape[model.dims.index("B")]
     ids, out, at = torch.randint(50, (batch, 40), generator=torch.Generator().manual_seed(1)), [], 0
@@ -99,29 +98,90 @@ def steps(model: Decoder, step: Callable[..., Tensor], sizes: tuple[int, ...] = 
 
 
 WAYS = [
-    ("BNHD", by_positions), ("BNHD", by_index_copy), ("BNHD", by_span), ("BNHD", by_number), ("BNHD", by_index_put),
-    ("NBHD", by_positions), ("NBHD", by_narrow), ("BHDN", by_index_copy), ("BHDN", by_number), ("NHD", by_positions),
-    ("NHD", by_number), ("HND", by_span), ("HDN", by_index_copy),
+    ("BNHD", by_positions), ("BNHD", by_index_copy), ("BNHD", by_span), ("BNHD", by_index_put), ("NBHD", by_narrow),
+    ("BHDN", by_number), ("NHD", by_positions), ("HND", by_span), ("HDN", by_index_copy),
 ]  # fmt: skip
+
+
+def position(write: Callable[..., None], at: int) -> Any:
+    return at if write in (by_span, by_narrow, by_number) else torch.tensor([at])
 
 
 @pytest.mark.parametrize(("dims", "write"), WAYS)
 def test_steps_are_those_of_the_usual_order(dims: str, write: Callable[..., None]) -> None:
     batch = 2 if "B" in dims else 1
     usual, other = Decoder("BHND", batch=batch), Decoder(dims, write, batch)
-    expected = steps(usual, torch.compile(usual, backend=interpreted(config=CONFIG)))
-    made: list[Any] = []
+    expected = steps(usual, usual)
     torch._dynamo.reset()
-    got = steps(other, torch.compile(other, backend=interpreted(made, config=CONFIG)))
+    made: list[Any] = []
+    got = steps(other, torch.compile(other, backend=interpreted(made, config=FULL)))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert all(type(buffer) is LaidOutKV for buffer in buffers(other)) and made
-    seen = explain(other, torch.zeros(batch, 1, dtype=torch.long), position(write, 38))
-    assert [(site.rewritten, site.dequantized) for site in seen.sites] == [(True, "")] * LAYERS
-    report = memory_report(other)
-    assert report.total_bytes == memory_report(usual).total_bytes
     held = buffers(other)[0]
-    torch.testing.assert_close(in_order(held.dequantize(), dims), buffers(usual)[0].dequantize(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(in_order(held.dequantize(), dims), buffers(usual)[0], rtol=1e-5, atol=1e-5)
 
 
-def position(write: Callable[..., None], at: int) -> Any:
-    return at if write in (by_span, by_narrow, by_number) else torch.tensor([at])
+@pytest.mark.parametrize(("dims", "write"), [("BNHD", by_span), ("NHD", by_positions)])
+def test_codes_and_reports_are_those_of_the_usual_order(dims: str, write: Callable[..., None]) -> None:
+    """Also of what an eager step makes of them, and of copies and rows that somebody selects."""
+    batch = 2 if "B" in dims else 1
+    usual, other = Decoder("BHND", batch=batch), Decoder(dims, write, batch)
+    expected = steps(usual, torch.compile(usual, backend=interpreted(config=CONFIG)))
+    torch._dynamo.reset()
+    torch.testing.assert_close(
+        steps(other, torch.compile(other, backend=interpreted(config=CONFIG))), expected, rtol=1e-5, atol=1e-5
+    )
+    seen = explain(other, torch.zeros(batch, 1, dtype=torch.long), position(write, 36))
+    assert [(site.rewritten, site.dequantized) for site in seen.sites] == [(True, "")] * LAYERS
+    assert memory_report(other).total_bytes == memory_report(usual).total_bytes
+    with torch.no_grad():
+        copied, ids = copy.deepcopy(other), torch.ones(batch, 1, dtype=torch.long)
+        expected = usual(ids, torch.tensor([36]))
+        for model in (other, copied):
+            torch.testing.assert_close(model(ids, position(write, 36)), expected, rtol=1e-5, atol=1e-5)
+        held, kept = buffers(other)[0], buffers(usual)[0]
+        if batch > 1:
+            rows = torch.tensor([1, 1])
+            torch.testing.assert_close(held[rows].dequantize(), kept[rows].dequantize().transpose(1, 2))
+        for buffer in buffers(other):
+            buffer.zero_()
+        assert not held.dequantize().any()
+
+
+def test_what_is_no_append_gives_buffers_back() -> None:
+    """A rotating buffer that starts over: as with buffers in the usual order."""
+    plain, model = Decoder("BNHD"), Decoder("BNHD")
+    steps(model, step := torch.compile(model, backend=interpreted(config=FULL)))
+    steps(plain, plain)
+    ids = torch.ones(2, 9, dtype=torch.long)
+    with torch.no_grad():
+        for at in (60, 3):
+            pos = torch.arange(at, at + 9) % LENGTH if at == 60 else torch.arange(at, at + 9)
+            torch.testing.assert_close(step(ids, pos), plain(ids, pos), rtol=1e-4, atol=1e-4)
+    assert all(type(buffer) is Tensor for buffer in buffers(model))
+
+
+def test_what_somebody_else_sees_stays() -> None:
+    model = Decoder("BNHD")
+    seen = model.keys_0.detach()
+    steps(model, torch.compile(model, backend=interpreted(config=FULL)), (21, 1, 1))
+    assert type(model.keys_0) is Tensor and torch.equal(seen, model.keys_0) and seen[:, 22].any()
+
+
+@pytest.mark.parametrize("dims", ["BHND", "BNHD"])
+def test_positions_that_are_numbers_are_compiled_once(dims: str) -> None:
+    counters.clear()
+    model = Decoder(dims, by_span)
+    steps(model, torch.compile(model, backend=interpreted(config=CONFIG)), (10, *[1] * 9))
+    assert counters["stats"]["unique_graphs"] <= 4
+
+
+def by_row(buffer: Tensor, at: int, pos: Tensor, x: Tensor) -> None:
+    buffer[0, pos] = x[0]
+
+
+def test_an_index_of_more_than_tokens_stays() -> None:
+    plain, model = (Decoder("BNHD", by_row, batch=1) for _ in range(2))
+    got = steps(model, torch.compile(model, backend=interpreted(config=FULL)), (10, 1, 1))
+    torch.testing.assert_close(got, steps(plain, plain, (10, 1, 1)), rtol=1e-5, atol=1e-5)
+    assert all(type(buffer) is Tensor for buffer in buffers(model))

@@ -121,6 +121,8 @@ def _index_put(kv: LaidOutKV, indices: Any, x: Tensor, accumulate: bool = False)
 
 
 def _slice(kv: LaidOutKV, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    if isinstance(start, torch.SymInt) or isinstance(end, torch.SymInt):
+        return NotImplemented  # while Dynamo traces; to count from them would make numbers of them
     size = kv.shape[dim]
     begin, stop, _ = slice(start, end).indices(size)
     if (begin, stop) == (0, size) and step == 1:

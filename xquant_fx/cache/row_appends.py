@@ -65,9 +65,10 @@ def _append_rows(kv: QuantizedKV, pos: Tensor, x: Tensor) -> Any:
 
 def _part(kv: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     """``buffer[r : r + 1]`` is a buffer of its own, to which a prompt may be written, where rows have own lengths."""
-    begin, stop, _ = slice(start, end).indices(kv.shape[dim])
-    is_row = dim in (0, -4) and step == stop - begin == 1 < kv.shape[0]
-    if not is_row or not isinstance(kv.state, RaggedState):
+    if dim not in (0, -4) or not isinstance(kv.state, RaggedState):
+        return _slice(kv, dim, start, end, step)
+    begin, stop, _ = slice(start, end).indices(kv.shape[0])
+    if not step == stop - begin == 1 < kv.shape[0]:
         return _slice(kv, dim, start, end, step)
     row = kv.state.rows[begin]
     return QuantizedKV(row.spec, row.owned["length"], row, kv.span)

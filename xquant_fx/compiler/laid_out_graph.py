@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
 from xquant_fx.cache.aliases import alias_of, in_order
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.laid_out import LaidOutKV
+from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.graph import clone
 from xquant_fx.passes.normalize import name_assignments
 from xquant_fx.passes.order_dims import dims_of, order_dims
@@ -44,17 +45,33 @@ def _in_order(arg: Any, dims: str) -> Any:
 
 
 def laid_out_graph(gm: GraphModule, inputs: Sequence[Any]) -> LaidOutGraph | None:
-    """The graph of buffers in the usual order, if some of ``gm`` are in another one."""
+    """The graph of buffers in the usual order, if some of ``gm`` are in another one.
+
+    Raises:
+        UnsupportedWriteError: a quantized one is written to in a way that is no append.
+    """
     if not any(_may_be(each) for each in inputs):
         return None
     made = clone(gm)
     name_assignments(made.graph)
     nodes = made.graph.find_nodes(op="placeholder")
-    dims = {i: each for i, node in enumerate(nodes) if (each := _dims(node, inputs[i]))}
+    found = {i: each for i, node in enumerate(nodes) if (each := _dims(node, inputs[i]))}
+    attended = _attended(made.graph) if found else set()
+    dims = {i: each for i, each in found.items() if isinstance(inputs[i], LaidOutKV) or nodes[i] in attended}
     if not dims or not order_dims(made.graph, {nodes[i]: (each, _value(nodes[i], each)) for i, each in dims.items()}):
+        for buffer in inputs:
+            if isinstance(buffer, LaidOutKV):
+                buffer.refuse_write("what this graph does to it")
         return None
     made.recompile()
     return LaidOutGraph(made, dims)
+
+
+def _attended(graph: Graph) -> set[Node]:
+    """Buffers that attention reads: others that are written to by index are no KV caches."""
+    facts = Facts(graph)
+    operands = [operand for attention in facts.attention for operand in (attention.key, attention.value)]
+    return {buffer for operand in operands for buffer in facts.caches_behind(facts.source(operand).root)}
 
 
 def _may_be(value: Any) -> bool:
