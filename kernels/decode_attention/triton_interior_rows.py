@@ -82,6 +82,29 @@ def many_rows_that_see(seen, ROWS: tl.constexpr, QUERY: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
+def exp2_of_sum(r, factor, offset, ASM: tl.constexpr):
+    """``exp2`` of r [rows, tokens] * factor [rows] + offset [rows]: in assembly, or LLVM would keep earlier sums."""
+    factor, offset = factor[:, None], offset[:, None]
+    if ASM:
+        _, factor = tl.broadcast(r, factor)
+        _, offset = tl.broadcast(r, offset)
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 x; fma.rn.f32 x, $1, $2, $3; ex2.approx.ftz.f32 $0, x; }", "=f,f,f,f", [r, factor, offset],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return exp2(r * factor + offset, ASM)
+
+
+@triton.jit
+def scales_in_order(s, z, weight, WIDTH: tl.constexpr, CENTRED: tl.constexpr):
+    """(float16 [tokens] of zero points, CENTRED: scales; int32 [tokens / 2] of pairs of weighted scales), in order."""
+    z = numbers_in_order((s if CENTRED else z).to(tl.float16), WIDTH, True)
+    s = numbers_in_order((s * weight).to(tl.float16), WIDTH, True)
+    return z, tl.reshape(pairs_of_halves(s[None, :]), (s.shape[0] // 2,))
+
+
+@triton.jit
 def step_scales(values, masks, t0, STEP: tl.constexpr, VALUES: tl.constexpr,
                 MASK_KIND: tl.constexpr, FOURS: tl.constexpr):  # fmt: skip
     """(scales, zero points, what rows see) of the tokens of a step, as stored: of a mask bits are seldom wanted."""
@@ -171,10 +194,9 @@ def attend_rows(
                     r = tl.where(many_rows_that_see(seen, ROWS, QUERY, WIDTH, FOURS) != 0, r, float("-inf"))
             s = scale_in_units(s)
             new_unit = tl.maximum(unit, power_above(most_of(s)))
-            # Before the branch, so that nothing but weights is waited for after it, where ``unit`` is ``new_unit``.
-            z = numbers_in_order((s if VALUES[ROTATION] != -1 else z).to(tl.float16), WIDTH, True)
-            s = numbers_in_order((s * (weight * inverse_power(new_unit))).to(tl.float16), WIDTH, True)
-            s = tl.reshape(pairs_of_halves(s[None, :]), (STEP // 2,))
+            if WIDTH > 1:
+                # Before the branch, after which ``unit`` is ``new_unit``: nothing but weights is waited for then.
+                z, s = scales_in_order(s, z, weight * inverse_power(new_unit), WIDTH, VALUES[ROTATION] != -1)
             if WIDTH == 2:  # other widths have no registers for that
                 words = value_words(values[0], t, 0, STEP, WIDTH, STEP * WIDTH // 32, VALUES)
             x = r * factor[:, None] + (offset - top)[:, None]
@@ -187,7 +209,11 @@ def attend_rows(
                 top, unit = new_top, new_unit
             if WIDTH != 2:
                 words = value_words(values[0], t, 0, STEP, WIDTH, STEP * WIDTH // 32, VALUES)
-            p = exp2(x, ASM).to(tl.float16)
+            if WIDTH == 1:  # no registers for that before, nor to keep ``x`` beside ``r``
+                z, s = scales_in_order(s, z, weight * inverse_power(unit), WIDTH, VALUES[ROTATION] != -1)
+                p = exp2_of_sum(r, factor, offset - top, ASM).to(tl.float16)
+            else:
+                p = exp2(x, ASM).to(tl.float16)
             total = tl.dot(p, ones, acc=total)
             from_zeros = tl.dot(p, tl.broadcast_to(z[:, None], (STEP, LEAST_COLUMNS)), acc=from_zeros)
             ps = columns_to_places(times(p, s, ASM))
