@@ -62,7 +62,7 @@ template <int64_t STRIDE, int NR, int NV>
 inline void dot_keys(Scratch& scratch, const FoldedQueries& keys, Digits<NR, DK_PAD> digits, const int32_t* codes,
                      [[maybe_unused]] const uint8_t* norm, [[maybe_unused]] int64_t n, int64_t row, int64_t offset) {
     constexpr int64_t TO_4 = K_WORDS_8, TO_2 = TO_4 + K_WORDS_4, TO_1 = TO_2 + K_WORDS_2;
-    Sums<NR, NV, K_BITS, K_ELEMENTS> sums;
+    Sums<NR, NV, RANKED ? 8 : K_BITS, K_ELEMENTS> sums;  // joined, sums of mixed widths are no faster
     if constexpr (RANKED) {
         sums.add_mixed(codes, STRIDE, digits);
     } else {
