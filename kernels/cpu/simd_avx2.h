@@ -20,7 +20,7 @@ inline vs multiply_add_pairs(vi code, vi digit) { return (vs)_mm256_maddubs_epi1
 #define XQ_SPREAD_DIGITS
 // Or GCC makes all products of a word first, or reads the word once more for each, and runs out of registers.
 #define XQ_FINISH_NOW(x) asm("" : "+x"(x))
-inline vi add_pairs(vs x) { return (vi)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1)); }
+inline vi add_pairs(vs x, int16_t weight = 1) { return (vi)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(weight)); }
 #endif
 
 inline vf fma(vf a, vf b, vf c) {  // Inductor compiles with -ffp-contract=off

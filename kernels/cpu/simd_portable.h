@@ -9,6 +9,7 @@
 //   multiply_add_pairs, add_pairs
 //                             for sums of codes times digits; or XQ_DOT_BYTES and dot_bytes, see simd_neon.h
 //                             with XQ_SPREAD_DIGITS where an instruction reads digits from memory, but repeats none
+//                             (add_pairs takes a weight, too)
 //   fma, sum, max, any        arithmetic
 //   dot_bfloat16, round_to_bfloat16
 //                             with XQ_DOT_BFLOAT16; or nothing, and bfloat16 numbers are multiplied as floats

@@ -103,17 +103,21 @@ ALWAYS_INLINE Digits<NR, PITCH> digits_of(const int8_t (*digits)[DIGITS][PITCH],
     } else return {digits[0][0] + first};
 }
 
-// Sums of codes times digits of NR rows, by lane, over NV vectors.
-template <int NR, int NV> struct Sums {
-    vi total[NR][DIGITS][NV] = {};
+// Sums of `codes` codes of up to BITS bits times digits of NR rows, by lane, over NV vectors.
+template <int NR, int NV, int BITS, int64_t CODES> struct Sums {
+    // Both digits in one total, where that has room for the largest: fewer registers, and nothing to join in the end.
+    static constexpr bool JOINED =
+        SPREAD_DIGITS && DIGITS == 2 && BITS < 8 && (CODES << BITS) < std::numeric_limits<int32_t>::max() / 32768;
+    static constexpr int TOTALS = JOINED ? 1 : DIGITS;
+    vi total[NR][TOTALS][NV] = {};
     typename Dot<7>::Sum part[NR][DIGITS][NV] = {};  // what is not in the total yet
     int64_t used = 0;                                // of Dot<7>::ROOM
 
-    template <class F> static ALWAYS_INLINE void each(F f) {
+    template <class F> static ALWAYS_INLINE void each_total(F f) {
 #pragma GCC unroll 4
         for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
-            for (int d = 0; d < DIGITS; d++)
+            for (int d = 0; d < TOTALS; d++)
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; v++) f(r, d, v);
     }
@@ -125,21 +129,28 @@ template <int NR, int NV> struct Sums {
     }
 
     ALWAYS_INLINE void finish() {
-        each([&](int r, int d, int v) __attribute__((always_inline)) {
+        each_total([&](int r, int d, int v) __attribute__((always_inline)) {
+#ifdef XQ_SPREAD_DIGITS
+            if constexpr (JOINED) {
+                total[r][0][v] += add_pairs(part[r][0][v], 256) + add_pairs(part[r][1][v]);
+                part[r][0][v] = part[r][1][v] = vs{};
+                return;
+            }
+#endif
             if constexpr (!std::is_same_v<typename Dot<7>::Sum, vi>)
                 total[r][d][v] += Dot<7>::total(part[r][d][v]), part[r][d][v] = typename Dot<7>::Sum{};
         });
         used = 0;
     }
 
-    // What planes of higher fields gave, in units of a field of BITS bits that follows it.
-    template <int BITS> ALWAYS_INLINE void shift() {
+    // What planes of higher fields gave, in units of a field of FIELD bits that follows it.
+    template <int FIELD> ALWAYS_INLINE void shift() {
         finish();
-        each([&](int r, int d, int v) __attribute__((always_inline)) { total[r][d][v] *= 1 << BITS; });
+        each_total([&](int r, int d, int v) __attribute__((always_inline)) { total[r][d][v] *= 1 << FIELD; });
     }
 
-    // Add codes of BITS bits, a byte each, times the digits numbered `four`.
-    template <int BITS, int64_t PITCH>
+    // Add codes of FIELD bits, a byte each, times the digits numbered `four`.
+    template <int FIELD, int64_t PITCH>
     ALWAYS_INLINE void add(const vi (&code)[NV], Digits<NR, PITCH> digits, int64_t four) {
 #pragma GCC unroll 4
         for (int r = 0; r < NR; r++)
@@ -148,22 +159,22 @@ template <int NR, int NV> struct Sums {
                 const vi digit = digits.four(r, d, four);
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; v++)
-                    if constexpr (std::is_same_v<typename Dot<BITS>::Sum, vi>)
-                        total[r][d][v] = Dot<BITS>::add(total[r][d][v], code[v], digit);
-                    else part[r][d][v] = Dot<BITS>::add(part[r][d][v], code[v], digit);
+                    if constexpr (std::is_same_v<typename Dot<FIELD>::Sum, vi>)
+                        total[r][d][v] = Dot<FIELD>::add(total[r][d][v], code[v], digit);
+                    else part[r][d][v] = Dot<FIELD>::add(part[r][d][v], code[v], digit);
             }
     }
 
     // Add words of codes, `stride` apart, times the digits from number `four` on; lanes are the other axis.
-    template <int BITS, int64_t PITCH>
+    template <int FIELD, int64_t PITCH>
     ALWAYS_INLINE void add_words(const int32_t* codes, int64_t stride, int64_t words, Digits<NR, PITCH> digits,
                                  int64_t four) {
-        constexpr int PLANES = 8 / BITS, LARGEST = PLANES * ((1 << BITS) - 1);
-        constexpr int64_t AT_ONCE = std::max<int64_t>(Dot<BITS>::ROOM / LARGEST, 1);
-        const vi mask = splat((int32_t)(0x01010101u * ((1u << BITS) - 1)));
+        constexpr int PLANES = 8 / FIELD, LARGEST = PLANES * ((1 << FIELD) - 1);
+        constexpr int64_t AT_ONCE = std::max<int64_t>(Dot<FIELD>::ROOM / LARGEST, 1);
+        const vi mask = splat((int32_t)(0x01010101u * ((1u << FIELD) - 1)));
         for (int64_t first = 0; first < words; first += AT_ONCE) {
             const int64_t end = std::min(words, first + AT_ONCE);
-            if constexpr (BITS < 8) reserve((end - first) * LARGEST);
+            if constexpr (FIELD < 8) reserve((end - first) * LARGEST);
             for (int64_t w = first; w < end; w++) {
                 vu word[NV];
 #pragma GCC unroll 4
@@ -177,8 +188,9 @@ template <int NR, int NV> struct Sums {
                 for (int j = 0; j < PLANES; j++) {
                     vi code[NV];
 #pragma GCC unroll 4
-                    for (int v = 0; v < NV; v++) code[v] = BITS == 8 ? (vi)word[v] : (vi)(word[v] >> (BITS * j)) & mask;
-                    add<BITS>(code, digits, four + w * PLANES + j);
+                    for (int v = 0; v < NV; v++)
+                        code[v] = FIELD == 8 ? (vi)word[v] : (vi)(word[v] >> (FIELD * j)) & mask;
+                    add<FIELD>(code, digits, four + w * PLANES + j);
                 }
             }
         }
@@ -214,15 +226,14 @@ template <int NR, int NV> struct Sums {
         }
     }
 
-    // The digits' sums as one number each.
-    ALWAYS_INLINE void join(vf (&out)[NR][NV]) {
-        finish();
+    // The digits' totals as one number each.
+    ALWAYS_INLINE void join(vf (&out)[NR][NV]) const {
 #pragma GCC unroll 4
         for (int r = 0; r < NR; r++)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) {
                 vf x = __builtin_convertvector(total[r][0][v], vf);
-                for (int d = 1; d < DIGITS; d++) x = fma(x, splat(256.0f), __builtin_convertvector(total[r][d][v], vf));
+                for (int d = 1; d < TOTALS; d++) x = fma(x, splat(256.0f), __builtin_convertvector(total[r][d][v], vf));
                 out[r][v] = x;
             }
     }

@@ -22,6 +22,7 @@ constexpr int64_t V_BLOCK = V_LOW_PER_WORD;  // tokens that are whole words in e
 constexpr int64_t K_WORDS = K_WORDS_8 + K_WORDS_4 + K_WORDS_2 + K_WORDS_1;
 constexpr int64_t K_ELEMENTS =
     RANKED ? K_RANKS : std::max({4 * K_WORDS_8, 8 * K_WORDS_4, 16 * K_WORDS_2, 32 * K_WORDS_1});
+constexpr int K_BITS = 8 * (K_WORDS_8 > 0) + 4 * (K_WORDS_4 > 0) + 2 * (K_WORDS_2 > 0) + (K_WORDS_1 > 0);  // at most
 constexpr int64_t DK_PAD = std::max<int64_t>(K_ELEMENTS, (DK + L - 1) / L * L);
 constexpr int64_t V_GROUPS = DV / V_GROUP;
 constexpr int64_t DV_PAD = (DV + L - 1) / L * L;

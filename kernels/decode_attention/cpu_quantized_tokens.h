@@ -62,7 +62,7 @@ template <int64_t STRIDE, int NR, int NV>
 inline void dot_keys(Scratch& scratch, const FoldedQueries& keys, Digits<NR, DK_PAD> digits, const int32_t* codes,
                      [[maybe_unused]] const uint8_t* norm, [[maybe_unused]] int64_t n, int64_t row, int64_t offset) {
     constexpr int64_t TO_4 = K_WORDS_8, TO_2 = TO_4 + K_WORDS_4, TO_1 = TO_2 + K_WORDS_2;
-    Sums<NR, NV> sums;
+    Sums<NR, NV, RANKED ? 8 : K_BITS, K_ELEMENTS> sums;  // joined, sums of mixed widths are no faster
     if constexpr (RANKED) {
         sums.add_mixed(codes, STRIDE, digits);
     } else {
@@ -73,6 +73,7 @@ inline void dot_keys(Scratch& scratch, const FoldedQueries& keys, Digits<NR, DK_
         if constexpr (TO_1 > 0 && K_WORDS_1 > 0) sums.template shift<1>();
         if constexpr (K_WORDS_1 > 0) sums.template add_words<1>(codes + TO_1 * STRIDE, STRIDE, K_WORDS_1, digits, 0);
     }
+    sums.finish();
     vf out[NR][NV];
     sums.join(out);
     for (int v = 0; v < NV; v++) {
@@ -188,28 +189,12 @@ inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, 
 // Words of values whose digits are spread at a time.
 constexpr int64_t VALUES_AT_ONCE = SPREAD_DIGITS ? SPREAD_VALUES : SPAN;
 
-// Add NV vectors of channels from d on, of which `left` are left, to NR rows; `blocks` is of tokens, those from `block`
-// on of `all`.
-template <int NR, int NV, int64_t PITCH>
-inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes, Digits<NR, PITCH> digits,
-                       int64_t block, int64_t blocks, int64_t all, int64_t row, int64_t d, int64_t left) {
-    constexpr int64_t HIGH_WORDS = V_BLOCK / V_HIGH_PER_WORD;
-    Sums<NR, NV> sums;
-    sums.template add_words<V_HIGH>(codes.high + block * HIGH_WORDS * DV + d, DV, blocks * HIGH_WORDS, digits, 0);
-    if constexpr (V_LOW > 0) {
-        sums.template shift<V_LOW>();
-        sums.template add_words<V_LOW>(codes.low + block * DV + d, DV, blocks, digits, 0);
-    }
-    if constexpr (VALUES_AT_ONCE < SPAN) {
-        sums.finish();
-        const bool first = block == 0, last = block + blocks == all;
-        sums.each([&](int r, int digit, int v) __attribute__((always_inline)) {
-            int32_t* sum = scratch.sums[r * DIGITS + digit] + d + v * L;
-            if (!first) sums.total[r][digit][v] += load<vi>(sum);
-            if (!last) store(sum, sums.total[r][digit][v]);
-        });
-        if (!last) return;
-    }
+template <int NR, int NV> using ValueSums = Sums<NR, NV, V_BITS, SPAN>;
+
+// Add NV vectors of channels from d on, of which `left` are left, to NR rows.
+template <int NR, int NV>
+ALWAYS_INLINE void add_value_sums(const Scratch& scratch, RunningSoftmax& softmax, const ValueSums<NR, NV>& sums,
+                                  int64_t row, int64_t d, int64_t left) {
     vf out[NR][NV];
     sums.join(out);
     for (int r = 0; r < NR; r++)
@@ -220,19 +205,50 @@ inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const ValueWor
         }
 }
 
+// The same, or to what is put aside; `blocks` is of tokens, those from `block` on.
+template <int NR, int NV, int64_t PITCH>
+inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes, Digits<NR, PITCH> digits,
+                       int64_t block, int64_t blocks, int64_t row, int64_t d, int64_t left) {
+    constexpr int64_t HIGH_WORDS = V_BLOCK / V_HIGH_PER_WORD;
+    ValueSums<NR, NV> sums;
+    sums.template add_words<V_HIGH>(codes.high + block * HIGH_WORDS * DV + d, DV, blocks * HIGH_WORDS, digits, 0);
+    if constexpr (V_LOW > 0) {
+        sums.template shift<V_LOW>();
+        sums.template add_words<V_LOW>(codes.low + block * DV + d, DV, blocks, digits, 0);
+    }
+    sums.finish();
+    if constexpr (VALUES_AT_ONCE == SPAN) add_value_sums<NR, NV>(scratch, softmax, sums, row, d, left);
+    else
+        sums.each_total([&](int r, int i, int v) __attribute__((always_inline)) {
+            int32_t* sum = scratch.sums[r * sums.TOTALS + i] + d + v * L;
+            store(sum, load<vi>(sum) + sums.total[r][i][v]);
+        });
+}
+
 // Add the values of a channel group, of channels [begin, end), to NR rows.
 template <int NR>
 inline void add_group(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes, int64_t blocks, int64_t row,
                       int64_t begin, int64_t end) {
     constexpr int64_t AT_ONCE = VALUES_AT_ONCE / V_BLOCK;
+    if constexpr (VALUES_AT_ONCE < SPAN)
+        for (int i = 0; i < NR * ValueSums<NR, 1>::TOTALS; i++)
+            std::fill(scratch.sums[i] + begin, scratch.sums[i] + end, 0);
     for (int64_t block = 0; block < blocks; block += AT_ONCE) {
         const int64_t n = std::min(AT_ONCE, blocks - block);
         const auto digits = digits_of<NR>(scratch.p_digits + row, block * V_BLOCK, n * V_BLOCK, scratch.spread);
         int64_t d = begin;
         for (; d + DOT_VECTORS * L <= end; d += DOT_VECTORS * L)
-            add_values<NR, DOT_VECTORS>(scratch, softmax, codes, digits, block, n, blocks, row, d, DOT_VECTORS * L);
-        for (; d < end; d += L) add_values<NR, 1>(scratch, softmax, codes, digits, block, n, blocks, row, d, end - d);
+            add_values<NR, DOT_VECTORS>(scratch, softmax, codes, digits, block, n, row, d, DOT_VECTORS * L);
+        for (; d < end; d += L) add_values<NR, 1>(scratch, softmax, codes, digits, block, n, row, d, end - d);
     }
+    if constexpr (VALUES_AT_ONCE < SPAN)
+        for (int64_t d = begin; d < end; d += L) {
+            ValueSums<NR, 1> sums;
+            sums.each_total([&](int r, int i, int v) __attribute__((always_inline)) {
+                sums.total[r][i][v] = load<vi>(scratch.sums[r * sums.TOTALS + i] + d);
+            });
+            add_value_sums<NR, 1>(scratch, softmax, sums, row, d, end - d);
+        }
 }
 
 // Weighted values of n tokens from t0, all in the codes.
