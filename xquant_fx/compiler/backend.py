@@ -32,6 +32,7 @@ from xquant_fx.compiler.give_back import GiveBack, groups_of
 from xquant_fx.compiler.growing_step import GrowingStep, has_room
 from xquant_fx.compiler.growing_takeover import GrowingTakeover
 from xquant_fx.compiler.inductor import begin, compile_by_inductor, no_collection
+from xquant_fx.compiler.known_steps import known_step
 from xquant_fx.compiler.laid_out_graph import laid_out_graph
 from xquant_fx.compiler.left_alone import report_buffers, report_left, report_uncompiled, report_unfused
 from xquant_fx.compiler.options import Request, parse
@@ -121,6 +122,8 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
         compiled: Callable[..., Any] = compiler(gm, inputs, request, None)
         return Watch(compiled, gm, found, request, detect_graph) if found.left_for_now else compiled
     _check_config([inputs[i] for i in quantized], request)
+    if (known := known_step(gm, found, inputs)) is not None:
+        return known.calling(compile_graph(known.gm, known.given(inputs), request, compiler))
     try:
         return _compile_quantized(gm, found, inputs, quantized, request, compiler)
     except UnsupportedWriteError as error:

@@ -1,0 +1,32 @@
+"""Steps of a few tokens whose number Dynamo leaves open: each is a graph of its number, fused as any step."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from stepping import interpreted
+
+from xquant_fx import XQuantCache, XQuantConfig
+
+
+@torch.no_grad()
+def test_steps_of_a_few_tokens_are_fused_whatever_their_number(tiny_llama) -> None:
+    config, graphs = XQuantConfig.preset("xquant-2.2"), list[Any]()
+    model = tiny_llama(layers=1, head_dim=32)
+    ids = torch.randint(3, 128, (1, 360), generator=torch.Generator().manual_seed(0))
+    plain = XQuantCache(model.config, 512, config=config)
+    cache = copy.deepcopy(plain)
+    step = torch.compile(model.forward, backend=interpreted(graphs, config=config))
+    model(ids[:, :300], past_key_values=plain)
+    step(ids[:, :300], past_key_values=cache)
+    at, seen = 300, []
+    for tokens in (1, 5, 3, 5):
+        piece, at = ids[:, at : at + tokens], at + tokens
+        expected = model(piece, past_key_values=plain).logits
+        before = len(graphs)
+        torch.testing.assert_close(step(piece, past_key_values=cache).logits, expected, rtol=1e-3, atol=1e-4)
+        seen.append(len(graphs) - before)
+    assert seen == [1, 1, 1, 0]
+    assert all(any("decode_attention" in str(node.target) for node in graph.graph.nodes) for graph in graphs[-3:])

@@ -1,0 +1,84 @@
+"""Steps of a few tokens whose number Dynamo left open, as graphs of the number at hand, on CPUs.
+
+A prompt, then a step of one token: from the second number on Dynamo takes all numbers for one that varies, and so comes
+a step of 5 candidates of assisted decoding. Our kernels are made for one number, and Inductor asks for it in the end:
+such a graph is compiled for 5 tokens all the same. So it is made one of 5 tokens before anything is decided, or its
+attention would read dequantized keys and values, at six times the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import SymInt
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.passes.graph import clone
+from xquant_fx.passes.records import Detection
+
+
+class KnownStep(NamedTuple):
+    """A graph of one number of new tokens, made of one of any."""
+
+    gm: GraphModule
+    kept: Sequence[int]
+    """Which of the inputs it takes: all but the number."""
+
+    def given(self, args: Sequence[Any]) -> list[Any]:
+        """``args`` of the graph of any number as those of this one."""
+        return [args[i] for i in self.kept]
+
+    def calling(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """What is given the program's arguments and calls ``compiled``."""
+        return lambda *args: compiled(*self.given(args))
+
+
+def known_step(gm: GraphModule, found: Detection, inputs: Sequence[Any]) -> KnownStep | None:
+    """The graph of as many new tokens as there are, if these are few and their number was left open.
+
+    Dynamo guards on the number, or on that there are more.
+    """
+    if any(isinstance(each, torch.Tensor) and each.device.type != "cpu" for each in inputs):
+        return None
+    opened = [write.tokens for write in found.writes if isinstance(write.tokens, SymInt)]
+    if not [int(tokens) for tokens in opened if tokens <= STEP_TOKENS]:
+        return None
+    made = clone(gm)
+    kept = list[int]()
+    for place, node in enumerate(list(made.graph.nodes)):  # inputs come first
+        value = node.meta["example_value"] = _settled(node.meta.get("example_value"))
+        if type(value) is int:
+            _put_in_place(node, value)
+        elif node.op == "placeholder":
+            kept.append(place)
+    made.recompile()
+    return KnownStep(made, kept)
+
+
+def _settled(value: Any) -> Any:
+    """``value`` of a node with numbers in the place of symbols that stand for one number by now."""
+    if type(value) is not FakeTensor:
+        return _known(value)
+    size, stride = [_known(each) for each in value.shape], [_known(each) for each in value.stride()]
+    if all(type(a) is type(b) for a, b in zip([*size, *stride], [*value.shape, *value.stride()], strict=True)):
+        return value
+    with value.fake_mode:
+        return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+
+
+def _known(size: Any) -> Any:
+    if not isinstance(size, SymInt):
+        return size
+    expr = size.node.shape_env.replace(size.node.expr)
+    return int(expr) if expr.is_number else size
+
+
+def _put_in_place(node: Node, number: int) -> None:
+    for user in list(node.users):
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda each: number if each is node else each)
+    node.graph.erase_node(node)
