@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 from xquant_fx import XQuantCache, XQuantConfig
 
-TURNS = [300, 9, 21, 140, 12]
+TURNS = [200, 9, 21, 140, 12]  # a prompt of 256 tokens attends by a kernel of its own
 
 
 def ids() -> Tensor:

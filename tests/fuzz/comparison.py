@@ -226,8 +226,8 @@ class Comparison:
     def _taken_over(self, args: tuple[Any, ...], first: Any, tokens: int) -> tuple[Tensor, Any]:
         """The step once more in eager code, on what it saw: tokens before it as they were quantized by it."""
         seen = [seen_by_step(buffer, first, tokens) for buffer in self.leaves()]
-        for tensor in seen:
-            clear_behind(tensor, first)  # only [B, KV, N, D] are taken over
+        for tensor, buffer in zip(seen, self.leaves(), strict=True):
+            clear_behind(tensor, first, buffer)
         out: tuple[Tensor, Any] = self.model(*self._fresh(args), self.names["make"](seen))
         return out
 
@@ -255,7 +255,7 @@ class Comparison:
                 pair = [seen_by_step(buffer, first, tokens) for buffer in (mine, theirs)]
                 if isinstance(mine, QuantizedKV):  # what lies behind is forgotten
                     for dense in pair:
-                        clear_behind(dense, first + tokens)
+                        clear_behind(dense, first + tokens, mine)
                 if (error := relative_error(*pair)) > rounding:
                     return Outcome("wrong", f"tensor {i} of the cache differs from eager code's by {error:.2g}")
         return Outcome("right")
