@@ -164,7 +164,11 @@ def test_what_is_no_append_gives_buffers_back() -> None:
 def test_what_somebody_else_sees_stays() -> None:
     model = Decoder("BNHD")
     seen = model.keys_0.detach()
-    steps(model, torch.compile(model, backend=interpreted(config=FULL)), (21, 1, 1))
+    step = torch.compile(model, backend=interpreted(config=FULL))
+    steps(model, step, (21, 1, 1))
+    counters.clear()
+    step(torch.ones(2, 1, dtype=torch.long), torch.tensor([23]))
+    assert not counters["xquant"]["detect"]  # it is known by now
     assert type(model.keys_0) is Tensor and torch.equal(seen, model.keys_0) and seen[:, 22].any()
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -209,10 +210,11 @@ def _check_config(buffers: list[QuantizedKV | GrowingKV], request: Request) -> N
             )
 
 
-def _whole_numbers(value: Tensor | None) -> tuple[int, ...]:
-    """The shape without the batch; () where a size is symbolic."""
-    shape = () if value is None else tuple(value.shape[1:])
-    return shape if all(isinstance(size, int) for size in shape) else ()
+def _may_be_whole(value: Tensor | None, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether a result has the sizes of one of the ``shapes`` (H, N, D) of buffers, in any order, and maybe a batch."""
+    if value is None or not all(isinstance(size, int) for size in value.shape):
+        return False
+    return any(not Counter(shape) - Counter(value.shape) for shape in shapes)
 
 
 def _compile_quantized(
@@ -240,7 +242,7 @@ def _compile_quantized(
         run_passes(found.gm, context, request.disable, request.dump)
     shapes = [tuple(inputs[i].shape[1:]) for i in quantized if isinstance(inputs[i], QuantizedKV)]
     results: Any = found.gm.graph.output_node().args[0]
-    whole = [i for i, node in enumerate(results) if _whole_numbers(fake(node)) in shapes]
+    whole = [i for i, node in enumerate(results) if _may_be_whole(fake(node), shapes)]
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
     compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
     context.state.tensors.clear()  # or the graph would keep the cache that it was compiled with

@@ -9,6 +9,7 @@ from typing import Any
 from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
+from xquant_fx.cache.aliases import owner_of
 from xquant_fx.compiler.left_alone import report_left
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.takeover import Takeover
@@ -37,7 +38,7 @@ class Watch:
 
     def __call__(self, *args: Any) -> Any:
         """One step on a cache that stays in full precision, or the takeover of one that need not."""
-        buffers = [args[i] for i in self.watched]
+        buffers = [owner_of(args[i]) for i in self.watched]
         if not self.last or any(ref() is not buffer for ref, buffer in zip(self.last, buffers, strict=True)):
             found = None if self._knows(buffers) else self.judge(self.gm, list(args), self.request)
             if found is not None:
