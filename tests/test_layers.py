@@ -217,7 +217,7 @@ def test_a_size_that_is_known_in_a_step_only() -> None:
         return plain(q, k, v, layers, pos)[:, :, -1] * 2
 
     with torch.no_grad():
-        torch.compile(step, backend=seen, dynamic=True)(*fresh(5), quantized_layers(ALONE, number=6), torch.arange(5))
+        torch.compile(step, backend=seen, dynamic=True)(*fresh(9), quantized_layers(ALONE, number=6), torch.arange(9))
     (made,) = seen.made
     pieces = pieces_of(made.graph)
     assert "is no tensor of known shape" in why_not_apart(made.graph, pieces)
