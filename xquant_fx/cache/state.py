@@ -155,7 +155,7 @@ class KVState:
         tensors = {name: self.tensor(name) for name in STORED} | chunk.before
         x = None if chunk.x is None else self._as_stored(chunk.x)
         first = torch.tensor([begin], device=past.device) if begin else None
-        stored = max(min(end, chunk.past + chunk.new), begin + 1)  # what lies behind are zeros, and no work
+        stored = min(end, max(chunk.past + chunk.new, begin + 1))  # what lies behind are zeros, and no work
         where = dict(past=past, new_tokens=chunk.new, n=stored - begin, x=x, first=first)
         loaded = ops.LOAD(**tensors, **where, **self.spec.load_constants())
         return torch.nn.functional.pad(loaded, (0, 0, 0, end - stored)) if stored < end else loaded
