@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import weakref
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -41,23 +42,23 @@ class QuantizedKV(Dequantized):
     span: tuple[int, int]
     handlers: ClassVar[dict[Any, Any]]
     """Op to what it does with such a buffer as its first argument; NotImplemented: it reads numbers."""
+    token_dim: int | None = 2
+    """Which dimension tokens are along,"""
+    row_dim: int | None = 0
+    """and which one rows of the batch."""
 
     @staticmethod
     def __new__(
         cls, spec: KVSpec, anchor: Tensor, state: KVState | None = None, span: tuple[int, int] | None = None
     ) -> QuantizedKV:
         begin, end = span or (0, spec.shape[2])
-        shape = (*spec.shape[:2], end - begin, spec.shape[3])
-        with torch.inference_mode(False):  # or only inference mode could write to it
-            buffer = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
-        torch._C._set_throw_on_mutable_data_ptr(buffer)  # C++ code that asks for memory gets an error, not address 0
-        return buffer
+        return wrapper(cls, (*spec.shape[:2], end - begin, spec.shape[3]), spec, anchor)
 
     def __init__(self, spec: KVSpec, anchor: Tensor, state: KVState | None = None, span: tuple[int, int] | None = None):
         self._spec, self.anchor, self.state = spec, anchor, state
         self.span = span or (0, spec.shape[2])
         # Made once: Dynamo's guards ask for it in each step.
-        self.flattened = ["anchor"], (spec, self.span)
+        self.flattened = ["anchor"], self.context(spec)
 
     @property
     def spec(self) -> KVSpec:
@@ -79,11 +80,15 @@ class QuantizedKV(Dequantized):
         return buffer
 
     # The one inner tensor that Dynamo gets to see tells it the device; the rest is in the spec.
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[KVSpec, tuple[int, int]]]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         spec = self.spec
         if self.flattened[1][0] is not spec:
-            self.flattened = ["anchor"], (spec, self.span)
+            self.flattened = ["anchor"], self.context(spec)
         return self.flattened
+
+    def context(self, spec: KVSpec) -> tuple[Any, ...]:
+        """What Dynamo guards on, ``spec`` first."""
+        return spec, self.span
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> QuantizedKV:
@@ -124,6 +129,10 @@ class QuantizedKV(Dequantized):
     def part(self, begin: int, end: int) -> QuantizedKV:
         """A view of tokens [begin, end) of the buffer."""
         return QuantizedKV(self.spec, self.anchor, self.state, (begin, end))
+
+    def token(self, at: int) -> Dequantized:
+        """The token ``at``, without a dimension of tokens."""
+        return Token(self.part(at, at + 1), lambda x: self.append_at(torch.tensor([at], device=self.device), x))
 
     @property
     def origin(self) -> str:
@@ -209,6 +218,14 @@ class QuantizedKV(Dequantized):
         return _noted(read(func, args, kwargs or {}), args)
 
 
+def wrapper(cls: type, shape: Sequence[int], spec: KVSpec, anchor: Tensor) -> Any:
+    """An instance of ``cls`` that has a shape and no memory."""
+    with torch.inference_mode(False):  # or only inference mode could write to it
+        buffer: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
+    torch._C._set_throw_on_mutable_data_ptr(buffer)  # C++ code that asks for memory gets an error, not address 0
+    return buffer
+
+
 def _noted(out: Any, args: Any) -> Any:
     """``out``, and if it may stand for a whole buffer among ``args``, that it was quantized once."""
     if type(out) is Tensor and out.dim() in (3, 4):
@@ -236,21 +253,34 @@ def _refuse_aot(arg: Any) -> None:
         )
 
 
+def _is(kv: QuantizedKV, dim: int, meant: int | None) -> bool:
+    return meant is not None and dim in (meant, meant - kv.dim())
+
+
+def _positions(indices: Any, dim: int | None) -> Tensor | None:
+    """The positions that ``indices`` choose along ``dim``, if they take all of the other dimensions."""
+    if dim is None or len(indices) <= dim or any(index is not None for index in (*indices[:dim], *indices[dim + 1 :])):
+        return None
+    chosen: Tensor | None = indices[dim]
+    if chosen is None or chosen.dim() != 1 or chosen.dtype not in (torch.int64, torch.int32):  # a mask is no positions
+        return None
+    return chosen
+
+
 def _index_copy(kv: QuantizedKV, dim: int, pos: Tensor, x: Tensor) -> Any:
-    if dim not in (2, -2):
+    if not _is(kv, dim, kv.token_dim):
         return NotImplemented
     kv.append_at(pos, x)
     return kv
 
 
 def _index_put(kv: QuantizedKV, indices: Any, x: Tensor, accumulate: bool = False) -> Any:
-    if accumulate or len(indices) != 3 or indices[0] is not None or indices[1] is not None:
+    pos, at = _positions(indices, kv.token_dim), kv.token_dim
+    if accumulate or pos is None or at is None:
         return NotImplemented
-    if indices[2].dim() != 1 or indices[2].dtype not in (torch.int64, torch.int32):  # a mask is no positions
-        return NotImplemented
-    if x.dim() < 4 or 1 in x.shape:  # what torch would broadcast
-        x = x.expand(*kv.shape[:2], indices[2].shape[0], kv.shape[3])
-    kv.append_at(indices[2], x)
+    if x.dim() < kv.dim() or 1 in x.shape:  # what torch would broadcast
+        x = x.expand(*kv.shape[:at], pos.shape[0], *kv.shape[at + 1 :])
+    kv.append_at(pos, x)
     return kv
 
 
@@ -267,7 +297,7 @@ def _slice(kv: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, st
     begin, stop, _ = slice(start, end).indices(size)
     if (begin, stop) == (0, size) and step == 1:
         return kv.part(*kv.span)
-    if dim not in (2, -2) or step != 1:
+    if not _is(kv, dim, kv.token_dim) or step != 1:
         return NotImplemented
     base = kv.span[0]
     return kv.part(base + begin, base + max(begin, stop))
@@ -275,24 +305,24 @@ def _slice(kv: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, st
 
 def _select(kv: QuantizedKV, dim: int, index: int) -> Any:
     """``buffer[:, :, p] = x`` arrives as a copy into the token p."""
-    if dim not in (2, -2) or kv.state is None or not -kv.shape[2] <= index < kv.shape[2]:
+    if not _is(kv, dim, kv.token_dim) or kv.state is None or not -kv.shape[dim] <= index < kv.shape[dim]:
         return NotImplemented
-    at = kv.span[0] + index % kv.shape[2]
-    return Token(kv.part(at, at + 1), lambda x: kv.append_at(torch.tensor([at], device=kv.device), x))
+    return kv.token(kv.span[0] + index % kv.shape[dim])
 
 
 def _index_select(kv: QuantizedKV, dim: int, index: Tensor) -> Any:
     """Rows of the batch, as beam search selects them: the codes themselves are selected."""
-    if dim not in (0, -4) or kv.state is None or not kv.is_whole:
+    if not _is(kv, dim, kv.row_dim) or kv.state is None or not kv.is_whole:
         return NotImplemented
     chosen = kv.standing_for(select(kv.state, index.reshape(-1)))
     return chosen.as_taken_over(bool(kv.state.group.taken_over))
 
 
 def _index(kv: QuantizedKV, indices: Any) -> Any:
-    if len(indices) != 1 or indices[0].dim() != 1 or indices[0].dtype not in (torch.int64, torch.int32):
+    rows = _positions(indices, kv.row_dim)
+    if rows is None or kv.row_dim is None:
         return NotImplemented
-    return _index_select(kv, 0, indices[0].remainder(kv.shape[0]))
+    return _index_select(kv, kv.row_dim, rows.remainder(kv.shape[kv.row_dim]))
 
 
 def _copy(kv: QuantizedKV, source: Tensor, non_blocking: bool = False) -> Any:
@@ -314,7 +344,8 @@ def _sdp_choice(args: Any, kwargs: Any) -> Any:
     return aten._fused_sdp_choice.default(*args, **kwargs)
 
 
-QuantizedKV.handlers = {
+#: For buffers whose dimensions are in any order.
+HANDLERS = {
     aten.index_copy_.default: _index_copy,
     aten.index_put_.default: _index_put,
     aten.zero_.default: _zero,
@@ -326,3 +357,4 @@ QuantizedKV.handlers = {
     aten.detach.default: _alias,
     aten.alias.default: _alias,
 }
+QuantizedKV.handlers = dict(HANDLERS)
