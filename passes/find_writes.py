@@ -10,7 +10,7 @@ from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.kernels.rows import write_rows_
 from xquant_fx.passes.find_slides import find_slide, last_tokens_of
 from xquant_fx.passes.records import Write
-from xquant_fx.passes.trace import argument, fake, value_of
+from xquant_fx.passes.trace import argument, fake, full_index, is_whole, value_of
 from xquant_fx.passes.vocabulary import is_in_place, kind
 
 
@@ -165,29 +165,14 @@ def _count(positions: Node | slice) -> object:
 
 def _token_index(index: object, shape: torch.Size) -> Node | slice | None:
     """The index of dimension 2 if every other dimension is taken whole."""
-    if not isinstance(index, tuple):
+    items = full_index(index, 4)
+    if items is None or not all(is_whole(items[d], shape[d]) for d in (0, 1, 3)):
         return None
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        index = index[:at] + (slice(None),) * (4 - (len(index) - 1)) + index[at + 1 :]
-    index = index + (slice(None),) * (4 - len(index))
-    if len(index) != 4 or not all(_is_whole(index[d], shape[d]) for d in (0, 1, 3)):
-        return None
-    tokens = index[2]
+    tokens = items[2]
     if isinstance(tokens, Node):
         value = fake(tokens)
         return tokens if value is not None and value.dim() == 1 and value.dtype in (torch.int64, torch.int32) else None
     return _span(tokens, shape[2]) if isinstance(tokens, slice) and tokens.step in (None, 1) else None
-
-
-def _is_whole(part: object, size: object) -> bool:
-    if not isinstance(part, slice):
-        return False
-    bounds = (part.start, part.stop, part.step)
-    if bounds == (None, None, None):
-        return True
-    known = all(isinstance(b, int | None) for b in bounds)
-    return isinstance(size, int) and known and part.indices(size) == (0, size, 1)
 
 
 def _span(tokens: slice, size: object) -> slice | None:

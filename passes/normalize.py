@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.row_loops import merge_row_loops
 from xquant_fx.passes.row_writes import name_row_writes
-from xquant_fx.passes.trace import argument, fake
+from xquant_fx.passes.trace import argument, fake, is_int
 from xquant_fx.passes.vocabulary import kind
 
 
@@ -120,7 +120,7 @@ def _assign_to_tokens(graph: Graph, node: Node) -> bool:
     items, length = list(node.args[1]), value.shape[2]
     tokens = items[at]
     with graph.inserting_before(node):
-        if _is_int(tokens):
+        if is_int(tokens):
             written = fake(x)
             if not isinstance(x, Node) or written is None or written.dim() < 1:
                 return False
@@ -145,12 +145,6 @@ def _place_of_tokens(index: tuple[object, ...]) -> int | None:
             return None
     others = [item for i, item in enumerate(index) if i != place]
     return place if place < len(index) and all(isinstance(item, slice) or item is Ellipsis for item in others) else None
-
-
-def _is_int(value: object) -> bool:
-    if isinstance(value, Node):
-        return isinstance(value.meta.get("example_value"), int | torch.SymInt)
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _plus(graph: Graph, a: object, b: object) -> object:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -127,3 +128,32 @@ def same_value(a: object, b: object, depth: int = 6) -> bool:
         return False
     pairs = zip(a.args, b.args, strict=False)
     return len(a.args) == len(b.args) and all(same_value(x, y, depth - 1) for x, y in pairs)
+
+
+def full_index(index: object, rank: int) -> list[Any] | None:
+    """``index`` as one item per dimension; None if it adds dimensions or is no plain one."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(item is None or isinstance(item, list | bool) for item in items):
+        return None
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        items[at : at + 1] = [slice(None)] * (rank - len(items) + 1)
+    return items + [slice(None)] * (rank - len(items)) if len(items) <= rank else None
+
+
+def is_whole(item: object, size: object) -> bool:
+    """Whether ``item`` is a slice that takes all of a dimension of this ``size``."""
+    if not isinstance(item, slice):
+        return False
+    bounds = (item.start, item.stop, item.step)
+    if bounds == (None, None, None):
+        return True
+    known = all(isinstance(bound, int | None) for bound in bounds)
+    return isinstance(size, int) and known and item.indices(size) == (0, size, 1)
+
+
+def is_int(value: object) -> bool:
+    """Whether ``value`` is a number, known or not."""
+    if isinstance(value, Node):
+        return isinstance(value.meta.get("example_value"), int | torch.SymInt)
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -6,28 +6,47 @@ it is decided about the buffer that it shows, and what is done to it is done to 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+View = tuple[Any, ...]
+"""A function of torch, and its arguments behind the tensor."""
 
 ORDER = "BHND"
 """Of what is stored."""
 _SHOWN = "_xquant_shown"
 
 
+def to_order(dims: str) -> list[View]:
+    """The views that make [B, H, N, D] of a tensor with dimensions ``dims``."""
+    there = [dim for dim in ORDER if dim in dims]
+    added: list[View] = [(torch.unsqueeze, at) for at, dim in enumerate(ORDER) if dim not in dims]
+    return [(torch.permute, [dims.index(dim) for dim in there]), *added]
+
+
+def from_order(dims: str, shape: Sequence[int]) -> list[View]:
+    """The views that make dimensions ``dims`` of a tensor [B, H, N, D] of this ``shape``."""
+    there = [dim for dim in ORDER if dim in dims]
+    sizes = [size for dim, size in zip(ORDER, shape, strict=True) if dim in dims]
+    dropped: list[View] = [(torch.reshape, sizes)] if len(there) < len(ORDER) else []
+    return [*dropped, (torch.permute, [there.index(dim) for dim in dims])]
+
+
 def in_order(x: Tensor, dims: str) -> Tensor:
     """``x`` with dimensions ``dims`` as [B, H, N, D], a view."""
-    there = [dim for dim in ORDER if dim in dims]
-    x = x.permute([dims.index(dim) for dim in there])
-    for at, dim in enumerate(ORDER):
-        x = x if dim in dims else x.unsqueeze(at)
+    for op, *args in to_order(dims):
+        x = op(x, *args)
     return x
 
 
 def laid_out(x: Tensor, dims: str) -> Tensor:
     """``x`` [B, H, N, D] with dimensions ``dims``, a view."""
-    there = [dim for dim in ORDER if dim in dims]
-    x = x.reshape([size for dim, size in zip(ORDER, x.shape, strict=True) if dim in dims])
-    return x.permute([there.index(dim) for dim in dims])
+    for op, *args in from_order(dims, x.shape):
+        x = op(x, *args)
+    return x
 
 
 def alias_of(buffer: Tensor, dims: str) -> Tensor:
