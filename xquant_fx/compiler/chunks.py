@@ -2,7 +2,7 @@
 
 Each turn of a chat brings another number of tokens, each round of assisted decoding another number of candidates. Our
 C++ attention is made for one number of queries, so each would be compiled by itself, all layers at once, until Dynamo
-compiles none any more. Most of a chunk's time is matrix products, which are the same uncompiled.
+compiles none any more.
 """
 
 from __future__ import annotations

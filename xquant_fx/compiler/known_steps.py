@@ -8,8 +8,9 @@ attention would read dequantized keys and values, at six times the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import SymInt
@@ -17,25 +18,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from xquant_fx.compiler.other_graph import OtherGraph
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.passes.graph import clone
 from xquant_fx.passes.records import Detection
 
 
-class KnownStep(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class KnownStep(OtherGraph):
     """A graph of one number of new tokens, made of one of any."""
 
-    gm: GraphModule
     kept: Sequence[int]
     """Which of the inputs it takes: all but the number."""
 
     def given(self, args: Sequence[Any]) -> list[Any]:
         """``args`` of the graph of any number as those of this one."""
         return [args[i] for i in self.kept]
-
-    def calling(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """What is given the program's arguments and calls ``compiled``."""
-        return lambda *args: compiled(*self.given(args))
 
 
 def known_step(gm: GraphModule, found: Detection, inputs: Sequence[Any]) -> KnownStep | None:

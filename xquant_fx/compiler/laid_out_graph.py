@@ -5,8 +5,9 @@ Ordinary buffers are given to it as aliases (``cache/aliases.py``), quantized on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -15,6 +16,7 @@ from torch.nn import Parameter
 from xquant_fx.cache.aliases import alias_of, in_order
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.laid_out import LaidOutKV
+from xquant_fx.compiler.other_graph import OtherGraph
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.graph import clone
 from xquant_fx.passes.normalize import name_assignments
@@ -22,20 +24,16 @@ from xquant_fx.passes.order_dims import dims_of, order_dims
 from xquant_fx.passes.trace import fake, value_of
 
 
-class LaidOutGraph(NamedTuple):
-    """A graph made of another one."""
+@dataclasses.dataclass(frozen=True)
+class LaidOutGraph(OtherGraph):
+    """A graph of buffers in the usual order."""
 
-    gm: GraphModule
     dims: Mapping[int, str]
     """Of the inputs that it gets in the usual order: their dimensions."""
 
     def given(self, args: Sequence[Any]) -> list[Any]:
         """``args`` of the program's graph as those of this one."""
         return [_in_order(arg, self.dims[i]) if i in self.dims else arg for i, arg in enumerate(args)]
-
-    def calling(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """What is given the program's arguments and calls ``compiled``."""
-        return lambda *args: compiled(*self.given(args))
 
 
 def _in_order(arg: Any, dims: str) -> Any:

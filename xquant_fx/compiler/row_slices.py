@@ -10,9 +10,10 @@ that what remains is a graph as all passes know them.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.ragged import RaggedState
+from xquant_fx.compiler.other_graph import OtherGraph
 from xquant_fx.passes.graph import call, clone, fake_mode
 from xquant_fx.passes.row_uses import RowUse, adds_rows, row_use
 from xquant_fx.passes.trace import fake
@@ -27,10 +29,10 @@ from xquant_fx.passes.trace import fake
 ALL = slice(None)
 
 
-class RowGraph(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class RowGraph(OtherGraph):
     """A graph of one row, made of one of a batch."""
 
-    gm: GraphModule
     buffers: tuple[int, ...]
     """Which of its inputs are rows."""
     row: int
@@ -43,10 +45,6 @@ class RowGraph(NamedTuple):
         if row is None:
             row = self.row if self.place is None else args[self.place]
         return [arg[row : row + 1] if i in self.buffers else arg for i, arg in enumerate(args)]
-
-    def calling(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """What is given batches and calls ``compiled`` with their rows."""
-        return lambda *args: compiled(*self.given(args))
 
 
 def row_graph(gm: GraphModule, inputs: Sequence[Any]) -> RowGraph | None:
