@@ -4,8 +4,8 @@
 //
 // Its time is that of reading the weights once, so all rows of x share what is read, one thread team works on all
 // layers, and each thread reads a few long streams, each through a part of its own of the weights. Processors fetch
-// such streams by themselves: two faster than when told to (42 of 42 GB/s against 32 on a Zen 5 core), four faster than
-// two (18 GB/s against 15, and 11 from one, on a busy Zen 3 core).
+// such streams by themselves: two faster than when told to (42 of 42 GB/s against 32 on a Zen 5 core); on a Zen 3 core
+// four are faster than two.
 #include "few_rows.h"
 
 namespace xq {
