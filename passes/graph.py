@@ -1,7 +1,7 @@
 """Working on a copy of Dynamo's graph. Everything private to torch that this needs is here.
 
 Dynamo goes on reading its own graph's placeholders after the backend returns, so the passes work on
-a clone. Relied on: ``node._dynamo_source``, ``node.meta["example_value"]`` and ``["tensor_dict"]``,
+a clone. Relied on: ``node._dynamo_source``, ``GetItemSource``, ``node.meta["example_value"]`` and ``["tensor_dict"]``,
 ``GraphModule._param_name_to_source`` and friends, ``_make_graph_module``. Checked on torch 2.11, 2.13 and 2.14.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import GetItemSource
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
@@ -52,6 +53,12 @@ def fake_mode(graph: Graph) -> Any:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return None
+
+
+def part_source(whole: Node, index: int) -> Any:
+    """Where the program has part ``index`` of the input ``whole``."""
+    source = getattr(whole, "_dynamo_source", None)
+    return None if source is None else GetItemSource(source, index)
 
 
 def add_input(graph: Graph, after: Node, name: str, tensor: Tensor) -> Node:

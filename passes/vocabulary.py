@@ -68,6 +68,8 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "narrow": ("narrow", torch.narrow),
     "select": ("select", torch.select),
     "split": ("chunk", "split", torch.chunk, torch.split, torch.functional.split),
+    "unbind": ("unbind", torch.unbind),
+    "stack": (torch.stack,),
     "getitem": (operator.getitem,),
     "cast": ("to", "type", "type_as", "float", "half", "bfloat16"),
     "contiguous": ("contiguous",),

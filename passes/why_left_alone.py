@@ -18,6 +18,8 @@ from xquant_fx.passes.vocabulary import kind, op_name
 STORABLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
 #: Dimensions of a buffer, for people.
 LAYOUT = "[batch, heads, tokens, channels]"
+#: In the ``meta`` of an input that is a stack of buffers: why they are not taken over one by one.
+WHY_WHOLE = "xquant_left_whole"
 #: Of a buffer that is filled elsewhere, once or in another graph.
 NOT_WRITTEN = "the buffer is read and not written in this graph (cross attention, or a graph break?)"
 
@@ -33,7 +35,8 @@ def why_not_operand(source: Source, what: str, facts: Facts) -> str:
     if root.op != "placeholder":
         return _why_not_computed(root, what, facts)
     return (
-        _why_not_buffer(fake(root), what)
+        root.meta.get(WHY_WHOLE, "")
+        or _why_not_buffer(fake(root), what)
         or _why_not_mutation(root, what, facts)
         or ("" if facts.writes_to(root) else f"{what}: {NOT_WRITTEN}")
         or why_not_length(root, what, facts)
@@ -107,6 +110,11 @@ def _why_not_computed(root: Node, what: str, facts: Facts) -> str:
 def _why_not_buffer(value: torch.Tensor | None, what: str) -> str:
     if value is None or value.dim() != 4 or value.dtype not in STORABLE:
         found = "unknown" if value is None else f"shape {tuple(value.shape)}, {value.dtype}"
+        if value is not None and value.dim() > 4 and value.dtype in STORABLE:
+            return (
+                f"{what} are parts of a tensor of {value.dim()} dimensions that is not only taken apart ({found}): "
+                f"write to and read {LAYOUT} of it, by constant numbers in the other dimensions"
+            )
         return f"{what} come from an input that is no [B, H, N, D] buffer of 16 or 32 bit floats ({found})"
     if isinstance(value, torch.nn.Parameter) or (value.requires_grad and value.is_leaf):
         return f"{what} come from a parameter"

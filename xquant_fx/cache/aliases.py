@@ -1,7 +1,8 @@
-"""Ordinary buffers whose dimensions a program has in another order, shown as [B, H, N, D] for one step.
+"""Ordinary buffers whose dimensions a program has in another order, or as parts of one tensor, shown as [B, H, N, D].
 
-A graph that was rewritten to that order (``compiler/laid_out_graph.py``) is given such an alias. What is decided about
-it is decided about the buffer that it shows, and what is done to it is done to that one.
+A graph that was rewritten (``compiler/laid_out_graph.py``, ``compiler/stacked_graph.py``) is given such an alias for
+one step. What is decided about it is decided about the buffer that it shows, and what is done to it is done to that
+one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ View = tuple[Any, ...]
 ORDER = "BHND"
 """Of what is stored."""
 _SHOWN = "_xquant_shown"
+_STACK = "_xquant_stack"
 
 
 def to_order(dims: str) -> list[View]:
@@ -51,20 +53,49 @@ def laid_out(x: Tensor, dims: str) -> Tensor:
 
 def alias_of(buffer: Tensor, dims: str) -> Tensor:
     """``buffer``, whose dimensions are ``dims``, as [B, H, N, D]: no view, which would count as one of its holders."""
-    like = in_order(torch.empty_strided(buffer.shape, buffer.stride(), device="meta"), dims)
-    alias = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
-    alias.set_(buffer.untyped_storage(), buffer.storage_offset(), like.shape, like.stride())
+    alias = _alias(buffer, in_order(_like(buffer), dims))
     setattr(alias, _SHOWN, (buffer, dims))
     return alias
 
 
+def part_alias(stack: Tensor, place: Sequence[tuple[int, int]]) -> Tensor:
+    """A part of ``stack``, likewise: what the selections (dimension, index) leave, one after another."""
+    like = _like(stack)
+    for at, index in place:
+        like = like.select(at, index)
+    alias = _alias(stack, like)
+    setattr(alias, _STACK, stack)
+    return alias
+
+
+def _like(buffer: Tensor) -> Tensor:
+    return torch.empty_strided(buffer.shape, buffer.stride(), device="meta")
+
+
+def _alias(buffer: Tensor, like: Tensor) -> Tensor:
+    """A tensor in the memory of ``buffer``, where ``like`` would be in that of one like it."""
+    alias = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
+    alias.set_(buffer.untyped_storage(), buffer.storage_offset() + like.storage_offset(), like.shape, like.stride())
+    return alias
+
+
 def shown_by(alias: Tensor) -> tuple[Tensor, str] | None:
-    """The buffer that ``alias`` shows, and its dimensions; None if it is no alias."""
+    """The buffer that ``alias`` shows in another order, and its dimensions; None if it does not."""
     found: tuple[Tensor, str] | None = getattr(alias, _SHOWN, None)
     return found
 
 
+def aliases_from(tensor: Tensor) -> list[Tensor]:
+    """``tensor``, and if it is an alias, what it shows, and so on: the last one is what a program holds."""
+    found = [tensor]
+    while True:
+        shown = shown_by(found[-1])
+        stack: Tensor | None = getattr(found[-1], _STACK, None)
+        if shown is None and stack is None:
+            return found
+        found.append(shown[0] if shown is not None else stack)  # type: ignore[arg-type]
+
+
 def owner_of(tensor: Tensor) -> Tensor:
-    """The buffer that ``tensor`` shows, or ``tensor`` itself."""
-    found = shown_by(tensor)
-    return tensor if found is None else found[0]
+    """The buffer that ``tensor`` shows, or is a part of, or ``tensor`` itself."""
+    return aliases_from(tensor)[-1]

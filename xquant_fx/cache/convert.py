@@ -15,6 +15,9 @@ from torch import Tensor
 from xquant_fx.cache.aliases import alias_of, shown_by
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.laid_out import LaidOutKV
+from xquant_fx.cache.left import leave, why_left
+from xquant_fx.cache.reads import Dequantized
+from xquant_fx.cache.stacked import StackedKV
 from xquant_fx.cache.state import KVState
 
 
@@ -28,7 +31,7 @@ def dequantize_in_place(buffer: QuantizedKV) -> None:
             _make_plain(ordered, alias_of(buffer, dims))
 
 
-def _make_plain(buffer: QuantizedKV, plain: Tensor) -> None:
+def _make_plain(buffer: Dequantized, plain: Tensor) -> None:
     static = getattr(buffer, "_dynamo_static_input_type", None)
     kind, kept = type(buffer), dict(plain.__dict__)
     attributes = dict(buffer.__dict__)
@@ -56,7 +59,21 @@ def quantize_in_place(buffer: Tensor, state: KVState) -> Tensor:
     return owner
 
 
-def _make_quantized(buffer: Tensor, new: QuantizedKV) -> None:
+def stack_in_place(buffer: Tensor, stack: StackedKV) -> None:
+    """Make the object ``buffer`` the ``stack`` of what its parts became; its own storage is released."""
+    _make_quantized(buffer, stack)
+
+
+def unstack_in_place(stack: StackedKV) -> None:
+    """Make the object ``stack``, a part of which was given back, an ordinary tensor of dequantized values."""
+    reason = next(filter(None, map(why_left, stack.leaves)), "")
+    with torch.inference_mode(False), torch.no_grad():
+        _make_plain(stack, stack.dense())
+    if reason:
+        leave(stack, reason)
+
+
+def _make_quantized(buffer: Tensor, new: Dequantized) -> None:
     static = getattr(buffer, "_dynamo_static_input_type", None)  # a static address only if the buffer's was
     attributes = dict(new.__dict__)
     buffer.__class__, new.__class__ = type(new), torch.Tensor  # type: ignore[assignment]

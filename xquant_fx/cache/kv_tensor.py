@@ -52,7 +52,7 @@ class QuantizedKV(Dequantized):
         cls, spec: KVSpec, anchor: Tensor, state: KVState | None = None, span: tuple[int, int] | None = None
     ) -> QuantizedKV:
         begin, end = span or (0, spec.shape[2])
-        return wrapper(cls, (*spec.shape[:2], end - begin, spec.shape[3]), spec, anchor)
+        return wrapper(cls, (*spec.shape[:2], end - begin, spec.shape[3]), spec.dtype, anchor.device)
 
     def __init__(self, spec: KVSpec, anchor: Tensor, state: KVState | None = None, span: tuple[int, int] | None = None):
         self._spec, self.anchor, self.state = spec, anchor, state
@@ -218,10 +218,10 @@ class QuantizedKV(Dequantized):
         return _noted(read(func, args, kwargs or {}), args)
 
 
-def wrapper(cls: type, shape: Sequence[int], spec: KVSpec, anchor: Tensor) -> Any:
+def wrapper(cls: type, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
     """An instance of ``cls`` that has a shape and no memory."""
     with torch.inference_mode(False):  # or only inference mode could write to it
-        buffer: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
+        buffer: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
     torch._C._set_throw_on_mutable_data_ptr(buffer)  # C++ code that asks for memory gets an error, not address 0
     return buffer
 

@@ -31,7 +31,7 @@ class LaidOutKV(QuantizedKV):
     ) -> LaidOutKV:
         begin, end = span or (0, spec.shape[2])
         sizes = dict(zip(ORDER, (*spec.shape[:2], end - begin, spec.shape[3]), strict=True))
-        made: LaidOutKV = wrapper(cls, [sizes[dim] for dim in dims], spec, anchor)
+        made: LaidOutKV = wrapper(cls, [sizes[dim] for dim in dims], spec.dtype, anchor.device)
         return made
 
     def __init__(

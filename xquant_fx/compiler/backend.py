@@ -26,6 +26,7 @@ from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.left import leave
 from xquant_fx.cache.prompt_keys import PromptKeys, PromptScores
+from xquant_fx.cache.stacked import StackedKV
 from xquant_fx.compiler.chunks import UncompiledChunk
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.frozen import check_frozen
@@ -45,9 +46,10 @@ from xquant_fx.compiler.row_slices import row_graph
 from xquant_fx.compiler.self_check import self_check
 from xquant_fx.compiler.short_windows import note_short_windows, why_not_sliding_window
 from xquant_fx.compiler.sliding_step import SlidingStep, begin_to_slide, moved_windows
+from xquant_fx.compiler.stacked_graph import NOT_APART, Judge, LeftWholeError, no_judge, stacked_graph
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.tracing_time import watch_tracing
-from xquant_fx.compiler.watch import Watch
+from xquant_fx.compiler.watch import Watch, WatchStacks
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.detect import detect
@@ -97,12 +99,33 @@ watch_tracing(xquant_backend)
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
     """Decide what becomes of a graph; ``compiler`` gets what is to be compiled."""
     check_frozen(gm, request)
+    if (stacks := stacked_graph(gm, inputs)) is None:
+        if whole := [each.origin for each in inputs if isinstance(each, StackedKV)]:
+            report_uncompiled(whole, NOT_APART, request)
+            return gm.forward
+        return _compile(gm, inputs, request, compiler)
+
+    def take(args: Sequence[Any]) -> Callable[..., Any]:
+        return stacks.calling(_compile(stacks.gm, stacks.given(args), request, compiler, stacks.judge(args)))
+
+    try:
+        return take(inputs)
+    except LeftWholeError as left:
+        compiled = _compile(stacks.left_whole(gm, str(left)), inputs, request, compiler)
+        return WatchStacks(compiled, take, tuple(stacks.stacks), request)
+
+
+def _compile(
+    gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler, judge: Judge = no_judge
+) -> Callable[..., Any]:
+    """As ``compile_graph``, of a graph without stacks; ``judge`` is told what is decided, and may raise."""
     if (usual := laid_out_graph(gm, inputs)) is not None:
-        return usual.calling(compile_graph(usual.gm, usual.given(inputs), request, compiler))
+        return usual.calling(_compile(usual.gm, usual.given(inputs), request, compiler, judge))
     if (one := row_graph(gm, inputs)) is not None:
         with contextlib.suppress(UnsupportedWriteError):  # else as any graph that does this to a batch
-            return one.calling(compile_graph(one.gm, one.given(inputs, one.row), request, compiler))
+            return one.calling(_compile(one.gm, one.given(inputs, one.row), request, compiler))
     found = detect_graph(gm, inputs, request)
+    judge(found, "")
     report_left(found.sites, request)
     _check_gradients(gm, inputs)
     if _allocates(gm):
@@ -114,6 +137,7 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
         if all(grows):
             return GrowingTakeover(found)
         refused = request.self_check and self_check(gm, found, inputs, request, detect_graph).refused
+        judge(found, refused or "")
         return _refused(gm, found, inputs, refused, request, compiler) if refused else Takeover(found, request)
     if any(isinstance(t, PromptKeys | PromptScores) for t in inputs):
         log.info("a graph break lies between a cold prompt's keys and their attention, which runs uncompiled")
@@ -124,7 +148,7 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
         return Watch(compiled, gm, found, request, detect_graph) if found.left_for_now else compiled
     _check_config([inputs[i] for i in quantized], request)
     if (known := known_step(gm, found, inputs)) is not None:
-        return known.calling(compile_graph(known.gm, known.given(inputs), request, compiler))
+        return known.calling(_compile(known.gm, known.given(inputs), request, compiler))
     try:
         return _compile_quantized(gm, found, inputs, quantized, request, compiler)
     except UnsupportedWriteError as error:

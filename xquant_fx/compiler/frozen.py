@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.stacked import StackedKV
 from xquant_fx.compiler.left_alone import report_buffers
 from xquant_fx.compiler.options import Request
 from xquant_fx.errors import CacheStateError
@@ -25,7 +26,7 @@ def check_frozen(gm: GraphModule, request: Request) -> None:
         NotRewrittenError: an ordinary one is, under ``strict``.
     """
     for tensor in (*vars(gm).values(), *gm._buffers.values()):
-        if isinstance(tensor, QuantizedKV):
+        if isinstance(tensor, QuantizedKV | StackedKV):
             raise CacheStateError(f"{tensor.origin}: {WHY}: {WAY_OUT}")
     report_buffers([(name, f"{WHY}: {WAY_OUT}") for name in dict.fromkeys(_written_constants(gm))], request)
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule
 
-from xquant_fx.cache.growing import STORED_KV
+from xquant_fx.cache.stacked import stored_in
 from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.chunks import has_chunk_of_any_length
 from xquant_fx.compiler.index_checks import checks_behind_indices
@@ -53,7 +53,7 @@ def no_collection() -> Iterator[None]:
 
 def begin(inputs: list[Any]) -> None:
     """Where kernels of ours are going to be compiled, find out in the background what that takes."""
-    if not are_expected() and any(isinstance(each, STORED_KV) and _is_on_cpu(each) for each in inputs):
+    if not are_expected() and any(_is_on_cpu(each) for each in stored_in(inputs)):
         from xquant_fx.kernels.cpu.build import begin_probes  # brings in Inductor's compiler
 
         begin_probes()

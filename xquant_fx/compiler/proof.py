@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from xquant_fx.cache.aliases import owner_of, shown_by
+from xquant_fx.cache.aliases import aliases_from, owner_of
 from xquant_fx.cache.left import why_left
 from xquant_fx.cache.storage import share_storage, why_not_alone
 from xquant_fx.passes.facts import Facts
@@ -68,7 +68,8 @@ class Call:
         return next((f"row {row}: {why}" for row, why in reasons if why), "")
 
     def _why_seen(self, buffer: Tensor) -> str:
-        aliases = sum(shown_by(t) is not None and share_storage(t, buffer) for t in self._tensors())
+        shown = [alias for t in self._tensors() for alias in aliases_from(t)[:-1] if share_storage(alias, buffer)]
+        aliases = len({id(alias) for alias in shown})
         buffer = self._original(buffer)
         others = [self._original(t) for t in self._tensors()]
         if any(share_storage(other, buffer) for other in others if other is not buffer):
@@ -81,7 +82,7 @@ class Call:
 
     def _original(self, tensor: Tensor) -> Tensor:
         owner = owner_of(tensor)
-        return self.originals.get(id(owner), owner)
+        return owner_of(self.originals.get(id(owner), owner))
 
     def foresight_of(self, write: Write) -> Foresight:
         """How the positions of ``write`` are known ahead."""

@@ -13,8 +13,9 @@ from torch.fx import Node
 from xquant_fx.compiler.backend import detect_graph
 from xquant_fx.compiler.laid_out_graph import laid_out_graph
 from xquant_fx.compiler.left_alone import report_left
-from xquant_fx.compiler.options import parse
+from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.self_check import self_check
+from xquant_fx.compiler.stacked_graph import LeftWholeError, stacked_graph
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.passes import records
 from xquant_fx.passes.find_sites import buffer_name
@@ -73,16 +74,10 @@ def explain(
     copied, originals = copies((args, kwargs))
 
     def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        program, given = gm.forward, inputs
-        if (usual := laid_out_graph(gm, inputs)) is not None:
-            gm, inputs = usual.gm, usual.given(inputs)
-        found = detect_graph(gm, inputs, request, originals)
-        if request.self_check:
-            judge = functools.partial(detect_graph, originals=originals)
-            found = self_check(gm, found, inputs, request, judge).explained
+        found, given = _judge(gm, inputs, request, originals)
         seen.append(found)
         held.save(found, given)
-        return program
+        return gm.forward
 
     function = getattr(model, "_orig_mod", model)
     function = function.forward if isinstance(function, torch.nn.Module) else function
@@ -95,6 +90,31 @@ def explain(
         torch._dynamo.reset()
     report_left(tuple(site for found in seen for site in found.sites), request)
     return Explanation([site for found in seen for site in _sites(found)], len(seen))
+
+
+def _judge(
+    gm: torch.fx.GraphModule, inputs: list[Any], request: Request, originals: dict[int, Tensor]
+) -> tuple[Detection, list[Any]]:
+    """What is decided about a graph, and what its inputs are."""
+    if (stacks := stacked_graph(gm, inputs)) is None:
+        return _detect(gm, inputs, request, originals), inputs
+    parts = stacks.given(inputs)
+    try:
+        found = _detect(stacks.gm, parts, request, originals)
+        stacks.judge(inputs)(found, "")
+    except LeftWholeError as left:
+        return _detect(stacks.left_whole(gm, str(left)), inputs, request, originals), inputs
+    return found, parts
+
+
+def _detect(gm: torch.fx.GraphModule, inputs: list[Any], request: Request, originals: dict[int, Tensor]) -> Detection:
+    if (usual := laid_out_graph(gm, inputs)) is not None:
+        gm, inputs = usual.gm, usual.given(inputs)
+    found = detect_graph(gm, inputs, request, originals)
+    if not request.self_check:
+        return found
+    judge = functools.partial(detect_graph, originals=originals)
+    return self_check(gm, found, inputs, request, judge).explained
 
 
 def _sites(found: Detection) -> list[Site]:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.pages import shared_bytes
+from xquant_fx.cache.stacked import leaves_of, stored_in
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
 
@@ -135,7 +136,7 @@ def _tensors(holder: Any) -> Iterator[Tensor]:
     else:
         # Linear attention keeps dicts of states.
         layers = [vars(layer) for cache in _caches_in(holder) for layer in cache.layers] or holder
-        found = (t for t in tree_leaves(layers) if isinstance(t, Tensor))
+        found = (t for held in tree_leaves(layers) for t in leaves_of(held) if isinstance(t, Tensor))
     seen: set[int] = set()
     for tensor in found:
         if id(tensor) not in seen:
@@ -152,6 +153,4 @@ def _caches_in(holder: Any) -> list[Any]:
 
 
 def _module_tensors(module: torch.nn.Module) -> Iterator[Tensor]:
-    for value in (*module._buffers.values(), *vars(module).values()):
-        if isinstance(value, STORED_KV):
-            yield value
+    yield from stored_in(tree_leaves(vars(module)))  # its buffers, and lists and dicts of tensors

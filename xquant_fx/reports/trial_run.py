@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xquant_fx.cache.aliases import owner_of
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.stacked import leaves_of
 from xquant_fx.passes.records import Detection
 
 
@@ -26,13 +29,14 @@ class HeldTensors:
     def __init__(self, model: object) -> None:
         modules = model.modules() if isinstance(model, torch.nn.Module) else ()
         values = (value for m in modules for value in (*m._buffers.values(), *vars(m).values()))
-        self.ids = {id(value) for value in values if isinstance(value, Tensor)}
+        self.ids = {id(leaf) for value in values if isinstance(value, Tensor) for leaf in leaves_of(value)}
         self.saved: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
 
-    def save(self, found: Detection, inputs: list[object]) -> None:
+    def save(self, found: Detection, inputs: Sequence[Any]) -> None:
         """Copy what the graph is about to write to, unless an earlier graph of the same call did."""
         placeholders = found.gm.graph.find_nodes(op="placeholder")
-        for node, tensor in zip(placeholders, inputs, strict=True):
+        for node, given in zip(placeholders, inputs, strict=True):
+            tensor = owner_of(given)
             if node in found.written and isinstance(tensor, Tensor) and id(tensor) in self.ids - set(self.saved):
                 self.saved[id(tensor)] = tensor, {name: part.clone() for name, part in _parts(tensor).items()}
 

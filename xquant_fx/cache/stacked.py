@@ -1,0 +1,205 @@
+"""``StackedKV``: quantized buffers that a program holds as one tensor.
+
+Hand-written models keep keys and values, or those of all layers, in one tensor: [2, B, H, N, D], [L, 2, B, H, N, D],
+[L, B, H, N, D] each. Each part is a buffer of its own to kernels, passes and reports: a graph is given the parts
+(``compiler/stacked_graph.py``), and what the program holds is this.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xquant_fx.cache.growing import STORED_KV
+from xquant_fx.cache.kv_tensor import wrapper
+from xquant_fx.cache.left import ONCE, leave
+from xquant_fx.cache.reads import Dequantized, read
+from xquant_fx.errors import UnsupportedWriteError
+
+aten = torch.ops.aten
+
+
+class StackedKV(Dequantized):
+    """``parts`` along dimension ``at``: of each, which may be a stack in turn, what ``select(at, i)`` shows."""
+
+    parts: tuple[Any, ...]
+    at: int
+
+    @staticmethod
+    def __new__(cls, parts: Sequence[Any], at: int) -> StackedKV:
+        shape = list(parts[0].shape)
+        shape.insert(at, len(parts))
+        made: StackedKV = wrapper(cls, shape, parts[0].dtype, parts[0].device)
+        return made
+
+    def __init__(self, parts: Sequence[Any], at: int) -> None:
+        self.parts, self.at = tuple(parts), at
+        self.anchor = getattr(parts[0], "anchor", None)
+        self.leaves = tuple(leaf for part in parts for leaf in leaves_of(part))
+        """The buffers, in the order of the stack."""
+
+    # As of a QuantizedKV: Dynamo gets to see one tensor; the rest is in the specs.
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        return ["anchor"], (self.at, tuple((type(part), part.__tensor_flatten__()[1]) for part in self.parts))
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> StackedKV:
+        at, parts = context
+        return StackedKV([kind.__tensor_unflatten__(inner, each, None, None) for kind, each in parts], at)
+
+    def _stable_hash_for_caching(self) -> str:
+        return f"{self.at}{[part._stable_hash_for_caching() for part in self.parts]}"
+
+    def _is_view(self) -> bool:
+        """False: Dynamo would look for a base with strides."""
+        return False
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"StackedKV({self.origin}, shape={tuple(self.shape)}, dim={self.at})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StackedKV:
+        memo[id(self)] = new = of_parts(copy.deepcopy(self.parts, memo), self.at)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return of_parts, (self.parts, self.at)
+
+    @property
+    def origin(self) -> str:
+        """Layers and sides."""
+        return f"{self.leaves[0].origin} to {self.leaves[-1].origin}"
+
+    def dense(self) -> Tensor:
+        """Dequantized copy; a tensor of the right shape only, while Dynamo traces."""
+        return torch.stack([dense_of(part) for part in self.parts], self.at)
+
+    def refuse_write(self, func: Any) -> None:
+        """A stand-in that is traced may be written to: the passes look at the graph."""
+        if getattr(self.leaves[0], "state", self) is not None:
+            raise UnsupportedWriteError(
+                f"{self!r}: {func} is not a way to append tokens to what is stacked along dimension {self.at}; nothing "
+                "was written"
+            )
+
+    def part_dim(self, dim: int) -> int | None:
+        """Which dimension of a part ``dim`` is; None of that along which parts are stacked."""
+        dim %= self.dim()
+        return None if dim == self.at else dim - (dim > self.at)
+
+    def mapped(self, call: Callable[[Any], Any], at: int) -> Any:
+        """What ``call`` gives of each part, stacked along ``at``; NotImplemented if that is numbers."""
+        found = [call(part) for part in self.parts]
+        return StackedKV(found, at) if all(isinstance(each, Dequantized) for each in found) else NotImplemented
+
+    def each(self, call: Callable[[Any, Tensor], Any], x: Tensor, at: int) -> StackedKV:
+        """Have ``call`` write to each part its share of ``x``, which is stacked along ``at``; returns this stack."""
+        for part, share in zip(self.parts, x.unbind(at), strict=True):
+            call(part, share)
+        return self
+
+    @classmethod
+    @torch._dynamo.disable
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = _HANDLERS.get(func) if isinstance(args[0], StackedKV) else None
+        if handler is not None:
+            result = handler(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        out = read(func, args, kwargs or {})
+        if type(out) is Tensor and isinstance(args[0], StackedKV) and out.shape == args[0].shape:
+            leave(out, ONCE)
+        return out
+
+
+def leaves_of(value: Any) -> tuple[Any, ...]:
+    """The buffers of a stack, or ``value`` itself."""
+    return value.leaves if isinstance(value, StackedKV) else (value,)
+
+
+def dense_of(part: Any) -> Tensor:
+    """The numbers of a part; one that was given back is an ordinary tensor."""
+    dense: Tensor = part.dense() if isinstance(part, Dequantized) else part
+    return dense
+
+
+def stored_in(values: Any) -> Iterator[Any]:
+    """The quantized buffers among ``values``, those of stacks one by one."""
+    return (leaf for value in values for leaf in leaves_of(value) if isinstance(leaf, STORED_KV))
+
+
+def of_parts(parts: Sequence[Any], at: int) -> StackedKV:
+    """The stack of ``parts``, whose address compiled graphs may take for granted."""
+    stack = StackedKV(parts, at)
+    torch._dynamo.mark_static_address(stack)
+    return stack
+
+
+def _select(kv: StackedKV, dim: int, index: int) -> Any:
+    inner = kv.part_dim(dim)
+    if inner is None:
+        return aten.alias.default(kv.parts[index])
+    return kv.mapped(lambda part: aten.select.int(part, inner, index), kv.at - (inner < kv.at))
+
+
+def _slice(kv: StackedKV, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    if isinstance(start, torch.SymInt) or isinstance(end, torch.SymInt):
+        return NotImplemented  # while Dynamo traces; to count from them would make numbers of them
+    inner = kv.part_dim(dim)
+    if inner is not None:
+        return kv.mapped(lambda part: aten.slice.Tensor(part, inner, start, end, step), kv.at)
+    some = kv.parts[slice(start, end, step)]
+    return StackedKV(some, kv.at) if some else NotImplemented
+
+
+def _unbind(kv: StackedKV, dim: int = 0) -> Any:
+    return NotImplemented if kv.part_dim(dim) is not None else [aten.alias.default(part) for part in kv.parts]
+
+
+def _alias(kv: StackedKV) -> Any:
+    return kv.mapped(aten.alias.default, kv.at)
+
+
+def _copy(kv: StackedKV, source: Tensor, non_blocking: bool = False) -> Any:
+    """``stack[:, :, :, a:b] = x`` arrives as a copy into parts of the parts."""
+    return kv.each(aten.copy_.default, source.expand(kv.shape), kv.at)
+
+
+def _zero(kv: StackedKV) -> Any:
+    for part in kv.parts:
+        aten.zero_.default(part)
+    return kv
+
+
+def _index_copy(kv: StackedKV, dim: int, pos: Tensor, x: Tensor) -> Any:
+    inner = kv.part_dim(dim)
+    if inner is None:
+        return NotImplemented
+    return kv.each(lambda part, share: aten.index_copy_.default(part, inner, pos, share), x, kv.at)
+
+
+def _index_put(kv: StackedKV, indices: Any, x: Tensor, accumulate: bool = False) -> Any:
+    chosen = [i for i, index in enumerate(indices) if index is not None]
+    if accumulate or len(chosen) != 1 or chosen[0] == kv.at or indices[chosen[0]].dim() != 1:
+        return NotImplemented
+    shape = list(kv.shape)
+    shape[chosen[0]] = indices[chosen[0]].shape[0]
+    rest = [*indices, *[None] * (kv.dim() - len(indices))]
+    del rest[kv.at]
+    return kv.each(lambda part, share: aten.index_put_.default(part, rest, share), x.expand(shape), kv.at)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.select.int: _select,
+    aten.slice.Tensor: _slice,
+    aten.unbind.int: _unbind,
+    aten.alias.default: _alias,
+    aten.detach.default: _alias,
+    aten.copy_.default: _copy,
+    aten.zero_.default: _zero,
+    aten.index_copy_.default: _index_copy,
+    aten.index_put_.default: _index_put,
+}
