@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from xquant_fx.cache.aliases import owner_of
 from xquant_fx.cache.kv_tensor import QuantizedKV
@@ -28,7 +29,7 @@ class HeldTensors:
 
     def __init__(self, model: object) -> None:
         modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-        values = (value for m in modules for value in (*m._buffers.values(), *vars(m).values()))
+        values = (value for m in modules for value in tree_leaves(vars(m)))  # its buffers, and lists of tensors
         self.ids = {id(leaf) for value in values if isinstance(value, Tensor) for leaf in leaves_of(value)}
         self.saved: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
 
