@@ -369,3 +369,21 @@ def test_the_step_that_takes_over_sees_what_an_eager_step_on_codes_sees(past, ne
                 assert relative_error(got[layer], want[0]) < 1e-6
         if past <= CONFIG.residual_length:
             torch.testing.assert_close(got, want_exact)
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+def test_a_subclass_of_tensor_is_not_taken_over():
+    def step(q, k, v, keys, values, pos):
+        keys.index_copy_(2, pos, k)
+        values.index_copy_(2, pos, v)
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+
+    keys, values = (torch.ones(1, 2, 16, 8).as_subclass(Marked) for _ in range(2))  # slots: tokens lie behind
+    q, k, v = torch.randn(3, 1, 2, 1, 8, generator=torch.Generator().manual_seed(0))
+    right = step(q, k, v, keys.clone(), values.clone(), torch.tensor([5]))
+    with torch.no_grad():
+        got = torch.compile(step, backend=interpreted([]))(q, k, v, keys, values, torch.tensor([5]))
+    assert type(keys) is Marked and torch.allclose(got, right, atol=1e-6)

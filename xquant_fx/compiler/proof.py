@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from xquant_fx.cache.aliases import aliases_from, owner_of
 from xquant_fx.cache.left import why_left
+from xquant_fx.cache.reads import Dequantized
 from xquant_fx.cache.storage import share_storage, why_not_alone
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.foresight import foresee, foresee_value
@@ -57,7 +59,7 @@ class Call:
         """As ``refuse``, of a write whose positions can be foreseen already."""
         buffer = self.given.get(node)
         if type(buffer) is not Tensor:
-            return ""
+            return _why_not_plain(buffer)
         reason = why_left(buffer) or self._why_seen(buffer) or self.foresight_of(write).reason
         if not reason and write.slide is not None:
             return "" if write.slide.is_prompt else why_not_held(buffer, self.tokens_before(write))
@@ -156,6 +158,16 @@ def _computed(gm: GraphModule, foresight: Foresight, given: Mapping[Node, Any]) 
             else:
                 run.env[node] = run.run_node(node)
     return tuple(run.env[bound] if isinstance(bound, Node) else bound for bound in foresight.bounds)
+
+
+def _why_not_plain(buffer: object) -> str:
+    """Why what is no ``Tensor`` itself cannot be taken over; "" of what is quantized, fake, or not there."""
+    if not isinstance(buffer, Tensor) or isinstance(buffer, FakeTensor | Dequantized):
+        return ""
+    return (
+        f"the buffer is a {type(buffer).__name__}, a subclass of torch.Tensor, and would not be one any more: "
+        "allocate it as a torch.Tensor"
+    )
 
 
 def why_not_appended(buffer: Tensor, positions: list[int]) -> str:
