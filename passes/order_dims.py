@@ -34,12 +34,12 @@ def dims_of(node: Node) -> str:
         return ""
     (place,) = found
     assert place is not None
-    rest = "BHD" if value.dim() == 4 else "BD" if place == 1 and _gets_heads(node) else "HD"
+    rest = "BHD" if value.dim() == 4 else "BD" if place == 1 and gets_heads(node) else "HD"
     dims = f"{rest[:place]}N{rest[place:]}"
     return "" if dims == "BHND" else dims
 
 
-def _gets_heads(buffer: Node) -> bool:
+def gets_heads(buffer: Node) -> bool:
     """Whether a buffer [B, N, D] of one head gets a dimension of heads where it is read."""
     return any(kind(user) == "unsqueeze" and argument(user, 1, "dim") in (1, -3) for user in buffer.users)
 
@@ -79,17 +79,28 @@ def order_dims(graph: Graph, inputs: Mapping[Node, tuple[str, Any]]) -> bool:
 
 
 def _order(graph: Graph, buffer: Node, dims: str, value: Any) -> bool:
+    ordered = ordered_input(graph, buffer, value)
+    if not all(_order_write(graph, write, ordered, dims) for write in _writes(buffer)):
+        return False
+    use_ordered(graph, buffer, ordered, dims)
+    return True
+
+
+def ordered_input(graph: Graph, buffer: Node, value: Any) -> Node:
+    """A new input beside ``buffer``, of which ``value`` is known."""
     with graph.inserting_before(buffer):
         ordered = graph.placeholder(str(buffer.target))
     ordered._dynamo_source = getattr(buffer, "_dynamo_source", None)
     ordered.meta.update({**buffer.meta, "example_value": value})
-    if not all(_order_write(graph, write, ordered, dims) for write in _writes(buffer)):
-        return False
-    for user in list(buffer.users):  # a view for each, or one would be made before an append that it shows
+    return ordered
+
+
+def use_ordered(graph: Graph, old: Node, ordered: Node, dims: str) -> None:
+    """Give all that takes ``old`` views of ``ordered`` [B, H, N, D] with dimensions ``dims``, and erase ``old``."""
+    for user in list(old.users):  # a view for each, or one would be made before an append that it shows
         with graph.inserting_before(user):
-            user.replace_input_with(buffer, _applied(graph, ordered, from_order(dims, value_of(ordered).shape)))
-    graph.erase_node(buffer)
-    return True
+            user.replace_input_with(old, applied(graph, ordered, from_order(dims, value_of(ordered).shape)))
+    graph.erase_node(old)
 
 
 def _order_write(graph: Graph, write: Node, ordered: Node, dims: str) -> bool:
@@ -107,14 +118,15 @@ def _order_write(graph: Graph, write: Node, ordered: Node, dims: str) -> bool:
     if numbers.dim() != len(written):
         return False
     with graph.inserting_before(write):
-        x = _applied(graph, x, to_order(written))
+        x = applied(graph, x, to_order(written))
         x = call(graph, torch.select, (x, 2, 0)) if written != dims else x
     where = (2, tokens) if kind(write) == "index_copy" else ((slice(None), slice(None), tokens),)
     write.args, write.kwargs = (ordered, *where, x), {}
     return True
 
 
-def _applied(graph: Graph, x: Node, views: Sequence[View]) -> Node:
+def applied(graph: Graph, x: Node, views: Sequence[View]) -> Node:
+    """``views`` of ``x``, at the graph's insertion point."""
     for op, *args in views:
         x = call(graph, op, (x, *args))
     return x

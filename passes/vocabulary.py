@@ -57,7 +57,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     # views, and what copies without computing
     "expand": ("expand", "expand_as", "broadcast_to", torch.broadcast_to),
     "reshape": ("reshape", torch.reshape),
-    "view": ("view", "view_as", "flatten", "unflatten", torch.flatten),
+    "view": ("view", "view_as", "flatten", "unflatten", torch.flatten, torch.unflatten),
     "transpose": ("transpose", "swapaxes", torch.transpose, torch.swapaxes),
     "mT": ("mT", torch.ops.aten.mT),  # what torch 2.14 makes of ``x.mT``; a ``getattr`` before
     "T": ("t", torch.ops.aten.numpy_T),

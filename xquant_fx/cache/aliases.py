@@ -22,8 +22,15 @@ _SHOWN = "_xquant_shown"
 _STACK = "_xquant_stack"
 
 
+def merged_heads(dims: str) -> str:
+    """The number of heads where they are merged into the channels, as in "BN12D"; "" where they are a dimension."""
+    return "".join(filter(str.isdigit, dims))
+
+
 def to_order(dims: str) -> list[View]:
     """The views that make [B, H, N, D] of a tensor with dimensions ``dims``."""
+    if heads := merged_heads(dims):
+        return [(torch.unflatten, -1, (int(heads), -1)), *to_order(dims.replace(heads, "H"))]
     there = [dim for dim in ORDER if dim in dims]
     added: list[View] = [(torch.unsqueeze, at) for at, dim in enumerate(ORDER) if dim not in dims]
     return [(torch.permute, [dims.index(dim) for dim in there]), *added]
@@ -31,10 +38,22 @@ def to_order(dims: str) -> list[View]:
 
 def from_order(dims: str, shape: Sequence[int]) -> list[View]:
     """The views that make dimensions ``dims`` of a tensor [B, H, N, D] of this ``shape``."""
+    if heads := merged_heads(dims):
+        return [*from_order(dims.replace(heads, "H"), shape), (torch.flatten, -2)]
     there = [dim for dim in ORDER if dim in dims]
-    sizes = [size for dim, size in zip(ORDER, shape, strict=True) if dim in dims]
+    # Tokens may be a number that is not known, which a graph's arguments cannot hold.
+    sizes = [-1 if dim == "N" else size for dim, size in zip(ORDER, shape, strict=True) if dim in dims]
     dropped: list[View] = [(torch.reshape, sizes)] if len(there) < len(ORDER) else []
     return [*dropped, (torch.permute, [there.index(dim) for dim in dims])]
+
+
+def shape_in(dims: str, shape: Sequence[Any]) -> list[Any]:
+    """The sizes of a tensor [B, H, N, D] of ``shape`` under ``dims``."""
+    if heads := merged_heads(dims):
+        *others, count, channels = shape_in(dims.replace(heads, "H"), shape)
+        return [*others, count * channels]
+    sizes = dict(zip(ORDER, shape, strict=True))
+    return [sizes[dim] for dim in dims]
 
 
 def in_order(x: Tensor, dims: str) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class GrowingKV(Dequantized):
     begin: int
     is_tail: bool
     """Whether there may be tokens before ``begin``, so that the length does not say how many are stored."""
+    handlers: ClassVar[dict[Any, Any]]
+    """Op to what it does with such a tensor as its first argument; NotImplemented: it reads numbers."""
 
     @staticmethod
     def __new__(
@@ -111,12 +113,12 @@ class GrowingKV(Dequantized):
         return self.begin + self.shape[2]
 
     # Dynamo guards on what comes second; the length is not part of it.
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[KVSpec, bool]]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         return ["anchor"], (self.spec, self.is_tail)
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], fixed: tuple[KVSpec, bool], outer_size: Any, outer_stride: Any
+        inner: dict[str, Tensor], fixed: tuple[Any, ...], outer_size: Any, outer_stride: Any
     ) -> GrowingKV:
         return GrowingKV(fixed[0], inner["anchor"], outer_size[2], tail=fixed[1])
 
@@ -184,7 +186,8 @@ class GrowingKV(Dequantized):
     @classmethod
     @torch._dynamo.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = _HANDLERS.get(func)
+        first = args[0][0] if func is aten.cat.default and args[0] else args[0]
+        handler = type(first).handlers.get(func) if isinstance(first, GrowingKV) else None
         result = handler(*args, **(kwargs or {})) if handler is not None else NotImplemented
         return read(func, args, kwargs or {}) if result is NotImplemented else result
 
@@ -249,7 +252,7 @@ def _alias(kv: Tensor) -> Any:
     return _rebuild(kv.growth, kv.end, kv.since, kv.begin)
 
 
-_HANDLERS: dict[Any, Any] = {
+GrowingKV.handlers = {
     aten.cat.default: _cat,
     aten.slice.Tensor: _slice,
     aten.index_select.default: _select_rows,

@@ -36,6 +36,7 @@ from xquant_fx.compiler.growing_takeover import GrowingTakeover
 from xquant_fx.compiler.inductor import begin, compile_by_inductor, no_collection
 from xquant_fx.compiler.known_steps import known_step
 from xquant_fx.compiler.laid_out_graph import laid_out_graph
+from xquant_fx.compiler.laid_out_growth import laid_out_growth
 from xquant_fx.compiler.left_alone import report_buffers, report_left, report_uncompiled, report_unfused
 from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.planning import plan_graph, warn_of_lengths, why_not_gradients, why_not_layers, without_sharing
@@ -119,7 +120,8 @@ def _compile(
     gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler, judge: Judge = no_judge
 ) -> Callable[..., Any]:
     """As ``compile_graph``, of a graph without stacks; ``judge`` is told what is decided, and may raise."""
-    if (usual := laid_out_graph(gm, inputs)) is not None:
+    if (usual := laid_out_graph(gm, inputs) or laid_out_growth(gm, inputs)) is not None:
+        compiler = usual.or_program(compiler, gm, inputs)
         return usual.calling(_compile(usual.gm, usual.given(inputs), request, compiler, judge))
     if (one := row_graph(gm, inputs)) is not None:
         with contextlib.suppress(UnsupportedWriteError):  # else as any graph that does this to a batch

@@ -22,3 +22,7 @@ class OtherGraph:
     def calling(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """What is given the program's arguments and calls ``compiled``, which was made of this graph."""
         return lambda *args: compiled(*self.given(args))
+
+    def or_program(self, compiler: Callable[..., Any], gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """``compiler`` of this graph, or of the program's ``gm`` where that is better."""
+        return compiler

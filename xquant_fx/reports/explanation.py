@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from xquant_fx.compiler.backend import detect_graph
 from xquant_fx.compiler.laid_out_graph import laid_out_graph
+from xquant_fx.compiler.laid_out_growth import laid_out_growth
 from xquant_fx.compiler.left_alone import report_left
 from xquant_fx.compiler.options import Request, parse
 from xquant_fx.compiler.self_check import self_check
@@ -108,7 +109,7 @@ def _judge(
 
 
 def _detect(gm: torch.fx.GraphModule, inputs: list[Any], request: Request, originals: dict[int, Tensor]) -> Detection:
-    if (usual := laid_out_graph(gm, inputs)) is not None:
+    while (usual := laid_out_graph(gm, inputs) or laid_out_growth(gm, inputs)) is not None:
         gm, inputs = usual.gm, usual.given(inputs)
     found = detect_graph(gm, inputs, request, originals)
     if not request.self_check:
