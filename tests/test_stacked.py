@@ -219,18 +219,21 @@ def test_a_part_that_is_given_back_gives_back_the_stack() -> None:
     torch.testing.assert_close(kv, plain)
 
 
-def test_a_step_that_breaks_off_takes_nothing_over() -> None:
-    model, fails = Decoder("L2"), [True]
+def test_a_takeover_that_breaks_off_changes_nothing() -> None:
+    model, x, pos = Decoder("L2"), torch.ones(BATCH, 1, KV * DIM), torch.tensor([20])
 
-    def step(x: Tensor, pos: Tensor) -> Tensor:
-        out = model(x, pos)
-        return out if not fails else torch.ops.aten._assert_async(x.sum() > 1e9) or out
+    def step(x: Tensor, pos: Tensor, sign: Tensor) -> Tensor:
+        return model(x, pos) + torch.linalg.cholesky(sign)  # raises where it is negative
 
     steps(model, model, (20,))
-    before, x = model.held[0].clone(), torch.ones(BATCH, 1, KV * DIM)
+    before, fast = model.held[0].clone(), compiled(step, config=FULL)
     with torch.no_grad():
-        with pytest.raises(RuntimeError):
-            compiled(step, config=FULL)(x, torch.tensor([20]))
+        with pytest.raises(RuntimeError, match="cholesky"):
+            fast(x, pos, -torch.ones(1, 1))
+        assert type(model.held[0]) is StackedKV or torch.equal(model.held[0], before)
+        expected = copy.deepcopy(model)
+        expected.held = [before]
+        torch.testing.assert_close(fast(x, pos, torch.ones(1, 1)), expected(x, pos) + 1)
 
 
 def test_a_quantized_stack_reads_like_a_tensor_and_refuses_what_is_no_append() -> None:

@@ -104,6 +104,12 @@ def shown_by(alias: Tensor) -> tuple[Tensor, str] | None:
     return found
 
 
+def no_alias(tensor: Tensor) -> None:
+    """Forget what ``tensor`` showed: it has become a buffer itself."""
+    for name in (_SHOWN, _STACK):
+        tensor.__dict__.pop(name, None)
+
+
 def aliases_from(tensor: Tensor) -> list[Tensor]:
     """``tensor``, and if it is an alias, what it shows, and so on: the last one is what a program holds."""
     found = [tensor]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.aliases import alias_of, shown_by
+from xquant_fx.cache.aliases import alias_of, no_alias, shown_by
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.laid_out import LaidOutKV
 from xquant_fx.cache.left import leave, why_left
@@ -76,6 +76,7 @@ def unstack_in_place(stack: StackedKV) -> None:
 def _make_quantized(buffer: Tensor, new: Dequantized) -> None:
     static = getattr(buffer, "_dynamo_static_input_type", None)  # a static address only if the buffer's was
     attributes = dict(new.__dict__)
+    no_alias(buffer)
     buffer.__class__, new.__class__ = type(new), torch.Tensor  # type: ignore[assignment]
     torch._C._swap_tensor_impl(buffer, new)
     buffer.__dict__.update(attributes)

@@ -29,7 +29,7 @@ class LaidOutGrowingKV(GrowingKV):
 
     @staticmethod
     def __new__(cls, ordered: GrowingKV, dims: str) -> LaidOutGrowingKV:
-        made: LaidOutGrowingKV = wrapper(cls, shape_in(dims, ordered.shape), ordered.spec, ordered.anchor)
+        made: LaidOutGrowingKV = wrapper(cls, shape_in(dims, ordered.shape), ordered.dtype, ordered.device)
         return made
 
     def __init__(self, ordered: GrowingKV, dims: str) -> None:
