@@ -4,6 +4,9 @@ A prompt, then a step of one token: from the second number on Dynamo takes all n
 a step of 5 candidates of assisted decoding. Our kernels are made for one number, and Inductor asks for it in the end:
 such a graph is compiled for 5 tokens all the same. So it is made one of 5 tokens before anything is decided, or its
 attention would read dequantized keys and values, at six times the time.
+
+Assisted decoding also passes in for how many tokens it wants logits: for all new ones. That is left open, too, and
+known then, or the step's layers would not be compiled once for all that are equal, nor be one C++ function.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch.fx.node import map_arg
 
 from xquant_fx.compiler.other_graph import OtherGraph
 from xquant_fx.kernels.layout import STEP_TOKENS
-from xquant_fx.passes.graph import clone
+from xquant_fx.passes.graph import clone, size_among_inputs
 from xquant_fx.passes.records import Detection
 
 
@@ -44,8 +47,10 @@ def known_step(gm: GraphModule, found: Detection, inputs: Sequence[Any]) -> Know
     if any(isinstance(each, torch.Tensor) and each.device.type != "cpu" for each in inputs):
         return None
     opened = [write.tokens for write in found.writes if isinstance(write.tokens, SymInt)]
-    if not [int(tokens) for tokens in opened if tokens <= STEP_TOKENS]:
+    known = {int(tokens) for tokens in opened if tokens <= STEP_TOKENS}
+    if not known:
         return None
+    _settle_counts(gm, known)
     made = clone(gm)
     kept = list[int]()
     for place, node in enumerate(list(made.graph.nodes)):  # inputs come first
@@ -56,6 +61,17 @@ def known_step(gm: GraphModule, found: Detection, inputs: Sequence[Any]) -> Know
             kept.append(place)
     made.recompile()
     return KnownStep(made, kept)
+
+
+def _settle_counts(gm: GraphModule, known: set[int]) -> None:
+    """Have Dynamo guard on numbers that the program passes in and that are the number of new tokens.
+
+    One that is the size of an input is not meant: a short past may have as many tokens.
+    """
+    inputs = gm.graph.find_nodes(op="placeholder")
+    for value in [node.meta.get("example_value") for node in inputs]:
+        if isinstance(value, SymInt) and value.node.hint in known and size_among_inputs(inputs, value) is None:
+            int(value)
 
 
 def _settled(value: Any) -> Any:
