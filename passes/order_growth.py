@@ -122,7 +122,7 @@ def attended(graph: Graph, found: list[Concatenation]) -> list[Concatenation]:
         return []
     facts, by_node = Facts(graph), {each.node: each for each in found}
     changed = {mutation.root for mutation in facts.mutations} | {write.buffer for write in facts.writes}
-    pasts = [each.past for each in found]
+    orders = {each.past: {other.dims for other in found if other.past is each.past} for each in found}
     read = set()
     for attention in facts.attention:
         for operand in (attention.key, attention.value):
@@ -133,7 +133,7 @@ def attended(graph: Graph, found: list[Concatenation]) -> list[Concatenation]:
         each
         for each in found
         if isinstance(fake(each.past), LaidOutGrowingKV)
-        or (each.node in read and not {each.node, each.past} & changed and pasts.count(each.past) == 1)
+        or (each.node in read and not {each.node, each.past} & changed and len(orders[each.past]) == 1)
     ]
 
 
