@@ -26,6 +26,9 @@ from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.passes.graph import clone, size_among_inputs
 from xquant_fx.passes.records import Detection
 
+#: In the ``meta`` of a graph that was made of one with an open number of tokens.
+_KNOWN = "xquant_known_step"
+
 
 @dataclasses.dataclass(frozen=True)
 class KnownStep(OtherGraph):
@@ -46,6 +49,8 @@ def known_step(gm: GraphModule, found: Detection, inputs: Sequence[Any]) -> Know
     """
     if any(isinstance(each, torch.Tensor) and each.device.type != "cpu" for each in inputs):
         return None
+    if gm.meta.get(_KNOWN):  # what is still open is not the number of new tokens
+        return None
     opened = [write.tokens for write in found.writes if isinstance(write.tokens, SymInt)]
     known = {int(tokens) for tokens in opened if tokens <= STEP_TOKENS}
     if not known:
@@ -60,6 +65,7 @@ def known_step(gm: GraphModule, found: Detection, inputs: Sequence[Any]) -> Know
         elif node.op == "placeholder":
             kept.append(place)
     made.recompile()
+    made.meta[_KNOWN] = True
     return KnownStep(made, kept)
 
 

@@ -50,7 +50,10 @@ class Call:
 
     def refuse(self, node: Node, what: str, facts: Facts) -> str:
         """Why the buffer of the placeholder ``node``, appended to once, cannot be taken over; "" if it can."""
-        (write,) = facts.writes_to(node)
+        writes = facts.writes_to(node)
+        if len(writes) != 1:  # what is quantized already, and read in part
+            return f"{what}: the buffer is appended to {len(writes)} times in this graph, not once"
+        (write,) = writes
         self.foresights[write.node] = foresee(write, facts)
         reason = self.why_not(node, write)
         return f"{what}: {reason}" if reason else ""
