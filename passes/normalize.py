@@ -41,8 +41,6 @@ def name_assignments(graph: Graph) -> int:
     """Only what does not depend on the order of a buffer's dimensions: writes are ``index_copy_`` and assignments."""
     replaced = 0
     for node in list(graph.nodes):
-        if "axis" in node.kwargs and kind(node) in ("cat", "stack"):
-            node.kwargs = {"dim" if name == "axis" else name: value for name, value in node.kwargs.items()}
         replaced += _write_to_itself(graph, node) + _put(graph, node)
     for node in list(graph.nodes):
         buffer = node.args[0] if node.args else None

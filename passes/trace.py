@@ -33,8 +33,10 @@ def value_of(node: Node) -> torch.Tensor:
 
 
 def argument(node: Node, index: int, name: str, default: object = None) -> object:
-    """A call's argument, however it was passed."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+    """A call's argument, however it was passed; a dimension may be called ``axis``, too."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get("axis" if name == "dim" and "axis" in node.kwargs else name, default)
 
 
 def operand(node: Node, index: int = 0) -> Node | None:
