@@ -47,7 +47,8 @@ class Decoder(nn.Module):
             q, k, v = (m[layer](x).unflatten(-1, (-1, DIM)).transpose(1, 2) for m in (self.q, self.k, self.v))
             k, v = laid_out(k, dims), laid_out(v, dims)
             if pasts is not None:
-                k, v = (torch.concatenate(pair, axis=dims.index("N")) for pair in zip(pasts[layer], (k, v), strict=True))
+                at = dims.index("N")
+                k, v = (torch.concatenate(pair, axis=at) for pair in zip(pasts[layer], (k, v), strict=True))
             new.append((k, v))
             keys, values = (read(t, dims) for t in (k, v))
             mask = torch.ones(ids.shape[1], keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - ids.shape[1])
