@@ -40,6 +40,9 @@ class KVState:
         self.spec, self.group, self.lower = spec, group, lower
         self.at_most = 0
         """Of a window that slides: how many tokens are stored at most, as the host knows without waiting."""
+        self.behind: tuple[int, Tensor] | None = None
+        """Of a buffer that was taken over: the first position behind the tokens of an uncompiled step that wrote before
+        older ones, and those, dequantized [B, H, n, D]. It may rotate: no mask is seen here that says who looks."""
         self.lent_by: KVState | None = None
         """Of such a window: whose codes it borrowed before it slid."""
         with torch.inference_mode(False):  # or only inference mode could write to them
@@ -92,6 +95,7 @@ class KVState:
         """
         self.group.enter((self.name,), x.shape[2])
         past, new = self._checked_past(x, pos), x.shape[2]
+        self._keep_behind(past + new)
         x, pos = x.to(self.spec.dtype), pos.to(torch.int64)
         chunk = Chunk(None, past, new)
         if new > STEP_TOKENS and self.spec.overwritten:
@@ -103,6 +107,14 @@ class KVState:
             self.group.late = self, x.clone(memory_format=torch.contiguous_format), pos
         else:
             self._write(x, pos)
+
+    def _keep_behind(self, end: int) -> None:
+        """Before a write that ends at ``end``: keep what an ordinary buffer would still hold behind it."""
+        first, older = self.behind or (0, None)
+        held = max(self.length, 0 if older is None else first + older.shape[2])
+        if not self.group.taken_over or self.spec.window or (older is None and end >= self.length):
+            return
+        self.behind = (end, self.load(held, end).clone()) if end < held else None
 
     def store_late(self, x: Tensor, pos: Tensor) -> None:
         """Store a prompt ``x`` that has waited for its queries."""
@@ -148,6 +160,16 @@ class KVState:
 
     def load(self, end: int, begin: int = 0) -> Tensor:
         """Dequantize tokens [begin, end) as attention sees them right after the last write."""
+        loaded = self._load(end, begin)
+        first, older = self.behind or (end, None)
+        if older is None or first >= end:
+            return loaded
+        loaded = loaded.clone()
+        shown = older[:, :, max(begin - first, 0) : end - first]
+        loaded[:, :, max(first - begin, 0) :][:, :, : shown.shape[2]] = shown
+        return loaded
+
+    def _load(self, end: int, begin: int) -> Tensor:
         chunk = self._chunk()
         if chunk.x is not None and chunk.past == 0:  # a prompt: nothing quantized is seen
             return torch.nn.functional.pad(chunk.x[:, :, begin:end], (0, 0, 0, max(end - max(chunk.new, begin), 0)))
@@ -172,6 +194,7 @@ class KVState:
         first are not seen.
         """
         self.group.forget_late(self)
+        self.behind = None
         for name, tensor in self.owned.items():
             if name == "energy":
                 continue
@@ -226,6 +249,9 @@ class KVState:
         for name, tensor in self.owned.items():
             if name != "length":
                 tensor.copy_(tensor.index_select(0, index.to(tensor.device)))
+        if self.behind is not None:
+            first, older = self.behind
+            self.behind = first, older.index_select(0, index.to(older.device))
         self.group.drop()
 
     def selected(self, index: Tensor, group: CacheGroup, lower: KVState | None) -> KVState:
@@ -235,6 +261,9 @@ class KVState:
         for name, tensor in new.owned.items():
             rows = self.owned[name]
             tensor.copy_(rows if name == "length" else rows.index_select(0, index.to(rows.device)))
+        if self.behind is not None:
+            first, older = self.behind
+            new.behind = first, older.index_select(0, index.to(older.device))
         return new
 
     def moved(self, group: CacheGroup, lower: KVState | None) -> KVState:
@@ -242,6 +271,8 @@ class KVState:
         new = KVState(self.spec, group, lower)
         for name, tensor in new.owned.items():
             tensor.copy_(self.owned[name])
+        if self.behind is not None:
+            new.behind = self.behind[0], self.behind[1].to(group.start.device)
         return new
 
     def check_truncate(self, length: int) -> None:
@@ -268,6 +299,7 @@ class KVState:
     def truncate(self, length: int) -> None:
         """Forget the tokens from ``length`` on; raises CacheStateError as ``check_truncate`` does."""
         self.check_truncate(length)
+        self.behind = None
         self.owned["length"][:1].fill_(length)
         self.group.drop()
         self.group.mended()

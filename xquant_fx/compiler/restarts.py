@@ -76,6 +76,13 @@ class Restarts:
 
         Where a new sequence begins the cache is emptied.
         """
+        kept = [arg.state for arg in args if isinstance(arg, QuantizedKV) and arg.state and arg.state.behind]
+        if kept and not self._hides_old(args):  # what uncompiled steps wrote before older tokens, that are still seen
+            give_back(groups_of(args), REASON, self.request)
+            forget_compiled_frame()
+            return True
+        for state in kept:
+            state.behind = None
         back: dict[int, list[KVState]] = {}
         scattered = False
         for place, buffers in self.written.items():
