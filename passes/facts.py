@@ -17,6 +17,11 @@ from xquant_fx.passes.records import Source, Write
 from xquant_fx.passes.trace import argument, fake, memory_of, operand, readers, source_of, value_of
 from xquant_fx.passes.vocabulary import kind, op_name
 
+#: Ops that give what they get, but for some places: a cache after a step, out of place.
+UPDATES = (
+    "index_copy", "index_put", "index_add", "index_fill", "where", "scatter", "slice_scatter", "select_scatter",
+    "masked_scatter", "roll",
+)  # fmt: skip
 NEAR = 64  # nodes to look at, going back from an operand, for a cache that it is computed from
 
 
@@ -48,6 +53,8 @@ class Facts:
         }
         self.attends = {attention.node for attention in self.attention}
         self.has_quantized = any(is_quantized(node) for node in graph.nodes)
+        self.replaced: dict[Node, Node] = {}
+        """Old tensors to the new ones that are returned in their place, as far as somebody asked."""
         lengths = [value.shape[2] for write in self.writes if (value := fake(write.buffer)) is not None]
         self.longest = max((n for n in lengths if isinstance(n, int)), default=0)
 
@@ -112,6 +119,22 @@ class Facts:
         past = self.source(root.all_input_nodes[0]).root
         return past if past.op == "placeholder" and not isinstance(fake(past), torch.nn.Parameter) else None
 
+    def made_anew(self, root: Node) -> Node | None:
+        """The old tensor, if ``root`` is a new one made of it and returned in its place (``where``, ``index_copy``)."""
+        value = fake(root)
+        is_returned = any(user.op == "output" or _is_returned_stack(user) for user in root.users)
+        updates = op_name(root) in UPDATES or kind(root) == "cat"
+        if not updates or not is_returned or value is None or value.dim() < 3 or self.grows(root) is not None:
+            return None
+        queue = [self.source(operand).root for operand in root.all_input_nodes]
+        for _, node in zip(range(NEAR), queue, strict=False):  # the queue grows meanwhile
+            queue += [self.source(operand).root for operand in node.all_input_nodes] if kind(node) == "cat" else []
+        found = [(_differences(node, value), node) for node in queue if not self.writes_to(node)]
+        found = sorted((each for each in found if each[0] <= 1), key=lambda each: each[0])
+        if found:
+            self.replaced[found[0][1]] = root
+        return found[0][1] if found else None
+
     def overflows(self, root: Node) -> Node | None:
         """The buffer that a part of ``root`` is copied over: a sliding window that this step overflows."""
         for user, _ in readers(root):
@@ -125,7 +148,7 @@ class Facts:
 
     def caches_behind(self, root: Node) -> list[Node]:
         """The KV buffers that ``root`` is or is computed from, not looking through other attentions."""
-        buffer = self.overflows(root) or self.grows_elsewhere(root)
+        buffer = self.overflows(root) or self.grows_elsewhere(root) or self.made_anew(root)
         if buffer is not None:
             return [buffer]
         found, queue = [], [root]
@@ -138,6 +161,16 @@ class Facts:
                 inputs = dict.fromkeys([*node.all_input_nodes, *self.stored_in(node)])
                 queue += [n for n in inputs if n not in queue]
         return found
+
+
+def _differences(node: Node, new: torch.Tensor) -> int:
+    """In how many sizes the input ``node`` and ``new`` differ: a cache before and after a step in one at most."""
+    old = fake(node)
+    if node.op != "placeholder" or old is None or isinstance(old, torch.nn.Parameter):
+        return new.dim()
+    if old.dim() != new.dim() or old.dtype != new.dtype:
+        return new.dim()
+    return sum(str(x) != str(y) for x, y in zip(old.shape, new.shape, strict=True))
 
 
 def _is_returned_stack(node: Node) -> bool:

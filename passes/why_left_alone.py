@@ -38,9 +38,19 @@ def why_not_operand(source: Source, what: str, facts: Facts) -> str:
         root.meta.get(WHY_WHOLE, "")
         or _why_not_buffer(fake(root), what)
         or _why_not_mutation(root, what, facts)
-        or ("" if facts.writes_to(root) else f"{what}: {NOT_WRITTEN}")
+        or ("" if facts.writes_to(root) else _why_not_written(root, what, facts))
         or why_not_length(root, what, facts)
         or _why_not_uses(root, what, facts)
+    )
+
+
+def _why_not_written(root: Node, what: str, facts: Facts) -> str:
+    new = facts.replaced.get(root)
+    if new is None:
+        return f"{what}: {NOT_WRITTEN}"
+    return (
+        f"{what} are a new tensor that {op_name(new)} makes of the old one, and that is returned in its place: write "
+        "to the old one in place (buffer[:, :, positions] = x), or put new tokens alone behind it (torch.cat)"
     )
 
 

@@ -288,9 +288,16 @@ def stacked(q, k, v, past):
     return sdpa(q, k, v), torch.stack((k, v))
 
 
+def made_anew(q, k, v, past):
+    at = torch.arange(1)
+    k, v = past[0].index_copy(2, at, k), torch.where(torch.arange(past[1].shape[2])[:, None] == at, v, past[1])
+    return sdpa(q, k, v), (k, v)
+
+
 @pytest.mark.parametrize(
     "step, reason",
     [
+        (made_anew, "keys are a new tensor that index_copy makes of the old one"),
         (read_elsewhere, "also read by sum, which is no attention"),
         (changed, "also written by setitem, which is no append"),
         (both_roles, "keys and values are read from one buffer"),
