@@ -1,1 +1,1 @@
-"""A cold prompt's causal attention to itself, on CPUs where torch's own is slower."""
+"""Attention of prompts, and of long parts of them, on CPUs where torch's own is slower."""

@@ -1,6 +1,7 @@
-// Causal attention of a prompt to itself in bfloat16 or float32, by flash attention (Dao et al., 2022).
+// Attention of the queries of a prompt, or of a part of one, in bfloat16 or float32, by flash attention (Dao et al.,
+// 2022). Query p sees tokens first[p] to end[p] - 1: to itself and no further, without padding, in a sliding window.
 //
-//   out[p] = sum over t <= p of softmax(scale * q[p] . k[t]) * v[t]     sums in float, rounded once
+//   out[p] = sum over t of softmax(scale * q[p] . k[t]) * v[t]     sums in float, rounded once; 0 if it sees none
 //
 // Both products are multiply(): rows by a matrix of lanes (pairs of bfloat16 numbers, or floats), which keys and values
 // of a KV head are packed as, once. ROWS queries after the other pass KEYS tokens, whose lanes stay in near caches
@@ -22,7 +23,8 @@ template <class P> struct Heads {
 struct Prompt {
     Heads<const T> q, k, v;
     Heads<T> out;
-    int64_t batch, heads, kv_heads, tokens;
+    const int32_t *first, *end;  // [batch, queries]
+    int64_t batch, heads, kv_heads, queries, tokens;
     float scale;
 };
 
@@ -32,20 +34,27 @@ struct alignas(64) Task {
     float acc[BLOCK][D];
     vf total[BLOCK];  // of weights, by lane
     float largest[BLOCK];
+    int64_t first[BLOCK], end[BLOCK];  // tokens that they see
 };
 
-// Scores [ROWS, KEYS] of queries, row r of which sees the first `seen + r` tokens, become weights, zeros behind those.
+// x in the lanes from `from` on, up to `to`; elsewhere nothing that attention sees.
+inline vf seen(vf x, int64_t from, int64_t to) {
+    if (from <= 0 && to >= L) return x;
+    const auto lane = [](int64_t n) { return (int32_t)std::clamp<int64_t>(n, 0, L); };
+    return (iota() >= lane(from)) & (iota() < lane(to)) ? x : splat(MINUS_INFINITY);
+}
+
+// Scores [ROWS, KEYS] of queries for tokens from t on become weights, zeros where a query does not see them.
 // `rescale` is by how much what was summed before counts less.
-inline void weights(const float (&score)[ROWS][KEYS], X (&weight)[ROWS][KEYS], Task& task, int64_t row, int64_t seen,
+inline void weights(const float (&score)[ROWS][KEYS], X (&weight)[ROWS][KEYS], Task& task, int64_t row, int64_t t,
                     int64_t vectors, float scale, float* rescale) {
     float m[ROWS];
     vf highest[ROWS];
     for (int64_t r = 0; r < ROWS; r++) {
         highest[r] = splat(MINUS_INFINITY);
-        for (int64_t i = 0; i < vectors; i++) {
-            const vf x = load<vf>(score[r] + i * L) * scale;
-            highest[r] = max(i * L + L <= seen + r ? x : first_lanes(x, seen + r - i * L), highest[r]);
-        }
+        const int64_t from = task.first[row + r] - t, to = task.end[row + r] - t;
+        for (int64_t i = 0; i < vectors; i++)
+            highest[r] = max(seen(load<vf>(score[r] + i * L) * scale, from - i * L, to - i * L), highest[r]);
     }
     maxima(highest, m);
     for (int64_t r = 0; r < ROWS; r++) {
@@ -54,12 +63,12 @@ inline void weights(const float (&score)[ROWS][KEYS], X (&weight)[ROWS][KEYS], T
         rescale[r] = now == before ? 1.0f : std::exp(before - now);
         const vf base = splat(now == MINUS_INFINITY ? 0.0f : -now);
         vf total = task.total[row + r] * rescale[r];
+        const int64_t from = task.first[row + r] - t, to = task.end[row + r] - t;
         for (int64_t i = 0; i < vectors; i += 2) {
             vf p[2];
             for (int64_t j = 0; j < 2; j++) {
-                const int64_t left = seen + r - (i + j) * L;
                 const vf x = fma(load<vf>(score[r] + (i + j) * L), splat(scale), base);
-                p[j] = exp_negative<!std::is_same_v<T, float>>(left >= L ? x : first_lanes(x, left));
+                p[j] = exp_negative<!std::is_same_v<T, float>>(seen(x, from - (i + j) * L, to - (i + j) * L));
             }
             total = store_weights(weight[r] + i * L, p[0], p[1], total);
         }
@@ -67,8 +76,8 @@ inline void weights(const float (&score)[ROWS][KEYS], X (&weight)[ROWS][KEYS], T
     }
 }
 
-// ROWS queries from `row` on of a task against `count` tokens, of which the first sees `seen`.
-inline void attend_rows(Task& task, int64_t row, const Lane* keys, const Lane* values, int64_t seen, int64_t count,
+// ROWS queries from `row` on of a task against `count` tokens from t on.
+inline void attend_rows(Task& task, int64_t row, const Lane* keys, const Lane* values, int64_t t, int64_t count,
                         float scale) {
     alignas(64) float score[ROWS][KEYS];
     alignas(64) X weight[ROWS][KEYS];
@@ -77,33 +86,56 @@ inline void attend_rows(Task& task, int64_t row, const Lane* keys, const Lane* v
     for (int64_t i = 0; i < vectors; i += WIDE, keys += D / PER_LANE * WIDE * L)
         multiply_up_to<WIDE>(vectors - i, score[0] + i * L, KEYS, nullptr, task.q[row], D, keys, WIDE * L,
                              D / PER_LANE);
-    weights(score, weight, task, row, seen, vectors, scale, rescale);
+    weights(score, weight, task, row, t, vectors, scale, rescale);
     for (int64_t d = 0; d < D; d += WIDE * L)
         multiply_up_to<WIDE>((D - d) / L, task.acc[row] + d, D, rescale, weight[0], KEYS, values + d, D,
                              vectors * L / PER_LANE);
 }
 
-void attend_block(const Prompt& in, const Lane* keys, const Lane* values, int64_t b, int64_t head, int64_t first) {
-    Task task = {};
-    const int64_t queries = std::min(BLOCK, in.tokens - first);
-    for (int64_t r = 0; r < queries; r++) load_row(in.q.at(b, head, first + r), task.q[r], D);
+// What ROWS queries from `row` on see, of tokens from..to.
+struct Span {
+    int64_t from, to;
+};
+
+inline Span span(const Task& task, int64_t row, int64_t rows) {
+    return {*std::min_element(task.first + row, task.first + row + rows),
+            *std::max_element(task.end + row, task.end + row + rows)};
+}
+
+// A task with its queries; none of them behind the last query sees anything, nor does one whose tokens are none.
+inline int64_t begin(const Prompt& in, Task& task, int64_t b, int64_t head, int64_t query) {
+    const int64_t queries = std::min(BLOCK, in.queries - query);
     std::fill(task.largest, task.largest + BLOCK, MINUS_INFINITY);
-    for (int64_t t = 0; t < first + queries; t += KEYS)
+    std::fill(task.first, task.first + BLOCK, in.tokens);
+    for (int64_t r = 0; r < queries; r++) {
+        const int64_t at = b * in.queries + query + r;
+        load_row(in.q.at(b, head, query + r), task.q[r], D);
+        if (in.first[at] < in.end[at]) task.first[r] = in.first[at], task.end[r] = in.end[at];
+    }
+    return queries;
+}
+
+void attend_block(const Prompt& in, const Lane* keys, const Lane* values, int64_t b, int64_t head, int64_t query) {
+    Task task = {};
+    const int64_t queries = begin(in, task, b, head, query);
+    const Span all = span(task, 0, BLOCK);
+    for (int64_t t = all.from / KEYS * KEYS; t < all.to; t += KEYS)
         for (int64_t row = 0; row < queries; row += ROWS) {
-            const int64_t seen = first + row + 1 - t, count = std::min(KEYS, seen + ROWS - 1);
-            if (count > 0)
-                attend_rows(task, row, keys + t * (D / PER_LANE), values + t / PER_LANE * D, seen, count, in.scale);
+            const Span rows = span(task, row, ROWS);
+            if (rows.from < t + KEYS && rows.to > t)
+                attend_rows(task, row, keys + t * (D / PER_LANE), values + t / PER_LANE * D, t,
+                            std::min(KEYS, rows.to - t), in.scale);
         }
     for (int64_t r = 0; r < queries; r++) {
-        const float share = 1.0f / sum(task.total[r]);
-        T* out = in.out.at(b, head, first + r);
+        const float total = sum(task.total[r]), share = total == 0 ? 0.0f : 1.0f / total;
+        T* out = in.out.at(b, head, query + r);
         for (int64_t d = 0; d < D; d += L) store_rounded(out + d, load<vf>(task.acc[r] + d) * share);
     }
 }
 
 void attend(const Prompt& in) {
     const int64_t whole = (in.tokens + KEYS - 1) / KEYS * KEYS, group = in.heads / in.kv_heads;
-    const int64_t blocks = (in.tokens + BLOCK - 1) / BLOCK;
+    const int64_t blocks = (in.queries + BLOCK - 1) / BLOCK;
     [[maybe_unused]] const int num_threads = max_threads();
     AlignedFloats keys(whole * (D / PER_LANE)), values(whole / PER_LANE * D);
     Lane *const k = (Lane*)keys.data, *const v = (Lane*)values.data;

@@ -1,4 +1,4 @@
-"""The CPU kernel of a cold prompt's attention: where it is faster than torch's, and its call."""
+"""The CPU kernel of a prompt's attention: where it is faster than torch's, and its call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from xquant_fx.kernels.prompt_attention.cpu_source import STRIDES, Problem, source
+from xquant_fx.kernels.prompt_attention.seen import Seen, causal, seen_by
 from xquant_fx.tracing import is_watched
 
 #: Dtypes by instruction set: where it was measured to be faster. With AVX-512, of processors that multiply pairs of
@@ -40,19 +41,25 @@ def attended(
 
     That is also so where flash attention is switched off (``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``).
     """
-    if torch.compiler.is_compiling() or attn_mask is not None or dropout_p or not is_causal:
+    if torch.compiler.is_compiling() or dropout_p or is_causal == (attn_mask is not None):
         return None
     if not _are_taken(query, key, value, enable_gqa) or not torch.backends.cuda.flash_sdp_enabled():
         return None
-    if is_watched(query, key.as_subclass(Tensor), value) or torch.is_autocast_enabled("cpu"):
+    if is_watched(query, key.as_subclass(Tensor), value, attn_mask) or torch.is_autocast_enabled("cpu"):
         return None
+    tokens = query.shape[2]
+    if attn_mask is None and tokens != key.shape[2]:  # torch aligns such masks at the first token
+        return None
+    seen = causal(query.shape[0], tokens) if attn_mask is None else seen_by(attn_mask, query, key)
     from xquant_fx.kernels.cpu import build as cpu_build  # brings in Inductor's compiler
 
-    return attend(query, key, value, scale) if cpu_build.has_compiler() else None
+    if seen is None or not seen.tokens or not cpu_build.has_compiler():
+        return None
+    return attend(query, key[:, :, : seen.tokens], value[:, :, : seen.tokens], seen, scale)
 
 
 def _are_taken(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool:
-    """Whether these are a long prompt's, of a dtype that gains: [B, heads, q, D], and [B, KV heads, q, D] twice."""
+    """Whether many queries [B, heads, q, D], keys and values [B, KV heads, n, D] are of a dtype that gains."""
     tensors = (query, key, value)
     if not type(query) is type(value) is Tensor:  # others may have no memory of their own; keys are the caller's
         return False
@@ -60,18 +67,18 @@ def _are_taken(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool
         return False
     if not all(x.dim() == 4 and x.device.type == "cpu" for x in tensors):
         return False
-    (batch, heads, tokens, dim), kv_heads = query.shape, key.shape[1]
-    if tokens < LONG_PROMPT or dim % 32 or not key.shape == value.shape == (batch, kv_heads, tokens, dim):
+    (batch, heads, tokens, dim), (kv_heads, kept) = query.shape, key.shape[1:3]
+    if tokens < LONG_PROMPT or dim % 32 or not key.shape == value.shape == (batch, kv_heads, kept, dim):
         return False
     return heads == kv_heads or (grouped and heads % kv_heads == 0)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """Causal attention [B, heads, q, D] of queries [B, heads, q, D] to keys and values [B, KV heads, q, D].
+def attend(query: Tensor, key: Tensor, value: Tensor, seen: Seen, scale: float | None = None) -> Tensor:
+    """Attention [B, heads, q, D] of queries [B, heads, q, D] to keys and values [B, KV heads, n, D] that they see.
 
     All are bfloat16 or all float32. Scores and sums are in float32, weights are rounded to bfloat16 where pairs of such
-    numbers are multiplied, the result is rounded once; it lies in memory as [B, q, heads, D], as torch's does.
-    ``scale`` of scores: 1 / sqrt(D) if None.
+    numbers are multiplied, the result is rounded once; it lies in memory as [B, q, heads, D], as torch's does. Who sees
+    nothing gets zeros, as of torch. ``scale`` of scores: 1 / sqrt(D) if None.
     """
     from xquant_fx.kernels.cpu import build as cpu_build
 
@@ -79,6 +86,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
     out = query.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     tensors = [*(x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)), out]
     strides = [x.stride(i) for x in tensors for i in range(len(STRIDES))]
+    sizes = (batch, heads, kv_heads, tokens, key.shape[2])
     run = cpu_build.load(*source(Problem(dtype=query.dtype, dim=dim), cpu_build.isa()))
-    run(*tensors, *strides, batch, heads, kv_heads, tokens, dim**-0.5 if scale is None else scale)
+    run(*tensors, seen.first, seen.end, *strides, *sizes, dim**-0.5 if scale is None else scale)
     return out

@@ -32,11 +32,12 @@ def constants(p: Problem) -> str:
 
 @functools.cache
 def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
-    """(argument types, C++ source of ``kernel``): q, k, v, out, strides, batch, heads, KV heads, tokens, scale."""
+    """(argument types, C++ source of ``kernel``): q, k, v, out, what queries see, strides, sizes, scale."""
     tensors = {name: "const xq::T*" for name in ("q", "k", "v")} | {"out": "xq::T*"}
+    seen = {name: "const int32_t*" for name in ("first", "end")}
     strides = {f"{name}_{of}": "int64_t" for name in tensors for of in STRIDES}
-    sizes = {name: "int64_t" for name in ("batch", "heads", "kv_heads", "tokens")}
+    sizes = {name: "int64_t" for name in ("batch", "heads", "kv_heads", "queries", "tokens")}
     heads = ", ".join("{" + ", ".join([name, *(f"{name}_{of}" for of in STRIDES)]) + "}" for name in tensors)
-    entry = f"xq::attend({{{heads}, {', '.join(sizes)}, scale}});"
-    given = {**tensors, **strides, **sizes, "scale": "float"}
+    entry = f"xq::attend({{{heads}, {', '.join((*seen, *sizes))}, scale}});"
+    given = {**tensors, **seen, **strides, **sizes, "scale": "float"}
     return whole_source(isa, constants(p), "prompt_attention/cpu.cpp", given, entry)

@@ -62,11 +62,6 @@ inline vf store_weights(X* to, vf a, vf b, vf total) {
     }
 }
 
-// x in the first n lanes, behind them nothing that attention sees.
-inline vf first_lanes(vf x, int64_t n) {
-    return iota() < (int32_t)std::clamp<int64_t>(n, 0, L) ? x : splat(MINUS_INFINITY);
-}
-
 // c [ROWS, N vectors] = a [ROWS, PER_LANE * lanes] b [lanes, N vectors] (+ c * factor, a factor for each row).
 template <int N>
 inline void multiply(float* c, int64_t c_pitch, const float* factor, const X* a, int64_t a_pitch, const Lane* b,

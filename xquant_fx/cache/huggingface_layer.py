@@ -14,6 +14,7 @@ from xquant_fx.cache.allocate import Slot, quantized_empty
 from xquant_fx.cache.heap import keep_freed_memory
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.padding import Padding
+from xquant_fx.cache.prompt_attention import may_be_attended
 from xquant_fx.cache.prompt_keys import PromptKeys
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
@@ -160,10 +161,16 @@ class XQuantLayer(StaticLayer):
             key_states, value_states = key_states.contiguous(), value_states.contiguous()
         stored = self._update(key_states, value_states, *args, **kwargs)
         if not cold:
-            return stored
+            return self._as_prompt(*stored) if may_be_attended(key_states) else stored
         if isinstance(self.keys, QuantizedKV):
             key_states = PromptKeys.of(key_states, self.keys.live.note_queries, self.max_cache_len)
         return key_states, value_states
+
+    def _as_prompt(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What a long chunk attends to, dequantized, as it would be anyway: its attention has a kernel, too."""
+        if not isinstance(keys, QuantizedKV) or not isinstance(values, QuantizedKV):
+            return keys, values
+        return PromptKeys.of(keys.dense(), _ignored), values.dense()
 
     def _check(self, key_states: Tensor, value_states: Tensor, cold: bool) -> None:
         """Whatever can be known before anything is written; where Dynamo traces this, eager code says what it is."""

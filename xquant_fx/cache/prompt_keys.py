@@ -4,7 +4,8 @@
 are ordinary keys in every way, but
 
 - when an attention multiplies them with its query, that is noted (``note_queries``);
-- long prompts on some CPUs are attended to by a kernel (``kernels/prompt_attention/``);
+- long prompts on some CPUs are attended to by a kernel (``kernels/prompt_attention/``), and by the same keys long
+  chunks of them;
 - a mask as wide as the whole cache, which fits any other step, loses the columns behind the prompt, where nothing is
   (while Dynamo traces, too).
 """

@@ -25,6 +25,7 @@ from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.left import leave
+from xquant_fx.cache.prompt_attention import by_kernel
 from xquant_fx.cache.prompt_keys import PromptKeys, PromptScores
 from xquant_fx.cache.stacked import StackedKV
 from xquant_fx.compiler.chunks import UncompiledChunk
@@ -132,15 +133,20 @@ def _compile(
     _check_gradients(gm, inputs)
     if _allocates(gm):
         log.info("the graph allocates a quantized cache: this first step runs uncompiled")
+        by_kernel(found.gm)
         return PromptRun(found)
     if found.ordinary:
         log.info("ordinary KV buffers: the next step runs uncompiled and quantizes what they hold")
         grows = [buffer.write.past is not None for buffer in found.ordinary]
         if all(grows):
+            by_kernel(found.gm)
             return GrowingTakeover(found)
         refused = request.self_check and self_check(gm, found, inputs, request, detect_graph).refused
         judge(found, refused or "")
-        return _refused(gm, found, inputs, refused, request, compiler) if refused else Takeover(found, request)
+        if refused:
+            return _refused(gm, found, inputs, refused, request, compiler)
+        by_kernel(found.gm)
+        return Takeover(found, request)
     if any(isinstance(t, PromptKeys | PromptScores) for t in inputs):
         log.info("a graph break lies between a cold prompt's keys and their attention, which runs uncompiled")
         return gm.forward
@@ -274,7 +280,7 @@ def _compile_quantized(
     context.state.tensors.clear()  # or the graph would keep the cache that it was compiled with
     if compiled is None:
         log.info("a chunk of a number of tokens that varies: such steps run uncompiled")
-        return UncompiledChunk(restarts)
+        return UncompiledChunk(restarts, by_kernel(clone(gm)).forward)
     step = CompiledStep(compiled, keep, written, context.state, restarts, whole)
     if moved:
         return SlidingStep(step, gm.forward, moved)
