@@ -1,7 +1,12 @@
-"""Causal attention of a prompt to itself on a CPU: the kernel of eager cold prompts beside torch's own.
+"""Causal attention of a prompt on a CPU: the kernel of uncompiled prompts beside torch's own.
 
     python benchmarks/prompt_attention.py
     python benchmarks/prompt_attention.py --threads 2 --shapes 32,8,128 --tokens 4096
+    python benchmarks/prompt_attention.py --chunk 1024 --tokens 4096 --name prompt-attention-cpu-chunk
+    python benchmarks/prompt_attention.py --chunk 1024 --window 512 --tokens 4096 --name prompt-attention-cpu-window
+
+With ``--chunk`` the queries are the last tokens alone, and a mask of bools says what they see, as models give it: all
+tokens before, or a window of them; KV heads are repeated then, as models do it.
 
 The two in turn, the least of a few rounds: milliseconds of processor time, which is what threads take together, and of
 the clock. Errors are relative to float64, of 64 queries at the end. JSON goes to benchmarks/results/.
@@ -40,21 +45,27 @@ class Shape(NamedTuple):
         return cls(*map(int, text.split(",")))
 
 
-def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def torchs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """What torch would run."""
-    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None)
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def ours(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """The same by the kernel."""
-    out = attended(q, k, v, is_causal=True, enable_gqa=True)
+    out = attended(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None)
     assert out is not None, "the kernel does not take this shape"
     return out
 
 
-def error(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
+def mask_of(tokens: int, queries: int, window: int | None) -> Tensor:
+    """What the last ``queries`` of ``tokens`` see, bool [1, 1, q, n]."""
+    seen = torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries)
+    return (seen if window is None else seen.triu(tokens - queries - window + 1))[None, None]
+
+
+def error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> float:
     """Relative distance from float64, of the last queries."""
-    seen = torch.ones(CHECKED, k.shape[2], dtype=torch.bool).tril(k.shape[2] - CHECKED)
+    seen = mask_of(k.shape[2], CHECKED, window)
     exact = [x.double() for x in (q[:, :, -CHECKED:], k, v)]
     right = scaled_dot_product_attention(*exact, attn_mask=seen, enable_gqa=True)
     return float((out[:, :, -CHECKED:] - right).norm() / right.norm())
@@ -67,17 +78,22 @@ def milliseconds(run: Callable[[], Any]) -> tuple[float, float]:
     return 1e3 * (time.process_time() - processor), 1e3 * (time.perf_counter() - clock)
 
 
-def measure(shape: Shape, tokens: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def measure(shape: Shape, tokens: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
     """Both ways in turn."""
     random = torch.Generator().manual_seed(0)
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     q, k, v = (torch.randn(1, n, tokens, shape.head_dim, generator=random).to(dtype) for n in heads)
+    mask = None
+    if args.chunk is not None:
+        q, mask = q[:, :, -args.chunk :], mask_of(tokens, min(args.chunk, tokens), args.window)
+        k, v = (x.repeat_interleave(shape.heads // shape.kv_heads, 1) for x in (k, v))
     ways = {"torch": torchs, "ours": ours}
-    errors = {name: error(way(q, k, v), q, k, v) for name, way in ways.items()}  # and what is loaded once
+    # The first call loads what is loaded once.
+    errors = {name: error(way(q, k, v, mask), q, k, v, args.window) for name, way in ways.items()}
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         for name, way in ways.items():
-            runs[name].append(milliseconds(lambda way=way: way(q, k, v)))
+            runs[name].append(milliseconds(lambda way=way: way(q, k, v, mask)))
     least = {name: dict(zip(("processor", "clock"), map(min, zip(*found, strict=True)), strict=True))
              for name, found in runs.items()}  # fmt: skip
     faster = {kind: least["torch"][kind] / least["ours"][kind] for kind in ("processor", "clock")}
@@ -119,7 +135,12 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--chunk", type=int, default=None, help="queries, the last of the tokens; default: all")
+    parser.add_argument("--window", type=int, default=None, help="tokens that a query of a chunk sees; default: all")
+    parser.add_argument("--name", default="prompt-attention-cpu", help="of the results file")
     args = parser.parse_args()
+    if args.window is not None and args.chunk is None:
+        parser.error("--window needs --chunk")
     dtypes = [getattr(torch, name) for name in args.dtypes]
     if left := [str(dtype) for dtype in dtypes if dtype not in faster_dtypes()]:
         print(f"this processor leaves prompts in {', '.join(left)} to torch")
@@ -127,9 +148,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.device = "cpu"
     cases = [(shape, tokens, dtype) for shape in args.shapes for tokens in args.tokens for dtype in dtypes]
-    rows = [measure(*case, args.rounds) for case in cases]
+    rows = [measure(*case, args) for case in cases]
     Console(width=120).print(table(rows))
-    write("prompt-attention-cpu", {**where(args), "threads": args.threads, "rows": rows})
+    write(args.name, {**where(args), "threads": args.threads, "rows": rows})
 
 
 if __name__ == "__main__":
