@@ -150,7 +150,22 @@ def test_borrowed_codes_are_const() -> None:
         assert (types[2] == "const int32_t*") == const
 
 
-@pytest.mark.parametrize("name", [*RANKED, *(pytest.param(n, marks=pytest.mark.slow) for n in RANKED_SLOW)])
+#: Slow, too: each of their options has another case.
+RANKED_REPEATED = (
+    "keys, head_dim 64, 2 bits",
+    "keys, sinks, padding",
+    "values, head_dim 64, groups of 64, 2 bits",
+    "values, head_dim 80, groups of 80, 1 bits",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in (*RANKED_SLOW, *RANKED_REPEATED) else ())
+        for n in (*RANKED, *RANKED_SLOW)
+    ],
+)
 def test_ranked_and_rotated_as_the_ops(name: str) -> None:
     case = {"script": RANKED_SCRIPT, **{**RANKED, **RANKED_SLOW}[name]}
     check_ranked(differences_by(ThroughCpp.append, **case))

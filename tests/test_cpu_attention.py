@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import CASES, RANKED_CASES, RANKED_SLOW, RANKED_SPOILED, SPOILED, allowed
+from attention_cases import CASES, RANKED_CASES, RANKED_SLOW, RANKED_SPOILED, REPEATED, SPOILED, allowed
 from attention_runs import Setup, arguments, errors, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +21,7 @@ from xquant_fx.kernels.decode_attention.plain_torch import attend
 from xquant_fx.kernels.schemes import per_channel, per_token
 
 EVERY = {**CASES, **RANKED_CASES}
+SLOW = {*REPEATED, *RANKED_SLOW}
 NARROW = ("float32", "bfloat16", "keys 8, values 1 bits", "sink tokens", "head_dim 8", "a bias a token", "softcap")
 NARROW += ("3 bits, float32, head_dim 40", "ranked, float16 scales, float32")
 NARROW += ("ranked, float32", "ranked, head_dim 48, values 24", "ranked, sink tokens")
@@ -37,7 +38,9 @@ def check(setup: Setup, out: torch.Tensor, given: dict[str, Any]) -> dict[str, A
     return result
 
 
-@pytest.mark.parametrize("name", [*EVERY, *(pytest.param(n, marks=pytest.mark.slow) for n in RANKED_SLOW)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in (*EVERY, *RANKED_SLOW)]
+)
 def test_against_the_truth(name: str) -> None:
     setup = Setup(**{**EVERY, **RANKED_SLOW}[name])
     given = inputs(setup)

@@ -12,6 +12,7 @@ from attention_cases import (
     RANKED_CASES,
     RANKED_SLOW,
     RANKED_SPOILED,
+    REPEATED,
     ROW_CASES,
     ROWS_QUICK,
     SPOILED,
@@ -33,7 +34,11 @@ AMD = (
 
 
 @pytest.mark.parametrize(
-    "name", [*CASES, *RANKED_CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in RANKED_SLOW)]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in {*REPEATED, *RANKED_SLOW} else ())
+        for n in (*CASES, *RANKED_CASES, *RANKED_SLOW)
+    ],
 )
 def test_against_the_truth(name: str, interpreter: Interpreter) -> None:
     case = {**CASES, **RANKED_CASES, **RANKED_SLOW}[name]
