@@ -50,7 +50,10 @@ def build(name: str):
     return AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**FAMILIES[name])).eval()
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=OLD_BLOOM if n == "Bloom" else ()) for n in sorted(FAMILIES)])
+MARKS = {"Bloom": OLD_BLOOM, "Mpt": pytest.mark.slow, "Qwen3": pytest.mark.slow}  # as Bloom; as tests of Llama
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, ())) for n in sorted(FAMILIES)])
 def test_compiled_equals_eager_equals_static(name):
     model = build(name)
     step = torch.compile(model.forward, backend=interpreted())  # dynamic=None: Gemma and GPT-OSS count on the host

@@ -119,7 +119,10 @@ WAYS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("holder", "write", "read", "dims"), WAYS)
+@pytest.mark.parametrize(
+    ("holder", "write", "read", "dims"),
+    [pytest.param(*way, marks=pytest.mark.slow if way in WAYS[:2] else ()) for way in WAYS],
+)
 def test_steps_are_those_of_buffers_apart(holder: str, write: Any, read: str, dims: str) -> None:
     """Compiled, and eager ones on what is quantized then."""
     usual, other, made = Decoder("", dims=dims), Decoder(holder, write, read, dims), list[Any]()
