@@ -367,6 +367,7 @@ def test_command_plan(quick, capsys, tmp_path):
     assert cli.main([*args, "--text", "nowhere.txt"]) == 2
 
 
+@pytest.mark.slow  # the command as such: test_command_plan
 def test_command_eval_of_auto(quick, capsys):
     args = ["eval", "examples/model", "--text", "LICENSE", "--window", "440", "--prompt", "400", "--windows", "1"]
     assert cli.main([*args, "--preset", "auto", "kivi-2", "--bits", "2.3"]) == 0

@@ -92,7 +92,7 @@ def test_codes_are_those_of_a_cache_that_forgets_nothing(config: XQuantConfig) -
     torch.testing.assert_close(*seen, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("Gemma3Text", FULL), ("GptOss", LOW)])
+@pytest.mark.parametrize(("name", "bits"), [("Gemma3Text", FULL), pytest.param("GptOss", LOW, marks=pytest.mark.slow)])
 def test_compiled_as_uncompiled(name: str, bits: XQuantConfig) -> None:
     """The rewritten graph, run op by op: fused below 16 bits."""
     model, ids = model_of(name), ids_of()
