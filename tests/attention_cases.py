@@ -184,8 +184,8 @@ RANKED_SLOW["ranked, a chunk"] = {
     **RANKED, **dict(query=20, mask="padded", kv_heads=2, batch=2, start=(0, 5), v_bits=2),
 }  # fmt: skip
 
-#: Cases each of whose options, by itself, most other cases have, too: kernels that take long to build or to interpret leave them to the
-#: slow tests. The plain torch kernel runs them all.
+#: Cases whose options, one by one, mostly have another case: kernels that take long to build or to interpret leave
+#: them to the slow tests. The plain torch kernel runs them all.
 REPEATED = {
     "keys 1, values 1 bits", "keys 2, values 2 bits", "keys 3, values 3 bits", "4 bits, float32", "8 bits, float32",
     "3 query tokens", "no mask", "a mask a head", "an empty row", "sink logits", "head_dim 96", "head_dim 128",
