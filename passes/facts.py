@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,18 +11,23 @@ from torch.fx import Graph, Node
 from xquant_fx.cache.allocate import quantized_empty
 from xquant_fx.cache.growing import STORED_KV, GrowingKV
 from xquant_fx.cache.sliding import SlidingKV
+from xquant_fx.passes.continued import (
+    behind_views,
+    differences,
+    is_near,
+    may_be_past,
+    moved_from,
+    of_convolution,
+    results,
+    size,
+)  # fmt: skip
 from xquant_fx.passes.find_attention import find_attention
-from xquant_fx.passes.find_writes import concatenation, find_writes, other_mutations
+from xquant_fx.passes.find_writes import concatenation, find_writes, is_factory, other_mutations
 from xquant_fx.passes.products import is_product
 from xquant_fx.passes.records import Source, Write
-from xquant_fx.passes.trace import argument, fake, memory_of, operand, readers, source_of, value_of
+from xquant_fx.passes.trace import argument, fake, memory_of, readers, source_of, value_of
 from xquant_fx.passes.vocabulary import kind, op_name
 
-#: Ops that give what they get, but for some places: a cache after a step, out of place.
-UPDATES = (
-    "index_copy", "index_put", "index_add", "index_fill", "where", "scatter", "slice_scatter", "select_scatter",
-    "masked_scatter", "roll",
-)  # fmt: skip
 NEAR = 64  # nodes to look at, going back from an operand, for a cache that it is computed from
 
 
@@ -38,6 +44,7 @@ class Facts:
     """What one graph says about its buffers; nothing is changed."""
 
     def __init__(self, graph: Graph) -> None:
+        self.graph = graph
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.writes = find_writes(graph)
         # A prompt that allocates its cache attends to itself: what it appends stands for the buffer.
@@ -55,6 +62,8 @@ class Facts:
         self.has_quantized = any(is_quantized(node) for node in graph.nodes)
         self.replaced: dict[Node, Node] = {}
         """Old tensors to the new ones that are returned in their place, as far as somebody asked."""
+        self.read_in: dict[Node, Node] = {}
+        """Inputs to the concatenations with new tokens that attention reads, as far as somebody asked."""
         lengths = [value.shape[2] for write in self.writes if (value := fake(write.buffer)) is not None]
         self.longest = max((n for n in lengths if isinstance(n, int)), default=0)
 
@@ -91,7 +100,7 @@ class Facts:
         if node.op != "placeholder" or value is None or value.dim() < 3:
             return False
         changes = [mutation for mutation in self.mutations if mutation.root is node]
-        return bool(changes) and not all(_of_convolution(mutation) for mutation in changes)
+        return bool(changes) and not all(of_convolution(*mutation) for mutation in changes)
 
     def stored_in(self, node: Node) -> list[Node]:
         """What unrecognised in-place ops put into ``node``."""
@@ -120,20 +129,66 @@ class Facts:
         return past if past.op == "placeholder" and not isinstance(fake(past), torch.nn.Parameter) else None
 
     def made_anew(self, root: Node) -> Node | None:
-        """The old tensor, if ``root`` is a new one made of it and returned in its place (``where``, ``index_copy``)."""
-        value = fake(root)
-        is_returned = any(user.op == "output" or _is_returned_stack(user) for user in root.users)
-        updates = op_name(root) in UPDATES or kind(root) == "cat"
-        if not updates or not is_returned or value is None or value.dim() < 3 or self.grows(root) is not None:
+        """The old tensor, if ``root`` is put together of it and the graph returns a new one in its place."""
+        if self.growth(root) is not None or self.grows(root) is not None or not self._carried_on:
             return None
-        queue = [self.source(operand).root for operand in root.all_input_nodes]
-        for _, node in zip(range(NEAR), queue, strict=False):  # the queue grows meanwhile
-            queue += [self.source(operand).root for operand in node.all_input_nodes] if kind(node) == "cat" else []
-        found = [(_differences(node, value), node) for node in queue if not self.writes_to(node)]
-        found = sorted((each for each in found if each[0] <= 1), key=lambda each: each[0])
-        if found:
-            self.replaced[found[0][1]] = root
-        return found[0][1] if found else None
+        found = self._carried_on
+        pasts = [node for node in moved_from(root, self._put_into, self._is_known, changed=True) if node in found]
+        past = min(pasts, key=lambda node: differences(node, value_of(found[node])), default=None)
+        if past is not None:
+            self.replaced[past] = found[past]
+        return past
+
+    @functools.cached_property
+    def _carried_on(self) -> dict[Node, Node]:
+        """Inputs to the results that are put together of them, and that are as large but for one size."""
+        appended = {write.node for write in self.writes if write.past is not None and not _is_unread(write)}
+        found: dict[Node, Node] = {}
+        for result in results(self.graph):
+            pasts: list[Node] = []
+            for changed in (False, True):
+                inputs = moved_from(result, self._put_into, lambda n: is_quantized(n) or n in appended, changed)
+                new = [node for node in inputs if not self.writes_to(node) and behind_views(result) is not node]
+                pasts += [node for node in new if differences(node, value_of(result)) in ((1,) if changed else (0, 1))]
+            if pasts:  # the others are new tokens
+                found.setdefault(max(pasts, key=size), result)
+        return found
+
+    def longer(self, read: set[Node]) -> list[Node]:
+        """Inputs that are returned longer by a concatenation and are not in ``read``, keys and values of one shape."""
+        pasts = {write.past: write.node for write in self.writes if write.past is not None} | self._carried_on
+        found = {
+            past: (tuple(map(str, value_of(past).shape)), tuple(map(str, value_of(new).shape)))
+            for past, new in pasts.items()
+            if kind(behind_views(new)) == "cat" and not is_quantized(behind_views(new)) and may_be_past(past)
+            if past not in read and new not in read
+        }
+        shapes = list(found.values())
+        return [past for past, (old, new) in found.items() if old != new and shapes.count((old, new)) > 1]
+
+    def _is_known(self, node: Node) -> bool:
+        return is_quantized(node) or self.growth(node) is not None
+
+    def _put_into(self, node: Node) -> list[Node]:
+        """What is written to ``node`` in any way; not what is alone in it (a prompt's tokens in a new buffer)."""
+        appended = [write.x for write in self.writes_to(node) if write.past is None]
+        return [*self.stored_in(node), *(appended if len(appended) > 1 else ())]
+
+    def extended(self, node: Node, operand: Node) -> Node | None:
+        """The input that ``node`` puts among new tokens, for ``operand`` of an attention and nothing else."""
+        value = fake(node)
+        if kind(node) != "cat" or value is None or value.dim() != 4 or argument(node, 1, "dim", 0) not in (2, -2):
+            return None
+        if not is_near(node, operand):
+            return None
+        parts = [self.source(part).root for part in node.all_input_nodes]
+        if any(self.is_buffer(part) or self._is_known(part) for part in parts):
+            return None  # which are found by themselves
+        past = next((part for part in parts if may_be_past(part) and value_of(part).dim() == 4), None)
+        if past is None or all(part.op == "placeholder" or is_factory(part) for part in parts):
+            return None
+        self.read_in[past] = node
+        return past
 
     def overflows(self, root: Node) -> Node | None:
         """The buffer that a part of ``root`` is copied over: a sliding window that this step overflows."""
@@ -155,6 +210,7 @@ class Facts:
         for _, node in zip(range(NEAR), queue, strict=False):  # the queue grows meanwhile
             node = self.stand_ins.get(node, node)
             cache = node if self.is_buffer(node) else self.grows(node)
+            cache = cache or self.extended(node, root)
             if cache is not None:
                 found.append(cache)
             elif not self.is_output_of_attention(node):
@@ -163,41 +219,14 @@ class Facts:
         return found
 
 
-def _differences(node: Node, new: torch.Tensor) -> int:
-    """In how many sizes the input ``node`` and ``new`` differ: a cache before and after a step in one at most."""
-    old = fake(node)
-    if node.op != "placeholder" or old is None or isinstance(old, torch.nn.Parameter):
-        return new.dim()
-    if old.dim() != new.dim() or old.dtype != new.dtype:
-        return new.dim()
-    return sum(str(x) != str(y) for x, y in zip(old.shape, new.shape, strict=True))
+def _is_unread(write: Write) -> bool:
+    """Whether a concatenation is returned and read by nothing."""
+    return all(user.op == "output" for user, _ in readers(write.node))
 
 
 def _is_returned_stack(node: Node) -> bool:
     """Whether it stacks keys and values that are returned together."""
     return op_name(node) == "stack" and any(user.op == "output" for user in node.users)
-
-
-def _of_convolution(mutation: Mutation) -> bool:
-    """Whether it copies ``cat([state, new], -1)[..., -n:]`` over the state: what came last, along the last dimension.
-
-    So the state of a causal convolution [B, C, n] goes on. Keys and values have channels there.
-    """
-    state, last = mutation.root, _uncast(operand(mutation.node, 1))
-    if kind(mutation.node) != "copy" or mutation.target is not state or last is None or kind(last) != "getitem":
-        return False
-    index, whole = last.args[1], _uncast(operand(last))
-    if not isinstance(index, tuple) or not isinstance(index[-1], slice) or index[-1] == slice(None):
-        return False
-    if whole is None or kind(whole) != "cat" or argument(whole, 1, "dim", 0) not in (-1, value_of(state).dim() - 1):
-        return False
-    return all(part in (Ellipsis, slice(None)) for part in index[:-1]) and state in whole.all_input_nodes
-
-
-def _uncast(node: Node | None) -> Node | None:
-    while node is not None and kind(node) == "cast":
-        node = operand(node)
-    return node
 
 
 def is_quantized(node: Node) -> bool:

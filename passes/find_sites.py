@@ -36,8 +36,8 @@ def find_sites(facts: Facts, refusal: Refusal = lambda node, what, facts: Refuse
 def _unrecognised(facts: Facts, read: set[Node]) -> Iterator[Attention]:
     """For inputs that are appended to and are not in ``read``: keys with their values, as far as one can tell.
 
-    Likewise for those that are written to by index in another way, and for those that grow in a graph without any
-    attention.
+    Likewise for those that are written to by index in another way, for those that grow in a graph without any
+    attention, and for pairs that are returned longer.
     """
     writes = [w for w in facts.writes if w.buffer.op == "placeholder" and w.buffer not in read]
     while writes:
@@ -49,10 +49,16 @@ def _unrecognised(facts: Facts, read: set[Node]) -> Iterator[Attention]:
         if is_quantized(write.buffer) and not readers:
             continue  # they are read in another graph
         yield Attention(node, "nothing recognised", write.x, write.buffer, other.buffer, is_recognised=False)
-    for write in () if facts.attention else facts.writes:
-        grows = write.past is not None and write.past.op == "placeholder"
-        if grows and not is_quantized_growth(write.node):
-            yield Attention(write.node, "nothing recognised", write.x, write.buffer, write.buffer, is_recognised=False)
+    growths = {w.past: w for w in facts.writes if w.past is not None and not is_quantized_growth(w.node)}
+    alone = [] if facts.attention else [past for past in growths if past.op == "placeholder"]
+    pairs = (past for past in facts.longer(read) if not _chooses_tokens(past))
+    for past in dict.fromkeys([*alone, *pairs]):
+        grown = growths.get(past)
+        if past in read or (grown is not None and grown.node in read):
+            continue
+        node, cache = (next(iter(past.users)), past) if grown is None else (grown.node, grown.buffer)
+        x = node if grown is None else grown.x
+        yield Attention(node, "nothing recognised", x, cache, cache, is_recognised=False)
     for mutation in _by_index(facts, read):
         node, root = mutation.node, mutation.root
         yield Attention(node, "nothing recognised", node, root, root, is_recognised=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from xquant_fx.passes.continued import behind_views
 from xquant_fx.passes.ends_in_attention import ends_in_attention
 from xquant_fx.passes.facts import NEAR, Facts, is_quantized
 from xquant_fx.passes.find_writes import is_factory
@@ -45,9 +46,16 @@ def why_not_operand(source: Source, what: str, facts: Facts) -> str:
 
 
 def _why_not_written(root: Node, what: str, facts: Facts) -> str:
-    new = facts.replaced.get(root)
+    new = facts.replaced.get(root) or facts.read_in.get(root)
     if new is None:
         return f"{what}: {NOT_WRITTEN}"
+    new = behind_views(new)
+    if kind(new) == "cat":
+        return (
+            f"{what}: attention reads the cache with more put among it (a prefix?), or what is returned is no plain "
+            "append: append alone, torch.cat([past, new], dim=2), return that, and put before it what attention reads "
+            "besides"
+        )
     return (
         f"{what} are a new tensor that {op_name(new)} makes of the old one, and that is returned in its place: write "
         "to the old one in place (buffer[:, :, positions] = x), or put new tokens alone behind it (torch.cat)"
@@ -175,12 +183,30 @@ def _why_not_growth(write: Write, what: str, facts: Facts) -> str:
         return f"{what} grow by concatenation beside caches that are written in place"
     if isinstance(fake(write.past), torch.nn.Parameter):
         return f"{what} grow from a parameter"
-    reason = _why_not_mutation(write.node, what, facts)
+    assert write.past is not None
+    if _is_in_front(write, facts):
+        return f"{what}: new tokens are put before the old ones, and a cache has them in the order in which they came"
+    reason = _why_not_mutation(write.node, what, facts) or _why_not_mutation(write.past, what, facts)
     for user, operand in readers(write.node):
         if reason or is_shape_query(user) or (user.op == "output" and operand is write.returned):
             continue
         reason = _why_not_continued(user, operand, what) or _why_not_reader(user, operand, what, facts)
     return reason
+
+
+def _is_in_front(write: Write, facts: Facts) -> bool:
+    """Whether what comes first is as long as the query that reads the concatenation, and what comes second is not."""
+    past, new = (fake(node) for node in (write.past, write.x))
+    if past is None or new is None or write.begins:
+        return False
+    ends = [(a, facts.source(a.key).root, facts.source(a.value).root) for a in facts.attention]
+    direct = [attention for attention, *roots in ends if write.node in roots]
+    for attention in direct or facts.attention:
+        query = fake(attention.query)
+        first, second, asked = (str(t.shape[-2]) for t in (past, new, query)) if query is not None else ("", "", "")
+        if first != asked or second == asked:
+            return False
+    return bool(facts.attention)
 
 
 def _why_not_continued(user: Node, operand: Node, what: str) -> str:

@@ -294,9 +294,70 @@ def made_anew(q, k, v, past):
     return sdpa(q, k, v), (k, v)
 
 
+def prefix_in_one(q, k, v, past):
+    out = sdpa(q, torch.cat((k * 3, past[0], k * 2), dim=2), torch.cat((v * 3, past[1], v * 2), dim=2))
+    return out, (torch.cat((past[0], k * 2), dim=2), torch.cat((past[1], v * 2), dim=2))
+
+
+def new_alone(q, k, v, past):
+    return sdpa(q, torch.cat((past[0], k * 2), dim=2), torch.cat((past[1], v * 2), dim=2)), (k * 2, v * 2)
+
+
+def scores_apart(q, k, v, past):
+    weights = torch.softmax(torch.cat((q @ past[0].mT, q @ k.mT), -1), -1)
+    out = weights[..., :N] @ past[1] + weights[..., N:] @ v
+    return out, (torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2))
+
+
+def inputs_in_front(q, k, v, past):
+    k, v = torch.cat((k, past[0]), dim=2), torch.cat((v, past[1]), dim=2)
+    return sdpa(q, k, v), (k, v)
+
+
+def decayed(q, k, v, past):
+    k, v = torch.cat((past[0] * 0.9, k * 2), dim=2), torch.cat((past[1] * 0.9, v * 2), dim=2)
+    return sdpa(q, k, v), (k, v)
+
+
+def flipped(q, k, v, past):
+    k, v = torch.cat((past[0], k * 2), dim=2).flip(2), torch.cat((past[1], v * 2), dim=2).flip(2)
+    return sdpa(q, k, v), (k, v)
+
+
+def padded(q, k, v, past):
+    k, v = (
+        torch.nn.functional.pad(old, (0, 0, 0, 1)).index_copy(2, torch.tensor([N]), x)
+        for old, x in zip(past, (k, v), strict=True)
+    )
+    return sdpa(q, k, v), (k, v)
+
+
+def in_a_new_buffer(q, k, v, past):
+    keys, values = k.new_empty(B, H, N + 1, D), v.new_empty(B, H, N + 1, D)
+    for buffer, old, x in ((keys, past[0], k * 2), (values, past[1], v * 2)):
+        buffer[:, :, :N], buffer[:, :, N:] = old, x
+    return sdpa(q, keys, values), (keys, values)
+
+
+def heads_in_the_batch(q, k, v, past):
+    """As fairseq has it."""
+    q, k, v = (t.reshape(B * H, -1, D) for t in (q, k, v))
+    k, v = torch.cat((past[0].view(B * H, -1, D), k), dim=1), torch.cat((past[1].view(B * H, -1, D), v), dim=1)
+    return torch.softmax(q @ k.mT, -1) @ v, (k.view(B, H, -1, D), v.view(B, H, -1, D))
+
+
 @pytest.mark.parametrize(
     "step, reason",
     [
+        (prefix_in_one, "attention reads the cache with more put among it (a prefix?)"),
+        (new_alone, "attention reads the cache with more put among it (a prefix?)"),
+        (scores_apart, "attention reads the cache with more put among it (a prefix?)"),
+        (inputs_in_front, "keys: new tokens are put before the old ones"),
+        (decayed, "attention reads the cache with more put among it (a prefix?)"),
+        (flipped, "keys are a new tensor that flip makes of the old one"),
+        (padded, "keys are a new tensor that index_copy makes of the old one"),
+        (in_a_new_buffer, "keys are a new tensor that new_empty makes of the old one"),
+        (heads_in_the_batch, "attention reads the cache with more put among it (a prefix?)"),
         (made_anew, "keys are a new tensor that index_copy makes of the old one"),
         (read_elsewhere, "also read by sum, which is no attention"),
         (changed, "also written by setitem, which is no append"),
@@ -312,6 +373,43 @@ def made_anew(q, k, v, past):
 def test_concatenations_that_are_left_alone(step, reason):
     (site,) = sites_of(step, *fresh(), (torch.randn(SHAPE), torch.randn(SHAPE)))
     assert reason in site.reason and site.stays_ordinary
+
+
+def test_a_prefix_before_what_grows_is_no_reason():
+    def step(q, k, v, prefix, past):
+        k, v = torch.cat((past[0], k * 2), dim=2), torch.cat((past[1], v * 2), dim=2)
+        return sdpa(q, torch.cat((prefix, k), dim=2), torch.cat((prefix, v), dim=2)), (k, v)
+
+    (site,) = sites_of(step, *fresh(), torch.randn(SHAPE), (torch.randn(SHAPE), torch.randn(SHAPE)))
+    assert site.reason == "" and site.buffer_name == "L['past'][0]"
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_layer_that_is_spelt_out_beside_one_that_is_not(dim):
+    def turned(x):
+        return x.transpose(1, 2) if dim == 1 else x
+
+    def step(q, k, v, past, others):
+        k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        x, (a, b) = sdpa(q, k, v), (torch.cat((old, turned(q)), dim) for old in others)
+        return torch.sigmoid(x @ turned(a).mT) @ turned(b), (k, v), (a, b)
+
+    past, others = ([torch.randn(SHAPE) for _ in range(2)] for _ in range(2))
+    quantized, *left = sites_of(step, *fresh(), past, [turned(old).contiguous() for old in others])
+    assert quantized.reason == "" and {site.buffer_name for site in left} == {"L['others'][0]", "L['others'][1]"}
+    assert all(site.stays_ordinary and "no attention that is recognised" in site.reason for site in left)
+
+
+def test_new_keys_that_are_returned_are_no_cache():
+    def step(q, k, v):  # inputs behind a graph break
+        k = k * 0.5 + torch.cat((-k[..., D // 2 :], k[..., : D // 2]), -1) * 0.5
+        return sdpa(q, k, v), k, v
+
+    def unrolled(q, k, v):
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, 3)) for x in (k, v))
+        return sdpa(q, k, v)
+
+    assert [site.has_cache for site in sites_of(step, *fresh(4)) + sites_of(unrolled, *fresh(4))] == [False, False]
 
 
 def test_a_table_that_a_step_fills_is_no_cache_beside_those_that_grow():

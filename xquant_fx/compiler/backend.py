@@ -51,7 +51,7 @@ from xquant_fx.compiler.sliding_step import SlidingStep, begin_to_slide, moved_w
 from xquant_fx.compiler.stacked_graph import NOT_APART, Judge, LeftWholeError, no_judge, stacked_graph
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.tracing_time import watch_tracing
-from xquant_fx.compiler.watch import Watch, WatchStacks
+from xquant_fx.compiler.watch import Watch, WatchStacks, WatchWrites, only_read
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.detect import detect
@@ -153,6 +153,8 @@ def _compile(
     quantized = [i for i, t in enumerate(inputs) if isinstance(t, STORED_KV)]
     if not quantized:
         compiled: Callable[..., Any] = compiler(gm, inputs, request, None)
+        if only_read(found):
+            compiled = WatchWrites(compiled, found, request)
         return Watch(compiled, gm, found, request, detect_graph) if found.left_for_now else compiled
     _check_config([inputs[i] for i in quantized], request)
     if (known := known_step(gm, found, inputs)) is not None:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -14,7 +15,16 @@ from xquant_fx.compiler.left_alone import report_buffers, report_left
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.stacked_graph import LeftWholeError
 from xquant_fx.compiler.takeover import Takeover
+from xquant_fx.passes.continued import may_be_past
+from xquant_fx.passes.find_sites import buffer_name
 from xquant_fx.passes.records import Detection
+
+#: Times that a buffer of the encoder's may be written between two steps: a prompt's first one, and what empties it.
+MAY_BE_BEGUN = 1
+WRITTEN_BETWEEN = (
+    "keys or values are read in this graph and written between its steps, where no compiled code sees it (by out=, or "
+    "behind a graph break); write to the buffer in the compiled step: buffer[:, :, positions] = x"
+)
 
 
 class Watch:
@@ -53,6 +63,49 @@ class Watch:
     def _knows(self, buffers: list[Any]) -> bool:
         was_first, self.is_first = self.is_first, False  # they were judged when the graph was compiled
         return was_first or all(buffer in self.judged for buffer in buffers)
+
+
+class WatchWrites:
+    """Calls the compiled graph, which reads buffers that it does not write, and tells of those that others write.
+
+    What is written between all steps is no cross attention's: a cache that is appended to by uncompiled code (``out=``,
+    behind a graph break). Inference tensors do not count their writes and are not told of.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], found: Detection, request: Request) -> None:
+        self.compiled, self.read, self.request = compiled, only_read(found), request
+        self.last: list[tuple[int, int]] = []
+        """Of each buffer: where its memory lies, how often it had been written to."""
+        self.written = 0
+
+    def __call__(self, *args: Any) -> Any:
+        """One step."""
+        if self.read:
+            self._look([args[i] for i, _ in self.read])
+        return self.compiled(*args)
+
+    def _look(self, buffers: list[Any]) -> None:
+        now = [_writes_to(buffer) for buffer in buffers]
+        pairs = list(zip(self.last, now, strict=False))
+        changed = [i for i, (old, new) in enumerate(pairs) if old[0] == new[0] and old[1] < new[1]]
+        self.last, self.written = now, self.written + 1 if changed else 0
+        if self.written > MAY_BE_BEGUN:
+            report_buffers([(self.read[i][1], WRITTEN_BETWEEN) for i in changed], self.request)
+            self.read = []
+
+
+def _writes_to(buffer: Any) -> tuple[int, int]:
+    if type(buffer) is not Tensor or buffer.is_inference():
+        return 0, 0
+    return buffer.untyped_storage().data_ptr(), buffer._version
+
+
+def only_read(found: Detection) -> list[tuple[int, str]]:
+    """(number of the argument, name) of inputs with the dimensions of keys and values that are read and not written."""
+    inputs = found.gm.graph.find_nodes(op="placeholder")
+    roots = [node for site in found.sites if not site.has_cache for node in site.buffers]
+    read = dict.fromkeys(node for node in roots if may_be_past(node) and node not in found.written)
+    return [(inputs.index(node), buffer_name(node)) for node in read]
 
 
 class WatchStacks:
