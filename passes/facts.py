@@ -65,7 +65,9 @@ class Facts:
             return source
         whole = source_of(memory_of(source.root))
         is_stack = kind(whole.root) == "cat" and value_of(whole.root).dim() > 4
-        return Source(whole.root, (*whole.path, op_name(source.root), *source.path), source.reader) if is_stack else source
+        return (
+            Source(whole.root, (*whole.path, op_name(source.root), *source.path), source.reader) if is_stack else source
+        )
 
     def writes_to(self, buffer: Node) -> list[Write]:
         """Recognised appends to ``buffer``."""
