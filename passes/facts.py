@@ -68,8 +68,15 @@ class Facts:
         self.longest = max((n for n in lengths if isinstance(n, int)), default=0)
 
     def source(self, operand: Node) -> Source:
-        """What ``operand`` is a view of."""
-        return source_of(operand, self.stand_ins)
+        """What ``operand`` is a view of, or a part of, if that is a stack that grows."""
+        source = source_of(operand, self.stand_ins)
+        if kind(source.root) not in ("unbind", "select"):
+            return source
+        whole = source_of(memory_of(source.root))
+        is_stack = kind(whole.root) == "cat" and value_of(whole.root).dim() > 4
+        return (
+            Source(whole.root, (*whole.path, op_name(source.root), *source.path), source.reader) if is_stack else source
+        )
 
     def writes_to(self, buffer: Node) -> list[Write]:
         """Recognised appends to ``buffer``."""
@@ -111,7 +118,7 @@ class Facts:
         value = fake(root)
         if kind(root) != "cat" or value is None or value.dim() != 4 or argument(root, 1, "dim", 0) not in (2, -2):
             return None
-        if not any(user.op == "output" or _is_returned_stack(user) for user, _ in readers(root)):
+        if not _is_returned(root):
             return None
         parts = [self.source(part).root for part in root.all_input_nodes]
         empty = any((part_value := fake(part)) is not None and part_value.numel() == 0 for part in parts)
@@ -122,11 +129,14 @@ class Facts:
         value, dim = fake(root), argument(root, 1, "dim", 0)
         if kind(root) != "cat" or value is None:
             return None
-        is_returned = any(user.op == "output" or _is_returned_stack(user) for user in root.users)
-        if not is_returned or value.dim() < 3 or (value.dim() == 4 and dim in (2, -2)):
+        past = memory_of(root.all_input_nodes[0])
+        if past.op != "placeholder" or isinstance(fake(past), torch.nn.Parameter):
             return None
-        past = self.source(root.all_input_nodes[0]).root
-        return past if past.op == "placeholder" and not isinstance(fake(past), torch.nn.Parameter) else None
+        is_part = value_of(past).dim() > max(4, value.dim())  # all layers' tokens may be put behind the whole at once
+        if not _is_returned(root) and not (is_part and any(map(_is_returned, _longer(past)))):
+            return None
+        is_usual = value.dim() == 4 and dim in (2, -2)
+        return None if value.dim() < 3 or (is_usual and not is_part) else past
 
     def made_anew(self, root: Node) -> Node | None:
         """The old tensor, if ``root`` is put together of it and the graph returns a new one in its place."""
@@ -224,9 +234,21 @@ def _is_unread(write: Write) -> bool:
     return all(user.op == "output" for user, _ in readers(write.node))
 
 
-def _is_returned_stack(node: Node) -> bool:
-    """Whether it stacks keys and values that are returned together."""
-    return op_name(node) == "stack" and any(user.op == "output" for user in node.users)
+def _is_returned(node: Node) -> bool:
+    """Whether the graph returns ``node``, a view of it, or a stack that it is put in."""
+    queue = [node]
+    for each in queue:  # the queue grows meanwhile
+        for user, _ in readers(each):
+            if user.op == "output":
+                return True
+            if kind(user) in ("stack", "cat") and user not in queue:
+                queue.append(user)
+    return False
+
+
+def _longer(past: Node) -> list[Node]:
+    """What concatenations put behind ``past`` give."""
+    return [user for user in past.users if kind(user) == "cat" and user.all_input_nodes[:1] == [past]]
 
 
 def is_quantized(node: Node) -> bool:

@@ -114,7 +114,12 @@ def _why_not_computed(root: Node, what: str, facts: Facts) -> str:
             f"{what} grow by concatenation and what is returned is not the concatenation itself (a sliding window? a "
             "stack of keys and values?); return keys and values as they are, or pass an XQuantCache or a StaticCache"
         )
-    if facts.grows_elsewhere(root) is not None:
+    if (past := facts.grows_elsewhere(root)) is not None:
+        if value_of(past).dim() > 4:
+            return (
+                f"{what} grow by concatenation as parts of one tensor of {value_of(past).dim()} dimensions: put new "
+                "tokens behind keys and behind values, each in a tensor of its own, and return them so"
+            )
         return (
             f"{what} grow by concatenation along dimension {argument(root, 1, 'dim', 0)} of {value_of(root).dim()}: "
             f"tokens must be dimension 2 of {LAYOUT}, so transpose before the concatenation, not behind it"

@@ -357,7 +357,7 @@ def heads_in_the_batch(q, k, v, past):
         (flipped, "keys are a new tensor that flip makes of the old one"),
         (padded, "keys are a new tensor that index_copy makes of the old one"),
         (in_a_new_buffer, "keys are a new tensor that new_empty makes of the old one"),
-        (heads_in_the_batch, "attention reads the cache with more put among it (a prefix?)"),
+        (heads_in_the_batch, "grow by concatenation along dimension 1 of 3: tokens must be dimension 2"),
         (made_anew, "keys are a new tensor that index_copy makes of the old one"),
         (read_elsewhere, "also read by sum, which is no attention"),
         (changed, "also written by setitem, which is no append"),
@@ -421,6 +421,46 @@ def test_a_table_that_a_step_fills_is_no_cache_beside_those_that_grow():
 
     (site,) = sites_of(step, *fresh(), (torch.randn(SHAPE), torch.randn(SHAPE)))
     assert site.reason == ""
+
+
+def longer(past, k, v, read):
+    kv = torch.cat([past, torch.stack([k, v])], 3)
+    return *read(kv), kv
+
+
+def longer_views(past, k, v, read):
+    kv = torch.cat([past.transpose(0, 1), torch.stack([k, v])], 3)
+    return *read(kv), kv.transpose(0, 1)
+
+
+def longer_parts(past, k, v, read):
+    parts = [torch.cat([old, new], 2) for old, new in zip(past, (k, v), strict=True)]
+    return *parts, torch.cat([part[None] for part in parts])
+
+
+def longer_layers(past, k, v, read):
+    parts = [torch.cat([old, new], 2) for old, new in zip(past[0], (k, v), strict=True)]
+    return *parts, torch.stack([torch.stack(parts)] * 2)
+
+
+def longer_at_once(past, k, v, read):
+    kv = torch.cat([past[0], torch.stack([k, v])], 3)
+    return *read(kv), torch.cat([past, torch.stack([k, v]).expand(2, -1, -1, -1, -1, -1)], 4)
+
+
+@pytest.mark.parametrize("read", [list, lambda kv: kv.unbind(0), lambda kv: (kv.select(0, 0), kv[1])])
+@pytest.mark.parametrize("grow", [longer, longer_views, longer_parts, longer_layers, longer_at_once])
+def test_stacks_that_grow_are_told_of(grow, read):
+    q, k, v = fresh()
+    past = torch.stack([torch.randn(SHAPE) for _ in range(2)], int(grow is longer_views))
+    past = torch.stack([past, past]) if grow in (longer_layers, longer_at_once) else past
+
+    def step(q, k, v, past):
+        keys, values, kv = grow(past, k, v, read)
+        return sdpa(q, keys, values), kv
+
+    (site,) = sites_of(step, q, k, v, past)
+    assert site.stays_ordinary and "grow by concatenation" in site.reason and site.buffer_name == "L['past']"
 
 
 def test_concatenation_that_is_no_cache():

@@ -179,12 +179,6 @@ def test_one_stack_is_left_whole_and_the_next_one_taken_over(caplog: pytest.LogC
     assert "holds numbers at or behind position 0" in caplog.text
 
 
-def part_alone(kv: Tensor, x: Tensor) -> Tensor:
-    """The other layer is not seen here."""
-    kv[0, 0, :, :, :1], kv[0, 1, :, :, :1] = x, x
-    return sdpa(x, kv[0, 0], kv[0, 1])
-
-
 def read_whole(kv: Tensor, x: Tensor) -> Tensor:
     kv[:, :, :, :, :1] = x
     return sdpa(x, kv[0, 0], kv[0, 1]) + kv.sum()
@@ -196,7 +190,7 @@ def number_is_an_input(kv: Tensor, x: Tensor) -> Tensor:
     return sdpa(x, kv[layer, 0], kv[layer, 1])
 
 
-@pytest.mark.parametrize("step", [part_alone, read_whole, number_is_an_input])
+@pytest.mark.parametrize("step", [read_whole, number_is_an_input])
 def test_what_is_not_taken_apart_stays_as_it_is(step: Any) -> None:
     kv, x = torch.zeros(LAYERS, 2, BATCH, KV, LENGTH, DIM), torch.ones(BATCH, KV, 1, DIM)
     plain = kv.clone()

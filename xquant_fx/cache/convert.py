@@ -9,6 +9,8 @@ they refer to the object). Checked on torch 2.11, 2.13 and 2.14.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,13 +66,22 @@ def stack_in_place(buffer: Tensor, stack: StackedKV) -> None:
     _make_quantized(buffer, stack)
 
 
-def unstack_in_place(stack: StackedKV) -> None:
-    """Make the object ``stack``, a part of which was given back, an ordinary tensor of dequantized values."""
-    reason = next(filter(None, map(why_left, stack.leaves)), "")
-    with torch.inference_mode(False), torch.no_grad():
-        _make_plain(stack, stack.dense())
-    if reason:
+def restack_in_place(stack: StackedKV, new: Tensor) -> None:
+    """Make the object ``stack`` what it is ``new``: another stack, or an ordinary tensor, as all parts are by now."""
+    if isinstance(new, StackedKV):
+        stack.become(new)
+        return
+    _make_plain(stack, new)
+    if reason := why_left(new):
         leave(stack, reason)
+
+
+def unstacked(parts: Sequence[Tensor], at: int) -> Tensor:
+    """Ordinary tensors, some of which were given back, as one along ``at``, which is not taken over again."""
+    whole = torch.stack(list(parts), at)
+    if reason := next(filter(None, map(why_left, parts)), ""):
+        leave(whole, reason)
+    return whole
 
 
 def _make_quantized(buffer: Tensor, new: Dequantized) -> None:

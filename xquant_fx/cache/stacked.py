@@ -24,7 +24,10 @@ aten = torch.ops.aten
 
 
 class StackedKV(Dequantized):
-    """``parts`` along dimension ``at``: of each, which may be a stack in turn, what ``select(at, i)`` shows."""
+    """``parts`` along dimension ``at``: of each, which may be a stack in turn, what ``select(at, i)`` shows.
+
+    Those that no graph has taken over yet are ordinary tensors, each in memory of its own.
+    """
 
     parts: tuple[Any, ...]
     at: int
@@ -38,21 +41,22 @@ class StackedKV(Dequantized):
 
     def __init__(self, parts: Sequence[Any], at: int) -> None:
         self.parts, self.at = tuple(parts), at
-        self.anchor = getattr(parts[0], "anchor", None)
+        anchors = [part.anchor for part in self.quantized if hasattr(part, "anchor")]
+        self.anchor = anchors[0] if anchors else parts[0].new_empty(0)
         self.leaves = tuple(leaf for part in parts for leaf in leaves_of(part))
         """The buffers, in the order of the stack."""
 
     # As of a QuantizedKV: Dynamo gets to see one tensor; the rest is in the specs.
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return ["anchor"], (self.at, tuple((type(part), part.__tensor_flatten__()[1]) for part in self.parts))
+        return ["anchor"], (self.at, tuple(map(_description, self.parts)))
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> StackedKV:
         at, parts = context
-        return StackedKV([kind.__tensor_unflatten__(inner, each, None, None) for kind, each in parts], at)
+        return StackedKV([_described(inner, *each) for each in parts], at)
 
     def _stable_hash_for_caching(self) -> str:
-        return f"{self.at}{[part._stable_hash_for_caching() for part in self.parts]}"
+        return f"{self.at}{[getattr(part, '_stable_hash_for_caching', part.size)() for part in self.parts]}"
 
     def _is_view(self) -> bool:
         """False: Dynamo would look for a base with strides."""
@@ -68,10 +72,20 @@ class StackedKV(Dequantized):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return of_parts, (self.parts, self.at)
 
+    def become(self, other: StackedKV) -> None:
+        """Have the parts of ``other``, which holds the same numbers, from now on."""
+        self.parts, self.anchor, self.leaves = other.parts, other.anchor, other.leaves
+
+    @property
+    def quantized(self) -> list[Any]:
+        """The parts that are no ordinary tensors."""
+        return [part for part in self.parts if isinstance(part, Dequantized)]
+
     @property
     def origin(self) -> str:
         """Layers and sides."""
-        return f"{self.leaves[0].origin} to {self.leaves[-1].origin}"
+        leaves = [leaf.origin for leaf in self.leaves if isinstance(leaf, Dequantized)]
+        return f"{leaves[0]} to {leaves[-1]}" if leaves else "no layer"
 
     def dense(self) -> Tensor:
         """Dequantized copy; a tensor of the right shape only, while Dynamo traces."""
@@ -79,7 +93,7 @@ class StackedKV(Dequantized):
 
     def refuse_write(self, func: Any) -> None:
         """A stand-in that is traced may be written to: the passes look at the graph."""
-        if getattr(self.leaves[0], "state", self) is not None:
+        if any(getattr(leaf, "state", None) is not None for leaf in self.leaves):
             raise UnsupportedWriteError(
                 f"{self!r}: {func} is not a way to append tokens to what is stacked along dimension {self.at}; nothing "
                 "was written"
@@ -93,7 +107,9 @@ class StackedKV(Dequantized):
     def mapped(self, call: Callable[[Any], Any], at: int) -> Any:
         """What ``call`` gives of each part, stacked along ``at``; NotImplemented if that is numbers."""
         found = [call(part) for part in self.parts]
-        return StackedKV(found, at) if all(isinstance(each, Dequantized) for each in found) else NotImplemented
+        pairs = zip(self.parts, found, strict=True)
+        are_numbers = any(isinstance(part, Dequantized) and not isinstance(each, Dequantized) for part, each in pairs)
+        return NotImplemented if are_numbers else StackedKV(found, at)
 
     def each(self, call: Callable[[Any, Tensor], Any], x: Tensor, at: int) -> StackedKV:
         """Have ``call`` write to each part its share of ``x``, which is stacked along ``at``; returns this stack."""
@@ -118,6 +134,20 @@ class StackedKV(Dequantized):
 def leaves_of(value: Any) -> tuple[Any, ...]:
     """The buffers of a stack, or ``value`` itself."""
     return value.leaves if isinstance(value, StackedKV) else (value,)
+
+
+def _description(part: Any) -> tuple[Any, ...]:
+    """What Dynamo guards on."""
+    if isinstance(part, Dequantized):
+        return type(part), part.__tensor_flatten__()[1]  # type: ignore[attr-defined]
+    return Tensor, tuple(part.shape), part.stride(), part.dtype
+
+
+def _described(inner: dict[str, Tensor], kind: Any, *what: Any) -> Any:
+    if kind is Tensor:
+        shape, strides, dtype = what
+        return inner["anchor"].new_empty_strided(shape, strides, dtype=dtype)
+    return kind.__tensor_unflatten__(inner, *what, None, None)
 
 
 def dense_of(part: Any) -> Tensor:

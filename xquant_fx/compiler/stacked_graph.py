@@ -1,14 +1,14 @@
 """A graph whose KV buffers are parts of one tensor, as one of buffers of their own.
 
-Parts of an ordinary tensor are given to it as aliases (``cache/aliases.py``). Where it takes all of them over, the
-tensor becomes a ``StackedKV`` of the quantized ones (``cache/stacked.py``); where it does not, nothing is done to any.
+Parts of an ordinary tensor are given to it as aliases (``cache/aliases.py``). Where it takes all over that
+it uses, the tensor becomes a ``StackedKV`` (``cache/stacked.py``) of these and of what is left, ordinary tensors that
+other graphs may take over; where it does not, nothing is done to any.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
 from xquant_fx.cache.aliases import part_alias
-from xquant_fx.cache.convert import stack_in_place, unstack_in_place
+from xquant_fx.cache.convert import restack_in_place, stack_in_place, unstacked
 from xquant_fx.cache.reads import Dequantized
 from xquant_fx.cache.stacked import StackedKV
 from xquant_fx.compiler.other_graph import OtherGraph
@@ -29,32 +29,45 @@ from xquant_fx.passes.split_stacks import split, stacked_dim
 from xquant_fx.passes.trace import memory_of, value_of
 from xquant_fx.passes.why_left_alone import WHY_WHOLE
 
+Place = tuple[tuple[int, int], ...]
+"""The selections (dimension, index) that lead to a part, one after another."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
     """How a tensor is stacked."""
 
-    dims: tuple[int, ...]
-    """The dimension of the tensor that parts are along, of a part that theirs are along, and so on,"""
-    sizes: tuple[int, ...]
-    """and how many there are."""
+    levels: tuple[tuple[int, int], ...]
+    """The dimension of the tensor that parts are along, and how many there are; of a part those of its parts; ..."""
+    places: tuple[Place, ...]
+    """Of the parts that the graph uses."""
 
-    def places(self) -> Iterator[list[tuple[int, int]]]:
-        """Of each part the selections that lead to it."""
-        for number in range(math.prod(self.sizes)):
-            place: list[tuple[int, int]] = []
-            for dim, size in zip(reversed(self.dims), reversed(self.sizes), strict=True):
-                number, index = divmod(number, size)
-                place.insert(0, (dim, index))
-            yield place
+    def given(self, whole: Any) -> list[Any]:
+        """The parts of ``whole`` that the graph uses; those of an ordinary tensor as aliases."""
+        return [_part(whole, place) for place in self.places]
 
-    def nested(self, parts: Sequence[Tensor]) -> StackedKV:
-        """The quantized ``parts`` as one."""
-        stacked: list[Any] = list(parts)
-        for dim, size in zip(reversed(self.dims), reversed(self.sizes), strict=True):
-            stacked = [StackedKV(stacked[i : i + size], dim) for i in range(0, len(stacked), size)]
-        (whole,) = stacked
-        return whole  # type: ignore[no-any-return]
+    def renewed(self, whole: Any, parts: Mapping[Place, Any], place: Place = ()) -> Any:
+        """``whole`` with ``parts`` in their places; what is left of an ordinary tensor gets memory of its own."""
+        if place in parts:
+            return parts[place]
+        if not isinstance(whole, StackedKV) and not any(each[: len(place)] == place for each in parts):
+            return whole
+        at, size = self.levels[len(place)]
+        is_stack = isinstance(whole, StackedKV)
+        below = whole.parts if is_stack else whole.unbind(at)
+        renewed = [self.renewed(each, parts, (*place, (at, i))) for i, each in zip(range(size), below, strict=True)]
+        if any(isinstance(each, Dequantized) for each in renewed):
+            return StackedKV(
+                [new.clone() if new is old and not is_stack else new for new, old in zip(renewed, below, strict=True)],
+                at,
+            )
+        return unstacked(renewed, at)
+
+
+def _part(whole: Any, place: Place) -> Any:
+    while place and isinstance(whole, StackedKV):
+        whole, place = whole.parts[place[0][1]], place[1:]
+    return part_alias(whole, place) if place else whole
 
 
 class LeftWholeError(Exception):
@@ -75,51 +88,54 @@ class StackedGraph(OtherGraph):
     """A graph of the parts of stacks."""
 
     stacks: Mapping[int, Stack]
-    """Which inputs of the program's graph are stacks. Of each all parts are inputs here, in its place."""
+    """Which inputs of the program's graph are stacks. Of each the parts that are used are inputs here, in its place."""
 
     def given(self, args: Sequence[Any]) -> list[Any]:
         """``args`` of the program's graph as those of this one."""
-        return [each for i, arg in enumerate(args) for each in self._parts(i, arg)]
-
-    def _parts(self, index: int, arg: Any) -> Sequence[Any]:
-        if index not in self.stacks:
-            return [arg]
-        if isinstance(arg, StackedKV):
-            return arg.leaves
-        return [part_alias(arg, place) for place in self.stacks[index].places()]
+        stacks = self.stacks
+        return [each for i, arg in enumerate(args) for each in (stacks[i].given(arg) if i in stacks else (arg,))]
 
     def calling(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """What is given the program's arguments; makes stacks of what is quantized by then, or no longer."""
 
         def call(*args: Any) -> Any:
-            given = self.given(args)
+            given, is_done = self.given(args), False
             try:
-                return compiled(*given)
+                results = compiled(*given)
+                is_done = True
+                return results
             finally:
-                self._settle(args, given)
+                self._settle(args, given, is_done)
 
         return call
 
-    def _settle(self, args: Sequence[Any], given: Sequence[Any]) -> None:
+    def _settle(self, args: Sequence[Any], given: Sequence[Any], is_done: bool) -> None:
         begin = 0
         for i, arg in enumerate(args):
             if i not in self.stacks:
                 begin += 1
                 continue
-            size = math.prod(self.stacks[i].sizes)
-            parts, begin = given[begin : begin + size], begin + size
-            are_quantized = [isinstance(part, Dequantized) for part in parts]
-            if isinstance(arg, StackedKV) and not all(are_quantized):
-                unstack_in_place(arg)
-            elif not isinstance(arg, StackedKV) and all(are_quantized):
-                stack_in_place(arg, self.stacks[i].nested(parts))
+            places = self.stacks[i].places
+            parts, begin = dict(zip(places, given[begin : begin + len(places)], strict=True)), begin + len(places)
+            quantized = {place: part for place, part in parts.items() if isinstance(part, Dequantized)}
+            is_stack, are_all = isinstance(arg, StackedKV), len(quantized) == len(parts)
+            if is_stack and are_all and all(_part(arg, place) is part for place, part in parts.items()):
+                continue
+            if not is_stack and quantized and are_all:
+                stack_in_place(arg, self._renewed(i, arg, quantized))
+            elif is_stack and (is_done or are_all):  # of a step that breaks off nothing is taken over
+                restack_in_place(arg, self._renewed(i, arg, quantized))
+
+    def _renewed(self, index: int, whole: Any, parts: Mapping[Place, Any]) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return self.stacks[index].renewed(whole, parts)
 
     def judge(self, inputs: Sequence[Any]) -> Judge:
         """What is told what was decided about this graph, and raises LeftWholeError where a part of an ordinary
         tensor among the program's ``inputs`` is not to be taken over."""
         places, begin = [], 0
         for i, arg in enumerate(inputs):
-            size = math.prod(self.stacks[i].sizes) if i in self.stacks else 1
+            size = len(self.stacks[i].places) if i in self.stacks else 1
             if i in self.stacks and not isinstance(arg, StackedKV):
                 places.append(range(begin, begin + size))
             begin += size
@@ -159,7 +175,7 @@ def stacked_graph(gm: GraphModule, inputs: Sequence[Any]) -> StackedGraph | None
     stacks: dict[int, Stack] = {}
     for i, node in enumerate(nodes):
         value = inputs[i]
-        if not isinstance(value, StackedKV) and not (_may_be(value) and node in written and _dim([node]) is not None):
+        if not isinstance(value, StackedKV) and not (_may_be(value) and node in written and _dim(node) is not None):
             continue
         stack = _split(made.graph, node)
         if stack is None:
@@ -180,29 +196,31 @@ def _may_be(value: Any) -> bool:
 
 def _split(graph: Graph, buffer: Node) -> Stack | None:
     """Split an input into buffers of up to four dimensions; None if it cannot be."""
-    dims: list[int] = []
-    sizes: list[int] = []
-    level = [buffer]
+    levels: list[tuple[int, int]] = []
+    below: dict[Place, Node] = {(): buffer}
     while True:
-        values = [value_of(node) for node in level]
-        dim = values[0].at if isinstance(values[0], StackedKV) else _dim(level)
-        if dim is None:
-            return Stack(tuple(dims), tuple(sizes)) if dims and values[0].dim() <= 4 else None
-        size = values[0].shape[dim]
-        below: list[Node] = []
-        for node, value in zip(level, values, strict=True):
-            parts = split(graph, node, dim, [_value(value, dim, index) for index in range(size)])
+        values = [value_of(node) for node in below.values()]
+        ats = {_dim(node) for node in below.values()}
+        at = ats.pop() if len(ats) == 1 else None
+        if at is None:
+            are_buffers = levels and all(value.dim() <= 4 and not isinstance(value, StackedKV) for value in values)
+            return Stack(tuple(levels), tuple(below)) if are_buffers else None
+        level, below = below, {}
+        for (place, node), value in zip(level.items(), values, strict=True):
+            parts = split(graph, node, at, [_value(value, at, index) for index in range(value.shape[at])])
             if parts is None:
                 return None
-            below += parts
-        dims, sizes, level = [*dims, dim], [*sizes, size], below
+            below.update({(*place, (at, index)): part for index, part in enumerate(parts) if part.users})
+            for part in parts:
+                if not part.users:
+                    graph.erase_node(part)
+        levels.append((at, values[0].shape[at]))
 
 
-def _dim(level: Sequence[Node]) -> int | None:
-    """Along which dimension all of ``level`` are stacked, as far as they are used."""
-    used = [node for node in level if node.users]
-    dims = {stacked_dim(node) for node in used}
-    return dims.pop() if len(dims) == 1 else None
+def _dim(node: Node) -> int | None:
+    """Along which dimension ``node`` is stacked, as far as it is used."""
+    value = value_of(node)
+    return value.at if isinstance(value, StackedKV) else stacked_dim(node)
 
 
 def _value(value: Any, dim: int, index: int) -> Any:
