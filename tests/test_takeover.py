@@ -263,6 +263,23 @@ def test_computed_positions_that_start_over_in_sight_of_old_tokens_raise(sizes):
             compiled(*tokens(sizes[-1]), *buffers, torch.tensor(0))
 
 
+def test_computed_positions_that_write_over_all_that_was_taken_back() -> None:
+    """Candidates of which the last are refused: no mask as wide as the buffer says that nothing lies behind them."""
+
+    def candidates(q, k, v, keys, values, end: int):
+        pos = torch.arange(end - k.shape[2], end)
+        keys[:, :, pos], values[:, :, pos] = k, v
+        return sdpa(q, keys[:, :, :end], values[:, :, :end])
+
+    compiled = torch.compile(candidates, backend=interpreted(preset="full"), dynamic=False)
+    mine, theirs = empty(), empty()
+    with torch.no_grad():
+        for seed, end in enumerate((4, 8, 10, 12)):  # two of four tokens are taken back each time but the first
+            x = tokens(4, seed)
+            torch.testing.assert_close(compiled(*x, *mine, end), candidates(*x, *theirs, end))
+    assert isinstance(mine[0], QuantizedKV)
+
+
 @pytest.mark.parametrize("front", [0, 4])
 @pytest.mark.parametrize("n", [3, 10])
 def test_a_chunk_that_wraps_gives_the_buffers_back(front, n):
