@@ -8,7 +8,8 @@ from torch.fx import Node
 
 from xquant_fx.cache.allocate import Slot, quantized_empty
 from xquant_fx.passes.facts import NEAR, Facts, Mutation, is_quantized, is_quantized_growth
-from xquant_fx.passes.find_writes import concatenation, is_factory
+from xquant_fx.passes.find_writes import concatenation, is_factory, is_opaque
+from xquant_fx.passes.inner_graphs import written_inside
 from xquant_fx.passes.records import Attention, Refused, Site, Source, Write
 from xquant_fx.passes.trace import fake, is_shape_query, operand, same_value
 from xquant_fx.passes.vocabulary import kind, op_name
@@ -62,6 +63,10 @@ def _unrecognised(facts: Facts, read: set[Node]) -> Iterator[Attention]:
     for mutation in _by_index(facts, read):
         node, root = mutation.node, mutation.root
         yield Attention(node, "nothing recognised", node, root, root, is_recognised=False)
+    for node in filter(is_opaque, facts.order):
+        inside = [root for root in written_inside(node) if root.op == "placeholder" and root not in read]
+        for root in inside[:1] if len(inside) > 1 else ():  # one alone may be any state
+            yield Attention(node, "nothing recognised", node, root, root, is_recognised=False)
 
 
 def _by_index(facts: Facts, read: set[Node]) -> Iterator[Mutation]:
@@ -143,7 +148,8 @@ def _site(attention: Attention, facts: Facts, refusal: Refusal) -> Site:
     writes = _write(key, attention.key_reader, facts), _write(value, attention.value_reader, facts)
     return Site(
         attention, key, value, *writes, name,
-        has_cache=bool(caches), is_quantized=quantized, is_latent=is_latent, key_is_rotary=key_is_rotary,
+        has_cache=bool(caches) or is_opaque(attention.node), is_quantized=quantized,
+        is_latent=is_latent, key_is_rotary=key_is_rotary,
         allocated_here=allocated_here, reason=reason, of_call=of_call,
         window_tokens=window_tokens(key.root, facts) if reason and caches else 0,
     )  # fmt: skip
@@ -152,6 +158,8 @@ def _site(attention: Attention, facts: Facts, refusal: Refusal) -> Site:
 def _reason(attention: Attention, key: Source, value: Source, caches: list[Node], facts: Facts) -> str:
     if caches and all(is_quantized(node) for node in caches):
         return ""
+    if not attention.is_recognised and is_opaque(attention.node):
+        return f"written to inside {op_name(attention.node)}, a graph of its own that is not looked into: do without it"
     if not attention.is_recognised:
         return f"appended to in this graph, {NOT_RECOGNISED}"
     if len(set(caches)) > 2:

@@ -102,7 +102,20 @@ def _is_shorter(buffer: Node, facts: Facts) -> bool:
 
 def _is_copied_over(buffer: Node, facts: Facts) -> bool:
     mutation = facts.mutated(buffer)
-    return mutation is not None and kind(mutation.node) == "copy" and mutation.target is buffer
+    if mutation is None or kind(mutation.node) != "copy" or mutation.target is not buffer:
+        return False
+    return _moves_tokens(argument(mutation.node, 1, "src"))  # else rows are reordered, as beam search does
+
+
+def _moves_tokens(source: object) -> bool:
+    """Whether ``source`` is made as a window's next contents are: rolled, joined or cut along the tokens."""
+    if not isinstance(source, Node):
+        return False
+    if kind(source) == "getitem":
+        index = argument(source, 1, "index")
+        return isinstance(index, tuple) and any(isinstance(part, slice) and part != slice(None) for part in index)
+    dim = {"roll": argument(source, 2, "dims"), "cat": argument(source, 1, "dim"), "narrow": argument(source, 1, "dim")}
+    return dim.get(kind(source)) in (2, -2, (2,), (-2,), [2], [-2])
 
 
 def _why_not_computed(root: Node, what: str, facts: Facts) -> str:

@@ -88,6 +88,7 @@ MAY_IMPORT = {
         "passes.products",
         "passes.facts",
         "passes.why_left_alone",
+        "passes.inner_graphs",
         "passes.find_*",
     ],
 }

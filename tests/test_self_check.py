@@ -223,3 +223,24 @@ def test_the_option():
 )
 def test_rounding(mine, theirs, differs):
     assert bool(beyond_rounding("it", mine, theirs)) == differs
+
+
+def test_buffers_of_several_lengths(warnings):
+    """Caches that grow by a longer buffer: the length of the second is a symbol of the graph."""
+    compiled = torch.compile(written_out, backend=Rewrites(self_check=True))
+    with torch.no_grad():
+        for length in (32, 48):
+            buffers = [torch.zeros(*SHAPE[:2], length, SHAPE[3]) for _ in range(2)]
+            out = compiled(*fresh(1), *buffers, torch.arange(1))
+            assert isinstance(buffers[0], QuantizedKV) and not bool(out.isnan().any())
+    assert not any("self_check" in w for w in warnings())
+
+
+def test_vmap_is_not_looked_into(warnings):
+    def rows(q, k, v, keys, values, pos):
+        assign(keys, values, k, v, pos)
+        return torch.vmap(sdpa)(q, keys, values)
+
+    out, right, _, _ = run(rows, ordinary(), Rewrites(self_check=True), sizes=(5, 1))
+    torch.testing.assert_close(out, right)
+    assert any("could not be checked: it runs inside torch.vmap" in w for w in warnings())

@@ -6,10 +6,12 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from dynamo_graphs import SHAPE, buffers, decode_sites, fresh, graphs_of, sites_of, tiny
 from stepping import interpreted
 from transformers import DynamicCache, StaticCache
 
+import xquant_fx.warn_once as warn_once
 from xquant_fx import XQuantCache
 from xquant_fx.passes.find_attention import find_attention
 
@@ -211,6 +213,36 @@ def test_buffers_left_alone(step, has_cache, reason):
     (site,) = sites_of(step, *fresh(), *buffers(), torch.tensor([3]))
     assert site.reason.startswith(reason)
     assert site.has_cache == has_cache and not site.allocated_here
+
+
+def reordered(q, k, v, keys, values, pos):
+    for buffer in (keys, values):
+        buffer.copy_(buffer.flip(0))
+    appended(keys, values, k, v, pos)
+    return sdpa(q, keys, values)
+
+
+def checkpointed(q, k, v, keys, values, pos):
+    def inside(q, k, v, keys, values, pos):
+        appended(keys, values, k, v, pos)
+        return sdpa(q, keys, values)
+
+    return torch.utils.checkpoint.checkpoint(inside, q, k, v, keys, values, pos, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "step, reason",
+    [
+        (reordered, "keys: the buffer is also written by copy_, which is no append along dimension 2"),
+        (checkpointed, "written to inside tag_activation_checkpoint, a graph of its own"),
+    ],
+)
+def test_rows_that_change_places_and_inner_graphs_are_told_of(step, reason, caplog):
+    """Neither is a short window, of which nothing is said."""
+    warn_once.forget()
+    with torch.no_grad():
+        torch.compile(step, backend=interpreted())(*fresh(), *buffers(), torch.tensor([3]))
+    assert f"stays in full precision: {reason}" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["rank 3", "int", "float8", "float64", "gradient"])

@@ -263,6 +263,23 @@ def test_computed_positions_that_start_over_in_sight_of_old_tokens_raise(sizes):
             compiled(*tokens(sizes[-1]), *buffers, torch.tensor(0))
 
 
+def test_computed_positions_that_write_over_all_that_was_taken_back() -> None:
+    """Candidates of which the last are refused: no mask as wide as the buffer says that nothing lies behind them."""
+
+    def candidates(q, k, v, keys, values, end: int):
+        pos = torch.arange(end - k.shape[2], end)
+        keys[:, :, pos], values[:, :, pos] = k, v
+        return sdpa(q, keys[:, :, :end], values[:, :, :end])
+
+    compiled = torch.compile(candidates, backend=interpreted(preset="full"), dynamic=False)
+    mine, theirs = empty(), empty()
+    with torch.no_grad():
+        for seed, end in enumerate((4, 8, 10, 12)):  # two of four tokens are taken back each time but the first
+            x = tokens(4, seed)
+            torch.testing.assert_close(compiled(*x, *mine, end), candidates(*x, *theirs, end))
+    assert isinstance(mine[0], QuantizedKV)
+
+
 @pytest.mark.parametrize("front", [0, 4])
 @pytest.mark.parametrize("n", [3, 10])
 def test_a_chunk_that_wraps_gives_the_buffers_back(front, n):
@@ -387,3 +404,18 @@ def test_a_subclass_of_tensor_is_not_taken_over():
     with torch.no_grad():
         got = torch.compile(step, backend=interpreted([]))(q, k, v, keys, values, torch.tensor([5]))
     assert type(keys) is Marked and torch.allclose(got, right, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_rows_that_eager_code_reorders_in_place(bits):
+    config = CONFIG.replace(k_bits=bits, v_bits=bits, share_values_from=None)
+    compiled = torch.compile(step, backend=interpreted(config=config))
+    mine, theirs = ([torch.zeros(3, 2, N, 8) for _ in range(2)] for _ in range(2))
+    with torch.no_grad():
+        for p in range(20):
+            x = torch.randn(3, 3, 2, 1, 8, generator=torch.Generator().manual_seed(p))
+            out, right = (f(*x, *b, torch.tensor([p]), causal(p, 1)) for f, b in ((compiled, mine), (step, theirs)))
+            assert relative_error(out, right) < (1e-6 if bits == 16 else 0.2)
+            for buffer in (*mine, *theirs):
+                buffer.copy_(buffer[torch.tensor([[1, 2, 0], [0, 2, 1]][p % 2])])
+    assert isinstance(mine[0], QuantizedKV)

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 from xquant_fx.cache.left import ONCE, leave
 from xquant_fx.cache.ragged import Row
 from xquant_fx.cache.reads import Dequantized, Token, read
-from xquant_fx.cache.select import select
+from xquant_fx.cache.select import reorder, select
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError, UnsupportedWriteError
 from xquant_fx.plan.spec import KVSpec
@@ -328,7 +328,9 @@ def _index(kv: QuantizedKV, indices: Any) -> Any:
 def _copy(kv: QuantizedKV, source: Tensor, non_blocking: bool = False) -> Any:
     """``buffer[:, :, a:b] = x`` arrives as a copy into a view of tokens a to b."""
     if kv.is_whole:
-        return NotImplemented
+        if kv.state is None or not isinstance(source, QuantizedKV) or not reorder(kv.state, source.state):
+            return NotImplemented
+        return kv
     if kv.state is not None:
         kv.append_at(torch.arange(*kv.span, device=kv.device), source.expand(kv.shape).to(kv.dtype))
     return kv

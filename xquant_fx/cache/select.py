@@ -52,3 +52,23 @@ def select(state: KVState, index: Tensor) -> KVState:
         group.collected.clear()  # the old cache goes as soon as its buffers are replaced
     known.given.add(state)
     return known.part(state)
+
+
+def reorder(state: KVState, chosen: KVState | None) -> bool:
+    """Whether ``state`` became ``chosen``, rows of it, in place: ``keys.copy_(keys[rows])``, as beam search may do it.
+
+    Not where layers share codes, which one layer alone must not reorder.
+    """
+    group = state.group
+    known = group.selection
+    if chosen is None or not isinstance(known, Selection) or known.made.get(state) is not chosen:
+        return False
+    members = [member for ref in group.members if (member := ref()) is not None]
+    is_plain = chosen.spec == state.spec and not state.spec.window and state.behind is None
+    if not is_plain or group.rows or any(getattr(member, "lower", None) is not None for member in members):
+        return False
+    group.forget(state)
+    for name, tensor in state.owned.items():
+        tensor.copy_(chosen.owned[name])
+    group.start.copy_(known.group.start)
+    return True

@@ -260,7 +260,7 @@ def _cat(tensors: Any, dim: int = 0) -> Any:
 
 def _copy(kv: QuantizedKV, source: Tensor, non_blocking: bool = False) -> Any:
     """What a window is to hold from now on."""
-    if kv.state is None or not kv.is_whole:
+    if kv.state is None or not kv.is_whole or isinstance(source, QuantizedKV):
         return _part_of(kv, source, non_blocking)
     move = source.move if isinstance(source, Moved) else None
     if move is None:

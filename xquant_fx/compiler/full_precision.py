@@ -52,7 +52,8 @@ class Rebuilt:
         ordinary: Mapping[int, tuple[KVSpec, int]],
         sliding: Iterable[int] = (),
     ) -> None:
-        self.given, self.written, self.ordinary = [_number(value) for value in given], frozenset(written), ordinary
+        self.given, self.written = [_number(value) for value in given], frozenset(written)
+        self.ordinary = {i: (_of_numbers(spec), cache) for i, (spec, cache) in ordinary.items()}
         self.sliding = {i for i, value in enumerate(given) if isinstance(value, SlidingKV)} | set(sliding)
         self.contents = {i: _contents(given[i]) for i in (*self._stored(), *ordinary)}
         self.groups: dict[int, CacheGroup] = {}
@@ -102,6 +103,12 @@ class Rebuilt:
     def fault(self) -> bool:
         """Whether a store of the last rewritten run found positions that do not follow what is stored."""
         return any(bool(group.faults.tensor.any()) for group in self.groups.values())
+
+
+def _of_numbers(spec: KVSpec) -> KVSpec:
+    """``spec`` at the sizes of this call: Dynamo leaves that of a buffer open whose like had another."""
+    batch, heads, tokens, dim = (_number(size) for size in spec.shape)
+    return dataclasses.replace(spec, shape=(batch, heads, tokens, dim))
 
 
 def _number(value: Any) -> Any:

@@ -140,12 +140,13 @@ class Restarts:
             for past, now in zip(pasts, state.row_lengths, strict=True)
             if now < past + tokens
         ]
-        if not back:
+        behind = [(past, now) for past, now in back if now < past]  # else the step wrote over all of the old ones
+        if not behind and not (back and before[0][0].spec.ragged):
             return
         if self._hides_old(args):
             self.hides_rows = True
-        else:
-            past, now = back[0]
+        elif behind:
+            past, now = behind[0]
             raise CacheStateError(
                 "quantized KV cache: a step wrote at a position that the program computes, or at a row's own, before "
                 f"the {past} tokens stored; {now} are left, and no mask is recognised that hides the others (a "

@@ -36,6 +36,7 @@ from xquant_fx.passes.context import Context
 from xquant_fx.passes.find_writes import is_opaque
 from xquant_fx.passes.records import Detection, Site
 from xquant_fx.passes.trace import value_of
+from xquant_fx.passes.vocabulary import op_name
 from xquant_fx.warn_once import warn_once
 
 log = logging.getLogger(__name__)
@@ -109,6 +110,8 @@ class _Check:
         self.gm, self.inputs, self.request, self.judge = gm, inputs, request, judge
         if any(is_opaque(node) or "c10d" in str(node.target) for node in gm.graph.nodes):
             raise _CannotCheckError("it runs graphs of its own, or communicates with other processes")
+        if any("vmap" in op_name(node) for node in gm.graph.nodes):  # whose tensors nobody may keep
+            raise _CannotCheckError("it runs inside torch.vmap")
 
     def differences(self, sites: tuple[Site, ...]) -> dict[int | None, Difference]:
         """By the numbers of ``sites``, None for all else: how the rewritten graph differs beyond rounding."""
