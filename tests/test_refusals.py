@@ -298,3 +298,23 @@ def test_ops_in_place():
         ("iand", 2), ("ilshift", 2), ("relu", 2), ("relu", 1, ("inplace", True)), ("dropout", 4), ("torch.relu_", 1),
         ("add_", 2), ("__iadd__", 2),
     ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_an_export_that_would_keep_the_cache_is_refused(tiny_llama):
+    """torch says "Unable to cast NotImplemented to Tensor", or exports a program that begins anew at each call."""
+    model, ids = tiny_llama(layers=2), torch.arange(1, 10)[None]
+
+    class Stepping(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.cache = model, XQuantCache(model.config, 64, CONFIG)
+
+        def forward(self, ids):
+            return self.model(ids, past_key_values=self.cache, use_cache=True).logits
+
+    step = Stepping()
+    for tokens in (ids, ids[:, :1]):  # an empty cache, and one that holds tokens
+        with pytest.raises(CacheStateError, match=r"^layer 0: torch.export\(strict=False\) would make this"):
+            torch.export.export(step, (tokens,), strict=False)
+        step(ids)

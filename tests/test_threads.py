@@ -152,3 +152,26 @@ def test_a_thread_for_each_stage(model: Any) -> None:
             one.submit(cache.update, k, v, 0).result()
             two.submit(cache.update, k, v, 1).result()
     assert {state.length for state in cache.states} == {23}
+
+
+def test_uncompiled_steps_while_another_thread_compiles(model: Any) -> None:
+    """torch's flag "is compiling" is one for all threads: what an eager prompt leaves must not depend on it."""
+    config = XQuantConfig(k_group_size=8, residual_length=16)
+
+    def eager() -> dict[str, torch.Tensor]:
+        cache = XQuantCache(model.config, 64, config)
+        logits_of(model.forward, IDS[:1, :39], cache)
+        logits_of(model.forward, IDS[:1, 39:], cache)
+        return cache.state_dict()
+
+    want, got = eager(), {}
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            got.update(pool.submit(eager).result())
+        return gm.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
+    assert got.keys() == want.keys()
+    for name in want:  # transformers asks for the flag, too, and makes another mask: it rounds otherwise
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-6)

@@ -1,4 +1,8 @@
-"""``XQuantLayer``: one layer of an ``XQuantCache``, a static layer of Hugging Face whose buffers are quantized."""
+"""``XQuantLayer``: one layer of an ``XQuantCache``, a static layer of Hugging Face whose buffers are quantized.
+
+Whether Dynamo traces is asked by ``is_dynamo_compiling``: ``torch.compiler.is_compiling()`` is true in all threads
+while one of them compiles (torch 2.13).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import Role, why_not_tokens
-from xquant_fx.tracing import not_traced
+from xquant_fx.tracing import is_traced, not_traced
 
 KEYS_AND_VALUES: tuple[Role, Role] = ("key", "value")
 
@@ -89,11 +93,11 @@ class XQuantLayer(StaticLayer):
         The first layer does so for all, where nothing is traced: what stays is then one block of memory, and what a
         prompt needs for a moment leaves no holes between.
         """
-        if self.leads and not torch.compiler.is_compiling() and key_states.device.type == "cpu":
+        if self.leads and not torch.compiler.is_dynamo_compiling() and key_states.device.type == "cpu":
             keep_freed_memory()
         self._allocate(key_states, value_states)
         self.cumulative_length = self.cumulative_length.to(self.device)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
             for layer in self.siblings[1:] if self.leads else []:
                 layer._allocate(key_states, value_states)  # taken when its turn comes, if it fits
@@ -131,7 +135,7 @@ class XQuantLayer(StaticLayer):
         """
         # What Dynamo traces in each layer of a step, and guards on, are the lines that follow and no others: what does
         # not fit is found by the buffers that it sees (``QuantizedKV.append_at``).
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             return self._uncompiled(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             return self._compiled_prompt(key_states, value_states, *args, **kwargs)
@@ -155,6 +159,11 @@ class XQuantLayer(StaticLayer):
         return key_states, value_states
 
     def _uncompiled(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting() and is_traced(key_states):
+            raise CacheStateError(
+                f"layer {self.layer_idx}: torch.export(strict=False) would make this XQuantCache part of the program; "
+                'compile the model by backend="xquant" instead, which takes any cache'
+            )
         cold = not self.is_initialized
         self._check(key_states, value_states, cold)
         if cold:  # as a buffer would give them back: attention reads them faster, and storing needs a copy anyway
@@ -239,7 +248,7 @@ class XQuantLayer(StaticLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(tokens that attention sees, offset of the first): those of ``update``."""
         self.first.masked = True
-        if isinstance(self.keys, QuantizedKV) and not torch.compiler.is_compiling():
+        if isinstance(self.keys, QuantizedKV) and not torch.compiler.is_dynamo_compiling():
             self.keys.live.group.lockstep = True
             self.keys.live.group.announce()
         return super().get_mask_sizes(query_length) if self.is_initialized else (query_length, 0)
