@@ -51,10 +51,11 @@ def most_of_scales(x, BYTES: tl.constexpr):
 def load_numbers(numbers, index, RUN: tl.constexpr):
     """Of each RUN of 4, 2 or 1 scales (or mid or zero points) from RUN * ``index`` on, as stored: one integer."""
     if numbers.dtype.element_ty == tl.uint8:
-        kind: tl.constexpr = tl.int32 if RUN == 4 else tl.uint16 if RUN == 2 else tl.uint8
+        of_bytes: tl.constexpr = tl.int32 if RUN == 4 else tl.uint16 if RUN == 2 else tl.uint8
+        return tl.load(numbers.to(tl.pointer_type(of_bytes), bitcast=True) + index)
     else:
-        kind: tl.constexpr = tl.int64 if RUN == 4 else tl.int32 if RUN == 2 else tl.int16
-    return tl.load(numbers.to(tl.pointer_type(kind), bitcast=True) + index)
+        of_halves: tl.constexpr = tl.int64 if RUN == 4 else tl.int32 if RUN == 2 else tl.int16
+        return tl.load(numbers.to(tl.pointer_type(of_halves), bitcast=True) + index)
 
 
 @triton.jit
