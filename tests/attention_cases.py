@@ -228,6 +228,9 @@ WHOLE_RANKED: dict[str, dict[str, Any]] = {
         "ranked, whole groups, head_dim 64, keys 1.5, values 1 bit, small keys": dict(
             dim=64, k_bits=1.5, v_bits=1, quiet=1e-5, scale=1e4
         ),
+        "ranked, whole groups, 16 rows, padding": dict(
+            query=4, norms=True, residual=384, v_residual=128, start=(300,), mask="padded"
+        ),
         "ranked, whole groups, sinks, padding": dict(
             dim=64, sinks=4, start=(150,), mask="padded", query=3, group=2, norms=True
         ),
@@ -278,6 +281,16 @@ WHOLE_SLOW: dict[str, dict[str, Any]] = {
         "ranked, whole groups of 32, values of 8 bits": dict(v_bits=8, dim=64, k_group=32, past=600),
         "whole groups, 3 bits, loud": dict(PLAIN, loud=1e3, scale=1e-6, dim=64, k_bits=3, v_bits=3),
         "ranked, whole groups, loud": dict(loud=100.0, scale=1e-3),
+        "ranked, whole groups, 12 rows, many channels without bits, loud": dict(
+            query=3, k_bits=1, loud=100.0, scale=1e-3
+        ),
+        "ranked, whole groups, 16 rows, head_dim 64, small keys": dict(query=4, dim=64, quiet=1e-5, scale=1e4),
+        "ranked, whole groups, 16 rows, keys 2.5 bits, softcap": dict(
+            query=4, k_bits=2.5, mask="none", softcap=2.0, norms=True
+        ),
+        "ranked, whole groups, 12 rows, keys 3 bits, float16 scales": dict(
+            query=3, dim=96, k_bits=3, scale_dtype="float16"
+        ),
         "ranked, whole groups, values of rotated weights": dict(v_scheme="per_token_folded", dim=64, query=3),
         "ranked, whole groups, quiet": dict(loud=1e-3, scale=2.0),
         "ranked, whole groups, one token outweighs all others": dict(peak=11.2),

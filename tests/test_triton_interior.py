@@ -106,7 +106,7 @@ MOST: dict[tuple[str, str], tuple[float, int]] = {
     ("2/2 bits, head_dim 64", "sm_90"): (2.4, 0),
     **{("2/2 bits, q = 8", chip): (3.6, 0) for chip in ("sm_90", "sm_80")},
     ("xquant-2.2, head_dim 64", "sm_90"): (3.0, 0),
-    **{("xquant-2.2, q = 8", chip): (8.3, 0) for chip in ("sm_90", "sm_80")},
+    **{("xquant-2.2, q = 8", chip): (4.9, 0) for chip in ("sm_90", "sm_80")},
     **{
         (name, chip): (most, 0)
         for chip in ("sm_90", "sm_80")

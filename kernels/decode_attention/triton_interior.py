@@ -157,7 +157,7 @@ def interior_kernel(
         order, center = k_order + head * K_DIM, k_center + head * K_DIM
     BY_FOUR: tl.constexpr = MAX_LEN % 4 == 0
     if INTERIOR_ROWS > 8:
-        x = rows_query(q, query_rows + rows, valid_rows, K_CHANNELS, KEYS)
+        x = rows_query(q, query_rows + rows, valid_rows, order, center, K_CHANNELS, KEYS)
         masks = tl.arange(0, 8) + first_row
         first = mask_rows_of(mask, masks, masks < all_rows, batch, kv_head, HEADS_PER_KV, QUERY, MASK_KIND, MASK_SHAPE)
         second = first

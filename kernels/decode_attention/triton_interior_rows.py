@@ -3,10 +3,10 @@
     logits [rows, tokens] = (q s) [rows, channels] @ K^T [channels, tokens]
     out [rows, channels] += p [rows, tokens] @ V [tokens, channels]
 
-Codes are decoded once for 16 rows, scales applied once for a tile, which is taken in steps of fewer tokens. A row's
-top is not its largest logit: it moves, to one above that, only when a weight would be 1 or more, so that most steps
-find no maximum and scale nothing. Whether it does is asked before weights are computed, which then fill the gaps
-between products with values. Sums of weights and of zero points are products, too.
+Codes are decoded once for 16 rows. A row's top is not its largest logit: it moves, to one above that, only when a
+weight would be 1 or more, so that most tiles find no maximum and scale nothing. Whether it does is asked before weights
+are computed, which then fill the gaps between products with values. Sums of weights, and of zero points or the largest
+codes, are products, too. The order of statements decides what is in registers at a time, of which there are 255.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
     power_above,
     times,
 )
-from xquant_fx.kernels.decode_attention.triton_interior_keys import LOG2_E
+from xquant_fx.kernels.decode_attention.triton_interior_keys import LOG2_E, words_of_ones
 from xquant_fx.kernels.decode_attention.triton_interior_loop import (
     LARGEST_LOG2,
     LN_2,
@@ -31,20 +31,16 @@ from xquant_fx.kernels.decode_attention.triton_interior_loop import (
     bits_of_rows,
     mask_words,
     token_bits,
+    token_norms,
     value_scales,
     value_words,
 )
-from xquant_fx.kernels.decode_attention.triton_interior_row_keys import (
-    LEAST_COLUMNS,
-    add_codes,
-    group_scales,
-    most_of,
-    rows_of_group,
-)
+from xquant_fx.kernels.decode_attention.triton_interior_row_keys import LEAST_COLUMNS, row_logits
+from xquant_fx.kernels.decode_attention.triton_interior_row_scales import group_scales, most_of
 from xquant_fx.kernels.decode_attention.triton_products import LARGEST, SUBNORMAL
 from xquant_fx.kernels.decode_attention.triton_softmax import MASK, SM_SCALE, SOFTCAP, tanh
-from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, PLANES, ROTATION
-from xquant_fx.kernels.triton_small_floats import UNIT_OF_SCALES, scale_in_units
+from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, NORMS, RANKED, ROTATION
+from xquant_fx.kernels.triton_small_floats import UNIT_OF_SCALES, decode_scale, scale_in_units
 
 
 @triton.jit
@@ -82,63 +78,35 @@ def many_rows_that_see(seen, ROWS: tl.constexpr, QUERY: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
-def exp2_of_sum(r, factor, offset, ASM: tl.constexpr):
-    """``exp2`` of r [rows, tokens] * factor [rows] + offset [rows]: in assembly, or LLVM would keep earlier sums."""
-    factor, offset = factor[:, None], offset[:, None]
-    if ASM:
-        _, factor = tl.broadcast(r, factor)
-        _, offset = tl.broadcast(r, offset)
-        return tl.inline_asm_elementwise(
-            "{ .reg .f32 x; fma.rn.f32 x, $1, $2, $3; ex2.approx.ftz.f32 $0, x; }", "=f,f,f,f", [r, factor, offset],
-            dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return exp2(r * factor + offset, ASM)
-
-
-@triton.jit
-def scales_in_order(s, z, weight, WIDTH: tl.constexpr, CENTRED: tl.constexpr):
-    """(float16 [tokens] of zero points, CENTRED: scales; int32 [tokens / 2] of pairs of weighted scales), in order."""
-    z = numbers_in_order((s if CENTRED else z).to(tl.float16), WIDTH, True)
+def scales_in_order(s, z, weight, WIDTH: tl.constexpr):
+    """(float16 [tokens] of zero points, int32 [tokens / 2] of pairs of weighted scales), in order."""
+    z = numbers_in_order(z.to(tl.float16), WIDTH, True)
     s = numbers_in_order((s * weight).to(tl.float16), WIDTH, True)
     return z, tl.reshape(pairs_of_halves(s[None, :]), (s.shape[0] // 2,))
 
 
 @triton.jit
-def step_scales(values, masks, t0, STEP: tl.constexpr, VALUES: tl.constexpr,
+def tile_scales(keys, values, masks, t0, TILE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
                 MASK_KIND: tl.constexpr, FOURS: tl.constexpr):  # fmt: skip
-    """(scales, zero points, what rows see) of the tokens of a step, as stored: of a mask bits are seldom wanted."""
-    s, z = value_scales(values, t0, STEP, VALUES)
-    seen = mask_words(masks[0], t0, STEP, MASK_KIND, FOURS), mask_words(masks[1], t0, STEP, MASK_KIND, FOURS)
-    return s, z, seen
+    """(``group_scales``, norms of keys, scales and zero points of values, what rows see) of a tile, as stored."""
+    s, z = value_scales(values, t0, TILE, VALUES)
+    seen = mask_words(masks[0], t0, TILE, MASK_KIND, FOURS), mask_words(masks[1], t0, TILE, MASK_KIND, FOURS)
+    return group_scales(keys, t0, KEYS), token_norms(keys, t0, TILE, KEYS), s, z, seen
 
 
 @triton.jit
-def tile_scales(keys, values, masks, t0, STEPS: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr,
-                VALUES: tl.constexpr, MASK_KIND: tl.constexpr, FOURS: tl.constexpr):  # fmt: skip
-    """``group_scales``, and ``step_scales`` of all steps of a tile, two at most."""
-    of_group = group_scales(keys, t0, KEYS)
-    first = step_scales(values, masks, t0, STEP, VALUES, MASK_KIND, FOURS)
-    if STEPS == 1:
-        return of_group, first, first
+def above(r, factor, offset, norms, base, V_BITS: tl.constexpr, KEYS: tl.constexpr, LOGITS: tl.constexpr):
+    """Logits [ROWS, tokens] times log2(e), less ``base`` [ROWS], of what ``row_logits`` gave."""
+    if KEYS[NORMS] or LOGITS[SOFTCAP] != 0.0:
+        r = r * factor[:, None] + offset[:, None]
+        norms = numbers_in_order(decode_scale(norms), V_BITS, True)[None, :] if KEYS[NORMS] else 1.0
+        if LOGITS[SOFTCAP] != 0.0:
+            capped: tl.constexpr = LOGITS[SOFTCAP] * LOG2_E
+            return capped * tanh(r * (norms * (1.0 / capped))) - base[:, None]
+        else:
+            return r * norms - base[:, None]
     else:
-        return of_group, first, step_scales(values, masks, t0 + STEP, STEP, VALUES, MASK_KIND, FOURS)
-
-
-@triton.jit
-def row_logits(group, codes, t0, STEP: tl.constexpr, V_BITS: tl.constexpr, KEYS: tl.constexpr,
-               LOGITS: tl.constexpr):  # fmt: skip
-    """(r [ROWS, STEP], factor [ROWS], offset [ROWS]): logits, times log2(e), are r * factor + offset."""
-    qs, factor, offset = group
-    r = tl.zeros((factor.shape[0], STEP), tl.float32)
-    r = add_codes(r, qs[0], codes, t0, V_BITS, KEYS[PLANES][0], KEYS)
-    r = add_codes(r, qs[1], codes, t0, V_BITS, KEYS[PLANES][1], KEYS)
-    r = add_codes(r, qs[2], codes, t0, V_BITS, KEYS[PLANES][2], KEYS)
-    if LOGITS[SOFTCAP] != 0.0:
-        capped: tl.constexpr = LOGITS[SOFTCAP] * LOG2_E
-        r = capped * tanh((r * factor[:, None] + offset[:, None]) * (1.0 / capped))
-        factor, offset = tl.full(factor.shape, 1.0, tl.float32), tl.zeros(offset.shape, tl.float32)
-    return r, factor, offset
+        return r * factor[:, None] + (offset - base)[:, None]
 
 
 @triton.jit
@@ -161,66 +129,75 @@ def attend_rows(
     ``masks``: where masks of the first 8 rows begin, and of the others; with QUERY, the first have all that differ.
     """
     low, high = tile_range
-    ROWS: tl.constexpr = q[3].shape[0]
+    ROWS: tl.constexpr = q[4].shape[0]
     BYTES: tl.constexpr = values[1].dtype.element_ty == tl.uint8
+    K_BYTES: tl.constexpr = keys[1].dtype.element_ty == tl.uint8
     WIDTH: tl.constexpr = VALUES[BITS]
-    # A step has four words of values at least.
-    STEP: tl.constexpr = 64 if WIDTH > 1 else 128
-    STEPS: tl.constexpr = TILE // STEP
+    V_WORDS: tl.constexpr = TILE * WIDTH // 32
+    V_PLANE: tl.constexpr = (TILE, WIDTH, V_WORDS, 0)
+    CENTRED: tl.constexpr = VALUES[ROTATION] != -1
     ALL_SEE: tl.constexpr = 0x01010101 if FOURS else 1
     last = tl.maximum(high - TILE, 0)
     top = tl.full((ROWS,), NOTHING, tl.float32)
+    unseen = low >= 0  # whether any row has seen nothing yet
     total = tl.zeros((ROWS, LEAST_COLUMNS), tl.float32)
     from_zeros = tl.zeros((ROWS, LEAST_COLUMNS), tl.float32)
     acc = tl.zeros((ROWS, VALUES[CHANNELS]), tl.float32)
     unit = tl.full((), 2.0**-100, tl.float32)  # of values' scales: a power of two above all so far
-    plane = tl.arange(0, STEP) // 4 % (8 // WIDTH)
+    plane = tl.arange(0, TILE) // 4 % (8 // WIDTH)
     weight = tl.exp2((-WIDTH * plane).to(tl.float32) + (LARGEST_LOG2 + 1.0))
-    ones = tl.full((STEP, LEAST_COLUMNS), 1.0, tl.float16)
-    at = tl.minimum(low, last)
-    next_scales = tile_scales(keys, values, masks, at, STEPS, STEP, KEYS, VALUES, LOGITS[MASK], FOURS)
+    ones = tl.full((TILE, LEAST_COLUMNS), 1.0, tl.float16)
+    largest = fragment(words_of_ones(LEAST_COLUMNS, V_PLANE), WIDTH, V_WORDS)
+    next_scales = tile_scales(keys, values, masks, tl.minimum(low, last), TILE, KEYS, VALUES, LOGITS[MASK], FOURS)
     for t0 in tl.range(low, high, TILE):
-        scales, at = next_scales, tl.minimum(t0 + TILE, last)
-        next_scales = tile_scales(keys, values, masks, at, STEPS, STEP, KEYS, VALUES, LOGITS[MASK], FOURS)
-        group = rows_of_group(q, scales[0], LOGITS[SM_SCALE], KEYS, ASM)
-        for step in tl.static_range(STEPS):
-            s, z, seen = scales[1] if step == 0 else scales[2]
-            t = t0 + step * STEP
-            r, factor, offset = row_logits(group, keys[0], t, STEP, WIDTH, KEYS, LOGITS)
-            if LOGITS[MASK] == "bool":
-                # It is seldom applied: a mask hides what is padded, or to come.
-                hidden = (seen[0] & seen[1]) ^ ALL_SEE
-                if tl.max(tl.reshape(hidden, (hidden.shape[0] * hidden.shape[1],)), 0) != 0:
-                    r = tl.where(many_rows_that_see(seen, ROWS, QUERY, WIDTH, FOURS) != 0, r, float("-inf"))
-            s = scale_in_units(s)
-            new_unit = tl.maximum(unit, power_above(most_of(s)))
-            if WIDTH > 1:
-                # Before the branch, after which ``unit`` is ``new_unit``: nothing but weights is waited for then.
-                z, s = scales_in_order(s, z, weight * inverse_power(new_unit), WIDTH, VALUES[ROTATION] != -1)
-            if WIDTH == 2:  # other widths have no registers for that
-                words = value_words(values[0], t, 0, STEP, WIDTH, STEP * WIDTH // 32, VALUES)
-            x = r * factor[:, None] + (offset - top)[:, None]
-            if (common_sign(x, ASM) >= 0) | (new_unit > unit):
-                new_top = tl.maximum(top, tl.max(r, 1) * factor + (offset + 1.0))
-                x = r * factor[:, None] + (offset - new_top)[:, None]
-                alpha = exp2(top - new_top, ASM)[:, None]
-                total, from_zeros = total * alpha, from_zeros * alpha
-                acc = acc * (alpha * (unit * inverse_power(new_unit)))
-                top, unit = new_top, new_unit
-            if WIDTH != 2:
-                words = value_words(values[0], t, 0, STEP, WIDTH, STEP * WIDTH // 32, VALUES)
-            if WIDTH == 1:  # no registers for that before, nor to keep ``x`` beside ``r``
-                z, s = scales_in_order(s, z, weight * inverse_power(unit), WIDTH, VALUES[ROTATION] != -1)
-                p = exp2_of_sum(r, factor, offset - top, ASM).to(tl.float16)
-            else:
-                p = exp2(x, ASM).to(tl.float16)
-            total = tl.dot(p, ones, acc=total)
-            from_zeros = tl.dot(p, tl.broadcast_to(z[:, None], (STEP, LEAST_COLUMNS)), acc=from_zeros)
-            ps = columns_to_places(times(p, s, ASM))
-            acc = tl.dot(ps, tl.trans(fragment(words, WIDTH, STEP * WIDTH // 32)), acc=acc)
+        for_keys, norms, s, z, seen = next_scales
+        if not KEYS[RANKED]:
+            next_scales = tile_scales(
+                keys, values, masks, tl.minimum(t0 + TILE, last), TILE, KEYS, VALUES, LOGITS[MASK], FOURS
+            )
+        r, factor, offset = row_logits(q, keys[0], for_keys, t0, TILE, WIDTH, LOGITS[SM_SCALE], K_BYTES, KEYS, ASM)
+        # What is left of logits keeps their digits: while a row has seen nothing, they are taken as they are.
+        base = tl.where(top > NOTHING, top, 0.0)
+        x = above(r, factor, offset, norms, base, WIDTH, KEYS, LOGITS)
+        if LOGITS[MASK] == "bool":
+            # It is seldom applied: a mask hides what is padded, or to come.
+            hidden = (seen[0] & seen[1]) ^ ALL_SEE
+            if tl.max(tl.reshape(hidden, (hidden.shape[0] * hidden.shape[1],)), 0) != 0:
+                x = tl.where(many_rows_that_see(seen, ROWS, QUERY, WIDTH, FOURS) != 0, x, float("-inf"))
+        s = scale_in_units(s)
+        new_unit = tl.maximum(unit, power_above(most_of(s)))
+        if WIDTH > 1:
+            # Before the branch, after which ``unit`` is ``new_unit``: nothing but weights is waited for then.
+            z, s = scales_in_order(s, z, weight * inverse_power(new_unit), WIDTH)
+        if WIDTH == 2:  # other widths have no registers for that
+            words = value_words(values[0], t0, 0, TILE, WIDTH, V_WORDS, VALUES)
+        if (common_sign(x, ASM) >= 0) | (new_unit > unit) | unseen:
+            new_top = tl.maximum(top, tl.max(x, 1) + (base + 1.0))
+            x += (base - tl.where(new_top > NOTHING, new_top, 0.0))[:, None]
+            alpha = exp2(top - new_top, ASM)[:, None]
+            back = alpha * (unit * inverse_power(new_unit))
+            total, from_zeros = total * alpha, from_zeros * (back if CENTRED else alpha)
+            acc = acc * back
+            top, unit, unseen = new_top, new_unit, tl.min(new_top, 0) <= NOTHING
+        if WIDTH != 2:
+            words = value_words(values[0], t0, 0, TILE, WIDTH, V_WORDS, VALUES)
+        if WIDTH == 1:  # no registers for that before
+            z, s = scales_in_order(s, z, weight * inverse_power(unit), WIDTH)
+        p = exp2(x, ASM).to(tl.float16)
+        total = tl.dot(p, ones, acc=total)
+        ps = columns_to_places(times(p, s, ASM))
+        if CENTRED:
+            from_zeros = tl.dot(ps, tl.trans(largest), acc=from_zeros)
+        else:
+            from_zeros = tl.dot(p, tl.broadcast_to(z[:, None], (TILE, LEAST_COLUMNS)), acc=from_zeros)
+        acc = tl.dot(ps, tl.trans(fragment(words, WIDTH, V_WORDS)), acc=acc)
+        if KEYS[RANKED]:  # no registers for it before
+            next_scales = tile_scales(
+                keys, values, masks, tl.minimum(t0 + TILE, last), TILE, KEYS, VALUES, LOGITS[MASK], FOURS
+            )
     scale_unit: tl.constexpr = UNIT_OF_SCALES if BYTES else 1.0
-    # Values about zero have zero point -n / 2 times their scale.
-    middle: tl.constexpr = -0.5 * ((1 << WIDTH) - 1) * scale_unit if VALUES[ROTATION] != -1 else 1.0
-    total = tl.max(total, 1)  # all columns are the same
-    acc = acc * (unit * (SUBNORMAL * scale_unit / (2.0 * LARGEST))) + (tl.max(from_zeros, 1) * middle)[:, None]
+    total, from_zeros = tl.max(total, 1), tl.max(from_zeros, 1)  # all columns are the same
+    factor = unit * (SUBNORMAL * scale_unit / (2.0 * LARGEST))
+    # Levels of values about zero are about half of the largest code.
+    acc = acc * factor + (from_zeros * (factor * -0.5) if CENTRED else from_zeros)[:, None]
     return tl.where(total == 0, float("-inf"), top * LN_2), total, tl.trans(acc)

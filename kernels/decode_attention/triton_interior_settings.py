@@ -50,10 +50,10 @@ class Format:
 
     @property
     def many_rows(self) -> bool:
-        """Whether there are registers for more than a few query rows: for codes of one plane, in large groups."""
-        planes_of = (self.k_bits, self.v_bits)
-        plain = not self.ranked and all(bits in (1, 2, 4) for bits in planes_of)
-        return plain and max(self.k_dim, self.v_dim) <= WIDE and self.k_group % TILE == 0
+        """Whether there are registers for more than a few query rows: in large groups, for codes of one plane, or
+        ranked keys beside values of 2 bits."""
+        few = self.v_bits == 2 if self.ranked else all(bits in (1, 2, 4) for bits in (self.k_bits, self.v_bits))
+        return few and max(self.k_dim, self.v_dim) <= WIDE and self.k_group % TILE == 0
 
 
 def why_no_interior(a: DecodeArguments, hip: bool) -> str:
