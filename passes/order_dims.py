@@ -27,8 +27,10 @@ def dims_of(node: Node) -> str:
     value = fake(node)
     if node.op != "placeholder" or value is None or value.dim() not in (3, 4) or not value.is_floating_point():
         return ""
-    if isinstance(value, torch.nn.Parameter) or not all(isinstance(size, int) for size in value.shape):
+    if isinstance(value, torch.nn.Parameter):
         return ""
+    if value.dim() == 3 and not all(isinstance(size, int) for size in value.shape):
+        return ""  # its views name sizes, and a graph holds no symbols
     found = {_place(write, value) for write in _writes(node)}
     if len(found) != 1 or None in found:
         return ""

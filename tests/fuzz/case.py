@@ -63,6 +63,8 @@ class Case:
     """What is a constant of its own in layer ``odd``: ``DIFFERS`` of ``weights.py``."""
     odd: int = -1
     """The layer that differs, -1: none."""
+    all_dynamic: bool = False
+    """Whether all sizes are symbols from the first compilation on, those of the cache, too (``dynamic=True``)."""
 
     def to_json(self) -> str:
         """One line."""
@@ -150,6 +152,8 @@ def _stored(case: Case, random: Random) -> Case:
     grows = case.append == "cat"
     if random.randrange(4) == 0 and not case.ragged:
         case = dataclasses.replace(case, layout=random.choice(list(appends.GROWN if grows else appends.LAYOUTS)))
+    if random.randrange(8) == 0:
+        case = dataclasses.replace(case, all_dynamic=True, dynamic=True)
     if random.randrange(4) or grows:
         return case
     case = dataclasses.replace(case, holder=random.choice(STACKS))

@@ -87,6 +87,11 @@ def program_of(case: Case) -> dict[str, Any]:
     return module.__dict__
 
 
+def dynamic_of(case: Case) -> bool | None:
+    """What ``torch.compile`` is given of the name."""
+    return True if case.all_dynamic else None if case.dynamic else False
+
+
 def backend_of(case: Case, by_inductor: bool) -> Any:
     """The backend; without Inductor rewritten graphs run op by op."""
     request = parse(None, {"config": settings_of(case)})
@@ -121,7 +126,7 @@ class Comparison:
     def __init__(self, case: Case, backend: Any) -> None:
         self.case, self.names = case, program_of(case)
         self.model = self.names["Decoder"]().eval()
-        self.step = torch.compile(self.model, backend=backend, dynamic=None if case.dynamic else False)
+        self.step = torch.compile(self.model, backend=backend, dynamic=dynamic_of(case))
         self.cache, self.twin = self.names["empty"](), self.names["empty"]()
         self.at, self.pad = 0, torch.arange(case.batch) * 2
         self.rows = torch.zeros(case.batch, dtype=torch.int64)
