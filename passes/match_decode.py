@@ -19,7 +19,7 @@ from xquant_fx.passes.layouts import mask_shape, output_layout, query_layout
 from xquant_fx.passes.pair_heads import NOT_HEADS, heads_of_operand, paired
 from xquant_fx.passes.records import Absorbed, Attention, Decode, Layout, MaskTerm, Pairing, Source
 from xquant_fx.passes.scores import Scene, keeps_last_two, shape_of
-from xquant_fx.passes.trace import argument, fake, keeps_numbers, operand, value_of
+from xquant_fx.passes.trace import argument, fake, keeps_numbers, operand, same_value, value_of
 from xquant_fx.passes.track_axes import TAKEN, tracked
 from xquant_fx.passes.vocabulary import kind
 from xquant_fx.passes.walk_scores import walk, walk_as_far
@@ -64,7 +64,7 @@ def _tokens(attention: Attention, key: Source, value: Source, absorbed: Absorbed
     if absorbed is not None:
         return value_of(key.root).shape[2], None
     read, of_values = first_tokens(attention.key, key.root), first_tokens(attention.value, value.root)
-    if read[1] != of_values[1]:
+    if not same_value(read[1], of_values[1]):
         return "keys and values are read up to different tokens"
     if read[1] is not None and (key.root.op != "placeholder" or is_sliding(key.root)):
         return "of what grows or slides the first tokens are read"
