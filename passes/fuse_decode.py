@@ -23,7 +23,7 @@ from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.absorb_query import absorb_query, project_result
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.growth_masks import end_of_growth, first_kept, kept_of_window, over_room
+from xquant_fx.passes.growth_masks import end_of_growth, first_kept, kept_of_window, over_buffer, over_room
 from xquant_fx.passes.masks import build_mask
 from xquant_fx.passes.pair_heads import calls, in_order, put_back
 from xquant_fx.passes.records import Layout, Site
@@ -67,6 +67,8 @@ def _replace(
         query = _laid_out(graph, replaced.get(form.query, form.query), form.query_layout)
         terms = tuple(dataclasses.replace(term, node=replaced.get(term.node, term.node)) for term in form.terms)
         mask = build_mask(graph, terms, query.meta["example_value"].shape[0], form.heads)
+        if form.taken is not None:
+            mask = over_buffer(graph, mask, form.taken, site.buffers[0], context)
         is_full = not all(context.detection.specs[buffer].quantized for buffer in site.buffers)
         first = None if end is None else first_kept(site, context)
         if first is not None:  # of latents there are as many as the mask is wide

@@ -1,4 +1,6 @@
-"""Masks of attention to a cache that grows: the op reads a storage with room for more tokens than there are.
+"""Masks of attention to some of what is stored: the op reads a storage with room for more tokens than there are.
+
+Of a cache that grows, and of a buffer whose first tokens are read (``keys[:, :, : p + t]``).
 
 Of a sliding window the program's masks are as wide as what is kept and new, which begins at any token. That of a
 buffer that is rolled, too, has room for more.
@@ -65,6 +67,19 @@ def over_room(graph: Graph, mask: Node, site: Site, stored: dict[str, Any], cont
     which = mask, *_step_of(site, stored, context)
     if which not in context.ends:
         context.ends[which] = widened(graph, mask, stored["max_len"], first_kept(site, context))
+    return context.ends[which]
+
+
+def over_buffer(graph: Graph, mask: Node | None, taken: Any, buffer: Node, context: Context) -> Node:
+    """``mask`` [..., taken] of the first tokens of ``buffer`` as [..., N], which hides all others; once per mask."""
+    value = value_of(buffer)
+    which = mask, "taken", taken, value.shape[2]
+    if which not in context.ends and mask is not None:
+        context.ends[which] = widened(graph, mask, value.shape[2], None)
+    elif which not in context.ends:
+        tokens = call(graph, torch.arange, (value.shape[2],), {"device": value.device})
+        seen = call(graph, operator.lt, (tokens, taken))
+        context.ends[which] = call(graph, torch.reshape, (seen, (1, 1, 1, value.shape[2])))
     return context.ends[which]
 
 

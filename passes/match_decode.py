@@ -6,18 +6,21 @@ and values are the buffer itself or heads of it, repeated for the query heads. N
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch.fx import Node
 
+from xquant_fx.passes.facts import is_sliding
 from xquant_fx.passes.late_sinks import late_sinks
 from xquant_fx.passes.layouts import mask_shape, output_layout, query_layout
 from xquant_fx.passes.pair_heads import NOT_HEADS, heads_of_operand, paired
 from xquant_fx.passes.records import Absorbed, Attention, Decode, Layout, MaskTerm, Pairing, Source
 from xquant_fx.passes.scores import Scene, keeps_last_two, shape_of
-from xquant_fx.passes.trace import argument, fake, keeps_numbers, operand, value_of
-from xquant_fx.passes.track_axes import tracked
+from xquant_fx.passes.trace import argument, fake, keeps_numbers, operand, same_value, value_of
+from xquant_fx.passes.track_axes import TAKEN, tracked
 from xquant_fx.passes.vocabulary import kind
 from xquant_fx.passes.walk_scores import walk, walk_as_far
 
@@ -35,16 +38,40 @@ def match_decode(attention: Attention, key: Source, value: Source, absorbed: Abs
         return "the number of query tokens is dynamic"
     if attention.kind == "flex_attention":
         return "flex_attention is not fused"
+    read = _tokens(attention, key, value, absorbed)
+    if isinstance(read, str):
+        return read
+    tokens, taken = read
     is_one = attention.scores is None
-    found = _one_op(attention, key, value, absorbed) if is_one else _written_out(attention, key, value)
+    found = _one_op(attention, key, value, absorbed, tokens) if is_one else _written_out(attention, key, value)
     if isinstance(found, str):
         return found
     if not (math.isfinite(found.scale) and math.isfinite(found.softcap)):
         return f"the scale {found.scale} or the softcap {found.softcap} is not finite"
-    return _why_not_types(attention, found, key, value) or _why_not_masks(found, key) or found
+    found = dataclasses.replace(found, taken=taken)
+    return _why_not_types(attention, found, key, value) or _why_not_masks(found, key, tokens) or found
 
 
-def _one_op(attention: Attention, key: Source, value: Source, absorbed: Absorbed | None) -> Decode | str:
+def first_tokens(operand: Node, root: Node) -> tuple[Any, Any]:
+    """How many tokens of the buffer ``root`` its view ``operand`` has, and up to where: None if that is all of them."""
+    found = tracked(operand, root)
+    sizes = {} if found is None else found.sizes
+    return sizes.get("N", value_of(root).shape[2]), sizes.get(TAKEN)
+
+
+def _tokens(attention: Attention, key: Source, value: Source, absorbed: Absorbed | None) -> tuple[Any, Any] | str:
+    """The same of an attention."""
+    if absorbed is not None:
+        return value_of(key.root).shape[2], None
+    read, of_values = first_tokens(attention.key, key.root), first_tokens(attention.value, value.root)
+    if not same_value(read[1], of_values[1]):
+        return "keys and values are read up to different tokens"
+    if read[1] is not None and (key.root.op != "placeholder" or is_sliding(key.root)):
+        return "of what grows or slides the first tokens are read"
+    return read
+
+
+def _one_op(attention: Attention, key: Source, value: Source, absorbed: Absorbed | None, tokens: Any) -> Decode | str:
     node, query = attention.node, value_of(attention.query)
     defaults = ((3, "attn_mask", None), (4, "dropout_p", 0.0), (5, "is_causal", False), (6, "scale", None))
     mask, dropout, causal, scale = (argument(node, *each) for each in defaults)
@@ -63,7 +90,7 @@ def _one_op(attention: Attention, key: Source, value: Source, absorbed: Absorbed
     if isinstance(pairing, str):
         return pairing
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
-    terms = _mask_of_sdpa(mask, (*query.shape[:3], value_of(key.root).shape[2]))
+    terms = _mask_of_sdpa(mask, (*query.shape[:3], tokens))
     return Decode(node, attention.query, scale, terms=terms, heads=query.shape[1], pairing=pairing, absorbed=absorbed)
 
 
@@ -198,8 +225,8 @@ def _why_not_types(attention: Attention, found: Decode, key: Source, value: Sour
     return ""
 
 
-def _why_not_masks(found: Decode, key: Source) -> str:
-    batch, tokens = value_of(key.root).shape[0], value_of(key.root).shape[2]
+def _why_not_masks(found: Decode, key: Source, tokens: Any) -> str:
+    batch = value_of(key.root).shape[0]
     fills = {term.fill for term in found.terms if term.fill is not None}
     if len(fills) > 1 and any(math.isfinite(fill) for fill in fills):
         return f"the scores are filled with different numbers: {sorted(fills)}"

@@ -24,7 +24,7 @@ from xquant_fx.passes.find_writes import is_factory
 from xquant_fx.passes.pair_heads import heads_of_operand
 from xquant_fx.passes.records import Absorbed, Attention, Projection
 from xquant_fx.passes.trace import argument, fake, is_view_like, operand, value_of
-from xquant_fx.passes.track_axes import expected, followed, regrouped, tracked
+from xquant_fx.passes.track_axes import TAKEN, expected, followed, regrouped, tracked
 from xquant_fx.passes.vocabulary import kind
 
 #: Why attention to latents is not one op.
@@ -142,6 +142,6 @@ def _cut(node: Node) -> tuple[Node, int] | None:
 def _is_latent(x: Node, latent: Node) -> bool:
     """Whether ``x`` holds all of ``latent`` [B, 1, N, R], in order, with R as its last dimension."""
     found, (batch, _, tokens, channels) = tracked(x, latent), expected(value_of(latent).shape, *"BHND")
-    if found is None or not found.axes or found.axes[-1] != channels:
+    if found is None or TAKEN in found.sizes or not found.axes or found.axes[-1] != channels:
         return False
     return [dim for dim in found.axes[:-1] if dim] == [dim for dim in (batch, tokens) if dim]

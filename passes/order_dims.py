@@ -4,7 +4,8 @@
     attention(q, keys.transpose(1, 2), ...)  =>  attention(q, keys.permute(0, 2, 1, 3).transpose(1, 2), ...)
 
 for ``keys`` [B, N, H, D]. Which dimension tokens are along, appends say; the others are in the order of [B, H, D] or,
-where there are two, [H, D]. Everything behind this knows one order.
+where there are two, [H, D]; or heads are merged into the channels, [B, N, H * D], and views split them. Everything
+behind this knows one order.
 """
 
 from __future__ import annotations
@@ -27,13 +28,17 @@ def dims_of(node: Node) -> str:
     value = fake(node)
     if node.op != "placeholder" or value is None or value.dim() not in (3, 4) or not value.is_floating_point():
         return ""
-    if isinstance(value, torch.nn.Parameter) or not all(isinstance(size, int) for size in value.shape):
+    if isinstance(value, torch.nn.Parameter):
         return ""
+    if value.dim() == 3 and not all(isinstance(size, int) for size in value.shape):
+        return ""  # its views name sizes, and a graph holds no symbols
     found = {_place(write, value) for write in _writes(node)}
     if len(found) != 1 or None in found:
         return ""
     (place,) = found
     assert place is not None
+    if value.dim() == 3 and place < 2 and (heads := split_heads(node)):
+        return f"{'NB' if place == 0 else 'BN'}{heads}D"
     rest = "BHD" if value.dim() == 4 else "BD" if place == 1 and gets_heads(node) else "HD"
     dims = f"{rest[:place]}N{rest[place:]}"
     return "" if dims == "BHND" else dims
@@ -42,6 +47,23 @@ def dims_of(node: Node) -> str:
 def gets_heads(buffer: Node) -> bool:
     """Whether a buffer [B, N, D] of one head gets a dimension of heads where it is read."""
     return any(kind(user) == "unsqueeze" and argument(user, 1, "dim") in (1, -3) for user in buffer.users)
+
+
+def split_heads(node: Node) -> int:
+    """Into how many heads views split the channels of ``node`` [B, N, C] or [N, B, C], or of its first tokens; or 0."""
+    *_, channels = value_of(node).shape
+    for view in node.users:
+        value = fake(view)
+        if value is None or view.args[0] is not node:
+            continue
+        if kind(view) in ("view", "reshape") and value.dim() == 4:
+            heads, each = value.shape[2:]
+            if isinstance(heads, int) and heads * each == channels:
+                return heads
+        some = kind(view) in ("getitem", "narrow", "transpose") and value.dim() == 3 and value.shape[2] == channels
+        if some and (heads := split_heads(view)):
+            return heads
+    return 0
 
 
 def _writes(buffer: Node) -> list[Node]:
@@ -111,11 +133,11 @@ def _order_write(graph: Graph, write: Node, ordered: Node, dims: str) -> bool:
     if kind(write) == "index_copy":
         tokens, written = argument(write, 2, "index"), dims
     else:
-        items = full_index(write.args[1], len(dims)) or []
+        items = full_index(write.args[1], value.dim()) or []
         tokens = items[dims.index("N")]
         drops = not isinstance(tokens, slice) and fake(tokens) is None  # a number leaves the dimension out
         written = dims.replace("N", "") if drops else dims
-    if numbers.dim() != len(written):
+    if numbers.dim() != value.dim() - (written != dims):
         return False
     with graph.inserting_before(write):
         x = applied(graph, x, to_order(written))

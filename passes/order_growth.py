@@ -22,7 +22,7 @@ from xquant_fx.cache.aliases import ORDER, merged_heads, to_order
 from xquant_fx.cache.laid_out_growing import LaidOutGrowingKV
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.order_dims import applied, gets_heads, ordered_input, place_of, use_ordered
+from xquant_fx.passes.order_dims import applied, gets_heads, ordered_input, place_of, split_heads, use_ordered
 from xquant_fx.passes.records import Attention
 from xquant_fx.passes.trace import argument, fake, full_index, value_of
 from xquant_fx.passes.track_axes import followed
@@ -77,23 +77,11 @@ def _dims(node: Node, past: Node, place: int) -> str:
     known, rank = fake(past), value_of(node).dim()
     if isinstance(known, LaidOutGrowingKV):
         return known.dims if known.token_dim == place else ""
-    if rank == 3 and place < 2 and (heads := _split_heads(node)):
+    if rank == 3 and place < 2 and (heads := split_heads(node)):
         return f"{'NB' if place == 0 else 'BN'}{heads}D"
     rest = "BHD" if rank == 4 else "BD" if place == 1 and gets_heads(node) else "HD"
     dims = f"{rest[:place]}N{rest[place:]}"
     return "" if dims == ORDER else dims
-
-
-def _split_heads(node: Node) -> int:
-    """Into how many heads views split the channels of ``node`` [B, N, C] or [N, B, C]; 0: none does."""
-    *_, channels = value_of(node).shape
-    for view in node.users:
-        value = fake(view)
-        if kind(view) in ("view", "reshape") and value is not None and value.dim() == 4:
-            heads, each = value.shape[2:]
-            if isinstance(heads, int) and heads * each == channels:
-                return heads
-    return 0
 
 
 def _is_returned(node: Node) -> bool:

@@ -246,6 +246,8 @@ class Decode:
     """Which KV heads the query heads read."""
     absorbed: Absorbed | None = None
     """Of attention to latents."""
+    taken: Any = None
+    """How many of the first tokens attention reads, where not all of the buffer: a number or a node."""
 
 
 class Linear(NamedTuple):

@@ -1,5 +1,7 @@
 """Follow the axes of a KV buffer through a chain of views: which axis of the operand is what.
 
+Views may leave out heads, and all but the first tokens (``keys[:, :, : p + t]``).
+
 A dimension of a tensor is a tuple of axes, in order of significance; axes of size 1 are left out. Axes are those of
 the buffer, "B", "H", "N", "D"; "part", some of the heads in a row; and ``REPEATS``, along which nothing changes.
 ``None`` as a result means that a view was not understood.
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from xquant_fx.passes.trace import argument, fake, keeps_numbers, operand, value_of
 from xquant_fx.passes.vocabulary import kind
@@ -20,16 +23,18 @@ Axes = tuple[tuple[str, ...], ...]
 
 #: Names of axes that repeat the same numbers: heads for grouped queries, say.
 REPEATS = ("repeat", "repeat again")
-#: What ``sizes`` call the first head of "part".
+#: What ``sizes`` call the first head of "part",
 FIRST = "first"
+#: and how many of the first tokens are taken, where not all are: a number or a node; None: all so far.
+TAKEN = "taken"
 
 
 class Tracked(NamedTuple):
     """What the axes of a view are."""
 
     axes: Axes
-    sizes: dict[str, int]
-    """Of all axes; ``FIRST``: the head of the buffer that "part" begins with, if there is one."""
+    sizes: dict[str, Any]
+    """Of all axes; ``FIRST``: the head of the buffer that "part" begins with, if there is one; ``TAKEN``."""
 
 
 def expected(shape: tuple[int, ...], *dims: str) -> Axes:
@@ -47,13 +52,19 @@ def tracked(node: Node, root: Node) -> Tracked | None:
         if before is None:
             return None
         node = before
-    sizes = dict(zip("BHND", value_of(root).shape, strict=True))
+    sizes: dict[str, Any] = dict(zip("BHND", value_of(root).shape, strict=True))
+    sizes[TAKEN] = None
     axes = followed(list(reversed(chain)), expected(value_of(root).shape, *"BHND"), sizes)
+    if sizes[TAKEN] is None:
+        del sizes[TAKEN]
     return None if axes is None else Tracked(axes, sizes)
 
 
-def followed(chain: list[Node], axes: Axes | None, sizes: dict[str, int]) -> Axes | None:
-    """Axes after the views ``chain``, in program order, of a tensor that has ``axes`` of ``sizes``, which may grow."""
+def followed(chain: list[Node], axes: Axes | None, sizes: dict[str, Any]) -> Axes | None:
+    """Axes after the views ``chain``, in program order, of a tensor that has ``axes`` of ``sizes``, which change.
+
+    The first tokens may be taken where ``sizes`` have ``TAKEN``.
+    """
     for at, view in enumerate(chain):
         if kind(view) == "split" and at + 1 < len(chain):
             continue  # what is taken of the pieces comes next
@@ -63,7 +74,7 @@ def followed(chain: list[Node], axes: Axes | None, sizes: dict[str, int]) -> Axe
     return axes
 
 
-def _view(node: Node, axes: Axes, sizes: dict[str, int], shape: tuple[int, ...]) -> Axes | None:
+def _view(node: Node, axes: Axes, sizes: dict[str, Any], shape: tuple[int, ...]) -> Axes | None:
     what, rank = kind(node), len(axes)
     if what in ("clone", "detach") or keeps_numbers(node):
         return axes
@@ -83,9 +94,11 @@ def _view(node: Node, axes: Axes, sizes: dict[str, int], shape: tuple[int, ...])
         return (*axes[:at], (), *axes[at:])
     if what == "getitem":
         split = operand(node)
-        return _piece(node, split, axes, sizes) if kind(split) == "split" else _getitem(node.args[1], axes, sizes)
+        return (
+            _piece(node, split, axes, sizes) if kind(split) == "split" else _getitem(node.args[1], axes, sizes, shape)
+        )
     if what == "narrow":
-        return _narrow(node, axes, sizes)
+        return _narrow(node, axes, sizes, shape)
     if what == "expand":
         return _expand(axes, sizes, shape)
     if what in ("repeat_interleave", "repeat"):
@@ -102,12 +115,15 @@ def _index(node: Node, index: int, name: str, rank: int) -> int:
     return int(dim) % rank
 
 
-def _size(dim: tuple[str, ...], sizes: dict[str, int]) -> int:
+def _size(dim: tuple[str, ...], sizes: dict[str, Any]) -> int:
     return math.prod(sizes[name] for name in dim)
 
 
-def _getitem(index: object, axes: Axes, sizes: dict[str, int]) -> Axes | None:
-    """Full slices, new axes of size 1, and heads in a row; anything else selects."""
+def _getitem(index: object, axes: Axes, sizes: dict[str, Any], shape: tuple[int, ...] = ()) -> Axes | None:
+    """Full slices, new axes of size 1, heads in a row and the first tokens; anything else selects.
+
+    ``shape`` is that of the result.
+    """
     items = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in items:
         at = items.index(Ellipsis)
@@ -119,7 +135,12 @@ def _getitem(index: object, axes: Axes, sizes: dict[str, int]) -> Axes | None:
             out.append(())
         elif isinstance(item, slice) and rest:
             dim = rest.pop(0)
-            taken = dim if _takes_all(item, _size(dim, sizes)) else _heads(dim, item, sizes)
+            if _takes_all(item, _size(dim, sizes)):
+                taken: tuple[str, ...] | None = dim
+            elif dim == ("N",):
+                taken = _first_tokens(item, sizes, shape[len(out)]) if shape else None
+            else:
+                taken = _heads(dim, item, sizes)
             if taken is None:
                 return None
             out.append(taken)
@@ -137,7 +158,7 @@ def _takes_all(item: slice, size: object) -> bool:
     return all(v is None or isinstance(v, int) for v in bounds) and full[item] == full
 
 
-def _heads(dim: tuple[str, ...], item: slice, sizes: dict[str, int]) -> tuple[str, ...] | None:
+def _heads(dim: tuple[str, ...], item: slice, sizes: dict[str, Any]) -> tuple[str, ...] | None:
     """The heads that ``item`` takes of a dimension of heads alone."""
     bounds = (item.start, item.stop, item.step)
     if dim not in (("H",), ("part",)) or not all(v is None or isinstance(v, int) for v in bounds):
@@ -149,7 +170,17 @@ def _heads(dim: tuple[str, ...], item: slice, sizes: dict[str, int]) -> tuple[st
     return ("part",) if len(taken) > 1 else ()
 
 
-def _piece(node: Node, split: Node | None, axes: Axes, sizes: dict[str, int]) -> Axes | None:
+def _first_tokens(item: slice, sizes: dict[str, Any], size: Any) -> tuple[str, ...] | None:
+    """The tokens that ``item`` takes, of which there are ``size`` then, if they are the first."""
+    value = item.stop.meta.get("example_value") if isinstance(item.stop, Node) else item.stop
+    begins = item.start in (None, 0) and item.step in (None, 1) and sizes.get(TAKEN, "not asked for") is None
+    if not begins or not isinstance(value, int | torch.SymInt) or not statically_known_true(value == size):
+        return None
+    sizes["N"], sizes[TAKEN] = size, item.stop
+    return () if isinstance(size, int) and size == 1 else ("N",)
+
+
+def _piece(node: Node, split: Node | None, axes: Axes, sizes: dict[str, Any]) -> Axes | None:
     """``x.chunk(2, dim)[i]``: heads in a row."""
     pieces, number = split.meta.get("example_value") if split is not None else None, node.args[1]
     if split is None or not isinstance(pieces, tuple | list) or not isinstance(number, int):
@@ -160,18 +191,19 @@ def _piece(node: Node, split: Node | None, axes: Axes, sizes: dict[str, int]) ->
     return _taken(axes, dim, slice(start, start + lengths[number]), sizes)
 
 
-def _narrow(node: Node, axes: Axes, sizes: dict[str, int]) -> Axes | None:
+def _narrow(node: Node, axes: Axes, sizes: dict[str, Any], shape: tuple[int, ...]) -> Axes | None:
     start, length = argument(node, 2, "start"), argument(node, 3, "length")
-    if not isinstance(start, int) or not isinstance(length, int) or start < 0:
+    if not isinstance(start, int) or start < 0 or not (isinstance(length, int) or start == 0):
         return None
-    return _taken(axes, _index(node, 1, "dim", len(axes)), slice(start, start + length), sizes)
+    end: Any = start + length if isinstance(length, int) else length
+    return _taken(axes, _index(node, 1, "dim", len(axes)), slice(start, end), sizes, shape)
 
 
-def _taken(axes: Axes, dim: int, item: slice, sizes: dict[str, int]) -> Axes | None:
-    return _getitem((*[slice(None)] * dim, item), axes, sizes)
+def _taken(axes: Axes, dim: int, item: slice, sizes: dict[str, Any], shape: tuple[int, ...] = ()) -> Axes | None:
+    return _getitem((*[slice(None)] * dim, item), axes, sizes, shape)
 
 
-def _new_repeat(sizes: dict[str, int], count: int) -> tuple[str, ...] | None:
+def _new_repeat(sizes: dict[str, Any], count: int) -> tuple[str, ...] | None:
     """A name for one more axis of repeats, ``count`` of them, if there is one left."""
     name = next((each for each in REPEATS if each not in sizes), None)
     if name is None:
@@ -180,7 +212,7 @@ def _new_repeat(sizes: dict[str, int], count: int) -> tuple[str, ...] | None:
     return (name,)
 
 
-def _expand(axes: Axes, sizes: dict[str, int], shape: tuple[int, ...]) -> Axes | None:
+def _expand(axes: Axes, sizes: dict[str, Any], shape: tuple[int, ...]) -> Axes | None:
     """Axes of size 1 may grow: those of the repeated heads."""
     if len(shape) != len(axes):
         return None
@@ -194,7 +226,7 @@ def _expand(axes: Axes, sizes: dict[str, int], shape: tuple[int, ...]) -> Axes |
     return tuple(out)
 
 
-def _repeat(node: Node, axes: Axes, sizes: dict[str, int]) -> Axes | None:
+def _repeat(node: Node, axes: Axes, sizes: dict[str, Any]) -> Axes | None:
     count, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
     if not isinstance(count, int) or not isinstance(dim, int):
         return None
@@ -205,7 +237,7 @@ def _repeat(node: Node, axes: Axes, sizes: dict[str, int]) -> Axes | None:
     return (*axes[:dim], (*axes[dim], *repeat), *axes[dim + 1 :])
 
 
-def _tile(node: Node, axes: Axes, sizes: dict[str, int]) -> Axes | None:
+def _tile(node: Node, axes: Axes, sizes: dict[str, Any]) -> Axes | None:
     """``x.repeat(1, 2, 1, 1)``: all of a dimension, then all of it again."""
     counts: Any = node.args[1:]
     counts = counts[0] if len(counts) == 1 and isinstance(counts[0], tuple | list) else counts
@@ -220,7 +252,7 @@ def _tile(node: Node, axes: Axes, sizes: dict[str, int]) -> Axes | None:
     return tuple(out)
 
 
-def regrouped(axes: Axes, sizes: dict[str, int], shape: tuple[int, ...]) -> Axes | None:
+def regrouped(axes: Axes, sizes: dict[str, Any], shape: tuple[int, ...]) -> Axes | None:
     """Deal the axes out, in order, to dimensions of the new sizes."""
     left = [name for dim in axes for name in dim if sizes[name] != 1]
     out: list[tuple[str, ...]] = []

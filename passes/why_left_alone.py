@@ -53,8 +53,8 @@ def _why_not_written(root: Node, what: str, facts: Facts) -> str:
     if kind(new) == "cat":
         return (
             f"{what}: attention reads the cache with more put among it (a prefix?), or what is returned is no plain "
-            "append: append alone, torch.cat([past, new], dim=2), return that, and put before it what attention reads "
-            "besides"
+            "append, or it grows along another dimension than 2 and is computed with before attention: append alone, "
+            "torch.cat([past, new], dim=2), return that, and put before it what attention reads besides"
         )
     return (
         f"{what} are a new tensor that {op_name(new)} makes of the old one, and that is returned in its place: write "

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from xquant_fx.warn_once import forget
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
@@ -17,8 +19,9 @@ EMBEDDED = HERE.parent / "examples" / "model"
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
-    """Each test compiles for itself and sees its own recompile counts."""
+    """Each test compiles for itself and sees its own recompile counts and warnings."""
     torch._dynamo.reset()
+    forget()
     yield
     torch._dynamo.reset()
 

@@ -52,6 +52,7 @@ def bmm_attention(scores, values, pos):
 
 FUSED = {
     "sdpa": lambda q, k, v, pos: sdpa(q, k, v),
+    "the first tokens": lambda q, k, v, pos: sdpa(q, k[:, :, :24], v[:, :, :24], mask_of(pos)[:, :24]),
     "bool mask": lambda q, k, v, pos: sdpa(q, k, v, attn_mask=mask_of(pos)),
     "float mask and scale": lambda q, k, v, pos: sdpa(q, k, v, mask_of(pos, torch.float32)[None], scale=0.3),
     "enable_gqa": lambda q, k, v, pos: sdpa(grouped(q), k, v, mask_of(pos)[None, None], enable_gqa=True)[:, ::2],
@@ -188,7 +189,8 @@ ALONE = {  # and the word that the reason must have
         lambda q, k, v, pos: sdpa(torch.cat([q, q], 2), k, v)[:, :, : q.shape[2]], "another length than the step",
     ),
     "values turned": (lambda q, k, v, pos: sdpa(q, k, v.flip(3)), ""),
-    "a part of the keys": (lambda q, k, v, pos: sdpa(q, k[:, :, :24], v[:, :, :24], mask_of(pos)[:, :24]), "keys"),
+    "a part of the keys": (lambda q, k, v, pos: sdpa(q, k[:, :, 1:24], v[:, :, 1:24], mask_of(pos)[:, 1:24]), "keys"),
+    "keys and values of different tokens": (lambda q, k, v, pos: sdpa(q, k[:, :, :24], v[:, :, 1:25]), ""),
     "weights that are returned": (lambda q, k, v, pos: (w := torch.softmax(q @ k.mT, -1)) @ v + w.sum(), "weights"),
     "scores that are returned": (lambda q, k, v, pos: torch.softmax(s := q @ k.mT, -1) @ v + s.sum(), "scores"),
     "softmax over queries": (lambda q, k, v, pos: torch.softmax(q @ k.mT, -2) @ v, "dimension"),

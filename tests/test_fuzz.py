@@ -133,8 +133,10 @@ DEEP = dict(layers=7, odd=5, differs="scale", bits=4, products="addmm", events=(
         (case(**ROWS, events=(11, 1, 1, FORK, 1, -2, 1, FORK, 0, 1)), 2),  # a row goes back, another begins anew
         (case(bits=4, differs="window", layers=2, odd=0, products="one tensor", events=(9, 1, FORK, 1, FORK, 1)), 4),
         (case(append="cat", bits=4, differs="theta", products="mm", events=(9, 1, FORK, 1, FORK, 1)), 2),
+        (case(append="cat", layout="merged", bits=4, batch=2, kv_heads=2, heads=2, events=(9, 1, 1)), 2),
+        (case(holder="stack behind the rows", append="both", layout="tbhd", bits=4, layers=2, events=(9, 1, 1)), 4),
     ],
-    ids=["a row's own positions", "forks", "forks that grow"],
+    ids=["a row's own positions", "forks", "forks that grow", "growth in another order", "stacks in another order"],
 )
 def test_what_the_grammar_has(tried: Case, tensors: int) -> None:
     outcome = run(tried)

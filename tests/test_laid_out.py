@@ -14,13 +14,12 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from xquant_fx import XQuantConfig, explain, memory_report
-from xquant_fx.cache.aliases import in_order, laid_out
+from xquant_fx.cache.aliases import in_order, laid_out, shape_in
 from xquant_fx.cache.laid_out import LaidOutKV
 
 LAYERS, HEADS, KV, DIM, LENGTH = 2, 4, 2, 16, 64
 FULL = XQuantConfig.preset("full")
 CONFIG = XQuantConfig.preset("kivi-4").replace(k_group_size=8, residual_length=8, rollback_tokens=8)
-SHAPE = dict(H=KV, N=LENGTH, D=DIM)
 
 
 def by_positions(buffer: Tensor, at: int, pos: Tensor, x: Tensor) -> None:
@@ -62,7 +61,7 @@ class Decoder(nn.Module):
         )
         for layer in range(LAYERS):
             for name in ("keys", "values"):
-                shape = [{**SHAPE, "B": batch}[dim] for dim in dims]
+                shape = shape_in(dims, (batch, KV, LENGTH, DIM))
                 self.register_buffer(f"{name}_{layer}", torch.zeros(shape), persistent=False)
         self.register_buffer("mask", torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(), persistent=False)
 
@@ -99,7 +98,8 @@ def steps(model: Decoder, step: Callable[..., Tensor], sizes: tuple[int, ...] = 
 
 WAYS = [
     ("BNHD", by_positions), ("BNHD", by_index_copy), ("BNHD", by_span), ("BNHD", by_index_put), ("NBHD", by_narrow),
-    ("BHDN", by_number), ("NHD", by_positions), ("HND", by_span), ("HDN", by_index_copy),
+    ("BHDN", by_number), ("NHD", by_positions), ("HND", by_span), ("HDN", by_index_copy), ("BN2D", by_span),
+    ("NB2D", by_number),
 ]  # fmt: skip
 
 

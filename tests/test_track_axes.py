@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from xquant_fx.passes.track_axes import FIRST, REPEATS, Axes, Tracked, tracked
+from xquant_fx.passes.track_axes import FIRST, REPEATS, TAKEN, Axes, Tracked, tracked
 
 
 def traced(shape: tuple[int, ...], views: list[tuple[Any, tuple[Any, ...]]]) -> tuple[Node, Node, list[Tensor]]:
@@ -39,7 +39,8 @@ def by_axes(found: Tracked, shape: tuple[int, ...], view: tuple[int, ...]) -> Te
     strides = dict(zip("BHND", (math.prod(shape[i + 1 :]) for i in range(4)), strict=True))
     strides |= {"part": strides["H"], **dict.fromkeys(REPEATS, 0)}
     sizes = found.sizes
-    assert {name: sizes[name] for name in "BHND"} == dict(zip("BHND", shape, strict=True))
+    assert {name: sizes[name] for name in "BHD"} == {"B": shape[0], "H": shape[1], "D": shape[3]}
+    assert sizes["N"] == sizes.get(TAKEN, shape[2])
     named = [name for dim in found.axes for name in dim]
     total = torch.full([sizes[name] for name in named], sizes.get(FIRST, 0) * strides["H"])
     for i, name in enumerate(named):
@@ -101,7 +102,7 @@ def _expanded(draw: st.DrawFn, x: Tensor) -> tuple[str, tuple[Any, ...]]:
 
 
 def _part(draw: st.DrawFn, x: Tensor) -> tuple[Any, tuple[Any, ...]]:
-    """Some of a dimension in a row, which only of heads is understood."""
+    """Some of a dimension in a row, which is understood of heads, and of tokens from the first on."""
     (dim,) = _dims(draw, x, 1)
     start = draw(st.integers(0, x.shape[dim] - 1))
     length = draw(st.integers(1, x.shape[dim] - start))
@@ -163,7 +164,13 @@ def test_axes_say_what_the_views_do(chain: tuple[tuple[int, ...], list[tuple[Any
         ([("repeat", (2, 1, 2, 3))], None),
         ([("flip", (2,))], None),
         ([("reshape", (2, 3, 2, 10))], None),
-        ([("narrow", (2, 0, 2))], None),
+        ([("narrow", (2, 0, 2))], (("B",), ("H",), ("N",), ("D",))),
+        ([(operator.getitem, ((slice(None), slice(None), slice(3)),)), ("transpose", (1, 2)), ("reshape", (2, 9, 5))],
+         (("B",), ("N", "H"), ("D",))),
+        ([("narrow", (2, 1, 2))], None),
+        ([(operator.getitem, ((Ellipsis, slice(0, 4, 2), slice(None)),))], None),
+        ([("narrow", (2, 0, 3)), ("narrow", (2, 0, 2))], None),
+        ([("narrow", (3, 0, 2))], None),
         ([("roll", (1, 2))], None),
     ],
 )  # fmt: skip

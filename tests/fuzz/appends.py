@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import textwrap
 
+from fuzz.holders import Holder
+
 #: How a step knows where it writes: lines before the layers. ``pos`` int64 [t] and, if it is drawn, the int ``p``.
 POSITIONS = {
     "tensor": "",
@@ -43,27 +45,42 @@ RAGGED = {
     "row after row": "for j in range(B):\n    {B}[j].index_copy_(1, pos[j], {x}[j])",
 }
 #: In place of an append: the cache grows.
-CONCATENATE = "K, V = torch.cat([K, k], 2), torch.cat([V, v], 2)"
+CONCATENATE = "{B} = torch.cat([{B}, {x}], {d})"
+#: Keys and values at once, into the tensor ``{both}`` in which they are stacked along ``{at}``.
+TOGETHER = {
+    "both": "{both}[{all}pos] = torch.stack([{k}, {v}], {at})",
+    "both by index_copy_": "{both}.index_copy_({dim}, pos, torch.stack([{k}, {v}], {at}))",
+}
 
-#: Layout to its shape, [B, KV, N, D] of a buffer, new tokens [B, KV, t, D] in it, and the dimension of tokens.
+#: Layout to its shape, [B, KV, N, D] of a tensor, new tokens [B, KV, t, D] in it, and the dimension of tokens.
 LAYOUTS = {
     "bhtd": ("(B, KV, N, D)", "{}", "{}", 2),
     "bthd": ("(B, N, KV, D)", "{}.transpose(1, 2)", "{}.transpose(1, 2)", 1),
     "rank 3": ("(B * KV, N, D)", "{}.view(B, KV, -1, D)", "{}.reshape(B * KV, -1, D)", 1),
+    "tbhd": ("(N, B, KV, D)", "{}.permute(1, 2, 0, 3)", "{}.permute(2, 0, 1, 3)", 0),
+    "bhdt": ("(B, KV, D, N)", "{}.transpose(2, 3)", "{}.transpose(2, 3)", 3),
+}
+#: Of tensors that grow, besides.
+GROWN = {
+    **LAYOUTS,
+    "merged": ("(B, N, KV * D)", "{}.unflatten(-1, (KV, D)).transpose(1, 2)", "{}.transpose(1, 2).flatten(2)", 1),
 }
 
 
-def append(form: str, layout: str) -> str:
+def append(form: str, layout: str, holder: Holder) -> str:
     """Lines that append ``k`` to ``K`` and ``v`` to ``V``."""
-    if form == "cat":
-        return CONCATENATE
-    _, _, into, dim = LAYOUTS[layout]
+    _, _, into, dim = GROWN[layout]
+    if form in TOGETHER:
+        at = holder.both_at
+        dim += dim >= at
+        words = dict(both=holder.both, at=at, dim=dim, all=":, " * dim, k=into.format("k"), v=into.format("v"))
+        return TOGETHER[form].format(**words)
     if form == "by row" and layout != "bhtd":
         form = "indexed"  # batch and tokens are no first and third dimension
-    if form == "scatter_" and layout == "bthd":
+    if form == "scatter_" and layout in ("bthd", "tbhd", "bhdt"):
         form = "index_copy_"  # positions would have to be expanded otherwise
     words = dict(d=dim, s=":, " * dim, n="None, " * dim)
-    forms = {**APPENDS, **RAGGED}
+    forms = {**APPENDS, **RAGGED, "cat": CONCATENATE}
     sides = (forms[form].format(B=b, x=into.format(x), **words) for b, x in (("K", "k"), ("V", "v")))
     return "\n".join(sides)
 

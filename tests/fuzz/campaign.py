@@ -21,13 +21,13 @@ import torch
 from tqdm import tqdm
 
 from fuzz.case import FORK, Case, draw
-from fuzz.comparison import Outcome, run, settings_of
+from fuzz.comparison import Outcome, dynamic_of, run, settings_of
 from fuzz.program import source
 
 FAILED = ("wrong", "crashed", "refused")
 #: Field to its plainest choice, tried in this order to make a failure smaller.
 PLAIN: dict[str, Any] = dict(
-    graph_break="", in_place="", rotating=0, differs="", odd=-1, products="linear",
+    all_dynamic=False, graph_break="", in_place="", rotating=0, differs="", odd=-1, products="linear",
     layers=1, batch=1, kv_heads=1, heads=1, dim=8,
     dtype="float32", layout="bhtd", holder="list of tuples", position="tensor", append="index_copy_", read="whole",
     mask="causal", repeat="repeat_interleave", attention="sdpa", product="matmul", before="nothing",
@@ -92,7 +92,7 @@ def script(case: Case, detail: str) -> str:
     return SCRIPT.format(
         source=source(case), detail=detail, json=case.to_json(), config=settings_of(case).to_json(),
         events=case.events, rotating=case.rotating, eager_prompt=case.eager_prompt,
-        dynamic=None if case.dynamic else False,
+        dynamic=dynamic_of(case),
     )  # fmt: skip
 
 

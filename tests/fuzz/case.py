@@ -7,7 +7,7 @@ import json
 from random import Random
 
 from fuzz import appends, attention, weights
-from fuzz.holders import GROWING, HOLDERS
+from fuzz.holders import GROWING, HOLDERS, STACKS
 
 LENGTH = 48  # tokens that a buffer has room for
 FORK = 100  # an event
@@ -63,6 +63,8 @@ class Case:
     """What is a constant of its own in layer ``odd``: ``DIFFERS`` of ``weights.py``."""
     odd: int = -1
     """The layer that differs, -1: none."""
+    all_dynamic: bool = False
+    """Whether all sizes are symbols from the first compilation on, those of the cache, too (``dynamic=True``)."""
 
     def to_json(self) -> str:
         """One line."""
@@ -84,6 +86,11 @@ IN_PLACE = {
 }
 
 
+#: What numbers stand for: rows that came later are drawn by ``_stored``.
+EARLIER_HOLDERS = [name for name in HOLDERS if name not in STACKS or name == "stacked"]
+EARLIER_LAYOUTS = ("bhtd", "bthd", "rank 3")
+
+
 def draw(number: int) -> Case:
     """The program of the grammar that ``number`` stands for; eager code can run it.
 
@@ -101,8 +108,8 @@ def draw(number: int) -> Case:
     case = Case(
         layers=pick((1, 1, 2, 2)), heads=kv_heads * pick((1, 2, 2)), kv_heads=kv_heads, dim=pick((8, 16)),
         batch=pick((1, 1, 2)), dtype=mostly("float32", ("float32", "bfloat16", "float16", "float64")),
-        holder=pick(GROWING) if grows else mostly("list of tuples", HOLDERS),
-        layout="bhtd" if grows else mostly("bhtd", appends.LAYOUTS),
+        holder=pick(GROWING) if grows else mostly("list of tuples", EARLIER_HOLDERS),
+        layout="bhtd" if grows else mostly("bhtd", EARLIER_LAYOUTS),
         position=position, append="cat" if grows else mostly("indexed", forms), read=mostly("whole", reads),
         mask="none" if rotating else mostly("causal", attention.MASKS), repeat=pick(attention.REPEATS),
         attention=pick(("written out", "written out", *attention.SDPA)),
@@ -136,7 +143,23 @@ def _more(case: Case, random: Random) -> Case:
         at = random.randint(2, max(2, len(case.events) - 1))
         ahead = random.choice((1, 1, 2, 9))
         case = dataclasses.replace(case, events=(*case.events[:at], FORK, ahead, 1, FORK, *case.events[at:]))
-    return dataclasses.replace(case, events=case.events[:5]) if layers > 2 else case  # which take time
+    case = dataclasses.replace(case, events=case.events[:5]) if layers > 2 else case  # which take time
+    return _stored(case, random)
+
+
+def _stored(case: Case, random: Random) -> Case:
+    """Other orders of dimensions, and several tensors in one; drawn behind all else, as ``_more`` is."""
+    grows = case.append == "cat"
+    if random.randrange(4) == 0 and not case.ragged:
+        case = dataclasses.replace(case, layout=random.choice(list(appends.GROWN if grows else appends.LAYOUTS)))
+    if random.randrange(8) == 0:
+        case = dataclasses.replace(case, all_dynamic=True, dynamic=True)
+    if random.randrange(4) or grows:
+        return case
+    case = dataclasses.replace(case, holder=random.choice(STACKS))
+    if HOLDERS[case.holder].both and not case.ragged and random.randrange(2):
+        case = dataclasses.replace(case, append=random.choice(list(appends.TOGETHER)))
+    return case
 
 
 def _ragged_events(random: Random) -> tuple[int, ...]:

@@ -87,6 +87,11 @@ def program_of(case: Case) -> dict[str, Any]:
     return module.__dict__
 
 
+def dynamic_of(case: Case) -> bool | None:
+    """What ``torch.compile`` is given of the name."""
+    return True if case.all_dynamic else None if case.dynamic else False
+
+
 def backend_of(case: Case, by_inductor: bool) -> Any:
     """The backend; without Inductor rewritten graphs run op by op."""
     request = parse(None, {"config": settings_of(case)})
@@ -107,9 +112,9 @@ def run(case: Case, by_inductor: bool = False) -> Outcome:
     with _warnings() as said, torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
         comparison = Comparison(case, backend_of(case, by_inductor))
         outcome = comparison.run()
-    held = [b for b in comparison.leaves() if isinstance(b, QuantizedKV | GrowingKV)]
+    held = [b for b in comparison.parts() if isinstance(b, QuantizedKV | GrowingKV)]
     return dataclasses.replace(
-        outcome, quantized=len(held), tensors=len(comparison.leaves()), fused=counters["xquant"]["fuse_decode"],
+        outcome, quantized=len(held), tensors=len(comparison.parts()), fused=counters["xquant"]["fuse_decode"],
         graphs=counters["xquant"]["detect"],
         reasons=tuple(dict.fromkeys(text.split(": ", 1)[-1] for text in said if "stays in full precision" in text)),
     )  # fmt: skip
@@ -121,16 +126,16 @@ class Comparison:
     def __init__(self, case: Case, backend: Any) -> None:
         self.case, self.names = case, program_of(case)
         self.model = self.names["Decoder"]().eval()
-        self.step = torch.compile(self.model, backend=backend, dynamic=None if case.dynamic else False)
+        self.step = torch.compile(self.model, backend=backend, dynamic=dynamic_of(case))
         self.cache, self.twin = self.names["empty"](), self.names["empty"]()
         self.at, self.pad = 0, torch.arange(case.batch) * 2
         self.rows = torch.zeros(case.batch, dtype=torch.int64)
         self.kept: tuple[Any, Any, int, Tensor] | None = None
         self.random = torch.Generator().manual_seed(0)
 
-    def leaves(self) -> list[Tensor]:
-        """The tensors of the compiled program's cache."""
-        found: list[Tensor] = self.names["leaves"](self.cache)
+    def parts(self, cache: Any = None) -> list[Tensor]:
+        """Keys and values of each layer, of the compiled program's cache if of no other: what ``make`` was given."""
+        found: list[Tensor] = self.names["parts"](self.cache if cache is None else cache)
         return found
 
     def run(self) -> Outcome:
@@ -157,7 +162,7 @@ class Comparison:
             (self.cache, self.twin, self.at, self.rows), self.kept = self.kept, None
             return
         self.kept = self.cache, self.twin, self.at, self.rows
-        held = self.leaves()
+        held = self.parts()
         groups = {id(b.state.group) for b in held if type(b) is QuantizedKV}
         if len(groups) == 1 and all(type(b) is QuantizedKV for b in held):
             self.cache = forked(self.cache, [b.live for b in held], held[0].state.group)
@@ -169,7 +174,7 @@ class Comparison:
         """Give each row of a ragged batch a prompt, each of another length."""
         self.rows = (tokens - 3 * torch.arange(self.case.batch)).clamp_min(1)
         dim = LAYOUTS[self.case.layout][3]
-        for mine, theirs in zip(self._parts(), self._parts(self.twin), strict=True):
+        for mine, theirs in zip(self.parts(), self.parts(self.twin), strict=True):
             for row, length in enumerate(self.rows.tolist()):
                 part = mine[row].narrow(dim - 1, 0, length)
                 part.copy_(torch.randn(part.shape, generator=self.random))
@@ -195,47 +200,41 @@ class Comparison:
         ids = torch.randint(48, (self.case.batch, tokens), generator=self.random)
         pos = torch.arange(tokens) + (first[:, None] if self.case.ragged else first)
         args = ids, pos, 0 if self.case.ragged else first, self.pad
-        whole = [b.dequantize() if isinstance(b, QuantizedKV) else b.clone() for b in self._parts()]
-        copies = self.names["make"]([seen_by_step(buffer, first, 0) for buffer in self._parts()])
+        whole = [b.dequantize() if isinstance(b, QuantizedKV) else b.clone() for b in self.parts()]
+        copies = self.names["make"]([seen_by_step(buffer, first, 0) for buffer in self.parts()])
         try:
             right, self.twin = self.model(*self._fresh(args), self.twin)
             here, after = self.model(*self._fresh(args), copies)
         except Exception as error:
             return Outcome("invalid", f"{type(error).__name__}: {error}")
-        ordinary = [type(buffer) is Tensor for buffer in self.leaves()]
+        ordinary = [type(buffer) is Tensor for buffer in self.parts()]
         step = self.model if number == 0 and self.case.eager_prompt else self.step
         try:
             out, self.cache = step(*self._fresh(args), self.cache)
         except Exception as error:
             return _failure(error)
         self.at, self.rows = self.at + tokens, self.rows + tokens
-        if ordinary < [type(buffer) is Tensor for buffer in self.leaves()]:  # they were given back
+        if ordinary < [type(buffer) is Tensor for buffer in self.parts()]:  # they were given back
             here, after = self.model(*self._fresh(args), self.names["make"](whole))
-        elif ordinary != [type(buffer) is Tensor for buffer in self.leaves()]:  # they were taken over
+        elif ordinary != [type(buffer) is Tensor for buffer in self.parts()]:  # they were taken over
             if self.case.append == "cat":
-                after = self.names["make"](self.leaves())  # it saw full precision, and returned codes
+                after = self.names["make"](self.parts())  # it saw full precision, and returned codes
             elif tokens > STEP_TOKENS:
-                here, after = out, self.names["make"](self.leaves())  # what it saw cannot be had any more
+                here, after = out, self.names["make"](self.parts())  # what it saw cannot be had any more
             else:
                 here, after = self._taken_over(args, first, tokens)
         elif self.case.append == "one by one" and tokens > 1 and self.case.bits < 16:
             # Each token is an append of its own: what leaves the window meanwhile is read as codes.
-            here, after = out, self.names["make"](self.leaves())
-        return self._judge(out, here, right, self.names["leaves"](after), first, tokens)
+            here, after = out, self.names["make"](self.parts())
+        return self._judge(out, here, right, self.parts(after), first, tokens)
 
     def _taken_over(self, args: tuple[Any, ...], first: Any, tokens: int) -> tuple[Tensor, Any]:
         """The step once more in eager code, on what it saw: tokens before it as they were quantized by it."""
-        seen = [seen_by_step(buffer, first, tokens) for buffer in self.leaves()]
-        for tensor, buffer in zip(seen, self.leaves(), strict=True):
+        seen = [seen_by_step(buffer, first, tokens) for buffer in self.parts()]
+        for tensor, buffer in zip(seen, self.parts(), strict=True):
             clear_behind(tensor, first, buffer)
         out: tuple[Tensor, Any] = self.model(*self._fresh(args), self.names["make"](seen))
         return out
-
-    def _parts(self, cache: Any = None) -> list[Tensor]:
-        """What ``make`` was given."""
-        cache = self.cache if cache is None else cache
-        parts: list[Tensor] = list(cache) if self.case.holder == "stacked" else self.names["leaves"](cache)
-        return parts
 
     @staticmethod
     def _fresh(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -251,7 +250,7 @@ class Comparison:
         if bound is not None and (error := relative_error(out, right)) > bound:
             return Outcome("wrong", f"differs from eager code from the beginning by {error:.2g}")
         if self.case.bits == 16 or tokens <= STEP_TOKENS:
-            for i, (mine, theirs) in enumerate(zip(self.leaves(), after, strict=True)):
+            for i, (mine, theirs) in enumerate(zip(self.parts(), after, strict=True)):
                 pair = [seen_by_step(buffer, first, tokens) for buffer in (mine, theirs)]
                 if isinstance(mine, QuantizedKV):  # what lies behind is forgotten
                     for dense in pair:

@@ -12,12 +12,15 @@ from xquant_fx.cache.aliases import in_order, laid_out
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.laid_out import LaidOutKV
+from xquant_fx.cache.laid_out_growing import LaidOutGrowingKV
 from xquant_fx.kernels.shared_code_load.arguments import STORED
+
+LAID_OUT = LaidOutKV, LaidOutGrowingKV
 
 
 def clear_behind(dense: Tensor, lengths: Any, like: Tensor) -> None:
     """Zeros from ``lengths`` on, a number or one for each row, in dimensions as those of ``like``."""
-    dense = in_order(dense, like.dims) if isinstance(like, LaidOutKV) else dense
+    dense = in_order(dense, like.dims) if isinstance(like, LAID_OUT) else dense
     if isinstance(lengths, int):
         lengths = torch.tensor([lengths])
     dense.masked_fill_((torch.arange(dense.shape[2]) >= lengths[:, None])[:, None, :, None], 0)
@@ -30,11 +33,11 @@ def seen_by_step(buffer: Tensor, past: Any, new: int) -> Tensor:
     """
     if not isinstance(buffer, QuantizedKV | GrowingKV):
         return buffer.clone()
-    state, usual = buffer.live, buffer.ordered if isinstance(buffer, LaidOutKV) else buffer
+    state, usual = buffer.live, buffer.ordered if isinstance(buffer, LAID_OUT) else buffer
     tensors = {name: state.tensor(name) for name in STORED}
     where = dict(past=torch.tensor([past]) if isinstance(past, int) else past, new_tokens=new, n=usual.shape[2])
     dense: Tensor = ops.LOAD(**tensors, **where, **state.spec.load_constants(), x=None)
-    return laid_out(dense, buffer.dims).clone() if isinstance(buffer, LaidOutKV) else dense.clone()
+    return laid_out(dense, buffer.dims).clone() if isinstance(buffer, LAID_OUT) else dense.clone()
 
 
 def relative_error(mine: Tensor, theirs: Tensor) -> float:

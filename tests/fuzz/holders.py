@@ -18,6 +18,12 @@ class Holder(NamedTuple):
     """and its values."""
     before: str = ""
     """Definitions that it needs."""
+    parts: str = ""
+    """Expression: keys and values one by one, [k0, v0, k1, v1, ...], where tensors are stacks of them."""
+    both: str = ""
+    """Expression: keys and values of layer ``i`` in one tensor,"""
+    both_at: int = 0
+    """stacked along this dimension."""
 
 
 PAIRS = "[(tensors[j], tensors[j + 1]) for j in range(0, len(tensors), 2)]"
@@ -42,8 +48,31 @@ HOLDERS = {
         "list(cache.buffers())", 'getattr(cache, f"k{i}")', 'getattr(cache, f"v{i}")',
     ),
     "stacked": Holder(
-        "return torch.stack(tensors)", "[cache]", "cache[2 * i]", "cache[2 * i + 1]",
+        "return torch.stack(tensors)", "[cache]", "cache[2 * i]", "cache[2 * i + 1]", parts="list(cache)",
+    ),
+    "stack of pairs": Holder(
+        "return torch.stack([torch.stack(pair) for pair in zip(tensors[::2], tensors[1::2])])", "[cache]",
+        "cache[i][0]", "cache[i][1]", parts="[t for pair in cache for t in pair]", both="cache[i]",
+    ),
+    "stack of sides": Holder(
+        "return torch.stack([torch.stack(tensors[::2]), torch.stack(tensors[1::2])])", "[cache]",
+        "cache[0, i]", "cache[1, i]", parts="[t for pair in zip(*cache) for t in pair]",
+    ),
+    "stack per layer": Holder(
+        "return [torch.stack(pair) for pair in zip(tensors[::2], tensors[1::2])]", "list(cache)",
+        "cache[i][0]", "cache[i][1]", parts="[t for kv in cache for t in kv]", both="cache[i]",
+    ),
+    "stack behind the rows": Holder(
+        "return [torch.stack(pair, 1) for pair in zip(tensors[::2], tensors[1::2])]", "list(cache)",
+        "cache[i].select(1, 0)", "cache[i].select(1, 1)", parts="[t for kv in cache for t in kv.unbind(1)]",
+        both="cache[i]", both_at=1,
+    ),
+    "stack per side": Holder(
+        "return torch.stack(tensors[::2]), torch.stack(tensors[1::2])", "list(cache)",
+        "cache[0][i]", "cache[1][i]", parts="[t for pair in zip(*cache) for t in pair]",
     ),
 }  # fmt: skip
+#: Those with several of the parts in one tensor.
+STACKS = [name for name, holder in HOLDERS.items() if holder.parts]
 #: Those whose tensors are the parts that ``make`` is given, and that can be replaced by longer ones.
 GROWING = ("list of tuples", "tuple")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fuzz import attention, weights
-from fuzz.appends import LAYOUTS, POSITIONS, append, indented
+from fuzz.appends import GROWN, POSITIONS, append, indented
 from fuzz.case import IN_PLACE, LENGTH, Case
 from fuzz.holders import GROWING, HOLDERS
 
@@ -29,6 +29,10 @@ def empty():
 
 def leaves(cache):
     return {leaves}
+
+
+def parts(cache):
+    return {parts}
 
 
 class Decoder(nn.Module):
@@ -63,7 +67,7 @@ x = x + self.o[i](y.transpose(1, 2).reshape(B, t, HEADS * D))"""
 def source(case: Case) -> str:
     """The program's text."""
     holder, grows = HOLDERS[case.holder], case.append == "cat"
-    shape = "(B, KV, 0, D)" if grows else LAYOUTS[case.layout][0]
+    shape = GROWN[case.layout][0]
     layers = [
         LAYER.format(number=i, keys=holder.keys, values=holder.values, layer=_layer(case, i))
         for i in range(case.layers)
@@ -72,7 +76,8 @@ def source(case: Case) -> str:
     as_made = "tuple" if case.holder == "tuple" else "list"
     return HEAD.format(
         layers=case.layers, heads=case.heads, kv_heads=case.kv_heads, dim=case.dim, batch=case.batch, length=LENGTH,
-        dtype=case.dtype, before=before, make=indented(holder.make, 1), shape=shape, leaves=holder.leaves,
+        dtype=case.dtype, before=before, make=indented(holder.make, 1),
+        shape=shape.replace("N", "0") if grows else shape, leaves=holder.leaves, parts=holder.parts or "leaves(cache)",
         position=indented(POSITIONS[case.position], 2), longer="        longer = []\n" if grows else "",
         each_layer=indented("".join(layers), 2),
         returned=f"{as_made}(longer)" if grows and case.holder in GROWING else "cache",
@@ -85,13 +90,13 @@ def _layer(case: Case, number: int) -> str:
     _, before_append, after_mask, usual, odd = weights.DIFFERS[case.differs]
     constant = odd if number == case.odd else usual
     masks = attention.RAGGED_MASKS if case.ragged else attention.MASKS
-    parts = [before_append.format(constant), append(case.append, case.layout)]
+    parts = [before_append.format(constant), append(case.append, case.layout, HOLDERS[case.holder])]
     if case.append == "cat":
         parts.append("longer.append((K, V))")
     parts.append(after_append)
     if case.graph_break == "before attention":
         parts.append("torch._dynamo.graph_break()")
-    whole = LAYOUTS[case.layout][1]
+    whole = GROWN[case.layout][1]
     read = attention.READS[case.read]
     parts += [f"{side}_ = {read.format(whole.format(side))}" for side in "KV"]
     parts += ["total = K_.shape[2]", masks[case.mask], after_mask.format(constant)]

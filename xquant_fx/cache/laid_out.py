@@ -4,7 +4,8 @@ Hand-written models keep tokens first ([N, H, D]), before the heads ([B, N, H, D
 passes and reports know one order. So a graph is rewritten to it (``compiler/laid_out_graph.py``), and what the program
 holds is this: the same state, under other dimensions.
 
-``dims`` names them: "BNHD", say. A dimension that is not there has size 1 in [B, H, N, D].
+``dims`` names them: "BNHD", say. A dimension that is not there has size 1 in [B, H, N, D]; a number says into how many
+heads the channels are split there ("BN12D": [B, N, 12 * D]).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.aliases import ORDER, in_order, laid_out
+from xquant_fx.cache.aliases import in_order, laid_out, shape_in
 from xquant_fx.cache.kv_tensor import HANDLERS, QuantizedKV, wrapper
 from xquant_fx.cache.state import KVState
 from xquant_fx.plan.spec import KVSpec
@@ -30,8 +31,8 @@ class LaidOutKV(QuantizedKV):
         cls, spec: KVSpec, anchor: Tensor, state: KVState | None, span: tuple[int, int] | None, dims: str
     ) -> LaidOutKV:
         begin, end = span or (0, spec.shape[2])
-        sizes = dict(zip(ORDER, (*spec.shape[:2], end - begin, spec.shape[3]), strict=True))
-        made: LaidOutKV = wrapper(cls, [sizes[dim] for dim in dims], spec.dtype, anchor.device)
+        shape = shape_in(dims, (*spec.shape[:2], end - begin, spec.shape[3]))
+        made: LaidOutKV = wrapper(cls, shape, spec.dtype, anchor.device)
         return made
 
     def __init__(

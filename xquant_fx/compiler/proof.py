@@ -22,7 +22,7 @@ from xquant_fx.cache.storage import share_storage, why_not_alone
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.foresight import foresee, foresee_value
 from xquant_fx.passes.forms import NOT_SEEN
-from xquant_fx.passes.match_decode import masks_of
+from xquant_fx.passes.match_decode import first_tokens, masks_of
 from xquant_fx.passes.records import Foresight, Site, Write
 from xquant_fx.passes.trace import value_of
 
@@ -108,10 +108,13 @@ class Call:
         length = value_of(write.buffer).shape[2]
         rows = self.row_positions(write) if write.per_row else [self.positions(write)]
         past_last = torch.arange(length) > torch.tensor([positions[-1] for positions in rows])[:, None]  # [B or 1, N]
+        past_last = past_last[:, : self._read_up_to(site, facts)]
+        if not past_last.any():
+            return True
         for term in masks_of(site.attention, site.key, site.value):
             foresight = foresee_value(term.node, site.attention.value_reader, facts)
             mask = None if foresight.reason else _computed(self.gm, foresight, self.given)[0]
-            if mask is None or mask.dim() == 0 or mask.shape[-1] != length:
+            if mask is None or mask.dim() == 0 or mask.shape[-1] != past_last.shape[1]:
                 continue
             hidden = mask * term.factor <= NOT_SEEN if term.fill is None else mask == term.where
             # Of a mask that all rows have in common what is hidden must be what lies behind any.
@@ -119,6 +122,14 @@ class Call:
             if bool((hidden | ~behind.to(hidden.device)).all()):
                 return True
         return False
+
+    def _read_up_to(self, site: Site, facts: Facts) -> int | None:
+        """How many tokens of the buffer ``site`` reads; None: all."""
+        taken = first_tokens(site.attention.key, site.key.root)[1]
+        if not isinstance(taken, Node):
+            return taken
+        foresight = foresee_value(taken, site.attention.key_reader, facts)
+        return None if foresight.reason else int(_computed(self.gm, foresight, self.given)[0])
 
     def row_positions(self, write: Write) -> list[list[int]]:
         """The positions of each row, of a write at a position per row."""

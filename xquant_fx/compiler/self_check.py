@@ -203,10 +203,17 @@ class _Check:
             stored, wanted = value, given[i]
             if isinstance(value, QuantizedKV):
                 stored = contents_of(value, wanted.shape[2])
-                may_go_back = value.spec.ragged or isinstance(getattr(self.inputs[i], "state", None), Row)
-                wanted = held_of(value, wanted) if may_go_back else wanted
+                wanted = held_of(value, wanted) if _may_go_back(self.inputs[i], value) else wanted
             pairs.append((f"input {i}", stored, wanted))
         return next((found for pair in pairs if (found := beyond_rounding(*pair))), None)
+
+
+def _may_go_back(before: Any, after: QuantizedKV) -> bool:
+    """Whether tokens that a step leaves behind it are none any more: it has written before them."""
+    state = getattr(before, "state", None)
+    if after.spec.ragged or isinstance(state, Row):
+        return True
+    return state is not None and after.live.length < state.length
 
 
 def _is_rewritten(site: Site) -> bool:
