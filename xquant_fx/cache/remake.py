@@ -63,6 +63,12 @@ def holds_nothing(layer: Any) -> bool:
     return type(layer).__name__ == "DummyLayer"
 
 
+def rows_held(layers: Iterable[Any]) -> int:
+    """Rows of the batch that ``layers`` hold; 0 if they hold none."""
+    held = (layer for layer in layers if getattr(layer, "batch_size", 0) and layer.is_initialized)
+    return next((int(layer.batch_size) for layer in held), 0)
+
+
 def _in_use(layers: Iterable[Any]) -> list[Any]:
     """Layers that hold something; those that are kept for later are let go."""
     for layer in layers:
