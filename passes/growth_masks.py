@@ -44,7 +44,7 @@ def end_of_growth(graph: Graph, site: Site, stored: dict[str, Any], context: Con
 def _step_of(site: Site, stored: dict[str, Any], context: Context) -> tuple[object, ...]:
     """What tells apart the masks of one graph: the cache and the step, how much of it is kept, and how many tokens.
 
-    Layers of one cache may hold different numbers (one was cropped alone, or evicts tokens): other symbols of the graph.
+    Layers of one cache may hold different numbers (one was cropped alone, say), which are other symbols of the graph.
     """
     write, first = site.key_write, first_kept(site, context)
     assert write is not None
