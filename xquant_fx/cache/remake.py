@@ -72,9 +72,10 @@ def rows_held(layers: Iterable[Any]) -> int:
 def _in_use(layers: Iterable[Any]) -> list[Any]:
     """Layers that hold something; those that are kept for later are let go."""
     for layer in layers:
-        if not layer.is_initialized and isinstance(getattr(layer, "keys", None), QuantizedKV):
+        if not getattr(layer, "is_initialized", True) and isinstance(getattr(layer, "keys", None), QuantizedKV):
             layer.keys = layer.values = None
-    used = [layer for layer in layers if layer.is_initialized and not holds_nothing(layer)]
+    # Layers of linear attention alone are never said to be in use, and have no keys.
+    used = [layer for layer in layers if getattr(layer, "is_initialized", True) and not holds_nothing(layer)]
     other = sorted({type(layer).__name__ for layer in used if not isinstance(getattr(layer, "keys", None), Tensor)})
     if other:
         raise CacheStateError(f"only layers of keys and values can be changed so, and this cache has {other}")
