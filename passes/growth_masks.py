@@ -44,11 +44,16 @@ def end_of_growth(graph: Graph, site: Site, stored: dict[str, Any], context: Con
 
 
 def _step_of(site: Site, stored: dict[str, Any], context: Context) -> tuple[object, ...]:
-    """What tells apart the masks of one graph: the cache and the step, and how much of it is kept."""
+    """What tells apart the masks of one graph: the cache and the step, how much of it is kept, and how many tokens.
+
+    Layers of one cache may hold different numbers (one was cropped alone, say), which are other symbols of the graph.
+    """
     write, first = site.key_write, first_kept(site, context)
     assert write is not None
-    buffer: Any = context.inputs[context.index_of(write.past or write.buffer)]
-    return id(buffer.live.group), stored["new_tokens"], stored["max_len"], 0 if first is None else stored["window"]
+    past = write.past or write.buffer
+    buffer: Any = context.inputs[context.index_of(past)]
+    kept = 0 if first is None else stored["window"]
+    return id(buffer.live.group), stored["new_tokens"], stored["max_len"], kept, str(value_of(past).shape[2])
 
 
 def kept_of_window(write: Write) -> int:

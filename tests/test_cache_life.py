@@ -253,6 +253,8 @@ def test_padding_of_another_prompt_is_refused(model, how):
         logits_of(step, IDS[:1, 35:36], cache)
     cache.reset()
     logits_of(step, IDS[:1, :35], cache)
+    with pytest.raises(CacheStateError, match="padding_mask is 40 tokens wide, the first step brings 45"):
+        logits_of(step, IDS[:1, :45], new(model, padding_mask=mask))
 
 
 def test_left_padding_of_very_different_lengths_in_chunks(model):
@@ -300,6 +302,22 @@ def test_an_interrupted_chunk_that_is_too_long_to_go_back(model):
         cache.crop(-40)
     cache.reset()
     assert torch.equal(logits_of(model.forward, IDS[:1], cache), logits_of(model.forward, IDS[:1], new(model)))
+
+
+def test_an_interrupted_chunk_of_a_padded_prompt(model):
+    """The mask is not blamed for it, and counts on where ``crop`` goes back to."""
+    mask = torch.tensor([[1] * 29, [0] * 8 + [1] * 21])
+    runs = []
+    for broken in (False, True):
+        cache = new(model, padding_mask=mask)
+        logits_of(model.forward, IDS[:2, :12], cache)
+        if broken:
+            broken_off(model.forward, model, 1, IDS[:2, 12:24], cache)
+            with pytest.raises(CacheStateError, match=r"a step was interrupted in between; crop\(-12\)"):
+                logits_of(model.forward, IDS[:2, 12:24], cache)
+            cache.crop(-12)
+        runs.append([logits_of(model.forward, IDS[:2, a:b], cache) for a, b in ((12, 24), (24, 29), (29, 30))])
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
 @STEPS
@@ -544,7 +562,7 @@ def test_more_candidates_than_can_be_taken_back(model):
 
 def test_layers_that_cannot_go_back_say_so_first():
     model = gemma()
-    with pytest.raises(CacheStateError, match=r"assisted decoding and prompt lookup.*StaticSlidingWindowLayer"):
+    with pytest.raises(CacheStateError, match=r"assisted decoding and prompt lookup.*FullPrecisionWindow"):
         generate(model, IDS[:1, :12].repeat(1, 3), new(model), prompt_lookup_num_tokens=4)
 
 

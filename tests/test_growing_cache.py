@@ -204,6 +204,23 @@ def test_two_caches_in_one_graph_keep_their_lengths():
         torch.testing.assert_close(out, sdpa(new, known, known), rtol=0, atol=1e-6)
 
 
+def test_layers_of_one_cache_may_hold_different_numbers_of_tokens():
+    """One of them was cropped alone: what hides the room behind the tokens is a mask of its own."""
+
+    def both(x, lower, upper):
+        return attend(x, x, x, lower), attend(x, x, x, upper)
+
+    known, new = tokens(40), tokens(1, seed=2)
+    pasts = [[torch.cat([t, known], 2) for t in layer] for layer in growths(layers=2)]  # all in full precision yet
+    pasts[1] = [t[:, :, :37] for t in pasts[1]]
+    with torch.no_grad():
+        outs = torch.compile(both, backend=Rewrites(config=CONFIG), dynamic=True)(new, *pasts)
+    for (out, past), length in zip(outs, (40, 37), strict=True):
+        longer = torch.cat([known[:, :, :length], new], 2)
+        assert past[0].shape[2] == length + 1
+        torch.testing.assert_close(out, sdpa(new, longer, longer), rtol=0, atol=1e-6)
+
+
 def test_a_layer_whose_past_begins_in_the_graph_stays_beside_quantized_ones():
     """As when a first prompt broke off between two layers of a DynamicCache."""
 

@@ -8,7 +8,7 @@ from dynamo_graphs import tiny
 from stepping import interpreted, relative_error, run_steps
 from transformers import DynamicCache, StaticCache
 
-from xquant_fx import XQuantCache, XQuantConfig
+from xquant_fx import CacheStateError, XQuantCache, XQuantConfig
 from xquant_fx.cache.growing import STORED_KV
 
 IDS = torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -42,3 +42,19 @@ def test_states_are_what_eager_code_makes_them(kind):
     assert pairs and all(type(ours) is torch.Tensor for ours, _ in pairs)
     assert all(torch.allclose(ours, other, atol=1e-5) for ours, other in pairs)
     assert isinstance(full.keys, STORED_KV) and isinstance(full.values, STORED_KV)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda c: c.batch_repeat_interleave(2), lambda c: c.batch_select_indices([0]), lambda c: c.to("meta")]
+)
+def test_layers_of_states_alone_are_named_where_rows_or_devices_change(change):
+    model = tiny("qwen3_next")
+    cache = XQuantCache(model.config, 32, FULL)
+    run_steps([(model.forward, 9)], IDS, cache)
+    with pytest.raises(CacheStateError, match=r"only layers of keys and values can be .*\['LinearAttentionLayer'\]"):
+        change(cache)
+    cache.crop(-9)  # all of it, which is no rolling back
+    assert (
+        relative_error(*(run_steps([(model.forward, 9)], IDS, c) for c in (cache, XQuantCache(model.config, 32, FULL))))
+        < 1e-5
+    )

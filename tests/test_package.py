@@ -52,6 +52,7 @@ MAY_BE_IMPORTED_BY = {
         "cache.huggingface",
         "cache.huggingface_layer",
         "cache.huggingface_layers",
+        "cache.huggingface_window",
         "evaluate.models",
         "evaluate.simulate",
     ],

@@ -183,7 +183,7 @@ class CacheGroup:
             self.settle()
         if not self.written.isdisjoint(names):
             if self.doubtful or self.interrupted:
-                self._check_whole()
+                self.check_whole()
             self.turn.begin()
             self.written = set()
             self.uncompiled += tokens == 1
@@ -225,7 +225,8 @@ class CacheGroup:
     def _alive(self) -> list[Member]:
         return [state for ref in self.members if (state := ref()) is not None]
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
+        """Raise CacheStateError unless all buffers hold the same tokens: a step broke off."""
         lengths = self.lengths()
         least, most = min(lengths, key=lambda name: lengths[name]), max(lengths, key=lambda name: lengths[name])
         low, high = lengths[least], lengths[most]

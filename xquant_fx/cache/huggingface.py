@@ -19,12 +19,13 @@ from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.huggingface_layer import XQuantLayer, minus_tokens
 from xquant_fx.cache.huggingface_layers import (
     full_and_windows,
+    keep_windows,
     quantized_layer,
     warn_of_buffers_taken_for_text,
     why_no_window_masks,
 )
 from xquant_fx.cache.padding import Padding
-from xquant_fx.cache.remake import move, select_rows
+from xquant_fx.cache.remake import move, rows_held, select_rows
 from xquant_fx.cache.saving import load, save
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError, ConfigError
@@ -102,6 +103,8 @@ class XQuantCache(StaticCache):
             layer = quantized_layer(self.layers[index], *of_layer, latents, window)
             self.layers[index] = layer
             self.quantized_layers.append(layer)
+        if self.windows_left:
+            keep_windows(self.layers, self.windows_left)
         if padding_mask is not None:
             self.set_padding_mask(padding_mask)
 
@@ -146,12 +149,15 @@ class XQuantCache(StaticCache):
             ArgumentError: a positive number (a ValueError, too).
         """
         tokens_to_remove = minus_tokens(tokens_to_remove)
-        fixed = sorted({type(layer).__name__ for layer in self.layers if not layer.is_croppable})
-        if tokens_to_remove and fixed:
-            raise CacheStateError(f"a cache is rolled back in all its layers or in none, and cannot be in {fixed}")
         first: Any = self.quantized_layers[0] if self.quantized_layers else self
         stored = int(first.get_seq_length())
         length = max(stored + tokens_to_remove, 0)
+        if stored and not length:
+            self.reset()
+            return
+        fixed = sorted({type(layer).__name__ for layer in self.layers if not layer.is_croppable})
+        if tokens_to_remove and fixed:
+            raise CacheStateError(f"a cache is rolled back in all its layers or in none, and cannot be in {fixed}")
         for state in self.states:
             state.check_truncate(length)
         for layer in self.layers:
@@ -188,8 +194,7 @@ class XQuantCache(StaticCache):
         """Repeat each row of the batch ``repeats`` times."""
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ArgumentError(f"rows are repeated at least once, got {repeats!r}")
-        batch = next((layer.batch_size for layer in self.quantized_layers if layer.is_initialized), 0)
-        select_rows(self.layers, torch.arange(batch).repeat_interleave(repeats))
+        select_rows(self.layers, torch.arange(rows_held(self.layers)).repeat_interleave(repeats))
 
     def to(self, device: torch.device | str) -> XQuantCache:
         """Move all that is stored to ``device``, to wait there or to go on with a model on it; returns the cache."""

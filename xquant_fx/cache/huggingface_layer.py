@@ -217,6 +217,8 @@ class XQuantLayer(StaticLayer):
             padding.check_prompt(new)
             self.chunk, self.prompt_left = new, max(padding.width - new, 0)
         elif self.prompt_left:
+            if self.masked and isinstance(self.keys, QuantizedKV) and not torch.compiler.is_dynamo_compiling():
+                self.keys.live.group.check_whole()  # else the mask would be blamed for a chunk that broke off
             padding.check_chunk(new, self.chunk, self.prompt_left)
             self.prompt_left -= new
 
@@ -239,7 +241,7 @@ class XQuantLayer(StaticLayer):
             try:
                 return super().update(key_states, value_states, *args, **kwargs)
             except BaseException:  # Ctrl-C, too
-                self.cumulative_length.fill_(length)
+                self._count(length)
                 for state in self.states:
                     state.undo(length)
                 self.is_initialized = not cold
@@ -287,7 +289,13 @@ class XQuantLayer(StaticLayer):
             return
         for state in self.states:
             state.truncate(length)
+        self._count(length)
+
+    def _count(self, length: int) -> None:
+        """The layer holds ``length`` tokens again, some of a padded prompt that was still being read, maybe."""
         self.cumulative_length.fill_(length)
+        if self.prompt_left and self.padding is not None:
+            self.prompt_left = max(self.padding.width - length, 0)
 
     def offload(self) -> None:
         """Not supported: raises CacheStateError."""

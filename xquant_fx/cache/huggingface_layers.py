@@ -15,6 +15,7 @@ from transformers import cache_utils
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from xquant_fx.cache.huggingface_layer import XQuantLayer
+from xquant_fx.cache.huggingface_window import FullPrecisionWindow
 from xquant_fx.warn_once import warn_once
 
 #: Layers of transformers, which older ones may not have.
@@ -122,6 +123,13 @@ def quantized_layer(like: Any, *args: Any) -> XQuantLayer:
     if isinstance(made, _Hybrid):
         made.set_states(like.number_of_states)
     return made
+
+
+def keep_windows(layers: list[Any], reason: str) -> None:
+    """Put windows that stay in full precision for ``reason`` in the places of those of a ``StaticCache``."""
+    for index, layer in enumerate(layers):
+        if type(layer) is StaticSlidingWindowLayer:
+            layers[index] = FullPrecisionWindow(layer.max_cache_len, layers, reason)
 
 
 def full_and_windows(layers: Sequence[Any]) -> tuple[dict[int, int], dict[int, int]]:

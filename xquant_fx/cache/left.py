@@ -1,10 +1,14 @@
 """Ordinary buffers that must not be taken over (again), each with the reason.
 
 A buffer that was quantized once and is ordinary now holds dequantized values: to quantize it again would add errors
-to errors. The registry keeps no buffer alive.
+to errors. What a layer keeps is found by the layer, which may make its buffers in a compiled prompt. The registries
+keep nothing alive.
 """
 
 from __future__ import annotations
+
+import weakref
+from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -14,11 +18,22 @@ from xquant_fx.cache.aliases import owner_of
 ONCE = "it was dequantized from a quantized buffer, and quantizing it again would add to the error"
 
 _left: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_keepers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def leave(buffer: Tensor, reason: str) -> None:
     """Have ``buffer`` stay as it is from now on, for ``reason``."""
     _left[owner_of(buffer)] = reason
+
+
+def keep_buffers_of(layer: Any) -> None:
+    """Have whatever are the ``keys`` and ``values`` of ``layer`` stay as they are, for its ``reason``."""
+    _keepers.add(layer)
+
+
+def why_kept(buffer: Tensor) -> str:
+    """Why the layer whose buffer this is keeps it; "" if none does."""
+    return next((layer.reason for layer in _keepers if buffer is layer.keys or buffer is layer.values), "")
 
 
 def why_left(buffer: Tensor) -> str:

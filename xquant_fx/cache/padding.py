@@ -50,6 +50,11 @@ class Padding(NamedTuple):
                 f"padding_mask says that a row begins with {self.most} tokens of padding, and the first step brings "
                 f"{tokens}: give the mask of this prompt (set_padding_mask), or longer chunks (prefill_chunk_size)"
             )
+        if tokens > self.width:
+            raise CacheStateError(
+                f"padding_mask is {self.width} tokens wide, the first step brings {tokens}: give the mask of all that "
+                "the prompt has, what a soft prompt puts before it included (set_padding_mask)"
+            )
 
     def check_chunk(self, tokens: int, chunk: int, left: int) -> None:
         """Raise CacheStateError unless ``tokens`` can go on with a prompt in pieces of ``chunk``, ``left`` to come."""

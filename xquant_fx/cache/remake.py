@@ -63,12 +63,19 @@ def holds_nothing(layer: Any) -> bool:
     return type(layer).__name__ == "DummyLayer"
 
 
+def rows_held(layers: Iterable[Any]) -> int:
+    """Rows of the batch that ``layers`` hold; 0 if they hold none."""
+    held = (layer for layer in layers if getattr(layer, "batch_size", 0) and layer.is_initialized)
+    return next((int(layer.batch_size) for layer in held), 0)
+
+
 def _in_use(layers: Iterable[Any]) -> list[Any]:
     """Layers that hold something; those that are kept for later are let go."""
     for layer in layers:
-        if not layer.is_initialized and isinstance(getattr(layer, "keys", None), QuantizedKV):
+        if not getattr(layer, "is_initialized", True) and isinstance(getattr(layer, "keys", None), QuantizedKV):
             layer.keys = layer.values = None
-    used = [layer for layer in layers if layer.is_initialized and not holds_nothing(layer)]
+    # Layers of linear attention alone are never said to be in use, and have no keys.
+    used = [layer for layer in layers if getattr(layer, "is_initialized", True) and not holds_nothing(layer)]
     other = sorted({type(layer).__name__ for layer in used if not isinstance(getattr(layer, "keys", None), Tensor)})
     if other:
         raise CacheStateError(f"only layers of keys and values can be changed so, and this cache has {other}")

@@ -182,7 +182,7 @@ def detect_graph(
     call = Call(copy, given, originals=originals)
 
     def refusal(node: Node, what: str, facts: Facts) -> Refused:
-        lasting = surroundings or why_not_sliding_window(node, facts, request)
+        lasting = surroundings or call.why_kept(node) or why_not_sliding_window(node, facts, request)
         return Refused(lasting) if lasting else Refused(call.refuse(node, what, facts), of_call=True)
 
     with dynamo_timed("xquant_detect"):  # for torch._dynamo.utils.compile_times()

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from xquant_fx.cache.aliases import aliases_from, owner_of
-from xquant_fx.cache.left import why_left
+from xquant_fx.cache.left import why_kept, why_left
 from xquant_fx.cache.reads import Dequantized
 from xquant_fx.cache.storage import share_storage, why_not_alone
 from xquant_fx.passes.facts import Facts
@@ -57,6 +57,11 @@ class Call:
         self.foresights[write.node] = foresee(write, facts)
         reason = self.why_not(node, write)
         return f"{what}: {reason}" if reason else ""
+
+    def why_kept(self, node: Node) -> str:
+        """Why the buffer of the placeholder ``node`` is never taken over; "" if that depends."""
+        buffer = self.given.get(node)
+        return why_kept(self._original(buffer)) if type(buffer) is Tensor else ""
 
     def why_not(self, node: Node, write: Write) -> str:
         """As ``refuse``, of a write whose positions can be foreseen already."""
