@@ -104,13 +104,15 @@ def _chooses_tokens(buffer: Node) -> bool:
     value = fake(buffer)
     if value is None:
         return False
-    seen, left, tokens = {buffer}, [buffer], value.shape[-2:-1]
+    seen, left, tokens = {buffer}, [buffer], [str(size) for size in value.shape[-2:-1]]
     while left:
         for user in left.pop().users:
-            name = op_name(user)
+            name, longer = op_name(user), fake(user)
             scores = fake(operand(user)) if name == "topk" else None
-            if scores is not None and scores.shape[-1:] == tokens:
+            if scores is not None and str(scores.shape[-1]) in tokens:
                 return True
+            if name == "cat" and longer is not None and longer.dim() == value.dim():
+                tokens.append(str(longer.shape[-2]))  # of those that grow
             if user not in seen and name not in ("linear", "addmm", "mm"):
                 seen.add(user)
                 left.append(user)

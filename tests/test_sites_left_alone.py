@@ -455,6 +455,22 @@ def test_a_table_that_a_step_fills_is_no_cache_beside_those_that_grow():
     assert site.reason == ""
 
 
+def test_keys_of_an_indexer_that_grow_are_no_cache():
+    """As DeepSeek V3.2 has them, one a layer: the tokens with the largest scores are attended to."""
+
+    def step(q, k, v, past, indexed):
+        k, v, returned = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2), []
+        for keys in indexed:
+            returned.append(torch.cat((keys, q[:, 0]), dim=1))
+            chosen = (q[:, 0] @ returned[-1].mT).topk(3, dim=-1).indices
+            hidden = torch.ones(B, q.shape[2], k.shape[2], dtype=torch.bool).scatter(-1, chosen, False)
+            q = sdpa(q, k, v, attn_mask=~hidden[:, None])
+        return q, (k, v), returned
+
+    past, indexed = (torch.randn(SHAPE), torch.randn(SHAPE)), [torch.randn(B, SHAPE[2], D) for _ in range(2)]
+    assert {site.reason for site in sites_of(step, *fresh(), past, indexed)} == {""}
+
+
 def longer(past, k, v, read):
     kv = torch.cat([past, torch.stack([k, v])], 3)
     return *read(kv), kv
