@@ -72,7 +72,7 @@ def test_attention_to_a_slice(dynamic):
     seen = Rewrites()
     mine, theirs = run_both(step, [5, 1, 1], seen, dynamic=dynamic)
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
-    check_rewritten(seen.made[-1], stores=4, loads=4)
+    check_rewritten(seen.made[-1], stores=4, fused=2)
 
 
 def test_positions_of_another_integer_type():
