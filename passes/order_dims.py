@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from xquant_fx.cache.aliases import View, from_order, to_order
+from xquant_fx.cache.aliases import ORDER, View, from_order, to_order
 from xquant_fx.passes.find_writes import appended
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.trace import argument, fake, full_index, is_int, is_whole, value_of
@@ -37,11 +37,17 @@ def dims_of(node: Node) -> str:
         return ""
     (place,) = found
     assert place is not None
-    if value.dim() == 3 and place < 2 and (heads := split_heads(node)):
+    return dims_along(node, place)
+
+
+def dims_along(node: Node, place: int) -> str:
+    """The dimensions of ``node``, whose tokens are along dimension ``place``; "" if they are usual."""
+    rank = value_of(node).dim()
+    if rank == 3 and place < 2 and (heads := split_heads(node)):
         return f"{'NB' if place == 0 else 'BN'}{heads}D"
-    rest = "BHD" if value.dim() == 4 else "BD" if place == 1 and gets_heads(node) else "HD"
+    rest = "BHD" if rank == 4 else "BD" if place == 1 and gets_heads(node) else "HD"
     dims = f"{rest[:place]}N{rest[place:]}"
-    return "" if dims == "BHND" else dims
+    return "" if dims == ORDER else dims
 
 
 def gets_heads(buffer: Node) -> bool:

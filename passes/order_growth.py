@@ -18,11 +18,11 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from xquant_fx.cache.aliases import ORDER, merged_heads, to_order
+from xquant_fx.cache.aliases import merged_heads, to_order
 from xquant_fx.cache.laid_out_growing import LaidOutGrowingKV
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.order_dims import applied, gets_heads, ordered_input, place_of, split_heads, use_ordered
+from xquant_fx.passes.order_dims import applied, dims_along, ordered_input, place_of, use_ordered
 from xquant_fx.passes.records import Attention
 from xquant_fx.passes.trace import argument, fake, full_index, value_of
 from xquant_fx.passes.track_axes import followed
@@ -74,14 +74,10 @@ def _is_past(node: Node) -> bool:
 
 def _dims(node: Node, past: Node, place: int) -> str:
     """The dimensions of what grows along ``place``; "" if they are usual, or do not show."""
-    known, rank = fake(past), value_of(node).dim()
+    known = fake(past)
     if isinstance(known, LaidOutGrowingKV):
         return known.dims if known.token_dim == place else ""
-    if rank == 3 and place < 2 and (heads := split_heads(node)):
-        return f"{'NB' if place == 0 else 'BN'}{heads}D"
-    rest = "BHD" if rank == 4 else "BD" if place == 1 and gets_heads(node) else "HD"
-    dims = f"{rest[:place]}N{rest[place:]}"
-    return "" if dims == ORDER else dims
+    return dims_along(node, place)
 
 
 def _is_returned(node: Node) -> bool:
