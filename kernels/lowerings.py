@@ -118,12 +118,20 @@ def linear_rows(*args: Any, **kwargs: Any) -> Any:
 class CppInPlace(ir.ExternKernel):
     """A call of a C++ kernel that changes some of its arguments and returns nothing."""
 
-    def __init__(self, inputs: list[Any], mutated: list[Any], name: str, types: tuple[str, ...], code: str) -> None:
+    def __init__(
+        self,
+        inputs: list[Any],
+        mutated: list[Any],
+        name: str,
+        types: tuple[str, ...],
+        code: str,
+        numbers: tuple[int, ...] = (),
+    ) -> None:
         begin(types, code)
         self.device = inputs[0].get_device()
         none = ir.NoneLayout(device=self.device)
         super().__init__(None, none, self.unwrap_storage(inputs))
-        self.kernel, self.types, self.code = name, types, code
+        self.kernel, self.types, self.code, self.numbers = name, types, code, numbers
         changed: list[Any] = list(self.unwrap_storage(mutated))
         self.mutation_outputs = [ir.MutationOutput(none, x, self) for x in changed]
         self.name = V.graph.register_buffer(self)
@@ -149,7 +157,8 @@ class CppInPlace(ir.ExternKernel):
         """Define the kernel if it is new, and call it."""
         name = define(wrapper, self.kernel, self.types, self.code)
         inputs: list[Any] = list(self.inputs)
-        wrapper.writeline(f"{name}({', '.join(x.codegen_reference() for x in inputs)})")
+        args = [*(x.codegen_reference() for x in inputs), *map(str, self.numbers)]
+        wrapper.writeline(f"{name}({', '.join(args)})")
 
 
 def append_cpu(*args: Any, **kwargs: Any) -> None:
@@ -159,7 +168,8 @@ def append_cpu(*args: Any, **kwargs: Any) -> None:
     a = a.mapped(ir.ExternKernel.realize_input, set(a.tensor_names()) - set(new))
     types, code = cpu_store.source(append.problem_of(a, sizes, dtype), cpu_build.isa())
     written = [a.tensors[name] for name in a.written(a.overload) if name in a.tensors]
-    CppInPlace(list(a.tensors.values()), written, "xquant_append", types, code)
+    numbers = (append.tokens_given(a, sizes),)
+    CppInPlace(list(a.tensors.values()), written, "xquant_append", types, code, numbers)
 
 
 for _overload in (torch.ops.xquant.append_cpu.default, torch.ops.xquant.append_cpu.borrowed):

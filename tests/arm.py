@@ -44,7 +44,8 @@ def missing() -> str:
 def program(types: tuple[str, ...], code: str, flags: tuple[str, ...]) -> Path:
     """A program that reads the kernel's arguments from files of a folder, and writes them back."""
     folder = Path(tempfile.mkdtemp(dir=PROGRAMS.name))
-    arguments = ", ".join(f"({kind})tensors[{i}].data()" for i, kind in enumerate(types))
+    pointers = [f"({kind})" if kind.endswith("*") else f"*({kind}*)" for kind in types]
+    arguments = ", ".join(f"{pointer}tensors[{i}].data()" for i, pointer in enumerate(pointers))
     (folder / "kernel.cpp").write_text(code + MAIN.format(count=len(types), arguments=arguments))
     command = [COMPILER, *FLAGS, *flags, str(folder / "kernel.cpp"), "-o", str(folder / "program")]
     made = subprocess.run(command, capture_output=True, text=True)
@@ -53,7 +54,7 @@ def program(types: tuple[str, ...], code: str, flags: tuple[str, ...]) -> Path:
 
 
 def run(types: tuple[str, ...], code: str, tensors: list[Tensor], flags: tuple[str, ...]) -> None:
-    """Call ``kernel``, which changes the contiguous ``tensors`` that are not const for it."""
+    """Call ``kernel``, which changes the contiguous ``tensors`` that are not const for it; a number is one, too."""
     binary = program(types, code, flags)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, str(i)) for i in range(len(tensors))]

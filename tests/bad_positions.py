@@ -42,7 +42,5 @@ BAD = {
 }
 #: Those that a kernel for single steps gets.
 STEPS = {name: bad for name, bad in BAD.items() if len(bad.positions) <= STEP_TOKENS}
-#: Those of one or two tokens: a C++ kernel is compiled per number of tokens.
-SHORT = {name: bad for name, bad in STEPS.items() if len(bad.positions) <= 2}
-for _cases in (BAD, STEPS, SHORT):
+for _cases in (BAD, STEPS):
     assert {bad.fault for bad in _cases.values()} == set(Fault), "each rule has a case"

@@ -23,7 +23,7 @@ Append = Callable[[KVState, Tensor, Tensor], None]
 #: What a group cannot hold: the last one is finite, but not its range.
 BAD = {"nan": math.nan, "inf": math.inf, "large": 3e38}
 
-RANKED_SCRIPT = [8, 8, 3, 8, 1, 3, 8, 8, 8, -5, 8, 8, 8, 1, 1, 8, 8]  # three lengths only: each is compiled
+RANKED_SCRIPT = [8, 8, 3, 8, 1, 3, 8, 8, 8, -5, 8, 8, 8, 1, 1, 8, 8]
 RANKED_SHAPE = dict(residual=32, group=16, max_len=110, batch=1, dim=64)
 RANKED: dict[str, dict[str, Any]] = {
     **{

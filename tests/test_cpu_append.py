@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from bad_positions import BAD as BAD_POSITIONS
-from bad_positions import SHORT
 from ranked_store import BAD, RANKED, RANKED_SCRIPT, RANKED_SHAPE, RANKED_SLOW, check_ranked, differences_by
 from store_reference import Case
 from store_runs import ThroughKernel, ThroughOps, pair_of, run, store_arguments
@@ -24,7 +23,7 @@ from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
 
 APPENDS = (ops.APPEND_CPU, ops.APPEND_CPU_BORROWED)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-STEPS = [9, 1, 1, 1, 3, 1, -3, 1, 3, 1, 1, 1, 3, 12, 1, 3, 1, 0, 1, 3]  # two lengths only: each is compiled
+STEPS = [9, 1, 1, 1, 3, 1, -3, 1, 3, 1, 1, 1, 3, 12, 1, 3, 1, 0, 1, 3]
 CASES = {
     "keys": dict(bits=2, dtype=F32, eta=0.1),
     "keys, minmax": dict(bits=1, dtype=BF16, fit="minmax", eta=1 / 6, dim=32),
@@ -41,11 +40,11 @@ CASES = {
 
 
 class ChunksThroughCpp(ThroughOps):
-    """Chunks, and steps, too, by the one C++ kernel that takes any number of tokens."""
+    """Chunks, and steps, too, by the C++ kernel."""
 
     @staticmethod
     def by_op(state: KVState, x: Tensor, pos: Tensor) -> None:
-        append.run_chunk(store_arguments(state, x.to(state.spec.dtype), pos))
+        append.run(store_arguments(state, x.to(state.spec.dtype), pos))
 
 
 class ThroughCpp(ThroughKernel):
@@ -93,26 +92,15 @@ def test_what_has_no_range_reads_as_nan(side: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize("side", ["key", "value"])
-@pytest.mark.parametrize("what", SHORT)
+@pytest.mark.parametrize("what", BAD_POSITIONS)
 def test_faults(side: str, what: str) -> None:
     """Positions that do not follow set the fault code and touch no memory outside the tensors."""
-    case, bad = Case(side=side, batch=1, shared=False), SHORT[what]
+    case, bad = Case(side=side, batch=1, shared=False), BAD_POSITIONS[what]
     layers = ThroughCpp(case)
     layers.step(0, 0, case.tokens(bad.stored, 0))
     state = layers.states[0]
     ThroughCpp.append(state, case.tokens(len(bad.positions), 1), torch.tensor(bad.positions))
     assert int(state.tensor("fault")) == bad.fault
-
-
-@pytest.mark.parametrize("side", ["key", "value"])
-@pytest.mark.parametrize("what", BAD_POSITIONS)
-def test_faults_of_chunks(side: str, what: str) -> None:
-    """The same of the kernel for any number of tokens."""
-    case, bad = Case(side=side, batch=1, shared=False), BAD_POSITIONS[what]
-    layers = ChunksThroughCpp(case)
-    layers.step(0, 0, case.tokens(bad.stored, 0))
-    ChunksThroughCpp.by_op(layers.states[0], case.tokens(len(bad.positions), 1), torch.tensor(bad.positions))
-    assert int(layers.states[0].tensor("fault")) == bad.fault
 
 
 @pytest.mark.parametrize("side", ["key", "value"])

@@ -68,7 +68,7 @@ class ThroughArm(ThroughKernel):
         constants = state.spec.store_constants()
         a = StoreArguments(x=x.contiguous(), pos=pos, **state.tensors, **constants, fit=fit)
         types, code = cpu_store.source(append.problem_of(a), ISAS["neon"])
-        arm.run(types, code, list(a.tensors.values()), cls.flags)
+        arm.run(types, code, [*a.tensors.values(), torch.tensor(append.tokens_given(a))], cls.flags)
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)

@@ -122,7 +122,7 @@ def _run(kernels: Mapping[str, Kernel], x: Tensor, a: Any, otherwise: Callable[[
 
 
 def _chunk_cpu(a: StoreArguments) -> None:
-    cpu_store.run_chunk(a.replace(x=a.x.to(a.quantized.ring.dtype)))
+    cpu_store.run(a.replace(x=a.x.to(a.quantized.ring.dtype)))
 
 
 def _is_long_and_eager(x: Tensor) -> bool:

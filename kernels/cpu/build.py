@@ -1,7 +1,8 @@
 """Compile C++ kernels with Inductor's builder, outside a compiled graph.
 
-Private torch APIs: ``CppPythonBindingsCodeCache.load_pybinding`` and its ``_load_library_inner``,
-``AsyncCompile.submit``, ``pick_vec_isa`` and ``get_cpp_compiler``. Checked on torch 2.11, 2.13 and 2.14.
+Private torch APIs: ``CppPythonBindingsCodeCache.load_pybinding``, its ``_load_library_inner`` and
+``_get_uncompiled_header``, ``AsyncCompile.submit``, ``pick_vec_isa`` and ``get_cpp_compiler``. Checked on torch 2.11
+and 2.13, but for the header on 2.14, too.
 """
 
 from __future__ import annotations
@@ -24,8 +25,20 @@ from xquant_fx.kernels.cpu.isa import Isa, named_by_inductor
 CompileError = CppCompileError
 
 
+#: The header that is precompiled for kernels of ours. Torch's, which is twice as large, adds a second to each.
+_HEADER = Path(__file__).with_name("standard.h")
+_INCLUDES_TORCH = "#include <torch/"
 #: A kernel that does nothing: what is asked for it is asked for all.
 _NOTHING = 'extern "C" void kernel() {}'
+
+
+class OwnKernels(CppPythonBindingsCodeCache):
+    """Inductor's builder of C++ kernels, for those that include nothing of torch's."""
+
+    @classmethod
+    def _get_uncompiled_header(cls, device: str) -> str | None:
+        return str(_HEADER)
+
 
 _begun: list[concurrent.futures.Future[Any]] = []
 
@@ -57,10 +70,14 @@ def has_compiler() -> bool:
         return False
 
 
+def _builder(code: str) -> type[CppPythonBindingsCodeCache]:
+    return CppPythonBindingsCodeCache if _INCLUDES_TORCH in code else OwnKernels
+
+
 @functools.cache
 def load(types: tuple[str, ...], code: str) -> Callable[..., Any]:
     """The function ``kernel`` of ``code``, which takes tensors for its pointers."""
-    return CppPythonBindingsCodeCache.load_pybinding(list(types), code)
+    return _builder(code).load_pybinding(list(types), code)
 
 
 @functools.cache
@@ -68,7 +85,7 @@ def begin_kernel(types: tuple[str, ...], code: str) -> None:
     """Compile ``code`` in the background, once, for one who loads it later; does nothing if there is one thread."""
     if get_compile_threads() > 1:
         load_async = functools.partial(
-            CppPythonBindingsCodeCache.load_pybinding_async, list(types), code, submit_fn=AsyncCompile.submit
+            _builder(code).load_pybinding_async, list(types), code, submit_fn=AsyncCompile.submit
         )
         AsyncCompile.submit(functools.partial(contextvars.copy_context().run, load_async))
 

@@ -159,12 +159,10 @@ inline void append(const Tensors& tensors, int64_t count) {
     in.length[0] = stored;
 }
 
-void append_step(const Tensors& tensors) { append(tensors, Q); }
-
 // One of the rows of a batch that have lengths of their own (kernels/rows.py): it may begin a sequence anew by itself.
-void append_row(const Tensors& row) {
+void append_row(const Tensors& row, int64_t count) {
     if (row.pos[0] == 0 && row.length[0] < N) row.length[0] = row.length[1] = 0;
-    append_step(row);
+    append(row, count);
 }
 
 }  // namespace xq

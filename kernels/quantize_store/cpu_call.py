@@ -1,15 +1,14 @@
-"""The CPU kernel behind ``xquant::quantize_store``: its calls, for a step's tokens and for chunks."""
+"""The CPU kernel behind ``xquant::quantize_store``: one for a step's tokens and for chunks."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from torch import Tensor
 
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
-from xquant_fx.kernels.quantize_store.cpu_source import ANY, Append, source
+from xquant_fx.kernels.quantize_store.cpu_source import Append, source
 from xquant_fx.kernels.rows import RowLoop
 from xquant_fx.kernels.schemes import SCHEMES, wrap_of
 
@@ -22,21 +21,21 @@ def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) 
     """The kernel for these arguments; ``sizes`` and ``dtype`` read a tensor's shape and dtype."""
     scheme = SCHEMES[a.scheme]
     tokens = scheme.tokens_of(sizes(a.codes), sizes(a.scale))
-    shape, loop = sizes(a.x), None
+    (batch, heads, _new, dim), loop = sizes(a.x), None
     if len(sizes(a.length)) == 2:
-        loop = RowLoop.of(shape[0], {name: sizes(tensor) for name, tensor in a.tensors.items()})
-        shape = (1, *shape[1:])
+        loop = RowLoop.of(batch, {name: sizes(tensor) for name, tensor in a.tensors.items()})
+        batch = 1
     return Append(
         dtype=dtype(a.ring),
         scale_dtype=dtype(a.scale),
-        shape=shape,
+        shape=(batch, heads, dim),
         append=scheme.APPEND,
         bits=a.bits,
         group=a.group_size,
         residual=a.residual_length,
         ring=sizes(a.ring)[2],
         tokens=tokens,
-        wrap=wrap_of(a.scheme, tokens, a.max_len, sizes(a.x)[3], a.bits, a.group_size, a.residual_length),
+        wrap=wrap_of(a.scheme, tokens, a.max_len, dim, a.bits, a.group_size, a.residual_length),
         eta=a.eta,
         sinks=a.sink_tokens,
         max_len=a.max_len,
@@ -46,10 +45,25 @@ def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) 
     )
 
 
+def tokens_given(a: StoreArguments, sizes: Any = sizes_of) -> int:
+    """What the kernel is told besides tensors: how many tokens are appended."""
+    count: int = sizes(a.x)[2]
+    return count
+
+
 def run_cpu(*args: Any, **kwargs: Any) -> None:
     """Compile the kernel for this problem, or take it from the cache, and run it."""
-    a = StoreArguments(*args, **kwargs)
-    _run(a, problem_of(a))
+    run(StoreArguments(*args, **kwargs))
+
+
+def run(a: StoreArguments) -> None:
+    """The same."""
+    # Imported here: it brings in Inductor's compiler.
+    from xquant_fx.kernels.cpu import build as cpu_build
+
+    a = a.mapped(Tensor.contiguous, ("x", "pos"))
+    types, code = source(problem_of(a), cpu_build.isa())
+    cpu_build.load(types, code)(*a.tensors.values(), tokens_given(a))
 
 
 def why_no_chunk(a: StoreArguments) -> str:
@@ -59,19 +73,3 @@ def why_no_chunk(a: StoreArguments) -> str:
     if problem_of(a).wrap:
         return "a chunk may overwrite its own codes where those of a sliding window start over"
     return "" if cpu_build.has_compiler() else "no C++ compiler"
-
-
-def run_chunk(a: StoreArguments) -> None:
-    """The same by a kernel that takes any number of tokens, and is compiled once."""
-    problem = problem_of(a)
-    batch, heads, new, dim = problem.shape
-    _run(a, dataclasses.replace(problem, shape=(batch, heads, ANY, dim)), new)
-
-
-def _run(a: StoreArguments, problem: Append, *numbers: int) -> None:
-    # Imported here: it brings in Inductor's compiler.
-    from xquant_fx.kernels.cpu import build as cpu_build
-
-    a = a.mapped(Tensor.contiguous, ("x", "pos"))
-    types, code = source(problem, cpu_build.isa())
-    cpu_build.load(types, code)(*a.tensors.values(), *numbers)

@@ -18,9 +18,6 @@ from xquant_fx.kernels.rows import RowLoop
 from xquant_fx.kernels.schemes.per_token_rotated import GAUSSIAN_STEP
 from xquant_fx.kernels.widths import Field, fields_of, planes, rank_widths, words_of
 
-#: In the place of a number of tokens.
-ANY = 0
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Append:
@@ -28,8 +25,8 @@ class Append:
 
     dtype: torch.dtype
     scale_dtype: torch.dtype
-    shape: tuple[int, int, int, int]
-    """Shape of the new tokens [B, H, q, D]; q is ANY for a kernel that takes chunks of any length."""
+    shape: tuple[int, int, int]
+    """Sizes B, H and D of new tokens [B, H, q, D], of any q."""
     append: str
     """Which step quantizes what is due: ``APPEND`` of the scheme."""
     bits: float
@@ -57,9 +54,9 @@ def is_ranked(a: Append) -> bool:
 
 def constants(a: Append) -> str:
     """The constants that the C++ relies on."""
-    batch, heads, new, dim = a.shape
+    batch, heads, dim = a.shape
     numbers = {
-        "B": batch, "H": heads, "Q": new, "D": dim, "N": a.max_len,
+        "B": batch, "H": heads, "D": dim, "N": a.max_len,
         "BITS": 8 if is_ranked(a) else int(a.bits), "GROUP": a.group,
         "WORDS": words_of(a.bits, dim) if is_ranked(a) else word_count(a.bits, dim),
         "ROTATED": rotated_size(dim) if a.append == "rotated" else 0,
@@ -76,7 +73,7 @@ def constants(a: Append) -> str:
 
 def tables(a: Append) -> str:
     """Planes of codes; constants of ranked keys and of rotated values: where the fields of ranks are, signs."""
-    dim = a.shape[3]
+    dim = a.shape[2]
     words = word_count(a.bits, dim) if a.append == "blocks" else a.tokens * int(a.bits) // WORD_BITS
     code_fields = [] if is_ranked(a) else code_planes(a.bits, words)
     fields = fields_of(planes(a.bits, dim)) if is_ranked(a) else [Field(0, 0, 0, 0, 0, False)]
@@ -95,15 +92,11 @@ def tables(a: Append) -> str:
 
 @functools.cache
 def source(a: Append, isa: Isa) -> tuple[tuple[str, ...], str]:
-    """(argument types, C++ source of ``kernel``); the arguments are the tensors that are present, in order.
-
-    After them a kernel for ANY number of tokens takes how many they are.
-    """
+    """(argument types, C++ source of ``kernel``); the arguments are the tensors that are present, in order, and q."""
     tensors = pointers(StoreArguments, BORROWED if a.fit else OWN)
     absent = set() if a.sinks else {"sink"}
     absent |= set() if is_ranked(a) else {"order", "center", "energy"}
     absent |= set() if a.norms else {"norm"}
     absent |= {"zero"} if a.append in ("rotated", "folded") else set()
-    function, told = ("append", {"count": "int64_t"}) if a.shape[2] == ANY else ("append_step", {})
-    function = "append_row" if a.loop else function
+    function, told = "append_row" if a.loop else "append", {"count": "int64_t"}
     return assemble(isa, constants(a), "quantize_store/cpu.cpp", function, tensors, absent, told, a.loop)

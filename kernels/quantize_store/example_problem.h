@@ -6,7 +6,6 @@
 namespace xq {
 constexpr int64_t B = 2;
 constexpr int64_t H = 1;
-constexpr int64_t Q = 1;
 constexpr int64_t D = 128;
 constexpr int64_t N = 1024;
 constexpr int64_t BITS = 2;
