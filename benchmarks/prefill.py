@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="xquant-2.2")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", default="prefill-cpu", help="of the file in benchmarks/results")
     parser.add_argument("--seconds", type=float, default=600, help="that one prompt may take")
     args = parser.parse_args()
     torch.set_num_threads(1)  # a process that has run more cannot be forked into one that does
@@ -131,7 +132,7 @@ def main() -> None:
     for tokens in args.tokens:
         rows.append(measure(model, tokens, args))
         Console(width=120).print(table(rows, args))
-        write("prefill-cpu", {**where(args), "threads": args.threads, "rows": rows})
+        write(args.name, {**where(args), "threads": args.threads, "rows": rows})
 
 
 if __name__ == "__main__":

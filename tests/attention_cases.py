@@ -193,7 +193,10 @@ REPEATED = {
     "groups below a tile", "ranked, head_dim 64, keys 1.5, values 2 bits",
     "ranked, head_dim 128, keys 2, values 2 bits", "ranked, head_dim 64, keys 2, values 3 bits", "ranked, a prompt",
     "ranked, keys later, a chunk", "ranked, values that came rotated, a chunk", "ranked, groups of channels",
-    "ranked, float16 scales", "ranked, token norms, a chunk",
+    "ranked, float16 scales", "ranked, token norms, a chunk", "8 query tokens", "expanded mask", "head_dim 32, 1 bit",
+    "head_dim 8, 8 bits", "head_dim 96, 4 bits", "several tiles a split", "the default lengths",
+    "groups of 128 in blocks of 256", "one token outweighs all others, bfloat16, 1 bits",
+    "ranked, head_dim 128, keys 1, values 1 bits", "ranked, bfloat16", "ranked, groups of 96", "ranked, quiet values",
 }  # fmt: skip
 assert {*CASES, *RANKED_CASES} >= REPEATED
 

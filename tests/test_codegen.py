@@ -278,7 +278,7 @@ def test_launches_of_a_layer() -> None:
     assert ours == ["append_kernel", "decode_kernel", "combine_kernel"] * MODEL.num_hidden_layers
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
 def test_a_chunk_is_not_dequantized(device: str) -> None:
     """A chunk on a past reads the codes as a step does: nothing is as large as one layer's keys."""
     length = 512

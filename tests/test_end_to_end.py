@@ -10,7 +10,8 @@ from transformers import StaticCache
 
 from xquant_fx import PRESETS, XQuantCache, XQuantConfig
 
-STEPS = 300
+STEPS = 300  # of code that Inductor compiled
+FEWER = 100  # op by op: three flushes of each window
 SMALL = dict(k_group_size=16, residual_length=32)
 #: Range codes, which the independent reference knows; the others have one in attention_reference.py.
 QUANTIZED = sorted(name for name in set(PRESETS) - {"full"} if PRESETS[name].get("k_scheme") == "per_channel")
@@ -20,18 +21,18 @@ RANKED = sorted(set(PRESETS) - {"full", *QUANTIZED})
 
 
 def small(preset: str, **more) -> XQuantConfig:
-    """A preset whose windows are short enough to flush often in 300 steps."""
+    """A preset whose windows are short enough to flush often in such a run."""
     return XQuantConfig.preset(preset).replace(**SMALL, **more)
 
 
-def decode_against_reference(model, ids, preset: str, step, **more) -> tuple[int, int]:
-    """Prefill 45 tokens, decode 300 over several flushes; (codes that differ at ties, codes)."""
+def decode_against_reference(model, ids, preset: str, step, steps: int, **more) -> tuple[int, int]:
+    """Prefill 45 tokens, decode ``steps`` over several flushes; (codes that differ at ties, codes)."""
     config = small(preset, **more)
     cache = XQuantCache(model.config, max_cache_len=384, config=config)
-    plan = [(model.forward, 45)] + [(step, 1)] * STEPS
-    got, want, reference = lockstep(model, plan, ids[:, : 45 + STEPS], cache, config)
+    plan = [(model.forward, 45)] + [(step, 1)] * steps
+    got, want, reference = lockstep(model, plan, ids[:, : 45 + steps], cache, config)
     assert relative_error(got, want) < 1e-4, preset
-    assert cache.states[0].length == 45 + STEPS
+    assert cache.states[0].length == 45 + steps
     return ties(reference)
 
 
@@ -40,8 +41,8 @@ def test_the_rewritten_graph_equals_the_reference(trained, preset, more):
     """Run op by op, so that only the passes and the ops are under test."""
     model, ids = trained
     step = torch.compile(model.forward, backend=interpreted(), dynamic=False)
-    taken, compared = decode_against_reference(model, ids, preset, step, **more)
-    assert compared > 50_000 and taken <= compared / 100_000
+    taken, compared = decode_against_reference(model, ids, preset, step, FEWER, **more)
+    assert compared > 10_000 and taken <= compared / 100_000
 
 
 @pytest.mark.parametrize(
@@ -54,19 +55,21 @@ def test_compiled_decode_equals_the_reference(trained, presets):
     for preset in presets:
         torch._dynamo.reset()
         step = torch.compile(model.forward, backend="xquant", dynamic=False)
-        counts.append(decode_against_reference(model, ids, preset, step))
+        counts.append(decode_against_reference(model, ids, preset, step, STEPS))
     taken, compared = (sum(c[i] for c in counts) for i in (0, 1))
     assert compared > 100_000 and taken <= compared / 100_000, counts
 
 
-@pytest.mark.parametrize("preset", RANKED)
+@pytest.mark.parametrize(
+    "preset", [pytest.param(n, marks=pytest.mark.slow) if n == "xquant-1.7" else n for n in RANKED]
+)
 def test_ranked_and_rotated_steps_equal_eager_ones(trained, preset):
     """The rewritten graph op by op, with the decode kernel; eager steps attend to dequantized keys and values."""
     model, ids = trained
     step = torch.compile(model.forward, backend=interpreted(), dynamic=False)
     caches = [XQuantCache(model.config, max_cache_len=384, config=small(preset)) for _ in range(2)]
     runs = [
-        run_steps([(model.forward, 45)] + [(call, 1)] * 150, ids[:, :195], cache)
+        run_steps([(model.forward, 45)] + [(call, 1)] * FEWER, ids[:, : 45 + FEWER], cache)
         for call, cache in zip((step, model.forward), caches, strict=True)
     ]
     assert relative_error(*runs) < 1e-4
@@ -87,7 +90,7 @@ def test_compiled_ranked_and_rotated_steps_equal_eager_ones(trained, preset, mor
     step = torch.compile(model.forward, backend="xquant", dynamic=False)
     caches = [XQuantCache(model.config, max_cache_len=384, config=small(preset, **more)) for _ in range(2)]
     runs = [
-        run_steps([(first, 45)] + [(call, 1)] * 150, ids[:, :195], cache)
+        run_steps([(first, 45)] + [(call, 1)] * FEWER, ids[:, : 45 + FEWER], cache)
         for first, call, cache in zip((step, model.forward), (step, model.forward), caches, strict=True)
     ]
     assert relative_error(*runs) < 1e-3  # a code or a scale may tip over at a tie

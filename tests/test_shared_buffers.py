@@ -46,7 +46,7 @@ def model(request):
     return AutoModelForCausalLM.from_config(CONFIGS[request.param]()).eval()
 
 
-@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "StaticCache" else k for k in CACHES])
 def test_models_exactly_at_16_bits(model, kind):
     calls = []
     options = {} if kind == "XQuantCache" else {"preset": "full"}

@@ -23,6 +23,12 @@ from triton_interpreter import Interpreter
 
 pytest.importorskip("triton")
 pytest_plugins = ["triton_fixture"]
+#: Long to interpret: many programs, or many rows. Of each option there is another case.
+LONG = {
+    "one token outweighs all others, float16, 2 bits", "a prompt", "a prompt on a long past",
+    "a chunk of odd head_dims", "ranked, 3 query tokens, padding", "ranked, more rows than a program takes",
+    "ranked, several tiles a split",
+}  # fmt: skip
 AMD = (
     "float16",
     "float32",
@@ -36,7 +42,7 @@ AMD = (
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow if n in {*REPEATED, *RANKED_SLOW} else ())
+        pytest.param(n, marks=pytest.mark.slow if n in {*REPEATED, *RANKED_SLOW, *LONG} else ())
         for n in (*CASES, *RANKED_CASES, *RANKED_SLOW)
     ],
 )
