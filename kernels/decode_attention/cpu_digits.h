@@ -74,7 +74,8 @@ constexpr int DOT_VECTORS = SPREAD_DIGITS ? 4 / DOT_ROWS : L < 16 && ROWS == 1 ?
 
 // Call `use(row, NR)` for blocks of rows, NR a constant: AT_ONCE or what is left.
 template <int AT_ONCE = ROWS_AT_ONCE, class Use> ALWAYS_INLINE void for_rows(Use use) {
-    for (int64_t r = 0; r + AT_ONCE <= ROWS; r += AT_ONCE) use(r, std::integral_constant<int, AT_ONCE>());
+    if constexpr (ROWS >= AT_ONCE)  // or compilers warn of what is never run
+        for (int64_t r = 0; r + AT_ONCE <= ROWS; r += AT_ONCE) use(r, std::integral_constant<int, AT_ONCE>());
     if constexpr (ROWS % AT_ONCE) use(ROWS / AT_ONCE * AT_ONCE, std::integral_constant<int, ROWS % AT_ONCE>());
 }
 

@@ -71,10 +71,7 @@ template <int NT, int NR> inline void score_tokens(Scratch& scratch, const T* ke
 }
 
 template <int NT> inline void score_tokens_with_all_rows(Scratch& scratch, const T* keys, int64_t offset) {
-    for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
-        score_tokens<NT, ROWS_AT_ONCE>(scratch, keys, r, offset);
-    if constexpr (ROWS % ROWS_AT_ONCE)
-        score_tokens<NT, ROWS % ROWS_AT_ONCE>(scratch, keys, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, offset);
+    for_rows([&](int64_t row, auto rows) { score_tokens<NT, rows()>(scratch, keys, row, offset); });
 }
 
 // Scores of n tokens from `offset` of the span on.
@@ -123,10 +120,7 @@ inline void add_run_to_rows(const Scratch& scratch, RunningSoftmax& softmax, con
 
 // Add n weighted values from `offset` of the span on.
 inline void add_run(const Scratch& scratch, RunningSoftmax& softmax, const T* values, int64_t offset, int64_t n) {
-    for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
-        add_run_to_rows<ROWS_AT_ONCE>(scratch, softmax, values, r, offset, n);
-    if constexpr (ROWS % ROWS_AT_ONCE)
-        add_run_to_rows<ROWS % ROWS_AT_ONCE>(scratch, softmax, values, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, offset, n);
+    for_rows([&](int64_t row, auto rows) { add_run_to_rows<rows()>(scratch, softmax, values, row, offset, n); });
 }
 
 // Many rows (a chunk): full-precision tokens L at a time, so that what is loaded of them serves all rows.
