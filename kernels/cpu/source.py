@@ -21,7 +21,8 @@ CTYPES = {
 }  # fmt: skip
 
 SIMD = "cpu/simd.h"
-#: Inductor compiles what names this with the flags of its own kernels, and thus with one precompiled header for both.
+#: Inductor compiles what names this with the flags of its own kernels, so where it compiles one of ours itself, with
+#: the header that it has precompiled for those (else ``build.py`` has another).
 _FLAGS = "// Not used here: at::vec::\n"
 EXAMPLE = "example_problem.h"  # beside each kernel's cpu.cpp
 _INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
