@@ -71,6 +71,13 @@ def define(wrapper: Any, name: str, types: tuple[str, ...], code: str) -> str:
     return wrapper.src_to_kernel[code]
 
 
+def write_call(wrapper: Any, op: CppOut | CppInPlace, tensors: list[Any]) -> None:
+    """Put a call of the kernel of ``op`` into the generated module: with ``tensors``, then its numbers."""
+    name = define(wrapper, op.kernel, op.types, op.code)
+    args = [*(x.codegen_reference() for x in tensors), *map(str, op.numbers)]
+    wrapper.writeline(f"{name}({', '.join(args)})")
+
+
 class CppOut(ir.ExternKernelOut):
     """A call of a C++ kernel that writes one new tensor, its last argument but for numbers."""
 
@@ -89,10 +96,7 @@ class CppOut(ir.ExternKernelOut):
 
     def codegen(self, wrapper: Any) -> None:
         """Define the kernel if it is new, and call it."""
-        name = define(wrapper, self.kernel, self.types, self.code)
-        inputs: list[Any] = list(self.inputs)
-        args = [*(x.codegen_reference() for x in inputs), self.codegen_reference(), *map(str, self.numbers)]
-        wrapper.writeline(f"{name}({', '.join(args)})")
+        write_call(wrapper, self, [*self.inputs, self])
 
 
 @register_lowering(torch.ops.xquant.decode_attention_cpu.default, type_promotion_kind=None)
@@ -155,10 +159,7 @@ class CppInPlace(ir.ExternKernel):
 
     def codegen(self, wrapper: Any) -> None:
         """Define the kernel if it is new, and call it."""
-        name = define(wrapper, self.kernel, self.types, self.code)
-        inputs: list[Any] = list(self.inputs)
-        args = [*(x.codegen_reference() for x in inputs), *map(str, self.numbers)]
-        wrapper.writeline(f"{name}({', '.join(args)})")
+        write_call(wrapper, self, [*self.inputs])
 
 
 def append_cpu(*args: Any, **kwargs: Any) -> None:
