@@ -42,10 +42,29 @@ class Interpreter:
         self.process.wait(timeout=30)
 
 
+def patch_once() -> None:
+    """Leave the language as it is where it is Triton's interpreter's already.
+
+    It looks through all of it again for each call of a function in a kernel, a third of its time. Checked on 3.6 and 3.9.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_what_is_not(fn: Any) -> Any:
+        seen = [module for module in fn.__globals__.values() if module is tl or module is tl.core]
+        own = any(tl.core.is_builtin(module.load) for module in seen)
+        return patch(fn) if own or not seen else interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_what_is_not
+
+
 def serve() -> None:
     """Answer the calls that come in, one a line."""
     import traceback
 
+    patch_once()
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         name, kwargs = json.loads(line)
