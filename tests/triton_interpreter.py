@@ -45,7 +45,8 @@ class Interpreter:
 def patch_once() -> None:
     """Leave the language as it is where it is Triton's interpreter's already.
 
-    It looks through all of it again for each call of a function in a kernel, a third of its time. Checked on 3.6 and 3.9.
+    It looks through all of it again for each call of a function in a kernel, a third of its time. Checked on Triton 3.6
+    and 3.9.
     """
     import triton.language as tl
     from triton.runtime import interpreter

@@ -88,7 +88,7 @@ def _attend_cpu(a: DecodeArguments) -> Tensor:
 
 
 #: Device type to the kernel that appends a step of up to STEP_TOKENS tokens there. On the CPU only compiled code
-#: has one: eager code has no compiler to wait for.
+#: has one: eager code has no compiler to wait for, but in many steps (``cache/uncompiled.py``).
 STEP_KERNELS = {
     "cpu": Kernel(_append_cpu, is_traced),
     "cuda": Kernel(triton_store.append, _is_triton_here, triton_store.why_not),
@@ -121,8 +121,14 @@ def _run(kernels: Mapping[str, Kernel], x: Tensor, a: Any, otherwise: Callable[[
     return otherwise(a) if reason else kernel.run(a)
 
 
-def _chunk_cpu(a: StoreArguments) -> None:
+def append_uncompiled(a: StoreArguments) -> bool:
+    """Store tokens by the CPU's kernel, in eager code. True."""
     cpu_store.run(a.replace(x=a.x.to(a.quantized.ring.dtype)))
+    return True
+
+
+def _chunk_cpu(a: StoreArguments) -> None:
+    append_uncompiled(a)
 
 
 def _is_long_and_eager(x: Tensor) -> bool:

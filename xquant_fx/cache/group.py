@@ -17,6 +17,7 @@ from torch import Tensor
 from xquant_fx.cache.faults import FaultMonitor
 from xquant_fx.cache.turns import AT_ONCE, Turn
 from xquant_fx.errors import CacheStateError
+from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec
 from xquant_fx.warn_once import warn_once
@@ -94,6 +95,7 @@ class CacheGroup:
         self.interrupted = False
         """Whether a compiled step did."""
         self.uncompiled = 0
+        """Short steps that ran uncompiled, in a row, of this sequence."""
         self.turn = Turn()
 
     def __getstate__(self) -> dict[str, object]:
@@ -186,7 +188,7 @@ class CacheGroup:
                 self.check_whole()
             self.turn.begin()
             self.written = set()
-            self.uncompiled += tokens == 1
+            self.uncompiled += tokens is not None and tokens <= STEP_TOKENS
             if self.uncompiled >= MANY_STEPS:
                 warn_once(
                     f"{MANY_STEPS} steps of a quantized cache ran uncompiled, which is slow: compile the model that "

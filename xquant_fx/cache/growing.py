@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 
+from xquant_fx.cache import step_attention
 from xquant_fx.cache.growth import Growth
 from xquant_fx.cache.kv_tensor import QuantizedKV, _refuse_aot
 from xquant_fx.cache.reads import Dequantized, read
@@ -153,6 +154,13 @@ class GrowingKV(Dequantized):
         self.growth.check_begin(self.begin)
         return self.growth.state.load(self.end, self.begin)
 
+    def first_tokens(self) -> tuple[KVState, int] | None:
+        """The state, and how many of its tokens this is, where it is a [B, H, T, D] of all of them."""
+        growth = self.growth
+        if growth is None or type(self) is not GrowingKV or self.is_tail or self.end != growth.tokens:
+            return None
+        return (growth.state, self.end) if self.since == len(growth.overwritten) else None
+
     def resume(self) -> None:
         """Make the state as long as this tensor; raises CacheStateError as :meth:`Growth.resume`."""
         assert self.growth is not None
@@ -188,6 +196,7 @@ class GrowingKV(Dequantized):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = args[0][0] if func is aten.cat.default and args[0] else args[0]
         handler = type(first).handlers.get(func) if isinstance(first, GrowingKV) else None
+        handler = step_attention.HANDLERS.get(func) if handler is None else handler
         result = handler(*args, **(kwargs or {})) if handler is not None else NotImplemented
         return read(func, args, kwargs or {}) if result is NotImplemented else result
 

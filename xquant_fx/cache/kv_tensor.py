@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 
+from xquant_fx.cache import step_attention
 from xquant_fx.cache.left import ONCE, leave
 from xquant_fx.cache.ragged import Row
 from xquant_fx.cache.reads import Dequantized, Token, read
@@ -163,6 +164,11 @@ class QuantizedKV(Dequantized):
             raise CacheStateError(f"{self!r}: a view or a traced stand-in holds no state of its own")
         return self.state
 
+    def first_tokens(self) -> tuple[KVState, int] | None:
+        """The state, and how many of its tokens this is, where it is a [B, H, N, D] of its first ones."""
+        is_usual = (self.token_dim, self.row_dim) == (2, 0)
+        return (self.state, self.span[1]) if is_usual and self.state is not None and not self.span[0] else None
+
     def append_at(self, pos: Tensor, x: Tensor) -> None:
         """Store ``x`` [B, H, q, D] at positions ``pos`` [q], eagerly; of a stand-in only the shapes are looked at.
 
@@ -213,8 +219,10 @@ class QuantizedKV(Dequantized):
             result = handler(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
-        if func is aten._fused_sdp_choice.default:
-            return _sdp_choice(args, kwargs or {})
+        if func in step_attention.HANDLERS:
+            result = step_attention.HANDLERS[func](*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         return _noted(read(func, args, kwargs or {}), args)
 
 
@@ -338,12 +346,6 @@ def _copy(kv: QuantizedKV, source: Tensor, non_blocking: bool = False) -> Any:
 
 def _alias(kv: QuantizedKV) -> Any:
     return kv.part(*kv.span)
-
-
-def _sdp_choice(args: Any, kwargs: Any) -> Any:
-    """Which SDPA kernel: that depends on shapes alone, and dequantizing for it would double the work."""
-    args = [torch.empty(a.shape, dtype=a.dtype, device=a.device) if isinstance(a, QuantizedKV) else a for a in args]
-    return aten._fused_sdp_choice.default(*args, **kwargs)
 
 
 #: For buffers whose dimensions are in any order.

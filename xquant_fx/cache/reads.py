@@ -47,6 +47,10 @@ class Dequantized(torch.Tensor):
         """The values as an ordinary tensor."""
         raise NotImplementedError
 
+    def first_tokens(self) -> Any:
+        """The state behind it and how many of its first tokens this is, if it is that and no more."""
+        return None
+
     def dequantize(self) -> Tensor:
         """The values as an ordinary tensor of the same dtype, a copy."""
         return self.dense().clone()

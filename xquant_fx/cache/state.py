@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from xquant_fx import ops
+from xquant_fx.cache import uncompiled
 from xquant_fx.cache.group import CacheGroup, Chunk
 from xquant_fx.cache.pages import is_shared
 from xquant_fx.errors import CacheStateError
@@ -125,7 +126,8 @@ class KVState:
         fit = self.spec.fit if self.spec.borrowed else None
         given: dict[str, Any] = {**self.tensors, **self.spec.store_constants()}
         arguments = StoreArguments(x=self._as_stored(x), pos=pos, **given, fit=fit)
-        arguments.call(ops.STORE, ops.STORE_BORROWED)
+        if not uncompiled.append(self.group, arguments):
+            arguments.call(ops.STORE, ops.STORE_BORROWED)
 
     def _as_stored(self, x: Tensor) -> Tensor:
         """``x`` rotated, where window and sinks hold rotated tokens."""
@@ -207,6 +209,7 @@ class KVState:
         self.group.drop()
         self.group.faults.clear()
         self.group.mended()
+        self.group.uncompiled = 0
 
     def enlarge(self, max_len: int) -> None:
         """Move to tensors with room for ``max_len`` tokens; what is stored stays as it is."""
