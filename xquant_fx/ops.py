@@ -121,14 +121,9 @@ def _run(kernels: Mapping[str, Kernel], x: Tensor, a: Any, otherwise: Callable[[
     return otherwise(a) if reason else kernel.run(a)
 
 
-def append_uncompiled(a: StoreArguments) -> bool:
-    """Store tokens by the CPU's kernel, in eager code. True."""
+def append_uncompiled(a: StoreArguments) -> None:
+    """Store tokens by the CPU's kernel, in eager code."""
     cpu_store.run(a.replace(x=a.x.to(a.quantized.ring.dtype)))
-    return True
-
-
-def _chunk_cpu(a: StoreArguments) -> None:
-    append_uncompiled(a)
 
 
 def _is_long_and_eager(x: Tensor) -> bool:
@@ -138,7 +133,7 @@ def _is_long_and_eager(x: Tensor) -> bool:
 #: Device type to the kernel that appends longer chunks there, where they take plain torch long enough to be worth
 #: a compiled kernel. A graph has plain torch, which Inductor compiles.
 CHUNK_KERNELS = {
-    "cpu": Kernel(_chunk_cpu, _is_long_and_eager, cpu_store.why_no_chunk),
+    "cpu": Kernel(append_uncompiled, _is_long_and_eager, cpu_store.why_no_chunk),
 }
 
 

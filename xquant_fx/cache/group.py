@@ -95,7 +95,9 @@ class CacheGroup:
         self.interrupted = False
         """Whether a compiled step did."""
         self.uncompiled = 0
-        """Short steps that ran uncompiled, in a row, of this sequence."""
+        """Steps of one token that ran uncompiled, in a row,"""
+        self.short_steps = 0
+        """and those of up to STEP_TOKENS of this sequence."""
         self.turn = Turn()
 
     def __getstate__(self) -> dict[str, object]:
@@ -127,7 +129,7 @@ class CacheGroup:
         """A compiled graph appended ``tokens``; eager code that reads next sees the state before its flush."""
         self.drop()
         for group in (self, *self.rows):
-            group.step_tokens, group.uncompiled = tokens, 0
+            group.step_tokens, group.uncompiled, group.short_steps = tokens, 0, 0
 
     def hold(self, state: Member, chunk: Chunk) -> None:
         """Keep ``chunk`` until the same side of this layer is written; what holds tokens, until another layer is.
@@ -188,7 +190,8 @@ class CacheGroup:
                 self.check_whole()
             self.turn.begin()
             self.written = set()
-            self.uncompiled += tokens is not None and tokens <= STEP_TOKENS
+            self.uncompiled += tokens == 1
+            self.short_steps += tokens is not None and tokens <= STEP_TOKENS
             if self.uncompiled >= MANY_STEPS:
                 warn_once(
                     f"{MANY_STEPS} steps of a quantized cache ran uncompiled, which is slow: compile the model that "

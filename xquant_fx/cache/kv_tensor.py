@@ -215,12 +215,9 @@ class QuantizedKV(Dequantized):
             _refuse_aot(arg)
         first = args[0][0] if func is aten.cat.default and args[0] else args[0]
         handler = type(first).handlers.get(func) if isinstance(first, QuantizedKV) else None
+        handler = step_attention.HANDLERS.get(func) if handler is None else handler
         if handler is not None:
             result = handler(*args, **(kwargs or {}))
-            if result is not NotImplemented:
-                return result
-        if func in step_attention.HANDLERS:
-            result = step_attention.HANDLERS[func](*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
         return _noted(read(func, args, kwargs or {}), args)

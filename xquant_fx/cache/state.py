@@ -209,7 +209,7 @@ class KVState:
         self.group.drop()
         self.group.faults.clear()
         self.group.mended()
-        self.group.uncompiled = 0
+        self.group.short_steps = 0
 
     def enlarge(self, max_len: int) -> None:
         """Move to tensors with room for ``max_len`` tokens; what is stored stays as it is."""

@@ -53,8 +53,8 @@ def attention(
 ) -> Tensor | None:
     """Attention of ``q`` [B, heads, q, D] to the first ``tokens`` of a layer; None: it must read dequantized values.
 
-    ``mask``: None, or added to the logits, [1 or B, 1 or heads, 1 or q, tokens]. Where one token was appended, torch
-    makes a query's heads of one KV head tokens of it: [B, KV heads, group, D].
+    ``mask``: None, or added to the logits, [1 or B, 1 or heads, 1 or q, tokens]. Where one token was appended,
+    transformers makes a query's heads of one KV head tokens of it: [B, KV heads, group, D] (``pack_gqa``).
     """
     step = _last_step(key, value)
     if step is None or not _takes(q, key) or not is_warm(key.group) or is_watched(q, mask):
