@@ -22,7 +22,9 @@ from xquant_fx.cache.kv_tensor import QuantizedKV
 
 CONFIG = XQuantConfig.preset("xquant-1bit").replace(k_group_size=8, residual_length=16, rollback_tokens=8)
 IDS = torch.randint(1, 128, (3, 160), generator=torch.Generator().manual_seed(3))
-TOLERANCE = 1e-5
+#: Between what float32 rounds differently in kernels and in plain torch (1e-5 over 50 steps) and one code that differs
+#: (7e-3 and more).
+TOLERANCE = 1e-4
 
 
 def new_cache(model, length: int = 128, **kwargs) -> XQuantCache:
