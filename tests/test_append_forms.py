@@ -97,6 +97,36 @@ def test_eager_code_appends_a_token_by_its_number(write):
             wrong()
 
 
+def zeroed(buffer, begin, end):
+    buffer[:, :, begin:end].zero_()
+
+
+def filled(buffer, begin, end):
+    buffer[:, :, begin:end].fill_(0.0)
+
+
+def assigned(buffer, begin, end):
+    buffer[:, :, begin:end] = 0
+
+
+@pytest.mark.parametrize("clear", [zeroed, filled, assigned])
+def test_zeros_are_no_tokens(clear):
+    """From a token on they take back what is there, in all of a buffer everything; in the middle they are refused."""
+    ((keys, _), _), ((twin, _), _) = quantized_layers(shape=SHAPE), quantized_layers(shape=SHAPE)
+    keys[:, :, :12] = twin[:, :, :12] = tokens(12, 0)[0]
+    clear(keys, 9, None)
+    assert keys.state.length == 9 and keys[:, :, :9].any() and not keys[:, :, 9:].any()
+    clear(keys, 9, 11)
+    with pytest.raises(UnsupportedWriteError, match=r"layer 0 keys.* go back by buffer\[:, :, n:\].zero_"):
+        clear(keys, 3, 5)
+    with pytest.raises(UnsupportedWriteError, match=r"begin anew by buffer\.zero_"):
+        keys.fill_(1)
+    keys[:, :, 9:10] = twin[:, :, 9:10] = tokens(1, 9)[0]
+    assert torch.equal(keys.dense(), twin.dense())
+    clear(keys, 0, None)
+    assert keys.state.length == 0 and not keys.dense().any()
+
+
 @pytest.mark.parametrize("dynamic", [None, False])
 def test_a_write_to_the_last_dimension_is_none_to_tokens(dynamic):
     """Of [B, H, q, N] scores whose q and N differ, by a number and from the end by a symbol."""

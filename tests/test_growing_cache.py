@@ -117,6 +117,14 @@ def test_there_is_no_memory_to_hand_out():
         torch._C._to_dlpack(kv)
 
 
+def test_tokens_between_others_are_not_evicted():
+    k = torch.cat([growths()[0][0], tokens(60)], dim=2)
+    with pytest.raises(CacheStateError, match=r"^layer 0 keys: tokens of one quantized cache are put behind"):
+        torch.cat([k[:, :, :4], k[:, :, -40:]], dim=2)
+    assert torch.cat([k, tokens(1)], dim=2).shape[2] == 61
+    assert torch.cat([k.dequantize()[:, :, :4], k[:, :, -40:]], dim=2).shape[2] == 44
+
+
 def test_writes_are_refused():
     k = torch.cat([growths()[0][0], tokens(9)], dim=2)
     for write in (

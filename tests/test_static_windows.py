@@ -167,6 +167,8 @@ def test_written_otherwise_it_is_given_back() -> None:
     with torch.no_grad():
         with pytest.raises(UnsupportedWriteError, match="mul_"):
             scale(keys)
+        with pytest.raises(UnsupportedWriteError, match="zero_"):
+            keys[:, :, 3:].zero_()
         torch.compile(scale, backend=interpreted(config=FULL))(keys)
     assert type(keys) is Tensor and torch.equal(keys, held * 2)
 

@@ -33,6 +33,11 @@ from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.plan.spec import KVSpec
 
 aten = torch.ops.aten
+EVICTS = (
+    "tokens of one quantized cache are put behind others of it, which evicts those between: groups of tokens share "
+    "scales, and quantizing what is left again would add to the error at every step. Concatenate its dequantize(), and "
+    "keep such a cache out of compiled code, or in full precision (options={'preset': 'full'})"
+)
 
 
 class GrowingKV(Dequantized):
@@ -218,6 +223,8 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         raise UnsupportedFakeTensorException(reason) if past.growth is None else CacheStateError(reason)
     if past.growth is None or x.dtype != past.dtype:
         return NotImplemented
+    if isinstance(x, GrowingKV) and x.growth is past.growth:
+        raise CacheStateError(f"{past.origin}: {EVICTS}")
     return past.append(x) if x.shape[2] else past
 
 

@@ -30,6 +30,12 @@ from xquant_fx.plan.spec import KVSpec
 
 aten = torch.ops.aten
 
+#: What a program can do to a buffer instead of what was refused.
+HOW = (
+    "Append by buffer[:, :, positions] = x, begin anew by buffer.zero_(), go back by buffer[:, :, n:].zero_(); to come "
+    "back to what is stored now, keep a copy.deepcopy() of all buffers"
+)
+
 
 class QuantizedKV(Dequantized):
     """A KV buffer stored as codes.
@@ -143,7 +149,7 @@ class QuantizedKV(Dequantized):
     def refuse_write(self, func: Any) -> None:
         """A stand-in that is traced may be written to: the passes look at the graph."""
         if self.state is not None:
-            raise UnsupportedWriteError(f"{self!r}: {func} is not a way to append tokens; nothing was written")
+            raise UnsupportedWriteError(f"{self!r}: {func} is not a way to append tokens; nothing was written. {HOW}")
 
     def dense(self) -> Tensor:
         """Dequantized copy [B, H, n, D]; a tensor of the right shape only, while Dynamo traces."""
@@ -290,9 +296,22 @@ def _index_put(kv: QuantizedKV, indices: Any, x: Tensor, accumulate: bool = Fals
 
 
 def _zero(kv: QuantizedKV) -> Any:
-    if kv.state is not None:
-        kv.live.reset()
+    """Zeros are no tokens: nothing is left, or nothing from a token on. In the middle they are refused."""
+    if kv.state is None:
+        return kv
+    begin, end = kv.span
+    if kv.is_whole:
+        kv.state.reset()
+    elif kv.spec.ragged or end < kv.state.length:
+        return NotImplemented
+    elif begin < kv.state.length:
+        kv.state.truncate(begin)
     return kv
+
+
+def _fill(kv: QuantizedKV, value: Any) -> Any:
+    """``buffer[:, :, n:] = 0`` arrives so, too."""
+    return NotImplemented if kv.state is None or value != 0 else aten.zero_.default(kv)
 
 
 def _slice(kv: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
@@ -350,6 +369,8 @@ HANDLERS = {
     aten.index_copy_.default: _index_copy,
     aten.index_put_.default: _index_put,
     aten.zero_.default: _zero,
+    aten.fill_.Scalar: _fill,
+    aten.fill_.Tensor: _fill,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index_select.default: _index_select,

@@ -229,8 +229,11 @@ def _become(buffer: QuantizedKV, new: QuantizedKV) -> None:
 
 
 def _zero(kv: SlidingKV) -> Any:
-    if kv.state is not None:
-        empty(kv)
+    if kv.state is None:
+        return kv
+    if not kv.is_whole:
+        return NotImplemented
+    empty(kv)
     return kv
 
 

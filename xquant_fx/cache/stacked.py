@@ -204,6 +204,10 @@ def _zero(kv: StackedKV) -> Any:
     return kv
 
 
+def _fill(kv: StackedKV, value: Any) -> Any:
+    return NotImplemented if value != 0 else _zero(kv)
+
+
 def _index_copy(kv: StackedKV, dim: int, pos: Tensor, x: Tensor) -> Any:
     inner = kv.part_dim(dim)
     if inner is None:
@@ -230,6 +234,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _alias,
     aten.copy_.default: _copy,
     aten.zero_.default: _zero,
+    aten.fill_.Scalar: _fill,
+    aten.fill_.Tensor: _fill,
     aten.index_copy_.default: _index_copy,
     aten.index_put_.default: _index_put,
 }
