@@ -198,6 +198,7 @@ def test_command_anatomy_and_needle(monkeypatch, capsys):
     ("more", "message"),
     [
         (["--window", "100"], "a window must hold 2 tokens after its prompt of 200, got 100 in all"),
+        (["--window", "99999"], "(--window 99999 --prompt 200: for a short text give less of both)"),
         (["--compile"], "compiled=True needs steps=True"),
         (["--config", "LICENSE"], "LICENSE must be what XQuantConfig.to_json or Plan.to_json writes"),
         (["--text", "nowhere.txt"], "nowhere.txt"),

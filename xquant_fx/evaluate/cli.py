@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xquant_fx.errors import ConfigError, XQuantError
+from xquant_fx.errors import ArgumentError, ConfigError, XQuantError
 from xquant_fx.evaluate.arguments import add_goal, add_settings, load_model, load_settings, of_model
 from xquant_fx.evaluate.tasks.cli import add_tasks
 
@@ -89,18 +89,27 @@ def run_eval(args: argparse.Namespace) -> None:
     from xquant_fx.evaluate.plots import plot_quality
     from xquant_fx.evaluate.quality import Reading, quality_report
     from xquant_fx.evaluate.sweep import parse_grid
-    from xquant_fx.evaluate.windows import cut_windows
 
     reading = Reading(args.prompt, args.stride, args.steps, args.compile)
     grids = [parse_grid(words) for words in args.sweep]
     model, tokenizer, text, settings = _load(args)
-    windows = cut_windows(tokenizer, text, args.window, args.windows).to(args.device)
+    windows = _windows(args, tokenizer, text, args.windows)
     if grids:
         return _run_sweep(args, model, windows, settings, reading, grids)
     report = quality_report(model, windows, settings, reading=reading, out=args.out, progress=True)
     print(report)
     if args.plot:
         plot_quality(report, args.plot)
+
+
+def _windows(args: argparse.Namespace, tokenizer: Any, text: str, count: int) -> Any:
+    from xquant_fx.evaluate.windows import cut_windows
+
+    try:
+        return cut_windows(tokenizer, text, args.window, count).to(args.device)
+    except ArgumentError as error:
+        given = f"--window {args.window} --prompt {args.prompt}"
+        raise ArgumentError(f"{error} ({given}: for a short text give less of both)") from error
 
 
 def _run_sweep(
@@ -134,10 +143,9 @@ def run_needle(args: argparse.Namespace) -> None:
 def run_anatomy(args: argparse.Namespace) -> None:
     """``xquant anatomy``."""
     from xquant_fx.evaluate.anatomy import anatomy_report
-    from xquant_fx.evaluate.windows import cut_windows
 
     model, tokenizer, text, settings = _load(args)
-    ids = cut_windows(tokenizer, text, args.window, 1).to(args.device)
+    ids = _windows(args, tokenizer, text, 1)
     found = {setting.name: anatomy_report(model, ids, setting.config, prompt=args.prompt) for setting in settings}
     for name, each in found.items():
         print(f"{name}\n{each}")
