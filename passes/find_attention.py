@@ -7,7 +7,7 @@ from torch.fx import Graph, Node
 from xquant_fx.passes.products import other_operand, product_of
 from xquant_fx.passes.records import Attention, Product
 from xquant_fx.passes.trace import argument, fake, is_view_like
-from xquant_fx.passes.vocabulary import ELEMENTWISE, kind
+from xquant_fx.passes.vocabulary import ELEMENTWISE, FLEX, kind
 
 MAX_DEPTH = 24
 NAMES = {"sdpa": "scaled_dot_product_attention", "flex": "flex_attention"}
@@ -25,7 +25,7 @@ def _one_op(node: Node) -> Attention | None:
     query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
     if not (isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)):
         return None
-    return Attention(node, NAMES[kind(node)], query, key, value)
+    return Attention(node, NAMES["flex" if FLEX in node.meta else kind(node)], query, key, value)
 
 
 def _softmax(node: Node) -> Attention | None:

@@ -24,9 +24,11 @@ from xquant_fx.passes.absorb_query import absorb_query, project_result
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.growth_masks import end_of_growth, first_kept, kept_of_window, over_buffer, over_room
+from xquant_fx.passes.layouts import lie_like
 from xquant_fx.passes.masks import build_mask
 from xquant_fx.passes.pair_heads import calls, in_order, put_back
 from xquant_fx.passes.records import Layout, Site
+from xquant_fx.passes.trace import fake
 
 
 def fuse_decode(gm: GraphModule, context: Context) -> int:
@@ -89,7 +91,7 @@ def _replace(
             fused = context.rotations[form.output] = call(graph, ops.ROTATE, (fused, True))
         if form.absorbed is not None:
             fused = project_result(graph, fused, form.absorbed.value)
-        output = _put_back(graph, fused, form.output_layout)
+        output = lie_like(graph, _put_back(graph, fused, form.output_layout), fake(form.output))
     form.output.replace_all_uses_with(output)
     for node in (*(() if form.absorbed is None else form.absorbed.assembling), form.output):
         _erase_unused(graph, node)

@@ -10,8 +10,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from torch.fx import Node
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
 
+from xquant_fx.passes.graph import call
 from xquant_fx.passes.pair_heads import NOT_HEADS, heads_of
 from xquant_fx.passes.records import Layout, Product
 from xquant_fx.passes.trace import value_of
@@ -147,3 +150,22 @@ def mask_shape(
     if sizes[0] != batch or of_heads not in (1, heads):
         return None
     return of_batch, of_heads, full[-2], full[-1]
+
+
+def lie_like(graph: Graph, node: Node, like: Tensor | None) -> Node:
+    """``node`` with the strides of ``like``, of the same shape: what a program views behind an op must stay a view.
+
+    Nothing is added where only dimensions of size 1 differ (steps of one token), or where ``like`` is not dense.
+    """
+    value = value_of(node)
+    if like is None or _steps(like) == _steps(value):
+        return node
+    order = sorted(range(like.dim()), key=lambda dim: (-like.stride()[dim], dim))
+    if not like.permute(order).is_contiguous():
+        return node
+    dense = call(graph, torch.Tensor.contiguous, (call(graph, torch.permute, (node, order)),))
+    return call(graph, torch.permute, (dense, [order.index(dim) for dim in range(like.dim())]))
+
+
+def _steps(value: Tensor) -> list[tuple[int, int]]:
+    return [(dim, value.stride()[dim]) for dim in range(value.dim()) if value.shape[dim] != 1]

@@ -21,7 +21,7 @@ from xquant_fx.passes.records import Absorbed, Attention, Decode, Layout, MaskTe
 from xquant_fx.passes.scores import Scene, keeps_last_two, shape_of
 from xquant_fx.passes.trace import argument, fake, keeps_numbers, operand, same_value, value_of
 from xquant_fx.passes.track_axes import TAKEN, tracked
-from xquant_fx.passes.vocabulary import kind
+from xquant_fx.passes.vocabulary import FLEX, kind
 from xquant_fx.passes.walk_scores import walk, walk_as_far
 
 
@@ -36,8 +36,8 @@ def match_decode(attention: Attention, key: Source, value: Source, absorbed: Abs
         return "the shapes of query and cache are unknown"
     if not all(isinstance(size, int) for size in query.shape):
         return "the number of query tokens is dynamic"
-    if attention.kind == "flex_attention":
-        return "flex_attention is not fused"
+    if kind(attention.node) == "flex":
+        return f"flex_attention stays: {attention.node.meta.get(FLEX)}"
     read = _tokens(attention, key, value, absorbed)
     if isinstance(read, str):
         return read

@@ -9,6 +9,7 @@
     buffer.data[:, :, pos] = k                  =>  buffer[:, :, pos] = k
     aten.index_put_(buffer, [None, None, pos], k)   likewise
     buffer[arange(B), :, pos] = k[:, :, 0]      =>  write_rows_(buffer, pos[:, None], k)    (row_writes.py)
+    flex_attention(q, k, v, score_mod, mask)    =>  sdpa(q, k, v, attn_mask=...), where q are few (flex_step.py)
 
 ``index_copy_`` returns the buffer itself, so that who reads its result after it reads the buffer.
 """
@@ -22,6 +23,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from xquant_fx.passes.flex_step import name_flex_steps
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.row_loops import merge_row_loops
 from xquant_fx.passes.row_writes import name_row_writes
@@ -31,7 +33,7 @@ from xquant_fx.passes.vocabulary import kind
 
 def normalize(graph: Graph) -> int:
     """Normalize ``graph`` in place; returns how many results and writes were replaced."""
-    replaced = name_assignments(graph)
+    replaced = name_assignments(graph) + name_flex_steps(graph)
     for node in list(graph.nodes):
         replaced += _assign_to_tokens(graph, node)
     return replaced + name_row_writes(graph) + merge_row_loops(graph)

@@ -18,6 +18,10 @@ _F = torch.nn.functional
 #: What Dynamo makes of ``x.data``. Checked on torch 2.13 (``getattr`` elsewhere).
 _DATA = tuple(filter(None, (getattr(torch._C._autograd, "_get_data_attr", None),)))
 
+#: In the ``meta`` of an attention: why flex attention stays as it is, or "" of what was flex attention
+#: (``flex_step.py``).
+FLEX = "xquant_flex"
+
 #: Kind to its spellings. In-place spellings (``add_``, ``operator.iadd``) are of the kind of what they compute.
 SPELLINGS: dict[str, tuple[Any, ...]] = {
     # attention
