@@ -25,6 +25,7 @@ from xquant_fx.compiler.other_graph import OtherGraph
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.passes.graph import clone, size_among_inputs
 from xquant_fx.passes.records import Detection
+from xquant_fx.passes.trace import fake
 
 #: In the ``meta`` of a graph that was made of one with an open number of tokens.
 _KNOWN = "xquant_known_step"
@@ -56,6 +57,7 @@ def known_step(gm: GraphModule, found: Detection, inputs: Sequence[Any]) -> Know
     if not known:
         return None
     _settle_counts(gm, known)
+    _settle_queries(found, known)
     made = clone(gm)
     kept = list[int]()
     for place, node in enumerate(list(made.graph.nodes)):  # inputs come first
@@ -78,6 +80,18 @@ def _settle_counts(gm: GraphModule, known: set[int]) -> None:
     for value in [node.meta.get("example_value") for node in inputs]:
         if isinstance(value, SymInt) and value.node.hint in known and size_among_inputs(inputs, value) is None:
             int(value)
+
+
+def _settle_queries(found: Detection, known: set[int]) -> None:
+    """Have Dynamo guard on numbers of queries that are the number of new tokens, and that it does not know to be.
+
+    Where queries, keys and values come to a function apart, each has a number of its own.
+    """
+    for site in found.sites:
+        query = fake(site.attention.query)
+        tokens = None if query is None or query.dim() != 4 or not site.rewritable else query.shape[2]
+        if isinstance(tokens, SymInt) and tokens.node.hint in known:
+            int(tokens)
 
 
 def _settled(value: Any) -> Any:
