@@ -13,6 +13,7 @@ from xquant_fx import XQuantCache, explain, ops
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.passes.trace import fake
 
+pytest_plugins = ["plain_torch"]
 HEADS, COUNT, DIM = SHAPE[1], SHAPE[2], SHAPE[3]
 SCALE = DIM**-0.5
 
@@ -338,12 +339,6 @@ def step_of(attend, number=2):
 
 #: Forms whose results the CPU kernel computes in the fast tests: by what it is given, not by how that is written.
 COMPILED = ("softcap, then two fills", "two masks", "sinks", "einsum, grouped queries")
-
-
-@pytest.fixture
-def plain_torch(monkeypatch):
-    """Nothing to compile: a kernel of its own for each kind of mask and number of tokens takes longer than all else."""
-    monkeypatch.delitem(ops.DECODE_KERNELS, "cpu")
 
 
 def check_fused(name, sizes):
