@@ -12,6 +12,7 @@ from transformers import StaticCache
 
 from xquant_fx import PRESETS, XQuantCache, XQuantConfig
 
+pytest_plugins = ["plain_torch"]
 STEPS = 300
 FEWER = 70  # two flushes of each window
 #: What runs always, and its slow twin: layers alone and in pairs are there twice, or four times.
@@ -25,12 +26,20 @@ PLANES = dict(k_bits=3, v_bits=3, share_keys_from=0, share_values_from=0)
 RANKED = sorted(set(PRESETS) - {"full", *QUANTIZED})
 
 
+def first_layers(trained, number: int):
+    model, ids = copy.deepcopy(trained)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:number], number
+    return model, ids
+
+
 @pytest.fixture(scope="module")
 def four_layers(trained):
-    """The first half of ``trained``."""
-    model, ids = copy.deepcopy(trained)
-    model.model.layers, model.config.num_hidden_layers = model.model.layers[:4], 4
-    return model, ids
+    return first_layers(trained, 4)
+
+
+@pytest.fixture(scope="module")
+def two_layers(trained):
+    return first_layers(trained, 2)
 
 
 def small(preset: str, **more) -> XQuantConfig:
@@ -49,19 +58,30 @@ def decode_against_reference(model, ids, preset: str, step, steps: int, **more) 
     return ties(reference)
 
 
-def enough(codes: int, model, steps: int) -> bool:
-    """Of 8 layers and 300 steps there are more than 50,000."""
-    return codes > 50_000 * steps / STEPS * len(model.model.layers) / 8
+def are_ties(taken: int, compared: int, model, steps: int) -> bool:
+    """One code in 100,000 may be another, one however few there are; of 8 layers and 300 steps more than 50,000 are."""
+    least = 50_000 * steps / STEPS * len(model.model.layers) / 8
+    return compared > least and taken <= max(1, compared / 100_000)
+
+
+#: What these are made of is in ``xquant``, too, whose lower half shares nothing.
+COVERED = ("asymkv-1.5", "kivi-2")
 
 
 @pytest.mark.parametrize(("name", "steps"), RUNS)
-@pytest.mark.parametrize(("preset", "more"), [*((name, {}) for name in QUANTIZED), ("xquant", PLANES)])
+@pytest.mark.parametrize(
+    ("preset", "more"),
+    [
+        *(pytest.param(n, {}, marks=pytest.mark.slow) if n in COVERED else (n, {}) for n in QUANTIZED),
+        ("xquant", PLANES),
+    ],
+)
 def test_the_rewritten_graph_equals_the_reference(request, preset, more, name, steps):
     """Run op by op, so that only the passes and the ops are under test."""
     model, ids = request.getfixturevalue(name)
     step = torch.compile(model.forward, backend=interpreted(), dynamic=False)
     taken, compared = decode_against_reference(model, ids, preset, step, steps, **more)
-    assert enough(compared, model, steps) and taken <= compared / 100_000
+    assert are_ties(taken, compared, model, steps), (taken, compared)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +98,11 @@ def test_compiled_decode_equals_the_reference(request, name, steps, presets):
         step = torch.compile(model.forward, backend="xquant", dynamic=False)
         counts.append(decode_against_reference(model, ids, preset, step, steps))
     taken, compared = (sum(c[i] for c in counts) for i in (0, 1))
-    assert enough(compared, model, 2 * steps) and taken <= max(1, compared / 100_000), counts
+    assert are_ties(taken, compared, model, 2 * steps), counts
 
 
 @pytest.mark.parametrize(
-    "preset", [pytest.param(n, marks=pytest.mark.slow) if n == "xquant-1.7" else n for n in RANKED]
+    "preset", [n if n == "xquant-1.4" else pytest.param(n, marks=pytest.mark.slow) for n in RANKED]
 )
 def test_ranked_and_rotated_steps_equal_eager_ones(four_layers, preset):
     """The rewritten graph op by op, with the decode kernel; eager steps attend to dequantized keys and values."""
@@ -106,7 +126,7 @@ def test_ranked_and_rotated_steps_equal_eager_ones(four_layers, preset):
     ],
 )
 def test_compiled_ranked_and_rotated_steps_equal_eager_ones(four_layers, preset, more):
-    """The same with Inductor, where the C++ append quantizes, too."""
+    """The same with Inductor, where the C++ append quantizes, too; of a preset whose keys have whole bits."""
     model, ids = four_layers
     step = torch.compile(model.forward, backend="xquant", dynamic=False)
     caches = [XQuantCache(model.config, max_cache_len=384, config=small(preset, **more)) for _ in range(2)]
@@ -117,12 +137,13 @@ def test_compiled_ranked_and_rotated_steps_equal_eager_ones(four_layers, preset,
     assert relative_error(*runs) < 1e-3  # a code or a scale may tip over at a tie
 
 
-def test_full_equals_plain_inductor(tiny_llama):
+@pytest.mark.parametrize("plain", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_full_equals_plain_code(tiny_llama, plain):
     model = tiny_llama(layers=1)
     ids = torch.randint(1, 128, (1, 65), generator=torch.Generator().manual_seed(1))
     outs = []
     for backend, cache in (
-        ("inductor", StaticCache(model.config, max_cache_len=384)),
+        (plain, StaticCache(model.config, max_cache_len=384)),
         ("xquant", XQuantCache(model.config, max_cache_len=384, config=XQuantConfig.preset("full"))),
     ):
         torch._dynamo.reset()
@@ -131,20 +152,22 @@ def test_full_equals_plain_inductor(tiny_llama):
     assert relative_error(outs[1], outs[0]) < 1e-6
 
 
-SIZES = [45, 40, 1, 3, 2, 40, 1, 5]  # a cold prefill, chunks past the window, steps and decode between them
+SIZES = [45, 40, 1, 3, 40, 1, 5]  # a cold prefill, chunks past the window, steps and decode between them
 
 
 @pytest.mark.parametrize(
     ("name", "dynamic"),
     [
         ("trained", "eager"),
-        ("four_layers", None),
+        ("two_layers", None),
         *(pytest.param("trained", dynamic, marks=pytest.mark.slow) for dynamic in (False, None)),
     ],
 )
 def test_prefill_and_chunks_equal_the_reference(request, name, dynamic):
     """Eager, and rewritten graphs of every length, run op by op; ``dynamic=None`` makes lengths symbolic."""
     model, ids = request.getfixturevalue(name)
+    if name == "two_layers":
+        request.getfixturevalue("plain_torch")
     config = small("xquant-1bit")
     step = model.forward
     if dynamic != "eager":
@@ -186,10 +209,11 @@ def test_compiled_prefill_and_chunks_equal_eager(tiny_llama, dynamic):
     ids = torch.randint(1, 128, (1, sum(SIZES)), generator=torch.Generator().manual_seed(1))
     config = small("xquant-1bit")
     step = torch.compile(model.forward, backend="xquant", dynamic=dynamic)
-    sizes = SIZES if dynamic is None else SIZES[:2]
     caches = [XQuantCache(model.config, max_cache_len=256, config=config) for _ in range(2)]
-    calls = (model.forward, step)
-    outs = [run_steps([(c, n) for n in sizes], ids[:, : sum(sizes)], k) for c, k in zip(calls, caches, strict=True)]
+    # Compiling takes long: the first of the fast tests is eager, as compiled ones of test_prompt_queries.py are not.
+    sizes, first = (SIZES, step) if dynamic is None else (SIZES[:2], model.forward)
+    plans = ([(model.forward, n) for n in sizes], [(first, sizes[0]), *((step, n) for n in sizes[1:])])
+    outs = [run_steps(plan, ids[:, : sum(sizes)], cache) for plan, cache in zip(plans, caches, strict=True)]
     assert relative_error(outs[1], outs[0]) < 1e-4
 
 
@@ -202,8 +226,10 @@ def test_compiled_prefill_and_chunks_equal_eager(tiny_llama, dynamic):
         pytest.param(torch.float16, True, marks=pytest.mark.slow),
     ],
 )
-def test_low_precision_models(tiny_llama, dtype, compiled):
+def test_low_precision_models(request, tiny_llama, dtype, compiled):
     """In 16-bit models compiled and eager round differently: compare both with an fp32 model on the same tokens."""
+    if not compiled:
+        request.getfixturevalue("plain_torch")
     model = tiny_llama(layers=1, dtype=dtype)
     reference = tiny_llama(layers=1, dtype=torch.float32)
     reference.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
@@ -220,10 +246,10 @@ def test_low_precision_models(tiny_llama, dtype, compiled):
     assert relative_error(runs["ours"], runs["fp32"]) < 3 * relative_error(runs["eager"], runs["fp32"])
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_bit_static_cache_equals_xquant_cache(tiny_llama, compiled):
+@pytest.mark.parametrize(("layers", "compiled"), [(2, False), pytest.param(4, True, marks=pytest.mark.slow)])
+def test_two_bit_static_cache_equals_xquant_cache(tiny_llama, layers, compiled):
     """Nothing rests on our cache class: a plain StaticCache is taken over and then behaves the same."""
-    model = tiny_llama(layers=4)
+    model = tiny_llama(layers=layers)
     ids = torch.randint(1, 128, (1, 46 + FEWER), generator=torch.Generator().manual_seed(1))
     config = small("xquant")
     settings = dict(backend="xquant", options={"config": config})
@@ -233,5 +259,5 @@ def test_two_bit_static_cache_equals_xquant_cache(tiny_llama, compiled):
     ours = XQuantCache(model.config, max_cache_len=256, config=config)
     outs = [run_steps([(model.forward, 45)] + [(step, 1)] * FEWER, ids[:, :-1], cache) for cache in (plain, ours)]
     assert relative_error(outs[0], outs[1]) < 1e-4
-    assert plain.layers[3].values.state.lower is plain.layers[2].values.state
+    assert plain.layers[-1].values.state.lower is plain.layers[-2].values.state
     assert logits_of(model.forward, ids[:, -1:], plain).isfinite().all()
