@@ -176,7 +176,7 @@ def generate(model: LlamaForCausalLM, cache: XQuantCache, config: CompileConfig 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "default"])
+@pytest.mark.parametrize("mode", ["reduce-overhead", pytest.param("default", marks=pytest.mark.slow)])
 def test_transformers_generate(tiny_llama: Any, calls: list[Any], graphs: list, mode: str) -> None:
     """transformers runs the prompt eagerly and compiles the decode step; on CPUs only if told to."""
     model = tiny_llama(layers=2)
