@@ -25,6 +25,7 @@ from xquant_fx.compiler import backend
 from xquant_fx.compiler.inductor import CPU_SETTINGS
 from xquant_fx.compiler.options import MODES
 
+pytest_plugins = ["plain_torch"]
 SHAPE = (1, 1, 32, 16)
 SMALL = range_config(k_group_size=8, residual_length=8)
 OPTIONS = {"preset": "xquant", "k_group_size": 8, "residual_length": 8}
@@ -37,7 +38,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, keys: Tensor, values: Ten
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+def graphs(monkeypatch: pytest.MonkeyPatch, plain_torch: None) -> list[torch.fx.GraphModule]:
     """The graphs that Inductor is given, with the ops not taken apart yet; they run as they are."""
     seen: list[torch.fx.GraphModule] = []
 
@@ -175,7 +176,7 @@ def generate(model: LlamaForCausalLM, cache: XQuantCache, config: CompileConfig 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "default"])
+@pytest.mark.parametrize("mode", ["reduce-overhead", pytest.param("default", marks=pytest.mark.slow)])
 def test_transformers_generate(tiny_llama: Any, calls: list[Any], graphs: list, mode: str) -> None:
     """transformers runs the prompt eagerly and compiles the decode step; on CPUs only if told to."""
     model = tiny_llama(layers=2)
@@ -205,7 +206,7 @@ def test_contradicting_options_in_generate(tiny_llama: Any) -> None:
     assert isinstance(error.value.inner_exception, ConfigError)
 
 
-@pytest.mark.parametrize("other", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("other", ["inductor", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_other_backends_refuse_a_quantized_cache(tiny_llama: Any, other: str) -> None:
     """They would write into a dequantized copy."""
     model = tiny_llama(layers=2)

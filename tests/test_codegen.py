@@ -278,20 +278,46 @@ def test_launches_of_a_layer() -> None:
     assert ours == ["append_kernel", "decode_kernel", "combine_kernel"] * MODEL.num_hidden_layers
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
-def test_a_chunk_is_not_dequantized(device: str) -> None:
+def chunk_step(x: Tensor, keys: QuantizedKV, values: QuantizedKV, pos: Tensor) -> Tensor:
+    """An attention alone: ``x`` [3, B, H, q, D]."""
+    keys[:, :, pos], values[:, :, pos] = x[1], x[2]
+    return scaled_dot_product_attention(x[0], keys, values, attn_mask=torch.arange(keys.shape[2]) <= pos[:, None])
+
+
+def chunk_code(length: int) -> str:
+    def make_args() -> tuple[Any, ...]:
+        states = layers_of(small("xquant"), (1, KV_HEADS, length, DIM), DTYPE)[0]
+        x = torch.zeros(3, 1, KV_HEADS, 12, DIM, dtype=DTYPE)
+        return x, *(QuantizedKV.of(state) for state in states), torch.arange(12)
+
+    return generated_code(chunk_step, make_args)
+
+
+@pytest.mark.parametrize(
+    ("device", "whole"),
+    [
+        ("cpu", False),
+        pytest.param("cpu", True, marks=pytest.mark.slow),
+        pytest.param("cuda", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_chunk_is_not_dequantized(device: str, whole: bool) -> None:
     """A chunk on a past reads the codes as a step does: nothing is as large as one layer's keys."""
     length = 512
-    cache = empty_cache("xquant", length)
     with maybe_fake(device):
-        source = Source(generated_code(decode, lambda: step_args(cache, device, 12)))
+        if whole:
+            cache = empty_cache("xquant", length)
+            code = generated_code(decode, lambda: step_args(cache, device, 12))
+        else:
+            code = chunk_code(length)
+    source = Source(code)
     kernel = "decode_kernel" if device == "cuda" else "xquant_decode_attention"
-    assert sum(kernel in name for name, _ in source.runs) == MODEL.num_hidden_layers
+    assert sum(kernel in name for name, _ in source.runs) == (MODEL.num_hidden_layers if whole else 1)
     assert "torch.ops.xquant" not in source.code and source.fallbacks == set()
     assert max(numel for numel, _ in source.allocated) < KV_HEADS * length * DIM // 2
 
 
-@pytest.mark.parametrize("preset", ["xquant", "xquant-1bit"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_state_inputs_are_static(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs would copy other inputs at each step, and refuse a graph that writes to one."""
     seen: list[dict[str, Any]] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from stepping import interpreted, lockstep, logits_of, relative_error, run_steps, ties
@@ -10,14 +12,34 @@ from transformers import StaticCache
 
 from xquant_fx import PRESETS, XQuantCache, XQuantConfig
 
+pytest_plugins = ["plain_torch"]
 STEPS = 300
-FEWER = 100  # three flushes of each window
+FEWER = 70  # two flushes of each window
+#: What runs always, and its slow twin: layers alone and in pairs are there twice, or four times.
+LONG = pytest.param("trained", STEPS, marks=pytest.mark.slow)
+RUNS = [("four_layers", FEWER), LONG]
 SMALL = dict(k_group_size=16, residual_length=32)
 #: Range codes, which the independent reference knows; the others have one in attention_reference.py.
 QUANTIZED = sorted(name for name in set(PRESETS) - {"full"} if PRESETS[name].get("k_scheme") == "per_channel")
 #: Codes of two planes, shared by pairs of layers.
 PLANES = dict(k_bits=3, v_bits=3, share_keys_from=0, share_values_from=0)
 RANKED = sorted(set(PRESETS) - {"full", *QUANTIZED})
+
+
+def first_layers(trained, number: int):
+    model, ids = copy.deepcopy(trained)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:number], number
+    return model, ids
+
+
+@pytest.fixture(scope="module")
+def four_layers(trained):
+    return first_layers(trained, 4)
+
+
+@pytest.fixture(scope="module")
+def two_layers(trained):
+    return first_layers(trained, 2)
 
 
 def small(preset: str, **more) -> XQuantConfig:
@@ -36,37 +58,55 @@ def decode_against_reference(model, ids, preset: str, step, steps: int, **more) 
     return ties(reference)
 
 
-@pytest.mark.parametrize("steps", [FEWER, pytest.param(STEPS, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("preset", "more"), [*((name, {}) for name in QUANTIZED), ("xquant", PLANES)])
-def test_the_rewritten_graph_equals_the_reference(trained, preset, more, steps):
+def are_ties(taken: int, compared: int, model, steps: int) -> bool:
+    """One code in 100,000 may be another, one however few there are; of 8 layers and 300 steps more than 50,000 are."""
+    least = 50_000 * steps / STEPS * len(model.model.layers) / 8
+    return compared > least and taken <= max(1, compared / 100_000)
+
+
+#: What these are made of is in ``xquant``, too, whose lower half shares nothing.
+COVERED = ("asymkv-1.5", "kivi-2")
+
+
+@pytest.mark.parametrize(("name", "steps"), RUNS)
+@pytest.mark.parametrize(
+    ("preset", "more"),
+    [
+        *(pytest.param(n, {}, marks=pytest.mark.slow) if n in COVERED else (n, {}) for n in QUANTIZED),
+        ("xquant", PLANES),
+    ],
+)
+def test_the_rewritten_graph_equals_the_reference(request, preset, more, name, steps):
     """Run op by op, so that only the passes and the ops are under test."""
-    model, ids = trained
+    model, ids = request.getfixturevalue(name)
     step = torch.compile(model.forward, backend=interpreted(), dynamic=False)
     taken, compared = decode_against_reference(model, ids, preset, step, steps, **more)
-    assert compared > 50_000 * steps / STEPS and taken <= compared / 100_000
+    assert are_ties(taken, compared, model, steps), (taken, compared)
 
 
 @pytest.mark.parametrize(
-    "presets", [["xquant"], pytest.param([n for n in QUANTIZED if n != "xquant"], marks=pytest.mark.slow)], ids=len
+    ("name", "steps", "presets"),
+    [("four_layers", FEWER, ["xquant"]), pytest.param("trained", STEPS, QUANTIZED, marks=pytest.mark.slow)],
+    ids=["four_layers", "trained"],
 )
-def test_compiled_decode_equals_the_reference(trained, presets):
+def test_compiled_decode_equals_the_reference(request, name, steps, presets):
     """Inductor rounds the model's own arithmetic differently, so that a code in 100,000 may tip over at a tie."""
-    model, ids = trained
+    model, ids = request.getfixturevalue(name)
     counts = []
     for preset in presets:
         torch._dynamo.reset()
         step = torch.compile(model.forward, backend="xquant", dynamic=False)
-        counts.append(decode_against_reference(model, ids, preset, step, STEPS))
+        counts.append(decode_against_reference(model, ids, preset, step, steps))
     taken, compared = (sum(c[i] for c in counts) for i in (0, 1))
-    assert compared > 100_000 and taken <= compared / 100_000, counts
+    assert are_ties(taken, compared, model, 2 * steps), counts
 
 
 @pytest.mark.parametrize(
-    "preset", [pytest.param(n, marks=pytest.mark.slow) if n == "xquant-1.7" else n for n in RANKED]
+    "preset", [n if n == "xquant-1.4" else pytest.param(n, marks=pytest.mark.slow) for n in RANKED]
 )
-def test_ranked_and_rotated_steps_equal_eager_ones(trained, preset):
+def test_ranked_and_rotated_steps_equal_eager_ones(four_layers, preset):
     """The rewritten graph op by op, with the decode kernel; eager steps attend to dequantized keys and values."""
-    model, ids = trained
+    model, ids = four_layers
     step = torch.compile(model.forward, backend=interpreted(), dynamic=False)
     caches = [XQuantCache(model.config, max_cache_len=384, config=small(preset)) for _ in range(2)]
     runs = [
@@ -85,9 +125,9 @@ def test_ranked_and_rotated_steps_equal_eager_ones(trained, preset):
         pytest.param("xquant-1.4", {}, marks=pytest.mark.slow),
     ],
 )
-def test_compiled_ranked_and_rotated_steps_equal_eager_ones(trained, preset, more):
-    """The same with Inductor, where the C++ append quantizes, too."""
-    model, ids = trained
+def test_compiled_ranked_and_rotated_steps_equal_eager_ones(four_layers, preset, more):
+    """The same with Inductor, where the C++ append quantizes, too; of a preset whose keys have whole bits."""
+    model, ids = four_layers
     step = torch.compile(model.forward, backend="xquant", dynamic=False)
     caches = [XQuantCache(model.config, max_cache_len=384, config=small(preset, **more)) for _ in range(2)]
     runs = [
@@ -97,27 +137,37 @@ def test_compiled_ranked_and_rotated_steps_equal_eager_ones(trained, preset, mor
     assert relative_error(*runs) < 1e-3  # a code or a scale may tip over at a tie
 
 
-def test_full_equals_plain_inductor(tiny_llama):
-    model = tiny_llama(layers=2)
-    ids = torch.randint(1, 128, (1, 105), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("plain", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_full_equals_plain_code(tiny_llama, plain):
+    model = tiny_llama(layers=1)
+    ids = torch.randint(1, 128, (1, 65), generator=torch.Generator().manual_seed(1))
     outs = []
     for backend, cache in (
-        ("inductor", StaticCache(model.config, max_cache_len=384)),
+        (plain, StaticCache(model.config, max_cache_len=384)),
         ("xquant", XQuantCache(model.config, max_cache_len=384, config=XQuantConfig.preset("full"))),
     ):
         torch._dynamo.reset()
         step = torch.compile(model.forward, backend=backend, dynamic=False)
-        outs.append(run_steps([(model.forward, 45)] + [(step, 1)] * 60, ids[:, :105], cache))
+        outs.append(run_steps([(model.forward, 45)] + [(step, 1)] * 20, ids, cache))
     assert relative_error(outs[1], outs[0]) < 1e-6
 
 
-SIZES = [45, 40, 1, 3, 2, 40, 1, 5]  # a cold prefill, chunks past the window, steps and decode between them
+SIZES = [45, 40, 1, 3, 40, 1, 5]  # a cold prefill, chunks past the window, steps and decode between them
 
 
-@pytest.mark.parametrize("dynamic", ["eager", pytest.param(False, marks=pytest.mark.slow), None])
-def test_prefill_and_chunks_equal_the_reference(trained, dynamic):
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [
+        ("trained", "eager"),
+        ("two_layers", None),
+        *(pytest.param("trained", dynamic, marks=pytest.mark.slow) for dynamic in (False, None)),
+    ],
+)
+def test_prefill_and_chunks_equal_the_reference(request, name, dynamic):
     """Eager, and rewritten graphs of every length, run op by op; ``dynamic=None`` makes lengths symbolic."""
-    model, ids = trained
+    model, ids = request.getfixturevalue(name)
+    if name == "two_layers":
+        request.getfixturevalue("plain_torch")
     config = small("xquant-1bit")
     step = model.forward
     if dynamic != "eager":
@@ -126,7 +176,8 @@ def test_prefill_and_chunks_equal_the_reference(trained, dynamic):
     got, want, reference = lockstep(model, [(step, n) for n in SIZES], ids[:, : sum(SIZES)], cache, config)
     assert relative_error(got, want) < 1e-4
     taken, compared = ties(reference)
-    assert compared > 20_000 and taken <= 1 + compared / 100_000  # one, however few codes there are
+    least = 20_000 * len(model.model.layers) / 8
+    assert compared > least and taken <= 1 + compared / 100_000  # one, however few codes there are
 
 
 def test_a_cold_prefill_attends_to_the_prompt_alone(tiny_llama):
@@ -158,22 +209,33 @@ def test_compiled_prefill_and_chunks_equal_eager(tiny_llama, dynamic):
     ids = torch.randint(1, 128, (1, sum(SIZES)), generator=torch.Generator().manual_seed(1))
     config = small("xquant-1bit")
     step = torch.compile(model.forward, backend="xquant", dynamic=dynamic)
-    sizes = SIZES if dynamic is None else SIZES[:3]
     caches = [XQuantCache(model.config, max_cache_len=256, config=config) for _ in range(2)]
-    calls = (model.forward, step)
-    outs = [run_steps([(c, n) for n in sizes], ids[:, : sum(sizes)], k) for c, k in zip(calls, caches, strict=True)]
+    # Compiling takes long: the first of the fast tests is eager, as compiled ones of test_prompt_queries.py are not.
+    sizes, first = (SIZES, step) if dynamic is None else (SIZES[:2], model.forward)
+    plans = ([(model.forward, n) for n in sizes], [(first, sizes[0]), *((step, n) for n in sizes[1:])])
+    outs = [run_steps(plan, ids[:, : sum(sizes)], cache) for plan, cache in zip(plans, caches, strict=True)]
     assert relative_error(outs[1], outs[0]) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_models(tiny_llama, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "compiled"),
+    [
+        (torch.bfloat16, True),
+        (torch.float16, False),
+        pytest.param(torch.bfloat16, False, marks=pytest.mark.slow),
+        pytest.param(torch.float16, True, marks=pytest.mark.slow),
+    ],
+)
+def test_low_precision_models(request, tiny_llama, dtype, compiled):
     """In 16-bit models compiled and eager round differently: compare both with an fp32 model on the same tokens."""
-    model = tiny_llama(layers=2, dtype=dtype)
-    reference = tiny_llama(layers=2, dtype=torch.float32)
+    if not compiled:
+        request.getfixturevalue("plain_torch")
+    model = tiny_llama(layers=1, dtype=dtype)
+    reference = tiny_llama(layers=1, dtype=torch.float32)
     reference.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     ids = torch.randint(1, 128, (2, 75), generator=torch.Generator().manual_seed(1))
     config = small("kivi-4")
-    step = torch.compile(model.forward, backend="xquant", dynamic=False)
+    step = torch.compile(model.forward, backend="xquant" if compiled else interpreted(), dynamic=False)
     runs = {}
     for name, net, call in (
         ("fp32", reference, reference.forward), ("eager", model, model.forward), ("ours", model, step)
@@ -184,15 +246,18 @@ def test_low_precision_models(tiny_llama, dtype):
     assert relative_error(runs["ours"], runs["fp32"]) < 3 * relative_error(runs["eager"], runs["fp32"])
 
 
-def test_two_bit_static_cache_equals_xquant_cache(tiny_llama):
+@pytest.mark.parametrize(("layers", "compiled"), [(2, False), pytest.param(4, True, marks=pytest.mark.slow)])
+def test_two_bit_static_cache_equals_xquant_cache(tiny_llama, layers, compiled):
     """Nothing rests on our cache class: a plain StaticCache is taken over and then behaves the same."""
-    model = tiny_llama(layers=4)
-    ids = torch.randint(1, 128, (1, 126), generator=torch.Generator().manual_seed(1))
+    model = tiny_llama(layers=layers)
+    ids = torch.randint(1, 128, (1, 46 + FEWER), generator=torch.Generator().manual_seed(1))
     config = small("xquant")
-    step = torch.compile(model.forward, backend="xquant", dynamic=False, options={"config": config})
+    settings = dict(backend="xquant", options={"config": config})
+    settings = settings if compiled else dict(backend=interpreted(config=config))
+    step = torch.compile(model.forward, dynamic=False, **settings)
     plain = StaticCache(model.config, max_cache_len=256)
     ours = XQuantCache(model.config, max_cache_len=256, config=config)
-    outs = [run_steps([(model.forward, 45)] + [(step, 1)] * 80, ids[:, :125], cache) for cache in (plain, ours)]
+    outs = [run_steps([(model.forward, 45)] + [(step, 1)] * FEWER, ids[:, :-1], cache) for cache in (plain, ours)]
     assert relative_error(outs[0], outs[1]) < 1e-4
-    assert plain.layers[3].values.state.lower is plain.layers[2].values.state
-    assert logits_of(model.forward, ids[:, 125:126], plain).isfinite().all()
+    assert plain.layers[-1].values.state.lower is plain.layers[-2].values.state
+    assert logits_of(model.forward, ids[:, -1:], plain).isfinite().all()

@@ -16,7 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from xquant_fx import XQuantConfig
 from xquant_fx.cache.kv_tensor import QuantizedKV
 
-LAYERS, HEADS, KV, DIM, LENGTH, BATCH = 2, 4, 2, 16, 64, 2
+pytest_plugins = ["plain_torch"]
+LAYERS, HEADS, KV, DIM, LENGTH, BATCH = 1, 4, 2, 16, 64, 2
 FULL = XQuantConfig.preset("full").replace(k_group_size=8, residual_length=8, rollback_tokens=8)
 CONFIG = XQuantConfig.preset("kivi-4").replace(k_group_size=8, residual_length=8, rollback_tokens=8)
 Attend = Callable[..., Tensor]
@@ -108,14 +109,22 @@ ONWARD = ((0, 21), (21, 1), (22, 1), (23, 3), (26, 1))
 
 @pytest.mark.parametrize(
     ("attend", "read"),
-    [(as_meta_has_it, by_slice), (by_bools, by_narrow), (with_alibi, by_slice), (no_mask, by_narrow)],
+    [
+        (as_meta_has_it, by_slice),
+        (by_bools, by_narrow),
+        pytest.param(with_alibi, by_slice, marks=pytest.mark.slow),
+        pytest.param(no_mask, by_narrow, marks=pytest.mark.slow),
+    ],
 )
-def test_fused_with_what_is_behind_hidden(attend: Attend, read: Any) -> None:
+def test_fused_with_what_is_behind_hidden(attend: Attend, read: Any, request: pytest.FixtureRequest) -> None:
     """At 16 bits eager code's numbers; at 4 those of a decoder that reads all of its buffers under a mask."""
-    expected = steps(Decoder(attend), ONWARD)
-    got = steps(torch.compile(Decoder(attend, read), backend=interpreted(config=FULL)), ONWARD)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()
+    if attend is as_meta_has_it:  # of which 16 bits are in test_tokens_behind_what_is_read_are_not_seen
+        request.getfixturevalue("plain_torch")
+    else:
+        expected = steps(Decoder(attend), ONWARD)
+        got = steps(torch.compile(Decoder(attend, read), backend=interpreted(config=FULL)), ONWARD)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        torch._dynamo.reset()
     counters.clear()
     first, other = Decoder(attend, read), Decoder(whole(attend), lambda x, end: x)
     got = steps(torch.compile(first, backend=interpreted(config=CONFIG)), ONWARD)
@@ -144,7 +153,7 @@ def test_other_tokens_are_read_dequantized(read: Any) -> None:
     got = steps(torch.compile(model, backend=interpreted(config=FULL)), ONWARD)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
-    steps(torch.compile(Decoder(attend, read), backend=interpreted(config=CONFIG)), ONWARD)
+    steps(torch.compile(Decoder(attend, read), backend=interpreted(config=CONFIG)), ONWARD[:3])
     assert counters["xquant"]["rewrite"] and not counters["xquant"]["fuse_decode"]
 
 

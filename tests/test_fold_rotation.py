@@ -18,18 +18,21 @@ from xquant_fx import XQuantCache, XQuantConfig, explain, ops
 from xquant_fx.cache.folded_weights import Fold, FoldedInputs, folded_weight
 from xquant_fx.kernels.rotation import fold_into_columns, fold_into_rows, rotate_values
 
+pytest_plugins = ["plain_torch"]
 SHORT = dict(residual_length=16, k_group_size=8, sink_tokens=2)
 INSIDE = XQuantConfig(**SHORT)
 FOLDED = INSIDE.replace(v_scheme="per_token_folded")
-IDS = torch.randint(3, 60, (1, 60), generator=seeded(1))
+IDS = torch.randint(3, 60, (1, 65), generator=seeded(1))
+FEW = 15  # eager steps that plain torch stores; the next one has a kernel compiled
 
 
 def cache_of(model: nn.Module, config: XQuantConfig = FOLDED) -> XQuantCache:
     return XQuantCache(model.config, 64, config=config)
 
 
-def steps(model: nn.Module, cache: XQuantCache, step=None) -> Tensor:
-    return run_steps([(model.forward, 40)] + [(step or model.forward, 1)] * 20, IDS, cache)
+def steps(model: nn.Module, cache: XQuantCache, step=None, number: int = FEW) -> Tensor:
+    """A prefill, then steps of which some quantize a group."""
+    return run_steps([(model.forward, 45)] + [(step or model.forward, 1)] * number, IDS, cache)
 
 
 @pytest.mark.parametrize("dim", [8, 24])
@@ -44,10 +47,11 @@ def test_folded_weights_rotate(dim: int) -> None:
     torch.testing.assert_close(nn.functional.linear(y, fold_into_columns(taker.weight, dim), taker.bias), taker(v))
 
 
-def test_eager_steps_are_those_of_values_that_are_rotated_inside() -> None:
+@pytest.mark.parametrize("number", [FEW, pytest.param(20, marks=pytest.mark.slow)])
+def test_eager_steps_are_those_of_values_that_are_rotated_inside(number: int) -> None:
     model = tiny("llama")
     folded, inside = cache_of(model), cache_of(model, INSIDE)
-    assert relative_error(steps(model, folded), steps(model, inside)) < 1e-4
+    assert relative_error(*(steps(model, cache, number=number) for cache in (folded, inside))) < 1e-4
     ours, theirs = folded.states[1].owned, inside.states[1].owned
     assert not torch.allclose(ours["ring"], theirs["ring"], atol=1e-3), "the window is rotated"
     torch.testing.assert_close(rotate_values(ours["ring"], True), theirs["ring"], rtol=1e-4, atol=1e-5)
@@ -56,6 +60,7 @@ def test_eager_steps_are_those_of_values_that_are_rotated_inside() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "phi"])  # the second has biases
 def test_steps_with_folded_weights(name: str) -> None:
+    """Weights that change afterwards are rotated anew."""
     model, calls = tiny(name), []
     compiled = torch.compile(model.forward, backend=interpreted(calls), dynamic=False)
     ours, cache = steps(model, cache_of(model), compiled), cache_of(model, INSIDE)
@@ -64,24 +69,38 @@ def test_steps_with_folded_weights(name: str) -> None:
     assert (count(graph, ops.DECODE), count(graph, ops.ROTATE)) == (2, 0)
     folded = [node for node in graph.graph.nodes if node.name.startswith("xquant_folded")]
     assert len(folded) == (6 if name == "phi" else 4)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            attention.v_proj.weight.mul_(1.5)
+            (attention.dense if name == "phi" else attention.o_proj).weight.add_(0.1)
+    again = steps(model, cache_of(model), compiled)
+    assert relative_error(again, steps(model, cache_of(model, INSIDE))) < 1e-4 < relative_error(ours, again)
+    assert len(calls) == 1
 
 
-def test_a_chunk_and_buffers_that_were_taken_over() -> None:
-    """More tokens than the window gives back; a cache of transformers, which a step quantizes; one that grows."""
+@pytest.mark.usefixtures("plain_torch")
+def test_a_chunk() -> None:
+    """More tokens than the window gives back."""
     model = tiny("llama")
-    backend = interpreted(v_scheme="per_token_folded", **SHORT)
-    theirs = run_steps(
-        [(model.forward, 25), (model.forward, 15)] + [(model.forward, 1)] * 20, IDS, cache_of(model, INSIDE)
-    )
+    sizes = [20] + [1] * FEW
     chunked = torch.compile(model.forward, backend=interpreted(), dynamic=False)
-    ours = run_steps([(model.forward, 25), (chunked, 15)] + [(chunked, 1)] * 20, IDS, cache_of(model))
+    ours, theirs = (
+        run_steps([(model.forward, 25), *((step, n) for n in sizes)], IDS, cache_of(model, config))
+        for step, config in ((chunked, FOLDED), (model.forward, INSIDE))
+    )
     assert relative_error(ours, theirs) < 1e-4
-    for cache in (StaticCache(config=model.config, max_cache_len=64), DynamicCache(config=model.config)):
-        torch._dynamo.reset()
-        step = torch.compile(model.forward, backend=backend)
-        taken = run_steps([(model.forward, 25)] + [(step, 1)] * 35, IDS, cache)
-        expected = run_steps([(model.forward, 25)] + [(model.forward, 1)] * 35, IDS, cache_of(model, INSIDE))
-        assert relative_error(taken[:, 26:], expected[:, 26:]) < 1e-2
+
+
+# Buffers of a fixed length that are taken over are in test_two_attentions_to_one_buffer, too.
+@pytest.mark.parametrize("kind", ["growing", pytest.param("static", marks=pytest.mark.slow)])
+def test_caches_of_transformers_that_a_step_quantizes(kind: str) -> None:
+    model = tiny("llama")
+    grows = kind == "growing"
+    cache = DynamicCache(config=model.config) if grows else StaticCache(config=model.config, max_cache_len=64)
+    step = torch.compile(model.forward, backend=interpreted(v_scheme="per_token_folded", **SHORT))
+    taken, expected = steps(model, cache, step), steps(model, cache_of(model, INSIDE))
+    assert relative_error(taken[:, 46:], expected[:, 46:]) < 1e-2
 
 
 def test_left_out_the_op_rotates() -> None:
@@ -89,18 +108,6 @@ def test_left_out_the_op_rotates() -> None:
     step = torch.compile(model.forward, backend=interpreted(calls, disable=["fold_rotation"]), dynamic=False)
     assert relative_error(steps(model, cache_of(model), step), steps(model, cache_of(model, INSIDE))) < 1e-4
     assert (count(calls[0], ops.DECODE), count(calls[0], ops.ROTATE)) == (2, 4)
-
-
-def test_weights_that_change_are_rotated_anew() -> None:
-    model = tiny("llama")
-    step = torch.compile(model.forward, backend=interpreted(), dynamic=False)
-    first = steps(model, cache_of(model), step)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.v_proj.weight.mul_(1.5)
-            layer.self_attn.o_proj.weight.add_(0.1)
-    second = steps(model, cache_of(model), step)
-    assert relative_error(second, steps(model, cache_of(model, INSIDE))) < 1e-4 < relative_error(first, second)
 
 
 def test_copies_belong_to_their_weights() -> None:
@@ -168,6 +175,7 @@ def test_what_does_not_allow_it(tap: str) -> None:
     assert notes[0] == f"rotation of values folded into {words}"
 
 
+@pytest.mark.usefixtures("plain_torch")
 def test_two_attentions_to_one_buffer() -> None:
     torch.manual_seed(0)
     model, x, calls = Tapped("twice"), torch.randn(1, 40, 32), []

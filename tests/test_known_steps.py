@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from stepping import interpreted
 
 from xquant_fx import XQuantCache, XQuantConfig
 
+pytest_plugins = ["plain_torch"]
 
+
+@pytest.mark.usefixtures("plain_torch")
 @torch.no_grad()
 def test_steps_of_a_few_tokens_are_fused_whatever_their_number(tiny_llama) -> None:
     config, graphs = XQuantConfig.preset("xquant-2.2"), list[Any]()

@@ -12,12 +12,13 @@ from torch._dynamo.utils import counters
 from xquant_fx import CacheStateError, XQuantConfig, ops
 from xquant_fx.kernels.quantize_store.both_arguments import BOTH, BothArguments
 
+pytest_plugins = ["plain_torch"]
 BY_ONE = set(ops.STORE_BOTH.values())
 UNPAIRED = "keys and values are stored one by one: "
 
 
 @pytest.fixture(autouse=True)
-def kernel_of_both(monkeypatch: pytest.MonkeyPatch) -> list[BothArguments]:
+def kernel_of_both(monkeypatch: pytest.MonkeyPatch, plain_torch: None) -> list[BothArguments]:
     """What the kernel gets; it stores one side after the other."""
     given: list[BothArguments] = []
 

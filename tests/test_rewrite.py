@@ -30,6 +30,8 @@ from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.trace import fake
 
+pytest_plugins = ["plain_torch"]
+
 
 def index_copy(keys, values, k, v, pos):
     keys.index_copy_(2, pos, k)
@@ -61,6 +63,7 @@ def test_appends_and_reads_become_ops(append):
         check_rewritten(made, stores=4, fused=2)
 
 
+@pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_attention_to_a_slice(dynamic):
     def step(q, k, v, layers, pos):
@@ -139,6 +142,7 @@ def test_hand_built_graph():
     torch.testing.assert_close(out, sdpa(q, *twin), rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("plain_torch")
 def test_hugging_face_model():
     model, seen = tiny("gemma3_text"), Rewrites()
     mine = XQuantCache(model.config, 32, CONFIG)
@@ -156,6 +160,7 @@ def test_hugging_face_model():
     assert count(made, "copy_") == count(seen.given[0], "copy_") == 2
 
 
+@pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize("sizes", [[12], [3, 9, 1], [20, 8, 13]])
 def test_long_chunk_reads_its_own_tokens_and_the_old_window(sizes):
     seen = Rewrites()
@@ -211,6 +216,7 @@ def test_eager_steps_after_a_graph_break_are_not_compiled():
     assert [count(made, *STORES) for made in seen.made] == [2, 2, 2, 2]
 
 
+@pytest.mark.usefixtures("plain_torch")
 def test_gpt_fast_from_its_second_step_on():
     model, seen = FastModel(), Rewrites(config=CONFIG)
     step = torch.compile(model, backend=seen, dynamic=False)
@@ -226,6 +232,7 @@ def test_gpt_fast_from_its_second_step_on():
     check_rewritten(seen.made[0], stores=4, fused=2)
 
 
+@pytest.mark.usefixtures("plain_torch")
 def test_cold_static_cache_is_compiled_and_taken_over_later():
     model, seen = tiny("llama"), Rewrites(config=CONFIG)
     cache, ids = StaticCache(config=model.config, max_cache_len=32), torch.arange(3, 20)[None]

@@ -21,6 +21,7 @@ from xquant_fx.compiler.options import parse
 from xquant_fx.passes import pipeline, walk_scores
 from xquant_fx.warn_once import forget
 
+pytest_plugins = ["plain_torch"]
 SIZES = (5, 1, 1)
 
 
@@ -38,7 +39,7 @@ def concatenated(q, k, v, keys, values, pos):
 
 
 @pytest.fixture(autouse=True)
-def warnings(caplog):
+def warnings(caplog, plain_torch):
     forget()
     counters.clear()
     caplog.set_level(logging.WARNING, "xquant_fx")

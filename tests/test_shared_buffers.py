@@ -19,9 +19,10 @@ from transformers import (
 from xquant_fx import XQuantCache, XQuantConfig, ops
 from xquant_fx.cache.growing import STORED_KV
 
+pytest_plugins = ["plain_torch"]
 sdpa = torch.nn.functional.scaled_dot_product_attention
 IDS = torch.randint(3, 64, (2, 44), generator=torch.Generator().manual_seed(3))
-STEPS = [1, 1, 12, *[1] * 8]
+STEPS = {"gemma4": [1, 1, 12, *[1] * 8], "diffllama": [1] * 8}
 NARROW = dict(k_bits=3, v_bits=3, k_group_size=4, residual_length=4, sink_tokens=0, rollback_tokens=8)
 CACHES = {
     "XQuantCache": lambda config: XQuantCache(config, 48, XQuantConfig.preset("full")),
@@ -31,8 +32,8 @@ CACHES = {
 
 
 def gemma4(**more_fields):
-    """Layers 2 and 3 read what the last layer of their type below them stores: layer 1, if all are of one type."""
-    fields = dict(SMALL, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["full_attention"] * 4) | more_fields
+    """Layer 2 reads what the last layer of its type below it stores: layer 1, if all are of one type."""
+    fields = dict(SMALL, num_hidden_layers=3, num_kv_shared_layers=1, layer_types=["full_attention"] * 3) | more_fields
     more = dict(global_head_dim=8, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8)
     return Gemma4TextConfig(**fields, **more)
 
@@ -46,15 +47,19 @@ def model(request):
     return AutoModelForCausalLM.from_config(CONFIGS[request.param]()).eval()
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "StaticCache" else k for k in CACHES])
+# Compiled steps on our cache are in test_uncompiled_steps_read_what_compiled_ones_read, those on buffers that are
+# taken over in test_hand_written.
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "DynamicCache" else pytest.param(kind, marks=pytest.mark.slow) for kind in CACHES]
+)
 def test_models_exactly_at_16_bits(model, kind):
-    calls = []
+    calls, sizes = [], STEPS[model.config.model_type.removesuffix("_text")]
     options = {} if kind == "XQuantCache" else {"preset": "full"}
     step = torch.compile(model.forward, backend=interpreted(calls, **options))
     cache = CACHES[kind](model.config)
-    mine = run_steps([(model.forward, 10), *((step, n) for n in STEPS)], IDS, cache)
+    mine = run_steps([(model.forward, 10), *((step, n) for n in sizes)], IDS, cache)
     full = CACHES["StaticCache"](model.config)
-    theirs = run_steps([(model.forward, 10), *((model.forward, n) for n in STEPS)], IDS, full)
+    theirs = run_steps([(model.forward, 10), *((model.forward, n) for n in sizes)], IDS, full)
     assert relative_error(mine, theirs) < 1e-5
     held = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
     assert len(held) == 4 and all(isinstance(t, STORED_KV) for t in held)
@@ -137,10 +142,11 @@ def test_life_of_a_cache_with_layers_that_store_nothing():
     assert cache.get_seq_length() == 22 and cache.layers[0].batch_size == 2
 
 
+@pytest.mark.usefixtures("plain_torch")
 def test_uncompiled_steps_read_what_compiled_ones_read():
     """Layer 2 reads what layer 0 stored, after layer 1 was written to."""
     torch.manual_seed(0)
-    types = ["sliding_attention", "full_attention"] * 2
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
     model = AutoModelForCausalLM.from_config(gemma4(layer_types=types, sliding_window=24, initializer_range=0.3)).eval()
     cache = XQuantCache(model.config, 48, XQuantConfig(**NARROW, sliding_windows=True))
     logits_of(model, IDS[:, :20], cache)
