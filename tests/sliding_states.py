@@ -104,7 +104,8 @@ def decode(
         assert all(state.spec.wraps for state in states) == bool(kept)
         chunk: list[Tensor | None] = [None, None]
         for side, state in enumerate(states):
-            append_by_op(state, x[side][:, :, :stored], torch.arange(stored))
+            for pos in torch.arange(stored).split(STEPS[0]):  # from 256 tokens on, uncompiled chunks have a kernel
+                append_by_op(state, x[side][:, :, pos], pos)
             before = {name: state.owned[name].clone() for name in state.spec.overwritten}
             append_by_op(state, x[side][:, :, stored:], torch.arange(stored, stored + new))
             if new > 8:

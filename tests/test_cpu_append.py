@@ -66,7 +66,14 @@ def test_chunks(name: str) -> None:
     run(Case(**{"residual": 8, "max_len": 60, **CASES[name]}), script, ChunksThroughCpp)
 
 
-@pytest.mark.parametrize("name", ["keys, minmax", "keys", "keys, 3 bits", "values", "values, 3 bits, sinks"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "keys, minmax",
+        "values, 3 bits, sinks",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("keys", "keys, 3 bits", "values")),
+    ],
+)
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_narrower_vectors(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if ISAS[isa].lanes > cpu_build.isa().lanes:
@@ -144,6 +151,10 @@ RANKED_REPEATED = (
     "keys, sinks, padding",
     "values, head_dim 64, groups of 64, 2 bits",
     "values, head_dim 80, groups of 80, 1 bits",
+    "values, head_dim 24, groups of 24, 4 bits",  # groups of 24 of 96
+    "values, head_dim 64, groups of 32, 3 bits",  # float16 scales
+    "keys, head_dim 96, 1 bits",  # 80, 1.5
+    "keys, odd groups",  # odd head_dim, quantized at once
 )
 
 

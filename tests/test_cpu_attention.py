@@ -21,12 +21,59 @@ from xquant_fx.kernels.decode_attention.plain_torch import attend
 from xquant_fx.kernels.schemes import per_channel, per_token
 
 EVERY = {**CASES, **RANKED_CASES}
-SLOW = {*REPEATED, *RANKED_SLOW}
-NARROW = ("float32", "bfloat16", "keys 8, values 1 bits", "sink tokens", "head_dim 8", "a bias a token", "softcap")
-NARROW += ("3 bits, float32, head_dim 40", "ranked, float16 scales, float32")
-NARROW += ("ranked, float32", "ranked, head_dim 48, values 24", "ranked, sink tokens")
+#: Shares its kernel with the chunk that has tokens before it, as steps after other numbers of tokens do.
+PROMPT = {"a chunk on nothing": {**CASES["a chunk"], "past": 0}}
+#: Case to the fast ones that try the same: each case of a list has a kernel of its own, which takes seconds to compile.
+COVERED = {
+    "batch, heads, padding": "a chunk",
+    "window in the codes": "no mask, softcap, window",
+    "window in the ring": "a chunk in the window",
+    "a chunk, float32": "a chunk of odd head_dims",
+    "a chunk with alibi, small groups": "alibi; groups below a tile, 3 bits; a chunk",
+    "a prompt": "a chunk on nothing",
+    "a prompt on a long past": "a chunk of odd head_dims, whose own tokens are more than the window, too",
+    "another head_dim of values": "a chunk of odd head_dims",
+    "nothing before, 5 tokens": "nothing before",
+    "small groups, sink tokens": "odd groups; sink tokens",
+    "head_dim 256": "float16; ranked, the default lengths",
+    "key windows of several blocks more": "value windows longer than keys'; ranked, values that came rotated",
+    "a bias a token": "alibi; rows of the least number",
+    "loud channels": "float32 scales",
+    "ranked, head_dim 64, keys 3, values 1 bits": "ranked, float32; ranked, head_dim 8",
+    "ranked, head_dim 80, keys 2, values 1 bits": "ranked, token norms, float32, softcap, window",
+    "ranked, head_dim 96, keys 1.5, values 2 bits": "ranked, float16 scales, float32",
+    "ranked, head_dim 128, keys 2, values 2 bits": "ranked, the default lengths",
+    "ranked, head_dim 128, keys 4, values 4 bits": "ranked, head_dim 8",
+    "ranked, one query head": "ranked, float32; one query head",
+    "ranked, 3 query tokens, padding": "ranked, sink tokens; ranked, values that came rotated",
+    "ranked, no mask, softcap, window": "ranked, token norms, float32, softcap, window",
+    "ranked, alibi, float32": "alibi",
+    "ranked, window in the ring": "ranked, a chunk, float32, softcap, window",
+    "ranked, an empty row with sink logits": "an empty row with sink logits",
+    "ranked, more rows than a program takes": "ranked, a chunk, float32, softcap, window",
+    "ranked, keys later than values": "ranked, values that came rotated",
+    "ranked, many sink tokens, window": "ranked, sink tokens; many sink tokens, window",
+    "ranked, one group in the window": "ranked, the default lengths; float32",
+    "ranked, several tiles a split": "ranked, the default lengths",
+    "ranked, one token outweighs all others": "one token outweighs all others, float16, 2 bits",
+    "ranked, values of 3 bits, groups of channels, float32": "ranked, keys or values later, in turns",
+    "ranked, token norms": "ranked, token norms, float32, softcap, window",
+    "ranked, loud channels": "ranked, float16 scales, groups of channels",
+}
+assert {*COVERED} <= {*EVERY}
+SLOW = {*REPEATED, *RANKED_SLOW, *COVERED} - {"nothing before"}
+#: Each dtype, 1 to 3 and 8 bits, scales of bytes and of float16, ranks, sink tokens; the others of narrower vectors
+#: are slow.
+NARROW = ("bfloat16", "keys 8, values 1 bits", "3 bits, float32, head_dim 40", "ranked, sink tokens")
 
-EMULATED = ("bfloat16", "keys 8, values 1 bits", "ranked, float32")
+EMULATED = (*NARROW, "float32", "sink tokens", "head_dim 8", "a bias a token", "softcap", "ranked, float32")
+EMULATED += ("ranked, head_dim 48, values 24", "ranked, float16 scales, float32", "ranked, one query head")
+#: The products of bytes either way, those of bfloat16 numbers, and ranks: of few rows, which take half as long.
+QUICK = {
+    ("bfloat16", "__AVX512VNNI__"),
+    ("keys 8, values 1 bits", "__AVX512BW__"),
+    ("ranked, one query head", "__AVX512VNNI__"),
+}
 
 
 def check(setup: Setup, out: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
@@ -39,10 +86,10 @@ def check(setup: Setup, out: torch.Tensor, given: dict[str, Any]) -> dict[str, A
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in (*EVERY, *RANKED_SLOW)]
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in (*EVERY, *PROMPT, *RANKED_SLOW)]
 )
 def test_against_the_truth(name: str) -> None:
-    setup = Setup(**{**EVERY, **RANKED_SLOW}[name])
+    setup = Setup(**{**EVERY, **PROMPT, **RANKED_SLOW}[name])
     given = inputs(setup)
     assert check(setup, ops.DECODE(**arguments(setup, given)), given)["largest"] > 0
 
@@ -61,8 +108,14 @@ def test_narrower_vectors(name: str, isa: str) -> None:
     check(setup, out, given)
 
 
-@pytest.mark.parametrize("macro", ["__AVX512VNNI__", "__AVX512BW__"])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in EMULATED else pytest.mark.slow) for n in NARROW])
+@pytest.mark.parametrize(
+    ("name", "macro"),
+    [
+        pytest.param(name, macro, marks=() if (name, macro) in QUICK else pytest.mark.slow)
+        for name in EMULATED
+        for macro in ("__AVX512VNNI__", "__AVX512BW__")
+    ],
+)
 def test_avx512_without_the_processor(name: str, macro: str) -> None:
     """The 16-lane code with its intrinsics spelt out (avx512.h), so that no machine leaves it untested."""
     setup = Setup(**EVERY[name])

@@ -29,6 +29,31 @@ LONG = {
     "a chunk of odd head_dims", "ranked, 3 query tokens, padding", "ranked, more rows than a program takes",
     "ranked, several tiles a split",
 }  # fmt: skip
+#: Case to the fast one that has its options, too.
+COVERED = {
+    "a chunk": "a chunk over the sink tokens; rows",
+    "a chunk, float32": "a chunk with alibi, small groups",
+    "ranked, a chunk, float32, softcap, window": "ranked, token norms, a chunk",
+    "ranked, one token outweighs all others": "one token outweighs all others, float32, 2 bits",
+    "ranked, token norms": "ranked, token norms, float32, softcap, window",
+    "ranked, one query head": "ranked, float32; one query head",
+    "ranked, full": "full",
+    "ranked, nothing before": "ranked, the first key in codes",
+    "ranked, alibi, float32": "alibi",
+    "ranked, one group in the window": "ranked, the default lengths",
+    "ranked, keys later than values": "ranked, values that came rotated",
+    "ranked, keys or values later, in turns": "ranked, values that came rotated",
+    "ranked, loud channels": "ranked, float16 scales, groups of channels",
+    "ranked, an empty row with sink logits": "an empty row with sink logits",
+    "ranked, head_dim 96, keys 1.5, values 2 bits": "test_with_the_tiles_of_amd",
+    "ranked, head_dim 80, keys 2, values 1 bits": "ranked, token norms, float32, softcap, window",
+    "ranked, head_dim 64, keys 3, values 1 bits": "ranked, head_dim 48, values 24",
+    "ranked, head_dim 128, keys 4, values 4 bits": "ranked, head_dim 8",
+    "ranked, many sink tokens, window": "ranked, sink tokens; many sink tokens, window",
+    "ranked, window in the ring": "window in the ring",
+    "ranked, no mask, softcap, window": "ranked, token norms, float32, softcap, window",
+}
+SLOW = {*REPEATED, *RANKED_SLOW, *LONG, *COVERED} - {"ranked, token norms, a chunk"}
 AMD = (
     "float16",
     "float32",
@@ -41,10 +66,7 @@ AMD = (
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=pytest.mark.slow if n in {*REPEATED, *RANKED_SLOW, *LONG} else ())
-        for n in (*CASES, *RANKED_CASES, *RANKED_SLOW)
-    ],
+    [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in (*CASES, *RANKED_CASES, *RANKED_SLOW)],
 )
 def test_against_the_truth(name: str, interpreter: Interpreter) -> None:
     case = {**CASES, **RANKED_CASES, **RANKED_SLOW}[name]
@@ -74,7 +96,17 @@ def test_with_the_tiles_of_amd(name: str, interpreter: Interpreter) -> None:
     assert result["error"] <= allowed(result, case), result
 
 
-@pytest.mark.parametrize("name", [*SPOILED, *RANKED_SPOILED])
+#: Each tensor with groups of one size or the other, and with scales of one kind or the other.
+QUICK_SPOILED = {
+    *(name for name in SPOILED if name.endswith("32 a group")), "key.zero, 8 a group", "value.scale, 8 a group",
+    "ranked, key.scale", "ranked, key.center, float16 scales", "ranked, value.scale, float16 scales",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK_SPOILED else pytest.mark.slow) for n in (*SPOILED, *RANKED_SPOILED)],
+)
 def test_nan_propagates(name: str, interpreter: Interpreter) -> None:
     case = {**SPOILED, **RANKED_SPOILED}[name]
     result = interpreter.call("attention_runs:interpret", **case)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -196,7 +197,25 @@ MORE = {
         }.items()
     },
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
+#: What is fast: each on a chip or two; of what two programs a multiprocessor are claimed, both of NVIDIA's.
+QUICK_CHIPS = {
+    "head_dim 64": ("sm_80",),
+    "head_dim 128": ("sm_80", "sm_90"),
+    "head_dim 256": ("sm_80", "gfx942"),
+    "4 bits": ("sm_90",),
+    "a chunk": ("sm_90",),
+    "ranked": ("sm_80", "sm_90"),
+    "ranked, values of 3 bits": ("gfx942",),
+}
+
+
+def on_chips(cases: Iterable[str], quick: Mapping[str, Collection[str]]) -> list[Any]:
+    """(name, chip) of each of ``cases`` and CHIPS; slow but for those in ``quick``."""
+    return [
+        pytest.param(name, chip, marks=() if chip in quick.get(name, ()) else pytest.mark.slow)
+        for name in cases
+        for chip in CHIPS
+    ]
 
 
 def check(needs: Needs, chip: str) -> None:
@@ -205,8 +224,7 @@ def check(needs: Needs, chip: str) -> None:
     assert needs.shared <= CHIPS[chip][3]
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("name", [*FAST, *SLOW])
+@pytest.mark.parametrize(("name", "chip"), on_chips([*FAST, *MORE], QUICK_CHIPS))
 def test_decode_attention(name: str, chip: str) -> None:
     case = {**FAST, **MORE}[name]
     *_interior, decode, combine = launches(triton_attention.launch, decode_arguments(**case), hip=chip[:3] == "gfx")
@@ -252,18 +270,21 @@ BOTH = {
     "ranked keys, rotated values, rows": ("ranked keys, rows", "rotated values, rows"),
     "ranked keys, fitted values, 8 tokens": ("ranked keys, head_dim 256, 8 tokens", "fitted values"),
 }
-QUICK = ("fitted keys", "fitted values", "ranked keys, rotated values", "keys, values")
+QUICK = {
+    "fitted keys": ("sm_90",),
+    "fitted values": ("gfx942",),
+    "ranked keys, rotated values": ("gfx942",),
+    "keys, values": ("sm_80",),
+}
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in APPEND])
+@pytest.mark.parametrize(("name", "chip"), on_chips(APPEND, QUICK))
 def test_append(name: str, chip: str) -> None:
     (kernel,) = launches(triton_store.launch, append_arguments(**APPEND[name]))
     check(compiled(kernel, chip), chip)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BOTH])
+@pytest.mark.parametrize(("name", "chip"), on_chips(BOTH, QUICK))
 def test_append_of_both_sides(name: str, chip: str) -> None:
     """In one launch, of programs of the one that wants more warps."""
     sides = [append_arguments(**{**APPEND[side], "new": 8}) for side in BOTH[name]]
@@ -316,7 +337,7 @@ def test_codes_stay_in_registers(case: str) -> None:
     assert "dot_op<{opIdx = 0" in loop
 
 
-@pytest.mark.parametrize("ranked", [False, True])
+@pytest.mark.parametrize("ranked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_inductor_inlines_the_kernels(ranked: bool) -> None:
     """No call back into Python, no copies: partial results and the output are all that is allocated.
 

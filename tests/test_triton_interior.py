@@ -37,8 +37,20 @@ pytest_plugins = ["triton_fixture"]
 INTERIOR = ["interior_kernel", "decode_kernel", "combine_kernel"]
 
 
+#: Case to the fast one that does the same beside other things.
+COVERED = {
+    "whole groups": "whole groups, an empty row, unwritten tokens",
+    "whole groups, 16 rows, head_dim 64, 1 bit, small keys": "whole groups, head_dim 64, 1 bit, small keys",
+    "ranked, whole groups": "ranked, whole groups, sinks, padding",
+}
+
+
 @pytest.mark.parametrize(
-    "name", [*WHOLE_CASES, *WHOLE_RANKED, *(pytest.param(name, marks=pytest.mark.slow) for name in WHOLE_SLOW)]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in {*WHOLE_SLOW, *COVERED} else ())
+        for name in (*WHOLE_CASES, *WHOLE_RANKED, *WHOLE_SLOW)
+    ],
 )
 def test_against_the_truth(name: str, interpreter: Interpreter) -> None:
     case = {**WHOLE_CASES, **WHOLE_RANKED, **WHOLE_SLOW}[name]
@@ -214,6 +226,7 @@ def test_a_device_is_asked_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_of(torch.device("meta")) == LARGE
 
 
+@pytest.mark.slow  # that such caches are the other kernel's: test_when_it_does_not_run
 def test_what_float32_queries_pay() -> None:
     """A cache that the other kernel reads has another loop: more warps, more instructions per code."""
     made = sass_model.loop_of(dict(sass_model.PAPER, k_bits=2, v_bits=2, dim=64, mask=torch.bfloat16), "sm_80")

@@ -5,6 +5,7 @@ The interpreter cuts numbers off where it should round them to bfloat16, so noth
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -47,12 +48,61 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "scales that do not fit"])
+#: Six steps, of which two fill a group of keys, in the place of SCRIPT's ten, of each number of tokens.
+SHORT_SCRIPT = [19, 8, 8, 3, 20, 1, -8, 7, 8]
+#: Of 1, 3 and 8 tokens; the chunk before them is stored by the ops.
+SHORT_RANKED_SCRIPT = [30, 8, 3, 8, 1, 8, -5, 8, 8]
+#: Case to what has its options, too: these are slow.
+COVERED = {
+    "keys, 4 bits": "values, 4 bits; test_same_as_the_ops",
+    "values, 1 bits": "keys, 1 bits",
+    "values, 2 bits": "keys, 2 bits; test_same_as_the_ops",
+    "values, 3 bits": "values, head_dim 40, float32",
+    "values, 8 bits": "a window below a step",
+    "keys, head_dim 96, bfloat16": "values, head_dim 96, bfloat16",
+    "keys, head_dim 40, float32": "test_same_as_the_ops",
+    "keys, head_dim 64, float16": "keys, head_dim 8, float16",
+    "values, head_dim 8, float16": "keys, head_dim 8, float16",
+    "values, head_dim 64, float16": "one group of 96 channels",
+    "groups of 24 channels": "values, 4 bits; test_ranked_and_rotated_as_the_ops",
+    "blocks below a step": "blocks of one",
+    "loud values": "scales that do not fit",
+}
+#: The same of ranked keys and rotated values.
+RANKED_COVERED = {
+    "keys, head_dim 64, 2 bits": "keys, as the queries say",
+    "keys, head_dim 96, 1 bits": "keys, head_dim 80, 1.5 bits",
+    "keys, sinks, padding": "keys, token norms",
+    "keys, token norms, odd head_dim, quantized at once": "keys, token norms; keys, several groups a step",
+    "values, head_dim 64, groups of 64, 2 bits": "loud values",
+    "values, head_dim 24, groups of 24, 4 bits": "values, head_dim 96, groups of 24, 2 bits",
+    "values, head_dim 128, groups of 128, 1 bits": "values, head_dim 80, groups of 80, 1 bits",
+    "values, head_dim 64, groups of 32, 3 bits": "values, float16 scales",
+}
+
+
+def fast_but(names: Iterable[str], slow: Collection[str]) -> list[Any]:
+    """Parameters ``names``, those in ``slow`` marked so."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
+
+
+PLAYED = [name for name in CASES if name != "scales that do not fit"]
+
+
+@pytest.mark.parametrize("name", [name for name in PLAYED if name not in COVERED])
 def test_steps_chunks_and_rollbacks(name: str, interpreter: Interpreter) -> None:
+    interpreter.call("triton_store_runs:play", script=SHORT_SCRIPT, **CASES[name])
+
+
+@pytest.mark.parametrize("name", fast_but(PLAYED, {*PLAYED} - {"keys, 3 bits", "values, 4 bits"}))
+def test_steps_of_each_number_of_tokens(name: str, interpreter: Interpreter) -> None:
     interpreter.call("triton_store_runs:play", script=SCRIPT, **CASES[name])
 
 
-@pytest.mark.parametrize("name", [name for i, name in enumerate(CASES) if i % 3 == 0 or "fit" in name])
+OF_OPS = [name for i, name in enumerate(CASES) if i % 3 == 0 or "fit" in name]
+
+
+@pytest.mark.parametrize("name", fast_but(OF_OPS, ["groups of 24 channels", "a window below a step"]))
 def test_same_as_the_ops(name: str, interpreter: Interpreter) -> None:
     """Bit for bit, but for scales fitted by least squares, whose sums have another order."""
     found = interpreter.call("triton_store_runs:differences", script=[19, 1, 8, 5, 7, 1, 20, 6], **CASES[name])
@@ -76,8 +126,15 @@ def test_what_cannot_be_represented(side: str, bad: str, interpreter: Interprete
     assert not any(found.values()), found
 
 
-@pytest.mark.parametrize("name", [*RANKED, *(pytest.param(name, marks=pytest.mark.slow) for name in RANKED_SLOW)])
+@pytest.mark.parametrize("name", [name for name in RANKED if name not in RANKED_COVERED])
 def test_ranked_and_rotated_as_the_ops(name: str, interpreter: Interpreter) -> None:
+    case = {"script": SHORT_RANKED_SCRIPT, **RANKED[name]}
+    check_ranked(interpreter.call("triton_store_runs:ranked_differences", **case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*RANKED, *RANKED_SLOW])
+def test_ranked_and_rotated_from_the_first_token_on(name: str, interpreter: Interpreter) -> None:
     case = {"script": RANKED_SCRIPT, **{**RANKED, **RANKED_SLOW}[name]}
     check_ranked(interpreter.call("triton_store_runs:ranked_differences", **case))
 
@@ -92,8 +149,13 @@ def test_ranked_what_cannot_be_represented(side: str, bad: str, interpreter: Int
     assert found["nans"][0] > 0
 
 
-@pytest.mark.parametrize("ranked", [False, True])
-@pytest.mark.parametrize("side", ["key", "value"])
+@pytest.mark.parametrize(
+    ("side", "ranked"),
+    [
+        ("key", True), ("value", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("key", False), ("value", True))),
+    ],
+)  # fmt: skip
 def test_faults_and_lengths(side: str, ranked: bool, interpreter: Interpreter) -> None:
     """In order, back by 8 and by more, a gap, a jump, past the end, a full cache from 0 on."""
     ranges = [(0, 5), (5, 8), (13, 2), (9, 4), (13, 8), (21, 8), (29, 1), (20, 3), (29, 1), (40, 2), (57, 5), (0, 3)]

@@ -89,27 +89,36 @@ MASKS = {
 }
 
 
+#: (Heads per KV head, name of a mask, tokens of the buffer that are seen), all of them: a kernel for each two.
+EVERY = [(group, name, tokens) for group in (1, 3) for name in MASKS for tokens in (ROOM, 90)]
+#: Each kind of mask once, each number of heads and of tokens with half of them; one pair of kinds turned around.
+SOME = [
+    (1, "none", ROOM), (3, "bool", 90), (1, "a row", 90), (3, "a query", ROOM), (3, "heads", 90), (1, "a head", ROOM),
+    (3, "none", 90),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", [SOME, pytest.param(EVERY, marks=pytest.mark.slow)], ids=["some", "every"])
 @pytest.mark.parametrize("new", [1, 3])
 @torch.no_grad()
-def test_any_mask_and_group(calls, new):
+def test_any_mask_and_group(calls, new, chosen):
     """Also of the first tokens of a buffer."""
     cache = filled(new)
     keys, values = cache.layers[1].keys, cache.layers[1].values
     calls.clear()
-    for heads in (HEADS, 3 * HEADS):
+    for group, name, tokens in chosen:
+        heads = group * HEADS
         q = torch.randn(BATCH, heads, new, DIM, generator=seeded(9))
-        for name, make in MASKS.items():
-            for tokens in (ROOM, 90):
-                mask = make(new, heads)
-                mask = mask if mask is None else mask[..., :tokens]
-                if mask is not None and mask.dim() == 1:
-                    mask = mask.expand(1, 1, new, tokens)
-                given = dict(attn_mask=mask, enable_gqa=heads > HEADS, scale=0.3)
-                got = scaled_dot_product_attention(q, keys[:, :, :tokens], values[:, :, :tokens], **given)
-                dense = (x.dequantize()[:, :, :tokens] for x in (keys, values))
-                want = scaled_dot_product_attention(q, *dense, **given)
-                torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    assert calls == ["attend"] * 24
+        mask = MASKS[name](new, heads)
+        mask = mask if mask is None else mask[..., :tokens]
+        if mask is not None and mask.dim() == 1:
+            mask = mask.expand(1, 1, new, tokens)
+        given = dict(attn_mask=mask, enable_gqa=group > 1, scale=0.3)
+        got = scaled_dot_product_attention(q, keys[:, :, :tokens], values[:, :, :tokens], **given)
+        dense = (x.dequantize()[:, :, :tokens] for x in (keys, values))
+        want = scaled_dot_product_attention(q, *dense, **given)
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert calls == ["attend"] * len(chosen)
 
 
 @torch.no_grad()
