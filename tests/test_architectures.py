@@ -35,7 +35,12 @@ BASE = dict(
 SMALL = dict(vocab_size=128, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, bos_token_id=1, eos_token_id=2)
 FAMILIES = {
     "Qwen3": BASE,
-    "Gemma3Text": {**BASE, "num_hidden_layers": 4, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "Gemma3Text": {
+        **BASE,
+        "num_hidden_layers": 4,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "Gemma2": {**BASE, "sliding_window": 12},
     "GptOss": {**BASE, "sliding_window": 12, "num_local_experts": 2, "num_experts_per_tok": 1},
     "GPT2": dict(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2),

@@ -567,7 +567,8 @@ def test_layers_that_cannot_go_back_say_so_first():
 
 
 @pytest.mark.parametrize(
-    ("how", "back"), [("eager", 9), ("eager", 20), ("compiled", 9), pytest.param("compiled", 20, marks=pytest.mark.slow)]
+    ("how", "back"),
+    [("eager", 9), ("eager", 20), ("compiled", 9), pytest.param("compiled", 20, marks=pytest.mark.slow)],
 )
 def test_a_rollback_beyond_a_step_is_exact(model, how, back):
     step, cache, twin = stepper(how, model), new(model), new(model)
