@@ -17,7 +17,7 @@ from xquant_fx import XQuantCache, XQuantConfig
 
 CONFIG = XQuantConfig.preset("xquant-1bit").replace(k_group_size=8, residual_length=16)
 IDS = torch.randint(1, 128, (1, 61), generator=torch.Generator().manual_seed(1))
-STEPS = 24  # after the prompt, three groups are quantized and sliding windows have gone round
+STEPS = 29  # keys are quantized with the prompt and twice after it; sliding windows have gone round
 
 BASE = dict(
     vocab_size=128,

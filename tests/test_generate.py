@@ -15,7 +15,7 @@ from xquant_fx.ops import STORE, STORE_BORROWED
 
 CONFIG = XQuantConfig.preset("xquant").replace(k_group_size=8, residual_length=16)
 PROMPT = torch.randint(1, 128, (3, 21), generator=torch.Generator().manual_seed(5))
-NEW = 28  # with the prompt, three groups are quantized
+NEW = 31  # keys are quantized with the prompt and twice after it
 ROOM = 128  # as in test_cache_life.py, so that kernels are compiled once for both
 
 
