@@ -17,13 +17,13 @@ from xquant_fx import XQuantCache, XQuantConfig
 
 CONFIG = XQuantConfig.preset("xquant-1bit").replace(k_group_size=8, residual_length=16)
 IDS = torch.randint(1, 128, (1, 61), generator=torch.Generator().manual_seed(1))
-PLAN = [21] + [1] * 40
+STEPS = 29  # keys are quantized with the prompt and twice after it; sliding windows have gone round
 
 BASE = dict(
     vocab_size=128,
     hidden_size=64,
     intermediate_size=96,
-    num_hidden_layers=4,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
@@ -32,16 +32,21 @@ BASE = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-SMALL = dict(vocab_size=128, hidden_size=64, num_attention_heads=4, num_hidden_layers=4, bos_token_id=1, eos_token_id=2)
+SMALL = dict(vocab_size=128, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, bos_token_id=1, eos_token_id=2)
 FAMILIES = {
     "Qwen3": BASE,
-    "Gemma3Text": {**BASE, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "Gemma3Text": {
+        **BASE,
+        "num_hidden_layers": 4,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "Gemma2": {**BASE, "sliding_window": 12},
     "GptOss": {**BASE, "sliding_window": 12, "num_local_experts": 2, "num_experts_per_tok": 1},
-    "GPT2": dict(vocab_size=128, n_embd=64, n_layer=4, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2),
+    "GPT2": dict(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2),
     "Falcon": SMALL,
-    "Bloom": dict(vocab_size=128, hidden_size=64, n_layer=4, n_head=4),
-    "Mpt": dict(vocab_size=128, d_model=64, n_layers=4, n_heads=4, max_seq_len=512),
+    "Bloom": dict(vocab_size=128, hidden_size=64, n_layer=2, n_head=4),
+    "Mpt": dict(vocab_size=128, d_model=64, n_layers=2, n_heads=4, max_seq_len=512),
 }
 
 
@@ -59,7 +64,7 @@ def test_compiled_equals_eager_equals_static(name):
     step = torch.compile(model.forward, backend=interpreted())  # dynamic=None: Gemma and GPT-OSS count on the host
 
     def run(call, cache):
-        return run_steps([(model.forward, 21)] + [(call, 1)] * 40, IDS, cache)
+        return run_steps([(model.forward, 21)] + [(call, 1)] * STEPS, IDS[:, : 21 + STEPS], cache)
 
     full, quantized = (
         (lambda: XQuantCache(model.config, 96, XQuantConfig.preset("full"))),

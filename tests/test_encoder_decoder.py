@@ -72,7 +72,7 @@ def logits(model, encoded, first, step, cache):
     [
         (t5, xquant, FULL, False, True),
         (t5, dynamic, FULL, True, True),
-        (t5, dynamic, LOW, True, True),
+        pytest.param(t5, dynamic, LOW, True, True, marks=pytest.mark.slow),  # few bits are whisper's
         (t5, static, FULL, False, False),
         (whisper, xquant, LOW, True, True),
     ],

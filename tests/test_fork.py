@@ -109,7 +109,10 @@ class Family:
         ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("config", "how"), [("ranked", "compiled"), ("pairs", "compiled"), ("ranked", "eager")])
+FAMILIES = [pytest.param("ranked", "compiled", marks=pytest.mark.slow), ("pairs", "compiled"), ("ranked", "eager")]
+
+
+@pytest.mark.parametrize(("config", "how"), FAMILIES)
 def test_whatever_is_done_to_one_no_other_sees_it(model: Any, config: str, how: str) -> None:
     """Cropped and filled again, reset, reordered, saved, deleted, forked again: exactly as deep copies at each turn."""
     calls: list[Any] = []

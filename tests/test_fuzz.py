@@ -83,17 +83,27 @@ def test_refused_with_an_error(name: str) -> None:
     assert outcome.kind == "refused" and words in outcome.detail, outcome
 
 
-def test_a_short_run() -> None:
+@pytest.mark.parametrize("cases", [8, pytest.param(25, marks=pytest.mark.slow)])
+def test_a_short_run(cases: int) -> None:
     """The first cases of the first seed, as many as there is time for; `make fuzz` goes on."""
     end, said = time.monotonic() + SECONDS, []
     campaign = Campaign(None, 0, said.append)
-    campaign.run(lambda: time.monotonic() > end or campaign.counts["cases"] >= 25)
+    campaign.run(lambda: time.monotonic() > end or campaign.counts["cases"] >= cases)
     # A rotating buffer whose positions the graph computes is refused with an error that says so: docs/limits.md.
     assert [failure for failure in campaign.failures if failure["kind"] != "refused"] == [], "\n".join(said)
     assert campaign.counts["right"] and not campaign.counts["invalid"]
 
 
-@pytest.mark.parametrize("name", FOUND)
+#: Of the same cause as the one before them: the options of the graph behind a break.
+LIKE_OTHERS = {
+    "the same, and keys that grow",
+    "copies behind a graph break: their options were taken for others than those of the takeover",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LIKE_OTHERS else ()) for name in FOUND]
+)
 def test_found_once(name: str) -> None:
     outcome = run(FOUND[name])
     assert (outcome.kind, outcome.detail, outcome.is_silent) == ("right", "", False)

@@ -11,6 +11,7 @@ import torch
 from dynamo_graphs import tiny
 from rewrites import Rewrites, count
 from states import layers_of
+from stepping import interpreted
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
@@ -247,13 +248,19 @@ def test_a_layer_whose_past_begins_in_the_graph_stays_beside_quantized_ones():
 
 @pytest.fixture(scope="module")
 def models():
-    """A model compiled for each setting, and as it is."""
+    """A model compiled for each setting, by Inductor and op by op, and as it is."""
     plain = tiny("llama")
     made = {}
     for name, config in (("exact", EXACT), ("kivi-2", XQuantConfig.preset("kivi-2"))):
         made[name] = copy.deepcopy(plain)
         made[name].compile(backend="xquant", options={"config": config})
+    made["op by op"] = copy.deepcopy(plain)
+    made["op by op"].compile(backend=interpreted(config=EXACT, self_check=False))
     return plain, made
+
+
+#: Kernels that Inductor makes for caches that grow are run by the two tests that do not name a ``way``.
+WAYS = pytest.mark.parametrize("way", ["op by op", pytest.param("exact", marks=pytest.mark.slow)])
 
 
 def prompt(rows: int = 1, length: int = 20, seed: int = 0) -> torch.Tensor:
@@ -296,31 +303,34 @@ def test_generate_is_as_with_an_xquant_cache(models):
     assert mine.full_bytes < theirs.full_bytes  # of the 305 tokens that it has
 
 
+@WAYS
 @pytest.mark.parametrize(
     "more", [dict(num_beams=3), pytest.param(dict(prompt_lookup_num_tokens=3), marks=pytest.mark.slow)]
 )
-def test_generate_in_other_ways(models, more):
+def test_generate_in_other_ways(models, more, way):
     plain, made = models
     torch._dynamo.reset()
     ids = torch.cat([prompt()] * 2, 1)
-    assert torch.equal(generate(made["exact"], ids, **more), generate(plain, ids, **more))
+    assert torch.equal(generate(made[way], ids, **more), generate(plain, ids, **more))
 
 
-def test_rows_of_different_lengths(models):
+@WAYS
+def test_rows_of_different_lengths(models, way):
     plain, made = models
     torch._dynamo.reset()
     ids, mask = prompt(2), torch.ones(2, 20, dtype=torch.int64)
     mask[0, :7] = 0
-    mine, theirs = (generate(m, ids * mask, attention_mask=mask) for m in (made["exact"], plain))
+    mine, theirs = (generate(m, ids * mask, attention_mask=mask) for m in (made[way], plain))
     assert torch.equal(mine, theirs)
 
 
-def test_a_chat(models):
+@WAYS
+def test_a_chat(models, way):
     """Turns of many tokens, past the room there is, a crop, and copies that go on apart."""
     plain, made = models
     torch._dynamo.reset()
     results = []
-    for model in (made["exact"], plain):
+    for model in (made[way], plain):
         cache, logits = DynamicCache(config=plain.config), []
 
         def step(ids, model=model, logits=logits):

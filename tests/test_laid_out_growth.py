@@ -86,9 +86,12 @@ def compiled(model: Decoder, made: list[Any] | None = None, **options: Any) -> C
 
 
 ALL = [("BNHD",), ("NBHD",), ("BHDN",), ("NHD",), ("HND",), ("HDN",), ("BN2D",), ("NB2D",), ("BHND", "BNHD")]
+#: Their batch, tokens and heads are where those of the others are.
+LIKE_OTHERS = [("NBHD",), ("HDN",), ("BN2D",)]
+MARKED = [pytest.param(dims, marks=pytest.mark.slow if dims in LIKE_OTHERS else ()) for dims in ALL]
 
 
-@pytest.mark.parametrize("dims", ALL)
+@pytest.mark.parametrize("dims", MARKED)
 def test_steps_are_those_of_the_program(dims: tuple[str, ...]) -> None:
     """From no past on, which a step without a concatenation makes; compiled no more often than in the usual order."""
     model, made = Decoder(*dims), []
@@ -102,7 +105,7 @@ def test_steps_are_those_of_the_program(dims: tuple[str, ...]) -> None:
     assert len(made) <= 3  # no step that only adds tokens is compiled again
 
 
-@pytest.mark.parametrize("dims", ["BNHD", "HND", "BN2D"])
+@pytest.mark.parametrize("dims", ["BNHD", *(pytest.param(dims, marks=pytest.mark.slow) for dims in ("HND", "BN2D"))])
 def test_codes_and_reports_are_those_of_the_usual_order(dims: str) -> None:
     """Where the first step puts tokens behind empty tensors; one compilation for steps of a size."""
     usual, other, batch = Decoder("BHND"), Decoder(dims), 2 if "B" in dims else 1

@@ -120,17 +120,17 @@ def ahead(steps, q=1, lengths=LENGTHS):
 @pytest.mark.parametrize(
     ("write", "q", "options"),
     [
-        (by_index, 1, SMALL), (by_index_of_tokens, 3, SHARED), (by_index_of_tokens, 9, SMALL),
+        (by_index, 1, SMALL), (by_index_of_tokens, 3, SHARED), (by_index_of_tokens, 6, SMALL),
         (by_three_indices, 1, SHARED), (by_put, 1, dict(preset="full")), (by_scatter, 2, SMALL), (by_rows, 2, SHARED),
     ],
 )  # fmt: skip
 def test_each_row_is_as_alone(write, q, options):
-    calls, buffers, positions = [], prompts(), ahead(18 // q, q)
+    calls, buffers, positions = [], prompts(), ahead(12 // q, q)
     got = run(torch.compile(decoder(write), backend=interpreted(calls, **options)), buffers, positions)
     for row in range(B):
         assert_as_alone(got, positions, row, **options)
     state = buffers[1][0].state
-    assert len(calls) == 1 and state.row_lengths == [n + 18 for n in LENGTHS] and state.spec.ragged
+    assert len(calls) == 1 and state.row_lengths == [n + 12 for n in LENGTHS] and state.spec.ragged
     fused, stored = (len(calls[0].graph.find_nodes(op="call_function", target=t)) for t in (ops.DECODE, ops.STORE))
     assert fused == (0 if options.get("preset") == "full" else 2) and stored >= 3
 
@@ -146,7 +146,7 @@ def test_scatter_at_common_positions_is_an_append_like_others():
 
 
 def test_compiled_kernels_take_each_row_by_its_length():
-    positions, buffers = ahead(12), prompts()
+    positions, buffers = ahead(9), prompts()
     got = run(torch.compile(decoder(by_index), backend="xquant", options=SMALL), buffers, positions)
     for row in range(B):
         assert_as_alone(got, positions, row, **SMALL)

@@ -137,7 +137,7 @@ def test_steps_are_those_of_buffers_apart(holder: str, write: Any, read: str, di
         torch.testing.assert_close(got, usual(x, pos), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("holder", ["L2", "L"])
+@pytest.mark.parametrize("holder", ["L2", pytest.param("L", marks=pytest.mark.slow)])
 def test_codes_reports_and_copies_are_those_of_buffers_apart(holder: str) -> None:
     usual, other = Decoder(""), Decoder(holder)
     expected = steps(usual, compiled(usual, config=CONFIG))

@@ -92,7 +92,9 @@ def test_as_an_xquant_cache() -> None:
     assert memory_report(cache).full_bytes == 2 * 2 * 8 * 4 * WINDOW
 
 
-@pytest.mark.parametrize(("name", "windows"), [("Mistral", [0, 1]), ("Gemma3Text", [0])])
+@pytest.mark.parametrize(
+    ("name", "windows"), [pytest.param("Mistral", [0, 1], marks=pytest.mark.slow), ("Gemma3Text", [0])]
+)
 def test_sixteen_bits_are_exact_over_its_life(name: str, windows: list[int]) -> None:
     """A cache that is used four times; what was compiled first serves again."""
     cache, x, step = cache_of(name, 256), tokens_of(130), compiled(config=FULL)
