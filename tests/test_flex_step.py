@@ -252,3 +252,19 @@ def test_ordinary_buffers_at_16_bits():
             blocks = create_block_mask(causal(pos), B, HEADS, 1, N, device="cpu", BLOCK_SIZE=16)
             outs = [f(*args, cache, pos, blocks) for f, cache in zip((compiled, step), caches, strict=True)]
             assert relative_error(*outs) < 1e-6
+
+
+def test_a_step_after_chunks():
+    """Dynamo leaves numbers of tokens open by then, and does not know that queries are as many as keys."""
+    graphs, step, at = [], decoder(attend), 0
+    compiled = torch.compile(step, backend=interpreted(graphs, k_bits=8, v_bits=8))
+    mine, theirs = ([[torch.zeros(B, KV, N, D) for _ in range(2)] for _ in range(2)] for _ in range(2))
+    with torch.no_grad():
+        for tokens in (1, 9, 11, 3):
+            pos = torch.arange(at, at + tokens)
+            blocks = create_block_mask(causal(pos), B, HEADS, tokens, N, device="cpu", BLOCK_SIZE=16)
+            args = torch.randn(B, HEADS, tokens, D), *torch.randn(2, B, KV, tokens, D)
+            outs = [f(*args, cache, pos, blocks) for f, cache in ((compiled, mine), (step, theirs))]
+            assert relative_error(*outs) < 1e-4
+            at += tokens
+    assert count(graphs[-1], ops.DECODE) == 2

@@ -38,22 +38,3 @@ def test_steps_of_a_few_tokens_are_fused_whatever_their_number(tiny_llama) -> No
     assert all(any("decode_attention" in str(node.target) for node in graph.graph.nodes) for graph in graphs[-3:])
     inputs = [node.meta["example_value"] for graph in graphs[-3:] for node in graph.graph.find_nodes(op="placeholder")]
     assert not any(isinstance(each, torch.SymInt) for each in inputs)  # or layers would not be compiled once for all
-
-
-@torch.no_grad()
-def test_queries_whose_number_is_not_known_to_be_that_of_keys() -> None:
-    """A function that is given all three: after a chunk Dynamo takes each number for one of its own."""
-
-    def step(q, k, v, keys, values, pos):
-        keys[:, :, pos], values[:, :, pos] = k, v
-        seen = torch.arange(48) <= pos[:, None]
-        return torch.nn.functional.scaled_dot_product_attention(q, keys, values, seen)
-
-    graphs = list[Any]()
-    compiled, at = torch.compile(step, backend=interpreted(graphs, k_bits=8, v_bits=8)), 0
-    mine, theirs = ([torch.zeros(1, 2, 48, 8) for _ in range(2)] for _ in range(2))
-    for tokens in (1, 9, 11, 3):
-        args, pos = torch.randn(3, 1, 2, tokens, 8), torch.arange(at, at + tokens)
-        torch.testing.assert_close(compiled(*args, *mine, pos), step(*args, *theirs, pos), rtol=1e-4, atol=1e-5)
-        at += tokens
-    assert any("decode_attention" in str(node.target) for node in graphs[-1].graph.nodes)
