@@ -35,8 +35,8 @@ from xquant_fx.plan.spec import KVSpec
 aten = torch.ops.aten
 EVICTS = (
     "tokens of one quantized cache are put behind others of it, which evicts those between: groups of tokens share "
-    "scales, and quantizing what is left again would add to the error at every step. Concatenate its dequantize(), and "
-    "keep such a cache out of compiled code, or in full precision (options={'preset': 'full'})"
+    "scales, and quantizing what is left again would add to the error at every step. Store such a cache at 16 bits "
+    "(options={'preset': 'full'})"
 )
 
 
@@ -224,7 +224,9 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     if past.growth is None or x.dtype != past.dtype:
         return NotImplemented
     if isinstance(x, GrowingKV) and x.growth is past.growth:
-        raise CacheStateError(f"{past.origin}: {EVICTS}")
+        if past.spec.quantized:
+            raise CacheStateError(f"{past.origin}: {EVICTS}")
+        return NotImplemented  # 16 bits lose nothing
     return past.append(x) if x.shape[2] else past
 
 

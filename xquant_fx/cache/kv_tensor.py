@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
+from torch._subclasses.fake_tensor import FakeTensor, UnsupportedFakeTensorException
 
 from xquant_fx.cache import step_attention
 from xquant_fx.cache.left import ONCE, leave
@@ -311,7 +311,12 @@ def _zero(kv: QuantizedKV) -> Any:
 
 def _fill(kv: QuantizedKV, value: Any) -> Any:
     """``buffer[:, :, n:] = 0`` arrives so, too."""
-    return NotImplemented if kv.state is None or value != 0 else aten.zero_.default(kv)
+    return aten.zero_.default(kv) if kv.state is not None and is_zero(value) else NotImplemented
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a fill is with 0; of a tensor that Dynamo traces it is not known."""
+    return not isinstance(value, FakeTensor) and bool(value == 0)
 
 
 def _slice(kv: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xquant_fx.cache.growing import STORED_KV
-from xquant_fx.cache.kv_tensor import wrapper
+from xquant_fx.cache.kv_tensor import is_zero, wrapper
 from xquant_fx.cache.left import ONCE, leave
 from xquant_fx.cache.reads import Dequantized, read
 from xquant_fx.errors import UnsupportedWriteError
@@ -205,7 +205,7 @@ def _zero(kv: StackedKV) -> Any:
 
 
 def _fill(kv: StackedKV, value: Any) -> Any:
-    return NotImplemented if value != 0 else _zero(kv)
+    return _zero(kv) if is_zero(value) else NotImplemented
 
 
 def _index_copy(kv: StackedKV, dim: int, pos: Tensor, x: Tensor) -> Any:
