@@ -199,7 +199,7 @@ inline void turned_scores(Scratch& scratch, const Inputs& in, const float (&scal
     alignas(64) float key[DK][L];
     for (int64_t t = t0; t < t0 + n; t += L) {
         for (int64_t w = 0; w < WORDS; w++) {
-            const vu word = load<vu>(in.k_codes + w * K_TOKENS + t);
+            const vu word = load<vu>(in.k_codes + w * in.k_tokens + t);
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) {
                 const int64_t rank = w * 16 + i;
@@ -274,7 +274,8 @@ inline void turned_span(Scratch& scratch, const Inputs& in, const Data& data, in
     }
 }
 
-inline void load_problem(Scratch& scratch, Inputs& in, const Data& data, float query_scale) {
+inline void load_problem(Scratch& scratch, Inputs& in, const Data& data, float query_scale, int64_t tokens) {
+    in.batch = in.mask_batch = 1, in.max_len = in.k_tokens = in.v_tokens = tokens;
     in.v_codes = data.codes, in.v_scale = data.scales;
     in.k_codes = data.k_codes, in.k_scale = data.k_scale, in.k_zero = data.k_zero;
     for (int64_t r = 0; r < ROWS; r++) {
@@ -299,7 +300,7 @@ extern "C" int values(int way, const xq::Data* data, float* out, int64_t tokens)
     RunningSoftmax softmax(sums);
     softmax.clear();
     Inputs in{};
-    load_problem(scratch, in, *data, 1.0f);
+    load_problem(scratch, in, *data, 1.0f, tokens);
     for (int64_t t = 0; t < tokens; t += SPAN)
         if (!add_span(way, scratch, softmax, in, *data, t, tokens)) return 1;
     for (int64_t r = 0; r < ROWS; r++) std::memcpy(out + r * DV, output(softmax, r), DV * sizeof(float));
@@ -311,7 +312,7 @@ extern "C" int keys(int turned, const xq::Data* data, float* out, int64_t tokens
     using namespace xq;
     static Scratch scratch;
     Inputs in{};
-    load_problem(scratch, in, *data, 1.0f);
+    load_problem(scratch, in, *data, 1.0f, tokens);
     std::fill(out, out + ROWS, 0.0f);
     for (int64_t t = 0; t < tokens; t += SPAN) {
         if (turned) turned_span(scratch, in, *data, t, tokens);
@@ -330,7 +331,7 @@ extern "C" int decode(int way, const xq::Data* data, float*, int64_t tokens) {
     RunningSoftmax softmax(sums);
     softmax.clear();
     Inputs in{};
-    load_problem(scratch, in, *data, 1e-3f);
+    load_problem(scratch, in, *data, 1e-3f, tokens);
     for (int64_t t = 0; t < tokens; t += SPAN) {
         if (way / 8) turned_span(scratch, in, *data, t, tokens);
         else quantized_scores(scratch, in, 0, t, t + SPAN);

@@ -53,21 +53,21 @@ WAYS = {
 }  # fmt: skip
 
 
-def problem(tokens: int) -> Problem:
+def problem() -> Problem:
     """``xquant-1.7`` at head_dim 128: what the product's loops are compiled for."""
     return Problem(
-        dtype=torch.bfloat16, scale_dtype=torch.uint8, batch=1, heads=8, query_heads=8 * ROWS, queries=1, k_dim=DIM,
-        v_dim=DIM, max_len=tokens, k_scheme="per_channel_ranked", k_bits=2, k_group=GROUP, k_tokens=tokens,
-        k_residual=384, k_ring=404, v_scheme="per_token_rotated", v_bits=1, v_group=DIM, v_tokens=tokens,
-        v_residual=128, v_ring=148, sinks=4, scale=1.0, softcap=0.0, window=0, mask_dtype=None, mask_strides=(0, 0, 0),
-        sink_logits_dtype=None, k_norms=False, chunk=False,
+        dtype=torch.bfloat16, scale_dtype=torch.uint8, heads=8, query_heads=8 * ROWS, queries=1, k_dim=DIM,
+        v_dim=DIM, long_spans=True, k_scheme="per_channel_ranked", k_bits=2, k_group=GROUP,
+        k_residual=384, k_ring=404, v_scheme="per_token_rotated", v_bits=1, v_group=DIM,
+        v_residual=128, v_ring=148, sinks=4, scale=1.0, softcap=0.0, window=0, mask_dtype=None,
+        mask_heads=False, mask_queries=False, sink_logits_dtype=None, k_norms=False, chunk=False, by_row=False,
     )  # fmt: skip
 
 
-def compiled(machine: str, tokens: int, folder: str) -> ctypes.CDLL:
+def compiled(machine: str, folder: str) -> ctypes.CDLL:
     """The function ``run`` of code_paths.h behind the product's own source."""
     isa, flags = MACHINES[machine]
-    _, product = source(problem(tokens), ISAS[isa])
+    _, product = source(problem(), ISAS[isa])
     file = Path(folder) / f"{isa}.cpp"
     file.write_text(product + (ROOT / "benchmarks" / "code_paths.h").read_text())
     library = file.with_suffix(f".{len(flags)}.so")
@@ -183,7 +183,7 @@ def measure(machine: str, args: argparse.Namespace) -> dict[str, Any]:
     data = inputs(args.tokens, bias)
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        run = caller(compiled(machine, args.tokens, folder), data, args.tokens)
+        run = caller(compiled(machine, folder), data, args.tokens)
         there = check(run, data, bias)
         for _ in range(args.rounds):
             for name in there:

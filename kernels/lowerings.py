@@ -104,9 +104,12 @@ def decode_attention_cpu(*args: Any, **kwargs: Any) -> Any:
     """One C++ kernel in the generated module."""
     a: Any = DecodeArguments(*args, **kwargs).mapped(contiguous)  # of Inductor's buffers
     types, code = cpu_attention.source(attention.problem_of(a, sizes, dtype), cpu_build.isa())
+    numbers = tuple(attention.sizes_given(a, sizes))
     shape = (*sizes(a.q)[:3], sizes(a.v_ring)[3])
     layout = ir.FixedLayout(a.q.get_device(), a.q.get_dtype(), list(shape), ir.FlexibleLayout.contiguous_strides(shape))
-    return ir.TensorBox.create(CppOut(layout, list(a.tensors.values()), "xquant_decode_attention", types, code))
+    return ir.TensorBox.create(
+        CppOut(layout, list(a.tensors.values()), "xquant_decode_attention", types, code, numbers)
+    )
 
 
 @register_lowering(torch.ops.xquant.linear_rows.default, type_promotion_kind=None)
@@ -169,8 +172,7 @@ def append_cpu(*args: Any, **kwargs: Any) -> None:
     a = a.mapped(ir.ExternKernel.realize_input, set(a.tensor_names()) - set(new))
     types, code = cpu_store.source(append.problem_of(a, sizes, dtype), cpu_build.isa())
     written = [a.tensors[name] for name in a.written(a.overload) if name in a.tensors]
-    numbers = (append.tokens_given(a, sizes),)
-    CppInPlace(list(a.tensors.values()), written, "xquant_append", types, code, numbers)
+    CppInPlace(list(a.tensors.values()), written, "xquant_append", types, code, tuple(append.sizes_given(a, sizes)))
 
 
 for _overload in (torch.ops.xquant.append_cpu.default, torch.ops.xquant.append_cpu.borrowed):

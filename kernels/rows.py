@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -35,19 +35,15 @@ def row_of(a: A, row: int) -> A:
     return a.replace(**{name: part(name, tensor) for name, tensor in a.tensors.items()})
 
 
-class RowLoop(NamedTuple):
-    """How a C++ kernel of one row is called for each."""
+def row_loop(rows: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """How a C++ kernel of one row is called for each: their number, and how many elements lie between a row and the
+    next in each of the contiguous tensors of these shapes, in order."""
 
-    rows: int
-    pitches: tuple[tuple[str, int], ...]
-    """By tensor, how many elements lie between a row and the next."""
+    def pitch(name: str, shape: tuple[int, ...]) -> int:
+        shared = name in SHARED or (name == "mask" and shape[0] == 1)
+        return 0 if shared else math.prod(shape) // rows
 
-    @classmethod
-    def of(cls, rows: int, shapes: Mapping[str, tuple[int, ...]]) -> RowLoop:
-        """The loop over tensors of these shapes, contiguous ones."""
-        shared = {name for name, shape in shapes.items() if name in SHARED or (name == "mask" and shape[0] == 1)}
-        pitch: dict[str, Any] = {name: math.prod(shape) // rows for name, shape in shapes.items()}
-        return cls(rows, tuple((name, 0 if name in shared else pitch[name]) for name in shapes))
+    return rows, *(pitch(name, shape) for name, shape in shapes.items())
 
 
 def write_rows_(buffer: Tensor, pos: Tensor, x: Tensor) -> Tensor:

@@ -145,6 +145,20 @@ def test_borrowed_codes_are_const() -> None:
         assert (types[2] == "const int32_t*") == const
 
 
+@pytest.mark.parametrize("name", ["keys, 3 bits", "values, 3 bits, sinks"])
+def test_one_kernel_for_all_lengths_and_batches(name: str) -> None:
+    def text(tokens: int, rows: bool = False, **more: int) -> tuple[tuple[str, ...], str]:
+        case = Case(**{**CASES[name], "padding": (0,) * more.get("batch", 2), **more})
+        a = store_arguments(pair_of(case)[0], case.tokens(tokens, 0), torch.arange(tokens))
+        if rows:
+            a = a.replace(pos=a.pos.expand(case.batch, -1), length=a.length.expand(case.batch, 2))
+        return cpu_store.source(append.problem_of(a), ISAS["avx2"])
+
+    caches = dict(max_len=60), dict(max_len=400), dict(max_len=60, batch=3)
+    assert len({text(tokens, **each) for tokens in (1, 5) for each in caches}) == 1
+    assert len({text(tokens, True, **each) for tokens in (1, 5) for each in caches} - {text(1, max_len=60)}) == 1
+
+
 #: Slow, too: each of their options has another case.
 RANKED_REPEATED = (
     "keys, head_dim 64, 2 bits",

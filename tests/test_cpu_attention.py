@@ -15,7 +15,7 @@ from xquant_fx import ops
 from xquant_fx.kernels.cpu import build as cpu_build
 from xquant_fx.kernels.cpu.isa import ISAS
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
-from xquant_fx.kernels.decode_attention.cpu_call import empty_output, problem_of, run_cpu
+from xquant_fx.kernels.decode_attention.cpu_call import empty_output, problem_of, run_cpu, sizes_given
 from xquant_fx.kernels.decode_attention.cpu_source import source
 from xquant_fx.kernels.decode_attention.plain_torch import attend
 from xquant_fx.kernels.schemes import per_channel, per_token
@@ -104,7 +104,7 @@ def test_narrower_vectors(name: str, isa: str) -> None:
     a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
     types, code = source(problem_of(a), ISAS[isa])
     out = empty_output(**a._asdict())
-    cpu_build.load(types, code)(*a.tensors.values(), out)
+    cpu_build.load(types, code)(*a.tensors.values(), out, *sizes_given(a))
     check(setup, out, given)
 
 
@@ -127,7 +127,7 @@ def test_avx512_without_the_processor(name: str, macro: str) -> None:
     shim = f"{others}#define {macro} 1\n{with_bfloat16}{(Path(__file__).parent / 'avx512.h').read_text()}"
     assert code.count("#include <immintrin.h>") == 1
     out = empty_output(**a._asdict())
-    cpu_build.load(types, code.replace("#include <immintrin.h>", shim))(*a.tensors.values(), out)
+    cpu_build.load(types, code.replace("#include <immintrin.h>", shim))(*a.tensors.values(), out, *sizes_given(a))
     check(setup, out, given)
 
 
@@ -197,7 +197,25 @@ def test_a_mode_sees_the_kernel_as_an_op() -> None:
     assert torch.equal(watched, ops.decode_attention(**args))
 
 
-def test_sources_of_one_problem_are_one_text() -> None:
-    setup = Setup()
-    a = DecodeArguments(**arguments(setup, inputs(setup)))
-    assert len({source(problem_of(a), ISAS["avx2"])[1] for _ in range(2)}) == 1
+def given_to(**kwargs: Any) -> DecodeArguments:
+    setup = Setup(**kwargs)
+    return DecodeArguments(**arguments(setup, inputs(setup)))
+
+
+@pytest.mark.parametrize("new", [{}, RANKED_CASES["ranked, float32"]], ids=["", "ranked"])
+def test_one_kernel_for_all_lengths_and_batches(new: dict[str, Any]) -> None:
+    """And one more for batches of few heads; the scale and what a mask is given for are its own."""
+    caches = [dict(max_len=200), dict(max_len=5000), dict(max_len=64, past=40), dict(batch=3, start=(0, 2, 5))]
+    made = [source(problem_of(given_to(**{**new, **each})), ISAS["avx2"]) for each in caches]
+    assert len({*made}) == 1
+    others = [dict(batch=8), dict(query=2), dict(dim=32), dict(mask="heads"), dict(kv_heads=2)]
+    apart = {source(problem_of(given_to(**{**new, **each})), ISAS["avx2"]) for each in others}
+    assert len(apart) == len(others) and made[0] not in apart
+
+
+def test_rows_of_their_own_lengths_have_one_kernel() -> None:
+    made = set()
+    for batch, max_len in ((2, 200), (5, 200), (2, 320)):
+        a = given_to(batch=batch, max_len=max_len, start=(0,) * batch)
+        made.add(source(problem_of(a.replace(past=torch.full((batch,), 150))), ISAS["avx2"]))
+    assert len(made) == 1

@@ -51,7 +51,8 @@ def test_decode_attention(name: str, processor: str) -> None:
     a = a.replace(**{n: t.contiguous() for n, t in a.tensors.items()})
     types, code = cpu_attention.source(attention.problem_of(a), ISAS["neon"])
     out = attention.empty_output(**a._asdict())
-    arm.run(types, code, [*a.tensors.values(), out], PROCESSORS[processor])
+    sizes = map(torch.tensor, attention.sizes_given(a))
+    arm.run(types, code, [*a.tensors.values(), out, *sizes], PROCESSORS[processor])
     result = errors(setup, out, given)
     assert result["same_nan"] and result["zeros_are_zero"] and result["largest"] > 0
     assert result["error"] <= allowed(result, vars(setup)), result
@@ -68,7 +69,7 @@ class ThroughArm(ThroughKernel):
         constants = state.spec.store_constants()
         a = StoreArguments(x=x.contiguous(), pos=pos, **state.tensors, **constants, fit=fit)
         types, code = cpu_store.source(append.problem_of(a), ISAS["neon"])
-        arm.run(types, code, [*a.tensors.values(), torch.tensor(append.tokens_given(a))], cls.flags)
+        arm.run(types, code, [*a.tensors.values(), *map(torch.tensor, append.sizes_given(a))], cls.flags)
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)

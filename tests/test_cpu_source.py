@@ -82,7 +82,8 @@ def examples() -> dict[str, str]:
         {},
         {},
     )
-    return {op: cpu_source.example(*parts) for op, *parts in zip(OPS, constants, tensors, strict=True)}
+    sizes = (cpu_attention.SIZES, cpu_store.SIZES, (), ())
+    return {op: cpu_source.example(*parts) for op, *parts in zip(OPS, constants, tensors, sizes, strict=True)}
 
 
 def write_examples() -> None:

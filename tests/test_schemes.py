@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from states import bare_spec
 
 from xquant_fx.kernels.decode_attention.arguments import FUSED_SCHEMES, why_not_fused
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.packing import codes_per_block
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.quantize_store.plain_torch import store
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.kernels.schemes.base import Scheme
+from xquant_fx.kernels.schemes.per_token import VECTOR
 from xquant_fx.kernels.shared_code_load.arguments import STORED, LoadArguments
 from xquant_fx.kernels.shared_code_load.plain_torch import load_as_stored
 from xquant_fx.plan.spec import KVSpec
@@ -66,6 +69,16 @@ def test_the_layout_has_room_for_all_tokens(scheme: str, data, max_len: int, blo
     limits = [s.quantized_limit(past, GROUP, residual) for past in range(max_len + 1)]
     assert all(a <= b <= a + residual for a, b in itertools.pairwise(limits)), "it never goes back"
     assert all(past - limit <= 2 * residual and limit <= past for past, limit in enumerate(limits))
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name.startswith("per_token")])
+@given(data=st.data(), max_len=st.integers(1, 300), dim=st.integers(1, 40))
+@settings(max_examples=30, deadline=None)
+def test_loads_of_whole_vectors_end_in_spare_rows(scheme: str, data, max_len: int, dim: int) -> None:
+    """Of the words that hold the last token; the C++ kernel of attention relies on it."""
+    per = codes_per_block(bits := data.draw(st.sampled_from(SCHEMES[scheme].BITS)))
+    spare = SCHEMES[scheme].stored_tokens(max_len, dim, bits, 1, GROUP) // per - math.ceil(max_len / per)
+    assert spare * dim >= VECTOR
 
 
 @EACH

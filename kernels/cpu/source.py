@@ -13,7 +13,6 @@ from torch import Tensor
 from xquant_fx.kernels.arguments import Arguments, Overload
 from xquant_fx.kernels.cpu.isa import Isa
 from xquant_fx.kernels.rotation import rotated_size, signs
-from xquant_fx.kernels.rows import RowLoop
 
 CTYPES = {
     torch.float32: "float", torch.bfloat16: "xq::bfloat16", torch.float16: "xq::float16",
@@ -98,10 +97,10 @@ def pointers(arguments: type[Arguments], overload: Overload) -> dict[str, str]:
     return found
 
 
-def struct(tensors: Mapping[str, str]) -> str:
-    """``xq::Tensors``, whose members are the tensor arguments of an op."""
+def structs(tensors: Mapping[str, str], sizes: Sequence[str]) -> str:
+    """``xq::Tensors``, whose members are the tensor arguments of an op, and ``xq::Sizes``, the numbers behind them."""
     members = "".join(f"    {kind} {name};\n" for name, kind in tensors.items())
-    return f"namespace xq {{\nstruct Tensors {{\n{members}}};\n}}  // namespace xq\n"
+    return namespace(f"struct Tensors {{\n{members}}};\nstruct Sizes {{\n    int64_t {', '.join(sizes)};\n}};\n")
 
 
 def assemble(
@@ -112,20 +111,25 @@ def assemble(
     tensors: Mapping[str, str],
     absent: Collection[str],
     outputs: Mapping[str, str],
-    loop: RowLoop | None = None,
+    sizes: Sequence[str],
+    *,
+    by_row: bool,
 ) -> tuple[tuple[str, ...], str]:
     """(argument types, whole source of ``kernel``), for the vectors of ``isa``.
 
-    ``kernel`` takes the tensors that are not ``absent`` and the outputs, and calls ``function(Tensors, outputs...)``
-    of ``file``, where what is absent is null; with ``loop`` once per row of the batch.
+    ``kernel`` takes the tensors that are not ``absent``, the outputs and ``sizes``, and calls
+    ``function(Tensors, Sizes, outputs...)`` of ``file``, where what is absent is null; ``by_row`` once per row of the
+    batch: it takes the numbers of ``rows.row_loop`` last.
     """
     given = {**{name: kind for name, kind in tensors.items() if name not in absent}, **outputs}
-    pitches = {} if loop is None else dict(loop.pitches)
-    at = {name: f"{name} + row * {pitches[name]}" if name in pitches else name for name in given}
-    members = ", ".join(at.get(name, "nullptr") for name in tensors)
-    call = f"xq::{function}({', '.join([f'{{{members}}}', *(at[name] for name in outputs)])});"
-    entry = call if loop is None else f"for (int64_t row = 0; row < {loop.rows}; row++) {call}"
-    return whole_source(isa, fixed + struct(tensors), file, given, entry)
+    at = {name: f"{name} + row * {name}_pitch" if by_row else name for name in given}
+    structs_given = ("{" + ", ".join(members) + "}" for members in ([at.get(n, "nullptr") for n in tensors], sizes))
+    call = f"xq::{function}({', '.join([*structs_given, *(at[name] for name in outputs)])});"
+    entry = f"for (int64_t row = 0; row < rows; row++) {call}" if by_row else call
+    numbers = [*sizes, *(["rows", *(f"{name}_pitch" for name in given)] if by_row else [])]
+    return whole_source(
+        isa, fixed + structs(tensors, sizes), file, {**given, **dict.fromkeys(numbers, "int64_t")}, entry
+    )
 
 
 def whole_source(isa: Isa, fixed: str, file: str, given: Mapping[str, str], entry: str) -> tuple[tuple[str, ...], str]:
@@ -142,9 +146,9 @@ def whole_source(isa: Isa, fixed: str, file: str, given: Mapping[str, str], entr
     return tuple(given.values()), code
 
 
-def example(fixed: str, tensors: Mapping[str, str]) -> str:
+def example(fixed: str, tensors: Mapping[str, str], sizes: Sequence[str]) -> str:
     """A header that stands in front of a kernel's ``cpu.cpp`` where an editor opens it alone."""
     return (
         "// One problem's constants, so that editors can read cpu.cpp. Written by tests/test_cpu_source.py.\n"
-        f'#pragma once\n#include "../{SIMD}"\n\n{fixed}' + (f"\n{struct(tensors)}" if tensors else "")
+        f'#pragma once\n#include "../{SIMD}"\n\n{fixed}' + (f"\n{structs(tensors, sizes)}" if tensors else "")
     )

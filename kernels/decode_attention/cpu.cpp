@@ -1,7 +1,7 @@
 // Decode attention that reads packed codes (the CPU kernel of xquant::decode_attention).
 //
-// The constants in front of this file (cpu_source.py writes them) fix dtypes, shapes and
-// bits; the loops below are the algorithm:
+// The constants in front of this file (cpu_source.py writes them) fix dtypes, heads and bits, not how many
+// sequences there are and how long they may be; the loops below are the algorithm:
 //
 //   score  q . (c * s + z) = (q * s) . c + q . z     keys: scale and zero of a channel in a token group,
 //                                                    so q * s is made once per group
@@ -93,8 +93,8 @@ inline void finish(const Inputs& in, RunningSoftmax& softmax, const UnwrittenTok
                    int64_t row0) {
     for (int64_t r = 0; r < ROWS; r++) {
         UnwrittenTokens u;
-        if (HAS_MASK) u = unwritten[(mask_row(in, head, row0 + r) - in.mask) / N];
-        else if (in.length < N) u.m = 0.0f, u.l = (float)(N - in.length);
+        if (HAS_MASK) u = unwritten[mask_row(in, head, row0 + r)];
+        else if (in.length < in.max_len) u.m = 0.0f, u.l = (float)(in.max_len - in.length);
         if (u.m != MINUS_INFINITY) merge(softmax, r, u.m, u.l, nullptr);
         if (HAS_SINK_LOGITS)
             merge(softmax, r, to_float(in.sink_logits[head % H * (HQ / H) + (row0 + r) / Q]), 1.0f, nullptr);
@@ -114,26 +114,28 @@ inline void attend_tokens(Scratch& scratch, const Inputs& in, RunningSoftmax sof
     for (int64_t t = t0; t < t1; t = span_end(t, t1)) attend_span(scratch, in, softmax, head, t, span_end(t, t1));
 }
 
-void attend(const Tensors& tensors, T* out) {
-    const int64_t past = std::clamp<int64_t>(*tensors.past, 0, N - Q);
+void attend(const Tensors& tensors, const Sizes& sizes, T* out) {
+    const int64_t past = std::clamp<int64_t>(*tensors.past, 0, sizes.max_len - Q);
     const int64_t keys = RANKED ? ranked_limit(past, K_RESIDUAL, K_GROUP) : past / K_RESIDUAL * K_RESIDUAL;
-    const Inputs in = {tensors, out, past, past + Q, keys, std::max<int64_t>(past - V_RESIDUAL, 0)};
+    const Inputs in = {tensors, sizes, out, past, past + Q, keys, std::max<int64_t>(past - V_RESIDUAL, 0)};
     // Whole words of codes, from the one on that holds the first token which any query sees.
     const int64_t begin = WINDOW ? std::max<int64_t>(past - WINDOW + 1, 0) / V_BLOCK * V_BLOCK : 0;
-    const int64_t spans = (in.length - begin + SPAN - 1) / SPAN, blocks = B * H * ROW_BLOCKS;
+    const int64_t spans = (in.length - begin + SPAN - 1) / SPAN, blocks = in.batch * H * ROW_BLOCKS;
     const int num_threads = blocks * ROWS * (in.length - begin) < 8192 ? 1 : max_threads();
     // Tokens are split, too, so that there are pieces enough for threads that are not equally fast.
     const int64_t wanted_splits = num_threads == 1 ? 1 : (16 * num_threads + blocks - 1) / blocks;
     const int64_t splits = std::clamp<int64_t>(wanted_splits, 1, std::max<int64_t>(SPAN > 256 ? spans : spans / 2, 1));
     AlignedFloats parts(blocks * splits * RunningSoftmax::SIZE);
     auto part = [&](int64_t i) { return RunningSoftmax(parts.data + i * RunningSoftmax::SIZE); };
-    std::unique_ptr<UnwrittenTokens[]> unwritten(new UnwrittenTokens[MASK_ROWS]);
+    const int64_t mask_rows = HAS_MASK ? in.mask_batch * MASK_ROWS : 0;
+    std::unique_ptr<UnwrittenTokens[]> unwritten(new UnwrittenTokens[mask_rows]);
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
         std::unique_ptr<Scratch> scratch(new Scratch);
-        if (HAS_MASK && in.length < N) {
+        if (HAS_MASK && in.length < in.max_len) {
 #pragma omp for schedule(static) nowait
-            for (int64_t i = 0; i < MASK_ROWS; i++) unwritten[i] = softmax_of_unwritten(in.mask + i * N, in.length);
+            for (int64_t i = 0; i < mask_rows; i++)
+                unwritten[i] = softmax_of_unwritten(in.mask + i * in.max_len, in.length, in.max_len);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < blocks * splits; i++) {

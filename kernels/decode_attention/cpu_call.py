@@ -8,8 +8,8 @@ from torch import Tensor
 
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
-from xquant_fx.kernels.decode_attention.cpu_source import Problem, source
-from xquant_fx.kernels.rows import RowLoop
+from xquant_fx.kernels.decode_attention.cpu_source import SIZES, Problem, row_block, source
+from xquant_fx.kernels.rows import row_loop
 from xquant_fx.kernels.schemes import wrap_of
 
 
@@ -24,39 +24,29 @@ def _empty(a: DecodeArguments) -> Tensor:
 
 def problem_of(a: DecodeArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) -> Problem:
     """The kernel for these arguments; ``sizes`` and ``dtype`` read a tensor's shape and dtype."""
-    batch, query_heads, queries, k_dim = sizes(a.q)
-    mask_strides = (0, 0, 0)
-    if a.mask is not None:
-        b, h, q, n = sizes(a.mask)
-        mask_strides = (h * q * n if b > 1 else 0, q * n if h > 1 else 0, n if q > 1 else 0)
+    (_, query_heads, queries, k_dim), (_, heads, _, v_dim) = sizes(a.q), sizes(a.v_ring)
+    mask = (1, 1, 1, 1) if a.mask is None else sizes(a.mask)
     k_tokens, v_tokens = sizes(a.k_codes)[3], sizes(a.v_scale)[3]
-    loop = None
-    if sizes(a.past)[0] > 1:
-        out = (batch, query_heads, queries, sizes(a.v_ring)[3])
-        loop = RowLoop.of(batch, {**{name: sizes(tensor) for name, tensor in a.tensors.items()}, "out": out})
-        batch = 1
+    rows = query_heads // heads * queries
     return Problem(
         dtype=dtype(a.q),
         scale_dtype=dtype(a.k_scale),
-        batch=batch,
-        heads=sizes(a.k_ring)[1],
+        heads=heads,
         query_heads=query_heads,
         queries=queries,
         k_dim=k_dim,
-        v_dim=sizes(a.v_ring)[3],
-        max_len=a.max_len,
+        v_dim=v_dim,
+        long_spans=_batch(a, sizes) * heads * (rows // row_block(rows)) >= 8,
         k_scheme=a.k_scheme,
         k_bits=a.k_bits,
         k_group=a.k_group,
-        k_tokens=k_tokens,
         k_wrap=wrap_of(a.k_scheme, k_tokens, a.max_len, k_dim, a.k_bits, a.k_group, a.k_residual),
         k_residual=a.k_residual,
         k_ring=sizes(a.k_ring)[2],
         v_scheme=a.v_scheme,
         v_bits=a.v_bits,
         v_group=a.v_group,
-        v_tokens=v_tokens,
-        v_wrap=wrap_of(a.v_scheme, v_tokens, a.max_len, sizes(a.v_ring)[3], a.v_bits, a.v_group, a.v_residual),
+        v_wrap=wrap_of(a.v_scheme, v_tokens, a.max_len, v_dim, a.v_bits, a.v_group, a.v_residual),
         v_residual=a.v_residual,
         v_ring=sizes(a.v_ring)[2],
         sinks=sizes(a.k_sink)[2] - 1 if a.k_sink is not None else 0,
@@ -64,12 +54,38 @@ def problem_of(a: DecodeArguments, sizes: Any = sizes_of, dtype: Any = dtype_of)
         softcap=a.softcap,
         window=a.window,
         mask_dtype=dtype(a.mask) if a.mask is not None else None,
-        mask_strides=mask_strides,
+        mask_heads=mask[1] > 1,
+        mask_queries=mask[2] > 1,
         sink_logits_dtype=dtype(a.sink_logits) if a.sink_logits is not None else None,
         k_norms=a.k_norm is not None,
         chunk=a.k_new is not None,
-        loop=loop,
+        by_row=_by_row(a, sizes),
     )
+
+
+def _by_row(a: DecodeArguments, sizes: Any) -> bool:
+    return sizes(a.past)[0] > 1
+
+
+def _batch(a: DecodeArguments, sizes: Any) -> int:
+    return 1 if _by_row(a, sizes) else sizes(a.q)[0]
+
+
+def sizes_given(a: DecodeArguments, sizes: Any = sizes_of) -> list[int]:
+    """What the kernel takes behind the tensors and the output: ``SIZES``, and those of a loop over rows."""
+    given = {
+        "batch": _batch(a, sizes),
+        "max_len": a.max_len,
+        "k_tokens": sizes(a.k_codes)[3],
+        "v_tokens": sizes(a.v_scale)[3],
+        "mask_batch": 1 if a.mask is None or _by_row(a, sizes) else sizes(a.mask)[0],
+    }
+    return [*(given[name] for name in SIZES), *(_loop(a, sizes) if _by_row(a, sizes) else ())]
+
+
+def _loop(a: DecodeArguments, sizes: Any) -> tuple[int, ...]:
+    shapes = {name: sizes(tensor) for name, tensor in a.tensors.items()}
+    return row_loop(sizes(a.q)[0], {**shapes, "out": (*sizes(a.q)[:3], sizes(a.v_ring)[3])})
 
 
 def run_cpu(*args: Any, **kwargs: Any) -> Tensor:
@@ -84,5 +100,5 @@ def attend(a: DecodeArguments) -> Tensor:
 
     types, code = source(problem_of(a), cpu_build.isa())
     out = _empty(a)
-    cpu_build.load(types, code)(*[tensor.contiguous() for tensor in a.tensors.values()], out)
+    cpu_build.load(types, code)(*[tensor.contiguous() for tensor in a.tensors.values()], out, *sizes_given(a))
     return out

@@ -9,12 +9,12 @@ namespace xq {
 constexpr int64_t ALL_ROWS = HQ / H * Q;  // rows of a KV head; ROWS of them are taken at a time
 constexpr int64_t ROW_BLOCKS = ALL_ROWS / ROWS;
 // Long spans cost less per token; short ones leave pieces for all threads where heads are few.
-constexpr int64_t SPAN = B * H * ROW_BLOCKS >= 8 ? 1024 : 256;
+constexpr int64_t SPAN = LONG_SPANS ? 1024 : 256;
 constexpr int64_t SLACK = SPAN + L;  // a vector may be stored past the span's last token
 static_assert(ALL_ROWS % ROWS == 0, "");
 // A code of a value is a field of V_HIGH bits and, if V_LOW > 0, one of V_LOW bits below it, in another plane
 // (kernels/packing.py).
-constexpr int64_t V_BITS = V_HIGH + V_LOW, V_ROWS = V_TOKENS * V_BITS / 32;  // rows of words
+constexpr int64_t V_BITS = V_HIGH + V_LOW;
 constexpr int64_t V_HIGH_PER_WORD = 32 / V_HIGH, V_LOW_PER_WORD = 32 / (V_LOW ? V_LOW : V_HIGH);
 constexpr int64_t V_BLOCK = V_LOW_PER_WORD;  // tokens that are whole words in each plane
 // The codes of a key are planes of one width each, in this order. Where channels are ranked, the K_ELEMENTS first ranks
@@ -38,14 +38,12 @@ constexpr int64_t span_end(int64_t t, int64_t end) {
 // Where values are rotated, what comes from codes is summed apart, behind the rest, and rotated back in the end.
 constexpr int64_t CODES_AT = ROTATED ? DV_PAD : 0, ACC = DV_PAD + CODES_AT;
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
-constexpr int64_t MASK_ROWS = (MASK_B ? B : 1) * (MASK_H ? HQ : 1) * (MASK_Q ? Q : 1);
+constexpr int64_t MASK_ROWS = (MASK_HEADS ? HQ : 1) * (MASK_QUERIES ? Q : 1);  // of one row of the batch
 static_assert(SPAN % V_BLOCK == 0, "a word of values lies in one span");
-static_assert(V_GROUP % L == 0 || (V_TOKENS / V_BLOCK - ((V_WRAP ? V_WRAP : N) + V_BLOCK - 1) / V_BLOCK) * DV >= L,
-              "loads of whole vectors end in spare rows");
 
-// Tensors holds the op's tensor arguments; kernels/cpu/source.py writes it. `past` is the number in its member of that
-// name.
-struct Inputs : Tensors {
+// Tensors holds the op's tensor arguments, and Sizes what differs from cache to cache (cpu_source.py); written by
+// kernels/cpu/source.py. `past` is the number in the tensor of that name.
+struct Inputs : Tensors, Sizes {
     T* out;
     int64_t past, length, keys_end, values_end;  // of the first tokens that are not in the codes
 };

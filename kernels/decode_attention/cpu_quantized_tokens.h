@@ -43,7 +43,7 @@ inline void fold_key_scales(Scratch& scratch, FoldedQueries& keys, const S* scal
 // The same for all rows and `groups` token groups from g on.
 inline void fold_keys(Scratch& scratch, const Inputs& in, int64_t head, int64_t g, int64_t groups) {
     scratch.group = g, scratch.groups = groups;
-    const int64_t first = (head * K_TOKENS / K_GROUP + g) * DK;
+    const int64_t first = (head * in.k_tokens / K_GROUP + g) * DK;
     for (int64_t i = 0; i < groups; i++) {
         const S* scale = in.k_scale + first + i * DK;
         const S* zero = in.k_zero + first + i * DK;
@@ -58,20 +58,21 @@ inline void fold_keys(Scratch& scratch, const Inputs& in, int64_t head, int64_t 
 
 // Scores of NV vectors of tokens with NR rows, from `offset` of the span on; `norm` is of up to n of the tokens, the
 // others are read by nobody.
-template <int64_t STRIDE, int NR, int NV>
+template <int NR, int NV>
 inline void dot_keys(Scratch& scratch, const FoldedQueries& keys, Digits<NR, DK_PAD> digits, const int32_t* codes,
-                     [[maybe_unused]] const uint8_t* norm, [[maybe_unused]] int64_t n, int64_t row, int64_t offset) {
+                     int64_t stride, [[maybe_unused]] const uint8_t* norm, [[maybe_unused]] int64_t n, int64_t row,
+                     int64_t offset) {
     constexpr int64_t TO_4 = K_WORDS_8, TO_2 = TO_4 + K_WORDS_4, TO_1 = TO_2 + K_WORDS_2;
     Sums<NR, NV, RANKED ? 8 : K_BITS, K_ELEMENTS> sums;  // joined, sums of mixed widths are no faster
     if constexpr (RANKED) {
-        sums.add_mixed(codes, STRIDE, digits);
+        sums.add_mixed(codes, stride, digits);
     } else {
-        if constexpr (K_WORDS_8 > 0) sums.template add_words<8>(codes, STRIDE, K_WORDS_8, digits, 0);
-        if constexpr (K_WORDS_4 > 0) sums.template add_words<4>(codes + TO_4 * STRIDE, STRIDE, K_WORDS_4, digits, 0);
+        if constexpr (K_WORDS_8 > 0) sums.template add_words<8>(codes, stride, K_WORDS_8, digits, 0);
+        if constexpr (K_WORDS_4 > 0) sums.template add_words<4>(codes + TO_4 * stride, stride, K_WORDS_4, digits, 0);
         if constexpr (TO_2 > 0 && K_WORDS_2 > 0) sums.template shift<2>();
-        if constexpr (K_WORDS_2 > 0) sums.template add_words<2>(codes + TO_2 * STRIDE, STRIDE, K_WORDS_2, digits, 0);
+        if constexpr (K_WORDS_2 > 0) sums.template add_words<2>(codes + TO_2 * stride, stride, K_WORDS_2, digits, 0);
         if constexpr (TO_1 > 0 && K_WORDS_1 > 0) sums.template shift<1>();
-        if constexpr (K_WORDS_1 > 0) sums.template add_words<1>(codes + TO_1 * STRIDE, STRIDE, K_WORDS_1, digits, 0);
+        if constexpr (K_WORDS_1 > 0) sums.template add_words<1>(codes + TO_1 * stride, stride, K_WORDS_1, digits, 0);
     }
     sums.finish();
     vf out[NR][NV];
@@ -92,8 +93,9 @@ constexpr int64_t TOKENS_AT_ONCE = DOT_VECTORS * L, PREFETCHED = std::max<int64_
 struct ValueWords {
     const int32_t *high, *low;
     ValueWords(const Inputs& in, int64_t head, int64_t t)
-        : high(in.v_codes + (head * V_ROWS + value_slot(t) / V_HIGH_PER_WORD) * DV),
-          low(in.v_codes + (head * V_ROWS + V_TOKENS / V_HIGH_PER_WORD + value_slot(t) / V_LOW_PER_WORD) * DV) {}
+        : high(in.v_codes + (head * rows(in) + value_slot(t) / V_HIGH_PER_WORD) * DV),
+          low(in.v_codes + (head * rows(in) + in.v_tokens / V_HIGH_PER_WORD + value_slot(t) / V_LOW_PER_WORD) * DV) {}
+    static int64_t rows(const Inputs& in) { return in.v_tokens * V_BITS / 32; }  // of a head, in all planes
 };
 
 // Keys of PREFETCHED tokens are about to be read: fetch keys some way on, and the values of the same tokens,
@@ -103,12 +105,12 @@ ALWAYS_INLINE void prefetch(const Inputs& in, int64_t head, int64_t t, const int
     constexpr int64_t AHEAD = 256, LINE = 16;
     const ValueWords values(in, head, t);
     for (int64_t w = 0; w < K_WORDS; w++)
-        for (int64_t i = 0; i < PREFETCHED; i += LINE) __builtin_prefetch(keys + w * K_TOKENS + AHEAD + i);
+        for (int64_t i = 0; i < PREFETCHED; i += LINE) __builtin_prefetch(keys + w * in.k_tokens + AHEAD + i);
     for (int64_t i = 0; i < PREFETCHED * DV / V_HIGH_PER_WORD; i += LINE) __builtin_prefetch(values.high + i);
     if constexpr (V_LOW > 0)
         for (int64_t i = 0; i < PREFETCHED * DV / V_LOW_PER_WORD; i += LINE) __builtin_prefetch(values.low + i);
     for (int64_t g = 0; g < V_GROUPS; g++) {
-        const int64_t token = (head * V_GROUPS + g) * V_TOKENS + value_slot(t);
+        const int64_t token = (head * V_GROUPS + g) * in.v_tokens + value_slot(t);
         __builtin_prefetch(in.v_scale + token);
         if constexpr (!ABOUT_ZERO) __builtin_prefetch(in.v_zero + token);
     }
@@ -119,23 +121,23 @@ ALWAYS_INLINE void prefetch(const Inputs& in, int64_t head, int64_t t, const int
 template <int NR>
 inline void dot_group(Scratch& scratch, const Inputs& in, const FoldedQueries& keys, int64_t head, int64_t row,
                       int64_t t, int64_t end, int64_t offset, int64_t shift) {
-    const int32_t* codes = in.k_codes + head * K_WORDS * K_TOKENS + shift;
-    const uint8_t* norm = NORMS ? in.k_norm + head / H * K_TOKENS + shift : nullptr;
+    const int32_t* codes = in.k_codes + head * K_WORDS * in.k_tokens + shift;
+    const uint8_t* norm = NORMS ? in.k_norm + head / H * in.k_tokens + shift : nullptr;
     const auto digits = digits_of<NR>(keys.digits + row, 0, K_ELEMENTS, scratch.spread);
     offset -= t;
     for (; t + TOKENS_AT_ONCE <= end; t += TOKENS_AT_ONCE) {
-        dot_keys<K_TOKENS, NR, DOT_VECTORS>(scratch, keys, digits, codes + t, norm + t, L, row, offset + t);
+        dot_keys<NR, DOT_VECTORS>(scratch, keys, digits, codes + t, in.k_tokens, norm + t, L, row, offset + t);
         if (row == 0 && t % PREFETCHED < TOKENS_AT_ONCE) prefetch(in, head, t, codes + t);
     }
     for (; t < end; t += L) {
-        const int64_t left = K_TOKENS - t - shift;
+        const int64_t left = in.k_tokens - t - shift;
         if (L <= left) {
-            dot_keys<K_TOKENS, NR, 1>(scratch, keys, digits, codes + t, norm + t, L, row, offset + t);
+            dot_keys<NR, 1>(scratch, keys, digits, codes + t, in.k_tokens, norm + t, L, row, offset + t);
             continue;
         }
         int32_t part[K_WORDS][L] = {};  // the buffer ends inside this vector
-        for (int64_t i = 0; i < K_WORDS; i++) std::memcpy(part[i], codes + i * K_TOKENS + t, left * 4);
-        dot_keys<L, NR, 1>(scratch, keys, digits, part[0], norm + t, left, row, offset + t);
+        for (int64_t i = 0; i < K_WORDS; i++) std::memcpy(part[i], codes + i * in.k_tokens + t, left * 4);
+        dot_keys<NR, 1>(scratch, keys, digits, part[0], L, norm + t, left, row, offset + t);
     }
 }
 
@@ -157,7 +159,7 @@ inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, i
 template <int NR>
 inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, int64_t g, int64_t t0, int64_t n,
                               int64_t row) {
-    const int64_t token = (head * V_GROUPS + g) * V_TOKENS + value_slot(t0),
+    const int64_t token = (head * V_GROUPS + g) * in.v_tokens + value_slot(t0),
                   padded = (n + V_BLOCK - 1) / V_BLOCK * V_BLOCK;
     vf largest[NR] = {}, z[NR] = {}, zero_or_nan = {};
     for (int64_t i = 0; i < n; i += L) {

@@ -10,8 +10,11 @@ inline vf apply_mask(vf logit, const uint8_t* mask, int64_t n) {
 }
 template <class F> inline vf apply_mask(vf logit, const F* mask, int64_t n) { return logit + load_up_to(mask, n); }
 
-inline const MASK* mask_row(const Inputs& in, int64_t head, int64_t r) {
-    return in.mask + head / H * MASK_B + (head % H * (HQ / H) + r / Q) * MASK_H + r % Q * MASK_Q;
+// Number of the row of the mask that is for row r of a KV head.
+inline int64_t mask_row(const Inputs& in, int64_t head, int64_t r) {
+    const int64_t query_head = MASK_HEADS ? head % H * (HQ / H) + r / Q : 0;
+    return (in.mask_batch > 1 ? head / H * MASK_ROWS : 0) + query_head * (MASK_QUERIES ? Q : 1) +
+           (MASK_QUERIES ? r % Q : 0);
 }
 
 // SOFTCAP * tanh(x / SOFTCAP); by its series where the quotient would cancel.
@@ -41,7 +44,7 @@ inline void logits(Scratch& scratch, const Inputs& in, const float* so_far, int6
     vf largest[NR];
     for (int r = 0; r < NR; r++) {
         largest[r] = splat(so_far[row + r]);
-        if (HAS_MASK) mask[r] = mask_row(in, head, scratch.row0 + row + r) + t0;
+        if (HAS_MASK) mask[r] = in.mask + mask_row(in, head, scratch.row0 + row + r) * in.max_len + t0;
         if (WINDOW) first_visible[r] = in.past + (scratch.row0 + row + r) % Q - WINDOW + 1 - t0;
     }
     for (int64_t i = 0; i < n; i += L) {
@@ -50,7 +53,7 @@ inline void logits(Scratch& scratch, const Inputs& in, const float* so_far, int6
         for (int r = 0; r < NR; r++) {
             x[r] = load<vf>(scratch.score[row + r] + i);
             if (SOFTCAP > 0) x[r] = softcap(x[r]);
-            if (HAS_MASK) x[r] = apply_mask(x[r], mask[MASK_H + MASK_Q ? r : 0] + i, n - i);
+            if (HAS_MASK) x[r] = apply_mask(x[r], mask[MASK_HEADS || MASK_QUERIES ? r : 0] + i, n - i);
             if (n - i < L || first_visible[r] > i) x[r] = mask_lanes(x[r], first_visible[r] - i, n - i);
             largest[r] = max(x[r], largest[r]);
         }
@@ -118,14 +121,14 @@ inline bool all_zero(const uint8_t* x, int64_t n) {
 template <class F> inline bool all_zero(const F*, int64_t) { return false; }
 
 // `mask` is one row of the mask. Often the same row is for all heads, so this is done once per row.
-inline UnwrittenTokens softmax_of_unwritten(const MASK* mask, int64_t length) {
+inline UnwrittenTokens softmax_of_unwritten(const MASK* mask, int64_t length, int64_t max_len) {
     UnwrittenTokens u;
-    if (all_zero(mask + length, N - length)) return u;
+    if (all_zero(mask + length, max_len - length)) return u;
     vf largest = splat(MINUS_INFINITY), total = splat(0.0f);
     for (int pass = 0; pass < 2; pass++) {
-        for (int64_t t = length; t < N; t += L) {
-            vf x = apply_mask(splat(0.0f), mask + t, N - t);
-            if (N - t < L) x = mask_lanes(x, 0, N - t);
+        for (int64_t t = length; t < max_len; t += L) {
+            vf x = apply_mask(splat(0.0f), mask + t, max_len - t);
+            if (max_len - t < L) x = mask_lanes(x, 0, max_len - t);
             if (pass == 0) largest = max(x, largest);
             else total += exp(x - u.m);
         }

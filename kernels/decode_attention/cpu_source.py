@@ -1,5 +1,7 @@
 """Source of the CPU decode attention: constants of one problem in front of ``cpu.cpp``.
 
+One kernel serves caches of all lengths, and batches of nearly all sizes: it is told these.
+
 The C++ is compiled by Inductor's own builder, as part of its generated module or, for eager calls,
 by :mod:`xquant_fx.kernels.cpu.build`.
 """
@@ -17,13 +19,15 @@ from xquant_fx.kernels.cpu.source import array, assemble, definitions, namespace
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.packing import codes_per_word, high_and_low, plane_widths
 from xquant_fx.kernels.rotation import rotated_size
-from xquant_fx.kernels.rows import RowLoop
 from xquant_fx.kernels.widths import QUAD, plain_words, planes, quads_of, rank_widths
 
 RANKED, ROTATED = "per_channel_ranked", "per_token_rotated"
 #: What stores values on levels that lie about zero, without zero points.
 ABOUT_ZERO = (ROTATED, "per_token_folded")
 MOST_ROWS = 64  # of a block: their scores of a span stay in the cache
+#: What the kernel is told besides tensors, in order: sequences, their longest length, tokens that the codes of keys and
+#: of values have room for, sequences that have rows of the mask of their own (1: all share them).
+SIZES = ("batch", "max_len", "k_tokens", "v_tokens", "mask_batch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,23 +36,21 @@ class Problem:
 
     dtype: torch.dtype
     scale_dtype: torch.dtype
-    batch: int
     heads: int
     query_heads: int
     queries: int
     k_dim: int
     v_dim: int
-    max_len: int
+    long_spans: bool
+    """Whether tokens are taken 1,024 at a time, not 256: costs less for each, leaves fewer pieces for threads."""
     k_scheme: str
     k_bits: float
     k_group: int
-    k_tokens: int
     k_residual: int
     k_ring: int
     v_scheme: str
     v_bits: float
     v_group: int
-    v_tokens: int
     k_wrap: int = 0
     """After how many tokens the codes of keys start over, and those of values; 0: they do not."""
     v_wrap: int = 0
@@ -59,20 +61,26 @@ class Problem:
     softcap: float
     window: int
     mask_dtype: torch.dtype | None
-    mask_strides: tuple[int, int, int]
+    mask_heads: bool
+    """Whether query heads have rows of the mask of their own, and then query tokens."""
+    mask_queries: bool
     sink_logits_dtype: torch.dtype | None
     k_norms: bool
     """Whether keys were divided by the norms of their tokens."""
     chunk: bool
     """Whether the step's own tokens are passed, rather than found in the ring."""
-    loop: RowLoop | None = None
-    """Over the rows of a batch whose rows have lengths of their own; ``batch`` is 1 then."""
+    by_row: bool
+    """Whether the rows of a batch have lengths of their own: each is a batch of one."""
 
     @property
     def row_block(self) -> int:
         """Query rows of a KV head (heads times tokens) that are worked on at a time."""
-        rows = self.query_heads // self.heads * self.queries
-        return max(n for n in range(1, min(rows, MOST_ROWS) + 1) if rows % n == 0)
+        return row_block(self.query_heads // self.heads * self.queries)
+
+
+def row_block(rows: int) -> int:
+    """How many of a KV head's query rows are worked on at a time."""
+    return max(n for n in range(1, min(rows, MOST_ROWS) + 1) if rows % n == 0)
 
 
 def key_sizes(p: Problem) -> dict[str, int]:
@@ -90,19 +98,18 @@ def constants(p: Problem) -> str:
     """The constants that the C++ relies on."""
     v_high, v_low = high_and_low(p.v_bits)
     numbers = {
-        "B": p.batch, "H": p.heads, "HQ": p.query_heads, "Q": p.queries, "DK": p.k_dim, "DV": p.v_dim, "N": p.max_len,
-        **key_sizes(p), "K_GROUP": p.k_group, "K_TOKENS": p.k_tokens,
-        "K_RESIDUAL": p.k_residual, "K_RING": p.k_ring,
+        "H": p.heads, "HQ": p.query_heads, "Q": p.queries, "DK": p.k_dim, "DV": p.v_dim,
+        **key_sizes(p), "K_GROUP": p.k_group, "K_RESIDUAL": p.k_residual, "K_RING": p.k_ring,
         "ROTATED": rotated_size(p.v_dim) if p.v_scheme == ROTATED else 0,
-        "V_HIGH": v_high, "V_LOW": v_low, "V_GROUP": p.v_group, "V_TOKENS": p.v_tokens,
+        "V_HIGH": v_high, "V_LOW": v_low, "V_GROUP": p.v_group,
         "K_WRAP": p.k_wrap, "V_WRAP": p.v_wrap,
         "V_RESIDUAL": p.v_residual, "V_RING": p.v_ring, "SINKS": p.sinks, "WINDOW": p.window,
-        "MASK_B": p.mask_strides[0], "MASK_H": p.mask_strides[1], "MASK_Q": p.mask_strides[2],
         "ROWS": p.row_block, "DIGITS": 3 if p.dtype == torch.float32 else 2,
     }  # fmt: skip
     flags = {
         "RANKED": p.k_scheme == RANKED, "NORMS": p.k_norms, "ABOUT_ZERO": p.v_scheme in ABOUT_ZERO, "HAS_NEW": p.chunk,
-        "HAS_MASK": p.mask_dtype is not None,
+        "LONG_SPANS": p.long_spans,
+        "HAS_MASK": p.mask_dtype is not None, "MASK_HEADS": p.mask_heads, "MASK_QUERIES": p.mask_queries,
         "HAS_SINK_LOGITS": p.sink_logits_dtype is not None,
     }  # fmt: skip
     types = {
@@ -146,7 +153,8 @@ def _codes(p: Problem) -> tuple[list[str], list[str]]:
 def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
     """(argument types, C++ source of ``kernel``) for the vectors of ``isa``.
 
-    The arguments are the tensors that are present, in the order of the op, and the output.
+    The arguments are the tensors that are present, in the order of the op, the output, and what
+    ``cpu_call.sizes_given`` says.
     """
     absent = set()
     if not p.sinks:
@@ -164,4 +172,5 @@ def source(p: Problem, isa: Isa) -> tuple[tuple[str, ...], str]:
     if p.sink_logits_dtype is None:
         absent.add("sink_logits")
     tensors, outputs = pointers(DecodeArguments, Overload()), {"out": "xq::T*"}
-    return assemble(isa, constants(p), "decode_attention/cpu.cpp", "attend", tensors, absent, outputs, p.loop)
+    file = "decode_attention/cpu.cpp"
+    return assemble(isa, constants(p), file, "attend", tensors, absent, outputs, SIZES, by_row=p.by_row)

@@ -3,36 +3,29 @@
 #include "../cpu/simd.h"
 
 namespace xq {
-constexpr int64_t B = 1;
 constexpr int64_t H = 2;
 constexpr int64_t HQ = 8;
 constexpr int64_t Q = 1;
 constexpr int64_t DK = 128;
 constexpr int64_t DV = 128;
-constexpr int64_t N = 1024;
 constexpr int64_t K_WORDS_8 = 0;
 constexpr int64_t K_WORDS_4 = 0;
 constexpr int64_t K_WORDS_2 = 8;
 constexpr int64_t K_WORDS_1 = 0;
 constexpr int64_t K_RANKS = 0;
 constexpr int64_t K_GROUP = 32;
-constexpr int64_t K_TOKENS = 1056;
 constexpr int64_t K_RESIDUAL = 32;
 constexpr int64_t K_RING = 52;
 constexpr int64_t ROTATED = 0;
 constexpr int64_t V_HIGH = 2;
 constexpr int64_t V_LOW = 0;
 constexpr int64_t V_GROUP = 128;
-constexpr int64_t V_TOKENS = 1040;
 constexpr int64_t K_WRAP = 0;
 constexpr int64_t V_WRAP = 0;
 constexpr int64_t V_RESIDUAL = 32;
 constexpr int64_t V_RING = 52;
 constexpr int64_t SINKS = 4;
 constexpr int64_t WINDOW = 0;
-constexpr int64_t MASK_B = 0;
-constexpr int64_t MASK_H = 0;
-constexpr int64_t MASK_Q = 0;
 constexpr int64_t ROWS = 4;
 constexpr int64_t DIGITS = 2;
 constexpr float SCALE = (float)0.08838834764831845;
@@ -41,7 +34,10 @@ constexpr bool RANKED = 0;
 constexpr bool NORMS = 0;
 constexpr bool ABOUT_ZERO = 0;
 constexpr bool HAS_NEW = 0;
+constexpr bool LONG_SPANS = 0;
 constexpr bool HAS_MASK = 1;
+constexpr bool MASK_HEADS = 0;
+constexpr bool MASK_QUERIES = 0;
 constexpr bool HAS_SINK_LOGITS = 0;
 using T = xq::bfloat16;
 using S = xq::float16;
@@ -90,5 +86,8 @@ struct Tensors {
     const xq::SINK* sink_logits;
     const xq::T* k_new;
     const xq::T* v_new;
+};
+struct Sizes {
+    int64_t batch, max_len, k_tokens, v_tokens, mask_batch;
 };
 }  // namespace xq

@@ -1,8 +1,8 @@
 // Append a step's tokens to one side of one layer (the CPU kernel of xquant::quantize_store).
 //
 // The same as plain_torch.py does with whole tensors, but a block of keys is quantized only in the
-// step that completes it. Constants come from cpu_source.py: the kernel of a step knows how many tokens
-// it appends when it is compiled, that of chunks of any length is told.
+// step that completes it. Constants come from cpu_source.py; how many tokens are appended, to how many sequences
+// of which length, is told.
 #ifndef XQ_LANES  // an editor, which sees no constants
 #include "example_problem.h"
 #endif
@@ -20,9 +20,10 @@ constexpr int32_t MAX_CODE = (1 << BITS) - 1;
 constexpr float INF = std::numeric_limits<float>::infinity(), NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 constexpr bool FIT = BORROWED && LEAST_SQUARES;  // scale and zero point fitted to given codes
 
-// Tensors holds the op's tensor arguments; kernels/cpu/source.py writes it.
-struct Inputs : Tensors {
-    int64_t past, count;  // count: new tokens
+// Tensors holds the op's tensor arguments, and Sizes what differs from cache to cache (cpu_source.py), with `count` of
+// new tokens; written by kernels/cpu/source.py.
+struct Inputs : Tensors, Sizes {
+    int64_t past;
 };
 
 // Borrowed codes are const: nothing is written to them.
@@ -30,8 +31,11 @@ using Codes = std::remove_pointer_t<decltype(Tensors::codes)>;
 inline void write(int32_t* word, int32_t value) { *word = value; }
 inline void write(const int32_t*, int32_t) {}
 
-// Where code i along the packed axis is in a plane of fields: its word, or row of words, and its bit there.
-constexpr int64_t word_of_code(const Plane& plane, int64_t i) { return plane.first + i / (32 / plane.width); }
+// Where code i of the `codes` along the packed axis is in a plane of fields: its word, or row of words, and its bit.
+constexpr int64_t first_word(const Plane& plane, int64_t codes) { return (codes * plane.above + 31) / 32; }
+constexpr int64_t word_of_code(const Plane& plane, int64_t i, int64_t codes) {
+    return first_word(plane, codes) + i / (32 / plane.width);
+}
 constexpr int32_t shift_of_code(const Plane& plane, int64_t i) {
     const int64_t r = i % (32 / plane.width);
     return (int32_t)(8 * (r % 4) + plane.width * (r / 4));
@@ -118,24 +122,25 @@ inline void store_full_precision(const Inputs& in, int64_t head) {
 }
 
 // Why these positions cannot follow what is stored (kernels/faults.py), or 0.
-inline int32_t fault_code(const Tensors& in, int64_t count) {
+inline int32_t fault_code(const Tensors& in, int64_t count, int64_t max_len) {
     const int64_t past = in.pos[0];
     int64_t code = past > in.length[0] || past < 0 ? NOT_APPENDED : 0;
-    if (past + count > N) code = FULL;
+    if (past + count > max_len) code = FULL;
     if (past > 0 && in.length[1] - past > RING_SLACK) code = ROLLED_BACK_TOO_FAR;
-    const bool full = in.length[0] == N;
-    const bool may_wrap = count > STEP_TOKENS ? full && count < N : full || in.length[0] > STEP_TOKENS;
+    const bool full = in.length[0] == max_len;
+    const bool may_wrap = count > STEP_TOKENS ? full && count < max_len : full || in.length[0] > STEP_TOKENS;
     if (past == 0 && may_wrap) code = RESTARTED;
     for (int64_t i = 0; i < count; i++)
         if (in.pos[i] != past + i) code = NOT_CONSECUTIVE;
     return (int32_t)code;
 }
 
-inline void append(const Tensors& tensors, int64_t count) {
-    *tensors.fault = std::max(*tensors.fault, fault_code(tensors, count));
+inline void append(const Tensors& tensors, const Sizes& sizes) {
+    const int64_t count = sizes.count;
+    *tensors.fault = std::max(*tensors.fault, fault_code(tensors, count, sizes.max_len));
     // A step past the end is written over the last tokens.
-    const Inputs in = {tensors, std::clamp<int64_t>(tensors.pos[0], 0, N - count), count};
-    const int64_t heads = B * H, from = due_end(in.past), to = due_end(in.past + count);
+    const Inputs in = {tensors, sizes, std::clamp<int64_t>(tensors.pos[0], 0, sizes.max_len - count)};
+    const int64_t heads = in.batch * H, from = due_end(in.past), to = due_end(in.past + count);
     // A slice is the least that threads can write to at once. A step's own work is too little to share out.
     const int64_t first = from / SLICE, slices = to > from ? (to + SLICE - 1) / SLICE - first : 0;
     [[maybe_unused]] const int num_threads = slices && (count > STEP_TOKENS || DUE_IS_MUCH) ? max_threads() : 1;
@@ -146,7 +151,7 @@ inline void append(const Tensors& tensors, int64_t count) {
             work(in, i / slices, std::max(from, begin), std::min(to, begin + SLICE));
         };
 #pragma omp for
-        for (int64_t i = 0; i < B * slices; i++) each_slice(i, note_tokens);
+        for (int64_t i = 0; i < in.batch * slices; i++) each_slice(i, note_tokens);
 #pragma omp for
         for (int64_t head = 0; head < heads; head++) prepare_due(in, head, from, to);
 #pragma omp for
@@ -160,9 +165,9 @@ inline void append(const Tensors& tensors, int64_t count) {
 }
 
 // One of the rows of a batch that have lengths of their own (kernels/rows.py): it may begin a sequence anew by itself.
-void append_row(const Tensors& row, int64_t count) {
-    if (row.pos[0] == 0 && row.length[0] < N) row.length[0] = row.length[1] = 0;
-    append(row, count);
+void append_row(const Tensors& row, const Sizes& sizes) {
+    if (row.pos[0] == 0 && row.length[0] < sizes.max_len) row.length[0] = row.length[1] = 0;
+    append(row, sizes);
 }
 
 }  // namespace xq

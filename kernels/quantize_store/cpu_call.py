@@ -8,8 +8,8 @@ from torch import Tensor
 
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
-from xquant_fx.kernels.quantize_store.cpu_source import Append, source
-from xquant_fx.kernels.rows import RowLoop
+from xquant_fx.kernels.quantize_store.cpu_source import SIZES, Append, source
+from xquant_fx.kernels.rows import row_loop
 from xquant_fx.kernels.schemes import SCHEMES, wrap_of
 
 
@@ -19,36 +19,40 @@ def no_output(*args: Any, **kwargs: Any) -> None:
 
 def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) -> Append:
     """The kernel for these arguments; ``sizes`` and ``dtype`` read a tensor's shape and dtype."""
-    scheme = SCHEMES[a.scheme]
-    tokens = scheme.tokens_of(sizes(a.codes), sizes(a.scale))
-    (batch, heads, _new, dim), loop = sizes(a.x), None
-    if len(sizes(a.length)) == 2:
-        loop = RowLoop.of(batch, {name: sizes(tensor) for name, tensor in a.tensors.items()})
-        batch = 1
+    _, heads, _, dim = sizes(a.x)
     return Append(
         dtype=dtype(a.ring),
         scale_dtype=dtype(a.scale),
-        shape=(batch, heads, dim),
-        append=scheme.APPEND,
+        heads=heads,
+        dim=dim,
+        append=SCHEMES[a.scheme].APPEND,
         bits=a.bits,
         group=a.group_size,
         residual=a.residual_length,
         ring=sizes(a.ring)[2],
-        tokens=tokens,
-        wrap=wrap_of(a.scheme, tokens, a.max_len, dim, a.bits, a.group_size, a.residual_length),
+        wrap=wrap_of(a.scheme, _tokens(a, sizes), a.max_len, dim, a.bits, a.group_size, a.residual_length),
         eta=a.eta,
         sinks=a.sink_tokens,
-        max_len=a.max_len,
         fit=a.fit,
         norms=a.norm is not None,
-        loop=loop,
+        by_row=_by_row(a, sizes),
     )
 
 
-def tokens_given(a: StoreArguments, sizes: Any = sizes_of) -> int:
-    """What the kernel is told besides tensors: how many tokens are appended."""
-    count: int = sizes(a.x)[2]
-    return count
+def _by_row(a: StoreArguments, sizes: Any) -> bool:
+    return len(sizes(a.length)) == 2
+
+
+def _tokens(a: StoreArguments, sizes: Any) -> int:
+    return SCHEMES[a.scheme].tokens_of(sizes(a.codes), sizes(a.scale))
+
+
+def sizes_given(a: StoreArguments, sizes: Any = sizes_of) -> list[int]:
+    """What the kernel takes behind the tensors: ``SIZES``, and those of a loop over rows."""
+    (batch, _, count, _), by_row = sizes(a.x), _by_row(a, sizes)
+    given = {"count": count, "batch": 1 if by_row else batch, "max_len": a.max_len, "tokens": _tokens(a, sizes)}
+    loop = row_loop(batch, {name: sizes(tensor) for name, tensor in a.tensors.items()}) if by_row else ()
+    return [*(given[name] for name in SIZES), *loop]
 
 
 def run_cpu(*args: Any, **kwargs: Any) -> None:
@@ -63,7 +67,7 @@ def run(a: StoreArguments) -> None:
 
     a = a.mapped(Tensor.contiguous, ("x", "pos"))
     types, code = source(problem_of(a), cpu_build.isa())
-    cpu_build.load(types, code)(*a.tensors.values(), tokens_given(a))
+    cpu_build.load(types, code)(*a.tensors.values(), *sizes_given(a))
 
 
 def why_no_chunk(a: StoreArguments) -> str:

@@ -1,4 +1,7 @@
-"""Source of the CPU kernel that appends tokens: constants in front of ``cpu.cpp``."""
+"""Source of the CPU kernel that appends tokens: constants in front of ``cpu.cpp``.
+
+One kernel serves steps and chunks of all lengths, and caches of all sizes: it is told these.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ from xquant_fx.kernels.cpu.isa import Isa
 from xquant_fx.kernels.cpu.source import array, assemble, definitions, namespace, pointers, sign_table
 from xquant_fx.kernels.faults import Fault
 from xquant_fx.kernels.layout import STEP_TOKENS
-from xquant_fx.kernels.packing import WORD_BITS, code_planes, word_count
+from xquant_fx.kernels.packing import plane_widths, word_count
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.rotation import rotated_size
-from xquant_fx.kernels.rows import RowLoop
 from xquant_fx.kernels.schemes.per_token_rotated import GAUSSIAN_STEP
 from xquant_fx.kernels.widths import Field, fields_of, planes, rank_widths, words_of
+
+#: What the kernel is told besides tensors, in order: new tokens, sequences, their longest length, tokens that the codes
+#: have room for.
+SIZES = ("count", "batch", "max_len", "tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,26 +31,23 @@ class Append:
 
     dtype: torch.dtype
     scale_dtype: torch.dtype
-    shape: tuple[int, int, int]
-    """Sizes B, H and D of new tokens [B, H, q, D], of any q."""
+    heads: int
+    dim: int
     append: str
     """Which step quantizes what is due: ``APPEND`` of the scheme."""
     bits: float
     group: int
     residual: int
     ring: int
-    tokens: int
-    """Tokens that the codes have room for."""
     wrap: int
     """After how many tokens codes start over; 0: they do not."""
     eta: float
     sinks: int
-    max_len: int
     fit: str | None
     norms: bool
     """Whether tokens are divided by their norms."""
-    loop: RowLoop | None = None
-    """Over the rows of a batch whose rows have lengths of their own; ``shape`` is that of one row then."""
+    by_row: bool
+    """Whether the rows of a batch have lengths of their own: each is a batch of one."""
 
 
 def is_ranked(a: Append) -> bool:
@@ -54,13 +57,12 @@ def is_ranked(a: Append) -> bool:
 
 def constants(a: Append) -> str:
     """The constants that the C++ relies on."""
-    batch, heads, dim = a.shape
+    dim = a.dim
     numbers = {
-        "B": batch, "H": heads, "D": dim, "N": a.max_len,
-        "BITS": 8 if is_ranked(a) else int(a.bits), "GROUP": a.group,
+        "H": a.heads, "D": dim, "BITS": 8 if is_ranked(a) else int(a.bits), "GROUP": a.group,
         "WORDS": words_of(a.bits, dim) if is_ranked(a) else word_count(a.bits, dim),
         "ROTATED": rotated_size(dim) if a.append == "rotated" else 0,
-        "TOKENS": a.tokens, "WRAP": a.wrap, "RESIDUAL": a.residual, "RING_SLACK": a.ring - a.residual, "SINKS": a.sinks,
+        "WRAP": a.wrap, "RESIDUAL": a.residual, "RING_SLACK": a.ring - a.residual, "SINKS": a.sinks,
         "STEP_TOKENS": STEP_TOKENS, **{fault.name: int(fault) for fault in Fault},
     }  # fmt: skip
     flags = {"BORROWED": a.fit is not None, "LEAST_SQUARES": a.fit == "least_squares", "NORMS": a.norms}
@@ -73,15 +75,13 @@ def constants(a: Append) -> str:
 
 def tables(a: Append) -> str:
     """Planes of codes; constants of ranked keys and of rotated values: where the fields of ranks are, signs."""
-    dim = a.shape[2]
-    words = word_count(a.bits, dim) if a.append == "blocks" else a.tokens * int(a.bits) // WORD_BITS
-    code_fields = [] if is_ranked(a) else code_planes(a.bits, words)
+    dim = a.dim
     fields = fields_of(planes(a.bits, dim)) if is_ranked(a) else [Field(0, 0, 0, 0, 0, False)]
     widths = rank_widths(a.bits, dim) if is_ranked(a) else (0,)
     return namespace(
-        "// Fields of `width` bits, with `shift` bits of a code below them, in the words from `first` on.\n"
-        "struct Plane {\n    int64_t width, shift, first;\n};\n"
-        + array("Plane", "PLANES", [f"{{{p.width}, {p.shift}, {p.first}}}" for p in code_fields] or ["{8, 0, 0}"])
+        "// Fields of `width` bits, with `shift` bits of a code below them and `above` above them.\n"
+        "struct Plane {\n    int64_t width, shift, above;\n};\n"
+        + array("Plane", "PLANES", ["{8, 0, 0}"] if is_ranked(a) else _planes(int(a.bits)))
         + "// Bits `shift` and up of the code of a rank, under `mask`, are at `bit` of a word; `first` in it or not.\n"
         "struct Field {\n    int64_t word, rank;\n    uint32_t shift, mask, bit;\n    bool first;\n};\n"
         + array("Field", "FIELDS", ["{" + ", ".join(str(int(x)) for x in field) + "}" for field in fields])
@@ -90,13 +90,24 @@ def tables(a: Append) -> str:
     )
 
 
+def _planes(bits: int) -> list[str]:
+    rows, above = [], 0
+    for width in plane_widths(bits):
+        rows.append(f"{{{width}, {bits - above - width}, {above}}}")
+        above += width
+    return rows
+
+
 @functools.cache
 def source(a: Append, isa: Isa) -> tuple[tuple[str, ...], str]:
-    """(argument types, C++ source of ``kernel``); the arguments are the tensors that are present, in order, and q."""
+    """(argument types, C++ source of ``kernel``).
+
+    The arguments are the tensors that are present, in order, and what ``cpu_call.sizes_given`` says.
+    """
     tensors = pointers(StoreArguments, BORROWED if a.fit else OWN)
     absent = set() if a.sinks else {"sink"}
     absent |= set() if is_ranked(a) else {"order", "center", "energy"}
     absent |= set() if a.norms else {"norm"}
     absent |= {"zero"} if a.append in ("rotated", "folded") else set()
-    function, told = "append_row" if a.loop else "append", {"count": "int64_t"}
-    return assemble(isa, constants(a), "quantize_store/cpu.cpp", function, tensors, absent, told, a.loop)
+    function, file = "append_row" if a.by_row else "append", "quantize_store/cpu.cpp"
+    return assemble(isa, constants(a), file, function, tensors, absent, {}, SIZES, by_row=a.by_row)

@@ -11,16 +11,16 @@ struct KeyGroup {
     vf at(int64_t t, int64_t d) const { return load_up_to(token(in, head, t0 + t) + d, D - d); }
 };
 
-ALWAYS_INLINE void unpack_key_codes(const int32_t* packed, uint8_t* codes) {
+ALWAYS_INLINE void unpack_key_codes(const int32_t* packed, int64_t tokens, uint8_t* codes) {
     for (const Plane& plane : PLANES)
         for (int64_t t = 0; t < GROUP; t++)
             for (int64_t d = 0; d < D; d++) {
-                const uint32_t word = (uint32_t)packed[word_of_code(plane, d) * TOKENS + t];
+                const uint32_t word = (uint32_t)packed[word_of_code(plane, d, D) * tokens + t];
                 codes[t * PITCH + d] |= (uint8_t)((word >> shift_of_code(plane, d) & mask_of(plane)) << plane.shift);
             }
 }
 
-template <int I> ALWAYS_INLINE void pack_plane(const uint8_t* codes, Codes* packed) {
+template <int I> ALWAYS_INLINE void pack_plane(const uint8_t* codes, Codes* packed, int64_t tokens) {
     constexpr Plane PLANE = PLANES[I];
     constexpr int64_t PER_WORD = 32 / PLANE.width;
     for (int64_t t = 0; t < GROUP; t++)
@@ -31,13 +31,13 @@ template <int I> ALWAYS_INLINE void pack_plane(const uint8_t* codes, Codes* pack
                     const uint32_t code = codes[t * PITCH + w * PER_WORD + i];
                     word |= field_of(PLANE, code) << shift_of_code(PLANE, i);
                 }
-            write(packed + (PLANE.first + w) * TOKENS + t, (int32_t)word);
+            write(packed + (first_word(PLANE, D) + w) * tokens + t, (int32_t)word);
         }
 }
 
-ALWAYS_INLINE void pack_key_codes(const uint8_t* codes, Codes* packed) {
-    pack_plane<0>(codes, packed);
-    if constexpr (PLANE_COUNT > 1) pack_plane<PLANE_COUNT - 1>(codes, packed);
+ALWAYS_INLINE void pack_key_codes(const uint8_t* codes, Codes* packed, int64_t tokens) {
+    pack_plane<0>(codes, packed, tokens);
+    if constexpr (PLANE_COUNT > 1) pack_plane<PLANE_COUNT - 1>(codes, packed, tokens);
 }
 
 // Least number and step of the channels from d on.
@@ -83,13 +83,13 @@ ALWAYS_INLINE void fit_channels(const KeyGroup& keys, int64_t d, const uint8_t* 
 
 inline void store_key_group(const Inputs& in, int64_t head, int64_t t0) {
     const KeyGroup keys = {in, head, t0, std::max<int64_t>(in.start[head / H] + SINKS - t0, 0)};
-    const int64_t slot = slot_of(t0), row = (head * (TOKENS / GROUP) + slot / GROUP) * D;
+    const int64_t slot = slot_of(t0), row = (head * (in.tokens / GROUP) + slot / GROUP) * D;
     S* scale = in.scale + row;
     S* zero = in.zero + row;
-    Codes* packed = in.codes + head * WORDS * TOKENS + slot;
+    Codes* packed = in.codes + head * WORDS * in.tokens + slot;
     std::unique_ptr<uint8_t[]> buffer(new uint8_t[GROUP * PITCH]());
     uint8_t* codes = buffer.get();
-    if (BORROWED) unpack_key_codes(packed, codes);
+    if (BORROWED) unpack_key_codes(packed, in.tokens, codes);
     for (int64_t d = 0; d < D; d += L) {
         vf low, step;
         if (!FIT) range_of_channels(keys, d, low, step);
@@ -97,7 +97,7 @@ inline void store_key_group(const Inputs& in, int64_t head, int64_t t0) {
         if (FIT) fit_channels(keys, d, codes, scale, zero);
         else store_relaxed(scale + d, zero + d, low, step, D - d);
     }
-    if (!BORROWED) pack_key_codes(codes, packed);
+    if (!BORROWED) pack_key_codes(codes, packed, in.tokens);
 }
 
 constexpr int64_t SLICE = RESIDUAL;

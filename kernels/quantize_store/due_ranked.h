@@ -16,7 +16,7 @@ inline RankedGroup load_group(const Inputs& in, int64_t head, int64_t t0) {
     keys.count = GROUP - keys.first;
     keys.x.reset(new float[GROUP * D_PAD]);
     for (int64_t t = 0; t < GROUP; t++) {
-        const float norm = NORMS ? decode_scale(in.norm[head / H * TOKENS + slot_of(t0 + t)]) : 1.0f;
+        const float norm = NORMS ? decode_scale(in.norm[head / H * in.tokens + slot_of(t0 + t)]) : 1.0f;
         for (int64_t d = 0; d < D; d += L)
             store(keys.x.get() + t * D_PAD + d, load_up_to(token(in, head, t0 + t) + d, D - d) / norm);
     }
@@ -116,9 +116,9 @@ inline void quantize_ranked(const RankedGroup& keys, int64_t d, vf n, const floa
 }
 
 // Put the codes [GROUP, D_PAD] of channels into the planes of their ranks.
-inline void pack_ranked(const uint8_t* codes, const int32_t* order, int32_t* packed) {
+inline void pack_ranked(const uint8_t* codes, const int32_t* order, int32_t* packed, int64_t tokens) {
     for (const Field& field : FIELDS) {
-        int32_t* words = packed + field.word * TOKENS;
+        int32_t* words = packed + field.word * tokens;
         const uint8_t* code = codes + order[field.rank];
         for (int64_t t = 0; t < GROUP; t++) {
             const uint32_t bits = (uint32_t)code[t * D_PAD] >> field.shift & field.mask;
@@ -138,12 +138,12 @@ inline void store_ranked_group(const Inputs& in, int64_t head, int64_t t0) {
     }
     S scale[D_PAD], zero[D_PAD];
     for (int64_t d = 0; d < D; d += L) quantize_ranked(keys, d, load<vf>(n + d), center, buffer.get(), scale, zero);
-    const int64_t slot = slot_of(t0), row = (head * (TOKENS / GROUP) + slot / GROUP) * D;
+    const int64_t slot = slot_of(t0), row = (head * (in.tokens / GROUP) + slot / GROUP) * D;
     for (int64_t r = 0; r < D; r++) {
         in.scale[row + r] = scale[order[r]];
         in.zero[row + r] = zero[order[r]];
     }
-    pack_ranked(buffer.get(), order, in.codes + head * WORDS * TOKENS + slot);
+    pack_ranked(buffer.get(), order, in.codes + head * WORDS * in.tokens + slot, in.tokens);
 }
 
 constexpr int64_t SLICE = GROUP;
@@ -161,7 +161,7 @@ inline void note_tokens(const Inputs& in, int64_t row, int64_t from, int64_t to)
                 const vf x = load_up_to(token(in, head, t) + d, D - d);
                 squares = fma(x, x, squares);
             }
-        encode_norm(std::sqrt(sum(squares) / (H * D)), in.norm + row * TOKENS + slot_of(t));
+        encode_norm(std::sqrt(sum(squares) / (H * D)), in.norm + row * in.tokens + slot_of(t));
     }
 }
 

@@ -44,9 +44,9 @@ inline void store_token(const Inputs& in, int64_t head, int64_t t) {
             store_up_to(codes + g * GROUP + i, narrow(whole), GROUP - i);
         }
         const float aligned = sum(products);
-        encode_scale(square == 0.0f ? 0.0f : square / aligned, in.scale + (head * (D / GROUP) + g) * TOKENS + slot);
+        encode_scale(square == 0.0f ? 0.0f : square / aligned, in.scale + (head * (D / GROUP) + g) * in.tokens + slot);
     }
-    put_codes(in.codes + head * CODE_ROWS * D, slot, D, codes);
+    put_codes(in, in.codes + head * code_rows(in) * D, slot, D, codes);
 }
 
 }  // namespace xq

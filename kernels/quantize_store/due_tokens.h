@@ -20,16 +20,16 @@ ALWAYS_INLINE void range_of_values(const T* row, float* x, vf& lows, vf& step) {
 }
 
 // Put the group's codes into its words.
-ALWAYS_INLINE void encode_values(const float* x, vf lows, vf step, Codes* words, int64_t t) {
+ALWAYS_INLINE void encode_values(const Inputs& in, const float* x, vf lows, vf step, Codes* words, int64_t t) {
     uint8_t codes[GROUP + L];
     for (int64_t i = 0; i < GROUP; i += L) store(codes + i, narrow(encode(load_up_to(x + i, GROUP - i), lows, step)));
-    put_codes(words, t, GROUP, codes);
+    put_codes(in, words, t, GROUP, codes);
 }
 
 // Scale and zero point that fit the codes best: a regression of values on codes.
-ALWAYS_INLINE void fit_values(const float* x, const int32_t* words, int64_t t, S* scale, S* zero) {
+ALWAYS_INLINE void fit_values(const Inputs& in, const float* x, const int32_t* words, int64_t t, S* scale, S* zero) {
     float c[GROUP + L];
-    get_codes(words, t, GROUP, c);
+    get_codes(in, words, t, GROUP, c);
     vf sum_x = splat(0.0f), sum_c = sum_x, cov = sum_x, var = sum_x;
     for (int64_t i = 0; i < GROUP; i += L) {
         sum_x += load_up_to(x + i, GROUP - i);
@@ -50,14 +50,14 @@ inline void store_token(const Inputs& in, int64_t head, int64_t t) {
     const T* row = token(in, head, t);
     const int64_t slot = slot_of(t);
     for (int64_t g = 0; g < D / GROUP; g++) {
-        S* scale = in.scale + (head * (D / GROUP) + g) * TOKENS + slot;
-        S* zero = in.zero + (head * (D / GROUP) + g) * TOKENS + slot;
-        Codes* words = in.codes + head * CODE_ROWS * D + g * GROUP;
+        S* scale = in.scale + (head * (D / GROUP) + g) * in.tokens + slot;
+        S* zero = in.zero + (head * (D / GROUP) + g) * in.tokens + slot;
+        Codes* words = in.codes + head * code_rows(in) * D + g * GROUP;
         float x[GROUP + L];
         vf lows, step;
         range_of_values(row + g * GROUP, x, lows, step);
-        if (!BORROWED) encode_values(x, lows, step, words, slot);
-        if (FIT) fit_values(x, words, slot, scale, zero);
+        if (!BORROWED) encode_values(in, x, lows, step, words, slot);
+        if (FIT) fit_values(in, x, words, slot, scale, zero);
         else store_relaxed(scale, zero, lows, step, 1);
     }
 }

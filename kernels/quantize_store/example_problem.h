@@ -4,15 +4,12 @@
 
 #define XQ_APPEND_BLOCKS
 namespace xq {
-constexpr int64_t B = 2;
 constexpr int64_t H = 1;
 constexpr int64_t D = 128;
-constexpr int64_t N = 1024;
 constexpr int64_t BITS = 2;
 constexpr int64_t GROUP = 128;
 constexpr int64_t WORDS = 8;
 constexpr int64_t ROTATED = 0;
-constexpr int64_t TOKENS = 1152;
 constexpr int64_t WRAP = 0;
 constexpr int64_t RESIDUAL = 128;
 constexpr int64_t RING_SLACK = 8;
@@ -33,9 +30,9 @@ using T = xq::bfloat16;
 using S = xq::float16;
 }  // namespace xq
 namespace xq {
-// Fields of `width` bits, with `shift` bits of a code below them, in the words from `first` on.
+// Fields of `width` bits, with `shift` bits of a code below them and `above` above them.
 struct Plane {
-    int64_t width, shift, first;
+    int64_t width, shift, above;
 };
 constexpr Plane PLANES[] = {{2, 0, 0}};
 // Bits `shift` and up of the code of a rank, under `mask`, are at `bit` of a word; `first` in it or not.
@@ -66,5 +63,8 @@ struct Tensors {
     const int64_t* start;
     int64_t* length;
     int32_t* fault;
+};
+struct Sizes {
+    int64_t count, batch, max_len, tokens;
 };
 }  // namespace xq

@@ -3,7 +3,7 @@
 
 namespace xq {
 
-constexpr int64_t CODE_ROWS = TOKENS * BITS / 32;  // of words of one head, in all planes
+inline int64_t code_rows(const Inputs& in) { return in.tokens * BITS / 32; }  // of words of one head, in all planes
 
 // The first n words at p, all L where there are as many.
 ALWAYS_INLINE vi load_words(const int32_t* p, int64_t n) {
@@ -15,9 +15,9 @@ ALWAYS_INLINE vi load_words(const int32_t* p, int64_t n) {
 
 // Put the codes of n channels of token t among those of the tokens around it; `words` is where the channels of the
 // head's first row begin. Whole vectors of codes are read.
-ALWAYS_INLINE void put_codes(Codes* words, int64_t t, int64_t n, const uint8_t* codes) {
+ALWAYS_INLINE void put_codes(const Inputs& in, Codes* words, int64_t t, int64_t n, const uint8_t* codes) {
     for (const Plane& plane : PLANES) {
-        int32_t* row = const_cast<int32_t*>(words) + word_of_code(plane, t) * D;
+        int32_t* row = const_cast<int32_t*>(words) + word_of_code(plane, t, in.tokens) * D;
         const int32_t shift = shift_of_code(plane, t), field = (int32_t)(mask_of(plane) << shift);
         for (int64_t i = 0; i < n; i += L) {
             const vi word = load_words(row + i, n - i);
@@ -28,11 +28,11 @@ ALWAYS_INLINE void put_codes(Codes* words, int64_t t, int64_t n, const uint8_t* 
 }
 
 // Undo it. Whole vectors of floats are written.
-ALWAYS_INLINE void get_codes(const int32_t* words, int64_t t, int64_t n, float* codes) {
+ALWAYS_INLINE void get_codes(const Inputs& in, const int32_t* words, int64_t t, int64_t n, float* codes) {
     for (int64_t i = 0; i < n; i += L) {
         vi code = {};
         for (const Plane& plane : PLANES) {
-            const vi word = load_words(words + word_of_code(plane, t) * D + i, n - i);
+            const vi word = load_words(words + word_of_code(plane, t, in.tokens) * D + i, n - i);
             code |= (word >> shift_of_code(plane, t) & (int32_t)mask_of(plane)) << (int)plane.shift;
         }
         store(codes + i, __builtin_convertvector(code, vf));
