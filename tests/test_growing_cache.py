@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from xquant_fx import CacheStateError, UnsupportedWriteError, XQuantCache, XQuantConfig, memory_report, ops
 from xquant_fx.cache.growing import GrowingKV
-from xquant_fx.cache.growth import Growth, room_for
+from xquant_fx.cache.growth import AHEAD, Growth, room_for
 
 SHAPE = (1, 2, 512, 16)  # [B, H, room, D]
 CONFIG = XQuantConfig(k_bits=2, v_bits=2, residual_length=64, k_group_size=32, sink_tokens=2)
@@ -37,6 +37,12 @@ def tokens(n: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("before, room", [(0, 512), (503, 512), (504, 512), (505, 1024), (5000, 8192)])
 def test_room(before, room):
     assert room_for(before) == room
+
+
+@pytest.mark.parametrize("before, room", [(1, 512), (256, 512), (257, 1024), (480, 1024), (768, 1024), (769, 2048)])
+def test_room_of_a_cache_that_is_taken_over(before, room):
+    """A text of usual length is generated behind its prompt before more is needed."""
+    assert room_for(before, AHEAD) == room
 
 
 @pytest.mark.parametrize("config", [CONFIG, EXACT, XQuantConfig.preset("kivi-2"), XQuantConfig.preset("xquant-1bit")])
@@ -293,8 +299,8 @@ def test_generate_is_as_with_an_xquant_cache(models):
     plain, made = models
     torch._dynamo.reset()
     counters.clear()
-    ids, config = prompt(length=300), XQuantConfig.preset("kivi-2")
-    more = dict(attention_mask=torch.ones(1, 300, dtype=torch.int64), return_dict_in_generate=True, output_logits=True)
+    ids, config = prompt(length=200), XQuantConfig.preset("kivi-2")
+    more = dict(attention_mask=torch.ones(1, 200, dtype=torch.int64), return_dict_in_generate=True, output_logits=True)
     more["attention_mask"][0, :7] = 0
     out = generate(made["kivi-2"], ids, **more)
     cache = XQuantCache(plain.config, 512, config)
@@ -304,7 +310,7 @@ def test_generate_is_as_with_an_xquant_cache(models):
     torch.testing.assert_close(out.logits, want.logits, rtol=0, atol=2e-5)
     mine, theirs = memory_report(out.past_key_values), memory_report(cache)
     assert mine.parts | {"other": 0} == theirs.parts | {"other": 0}
-    assert mine.full_bytes < theirs.full_bytes  # of the 305 tokens that it has
+    assert mine.full_bytes < theirs.full_bytes  # of the 205 tokens that it has
 
 
 @WAYS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 import os
 from collections.abc import Callable
@@ -14,10 +15,12 @@ import torch
 from dynamo_graphs import fresh
 from test_one_call import unit_module, unit_wrapper
 from torch import Tensor, nn
+from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from xquant_fx.compiler import kept_steps
 from xquant_fx.compiler.cache_key import KeyPass, cache_key_patch
@@ -112,6 +115,28 @@ OTHERS = {
     "shape": dict(tokens=4), "op": dict(op=torch.ops.aten.sub), "sign of zero": dict(scale=-0.0),
     "what is no number": dict(scale=float("nan")),
 }  # fmt: skip
+
+
+def test_numbers_of_a_step_are_told_by_what_is_known_of_them() -> None:
+    """Not by their value: by their range, and which of them are one."""
+    env = ShapeEnv()
+
+    def number(value: int, most: int | None = None) -> torch.SymInt:
+        symbol = env.create_symbol(value, ConstantSource(f"n{next(counts)}"), DimDynamic.DYNAMIC)
+        found = env.create_symintnode(symbol, hint=value)
+        torch._check(most is None or found <= most)
+        return found
+
+    made, inputs, patches = graph()
+    counts = itertools.count()
+
+    def found(*numbers: torch.SymInt) -> Path | None:
+        return place(made, [*inputs, *numbers], patches)
+
+    one, two, small = number(5), number(6), number(5, most=100)
+    assert found(one) == found(two) is not None and found(one) != found(small)
+    assert found(one, two) == found(two, one) and found(one, one) != found(one, two)
+    assert found(one + 1) is None
 
 
 def test_the_same_is_found_again() -> None:

@@ -38,3 +38,25 @@ def test_steps_of_a_few_tokens_are_fused_whatever_their_number(tiny_llama) -> No
     assert all(any("decode_attention" in str(node.target) for node in graph.graph.nodes) for graph in graphs[-3:])
     inputs = [node.meta["example_value"] for graph in graphs[-3:] for node in graph.graph.find_nodes(op="placeholder")]
     assert not any(isinstance(each, torch.SymInt) for each in inputs)  # or layers would not be compiled once for all
+
+
+@pytest.mark.usefixtures("plain_torch")
+@torch.no_grad()
+def test_another_length_of_caches_is_known(tiny_llama) -> None:
+    """From the second length on Dynamo takes it for one that varies, though the graph is for one alone."""
+    config, graphs = XQuantConfig.preset("xquant-2.2"), list[Any]()
+    model = tiny_llama(layers=2, head_dim=32)
+    ids = torch.randint(3, 128, (1, 41), generator=torch.Generator().manual_seed(0))
+    step = torch.compile(model.forward, backend=interpreted(graphs, config=config))
+    for length in (64, 96, 128):
+        plain = XQuantCache(model.config, length, config=config)
+        cache = copy.deepcopy(plain)
+        for each in (plain, cache):
+            model(ids[:, :40], past_key_values=each)
+        expected = model(ids[:, 40:], past_key_values=plain).logits
+        found = step(torch.tensor(ids[:, 40:].tolist()), past_key_values=cache).logits
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert cache.layers[0].max_cache_len == length
+    assert len(graphs) == 3
+    inputs = [node.meta["example_value"] for graph in graphs for node in graph.graph.find_nodes(op="placeholder")]
+    assert not any(isinstance(each, torch.SymInt) for each in inputs)  # or layers would be compiled together

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx import Graph
 
+from xquant_fx.compiler import inductor
 from xquant_fx.compiler.layers import compile_layers
 from xquant_fx.compiler.repeats import pieces_of, why_not_apart
 from xquant_fx.kernels.cpu.one_call import Chain, Generated, joined_chain, read_generated
@@ -176,6 +178,27 @@ def test_what_is_read_of_a_chain() -> None:
     assert layout(read[0].code.results[0], read[0]) == ((2, 2), (4, 1))
 
 
+NUMBERED = """
+def call(args):
+    arg0_1, arg1_1 = args
+    s5 = arg1_1
+    buf0 = empty_strided_cpu((4, ), (1, ), torch.float32)
+    cpp_a(arg0_1, buf0, s5, 7)
+    return (buf0, )
+"""
+
+
+def test_numbers_of_a_chain() -> None:
+    """Which are other inputs of it in each link."""
+    links = [Link(0, ["x", "tokens"], ["h0"]), Link(0, ["h0", "length"], ["h1"])]
+    code = chained(wrappers(NUMBERED), links, ["x", "tokens", "length"], ["h1"])
+    _, text = source(code, Kernels(["cpp_a_of_0"], {}), [*code.allocated, "x"], ["length", "tokens"])
+    assert re.findall(r"kernels\[.\]\)\((.*)\);", text) == [
+        "t1 + 0, scratch + 0, n1, 7L",
+        "scratch + 0, t0 + 0, n0, 7L",
+    ]
+
+
 @pytest.mark.parametrize(
     ("statements", "reason"),
     [
@@ -223,6 +246,59 @@ def test_a_size_that_is_known_in_a_step_only() -> None:
     assert "is no tensor of known shape" in why_not_apart(made.graph, pieces)
     with pytest.raises(TypeError, match="unhashable"):
         hash(tuple(stride for node in made.graph.nodes if fake(node) is not None for stride in fake(node).stride()))
+
+
+def test_a_number_of_the_step_is_given_to_the_pieces_that_use_it() -> None:
+    """As the length of a cache that grows: the layers are compiled once all the same."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor, length: int) -> Tensor:
+        k = k * length
+        for i, (keys, values) in enumerate(layers):
+            assign(keys, values, k, v, pos)
+            q = sdpa(q, keys, values)
+            k, v = k + (q * length if i else q), v - q
+        return q * 2
+
+    counters.clear()
+    args, ways = fresh(1), (torch.compile(step, backend="xquant"), step)
+    with torch.no_grad():
+        for length in (2, 3, 5, 7):
+            states = [quantized_layers(ALONE, number=7) for _ in range(2)]
+            each = zip(ways, states, strict=True)
+            found, expected = (run(*args, layers, torch.arange(1), length) for run, layers in each)
+            torch.testing.assert_close(found, expected)
+    assert counters["stats"]["unique_graphs"] == 2 and counters["xquant"]["one_call"] == 2
+    assert counters["xquant"]["layers_not_compiled_again"] == 2 * 3  # all but the first two, the last and what follows
+
+
+def test_what_holds_for_some_numbers_only_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would ask for the number where it is restored."""
+    counters.clear()
+    where = tmp_path / "step.json"
+    monkeypatch.setattr(inductor, "place_of", lambda *_: where)
+    asks = [False, True]
+
+    def compile_one(gm: Any, examples: list[Any]) -> Any:
+        for each in examples:
+            if asks[0] and isinstance(each, torch.SymInt):
+                assert each % 4 != 3
+        return _compile_one(gm, examples)
+
+    _compile_one = inductor._compile_one({})
+    monkeypatch.setattr(inductor, "_compile_one", lambda _: compile_one)
+
+    def step(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor, length: int) -> Tensor:
+        return plain(q, k * length, v, layers, pos)
+
+    for asks[0] in (False, True):  # what was asked for goes into Inductor's cache, and is asked for again
+        torch._dynamo.reset()
+        made = torch.compile(step, backend="xquant")
+        for length in (5, 6):
+            where.unlink(missing_ok=True)
+            with torch.no_grad():
+                made(*fresh(1), quantized_layers(ALONE, number=6), torch.arange(1), length)
+        assert counters["stats"]["unique_graphs"] == 2 and where.exists() != asks[0]
+        counters.clear()
 
 
 def test_torch_counts_what_is_written_to() -> None:

@@ -8,12 +8,14 @@ from xquant_fx.kernels.layout import STEP_TOKENS
 
 #: Tokens there is room for at least.
 LEAST_ROOM = 512
+#: Tokens that may come behind those of a cache that is taken over before it needs more room, which compiles once more.
+AHEAD = 256
 
 
-def room_for(tokens: int) -> int:
-    """Tokens to make room for where ``tokens`` are stored and one more step of a few is to come."""
+def room_for(tokens: int, ahead: int = STEP_TOKENS) -> int:
+    """Tokens to make room for where ``tokens`` are stored and ``ahead`` are to come: by default a step of a few."""
     room = LEAST_ROOM
-    while room < tokens + STEP_TOKENS:
+    while room < tokens + ahead:
         room *= 2
     return room
 

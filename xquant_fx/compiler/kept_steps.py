@@ -118,15 +118,24 @@ def _machine() -> tuple[Any, ...]:
 
 
 def _inputs(values: Sequence[Any]) -> list[Any]:
-    """Layouts of ``values``, and which of them lie in one storage: AOTAutograd looks at both."""
-    found, storages = [_input(value) for value in values], dict[int, int]()
+    """Layouts of ``values``, and which of them lie in one storage, or are one number: AOTAutograd looks at both."""
+    found, first = [_input(value) for value in values], dict[Any, int]()
     return [
-        (*each, storages.setdefault(value.untyped_storage().data_ptr(), i))
+        (*each, first.setdefault(_identity(value), i))
         for i, (each, value) in enumerate(zip(found, values, strict=True))
     ]
 
 
+def _identity(value: Any) -> Any:
+    return value.node.expr if isinstance(value, torch.SymInt) else value.untyped_storage().data_ptr()
+
+
 def _input(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, torch.SymInt):  # of which nothing is known but its range, or more was to be looked at
+        symbol = value.node.expr
+        if not symbol.is_symbol:
+            raise NotKeptError
+        return "number", str(value.node.shape_env.var_to_range[symbol])
     if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_quantized:
         raise NotKeptError
     if value.is_conj() or value.is_neg():

@@ -1,4 +1,4 @@
-"""Steps of a few tokens whose number Dynamo left open, as graphs of the number at hand, on CPUs.
+"""Steps of a few tokens with numbers that Dynamo left open, as graphs of the numbers at hand, on CPUs.
 
 A prompt, then a step of one token: from the second number on Dynamo takes all numbers for one that varies, and so comes
 a step of 5 candidates of assisted decoding. Our kernels are made for one number, and Inductor asks for it in the end:
@@ -6,7 +6,8 @@ such a graph is compiled for 5 tokens all the same. So it is made one of 5 token
 attention would read dequantized keys and values, at six times the time.
 
 Assisted decoding also passes in for how many tokens it wants logits: for all new ones. That is left open, too, and
-known then, or the step's layers would not be compiled once for all that are equal, nor be one C++ function.
+known then, or the step's layers would not be compiled once for all that are equal, nor be one C++ function. So is how
+long a cache may become, from the second length on.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ class KnownStep(OtherGraph):
 
 
 def known_step(gm: GraphModule, found: Detection, inputs: Sequence[Any]) -> KnownStep | None:
-    """The graph of as many new tokens as there are, if these are few and their number was left open.
+    """The graph of the numbers that there are, if that of new tokens was left open and is small, or others are known
+    by now to be the only ones that the graph is for.
 
-    Dynamo guards on the number, or on that there are more.
+    Dynamo guards on the number of new tokens, or on that there are more.
     """
     if any(isinstance(each, torch.Tensor) and each.device.type != "cpu" for each in inputs):
         return None
@@ -54,10 +56,11 @@ def known_step(gm: GraphModule, found: Detection, inputs: Sequence[Any]) -> Know
         return None
     opened = [write.tokens for write in found.writes if isinstance(write.tokens, SymInt)]
     known = {int(tokens) for tokens in opened if tokens <= STEP_TOKENS}
-    if not known:
+    if known:
+        _settle_counts(gm, known)
+        _settle_queries(found, known)
+    elif opened or not any(type(_known(value)) is int for value in _numbers(gm)):
         return None
-    _settle_counts(gm, known)
-    _settle_queries(found, known)
     made = clone(gm)
     kept = list[int]()
     for place, node in enumerate(list(made.graph.nodes)):  # inputs come first
@@ -77,9 +80,15 @@ def _settle_counts(gm: GraphModule, known: set[int]) -> None:
     One that is the size of an input is not meant: a short past may have as many tokens.
     """
     inputs = gm.graph.find_nodes(op="placeholder")
-    for value in [node.meta.get("example_value") for node in inputs]:
-        if isinstance(value, SymInt) and value.node.hint in known and size_among_inputs(inputs, value) is None:
+    for value in _numbers(gm):
+        if value.node.hint in known and size_among_inputs(inputs, value) is None:
             int(value)
+
+
+def _numbers(gm: GraphModule) -> list[SymInt]:
+    """The numbers among the inputs that Dynamo left open."""
+    values = (node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder"))
+    return [value for value in values if isinstance(value, SymInt)]
 
 
 def _settle_queries(found: Detection, known: set[int]) -> None:

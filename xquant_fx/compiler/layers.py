@@ -25,7 +25,7 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
-from xquant_fx.compiler.repeats import Piece, pieces_of, why_not_apart
+from xquant_fx.compiler.repeats import Piece, is_number, pieces_of, why_not_apart
 from xquant_fx.kernels.cpu.kept_call import keep, restored
 from xquant_fx.kernels.cpu.one_call import Chain, Generated, collected, joined_chain, read_generated
 from xquant_fx.kernels.cpu.wrapper_chain import Link, layout
@@ -56,7 +56,7 @@ def compile_layers(
 ) -> Callable[..., Any] | None:
     """The graph as a function, its equal layers compiled once; None if it has none, or they cannot be.
 
-    It is kept at ``place``.
+    It is kept at ``place``, unless it is for some numbers only that are known in a step: nobody would look at them.
     """
     pieces = pieces_of(gm.graph)
     if len(pieces) < 2:
@@ -64,7 +64,9 @@ def compile_layers(
     try:
         if reason := why_not_apart(gm.graph, pieces) or _why_not_inputs(gm.graph, inputs):
             raise NotReadError(reason)
+        before = _asked(inputs)
         chain = _chain(gm.graph, pieces, inputs, compile_one)
+        place = place if _asked(inputs) == before else None
     except NotReadError as error:
         log.info("the layers of this graph are compiled together: %s", error)
         counters["xquant"][f"layers compiled together: {error}"] += 1
@@ -73,6 +75,12 @@ def compile_layers(
     counters["xquant"]["layers_not_compiled_again"] += spared
     kept_at = None if place is None else lambda kept: keep(kept._replace(spared=spared), place)
     return _counting_writes(joined_chain(chain, kept_at), gm.graph)
+
+
+def _asked(inputs: Sequence[Any]) -> list[tuple[int, int]]:
+    """How much Dynamo guards on about the numbers of the step."""
+    envs = (each.node.shape_env for each in inputs if isinstance(each, torch.SymInt))
+    return [(len(env.guards), len(env.replacements)) for env in envs]
 
 
 def _counting_writes(call: Callable[[list[Any]], Any], graph: Graph) -> Callable[..., Any]:
@@ -88,11 +96,14 @@ def _counting_writes(call: Callable[[list[Any]], Any], graph: Graph) -> Callable
 
 
 def _why_not_inputs(graph: Graph, inputs: Sequence[Any]) -> str:
-    """Inputs must be plain tensors. One that is written to must not show in another: layers might differ in that."""
+    """Inputs must be plain tensors, or numbers of the step.
+
+    One that is written to must not show in another: layers might differ in that.
+    """
     given = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
-    if not all(type(each) in (Tensor, Parameter) for each in inputs):
+    if any(type(each) not in (Tensor, Parameter) and not is_number(node) for node, each in given.items()):
         return "an input is no plain tensor"
-    shown = [each.untyped_storage().data_ptr() for each in inputs]
+    shown = [each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)]
     for node, target in other_mutations(graph, []):
         memory = given.get(memory_of(target))
         if memory is not None and shown.count(memory.untyped_storage().data_ptr()) > 1:
@@ -144,7 +155,7 @@ def _compiled(piece: Piece, returned: Sequence[int], given: dict[Node, Any], com
     graph, env = Graph(), dict[Node, Node]()
     for node in piece.given:
         env[node] = graph.placeholder(node.name)
-        env[node].meta["example_value"] = value_of(node)
+        env[node].meta["example_value"] = node.meta["example_value"]
     for node in piece.nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[piece.nodes[i]] for i in returned))

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import Geometry, Slot, bind_all, quantized_empty
 from xquant_fx.cache.growing import STORED_KV
-from xquant_fx.cache.growth import room_for
+from xquant_fx.cache.growth import AHEAD, room_for
 from xquant_fx.compiler.dynamo_frames import is_partial
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.proof import Call
@@ -55,7 +55,7 @@ def geometry_of(buffer: Buffer, tensor: Tensor) -> Geometry:
     """Of the stored tensors; what grows by concatenation gets room to grow."""
     batch, heads, tokens, dim = tensor.shape
     if buffer.write.past is not None:
-        tokens = room_for(tokens if isinstance(tokens, int) else tokens.node.hint)
+        tokens = room_for(tokens if isinstance(tokens, int) else tokens.node.hint, AHEAD)
     shape = (batch, heads, tokens, dim)
     return Geometry(shape, tensor.dtype, buffer.rotary, buffer.write.window, buffer.write.per_row)
 

@@ -52,7 +52,8 @@ def pieces_of(graph: Graph) -> list[Piece]:
 def why_not_apart(graph: Graph, pieces: Sequence[Piece]) -> str:
     """Why ``pieces`` cannot be compiled one by one; empty if they can.
 
-    What goes from one to the other must be a tensor of known shape, and no view of memory that another piece writes.
+    What goes from one to the other must be a tensor of known shape, and no view of memory that another piece writes. A
+    number that is known in a step only, such as how long a cache is, may be among the inputs.
     """
     inside = {node: i for i, piece in enumerate(pieces) for node in piece.nodes}
     for node in graph.nodes:
@@ -60,7 +61,7 @@ def why_not_apart(graph: Graph, pieces: Sequence[Piece]) -> str:
             return f"{node.name} holds something of its own"
         if node.op in ("call_method", "call_function") and "as_strided" in op_name(node):
             return f"{node.name} counts from where a storage begins, which is elsewhere in each layer's"
-        if node.op == "placeholder" and not _is_static(fake(node)):
+        if node.op == "placeholder" and not (_is_static(fake(node)) or is_number(node)):
             return f"{node.name} is no tensor of known shape"
     for node, target in other_mutations(graph, []):
         memory = memory_of(target)
@@ -70,6 +71,11 @@ def why_not_apart(graph: Graph, pieces: Sequence[Piece]) -> str:
         if not _is_static(fake(given)) or memory_of(given).op == "placeholder":
             return f"{given.name} is no tensor of known shape and memory of its own"
     return ""
+
+
+def is_number(node: Node) -> bool:
+    """Whether the program gives ``node`` as a number, which differs from step to step."""
+    return isinstance(node.meta.get("example_value"), torch.SymInt)
 
 
 def _is_static(value: Tensor | None) -> bool:
