@@ -2,7 +2,8 @@
 
 Dynamo goes on reading its own graph's placeholders after the backend returns, so the passes work on
 a clone. Relied on: ``node._dynamo_source``, ``GetItemSource``, ``node.meta["example_value"]`` and ``["tensor_dict"]``,
-``GraphModule._param_name_to_source`` and friends, ``_make_graph_module``. Checked on torch 2.11, 2.13 and 2.14.
+``GraphModule._param_name_to_source`` and friends, ``_make_graph_module``, ``create_symintnode``. Checked on torch 2.11
+and 2.13, but for the last on 2.14, too.
 """
 
 from __future__ import annotations
@@ -109,6 +110,17 @@ def size_among_inputs(inputs: Iterable[Node], size: Any) -> tuple[int, int] | No
             if _same_size(length, size):
                 return index, dim
     return None
+
+
+def named_once(value: Any) -> Any:
+    """``value``, if it is a number that Dynamo left open, under the symbol that is left of all for the same number.
+
+    Inductor defines symbols as the inputs name them and writes what is left. Of two that turned out to be equal one may
+    come with an input that passes dropped, such as a size of a quantized buffer: the one that is left.
+    """
+    if not isinstance(value, torch.SymInt) or not value.node.expr.is_symbol:
+        return value
+    return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
 
 
 def _same_size(a: Any, b: Any) -> bool:

@@ -169,3 +169,16 @@ def test_windows_that_stay_beside_codes() -> None:
     cache = DynamicCache(config=model.config)
     assert close(run(step, cache, ids, [60, *[1] * 5]), whole(model, ids[:, :65]))
     assert [isinstance(layer.keys, GrowingKV) for layer in cache.layers] == [False, True]
+
+
+@torch.no_grad()
+def test_lengths_that_are_one_number_under_two_names() -> None:
+    """By Inductor: one of the names is a size of the past, which the rewritten graph has no more."""
+    model, ids = model_of("Gemma2", num_hidden_layers=2), ids_of(2, WINDOW // 2)
+    more = dict(max_new_tokens=3, do_sample=False)
+    expected = model.generate(ids, **more)
+    torch._dynamo.reset()
+    model.compile(backend="xquant", options={"config": FULL})
+    assert torch.equal(model.generate(ids, **more), expected)
+    model.compile(backend="xquant", options={"config": LOW})
+    assert model.generate(ids, **more).shape == expected.shape

@@ -14,17 +14,19 @@ from dynamo_graphs import fresh
 from rewrites import ALONE, Layers, Rewrites, assign, quantized_layers, sdpa
 from test_one_call import unit_module, unit_wrapper
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
-from torch.fx import Graph
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from xquant_fx.compiler import inductor
+from xquant_fx.compiler import inductor, repeats
 from xquant_fx.compiler.layers import compile_layers
 from xquant_fx.compiler.repeats import pieces_of, why_not_apart
 from xquant_fx.kernels.cpu.one_call import Chain, Generated, joined_chain, read_generated
 from xquant_fx.kernels.cpu.one_call_source import Kernels, source
 from xquant_fx.kernels.cpu.wrapper_chain import Link, chained, layout
-from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Reader
+from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Number, Reader
 from xquant_fx.passes.trace import fake
 
 Step = Callable[..., Tensor]
@@ -226,9 +228,10 @@ def test_a_chain_runs(readable: bool) -> None:
     if not readable:
         read.code.calls[0].args[0] = read.code.calls[0].args[0]._replace(memory="constant0")  # type: ignore[union-attr]
         module["call"] = lambda args: [(args[0] + 1) * 2]
-    call = joined_chain(Chain([generated], [read], links, ["h0"], ["h3", "h1"]))
-    for _ in range(2):
-        assert [each.tolist() for each in call([torch.arange(3.0)])] == [[14, 22, 30], [2, 4, 6]]
+    call = joined_chain(Chain([generated], [read], links, ["h0", "n"], ["h3", Number("n + 1"), "h1"]))
+    for number in (3, 4):
+        last, after, first = call([torch.arange(3.0), number])
+        assert last.tolist() == [14, 22, 30] and first.tolist() == [2, 4, 6] and after == number + 1
     reason = "kernels called one by one: constant0, which is a constant of one part"
     assert counters["xquant"] == ({"one_call": 1} if readable else {reason: 1})
 
@@ -249,27 +252,65 @@ def test_a_size_that_is_known_in_a_step_only() -> None:
         hash(tuple(stride for node in made.graph.nodes if fake(node) is not None for stride in fake(node).stride()))
 
 
-def test_a_number_of_the_step_is_given_to_the_pieces_that_use_it() -> None:
-    """As the length of a cache that grows: the layers are compiled once all the same."""
+def test_numbers_of_the_step_are_given_to_the_pieces_that_use_them() -> None:
+    """As the length of a cache that grows, also as the size of a mask: the layers are compiled once all the same."""
 
-    def step(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor, length: int) -> Tensor:
-        k = k * length
+    def step(
+        q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor, length: int, mask: Tensor
+    ) -> tuple[Tensor, int]:
+        k = k * (length + mask.sum())
         for i, (keys, values) in enumerate(layers):
             assign(keys, values, k, v, pos)
             q = sdpa(q, keys, values)
             k, v = k + (q * length if i else q), v - q
-        return q * 2
+        return q * 2, 2 * length + 3
 
     counters.clear()
     args, ways = fresh(1), (torch.compile(step, backend="xquant"), step)
     with torch.no_grad():
         for length in (2, 3, 5, 7):
             states = [quantized_layers(ALONE, number=7) for _ in range(2)]
-            each = zip(ways, states, strict=True)
-            found, expected = (run(*args, layers, torch.arange(1), length) for run, layers in each)
+            rest = torch.arange(1), length, torch.ones(4 * length + 1)
+            found, expected = (way(*args, each, *rest) for way, each in zip(ways, states, strict=True))
             torch.testing.assert_close(found, expected)
+            assert type(found[1]) is int
     assert counters["stats"]["unique_graphs"] == 2 and counters["xquant"]["one_call"] == 2
     assert counters["xquant"]["layers_not_compiled_again"] == 2 * 3  # all but the first two, the last and what follows
+
+
+def test_layers_are_equal_if_the_same_of_their_numbers_are_one() -> None:
+    """Code for a layer whose two numbers are one would use one of them."""
+    env, graph = ShapeEnv(), Graph()
+
+    def number(name: str) -> Node:
+        symbol = env.create_symbol(5, ConstantSource(name), DimDynamic.DYNAMIC)
+        node = graph.placeholder(name)
+        node.meta["example_value"] = env.create_symintnode(symbol, hint=5)
+        return node
+
+    def layer(a: Node, b: Node) -> Any:
+        return repeats._piece([graph.call_function(torch.arange, (a,)), graph.call_function(torch.arange, (b,))]).form
+
+    a, b, c, d = map(number, "abcd")
+    assert len({layer(a, c), layer(b, c), layer(c, a), layer(c, d)}) == 1
+    assert layer(a, b) == layer(a, c)
+    assert a.meta["example_value"] == b.meta["example_value"]  # Dynamo guards on it
+    assert layer(a, c) == layer(b, c) != layer(a, b) == layer(b, a) != layer(a, a)
+    int(d.meta["example_value"])
+    assert layer(a, d) != layer(a, c)
+
+
+def test_what_is_neither_a_tensor_nor_a_sum_keeps_the_graph_whole() -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor, length: int) -> tuple[Tensor, int]:
+        return plain(q, k, v, layers, pos) * length, length // 3
+
+    counters.clear()
+    made = torch.compile(step, backend="xquant")
+    with torch.no_grad():
+        found = [made(*fresh(1), quantized_layers(ALONE, number=6), torch.arange(1), length)[1] for length in (5, 9)]
+    assert found == [1, 3] and counters["xquant"]["one_call"] == 2
+    reason = "a result is neither a tensor nor a sum of numbers that are given"
+    assert counters["xquant"][f"layers compiled together: {reason}"] == 1
 
 
 @inductor_config.patch(force_disable_caches=True)  # what was asked for is in them, and asked for again

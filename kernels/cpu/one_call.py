@@ -26,8 +26,8 @@ import torch
 
 from xquant_fx.kernels.cpu.kept_call import KeptCall, bound, may_be_kept
 from xquant_fx.kernels.cpu.one_call_source import Kernels, source
-from xquant_fx.kernels.cpu.wrapper_chain import Link, chained, kernel_name
-from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Place, Reader, Size, WrapperCode, read_wrapper
+from xquant_fx.kernels.cpu.wrapper_chain import Link, Result, chained, kernel_name
+from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Number, Place, Reader, Size, WrapperCode, read_wrapper
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class Chain(NamedTuple):
     """What each wrapper does."""
     links: Sequence[Link]
     arguments: Sequence[str]
-    results: Sequence[str | None]
+    results: Sequence[Result]
 
 
 def read_generated(generated: Generated) -> Reader:
@@ -228,9 +228,15 @@ def _in_turn(chain: Chain) -> Callable[..., Any]:
         for link in chain.links:
             found = chain.generated[link.wrapper].module["call"]([values[name] for name in link.given])
             values.update(zip(link.returned, found, strict=True))
-        return tuple(None if name is None else values[name] for name in chain.results)
+        return tuple(_value(result, values) for result in chain.results)
 
     return call
+
+
+def _value(result: Result, values: Mapping[str, Any]) -> Any:
+    if isinstance(result, Number):
+        return eval(result.python, {"__builtins__": {}}, dict(values))  # a sum that we wrote
+    return None if result is None else values[result]
 
 
 def _python(

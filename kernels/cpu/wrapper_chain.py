@@ -25,13 +25,17 @@ class Link(NamedTuple):
     """Names that its results get."""
 
 
+#: A tensor by its name, or a number in terms of the chain's arguments.
+Result = str | Number | None
+
+
 def kernel_name(wrapper: int, name: str) -> str:
     """What the chain calls the kernel ``name`` of a wrapper: other wrappers may have another of that name."""
     return f"{name}_of_{wrapper}"
 
 
 def chained(
-    wrappers: Sequence[Reader], links: Sequence[Link], arguments: Sequence[str], results: Sequence[str | None]
+    wrappers: Sequence[Reader], links: Sequence[Link], arguments: Sequence[str], results: Sequence[Result]
 ) -> WrapperCode:
     """What a wrapper would do that takes ``arguments``, makes the calls ``links`` and returns ``results``.
 
@@ -45,12 +49,12 @@ def chained(
 
 
 class _Chain:
-    def __init__(self, links: Sequence[Link], arguments: Sequence[str], results: Sequence[str | None]) -> None:
+    def __init__(self, links: Sequence[Link], arguments: Sequence[str], results: Sequence[Result]) -> None:
         self.made = Reader()
         self.made.code.arguments = list(arguments)
         self.values = {name: Place(name, 0, None, name) for name in arguments}
         self.last = {name: number for number, link in enumerate(links) for name in link.given}
-        self.last |= {name: len(links) for name in results if name is not None}
+        self.last |= {name: len(links) for name in results if isinstance(name, str)}
         self.seen = dict[str, set[str]]()
         """Names of what shows the memory of each buffer that was returned."""
 
@@ -78,8 +82,8 @@ class _Chain:
                 self.made.events.append((memory, False))
                 del self.seen[memory]
 
-    def finished(self, results: Sequence[str | None]) -> WrapperCode:
-        self.made.code.results = [None if name is None else self.values[name] for name in results]
+    def finished(self, results: Sequence[Result]) -> WrapperCode:
+        self.made.code.results = [self.values[each] if isinstance(each, str) else each for each in results]
         return self.made.planned()
 
 

@@ -108,6 +108,8 @@ class Reader:
                     self._argument(name)
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Name(id=given)) if _is_size(name, given, self.code):
                 self.sizes_given[name] = Size(given)
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Name(id=given)) if given in self.sizes_given:
+                self.sizes_given[name] = self.sizes_given[given]
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 self.names[name] = self._allocation(name, value) or self._place(value)
             case ast.Delete(targets=targets):

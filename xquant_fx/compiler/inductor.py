@@ -25,7 +25,7 @@ from xquant_fx.compiler.layers import compile_layers, restored_layers
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.tracing_time import wait_for_hashes
 from xquant_fx.kernels.cpu.one_call import switched
-from xquant_fx.passes.graph import make_fake_inputs
+from xquant_fx.passes.graph import make_fake_inputs, named_once
 
 #: For graphs with a quantized cache on a CPU: what takes time there and changes nothing in the code of a step.
 CPU_SETTINGS: dict[str, Any] = {
@@ -80,6 +80,7 @@ def compile_by_inductor(
     one_call = "one_call" not in request.disable
     patches = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
     if settings is not None:
+        inputs = [named_once(each) for each in inputs]
         patches.update(cache_key_patch(settings))
         # A step's loops are short: of 512 numbers a second thread starts later than the first is through with all.
         patches["cpp.min_chunk_size"] = max(inductor_config.cpp.min_chunk_size, 4096)

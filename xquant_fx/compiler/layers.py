@@ -14,22 +14,23 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from sympy import Symbol  # type: ignore[import-untyped]
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
-from xquant_fx.compiler.repeats import Piece, is_number, pieces_of, why_not_apart
+from xquant_fx.compiler.repeats import Piece, is_number, number_of, pieces_of, why_not_apart
 from xquant_fx.kernels.cpu.kept_call import keep, restored
 from xquant_fx.kernels.cpu.one_call import Chain, Generated, collected, joined_chain, read_generated
 from xquant_fx.kernels.cpu.wrapper_chain import Link, layout
-from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Reader
+from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Number, Reader
 from xquant_fx.passes.find_writes import other_mutations
 from xquant_fx.passes.trace import fake, memory_of, value_of
 
@@ -114,14 +115,16 @@ def _why_not_inputs(graph: Graph, inputs: Sequence[Any]) -> str:
 def _chain(graph: Graph, pieces: Sequence[Piece], inputs: Sequence[Any], compile_one: Compile) -> Chain:
     """Raises NotReadError if the parts, or how they fit together, are not what the whole graph would be."""
     given = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
-    results: Any = graph.output_node().args[0]
-    if not all(each is None or fake(each) is not None for each in results):
-        raise NotReadError("a result is no tensor")
+    outputs: Any = graph.output_node().args[0]
+    results = [_result(each, given) for each in outputs]
+    pieces = [_with_sizes(piece, given) for piece in pieces]
     returned = _returned(pieces)
     parts = dict[Hashable, Part]()
-    for form, _ in Counter(piece.form for piece in pieces).most_common():  # what fails, fails with the layers
-        piece = next(piece for piece in pieces if piece.form == form)
+    for form, count in Counter(piece.form for piece in pieces).most_common():  # what fails, fails with the layers
+        piece, before = next(piece for piece in pieces if piece.form == form), _asked(inputs)
         parts[form] = _compiled(piece, returned[form], given, compile_one)
+        if count > 1 and _asked(inputs) != before:
+            raise NotReadError("what was compiled for one layer holds for some of its numbers only")
     numbers = {form: number for number, form in enumerate(parts)}
     links = [
         Link(
@@ -136,16 +139,40 @@ def _chain(graph: Graph, pieces: Sequence[Piece], inputs: Sequence[Any], compile
         [part.read for part in parts.values()],
         links,
         [node.name for node in given],
-        [each and each.name for each in results],
+        results,
     )
 
 
+def _result(node: Node | None, given: Iterable[Node]) -> str | Number | None:
+    """What the chain calls it, or how a number follows from its arguments."""
+    if node is None or fake(node) is not None:
+        return None if node is None else node.name
+    names = {number_of(each): each.name for each in given if is_number(each)}
+    number = number_of(node) if is_number(node) else None
+    if number is None or not number.is_polynomial() or not number.free_symbols <= names.keys():
+        raise NotReadError("a result is neither a tensor nor a sum of numbers that are given")
+    return Number(str(number.xreplace({symbol: Symbol(names[symbol]) for symbol in number.free_symbols})))
+
+
+def _with_sizes(piece: Piece, given: Iterable[Node]) -> Piece:
+    """``piece``, given the numbers, too, that are sizes of what it is given."""
+    values = [value for value in map(fake, piece.given) if value is not None]
+    sizes = [size for value in values for size in (*value.shape, *value.stride()) if isinstance(size, torch.SymInt)]
+    symbols = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
+    symbols -= {number_of(node) for node in piece.given if is_number(node)}
+    named = {number_of(node): node for node in given if is_number(node)}
+    if not symbols <= named.keys():
+        raise NotReadError("a size of an input is none of the numbers that are given")
+    return piece._replace(given=[*piece.given, *(named[symbol] for symbol in sorted(symbols, key=str))])
+
+
 def _returned(pieces: Sequence[Piece]) -> dict[Hashable, list[int]]:
-    """By the form of a piece, numbers of the nodes that are used outside of one that has it."""
+    """By the form of a piece, the nodes that are used outside of one that has it, but for numbers, by their place."""
     found = dict[Hashable, set[int]]()
     for piece in pieces:
         inside = set(piece.nodes)
-        used = (i for i, node in enumerate(piece.nodes) if any(user not in inside for user in node.users))
+        tensors = ((i, node) for i, node in enumerate(piece.nodes) if not is_number(node))
+        used = (i for i, node in tensors if any(user not in inside for user in node.users))
         found.setdefault(piece.form, set()).update(used)
     return {form: sorted(numbers) for form, numbers in found.items()}
 

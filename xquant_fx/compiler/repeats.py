@@ -7,6 +7,7 @@ of ours, with which nothing is fused, so that what is compiled stretch by stretc
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -52,16 +53,20 @@ def pieces_of(graph: Graph) -> list[Piece]:
 def why_not_apart(graph: Graph, pieces: Sequence[Piece]) -> str:
     """Why ``pieces`` cannot be compiled one by one; empty if they can.
 
-    What goes from one to the other must be a tensor of known shape, and no view of memory that another piece writes. A
-    number that is known in a step only, such as how long a cache is, may be among the inputs.
+    What goes from one to the other must be a tensor of known shape, and no view of memory that another piece writes.
+    Numbers that are known in a step only, such as how long a cache is, may be among the inputs, and sizes of those that
+    are read by pieces of which there is one.
     """
     inside = {node: i for i, piece in enumerate(pieces) for node in piece.nodes}
+    times = Counter(piece.form for piece in pieces)
+    repeated = {given for piece in pieces if times[piece.form] > 1 for given in piece.given}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr") or is_opaque(node):
             return f"{node.name} holds something of its own"
         if node.op in ("call_method", "call_function") and "as_strided" in op_name(node):
             return f"{node.name} counts from where a storage begins, which is elsewhere in each layer's"
-        if node.op == "placeholder" and not (_is_static(fake(node)) or is_number(node)):
+        known = _is_static(fake(node)) or is_number(node) or (fake(node) is not None and node not in repeated)
+        if node.op == "placeholder" and not known:
             return f"{node.name} is no tensor of known shape"
     for node, target in other_mutations(graph, []):
         memory = memory_of(target)
@@ -74,8 +79,13 @@ def why_not_apart(graph: Graph, pieces: Sequence[Piece]) -> str:
 
 
 def is_number(node: Node) -> bool:
-    """Whether the program gives ``node`` as a number, which differs from step to step."""
+    """Whether ``node`` is a number that differs from step to step."""
     return isinstance(node.meta.get("example_value"), torch.SymInt)
+
+
+def number_of(node: Node) -> Any:
+    """Such a number in the symbols that Dynamo has for numbers by now."""
+    return node.meta["example_value"].node.expr
 
 
 def _is_static(value: Tensor | None) -> bool:
@@ -177,7 +187,11 @@ def _piece(nodes: Sequence[Node]) -> Piece:
     def name(operand: Node) -> Hashable:
         if operand in inside:
             return "computed", inside[operand]
-        return "given", given.setdefault(operand, len(given)), described_value(operand)
+        place = given.setdefault(operand, len(given))
+        if is_number(operand):  # which of them are one is known when a piece is compiled
+            same = [i for node, i in given.items() if is_number(node) and number_of(node) == number_of(operand)]
+            return "given", place, same[0], str(number_of(operand)) if number_of(operand).is_number else ""
+        return "given", place, described_value(operand)
 
     form = tuple(_described(node, name) for node in nodes)
     return Piece(list(nodes), list(given), form)
