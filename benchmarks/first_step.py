@@ -2,12 +2,14 @@
 
     python benchmarks/first_step.py MODEL                    # a folder or a name on the Hugging Face hub
     python benchmarks/first_step.py MODEL --side static      # StaticCache under plain Inductor
+    python benchmarks/first_step.py MODEL --side growing     # DynamicCache: its first step runs uncompiled
     python benchmarks/first_step.py MODEL --runs warm warm --cache-dir FOLDER
 
-Each run is a process of its own: it loads the model, prefills 64 tokens uncompiled, and takes a compiled step. ``new``
-has nothing on disk, ``cold`` has torch's precompiled header, ``warm`` all that the runs before it left. Seconds of the
-processor, of the process and of the compilers that it starts, do not depend on what else the machine does as much as
-the clock does, and are printed beside it. JSON goes to benchmarks/results/.
+Each run is a process of its own: it loads the model, prefills 64 tokens uncompiled, and takes compiled steps, the last
+with another cache, of twice the length. ``new`` has nothing on disk, ``cold`` has torch's precompiled header, ``warm``
+all that the runs before it left. Seconds of the processor, of the process and of the compilers that it starts, do not
+depend on what else the machine does as much as the clock does, and are printed beside it. JSON goes to
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 PROMPT = 64
+#: Steps with each cache.
+STEPS = (("first", "second", "third"), ("another cache",))
 #: Phase to the name that ``torch._dynamo.utils.compile_times`` has for it; they do not overlap, but do not cover all.
 PHASES = {
     "Dynamo traces": "bytecode_tracing", "guards": "build_guards", "detection": "xquant_detect",
@@ -49,22 +53,23 @@ def first_step(args: argparse.Namespace) -> dict[str, Any]:
     """One run, in this process."""
     import torch
     from torch._dynamo.utils import compilation_time_metrics, counters
-    from transformers import AutoModelForCausalLM, StaticCache
+    from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
     from xquant_fx import XQuantCache
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
-    made: Any = XQuantCache if args.side == "xquant" else StaticCache
-    cache, ids = made(model.config, max_cache_len=args.max_cache_len), torch.arange(1, 1 + PROMPT)[None]
-    found: dict[str, Any] = {}
+    fixed: Any = {"xquant": XQuantCache, "static": StaticCache}.get(args.side)
+    ids, found = torch.arange(1, 1 + PROMPT)[None], dict[str, Any]()
+    step = torch.compile(model.forward, backend="inductor" if args.side == "static" else "xquant")
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        backend = "xquant" if args.side == "xquant" else "inductor"
-        step = torch.compile(model.forward, backend=backend, dynamic=False)
-        for name in ("first", "second"):
-            before = seconds()
-            step(ids[:, :1], past_key_values=cache)
-            found[name] = {kind: value - before[kind] for kind, value in seconds().items()}
+        for times, names in enumerate(STEPS):
+            length = args.max_cache_len * (1 + times)
+            cache = fixed(model.config, max_cache_len=length) if fixed else DynamicCache(config=model.config)
+            model(ids, past_key_values=cache)
+            for name in names:
+                before = seconds()
+                step(ids[:, :1], past_key_values=cache)
+                found[name] = {kind: value - before[kind] for kind, value in seconds().items()}
     times = {phase: sum(compilation_time_metrics.get(name, ())) for phase, name in PHASES.items()}
     hits = {name: counters[kind][f"{name}_hit"] for kind, name in (("aot_autograd", "autograd_cache"),)}
     found |= {"phases": times, "hits": hits, "compiled_files": len(compilation_time_metrics.get("compile_file", ()))}
@@ -90,7 +95,8 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Table:
     made = Table("seconds", *(row["way"] for row in rows), title=f"first step, {args.model}, {args.side}")
     for kind in ("clock", "self", "compilers"):
         made.add_row(f"first step, {kind}", *(f"{row['first'][kind]:.2f}" for row in rows))
-    made.add_row("second step, clock", *(f"{row['second']['clock']:.3f}" for row in rows))
+    for name in ("second", "third", "another cache"):
+        made.add_row(f"{name}, clock", *(f"{row[name]['clock']:.3f}" for row in rows))
     for phase in PHASES:
         made.add_row(phase, *(f"{row['phases'][phase]:.2f}" for row in rows))
     made.add_row("runs of the C++ compiler", *(str(row["compiled_files"]) for row in rows))
@@ -102,7 +108,7 @@ def main() -> None:
     """Run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--side", choices=["xquant", "static"], default="xquant")
+    parser.add_argument("--side", choices=["xquant", "static", "growing"], default="xquant")
     parser.add_argument("--runs", nargs="+", choices=["new", "cold", "warm"], default=["new", "cold", "warm", "warm"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-cache-len", type=int, default=1024)
