@@ -109,7 +109,15 @@ class GrowthRewrite(BufferRewrite):
         return dict(n=n, first=call(self.graph, operator.sub, (past, tokens)))
 
     def _cut(self, load: Node, tokens: Any) -> Node:
-        return call(self.graph, operator.getitem, (load, (slice(None), slice(None), slice(None, tokens))))
+        whole, size = value_of(load), tokens.meta["example_value"] if isinstance(tokens, Node) else tokens
+        shape = (*whole.shape[:2], size, whole.shape[3])
+        kept = (slice(None), slice(None), slice(None, tokens))
+        return call(
+            self.graph,
+            operator.getitem,
+            (load, kept),
+            result=lambda: torch.empty_strided(shape, whole.stride(), dtype=whole.dtype, device=whole.device),
+        )
 
     def _tokens(self) -> Any:
         """Tokens that the input has: a number, or a node that is an input itself."""
