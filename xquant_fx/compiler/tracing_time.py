@@ -1,8 +1,9 @@
 """What happens beside Dynamo while it traces for this backend.
 
 No garbage is looked for: a full collection looks at all objects of a process, 0.3 s with transformers loaded, and
-tracing 30 layers set two off. And what Inductor's caches hash of torch and Triton, 0.5 s once a process, is read on
-another processor, where no step is kept that could do without (``kept_steps.py``). Compilations by other backends are
+tracing 30 layers set two off. And what Inductor asks the compiler first, and what its caches hash of torch and Triton,
+0.5 s once a process, is asked and read on another processor, where no step is kept that could do without
+(``kept_steps.py``). Compilations by other backends are
 left alone. Nor are source files of the model read for names of functions that only logs show which are off.
 
 Relied on: ``torch._dynamo.callback``, which ``torch._dynamo.reset()`` empties, the local variable ``compiler_fn`` of
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
 from torch._dynamo import symbolic_convert
 from torch._dynamo.callback import callback_handler
 from torch._dynamo.funcname_cache import get_funcname
@@ -50,6 +52,8 @@ def _begin(_: Any) -> None:
         _switched_off.append(True)  # first: Ctrl-C may strike between the two
         gc.disable()
     if not are_expected():
+        if not torch.cuda.is_available():  # the first graph's tensors will be a CPU's
+            begin_probes()
         begin_hashes()
     if not any(logging.getLogger(f"torch._dynamo.{name}").isEnabledFor(logging.DEBUG) for name in _NAMING_LOGS):
         vars(symbolic_convert)["get_funcname"] = _no_name
@@ -80,6 +84,13 @@ def _innermost(compiler: Any) -> Any:
     while hasattr(compiler, "_torchdynamo_orig_backend"):
         compiler = compiler._torchdynamo_orig_backend
     return getattr(compiler, "compiler_fn", compiler)  # that of a backend with options
+
+
+def begin_probes() -> None:
+    """Have the compiler asked in the background, once, what kernels may use (``kernels/cpu/build.py``)."""
+    from xquant_fx.kernels.cpu import build  # brings in Inductor's compiler
+
+    build.begin_probes()
 
 
 def begin_hashes() -> list[str]:
