@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -117,26 +118,48 @@ OTHERS = {
 }  # fmt: skip
 
 
+class Numbers:
+    """Numbers of a step, and the place of a step that is given some."""
+
+    def __init__(self) -> None:
+        self.env, self.count = ShapeEnv(), itertools.count()
+
+    def number(self, value: int) -> torch.SymInt:
+        symbol = self.env.create_symbol(value, ConstantSource(f"n{next(self.count)}"), DimDynamic.DYNAMIC)
+        return self.env.create_symintnode(symbol, hint=value)
+
+    def place(self, *numbers: torch.SymInt, shape: Sequence[Any] = (3,)) -> Path | None:
+        """``shape``: of one more input."""
+        made, inputs, patches = graph()
+        first = next(node for node in made.nodes if node.op != "placeholder")
+        with FakeTensorMode(shape_env=self.env), made.inserting_before(first):
+            values = [*numbers, torch.empty(*shape)]
+            for i, value in enumerate(values):
+                made.placeholder(f"more{i}").meta["example_value"] = value
+        real = torch.empty([size if isinstance(size, int) else size.node.hint for size in shape])
+        return place(made, [*inputs, *numbers, real], patches)
+
+
 def test_numbers_of_a_step_are_told_by_what_is_known_of_them() -> None:
-    """Not by their value: by their range, and which of them are one."""
-    env = ShapeEnv()
+    """Not by their value: by their range, what was asked of them, and which of them are one."""
+    env = Numbers()
+    one, two, small, even = map(env.number, (5, 6, 5, 6))
+    found = env.place(one)
+    assert found == env.place(two) is not None
+    assert env.place(one, two) == env.place(two, one) != env.place(one, one)
+    assert env.place(one + 1) is None
+    assert small <= 100 and even % 2 == 0  # Dynamo guards on it
+    assert len({found, env.place(small), env.place(even)}) == 3 and env.place(one) == found
 
-    def number(value: int, most: int | None = None) -> torch.SymInt:
-        symbol = env.create_symbol(value, ConstantSource(f"n{next(counts)}"), DimDynamic.DYNAMIC)
-        found = env.create_symintnode(symbol, hint=value)
-        torch._check(most is None or found <= most)
-        return found
 
-    made, inputs, patches = graph()
-    counts = itertools.count()
-
-    def found(*numbers: torch.SymInt) -> Path | None:
-        return place(made, [*inputs, *numbers], patches)
-
-    one, two, small = number(5), number(6), number(5, most=100)
-    assert found(one) == found(two) is not None and found(one) != found(small)
-    assert found(one, two) == found(two, one) and found(one, one) != found(one, two)
-    assert found(one + 1) is None
+def test_shapes_of_a_step_are_told_by_its_numbers() -> None:
+    env, other = Numbers(), Numbers()
+    one, two, six = env.number(5), env.number(5), other.number(6)
+    found = env.place(one, two, shape=(one, 5))
+    assert found == env.place(two, one, shape=(two, 5)) == other.place(six, other.number(3), shape=(six, 5)) is not None
+    others = [(5, one), (two, 5), (5, 5), (one, two), (one + 1, 5)]
+    assert len({found, *(env.place(one, two, shape=shape) for shape in others)}) == 6
+    assert env.place(one, shape=(two, 5)) is None
 
 
 def test_the_same_is_found_again() -> None:

@@ -18,9 +18,10 @@ import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from sympy import Symbol  # type: ignore[import-untyped]
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
@@ -28,6 +29,7 @@ from torch.fx.node import _get_qualified_name
 
 from xquant_fx.compiler.repeats import compared, described_value
 from xquant_fx.passes.find_writes import is_opaque
+from xquant_fx.passes.trace import fake
 
 #: Ops whose bodies change with the versions of torch or of this package only.
 _NAMESPACES = ("aten", "prims", "xquant")
@@ -61,7 +63,7 @@ def place_of(graph: Graph, inputs: Sequence[Any], patches: Mapping[str, Any]) ->
     if not _wanted():
         return None
     try:
-        text = repr((_surroundings(patches), _inputs(inputs), _graph(graph)))
+        text = repr((_surroundings(patches), _inputs(graph, inputs), _graph(graph)))
     except NotKeptError:
         return None
     return folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
@@ -117,30 +119,62 @@ def _machine() -> tuple[Any, ...]:
     return *versions, *python, torch.backends.cpu.get_cpu_capability(), processor if any(processor) else lines
 
 
-def _inputs(values: Sequence[Any]) -> list[Any]:
-    """Layouts of ``values``, and which of them lie in one storage, or are one number: AOTAutograd looks at both."""
-    found, first = [_input(value) for value in values], dict[Any, int]()
-    return [
-        (*each, first.setdefault(_identity(value), i))
-        for i, (each, value) in enumerate(zip(found, values, strict=True))
-    ]
+def _inputs(graph: Graph, values: Sequence[Any]) -> list[Any]:
+    """Layouts of ``values``, and which of them lie in one storage: AOTAutograd looks at both; numbers by name."""
+    nodes, storages = graph.find_nodes(op="placeholder"), dict[int, int]()
+    names, known = _numbers(values)
+    found: list[Any] = [known]
+    for i, (node, value) in enumerate(zip(nodes, values, strict=True)):
+        if isinstance(value, torch.SymInt):
+            found.append(names[value.node.expr])
+        else:
+            place = storages.setdefault(_plain(value).untyped_storage().data_ptr(), i)
+            found.append((_layout(node, value, names), value.storage_offset(), value.dtype, value.device, place))
+    return found
 
 
-def _identity(value: Any) -> Any:
-    return value.node.expr if isinstance(value, torch.SymInt) else value.untyped_storage().data_ptr()
+def _numbers(values: Sequence[Any]) -> tuple[dict[Any, Symbol], list[str]]:
+    """What each number among ``values`` is called, and what is known of them: their ranges, what Dynamo guards on.
 
-
-def _input(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, torch.SymInt):  # of which nothing is known but its range, or more was to be looked at
-        symbol = value.node.expr
-        if not symbol.is_symbol:
+    Numbers that are one have one name. How large they are does not matter.
+    """
+    given = [value.node for value in values if isinstance(value, torch.SymInt)]
+    if not given:
+        return {}, []
+    names, env = dict[Any, Symbol](), given[0].shape_env
+    for node in given:
+        if not node.expr.is_symbol:
             raise NotKeptError
-        return "number", str(value.node.shape_env.var_to_range[symbol])
+        names.setdefault(node.expr, Symbol(f"n{len(names)}"))
+    known = [f"{name}: {env.var_to_range[symbol]}" for symbol, name in names.items()]
+    asked = {env.replace(guard.expr) for guard in env.guards}
+    return names, known + sorted(str(_named(each, names)) for each in asked if each.free_symbols & names.keys())
+
+
+def _named(expr: Any, names: Mapping[Any, Symbol]) -> Any:
+    return expr.xreplace(names)
+
+
+def _layout(node: Node, value: Tensor, names: Mapping[Any, Symbol]) -> list[Any]:
+    """Sizes and strides, those that differ from step to step by names."""
+    seen, real = fake(node), (*value.shape, *value.stride())
+    known = real if seen is None else (*seen.shape, *seen.stride())
+    return [_size(a, names) if isinstance(a, torch.SymInt) else b for a, b in zip(known, real, strict=True)]
+
+
+def _size(size: torch.SymInt, names: Mapping[Any, Symbol]) -> str:
+    expr = size.node.expr
+    if not expr.free_symbols <= names.keys():
+        raise NotKeptError
+    return str(_named(expr, names))
+
+
+def _plain(value: Any) -> Tensor:
     if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_quantized:
         raise NotKeptError
     if value.is_conj() or value.is_neg():
         raise NotKeptError
-    return tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, value.device
+    return cast(Tensor, value)
 
 
 def _graph(graph: Graph) -> list[Any]:
