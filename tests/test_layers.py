@@ -278,8 +278,8 @@ def test_numbers_of_the_step_are_given_to_the_pieces_that_use_them() -> None:
     assert counters["xquant"]["layers_not_compiled_again"] == 2 * 3  # all but the first two, the last and what follows
 
 
-def test_layers_are_equal_if_the_same_of_their_numbers_are_one() -> None:
-    """Code for a layer whose two numbers are one would use one of them."""
+def test_layers_with_numbers_of_their_own_are_not_equal() -> None:
+    """What Dynamo knows of one, its range or that it is another one, goes into what its layer is compiled to."""
     env, graph = ShapeEnv(), Graph()
 
     def number(name: str) -> Node:
@@ -292,12 +292,32 @@ def test_layers_are_equal_if_the_same_of_their_numbers_are_one() -> None:
         return repeats._piece([graph.call_function(torch.arange, (a,)), graph.call_function(torch.arange, (b,))]).form
 
     a, b, c, d = map(number, "abcd")
-    assert len({layer(a, c), layer(b, c), layer(c, a), layer(c, d)}) == 1
-    assert layer(a, b) == layer(a, c)
+    assert len({layer(a, c), layer(b, c), layer(c, a), layer(a, a)}) == 4
     assert a.meta["example_value"] == b.meta["example_value"]  # Dynamo guards on it
-    assert layer(a, c) == layer(b, c) != layer(a, b) == layer(b, a) != layer(a, a)
-    int(d.meta["example_value"])
-    assert layer(a, d) != layer(a, c)
+    assert layer(a, c) == layer(b, c) and layer(a, b) == layer(b, a) != layer(a, c)
+    assert why_not_apart(graph, []) == ""
+    assert c.meta["example_value"] + 1 == d.meta["example_value"] + 1 and layer(a, d) == layer(a, c)
+    e = graph.placeholder("e")
+    e.meta["example_value"] = a.meta["example_value"] + 1
+    assert why_not_apart(graph, []) == ""
+    layer(e, c)  # is a user
+    assert why_not_apart(graph, []) == "e is a number that follows from others"
+
+
+def test_a_number_that_is_known_among_the_results() -> None:
+    """Dynamo left it open, though the graph is for one alone."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, layers: Layers, pos: Tensor, length: int) -> tuple[Tensor, int]:
+        ones = torch.ones(length) + torch.ones(2 if length == 2 else 3)
+        return plain(q, k, v, layers, pos) * ones.sum(), length
+
+    counters.clear()
+    made = torch.compile(step, backend="xquant")
+    with torch.no_grad():
+        for length in (2, 3, 3):
+            found = made(*fresh(1), quantized_layers(ALONE, number=6), torch.arange(1), length)[1]
+            assert type(found) is int and found == length
+    assert counters["xquant"]["layers_not_compiled_again"] == 6
 
 
 def test_what_is_neither_a_tensor_nor_a_sum_keeps_the_graph_whole() -> None:

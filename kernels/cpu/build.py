@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextvars
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class OwnKernels(CppPythonBindingsCodeCache):
 
 
 _begun: list[concurrent.futures.Future[Any]] = []
+if hasattr(os, "register_at_fork"):  # a child has none of the threads that would end them
+    os.register_at_fork(after_in_child=_begun.clear)
 
 
 def begin_probes() -> None:

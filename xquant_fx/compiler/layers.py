@@ -143,12 +143,14 @@ def _chain(graph: Graph, pieces: Sequence[Piece], inputs: Sequence[Any], compile
     )
 
 
-def _result(node: Node | None, given: Iterable[Node]) -> str | Number | None:
-    """What the chain calls it, or how a number follows from its arguments."""
+def _result(node: Any, given: Iterable[Node]) -> str | Number | None:
+    """What the chain calls a result, or how a number follows from its arguments."""
+    if type(node) is int:  # which is known, of a step that was made one of known numbers
+        return Number(str(node))
     if node is None or fake(node) is not None:
-        return None if node is None else node.name
+        return None if node is None else str(node.name)
     names = {number_of(each): each.name for each in given if is_number(each)}
-    number = number_of(node) if is_number(node) else None
+    number = number_of(node) if isinstance(node, Node) and is_number(node) else None
     if number is None or not number.is_polynomial() or not number.free_symbols <= names.keys():
         raise NotReadError("a result is neither a tensor nor a sum of numbers that are given")
     return Number(str(number.xreplace({symbol: Symbol(names[symbol]) for symbol in number.free_symbols})))

@@ -68,6 +68,8 @@ def why_not_apart(graph: Graph, pieces: Sequence[Piece]) -> str:
         known = _is_static(fake(node)) or is_number(node) or (fake(node) is not None and node not in repeated)
         if node.op == "placeholder" and not known:
             return f"{node.name} is no tensor of known shape"
+        if node.op == "placeholder" and node.users and is_number(node) and not number_of(node).is_Atom:
+            return f"{node.name} is a number that follows from others"
     for node, target in other_mutations(graph, []):
         memory = memory_of(target)
         if memory.op != "placeholder" and inside.get(memory) != inside[node]:
@@ -188,9 +190,10 @@ def _piece(nodes: Sequence[Node]) -> Piece:
         if operand in inside:
             return "computed", inside[operand]
         place = given.setdefault(operand, len(given))
-        if is_number(operand):  # which of them are one is known when a piece is compiled
-            same = [i for node, i in given.items() if is_number(node) and number_of(node) == number_of(operand)]
-            return "given", place, same[0], str(number_of(operand)) if number_of(operand).is_number else ""
+        if is_number(
+            operand
+        ):  # what is known of it, and that others are the same, shows in what a piece is compiled to
+            return "given", place, str(number_of(operand))
         return "given", place, described_value(operand)
 
     form = tuple(_described(node, name) for node in nodes)
