@@ -278,30 +278,39 @@ def test_numbers_of_the_step_are_given_to_the_pieces_that_use_them() -> None:
     assert counters["xquant"]["layers_not_compiled_again"] == 2 * 3  # all but the first two, the last and what follows
 
 
-def test_layers_with_numbers_of_their_own_are_not_equal() -> None:
-    """What Dynamo knows of one, its range or that it is another one, goes into what its layer is compiled to."""
+def test_layers_are_equal_if_the_same_is_known_of_their_numbers() -> None:
+    """Their ranges, what Dynamo guards on, and which are one: all of it goes into what a layer is compiled to."""
     env, graph = ShapeEnv(), Graph()
 
     def number(name: str) -> Node:
-        symbol = env.create_symbol(5, ConstantSource(name), DimDynamic.DYNAMIC)
+        symbol = env.create_symbol(6, ConstantSource(name), DimDynamic.DYNAMIC)
         node = graph.placeholder(name)
-        node.meta["example_value"] = env.create_symintnode(symbol, hint=5)
+        node.meta["example_value"] = env.create_symintnode(symbol, hint=6)
         return node
 
     def layer(a: Node, b: Node) -> Any:
         return repeats._piece([graph.call_function(torch.arange, (a,)), graph.call_function(torch.arange, (b,))]).form
 
-    a, b, c, d = map(number, "abcd")
-    assert len({layer(a, c), layer(b, c), layer(c, a), layer(a, a)}) == 4
-    assert a.meta["example_value"] == b.meta["example_value"]  # Dynamo guards on it
-    assert layer(a, c) == layer(b, c) and layer(a, b) == layer(b, a) != layer(a, c)
+    def value(node: Node) -> Any:
+        return node.meta["example_value"]
+
+    a, b, c, d, e, f, g, h = map(number, "abcdefgh")
+    free = layer(g, h)
+    assert len({layer(a, c), layer(b, c), layer(c, a), layer(c, d), free}) == 1
+    assert value(a) == value(b)  # from here on Dynamo guards
+    assert layer(a, c) == layer(b, c) == free != layer(a, b) == layer(b, a)
+    assert value(c) < 10 and value(d) < 10
+    assert layer(c, g) == layer(d, g) != free
+    assert value(e) % 2 == 0 and value(f) % 3 == 0
+    assert len({layer(e, g), layer(f, g), layer(c, g), free}) == 4
+    assert value(g) * value(h) > 7  # of two
+    assert len({layer(g, c), layer(h, c), layer(a, c)}) >= 2
     assert why_not_apart(graph, []) == ""
-    assert c.meta["example_value"] + 1 == d.meta["example_value"] + 1 and layer(a, d) == layer(a, c)
-    e = graph.placeholder("e")
-    e.meta["example_value"] = a.meta["example_value"] + 1
+    more = graph.placeholder("more")
+    more.meta["example_value"] = value(a) + 1
     assert why_not_apart(graph, []) == ""
-    layer(e, c)  # is a user
-    assert why_not_apart(graph, []) == "e is a number that follows from others"
+    layer(more, c)  # is a user
+    assert why_not_apart(graph, []) == "more is a number that follows from others"
 
 
 def test_a_number_that_is_known_among_the_results() -> None:

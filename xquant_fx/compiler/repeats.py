@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from sympy import Symbol  # type: ignore[import-untyped]
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
@@ -190,14 +191,27 @@ def _piece(nodes: Sequence[Node]) -> Piece:
         if operand in inside:
             return "computed", inside[operand]
         place = given.setdefault(operand, len(given))
-        if is_number(
-            operand
-        ):  # what is known of it, and that others are the same, shows in what a piece is compiled to
-            return "given", place, str(number_of(operand))
+        if is_number(operand):  # which others are the same, and what is known of it, shows in the code of a piece
+            same = [i for node, i in given.items() if is_number(node) and number_of(node) == number_of(operand)]
+            return "given", place, same[0], _known_of(operand)
         return "given", place, described_value(operand)
 
     form = tuple(_described(node, name) for node in nodes)
     return Piece(list(nodes), list(given), form)
+
+
+def _known_of(number: Node) -> Hashable:
+    """What Dynamo knows of a number, but for how large it is: its range, and what was asked of it.
+
+    What was asked of it and others together is told by their names, which are those of one number.
+    """
+    symbol, env = number_of(number), number.meta["example_value"].node.shape_env
+    if not symbol.is_symbol:
+        return str(symbol)
+    asked = (env.replace(guard.expr) for guard in env.guards)
+    about = [each for each in asked if symbol in each.free_symbols]
+    texts = {str(each.xreplace({symbol: Symbol("n")}) if each.free_symbols == {symbol} else each) for each in about}
+    return str(env.var_to_range[symbol]), tuple(sorted(texts))
 
 
 def _described(node: Node, name: Callable[[Node], Hashable]) -> Hashable:
