@@ -113,10 +113,7 @@ class GrowthRewrite(BufferRewrite):
         shape = (*whole.shape[:2], size, whole.shape[3])
         kept = (slice(None), slice(None), slice(None, tokens))
         return call(
-            self.graph,
-            operator.getitem,
-            (load, kept),
-            result=lambda: torch.empty_strided(shape, whole.stride(), dtype=whole.dtype, device=whole.device),
+            self.graph, operator.getitem, (load, kept), result=lambda: whole.new_empty_strided(shape, whole.stride())
         )
 
     def _tokens(self) -> Any:

@@ -8,7 +8,9 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.find_sites import find_sites
@@ -216,3 +218,9 @@ class FastModel(torch.nn.Module):
         for layer in self.layers:
             x = x + layer(x, mask, input_pos)
         return x
+
+
+def open_number(env: ShapeEnv, value: int, name: str) -> torch.SymInt:
+    """A number that Dynamo left open, ``value`` in the example at hand, which the program calls ``name``."""
+    symbol = env.create_symbol(value, ConstantSource(name), DimDynamic.DYNAMIC)
+    return env.create_symintnode(symbol, hint=value)

@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from dynamo_graphs import fresh
+from dynamo_graphs import fresh, open_number
 from test_one_call import unit_module, unit_wrapper
 from torch import Tensor, nn
-from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from xquant_fx.compiler import kept_steps
 from xquant_fx.compiler.cache_key import KeyPass, cache_key_patch
@@ -125,8 +124,7 @@ class Numbers:
         self.env, self.count = ShapeEnv(), itertools.count()
 
     def number(self, value: int) -> torch.SymInt:
-        symbol = self.env.create_symbol(value, ConstantSource(f"n{next(self.count)}"), DimDynamic.DYNAMIC)
-        return self.env.create_symintnode(symbol, hint=value)
+        return open_number(self.env, value, f"n{next(self.count)}")
 
     def place(self, *numbers: torch.SymInt, shape: Sequence[Any] = (3,)) -> Path | None:
         """``shape``: of one more input."""

@@ -123,13 +123,13 @@ def assemble(
     """
     given = {**{name: kind for name, kind in tensors.items() if name not in absent}, **outputs}
     at = {name: f"{name} + row * {name}_pitch" if by_row else name for name in given}
-    structs_given = ("{" + ", ".join(members) + "}" for members in ([at.get(n, "nullptr") for n in tensors], sizes))
-    call = f"xq::{function}({', '.join([*structs_given, *(at[name] for name in outputs)])});"
+    members = ", ".join(at.get(name, "nullptr") for name in tensors)
+    arguments = [f"{{{members}}}", "{" + ", ".join(sizes) + "}", *(at[name] for name in outputs)]
+    call = f"xq::{function}({', '.join(arguments)});"
     entry = f"for (int64_t row = 0; row < rows; row++) {call}" if by_row else call
     numbers = [*sizes, *(["rows", *(f"{name}_pitch" for name in given)] if by_row else [])]
-    return whole_source(
-        isa, fixed + structs(tensors, sizes), file, {**given, **dict.fromkeys(numbers, "int64_t")}, entry
-    )
+    given |= dict.fromkeys(numbers, "int64_t")
+    return whole_source(isa, fixed + structs(tensors, sizes), file, given, entry)
 
 
 def whole_source(isa: Isa, fixed: str, file: str, given: Mapping[str, str], entry: str) -> tuple[tuple[str, ...], str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 from xquant_fx.kernels.cpu.wrapper_code import KernelCall, NotReadError, Number, Place, Reader, Size, WrapperCode
 
@@ -67,7 +67,7 @@ class _Chain:
         self.made.allocations |= {renamed[memory]: text for memory, text in read.allocations.items()}
         self.made.events += [(renamed[memory], comes) for memory, comes in read.events]
         for call in read.code.calls:
-            args = [arg if isinstance(arg, int) else _moved(arg, bound) for arg in call.args]
+            args = [_given(arg, bound) for arg in call.args]
             self.made.code.calls.append(KernelCall(kernel_name(link.wrapper, call.name), args))
         for name, place in zip(link.returned, read.code.results, strict=True):
             if not isinstance(place, Place) or place.memory not in renamed:
@@ -87,14 +87,14 @@ class _Chain:
         return self.made.planned()
 
 
-@overload
-def _moved(given: Place, bound: Mapping[str, Place]) -> Place: ...
-@overload
-def _moved(given: Place | Size, bound: Mapping[str, Place]) -> Place | Size: ...
-def _moved(given: Place | Size, bound: Mapping[str, Place]) -> Place | Size:
-    if isinstance(given, Size):
-        return Size(bound[given.argument].memory)
-    place, to = given, bound.get(given.memory)
+def _given(arg: Place | Size | int, bound: Mapping[str, Place]) -> Place | Size | int:
+    if isinstance(arg, Size):
+        return Size(bound[arg.argument].memory)
+    return _moved(arg, bound) if isinstance(arg, Place) else arg
+
+
+def _moved(place: Place, bound: Mapping[str, Place]) -> Place:
+    to = bound.get(place.memory)
     if to is None:
         raise NotReadError(f"{place.memory}, which is a constant of one part")
     python = re.sub(rf"\b{place.memory}\b", to.python, place.python)

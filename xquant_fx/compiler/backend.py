@@ -27,7 +27,7 @@ from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.left import leave
 from xquant_fx.cache.prompt_attention import by_kernel
 from xquant_fx.cache.prompt_keys import PromptKeys, PromptScores
-from xquant_fx.cache.stacked import StackedKV, stored_in
+from xquant_fx.cache.stacked import StackedKV
 from xquant_fx.compiler.chunks import UncompiledChunk
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.frozen import check_frozen
@@ -91,11 +91,8 @@ def xquant_backend(
     """
     watch_tracing(xquant_backend)  # torch._dynamo.reset() forgets it
     with no_collection():
-        begin(stored_in(example_inputs))
-        made = compile_graph(gm, example_inputs, parse(mode, options), compile_by_inductor)
-    if isinstance(made, Takeover | GrowingTakeover):  # the step after it is compiled
         begin(example_inputs)
-    return made
+        return compile_graph(gm, example_inputs, parse(mode, options), compile_by_inductor)
 
 
 watch_tracing(xquant_backend)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
 
+from xquant_fx.cache.stacked import stored_in
 from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.chunks import has_chunk_of_any_length
 from xquant_fx.compiler.index_checks import checks_behind_indices
@@ -50,9 +51,9 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def begin(inputs: Iterable[Any]) -> None:
-    """Where kernels of ours are going to be compiled for ``inputs``, find out in the background what that takes."""
-    if not are_expected() and any(_is_on_cpu(each) for each in inputs):
+def begin(inputs: list[Any]) -> None:
+    """Where kernels of ours are going to be compiled, find out in the background what that takes."""
+    if not are_expected() and any(_is_on_cpu(each) for each in stored_in(inputs)):
         from xquant_fx.kernels.cpu.build import begin_probes  # brings in Inductor's compiler
 
         begin_probes()

@@ -27,6 +27,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import _get_qualified_name
 
+from xquant_fx.compiler.open_numbers import known_of
 from xquant_fx.compiler.repeats import compared, described_value
 from xquant_fx.passes.find_writes import is_opaque
 from xquant_fx.passes.trace import fake
@@ -146,13 +147,7 @@ def _numbers(values: Sequence[Any]) -> tuple[dict[Any, Symbol], list[str]]:
         if not node.expr.is_symbol:
             raise NotKeptError
         names.setdefault(node.expr, Symbol(f"n{len(names)}"))
-    known = [f"{name}: {env.var_to_range[symbol]}" for symbol, name in names.items()]
-    asked = {env.replace(guard.expr) for guard in env.guards}
-    return names, known + sorted(str(_named(each, names)) for each in asked if each.free_symbols & names.keys())
-
-
-def _named(expr: Any, names: Mapping[Any, Symbol]) -> Any:
-    return expr.xreplace(names)
+    return names, known_of(env, names)
 
 
 def _layout(node: Node, value: Tensor, names: Mapping[Any, Symbol]) -> list[Any]:
@@ -166,7 +161,7 @@ def _size(size: torch.SymInt, names: Mapping[Any, Symbol]) -> str:
     expr = size.node.expr
     if not expr.free_symbols <= names.keys():
         raise NotKeptError
-    return str(_named(expr, names))
+    return str(expr.xreplace(names))
 
 
 def _plain(value: Any) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
-from xquant_fx.compiler.repeats import Piece, is_number, number_of, pieces_of, why_not_apart
+from xquant_fx.compiler.open_numbers import asked, is_number, number_of
+from xquant_fx.compiler.repeats import Piece, pieces_of, why_not_apart
 from xquant_fx.kernels.cpu.kept_call import keep, restored
 from xquant_fx.kernels.cpu.one_call import Chain, Generated, collected, joined_chain, read_generated
 from xquant_fx.kernels.cpu.wrapper_chain import Link, layout
@@ -65,9 +66,9 @@ def compile_layers(
     try:
         if reason := why_not_apart(gm.graph, pieces) or _why_not_inputs(gm.graph, inputs):
             raise NotReadError(reason)
-        before = _asked(inputs)
+        before = asked(inputs)
         chain = _chain(gm.graph, pieces, inputs, compile_one)
-        place = place if _asked(inputs) == before else None
+        place = place if asked(inputs) == before else None
     except NotReadError as error:
         log.info("the layers of this graph are compiled together: %s", error)
         counters["xquant"][f"layers compiled together: {error}"] += 1
@@ -76,12 +77,6 @@ def compile_layers(
     counters["xquant"]["layers_not_compiled_again"] += spared
     kept_at = None if place is None else lambda kept: keep(kept._replace(spared=spared), place)
     return _counting_writes(joined_chain(chain, kept_at), gm.graph)
-
-
-def _asked(inputs: Sequence[Any]) -> list[tuple[int, int]]:
-    """How much Dynamo guards on about the numbers of the step."""
-    envs = (each.node.shape_env for each in inputs if isinstance(each, torch.SymInt))
-    return [(len(env.guards), len(env.replacements)) for env in envs]
 
 
 def _counting_writes(call: Callable[[list[Any]], Any], graph: Graph) -> Callable[..., Any]:
@@ -116,19 +111,20 @@ def _chain(graph: Graph, pieces: Sequence[Piece], inputs: Sequence[Any], compile
     """Raises NotReadError if the parts, or how they fit together, are not what the whole graph would be."""
     given = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
     outputs: Any = graph.output_node().args[0]
-    results = [_result(each, given) for each in outputs]
-    pieces = [_with_sizes(piece, given) for piece in pieces]
+    numbers = {number_of(node): node for node in given if is_number(node)}
+    results = [_result(each, numbers) for each in outputs]
+    pieces = [_with_sizes(piece, numbers) for piece in pieces]
     returned = _returned(pieces)
     parts = dict[Hashable, Part]()
     for form, count in Counter(piece.form for piece in pieces).most_common():  # what fails, fails with the layers
-        piece, before = next(piece for piece in pieces if piece.form == form), _asked(inputs)
+        piece, before = next(piece for piece in pieces if piece.form == form), asked(inputs)
         parts[form] = _compiled(piece, returned[form], given, compile_one)
-        if count > 1 and _asked(inputs) != before:
+        if count > 1 and asked(inputs) != before:
             raise NotReadError("what was compiled for one layer holds for some of its numbers only")
-    numbers = {form: number for number, form in enumerate(parts)}
+    places = {form: place for place, form in enumerate(parts)}
     links = [
         Link(
-            numbers[piece.form],
+            places[piece.form],
             [node.name for node in piece.given],
             [piece.nodes[i].name for i in returned[piece.form]],
         )
@@ -143,29 +139,27 @@ def _chain(graph: Graph, pieces: Sequence[Piece], inputs: Sequence[Any], compile
     )
 
 
-def _result(node: Any, given: Iterable[Node]) -> str | Number | None:
-    """What the chain calls a result, or how a number follows from its arguments."""
+def _result(node: Any, numbers: Mapping[Any, Node]) -> str | Number | None:
+    """What the chain calls a result, or how a number follows from those that are given, ``numbers``."""
     if type(node) is int:  # which is known, of a step that was made one of known numbers
         return Number(str(node))
     if node is None or fake(node) is not None:
         return None if node is None else str(node.name)
-    names = {number_of(each): each.name for each in given if is_number(each)}
     number = number_of(node) if isinstance(node, Node) and is_number(node) else None
-    if number is None or not number.is_polynomial() or not number.free_symbols <= names.keys():
+    if number is None or not number.is_polynomial() or not number.free_symbols <= numbers.keys():
         raise NotReadError("a result is neither a tensor nor a sum of numbers that are given")
-    return Number(str(number.xreplace({symbol: Symbol(names[symbol]) for symbol in number.free_symbols})))
+    return Number(str(number.xreplace({symbol: Symbol(numbers[symbol].name) for symbol in number.free_symbols})))
 
 
-def _with_sizes(piece: Piece, given: Iterable[Node]) -> Piece:
-    """``piece``, given the numbers, too, that are sizes of what it is given."""
+def _with_sizes(piece: Piece, numbers: Mapping[Any, Node]) -> Piece:
+    """``piece``, given those of ``numbers``, too, that are sizes of what it is given."""
     values = [value for value in map(fake, piece.given) if value is not None]
     sizes = [size for value in values for size in (*value.shape, *value.stride()) if isinstance(size, torch.SymInt)]
     symbols = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
     symbols -= {number_of(node) for node in piece.given if is_number(node)}
-    named = {number_of(node): node for node in given if is_number(node)}
-    if not symbols <= named.keys():
+    if not symbols <= numbers.keys():
         raise NotReadError("a size of an input is none of the numbers that are given")
-    return piece._replace(given=[*piece.given, *(named[symbol] for symbol in sorted(symbols, key=str))])
+    return piece._replace(given=[*piece.given, *(numbers[symbol] for symbol in sorted(symbols, key=str))])
 
 
 def _returned(pieces: Sequence[Piece]) -> dict[Hashable, list[int]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from xquant_fx.compiler.open_numbers import is_number, known_of, number_of
 from xquant_fx.passes.find_writes import is_opaque, other_mutations
 from xquant_fx.passes.trace import fake, memory_of
 from xquant_fx.passes.vocabulary import op_name
@@ -58,19 +59,17 @@ def why_not_apart(graph: Graph, pieces: Sequence[Piece]) -> str:
     Numbers that are known in a step only, such as how long a cache is, may be among the inputs, and sizes of those that
     are read by pieces of which there is one.
     """
-    inside = {node: i for i, piece in enumerate(pieces) for node in piece.nodes}
     times = Counter(piece.form for piece in pieces)
     repeated = {given for piece in pieces if times[piece.form] > 1 for given in piece.given}
+    for node in graph.find_nodes(op="placeholder"):
+        if reason := _why_not_given(node, node in repeated):
+            return reason
+    inside = {node: i for i, piece in enumerate(pieces) for node in piece.nodes}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr") or is_opaque(node):
             return f"{node.name} holds something of its own"
         if node.op in ("call_method", "call_function") and "as_strided" in op_name(node):
             return f"{node.name} counts from where a storage begins, which is elsewhere in each layer's"
-        known = _is_static(fake(node)) or is_number(node) or (fake(node) is not None and node not in repeated)
-        if node.op == "placeholder" and not known:
-            return f"{node.name} is no tensor of known shape"
-        if node.op == "placeholder" and node.users and is_number(node) and not number_of(node).is_Atom:
-            return f"{node.name} is a number that follows from others"
     for node, target in other_mutations(graph, []):
         memory = memory_of(target)
         if memory.op != "placeholder" and inside.get(memory) != inside[node]:
@@ -81,14 +80,13 @@ def why_not_apart(graph: Graph, pieces: Sequence[Piece]) -> str:
     return ""
 
 
-def is_number(node: Node) -> bool:
-    """Whether ``node`` is a number that differs from step to step."""
-    return isinstance(node.meta.get("example_value"), torch.SymInt)
-
-
-def number_of(node: Node) -> Any:
-    """Such a number in the symbols that Dynamo has for numbers by now."""
-    return node.meta["example_value"].node.expr
+def _why_not_given(node: Node, repeated: bool) -> str:
+    """Why the input ``node`` cannot be given to pieces; ``repeated``: to some of which there are several."""
+    if is_number(node):
+        follows = node.users and not number_of(node).is_Atom
+        return f"{node.name} is a number that follows from others" if follows else ""
+    has_shape = fake(node) is not None if not repeated else _is_static(fake(node))
+    return "" if has_shape else f"{node.name} is no tensor of known shape"
 
 
 def _is_static(value: Tensor | None) -> bool:
@@ -193,25 +191,16 @@ def _piece(nodes: Sequence[Node]) -> Piece:
         place = given.setdefault(operand, len(given))
         if is_number(operand):  # which others are the same, and what is known of it, shows in the code of a piece
             same = [i for node, i in given.items() if is_number(node) and number_of(node) == number_of(operand)]
-            return "given", place, same[0], _known_of(operand)
+            return "given", place, same[0], tuple(_known_of(operand))
         return "given", place, described_value(operand)
 
     form = tuple(_described(node, name) for node in nodes)
     return Piece(list(nodes), list(given), form)
 
 
-def _known_of(number: Node) -> Hashable:
-    """What Dynamo knows of a number, but for how large it is: its range, and what was asked of it.
-
-    What was asked of it and others together is told by their names, which are those of one number.
-    """
+def _known_of(number: Node) -> list[str]:
     symbol, env = number_of(number), number.meta["example_value"].node.shape_env
-    if not symbol.is_symbol:
-        return str(symbol)
-    asked = (env.replace(guard.expr) for guard in env.guards)
-    about = [each for each in asked if symbol in each.free_symbols]
-    texts = {str(each.xreplace({symbol: Symbol("n")}) if each.free_symbols == {symbol} else each) for each in about}
-    return str(env.var_to_range[symbol]), tuple(sorted(texts))
+    return known_of(env, {symbol: Symbol("n")}) if symbol.is_symbol else [str(symbol)]
 
 
 def _described(node: Node, name: Callable[[Node], Hashable]) -> Hashable:

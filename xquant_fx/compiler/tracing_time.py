@@ -3,8 +3,8 @@
 No garbage is looked for: a full collection looks at all objects of a process, 0.3 s with transformers loaded, and
 tracing 30 layers set two off. And what Inductor asks the compiler first, and what its caches hash of torch and Triton,
 0.5 s once a process, is asked and read on another processor, where no step is kept that could do without
-(``kept_steps.py``). Compilations by other backends are
-left alone. Nor are source files of the model read for names of functions that only logs show which are off.
+(``kept_steps.py``). Compilations by other backends are left alone. Nor are source files of the model read for names of
+functions that only logs show which are off.
 
 Relied on: ``torch._dynamo.callback``, which ``torch._dynamo.reset()`` empties, the local variable ``compiler_fn`` of
 ``convert_frame._compile``, ``_torchdynamo_orig_backend``, ``get_funcname`` of ``symbolic_convert`` and the names of
@@ -52,7 +52,9 @@ def _begin(_: Any) -> None:
         _switched_off.append(True)  # first: Ctrl-C may strike between the two
         gc.disable()
     if not are_expected():
-        if not torch.cuda.is_available():  # the first graph's tensors will be a CPU's
+        if not torch.cuda.is_available():  # so that kernels will be a CPU's
+            from xquant_fx.kernels.cpu.build import begin_probes  # brings in Inductor's compiler
+
             begin_probes()
         begin_hashes()
     if not any(logging.getLogger(f"torch._dynamo.{name}").isEnabledFor(logging.DEBUG) for name in _NAMING_LOGS):
@@ -84,13 +86,6 @@ def _innermost(compiler: Any) -> Any:
     while hasattr(compiler, "_torchdynamo_orig_backend"):
         compiler = compiler._torchdynamo_orig_backend
     return getattr(compiler, "compiler_fn", compiler)  # that of a backend with options
-
-
-def begin_probes() -> None:
-    """Have the compiler asked in the background, once, what kernels may use (``kernels/cpu/build.py``)."""
-    from xquant_fx.kernels.cpu import build  # brings in Inductor's compiler
-
-    build.begin_probes()
 
 
 def begin_hashes() -> list[str]:
