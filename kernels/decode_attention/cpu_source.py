@@ -78,6 +78,7 @@ class Problem:
         return row_block(self.query_heads // self.heads * self.queries)
 
 
+@functools.cache  # an eager step asks, too
 def row_block(rows: int) -> int:
     """How many of a KV head's query rows are worked on at a time."""
     return max(n for n in range(1, min(rows, MOST_ROWS) + 1) if rows % n == 0)
