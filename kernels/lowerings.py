@@ -17,6 +17,7 @@ from torch.utils._ordered_set import OrderedSet
 
 from xquant_fx.errors import ConfigError
 from xquant_fx.kernels.cpu import build as cpu_build
+from xquant_fx.kernels.cpu.any_room import rooms
 from xquant_fx.kernels.cpu.one_call import add_hook
 from xquant_fx.kernels.decode_attention import cpu_call as attention
 from xquant_fx.kernels.decode_attention import cpu_source as cpu_attention
@@ -38,6 +39,32 @@ def contiguous(x: Any) -> Any:
 def sizes(x: Any) -> tuple[int, ...]:
     """Static sizes of an IR tensor."""
     return tuple(V.graph.sizevars.guard_int(size) for size in x.get_size())
+
+
+class Told(int):
+    """A size that a kernel is told at each call: dimension ``dim`` of ``tensor``, which may be another one then."""
+
+    tensor: Any
+    dim: int
+
+    @classmethod
+    def of(cls, size: int, tensor: Any, dim: int) -> Told:
+        """The ``size`` of the example."""
+        told = cls(size)
+        told.tensor, told.dim = tensor, dim
+        return told
+
+    def __str__(self) -> str:
+        """In the wrapper's Python."""
+        return f"{self.tensor.codegen_reference()}.size({self.dim})"
+
+
+def sizes_told(x: Any) -> tuple[int, ...]:
+    """The same; of an input that may have another room than its example (``cpu/any_room.py``), as ``Told``."""
+    found, of_graph = sizes(x), rooms()
+    if of_graph is None or x.get_name() not in {V.graph.graph_input_names[i] for i in of_graph.inputs}:
+        return found
+    return tuple(Told.of(size, x, dim) for dim, size in enumerate(found))
 
 
 def dtype(x: Any) -> torch.dtype:
@@ -104,7 +131,7 @@ def decode_attention_cpu(*args: Any, **kwargs: Any) -> Any:
     """One C++ kernel in the generated module."""
     a: Any = DecodeArguments(*args, **kwargs).mapped(contiguous)  # of Inductor's buffers
     types, code = cpu_attention.source(attention.problem_of(a, sizes, dtype), cpu_build.isa())
-    numbers = tuple(attention.sizes_given(a, sizes))
+    numbers = tuple(attention.sizes_given(a, sizes_told))
     shape = (*sizes(a.q)[:3], sizes(a.v_ring)[3])
     layout = ir.FixedLayout(a.q.get_device(), a.q.get_dtype(), list(shape), ir.FlexibleLayout.contiguous_strides(shape))
     return ir.TensorBox.create(
@@ -172,7 +199,8 @@ def append_cpu(*args: Any, **kwargs: Any) -> None:
     a = a.mapped(ir.ExternKernel.realize_input, set(a.tensor_names()) - set(new))
     types, code = cpu_store.source(append.problem_of(a, sizes, dtype), cpu_build.isa())
     written = [a.tensors[name] for name in a.written(a.overload) if name in a.tensors]
-    CppInPlace(list(a.tensors.values()), written, "xquant_append", types, code, tuple(append.sizes_given(a, sizes)))
+    numbers = tuple(append.sizes_given(a, sizes_told))
+    CppInPlace(list(a.tensors.values()), written, "xquant_append", types, code, numbers)
 
 
 for _overload in (torch.ops.xquant.append_cpu.default, torch.ops.xquant.append_cpu.borrowed):

@@ -23,12 +23,19 @@ from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.passes.absorb_query import absorb_query, project_result
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.growth_masks import end_of_growth, first_kept, kept_of_window, over_buffer, over_room
+from xquant_fx.passes.growth_masks import (
+    end_of_growth,
+    first_kept,
+    has_more_room,
+    kept_of_window,
+    over_buffer,
+    over_room,
+)
 from xquant_fx.passes.layouts import lie_like
 from xquant_fx.passes.masks import build_mask
 from xquant_fx.passes.pair_heads import calls, in_order, put_back
 from xquant_fx.passes.records import Layout, Site
-from xquant_fx.passes.trace import fake
+from xquant_fx.passes.trace import fake, value_of
 
 
 def fuse_decode(gm: GraphModule, context: Context) -> int:
@@ -37,10 +44,7 @@ def fuse_decode(gm: GraphModule, context: Context) -> int:
     for site in context.detection.sites:
         if site.form is None or not site.is_quantized:
             continue
-        stored = _stored(site, context)
-        with gm.graph.inserting_before(site.form.output):
-            end = end_of_growth(gm.graph, site, stored, context)
-        replaced[site.form.output] = _replace(gm.graph, site, stored, replaced, end, context)
+        replaced[site.form.output] = _replace(gm.graph, site, _stored(site, context), replaced, context)
     context.fused = replaced
     return len(replaced)
 
@@ -60,9 +64,7 @@ def _stored(site: Site, context: Context) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _replace(
-    graph: Graph, site: Site, stored: dict[str, Any], replaced: dict[Node, Node], end: Node | None, context: Context
-) -> Node:
+def _replace(graph: Graph, site: Site, stored: dict[str, Any], replaced: dict[Node, Node], context: Context) -> Node:
     form = site.form
     assert form is not None
     with graph.inserting_before(form.output):
@@ -72,10 +74,14 @@ def _replace(
         if form.taken is not None:
             mask = over_buffer(graph, mask, form.taken, site.buffers[0], context)
         is_full = not all(context.detection.specs[buffer].quantized for buffer in site.buffers)
-        first = None if end is None else first_kept(site, context)
+        grows = has_more_room(site)
+        first = first_kept(site, context) if grows else None
         if first is not None:  # of latents there are as many as the mask is wide
             query, mask = _absorbed(graph, site, query, mask, context)
-        if end is not None and not (is_full and first is not None):
+        if grows and mask is None and _reads_what_is_written(site, context, is_full):
+            stored["max_len"] = 0
+        elif grows and not (is_full and first is not None):
+            end = end_of_growth(graph, site, stored, context) if mask is None else None
             mask = end if mask is None else over_room(graph, mask, site, stored, context)
         if first is None:  # as many as there is room for
             query, mask = _absorbed(graph, site, query, mask, context)
@@ -96,6 +102,17 @@ def _replace(
     for node in (*(() if form.absorbed is None else form.absorbed.assembling), form.output):
         _erase_unused(graph, node)
     return output
+
+
+def _reads_what_is_written(site: Site, context: Context, is_full: bool) -> bool:
+    """Whether a kernel may be left to read as many tokens as are stored, without a mask that hides what comes behind.
+
+    Where codes start over, how many tokens there is room for says where; on GPUs no kernel does so yet.
+    """
+    specs = [context.detection.specs[buffer] for buffer in site.buffers]
+    on_cpu = all(value_of(buffer).device.type == "cpu" for buffer in site.buffers)
+    is_plain = not any(spec.window for spec in specs) and first_kept(site, context) is None
+    return on_cpu and is_plain and not is_full and site.form is not None and site.form.absorbed is None
 
 
 def _absorbed(graph: Graph, site: Site, query: Node, mask: Node | None, context: Context) -> tuple[Node, Node | None]:

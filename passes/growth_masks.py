@@ -23,15 +23,17 @@ from xquant_fx.passes.records import Site, Write
 from xquant_fx.passes.trace import value_of
 
 
-def end_of_growth(graph: Graph, site: Site, stored: dict[str, Any], context: Context) -> Node | None:
-    """bool [1, 1, 1, room], once per cache and step; None for a cache that does not grow.
-
-    False beyond the last token and before those that are kept. Made at the insertion point of ``graph``; ``stored``
-    holds the arguments of the op that the cache has.
-    """
+def has_more_room(site: Site) -> bool:
+    """Whether what is stored has room for more tokens than ``site`` reads."""
     write = site.key_write
-    if write is None or (write.past is None and not is_sliding(write.buffer)):
-        return None
+    return write is not None and (write.past is not None or is_sliding(write.buffer))
+
+
+def end_of_growth(graph: Graph, site: Site, stored: dict[str, Any], context: Context) -> Node:
+    """bool [1, 1, 1, room], once per cache and step: False beyond the last token and before those that are kept.
+
+    Made at the insertion point of ``graph``; ``stored`` holds the arguments of the op that the cache has.
+    """
     past, new, room = stored["past"], stored["new_tokens"], stored["max_len"]
     first, which = first_kept(site, context), _step_of(site, stored, context)
     if which not in context.ends:
@@ -68,10 +70,11 @@ def first_kept(site: Site, context: Context) -> Node | None:
 
 
 def over_room(graph: Graph, mask: Node, site: Site, stored: dict[str, Any], context: Context) -> Node:
-    """``mask`` [..., T] of the tokens that ``site`` reads as [..., room], once per mask, cache and step."""
-    which = mask, *_step_of(site, stored, context)
+    """``mask`` [..., T] of the tokens that ``site`` reads as [..., room], made once for all sites that share it."""
+    first = first_kept(site, context)
+    which = (mask, stored["max_len"]) if first is None else (mask, *_step_of(site, stored, context))
     if which not in context.ends:
-        context.ends[which] = widened(graph, mask, stored["max_len"], first_kept(site, context))
+        context.ends[which] = widened(graph, mask, stored["max_len"], first)
     return context.ends[which]
 
 

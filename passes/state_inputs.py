@@ -1,7 +1,11 @@
-"""Give a graph the stored tensors of its quantized buffers as inputs, each tensor once."""
+"""Give a graph the stored tensors of its quantized buffers as inputs, each tensor once.
+
+Of a cache that grows the examples may have more room than its tensors (``Growth.any_room``); such inputs are marked.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -9,8 +13,9 @@ from torch.fx import GraphModule, Node
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.state import TENSOR_NAMES
 from xquant_fx.passes.context import Context, Part, StateInputs
-from xquant_fx.passes.graph import add_input
+from xquant_fx.passes.graph import OF_ANY_ROOM, add_input
 from xquant_fx.passes.trace import fake
+from xquant_fx.plan.spec import KVSpec
 
 
 def add_state_inputs(gm: GraphModule, context: Context) -> int:
@@ -53,8 +58,21 @@ class _Adding:
             return node
         cache = state.parts.index(part)
         prefix = f"xquant{cache or ''}_{spec.role}{spec.layer}"
-        self.last = add_input(self.gm.graph, self.last, f"{prefix}_{name}", tensor)
+        wide = _of_any_room(spec).get(name)
+        example = tensor if wide is None else tensor.new_empty(wide)  # whose pages nobody touches
+        self.last = add_input(self.gm.graph, self.last, f"{prefix}_{name}", example)
+        self.last.meta[OF_ANY_ROOM] = wide is not None
         self.known[id(tensor)] = self.last, len(state.tensors)
         part.slots.append((len(state.tensors), index, name))
-        state.tensors.append(tensor)
+        state.tensors.append(example)
         return self.last
+
+
+def _of_any_room(spec: KVSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that may have another room than that of ``spec``, by name."""
+    if not spec.any_room:
+        return {}
+    batch, heads, room, dim = spec.shape
+    alone = dataclasses.replace(spec, partner=None)  # with the codes that a lower layer lends
+    more = dataclasses.replace(alone, shape=(batch, heads, 2 * room, dim)).tensor_shapes()
+    return {name: shape for name, (shape, _) in alone.tensor_shapes().items() if more[name][0] != shape}

@@ -202,6 +202,18 @@ def given_to(**kwargs: Any) -> DecodeArguments:
     return DecodeArguments(**arguments(setup, inputs(setup)))
 
 
+@pytest.mark.parametrize("name", ["no mask", "ranked, float32"])
+def test_as_many_tokens_as_are_written(name: str) -> None:
+    """Where no number is given: what lies behind them is junk here, and counts as nothing."""
+    setup = Setup(**{**EVERY[name], "mask": "causal"})
+    given = inputs(setup)
+    a = DecodeArguments(**arguments(setup, given)).replace(mask=None, max_len=0)
+    check(setup, ops.DECODE(**a._asdict()), given)
+    check(setup, attend(a), given)
+    with pytest.raises(AssertionError, match="a mask says how many"):
+        problem_of(a.replace(mask=torch.ones(1, 1, 1, 200, dtype=torch.bool)))
+
+
 @pytest.mark.parametrize("new", [{}, RANKED_CASES["ranked, float32"]], ids=["", "ranked"])
 def test_one_kernel_for_all_lengths_and_batches(new: dict[str, Any]) -> None:
     """And one more for batches of few heads; the scale and what a mask is given for are its own."""

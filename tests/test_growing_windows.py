@@ -52,7 +52,7 @@ def test_as_an_xquant_cache() -> None:
     got = run(compiled(model, config=LOW, self_check=False), cache, ids, LIFE)
     assert close(got, run(model, XQuantCache(model.config, 1024, LOW), ids, LIFE))
     keys = cache.layers[0].keys
-    assert (keys.shape[2], keys.end, keys.spec.shape[2]) == (KEPT, sum(LIFE), 1024)
+    assert (keys.shape[2], keys.end, keys.spec.shape[2]) == (KEPT, sum(LIFE), 4096)
     assert keys.spec.stored_tokens < 200 and keys.spec.wraps
     assert counters["xquant"]["fuse_decode"] >= 3 and counters["stats"]["unique_graphs"] <= 7
     assert memory_report(cache).full_bytes == 2 * 2 * 8 * 4 * WINDOW

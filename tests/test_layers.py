@@ -25,7 +25,7 @@ from xquant_fx.compiler.repeats import pieces_of, why_not_apart
 from xquant_fx.kernels.cpu.one_call import Chain, Generated, joined_chain, read_generated
 from xquant_fx.kernels.cpu.one_call_source import Kernels, source
 from xquant_fx.kernels.cpu.wrapper_chain import Link, chained, layout
-from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Number, Reader
+from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Number, Reader, Size
 from xquant_fx.passes.trace import fake
 
 Step = Callable[..., Tensor]
@@ -199,6 +199,16 @@ def test_numbers_of_a_chain() -> None:
         "t1 + 0, scratch + 0, n1, 7L",
         "scratch + 0, t0 + 0, n0, 7L",
     ]
+
+
+def test_sizes_of_what_a_chain_is_given() -> None:
+    text = "def call(args):\n    arg0_1, arg1_1 = args\n    buf0 = empty_strided_cpu((4, ), (1, ), torch.float32)\n"
+    text += "    cpp_a(arg0_1, arg1_1.size(3))\n    return (buf0, )\n"
+    links = [Link(0, ["x", "codes0"], ["h0"]), Link(0, ["x", "codes1"], ["h1"])]
+    code = chained(wrappers(text), links, ["x", "codes0", "codes1"], ["h1"])
+    assert [call.args[1] for call in code.calls] == [Size("codes0", 3), Size("codes1", 3)]
+    with pytest.raises(NotReadError, match="a size of buf0_0_in_0"):
+        chained(wrappers(text), [links[0], Link(0, ["x", "h0"], ["h1"])], ["x", "codes0"], ["h1"])
 
 
 @pytest.mark.parametrize(

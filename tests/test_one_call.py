@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from xquant_fx.kernels.cpu.one_call import joined
 from xquant_fx.kernels.cpu.one_call_source import Kernels, source
 from xquant_fx.kernels.cpu.one_unit import UnitCompile, may_be_joined
-from xquant_fx.kernels.cpu.wrapper_code import NotReadError, WrapperCode, read_wrapper
+from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Size, WrapperCode, read_wrapper
 
 WRAPPER = """
 def call(self, args):
@@ -68,6 +68,18 @@ def test_what_is_read() -> None:
     assert [place and place.python for place in code.results] == [
         f"reinterpret_tensor({memory}, (3, 2), (1, 3), 0)", "arg0_1", None, "1 + arg2_1", "40",
     ]  # fmt: skip
+
+
+def test_sizes_of_arguments() -> None:
+    """Which a kernel is told at each call; of what is computed there are none."""
+    text = "def call(args):\n    arg0_1, arg1_1 = args\n    cpp_a(arg0_1, arg1_1.size(3))\n    return (arg1_1, )\n"
+    code = read_wrapper(function(text))
+    assert code.calls[0].args[1] == Size("arg1_1", 3)
+    types, made = source(code, Kernels(["cpp_a"], {}), ["arg0_1"], ["arg1_1.size(3)"])
+    assert types[-1] == "int64_t" and "(t0 + 0, n0)" in made
+    part = text.replace("arg1_1.size", "reinterpret_tensor(arg1_1, (4, ), (1, ), 0).size")
+    with pytest.raises(NotReadError, match=r"a size of reinterpret_tensor\(arg1_1"):
+        read_wrapper(function(part))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dynamo_graphs import tiny
 from stepping import interpreted
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache
 
 from xquant_fx import XQuantCache, XQuantConfig
 from xquant_fx.cache.kv_tensor import QuantizedKV
@@ -46,6 +47,19 @@ def test_of_a_cold_prompt(attention: str) -> None:
         expected = queries[layer].square().mean(2).unflatten(1, (energy.shape[1], -1)).mean(2)
         torch.testing.assert_close(energy, expected)
         torch.testing.assert_close(compiled[layer], expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_of_a_cache_that_grows(attention: str) -> None:
+    """Which is quantized behind each attention: its query is still there then."""
+    model = tiny("llama", attention, max_position_embeddings=64)
+    ids, cache = torch.randint(3, 60, (2, 30)), DynamicCache(config=model.config)
+    options = {"config": SMALL, "strict": True}
+    with torch.no_grad():
+        torch.compile(model.forward, backend="xquant", options=options)(ids, past_key_values=cache)
+    found = [layer.keys.live.owned["energy"] for layer in cache.layers]
+    for mine, expected in zip(found, energies(model, ids, compiled=False), strict=True):
+        torch.testing.assert_close(mine, expected)
 
 
 def test_of_buffers_that_are_taken_over() -> None:

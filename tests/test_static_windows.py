@@ -85,9 +85,9 @@ def test_as_an_xquant_cache() -> None:
     assert close(got, run(attend, XQuantCache(config, 1024, LOW), x, LIFE))
     keys = cache.layers[0].keys
     assert isinstance(keys, SlidingKV) and keys.shape[2] == WINDOW and keys.live.length == sum(LIFE)
-    assert keys.spec.wraps and keys.spec.stored_tokens < 200 and keys.spec.shape[2] == 1024
+    assert keys.spec.wraps and keys.spec.stored_tokens < 200 and keys.spec.shape[2] == 4096
     # The takeover, a step that fills it, the one in which it begins to slide, one token, a chunk, one without room for
-    # it, and one token with twice the room.
+    # it, and one token with more room than windows will need for long.
     assert counters["stats"]["unique_graphs"] <= 7 and counters["xquant"]["fuse_decode"] >= 3
     assert memory_report(cache).full_bytes == 2 * 2 * 8 * 4 * WINDOW
 

@@ -56,7 +56,7 @@ def bound(lines: Sequence[str], function: Any, kernels: Sequence[str], names: di
 
 def may_be_kept(call: Callable[..., Any]) -> bool:
     """Whether the Python of ``call`` names nothing but what a kept one is given, and what torch has."""
-    names = set(call.__code__.co_names) - set(_names()) - set(_GIVEN) - {"clear"}
+    names = set(call.__code__.co_names) - set(_names()) - set(_GIVEN) - {"clear", "size"}  # methods
     return all(hasattr(torch, name) for name in names)
 
 

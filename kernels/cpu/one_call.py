@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from xquant_fx.kernels.cpu.any_room import rooms
 from xquant_fx.kernels.cpu.kept_call import KeptCall, bound, may_be_kept
 from xquant_fx.kernels.cpu.one_call_source import Kernels, source
 from xquant_fx.kernels.cpu.wrapper_chain import Link, Result, chained, kernel_name
@@ -112,7 +113,7 @@ def joined(
         parameters = ", ".join(arg.arg for arg in function.args.args)
         return _python(parameters, read_wrapper(function, itemsizes), module)
 
-    return _at_first_call(begin, functools.partial(_one_by_one, wrapper, module))
+    return AtFirstCall(begin, functools.partial(_one_by_one, wrapper, module))
 
 
 class Chain(NamedTuple):
@@ -150,7 +151,7 @@ def joined_chain(chain: Chain, keep: Keep | None = None) -> Callable[[list[Any]]
             module.update({kernel_name(number, name): generated.module[name] for name in names})
         return _python("args", code, module, keep)
 
-    return _at_first_call(begin, functools.partial(_in_turn, chain))
+    return AtFirstCall(begin, functools.partial(_in_turn, chain))
 
 
 def _parsed(wrapper: Callable[..., Any]) -> ast.FunctionDef:
@@ -159,45 +160,60 @@ def _parsed(wrapper: Callable[..., Any]) -> ast.FunctionDef:
     return function
 
 
-def _at_first_call(
-    begin: Callable[[], Callable[[], Callable[..., Any]]], otherwise: Callable[[], Callable[..., Any]]
-) -> Callable[..., Any]:
+class AtFirstCall:
     """Calls what is compiled in the background until then; where that cannot be, what ``otherwise`` makes."""
-    from torch._dynamo.utils import dynamo_timed  # imports Dynamo
 
-    with dynamo_timed("xquant_one_call"):
-        finish, chosen = _begun(begin, otherwise), list[Callable[..., Any]]()
+    def __init__(
+        self, begin: Callable[[], Callable[[], Callable[..., Any]]], otherwise: Callable[[], Callable[..., Any]]
+    ) -> None:
+        from torch._dynamo.utils import dynamo_timed  # imports Dynamo
 
-    def call(*args: Any) -> Any:
-        if not chosen:
+        with dynamo_timed("xquant_one_call"):
+            self.finish = _begun(begin)
+        self.otherwise, self.is_one_call = otherwise, False
+        self.chosen: Callable[..., Any] | None = None
+        if (of_graph := rooms()) is not None:
+            of_graph.calls.append(self.is_one)
+
+    def is_one(self) -> bool:
+        """Whether it is one call; waits for the compiler."""
+        self._choose()
+        return self.is_one_call
+
+    def __call__(self, *args: Any) -> Any:
+        """Make the call."""
+        return (self.chosen or self._choose())(*args)
+
+    def _choose(self) -> Callable[..., Any]:
+        from torch._dynamo.utils import counters, dynamo_timed  # imports Dynamo
+
+        if self.chosen is None:
             with dynamo_timed("xquant_one_call"):
-                chosen.append(finish())
-        return chosen[0](*args)
+                try:
+                    self.chosen, self.is_one_call = self.finish(), True
+                    counters["xquant"]["one_call"] += 1
+                except NotReadError as error:
+                    self.chosen = _told(self.otherwise, str(error)[:200])
+        return self.chosen
 
-    return call
 
-
-def _begun(
-    begin: Callable[[], Callable[[], Callable[..., Any]]], otherwise: Callable[[], Callable[..., Any]]
-) -> Callable[[], Callable[..., Any]]:
-    """What gives the function to call, once it is needed."""
-    from torch._dynamo.utils import counters  # imports Dynamo
-
+def _begun(begin: Callable[[], Callable[[], Callable[..., Any]]]) -> Callable[[], Callable[..., Any]]:
+    """What gives the function to call, once it is needed, or raises NotReadError."""
     from xquant_fx.kernels.cpu import build  # brings in Inductor's compiler
-
-    try:
-        finish = begin()
-    except (NotReadError, OSError, AttributeError) as error:
-        return functools.partial(_told, otherwise, str(error)[:200])
 
     def finished() -> Callable[..., Any]:
         try:
-            made = finish()
+            if isinstance(begun, Exception):
+                raise begun
+            return begun()
         except (NotReadError, build.CompileError) as error:
-            return _told(otherwise, str(error)[:200])
-        counters["xquant"]["one_call"] += 1
-        return made
+            raise NotReadError(str(error)[:200]) from error
 
+    begun: Callable[[], Callable[..., Any]] | Exception
+    try:
+        begun = begin()
+    except (NotReadError, OSError, AttributeError) as error:
+        begun = NotReadError(str(error))
     return finished
 
 
@@ -246,12 +262,14 @@ def _python(
     scratch memory, and makes the call."""
     from xquant_fx.kernels.cpu import build, one_unit  # bring in Inductor's compiler
 
+    if (of_graph := rooms()) is not None:
+        of_graph.check(code)
     names = sorted({call.name for call in code.calls})
     here = {name: module[name] for name in names if isinstance(module[name], one_unit.UnitKernel)}
     elsewhere = [name for name in names if name not in here]
     outside = _outside(code)
     tensors = [*code.allocated, *outside]
-    sizes = sorted({arg.argument for call in code.calls for arg in call.args if isinstance(arg, Size)})
+    sizes = sorted({arg.python for call in code.calls for arg in call.args if isinstance(arg, Size)})
     kernels = Kernels(elsewhere, {name: kernel.types for name, kernel in here.items()})
     types, text = source(code, kernels, tensors, sizes)
     text = one_unit.unit(list(here.values())) + text

@@ -39,7 +39,7 @@ def _cpp_argument(arg: Place | Size | int, code: WrapperCode, names: dict[str, s
     if isinstance(arg, int):
         return f"{arg}L"
     if isinstance(arg, Size):
-        return names[arg.argument]
+        return names[arg.python]
     if arg.memory in code.offsets:
         return f"scratch + {code.offsets[arg.memory] + arg.offset}"
     return f"{names[arg.memory]} + {arg.offset}"

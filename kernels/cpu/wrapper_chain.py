@@ -11,7 +11,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from xquant_fx.kernels.cpu.wrapper_code import KernelCall, NotReadError, Number, Place, Reader, Size, WrapperCode
+from xquant_fx.kernels.cpu.wrapper_code import (
+    KernelCall,
+    NotReadError,
+    Number,
+    Place,
+    Reader,
+    Size,
+    WrapperCode,
+    size_of,
+)
 
 
 class Link(NamedTuple):
@@ -67,7 +76,7 @@ class _Chain:
         self.made.allocations |= {renamed[memory]: text for memory, text in read.allocations.items()}
         self.made.events += [(renamed[memory], comes) for memory, comes in read.events]
         for call in read.code.calls:
-            args = [_given(arg, bound) for arg in call.args]
+            args = [_given(arg, bound, self.made.code) for arg in call.args]
             self.made.code.calls.append(KernelCall(kernel_name(link.wrapper, call.name), args))
         for name, place in zip(link.returned, read.code.results, strict=True):
             if not isinstance(place, Place) or place.memory not in renamed:
@@ -87,9 +96,10 @@ class _Chain:
         return self.made.planned()
 
 
-def _given(arg: Place | Size | int, bound: Mapping[str, Place]) -> Place | Size | int:
+def _given(arg: Place | Size | int, bound: Mapping[str, Place], chain: WrapperCode) -> Place | Size | int:
     if isinstance(arg, Size):
-        return Size(bound[arg.argument].memory)
+        given = bound[arg.argument]
+        return Size(given.memory) if arg.dim is None else size_of(given, arg.dim, chain)
     return _moved(arg, bound) if isinstance(arg, Place) else arg
 
 

@@ -41,9 +41,15 @@ class Number(NamedTuple):
 
 
 class Size(NamedTuple):
-    """A size that is known in a step only, one of the wrapper's arguments."""
+    """A size that is known in a step only: one of the wrapper's arguments, or a dimension ``dim`` of one."""
 
     argument: str
+    dim: int | None = None
+
+    @property
+    def python(self) -> str:
+        """In terms of the wrapper's arguments."""
+        return self.argument if self.dim is None else f"{self.argument}.size({self.dim})"
 
 
 @dataclasses.dataclass
@@ -175,6 +181,9 @@ class Reader:
             return value.value
         if isinstance(value, ast.Name) and value.id in self.sizes_given:
             return self.sizes_given[value.id]
+        match value:
+            case ast.Call(func=ast.Attribute(value=of, attr="size"), args=[ast.Constant(value=int(dim))]):
+                return size_of(self._place(of), dim, self.code)
         return self._place(value)
 
     def _delete(self, target: ast.expr) -> None:
@@ -203,6 +212,13 @@ class Reader:
             else:
                 code.offsets[memory], code.scratch = code.scratch, code.scratch + size
         return code
+
+
+def size_of(place: Place, dim: int, code: WrapperCode) -> Size:
+    """A size of an argument; raises NotReadError if ``place`` is none, or a part of one."""
+    if place.memory not in code.arguments or place.python != place.memory:
+        raise NotReadError(f"a size of {place.python}, which is no argument")
+    return Size(place.memory, dim)
 
 
 def _is_size(name: str, given: str, code: WrapperCode) -> bool:

@@ -51,6 +51,8 @@ class DecodeArguments(Arguments):
     """[heads], a logit per head that joins the softmax without a value."""
     new_tokens: int
     max_len: int
+    """Tokens of the buffer that this reads for, of which those not written yet count as zeros; 0: as many as are
+    written, where no codes start over and there is no mask."""
     k_scheme: str
     k_bits: float
     k_group: int

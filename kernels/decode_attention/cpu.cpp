@@ -114,8 +114,10 @@ inline void attend_tokens(Scratch& scratch, const Inputs& in, RunningSoftmax sof
     for (int64_t t = t0; t < t1; t = span_end(t, t1)) attend_span(scratch, in, softmax, head, t, span_end(t, t1));
 }
 
-void attend(const Tensors& tensors, const Sizes& sizes, T* out) {
-    const int64_t past = std::clamp<int64_t>(*tensors.past, 0, sizes.max_len - Q);
+void attend(const Tensors& tensors, const Sizes& given, T* out) {
+    const int64_t past = std::clamp<int64_t>(*tensors.past, 0, (given.max_len ? given.max_len : LONGEST) - Q);
+    Sizes sizes = given;
+    if (!sizes.max_len) sizes.max_len = past + Q;
     const int64_t keys = RANKED ? ranked_limit(past, K_RESIDUAL, K_GROUP) : past / K_RESIDUAL * K_RESIDUAL;
     const Inputs in = {tensors, sizes, out, past, past + Q, keys, std::max<int64_t>(past - V_RESIDUAL, 0)};
     // Whole words of codes, from the one on that holds the first token which any query sees.

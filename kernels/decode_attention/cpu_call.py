@@ -25,6 +25,7 @@ def _empty(a: DecodeArguments) -> Tensor:
 def problem_of(a: DecodeArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) -> Problem:
     """The kernel for these arguments; ``sizes`` and ``dtype`` read a tensor's shape and dtype."""
     (_, query_heads, queries, k_dim), (_, heads, _, v_dim) = sizes(a.q), sizes(a.v_ring)
+    assert a.max_len or a.mask is None, "a mask says how many tokens there are"
     mask = (1, 1, 1, 1) if a.mask is None else sizes(a.mask)
     k_tokens, v_tokens = sizes(a.k_codes)[3], sizes(a.v_scale)[3]
     rows = query_heads // heads * queries

@@ -37,6 +37,7 @@ constexpr int64_t span_end(int64_t t, int64_t end) {
 }
 // Where values are rotated, what comes from codes is summed apart, behind the rest, and rotated back in the end.
 constexpr int64_t CODES_AT = ROTATED ? DV_PAD : 0, ACC = DV_PAD + CODES_AT;
+constexpr int64_t LONGEST = (int64_t)1 << 40;  // tokens, where no number is given
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 constexpr int64_t MASK_ROWS = (MASK_HEADS ? HQ : 1) * (MASK_QUERIES ? Q : 1);  // of one row of the batch
 static_assert(SPAN % V_BLOCK == 0, "a word of values lies in one span");

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from xquant_fx.kernels.decode_attention.arguments import OF_KEYS, OF_SIDE, DecodeArguments
+from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.kernels.shared_code_load.plain_torch import load_as_stored
 
@@ -32,8 +33,24 @@ def _loaded(a: DecodeArguments) -> tuple[Tensor, Tensor]:
     return loaded[0], loaded[1]
 
 
+def _room_of(a: DecodeArguments) -> int:
+    """Tokens that keys and values both have room for."""
+    dims, rooms = (a.q.shape[3], a.v_ring.shape[3]), list[int]()
+    for side, dim in zip("kv", dims, strict=True):
+        scheme, bits, group, residual, codes, scale = (
+            getattr(a, f"{side}_{name}") for name in ("scheme", "bits", "group", "residual", "codes", "scale")
+        )
+        spare = SCHEMES[scheme].stored_tokens(0, dim, bits, group, residual)
+        rooms.append(SCHEMES[scheme].tokens_of(codes.shape, scale.shape) - spare)
+    return min(rooms)
+
+
 def attend(a: DecodeArguments) -> Tensor:
     """[B, heads, q, D of the values]."""
+    if not a.max_len:
+        room = _room_of(a)
+        written = torch.arange(room, device=a.q.device) < a.past + a.new_tokens
+        a = a.replace(max_len=room, mask=written[None, None, None])
     return attend_dense(a.q, *_loaded(a), a.past, a.mask, a.sink_logits, a.scale, a.softcap, a.window)
 
 

@@ -30,6 +30,8 @@ TAIL_OF_PROGRAM = 8192
 
 def why_not(a: DecodeArguments) -> str:
     """Why the kernels do not take these arguments, in words; "" if they do."""
+    if not a.max_len:
+        return "as many tokens are read as are written"
     if a.k_order is not None and a.k_group % LEAST_TILE:
         return f"ranked keys in groups of {a.k_group} tokens, which is no multiple of {LEAST_TILE}"
     return ""

@@ -83,14 +83,14 @@ class GrowingKV(Dequantized):
         """Tokens [begin, end) of ``growth``, all by default; its length is a symbol to Dynamo from the start."""
         state = growth.state
         end = growth.tokens if end is None else end
-        new = cls(state.spec, state.owned["length"], end - begin, growth, begin)
+        new = cls(growth.spec, state.owned["length"], end - begin, growth, begin)
         new._dynamo_weak_dynamic_indices = {2}  # type: ignore[attr-defined]  # what maybe_mark_dynamic(new, 2) sets
         return new
 
     @property
     def spec(self) -> KVSpec:
-        """What is fixed about the storage; it changes when that moves to more room."""
-        return self._spec if self.growth is None else self.growth.state.spec
+        """What graphs may rely on about the storage (``Growth.spec``)."""
+        return self._spec if self.growth is None else self.growth.spec
 
     @property
     def live(self) -> KVState:
@@ -174,7 +174,7 @@ class GrowingKV(Dequantized):
 
     def has_room(self, new: int) -> bool:
         """Whether ``new`` tokens fit into the tensors that there are."""
-        return bool(self.end + new <= self.spec.shape[2])
+        return bool(self.end + new <= self.live.spec.shape[2])
 
     def append(self, x: Tensor) -> GrowingKV:
         """The tensor with ``x`` [B, H, q, D] behind it."""
@@ -249,7 +249,7 @@ def _select_rows(kv: Tensor, dim: int, index: Tensor) -> Any:
     if not isinstance(kv, GrowingKV) or kv.growth is None or dim != 0 or index.dim() != 1:
         return NotImplemented
     kv.growth.check(kv.end, kv.since)
-    growth = Growth(select(kv.live, index), kv.growth.tokens)
+    growth = Growth(select(kv.live, index), kv.growth.tokens, kv.growth.any_room)
     growth.furthest = kv.growth.furthest
     return GrowingKV.of(growth, kv.end, kv.begin)
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.plan.spec import KVSpec
 
 #: Tokens there is room for at least.
 LEAST_ROOM = 512
 #: Tokens that may come behind those of a cache that is taken over before it needs more room, which compiles once more.
 AHEAD = 256
+#: Rooms, in tokens, that graphs of any room are compiled for: this one, eight times as much, and so on.
+LEAST_OF_GRAPHS, RATIO = 4096, 8
+
+_exact = ContextVar("exact rooms", default=False)
 
 
 def room_for(tokens: int, ahead: int = STEP_TOKENS) -> int:
@@ -20,13 +30,51 @@ def room_for(tokens: int, ahead: int = STEP_TOKENS) -> int:
     return room
 
 
-class Growth:
-    """One side of one layer as it grows: the state, its length as the host knows it, and what was overwritten."""
+def with_graphs_room(spec: KVSpec) -> KVSpec:
+    """``spec`` with the room that graphs of any room are compiled for."""
+    batch, heads, room, dim = spec.shape
+    wide = LEAST_OF_GRAPHS
+    while wide < room:
+        wide *= RATIO
+    return dataclasses.replace(spec, shape=(batch, heads, wide, dim))
 
-    def __init__(self, state: KVState, tokens: int = 0) -> None:
+
+@contextlib.contextmanager
+def exact_rooms() -> Iterator[None]:
+    """Inside, graphs are made for the room that there is: for reports, which say how much that takes."""
+    before = _exact.set(True)
+    try:
+        yield
+    finally:
+        _exact.reset(before)
+
+
+class Growth:
+    """One side of one layer as it grows: the state, its length as the host knows it, and what was overwritten.
+
+    Graphs of ``any_room`` are made for a cache with more room than there is, and told at each call how much that is
+    (``compiler/any_room.py``): so none is made anew when a cache has moved to twice the room.
+    """
+
+    def __init__(self, state: KVState, tokens: int = 0, any_room: bool = False) -> None:
         self.state, self.tokens, self.furthest = state, tokens, tokens
+        self.any_room = any_room
+        self._of_graphs: tuple[KVSpec, KVSpec] | None = None
         self.overwritten: list[int] = []
         """For each time that an older tensor was continued: its length. Tokens from there on were replaced."""
+
+    @property
+    def spec(self) -> KVSpec:
+        """What graphs rely on: the state's, or that with more room."""
+        spec = self.state.spec
+        if not self.any_room or _exact.get():
+            return spec
+        if self._of_graphs is None or self._of_graphs[0] is not spec:
+            wide = dataclasses.replace(with_graphs_room(spec), any_room=True)
+            # Codes that start over lie elsewhere than those that do not yet; what is not quantized no kernel reads.
+            is_wide = spec.quantized and not (spec.wraps or wide.wraps)
+            self._of_graphs = spec, wide if is_wide else spec
+        return self._of_graphs[1]
 
     def resume(self, tokens: int, since: int) -> None:
         """Go back to ``tokens``, as a tensor has them that was made when ``overwritten`` had ``since`` entries.
@@ -75,3 +123,5 @@ class Growth:
         """Make room for ``tokens`` and a step after them."""
         if tokens > self.state.spec.shape[2]:
             self.state.enlarge(room_for(tokens))
+            if self.state.spec.wraps:  # then room takes no memory, and graphs are made for it
+                self.state.respec(with_graphs_room(self.state.spec))

@@ -28,6 +28,7 @@ from xquant_fx.cache.left import leave
 from xquant_fx.cache.prompt_attention import by_kernel
 from xquant_fx.cache.prompt_keys import PromptKeys, PromptScores
 from xquant_fx.cache.stacked import StackedKV
+from xquant_fx.compiler.any_room import ExactRooms, is_any_room, may_take_any_room, why_fixed
 from xquant_fx.compiler.chunks import UncompiledChunk
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.frozen import check_frozen
@@ -140,7 +141,7 @@ def _compile(
         grows = [buffer.write.past is not None for buffer in found.ordinary]
         if all(grows):
             by_kernel(found.gm)
-            return GrowingTakeover(found)
+            return GrowingTakeover(found, compiler is compile_by_inductor and may_take_any_room(found, request))
         refused = request.self_check and self_check(gm, found, inputs, request, detect_graph).refused
         judge(found, refused or "")
         if refused:
@@ -259,7 +260,9 @@ def _compile_quantized(
         return beginning
     warn_of_lengths([inputs[i].spec for i in quantized if type(inputs[i]) is QuantizedKV])
     settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
-    context = Context(found, inputs)
+    context, any_room = Context(found, inputs), is_any_room(inputs)
+    if any_room and (request.self_check or compiler is not compile_by_inductor):
+        return ExactRooms(gm.forward, "it is compared with the program, or another compiler is used")
     if not has_room(context):
         log.info("a cache that grows has no room for this step, which runs uncompiled")
         return gm.forward
@@ -278,6 +281,8 @@ def _compile_quantized(
     results: Any = found.gm.graph.output_node().args[0]
     whole = [i for i, node in enumerate(results) if _may_be_whole(fake(node), shapes)]
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
+    if any_room and (fixed := why_fixed(found.gm.graph, context)):
+        return ExactRooms(gm.forward, fixed)
     compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
     context.state.tensors.clear()  # or the graph would keep the cache that it was compiled with
     if compiled is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from xquant_fx.cache.growing import GrowingKV
+from xquant_fx.compiler.any_room import ExactRooms, OfAnyRoom
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.passes.context import Context, Grown
 
@@ -26,6 +27,7 @@ class GrowingStep:
 
     def __init__(self, step: CompiledStep, uncompiled: Callable[..., Any], grown: list[Grown]) -> None:
         self.step, self.uncompiled, self.grown = step, uncompiled, grown
+        self.of_any_room = step.compiled if isinstance(step.compiled, OfAnyRoom) else None
         self.results = {position: each for each in grown for position in each.outputs}
 
     def __call__(self, *args: Any) -> Any:
@@ -34,6 +36,8 @@ class GrowingStep:
         new = {each.index: each.tokens_of(args) for each in self.grown}
         if not all(past.has_room(new[index]) for index, past in pasts.items()):
             return self.uncompiled(*args)
+        if self.of_any_room is not None and not self.of_any_room.is_open():
+            return ExactRooms(self.uncompiled, "its kernels are called one by one")(*args)
         for past in pasts.values():
             past.resume()
         values = list(self.step(*args))

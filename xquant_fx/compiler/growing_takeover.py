@@ -7,6 +7,7 @@ tokens are there in full precision (of a prompt; a cache that was filled by eage
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ from xquant_fx.plan.plan import Plan
 class GrowingTakeover:
     """Runs a step whose KV cache grows by concatenation and is in full precision yet, or empty."""
 
-    def __init__(self, detection: Detection) -> None:
-        self.gm, self.plans = detection.gm, detection.plans
+    def __init__(self, detection: Detection, any_room: bool = False) -> None:
+        """With ``any_room`` later steps are compiled for any room (``Growth.any_room``)."""
+        self.gm, self.plans, self.any_room = detection.gm, detection.plans, any_room
         self.queries = queries_of(detection)
-        self.quantizing = {_behind_attention(detection, buffer): buffer for buffer in detection.ordinary}
+        self.quantizing = {_behind_attention(detection, buffer, self.queries): buffer for buffer in detection.ordinary}
         detection.gm.recompile()
 
     def __call__(self, *args: Any) -> Any:
@@ -44,6 +46,7 @@ class _Step(torch.fx.Interpreter):
     def __init__(self, takeover: GrowingTakeover) -> None:
         super().__init__(takeover.gm)
         self.plans, self.queries, self.quantizing = takeover.plans, takeover.queries, takeover.quantizing
+        self.any_room = takeover.any_room
         self.caches: dict[int, _NewCache] = {}
 
     def run_node(self, n: Node) -> Any:
@@ -59,7 +62,7 @@ class _Step(torch.fx.Interpreter):
         state.store(whole, torch.arange(whole.shape[2], device=whole.device))
         state.group.drop()  # nobody reads the prompt in full precision any more
         kept, tokens = buffer.write.keep, whole.shape[2]
-        return GrowingKV.of(Growth(state, tokens), begin=max(tokens - kept, 0) if kept else 0)
+        return GrowingKV.of(Growth(state, tokens, self.any_room), begin=max(tokens - kept, 0) if kept else 0)
 
 
 class _NewCache:
@@ -81,17 +84,21 @@ class _NewCache:
         return state
 
 
-def _behind_attention(detection: Detection, buffer: Buffer) -> Node:
-    """A node behind the last attention that reads ``buffer``, which the graph returns in its place."""
+def _behind_attention(detection: Detection, buffer: Buffer, queries: Mapping[Node, Node]) -> Node:
+    """A node behind the last attention that reads ``buffer``, which the graph returns in its place.
+
+    It takes the query, too: what no node needs any more is not kept (``torch.fx.Interpreter``).
+    """
     graph, grown, returned = detection.gm.graph, buffer.node, buffer.write.returned
     readers = {site.attention.value_reader for site in detection.sites if grown in site.buffers}
     last = next(node for node in reversed(graph.nodes) if node in readers)
     with graph.inserting_after(last):
-        node = graph.call_function(_stands_for, (grown,))
+        query = queries.get(buffer.write.node)
+        node = graph.call_function(_stands_for, (grown, query if query is not None and query < last else None))
     output = graph.output_node()
     output.args = map_arg(output.args, lambda n: node if n is returned else n)
     return node
 
 
-def _stands_for(whole: Tensor) -> Tensor:
+def _stands_for(whole: Tensor, query: Tensor | None) -> Tensor:
     raise AssertionError("run by GrowingTakeover")

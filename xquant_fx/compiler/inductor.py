@@ -17,13 +17,15 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from xquant_fx.cache.stacked import stored_in
+from xquant_fx.compiler.any_room import OfAnyRoom
 from xquant_fx.compiler.cache_key import cache_key_patch
-from xquant_fx.compiler.chunks import has_chunk_of_any_length
+from xquant_fx.compiler.chunks import has_chunk
 from xquant_fx.compiler.index_checks import checks_behind_indices
 from xquant_fx.compiler.kept_steps import are_expected, place_of
-from xquant_fx.compiler.layers import compile_layers, restored_layers
+from xquant_fx.compiler.layers import any_room, compile_layers, restored_layers
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.tracing_time import wait_for_hashes
+from xquant_fx.kernels.cpu.any_room import compiled_for
 from xquant_fx.kernels.cpu.one_call import switched
 from xquant_fx.passes.graph import make_fake_inputs, named_once
 
@@ -75,7 +77,8 @@ def compile_by_inductor(
     from torch._inductor import list_mode_options
 
     on_cpu = all(_is_on_cpu(each) or not isinstance(each, Tensor) for each in inputs)
-    if settings is not None and on_cpu and has_chunk_of_any_length(gm.graph):
+    rooms = any_room(gm.graph.find_nodes(op="placeholder"))
+    if settings is not None and on_cpu and has_chunk(gm.graph, known_too=rooms is not None):
         return None
     one_call = "one_call" not in request.disable
     patches = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
@@ -89,13 +92,14 @@ def compile_by_inductor(
     by_layers = settings is not None and on_cpu and one_call
     place = place_of(gm.graph, inputs, patches) if by_layers else None
     if place and (restored := restored_layers(gm, inputs, place)):
-        return restored
+        return restored if rooms is None else OfAnyRoom(restored, lambda: True)  # no others are kept
     make_fake_inputs(gm.graph, inputs)
-    with switched(one_call), checks_behind_indices() if settings is not None else contextlib.nullcontext():
+    checks = checks_behind_indices() if settings is not None else contextlib.nullcontext()
+    with switched(one_call), checks, compiled_for(rooms):
         compile_one = _compile_one(patches)
         made = compile_layers(gm, inputs, compile_one, place) if by_layers else None
         compiled: Any = made or compile_one(gm, inputs)
-    return compiled
+    return compiled if rooms is None else OfAnyRoom(compiled, rooms.are_open)
 
 
 def _compile_one(patches: dict[str, Any]) -> Callable[..., Any]:

@@ -57,6 +57,8 @@ class KVSpec:
     """Whether a token is divided by its norm over all heads before it is quantized."""
     ragged: bool = False
     """Whether each row of the batch has a length of its own, and is appended to at positions of its own."""
+    any_room: bool = False
+    """Whether a cache may have room for less than N tokens, and graphs are told at each call for how many."""
     fit: str
     """How a borrowing layer gets its scales: "least_squares" or "minmax"."""
     reason: str = dataclasses.field(default="", compare=False, repr=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from xquant_fx.cache.growth import exact_rooms
 from xquant_fx.compiler.backend import detect_graph
 from xquant_fx.compiler.laid_out_graph import laid_out_graph
 from xquant_fx.compiler.laid_out_growth import laid_out_growth
@@ -84,7 +85,7 @@ def explain(
     function = function.forward if isinstance(function, torch.nn.Module) else function
     torch._dynamo.reset()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), exact_rooms():
             torch.compile(function, backend=record)(*copied[0], **copied[1])
     finally:
         held.restore()
