@@ -15,10 +15,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from xquant_fx import XQuantConfig, explain, memory_report
+from xquant_fx import XQuantCache, XQuantConfig, explain, memory_report
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.growth import Growth, exact_rooms
-from xquant_fx.compiler import backend
 from xquant_fx.kernels.cpu import any_room
 from xquant_fx.kernels.cpu.any_room import Rooms
 from xquant_fx.kernels.cpu.wrapper_code import KernelCall, NotReadError, Place, WrapperCode
@@ -56,13 +55,8 @@ def run(step: Any, cache: Any, sizes: list[int], **more: Any) -> Tensor:
 
 
 def expected(model: Any, sizes: list[int], **more: Any) -> Tensor:
-    """Logits of the same steps, each compiled for the room that there is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "may_take_any_room", lambda found, request: False)
-        cache = DynamicCache(config=model.config)
-        made = run(compiled(model), cache, sizes, **more)
-    assert not any(k.spec.any_room for k in keys_of(cache))
-    return made
+    """Logits of the same steps, uncompiled, with a cache that has the room from the start."""
+    return run(model, XQuantCache(model.config, 1024, CONFIG), sizes, **more)
 
 
 def graphs() -> int:
@@ -73,8 +67,10 @@ def keys_of(cache: Any) -> list[GrowingKV]:
     return [layer.keys for layer in cache.layers]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("layers", [6, 2])  # equal ones compiled once, and one wrapper for all
+@pytest.mark.parametrize(  # equal layers are compiled once, or one wrapper is read for all
+    ("layers", "masked"),
+    [(6, True), (2, False), *(pytest.param(n, m, marks=pytest.mark.slow) for n, m in ((6, False), (2, True)))],
+)
 def test_more_room_is_not_compiled_for(layers: int, masked: bool) -> None:
     model = model_of(layers)
     step, cache = compiled(model), DynamicCache(config=model.config)
