@@ -14,6 +14,7 @@ Dynamo sees an ordinary tensor of symbolic length and traces the ordinary concat
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from typing import Any, ClassVar
@@ -60,7 +61,9 @@ class GrowingKV(Dequantized):
         cls, spec: KVSpec, anchor: Tensor, tokens: Any, growth: Growth | None = None, begin: int = 0, tail: bool = False
     ) -> GrowingKV:
         shape = (*spec.shape[:2], tokens, spec.shape[3])
-        with torch.inference_mode(False):  # a view of what inference mode did not make must not be one of its tensors
+        # A view of what inference mode did not make must not be one of its tensors; to ask is less than to leave it.
+        leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+        with leave:
             tensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=spec.dtype, device=anchor.device)
         torch._C._set_throw_on_mutable_data_ptr(tensor)  # C++ code that asks for memory gets an error, not address 0
         return tensor

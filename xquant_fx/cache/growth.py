@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -39,6 +40,16 @@ def with_graphs_room(spec: KVSpec) -> KVSpec:
     return dataclasses.replace(spec, shape=(batch, heads, wide, dim))
 
 
+@functools.cache  # one object for all caches of a model: guards compare it in each step
+def of_any_room(spec: KVSpec) -> KVSpec:
+    """``spec`` as graphs of any room rely on it, or itself where they are made for the room that there is.
+
+    Codes that start over lie elsewhere than those that do not yet, and what is not quantized no kernel reads.
+    """
+    wide = dataclasses.replace(with_graphs_room(spec), any_room=True)
+    return wide if spec.quantized and not (spec.wraps or wide.wraps) else spec
+
+
 @contextlib.contextmanager
 def exact_rooms() -> Iterator[None]:
     """Inside, graphs are made for the room that there is: for reports, which say how much that takes."""
@@ -70,10 +81,7 @@ class Growth:
         if not self.any_room or _exact.get():
             return spec
         if self._of_graphs is None or self._of_graphs[0] is not spec:
-            wide = dataclasses.replace(with_graphs_room(spec), any_room=True)
-            # Codes that start over lie elsewhere than those that do not yet; what is not quantized no kernel reads.
-            is_wide = spec.quantized and not (spec.wraps or wide.wraps)
-            self._of_graphs = spec, wide if is_wide else spec
+            self._of_graphs = spec, of_any_room(spec)
         return self._of_graphs[1]
 
     def resume(self, tokens: int, since: int) -> None:
