@@ -92,6 +92,7 @@ OTHER = dict(
     residual_length=16,
     rollback_tokens=9,
     window=16,
+    any_room=True,
     token_norms=True,
     ragged=True,
     eta=0.25,
