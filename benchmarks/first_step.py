@@ -3,7 +3,7 @@
     python benchmarks/first_step.py MODEL                    # a folder or a name on the Hugging Face hub
     python benchmarks/first_step.py MODEL --side static      # StaticCache under plain Inductor
     python benchmarks/first_step.py MODEL --side growing     # DynamicCache: its first step runs uncompiled
-                                                             # "more room": two steps after it got twice the room
+                                                             # "more room": two steps after its room is filled
     python benchmarks/first_step.py MODEL --runs warm warm --cache-dir FOLDER
 
 Each run is a process of its own: it loads the model, prefills 64 tokens uncompiled, and takes compiled steps, the last
@@ -86,7 +86,7 @@ def more_room(model: Any, step: Any, ids: Any, cache: Any) -> dict[str, float]:
     before = seconds()
     for _ in range(2):
         step(ids[:, :1], past_key_values=cache)
-    assert cache.layers[0].keys.live.spec.shape[2] == 2 * room
+    assert cache.layers[0].keys.live.spec.shape[2] > room
     return {kind: value - before[kind] for kind, value in seconds().items()}
 
 

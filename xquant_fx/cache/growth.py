@@ -17,18 +17,24 @@ from xquant_fx.plan.spec import KVSpec
 LEAST_ROOM = 512
 #: Tokens that may come behind those of a cache that is taken over before it needs more room, which compiles once more.
 AHEAD = 256
+#: Parts of a power of two that a cache of any room moves by: nothing is compiled for each, and less lies idle.
+PARTS = 8
 #: Rooms, in tokens, that graphs of any room are compiled for: this one, eight times as much, and so on.
 LEAST_OF_GRAPHS, RATIO = 4096, 8
 
 _exact = ContextVar("exact rooms", default=False)
 
 
-def room_for(tokens: int, ahead: int = STEP_TOKENS) -> int:
-    """Tokens to make room for where ``tokens`` are stored and ``ahead`` are to come: by default a step of a few."""
+def room_for(tokens: int, ahead: int = STEP_TOKENS, parts: int = 1) -> int:
+    """Tokens to make room for where ``tokens`` are stored and ``ahead`` are to come: by default a step of a few.
+
+    A power of two, or beyond LEAST_ROOM as many of its ``parts`` as that takes.
+    """
     room = LEAST_ROOM
     while room < tokens + ahead:
         room *= 2
-    return room
+    part = room // parts if room > LEAST_ROOM else room
+    return -(-(tokens + ahead) // part) * part
 
 
 def with_graphs_room(spec: KVSpec) -> KVSpec:
@@ -130,6 +136,6 @@ class Growth:
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` and a step after them."""
         if tokens > self.state.spec.shape[2]:
-            self.state.enlarge(room_for(tokens))
+            self.state.enlarge(room_for(tokens, parts=PARTS if self.any_room else 1))
             if self.state.spec.wraps:  # then room takes no memory, and graphs are made for it
                 self.state.respec(with_graphs_room(self.state.spec))

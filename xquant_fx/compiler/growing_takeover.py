@@ -56,7 +56,7 @@ class _Step(torch.fx.Interpreter):
             return super().run_node(n)
         whole = self.env[buffer.node]
         if buffer.group not in self.caches:
-            self.caches[buffer.group] = _NewCache(self.plans[buffer.group], whole)
+            self.caches[buffer.group] = _NewCache(self.plans[buffer.group], whole, self.any_room)
         state = self.caches[buffer.group].allocate(buffer, whole)
         show_query(state, buffer.write.node, self.queries, self.env)
         state.store(whole, torch.arange(whole.shape[2], device=whole.device))
@@ -68,8 +68,8 @@ class _Step(torch.fx.Interpreter):
 class _NewCache:
     """The states of one cache, allocated one by one in the order of the program."""
 
-    def __init__(self, plan: Plan, like: Tensor) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, like: Tensor, any_room: bool) -> None:
+        self.plan, self.any_room = plan, any_room
         self.group = CacheGroup(plan, like.shape[0], like.device)
         self.states: dict[tuple[int, str], KVState] = {}
 
@@ -77,7 +77,7 @@ class _NewCache:
         """An empty state for what ``like`` [B, H, T, D] holds."""
         entry = self.plan.layers[buffer.layer].of(buffer.role)
         lower = None if entry.partner is None else self.states.get((entry.partner, buffer.role))
-        shape, dtype, rotary, window, _ = geometry_of(buffer, like)
+        shape, dtype, rotary, window, _ = geometry_of(buffer, like, self.any_room)
         spec = entry.bind(buffer.layer, shape, dtype, None if lower is None else lower.spec, rotary, window)
         state = KVState(spec, self.group, lower if spec.borrowed else None)
         self.states[buffer.layer, buffer.role] = state

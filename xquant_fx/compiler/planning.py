@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import Geometry, Slot, bind_all, quantized_empty
 from xquant_fx.cache.growing import STORED_KV
-from xquant_fx.cache.growth import AHEAD, room_for
+from xquant_fx.cache.growth import AHEAD, PARTS, room_for
 from xquant_fx.compiler.dynamo_frames import is_partial
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.proof import Call
@@ -51,11 +51,12 @@ def bind_buffers(plan: Plan, buffers: Sequence[Buffer], tensors: Sequence[Tensor
     return bind_all(plan, [(b.layer, b.role, geometry_of(b, t)) for b, t in pairs])
 
 
-def geometry_of(buffer: Buffer, tensor: Tensor) -> Geometry:
-    """Of the stored tensors; what grows by concatenation gets room to grow."""
+def geometry_of(buffer: Buffer, tensor: Tensor, any_room: bool = False) -> Geometry:
+    """Of the stored tensors; what grows by concatenation gets room to grow, less where graphs are of ``any_room``."""
     batch, heads, tokens, dim = tensor.shape
     if buffer.write.past is not None:
-        tokens = room_for(tokens if isinstance(tokens, int) else tokens.node.hint, AHEAD)
+        held = tokens if isinstance(tokens, int) else tokens.node.hint
+        tokens = room_for(held, parts=PARTS) if any_room else room_for(held, AHEAD)
     shape = (batch, heads, tokens, dim)
     return Geometry(shape, tensor.dtype, buffer.rotary, buffer.write.window, buffer.write.per_row)
 
