@@ -78,11 +78,11 @@ def _replace(graph: Graph, site: Site, stored: dict[str, Any], replaced: dict[No
         first = first_kept(site, context) if grows else None
         if first is not None:  # of latents there are as many as the mask is wide
             query, mask = _absorbed(graph, site, query, mask, context)
-        if grows and mask is None and _reads_what_is_written(site, context, is_full):
+        if grows and mask is None and first is None and not is_full and _reads_what_is_written(site, context):
             stored["max_len"] = 0
         elif grows and not (is_full and first is not None):
-            end = end_of_growth(graph, site, stored, context) if mask is None else None
-            mask = end if mask is None else over_room(graph, mask, site, stored, context)
+            written = (site, stored, context)
+            mask = end_of_growth(graph, *written) if mask is None else over_room(graph, mask, *written)
         if first is None:  # as many as there is room for
             query, mask = _absorbed(graph, site, query, mask, context)
         logits = None if form.sinks is None else replaced.get(form.sinks, form.sinks)
@@ -104,15 +104,14 @@ def _replace(graph: Graph, site: Site, stored: dict[str, Any], replaced: dict[No
     return output
 
 
-def _reads_what_is_written(site: Site, context: Context, is_full: bool) -> bool:
+def _reads_what_is_written(site: Site, context: Context) -> bool:
     """Whether a kernel may be left to read as many tokens as are stored, without a mask that hides what comes behind.
 
     Where codes start over, how many tokens there is room for says where; on GPUs no kernel does so yet.
     """
-    specs = [context.detection.specs[buffer] for buffer in site.buffers]
     on_cpu = all(value_of(buffer).device.type == "cpu" for buffer in site.buffers)
-    is_plain = not any(spec.window for spec in specs) and first_kept(site, context) is None
-    return on_cpu and is_plain and not is_full and site.form is not None and site.form.absorbed is None
+    may_start_over = any(context.detection.specs[buffer].window for buffer in site.buffers)
+    return on_cpu and not may_start_over and site.form is not None and site.form.absorbed is None
 
 
 def _absorbed(graph: Graph, site: Site, query: Node, mask: Node | None, context: Context) -> tuple[Node, Node | None]:

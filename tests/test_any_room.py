@@ -21,7 +21,6 @@ from xquant_fx.cache.growth import Growth, exact_rooms
 from xquant_fx.kernels.cpu import any_room
 from xquant_fx.kernels.cpu.any_room import Rooms
 from xquant_fx.kernels.cpu.wrapper_code import KernelCall, NotReadError, Place, WrapperCode
-from xquant_fx.plan.spec import KVSpec
 
 CONFIG = XQuantConfig.preset("xquant-2.2").replace(residual_length=32, k_group_size=32, k_residual_length=None)
 #: A prompt, a chunk that leaves room for a few tokens, and steps until there is more room.
@@ -144,12 +143,8 @@ def test_reports_are_of_the_room_that_there_is() -> None:
 def growth_of(config: XQuantConfig, room: int = 512, window: int = 0, any_room: bool = True) -> Growth:
     state = layers_of(config, (1, 2, room, 64), torch.float32)[0][0]
     if window:
-        state.respec(spec_with(state.spec, window))
+        state.respec(dataclasses.replace(state.spec, window=window))
     return Growth(state, any_room=any_room)
-
-
-def spec_with(spec: KVSpec, window: int) -> KVSpec:
-    return dataclasses.replace(spec, window=window)
 
 
 def test_what_graphs_rely_on() -> None:

@@ -177,7 +177,8 @@ class AtFirstCall:
 
     def is_one(self) -> bool:
         """Whether it is one call; waits for the compiler."""
-        self._choose()
+        if self.chosen is None:
+            self._choose()
         return self.is_one_call
 
     def __call__(self, *args: Any) -> Any:
@@ -187,34 +188,27 @@ class AtFirstCall:
     def _choose(self) -> Callable[..., Any]:
         from torch._dynamo.utils import counters, dynamo_timed  # imports Dynamo
 
-        if self.chosen is None:
-            with dynamo_timed("xquant_one_call"):
-                try:
-                    self.chosen, self.is_one_call = self.finish(), True
-                    counters["xquant"]["one_call"] += 1
-                except NotReadError as error:
-                    self.chosen = _told(self.otherwise, str(error)[:200])
+        from xquant_fx.kernels.cpu import build  # brings in Inductor's compiler
+
+        with dynamo_timed("xquant_one_call"):
+            try:
+                self.chosen, self.is_one_call = self.finish(), True
+                counters["xquant"]["one_call"] += 1
+            except (NotReadError, build.CompileError) as error:
+                self.chosen = _told(self.otherwise, str(error)[:200])
         return self.chosen
 
 
 def _begun(begin: Callable[[], Callable[[], Callable[..., Any]]]) -> Callable[[], Callable[..., Any]]:
-    """What gives the function to call, once it is needed, or raises NotReadError."""
-    from xquant_fx.kernels.cpu import build  # brings in Inductor's compiler
-
-    def finished() -> Callable[..., Any]:
-        try:
-            if isinstance(begun, Exception):
-                raise begun
-            return begun()
-        except (NotReadError, build.CompileError) as error:
-            raise NotReadError(str(error)[:200]) from error
-
-    begun: Callable[[], Callable[..., Any]] | Exception
+    """What gives the function to call, once it is needed, or says why there is none."""
     try:
-        begun = begin()
+        return begin()
     except (NotReadError, OSError, AttributeError) as error:
-        begun = NotReadError(str(error))
-    return finished
+        return functools.partial(_refuse, str(error))
+
+
+def _refuse(reason: str) -> Callable[..., Any]:
+    raise NotReadError(reason)
 
 
 def _told(otherwise: Callable[[], Callable[..., Any]], reason: str) -> Callable[..., Any]:

@@ -25,25 +25,24 @@ LEAST_OF_GRAPHS, RATIO = 4096, 8
 _exact = ContextVar("exact rooms", default=False)
 
 
-def room_for(tokens: int, ahead: int = STEP_TOKENS, parts: int = 1) -> int:
+def room_for(tokens: int, ahead: int = STEP_TOKENS, any_room: bool = False) -> int:
     """Tokens to make room for where ``tokens`` are stored and ``ahead`` are to come: by default a step of a few.
 
-    A power of two, or beyond LEAST_ROOM as many of its ``parts`` as that takes.
+    A power of two; beyond LEAST_ROOM, in a cache of ``any_room``, as many of its PARTS as that takes.
     """
     room = LEAST_ROOM
     while room < tokens + ahead:
         room *= 2
-    part = room // parts if room > LEAST_ROOM else room
+    part = room // PARTS if any_room and room > LEAST_ROOM else room
     return -(-(tokens + ahead) // part) * part
 
 
-def with_graphs_room(spec: KVSpec) -> KVSpec:
-    """``spec`` with the room that graphs of any room are compiled for."""
-    batch, heads, room, dim = spec.shape
+def room_of_graphs(room: int) -> int:
+    """The room, in tokens, that graphs for caches with this ``room`` and any other up to it are compiled for."""
     wide = LEAST_OF_GRAPHS
     while wide < room:
         wide *= RATIO
-    return dataclasses.replace(spec, shape=(batch, heads, wide, dim))
+    return wide
 
 
 @functools.cache  # one object for all caches of a model: guards compare it in each step
@@ -52,7 +51,8 @@ def of_any_room(spec: KVSpec) -> KVSpec:
 
     Codes that start over lie elsewhere than those that do not yet, and what is not quantized no kernel reads.
     """
-    wide = dataclasses.replace(with_graphs_room(spec), any_room=True)
+    batch, heads, room, dim = spec.shape
+    wide = dataclasses.replace(spec, shape=(batch, heads, room_of_graphs(room), dim), any_room=True)
     return wide if spec.quantized and not (spec.wraps or wide.wraps) else spec
 
 
@@ -136,6 +136,6 @@ class Growth:
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` and a step after them."""
         if tokens > self.state.spec.shape[2]:
-            self.state.enlarge(room_for(tokens, parts=PARTS if self.any_room else 1))
+            self.state.enlarge(room_for(tokens, any_room=self.any_room))
             if self.state.spec.wraps:  # then room takes no memory, and graphs are made for it
-                self.state.respec(with_graphs_room(self.state.spec))
+                self.state.enlarge(room_of_graphs(self.state.spec.shape[2]))

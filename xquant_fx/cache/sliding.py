@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.growth import room_for, with_graphs_room
+from xquant_fx.cache.growth import room_for, room_of_graphs
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.reads import Dequantized, ReadOnlyCopy
 from xquant_fx.cache.state import KVState
@@ -123,8 +123,7 @@ class SlidingKV(QuantizedKV):
     def reserve(self, new: int) -> None:
         """Make room for ``new`` tokens. What is stored is a window's: its tensors stay as they are."""
         if not self.has_room(new):
-            self.live.enlarge(room_for(self.live.at_most + new))
-            self.live.respec(with_graphs_room(self.live.spec))
+            self.live.enlarge(room_of_graphs(room_for(self.live.at_most + new)))
 
     def slid(self, new: int) -> None:
         """Count ``new`` tokens that the state has got, and make room for a step."""

@@ -18,6 +18,7 @@ from xquant_fx import ops
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.compiler.chunks import has_chunk
 from xquant_fx.compiler.options import Request
+from xquant_fx.kernels.cpu.any_room import Rooms
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import OF_ANY_ROOM
 from xquant_fx.passes.records import Detection, Site
@@ -40,6 +41,12 @@ class OfAnyRoom:
     def __call__(self, *args: Any) -> Any:
         """Call it."""
         return self.compiled(*args)
+
+
+def rooms_of(inputs: Sequence[Node]) -> Rooms | None:
+    """Which of the ``inputs`` of a graph may have another room than their examples; None if none may."""
+    found = [i for i, node in enumerate(inputs) if node.meta.get(OF_ANY_ROOM)]
+    return Rooms(found) if found else None
 
 
 def may_take_any_room(found: Detection, request: Request) -> bool:
@@ -83,11 +90,11 @@ class ExactRooms:
     """Runs a graph uncompiled; graphs are made for the room of its caches from then on."""
 
     def __init__(self, graph: Callable[..., Any], reason: str) -> None:
-        self.graph = graph
-        log.info("steps of this cache are compiled for the room that there is: %s", reason)
+        self.graph, self.reason = graph, reason
 
     def __call__(self, *args: Any) -> Any:
         """Run it."""
+        log.info("steps of this cache are compiled for the room that there is: %s", self.reason)
         for each in args:
             if isinstance(each, GrowingKV) and each.growth is not None:
                 each.growth.any_room = False

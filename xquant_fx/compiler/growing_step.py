@@ -28,6 +28,7 @@ class GrowingStep:
     def __init__(self, step: CompiledStep, uncompiled: Callable[..., Any], grown: list[Grown]) -> None:
         self.step, self.uncompiled, self.grown = step, uncompiled, grown
         self.of_any_room = step.compiled if isinstance(step.compiled, OfAnyRoom) else None
+        self.exactly = ExactRooms(uncompiled, "its kernels are called one by one")
         self.results = {position: each for each in grown for position in each.outputs}
 
     def __call__(self, *args: Any) -> Any:
@@ -37,7 +38,7 @@ class GrowingStep:
         if not all(past.has_room(new[index]) for index, past in pasts.items()):
             return self.uncompiled(*args)
         if self.of_any_room is not None and not self.of_any_room.is_open():
-            return ExactRooms(self.uncompiled, "its kernels are called one by one")(*args)
+            return self.exactly(*args)
         for past in pasts.values():
             past.resume()
         values = list(self.step(*args))

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from xquant_fx.cache.stacked import stored_in
-from xquant_fx.compiler.any_room import OfAnyRoom
+from xquant_fx.compiler.any_room import OfAnyRoom, rooms_of
 from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.chunks import has_chunk
 from xquant_fx.compiler.index_checks import checks_behind_indices
 from xquant_fx.compiler.kept_steps import are_expected, place_of
-from xquant_fx.compiler.layers import any_room, compile_layers, restored_layers
+from xquant_fx.compiler.layers import compile_layers, restored_layers
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.tracing_time import wait_for_hashes
 from xquant_fx.kernels.cpu.any_room import compiled_for
@@ -77,7 +77,7 @@ def compile_by_inductor(
     from torch._inductor import list_mode_options
 
     on_cpu = all(_is_on_cpu(each) or not isinstance(each, Tensor) for each in inputs)
-    rooms = any_room(gm.graph.find_nodes(op="placeholder"))
+    rooms = rooms_of(gm.graph.find_nodes(op="placeholder"))
     if settings is not None and on_cpu and has_chunk(gm.graph, known_too=rooms is not None):
         return None
     one_call = "one_call" not in request.disable

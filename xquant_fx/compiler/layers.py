@@ -26,15 +26,15 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
+from xquant_fx.compiler.any_room import rooms_of
 from xquant_fx.compiler.open_numbers import asked, is_number, number_of
 from xquant_fx.compiler.repeats import Piece, pieces_of, why_not_apart
-from xquant_fx.kernels.cpu.any_room import Rooms, compiled_for
+from xquant_fx.kernels.cpu.any_room import compiled_for
 from xquant_fx.kernels.cpu.kept_call import keep, restored
 from xquant_fx.kernels.cpu.one_call import Chain, Generated, collected, joined_chain, read_generated
 from xquant_fx.kernels.cpu.wrapper_chain import Link, layout
 from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Number, Reader
 from xquant_fx.passes.find_writes import other_mutations
-from xquant_fx.passes.graph import OF_ANY_ROOM
 from xquant_fx.passes.trace import fake, memory_of, value_of
 
 log = logging.getLogger(__name__)
@@ -185,19 +185,13 @@ def _compiled(piece: Piece, returned: Sequence[int], given: dict[Node, Any], com
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[piece.nodes[i]] for i in returned))
     examples = [given[node] if node in given else _like(value_of(node)) for node in piece.given]
-    with collected() as found, compiled_for(any_room(piece.given)):
+    with collected() as found, compiled_for(rooms_of(piece.given)):
         compile_one(GraphModule({}, graph), examples)
     if not found:
         raise NotReadError("a part has no wrapper of ours")
     read = read_generated(found[-1])
     _check(piece, returned, read)
     return Part(found[-1], read)
-
-
-def any_room(inputs: Sequence[Node]) -> Rooms | None:
-    """Which of the ``inputs`` of a graph may have another room than their examples; None if none may."""
-    found = [i for i, node in enumerate(inputs) if node.meta.get(OF_ANY_ROOM)]
-    return Rooms(found) if found else None
 
 
 def _like(value: Tensor) -> Tensor:
