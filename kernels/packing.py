@@ -77,6 +77,12 @@ def code_planes(bits: float, words: int) -> tuple[CodePlane, ...]:
     return tuple(found)
 
 
+def planes_of_both(bits: float, first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Views of each plane of two tensors of words, packed along dimension 2 for different lengths."""
+    pairs = zip(code_planes(bits, first.shape[2]), code_planes(bits, second.shape[2]), strict=True)
+    return [(first.narrow(2, p.first, p.words), second.narrow(2, q.first, q.words)) for p, q in pairs]
+
+
 def shifts(width: float, device: torch.device) -> Tensor:
     """Left shift, in bits, of each of the ``32 / width`` fields of a word: int32 [per]."""
     r = torch.arange(codes_per_word(width), device=device, dtype=torch.int32)

@@ -45,6 +45,16 @@ def room_of_graphs(room: int) -> int:
     return wide
 
 
+def with_room(spec: KVSpec, room: int) -> KVSpec:
+    """``spec`` with ``room``, in tokens; or with that of graphs, if a window starts over in it.
+
+    From the start, while it fills: it takes a window's memory then, and is not compiled for anew when it is full.
+    """
+    batch, heads, _, dim = spec.shape
+    for_long = dataclasses.replace(spec, shape=(batch, heads, room_of_graphs(room), dim))
+    return for_long if for_long.wraps else dataclasses.replace(spec, shape=(batch, heads, room, dim))
+
+
 @functools.cache  # one object for all caches of a model: guards compare it in each step
 def of_any_room(spec: KVSpec) -> KVSpec:
     """``spec`` as graphs of any room rely on it, or itself where they are made for the room that there is.
@@ -136,6 +146,4 @@ class Growth:
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` and a step after them."""
         if tokens > self.state.spec.shape[2]:
-            self.state.enlarge(room_for(tokens, any_room=self.any_room))
-            if self.state.spec.wraps:  # then room takes no memory, and graphs are made for it
-                self.state.enlarge(room_of_graphs(self.state.spec.shape[2]))
+            self.state.enlarge(with_room(self.state.spec, room_for(tokens, any_room=self.any_room)).shape[2])

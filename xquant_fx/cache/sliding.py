@@ -190,8 +190,7 @@ def begin_to_slide(buffer: QuantizedKV) -> SlidingKV:
     """Make ``buffer``, whose tokens are about to move, a SlidingKV: the object, and all that hold it."""
     state, width = buffer.live, buffer.shape[2]
     members = [member for ref in state.group.members if isinstance(member := ref(), KVState)]
-    borrowers = [member for member in members if member.lower is state]
-    for each in (state, *borrowers):
+    for each in (state, *state.borrowers):
         if each.lower is not None:
             each.lent_by = each.lower
             each.own_codes()

@@ -20,6 +20,7 @@ from xquant_fx.cache.pages import is_shared
 from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.faults import FAULTS, Fault, may_wrap
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.packing import planes_of_both
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.shared_code_load.arguments import STORED
 from xquant_fx.plan.spec import KVSpec
@@ -211,10 +212,21 @@ class KVState:
         self.group.mended()
         self.group.short_steps = 0
 
+    @property
+    def borrowers(self) -> list[KVState]:
+        """The states that read these codes."""
+        members = [ref() for ref in self.group.members]
+        return [member for member in members if isinstance(member, KVState) and member.lower is self]
+
     def enlarge(self, max_len: int) -> None:
-        """Move to tensors with room for ``max_len`` tokens; what is stored stays as it is."""
+        """Move to tensors with room for ``max_len`` tokens; what is stored stays as it is.
+
+        So do those that borrow the codes: a step that breaks off between the two layers leaves them alike.
+        """
         batch, heads, _, dim = self.spec.shape
         self.respec(dataclasses.replace(self.spec, shape=(batch, heads, max_len, dim)))
+        for upper in self.borrowers:
+            upper.enlarge(max_len)
 
     def respec(self, spec: KVSpec) -> None:
         """Move to the tensors of ``spec``, which differ in how many tokens there is room for; what both can hold stays.
@@ -226,9 +238,11 @@ class KVState:
         for name, (shape, dtype) in spec.tensor_shapes().items():
             old = self.owned[name]
             if tuple(old.shape) != shape:
-                self.owned[name] = old.new_zeros(shape, dtype=dtype)
-                both = tuple(slice(0, min(sizes)) for sizes in zip(old.shape, shape, strict=True))
-                self.owned[name][both] = old[both]
+                self.owned[name] = new = old.new_zeros(shape, dtype=dtype)
+                along_tokens = name == "codes" and spec.quantized and old.shape[2] != shape[2]
+                for part, of_old in planes_of_both(spec.bits, new, old) if along_tokens else [(new, old)]:
+                    both = tuple(slice(0, min(sizes)) for sizes in zip(of_old.shape, part.shape, strict=True))
+                    part[both] = of_old[both]
         self.group.collected.clear()
 
     def own_codes(self) -> None:
