@@ -113,7 +113,9 @@ def joined(
         parameters = ", ".join(arg.arg for arg in function.args.args)
         return _python(parameters, read_wrapper(function, itemsizes), module)
 
-    return AtFirstCall(begin, functools.partial(_one_by_one, wrapper, module))
+    of_graph = rooms()
+    stays_open = of_graph is not None and of_graph.are_ours(_parsed(wrapper))
+    return AtFirstCall(begin, functools.partial(_one_by_one, wrapper, module), stays_open)
 
 
 class Chain(NamedTuple):
@@ -161,25 +163,31 @@ def _parsed(wrapper: Callable[..., Any]) -> ast.FunctionDef:
 
 
 class AtFirstCall:
-    """Calls what is compiled in the background until then; where that cannot be, what ``otherwise`` makes."""
+    """Calls what is compiled in the background until then; where that cannot be, what ``otherwise`` makes.
+
+    ``stays_open``: whether that takes inputs of any room, too (``any_room.py``).
+    """
 
     def __init__(
-        self, begin: Callable[[], Callable[[], Callable[..., Any]]], otherwise: Callable[[], Callable[..., Any]]
+        self,
+        begin: Callable[[], Callable[[], Callable[..., Any]]],
+        otherwise: Callable[[], Callable[..., Any]],
+        stays_open: bool = False,
     ) -> None:
         from torch._dynamo.utils import dynamo_timed  # imports Dynamo
 
         with dynamo_timed("xquant_one_call"):
             self.finish = _begun(begin)
-        self.otherwise, self.is_one_call = otherwise, False
+        self.otherwise, self.stays_open = otherwise, stays_open
         self.chosen: Callable[..., Any] | None = None
         if (of_graph := rooms()) is not None:
-            of_graph.calls.append(self.is_one)
+            of_graph.calls.append(self.is_open)
 
-    def is_one(self) -> bool:
-        """Whether it is one call; waits for the compiler."""
+    def is_open(self) -> bool:
+        """Whether it takes inputs of any room; waits for the compiler."""
         if self.chosen is None:
             self._choose()
-        return self.is_one_call
+        return self.stays_open
 
     def __call__(self, *args: Any) -> Any:
         """Make the call."""
@@ -192,11 +200,13 @@ class AtFirstCall:
 
         with dynamo_timed("xquant_one_call"):
             try:
-                self.chosen, self.is_one_call = self.finish(), True
+                made = self.finish()
+                self.stays_open = True  # before it is ``chosen``: another thread may ask
                 counters["xquant"]["one_call"] += 1
             except (NotReadError, build.CompileError) as error:
-                self.chosen = _told(self.otherwise, str(error)[:200])
-        return self.chosen
+                made = _told(self.otherwise, str(error)[:200])
+            self.chosen = made
+        return made
 
 
 def _begun(begin: Callable[[], Callable[[], Callable[..., Any]]]) -> Callable[[], Callable[..., Any]]:

@@ -89,6 +89,8 @@ def compile_by_inductor(
         patches["cpp.min_chunk_size"] = max(inductor_config.cpp.min_chunk_size, 4096)
         if on_cpu:
             patches.update(CPU_SETTINGS)
+        if rooms is not None:
+            patches["size_asserts"] = False  # of inputs that may have another room
     by_layers = settings is not None and on_cpu and one_call
     place = place_of(gm.graph, inputs, patches) if by_layers else None
     if place and (restored := restored_layers(gm, inputs, place)):
