@@ -13,7 +13,7 @@ from states import layers_of
 from store_runs import poison
 from torch import Tensor
 
-from xquant_fx import XQuantConfig
+from xquant_fx import XQuantConfig, ops
 from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.decode_attention.arguments import OF_KEYS, OF_SIDE, DecodeArguments, of_sides
 from xquant_fx.kernels.layout import STEP_TOKENS
@@ -89,8 +89,9 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
         x = noise * 0.02
         x[:, :, 0, 0] = 1.0
     x = x.to(s.torch_dtype)
-    if s.past:
-        state.store(x[:, :, : s.past], torch.arange(s.past))
+    for pos in torch.arange(s.past).split(ops.LONG_CHUNK - 1):  # longer ones have a kernel, which would be compiled
+        if s.past:
+            state.store(x[:, :, pos], pos)
     ring, new = state.owned["ring"].clone(), x[:, :, s.past :]
     state.store(new, torch.arange(s.past, s.past + s.query))
     if s.query <= STEP_TOKENS:

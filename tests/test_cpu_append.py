@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import pytest
 import torch
 from bad_positions import BAD as BAD_POSITIONS
-from ranked_store import BAD, RANKED, RANKED_SCRIPT, RANKED_SHAPE, RANKED_SLOW, check_ranked, differences_by
+from ranked_store import BAD, RANKED, RANKED_SCRIPT, RANKED_SLOW, check_ranked, differences_by
 from store_reference import Case
 from store_runs import ThroughKernel, ThroughOps, pair_of, run, store_arguments
 from store_runs import append as append_by_op
@@ -39,6 +41,20 @@ CASES = {
 }  # fmt: skip
 
 
+#: Case to the fast ones that have its options, too: each has kernels of its own, which take seconds to compile.
+COVERED = {
+    "keys": "keys, odd head_dim",
+    "keys, 3 bits": "values, 3 bits, sinks; keys, odd head_dim",
+    "values": "values, 8 bits",
+    "values, 4 bits, sinks": "values, 3 bits, sinks; keys, 4 bits, padding",
+}
+
+
+def fast_but(names: Iterable[str], slow: Collection[str]) -> list[Any]:
+    """Parameters ``names``, those in ``slow`` marked so."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
+
+
 class ChunksThroughCpp(ThroughOps):
     """Chunks, and steps, too, by the C++ kernel."""
 
@@ -55,12 +71,12 @@ class ThroughCpp(ThroughKernel):
         store_arguments(state, x, pos).call(*APPENDS)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast_but(CASES, COVERED))
 def test_steps(name: str) -> None:
     run(Case(**{"residual": 8, "max_len": 60, **CASES[name]}), STEPS, ThroughCpp)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "," in name])
+@pytest.mark.parametrize("name", fast_but([name for name in CASES if "," in name], COVERED))
 def test_chunks(name: str) -> None:
     script = [30, 1, 12, -5, 9, 0, 17, 3, 40, 0, 60]
     run(Case(**{"residual": 8, "max_len": 60, **CASES[name]}), script, ChunksThroughCpp)
@@ -169,22 +185,19 @@ RANKED_REPEATED = (
     "values, head_dim 64, groups of 32, 3 bits",  # float16 scales
     "keys, head_dim 96, 1 bits",  # 80, 1.5
     "keys, odd groups",  # odd head_dim, quantized at once
+    "keys, head_dim 80, 1.5 bits",  # token norms; head_dim 128
 )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.slow if n in (*RANKED_SLOW, *RANKED_REPEATED) else ())
-        for n in (*RANKED, *RANKED_SLOW)
-    ],
-)
+@pytest.mark.parametrize("name", fast_but((*RANKED, *RANKED_SLOW), (*RANKED_SLOW, *RANKED_REPEATED)))
 def test_ranked_and_rotated_as_the_ops(name: str) -> None:
     case = {"script": RANKED_SCRIPT, **{**RANKED, **RANKED_SLOW}[name]}
     check_ranked(differences_by(ThroughCpp.append, **case))
 
 
-@pytest.mark.parametrize("name", [name for name in RANKED if "," in name and "bits" not in name])
+@pytest.mark.parametrize(
+    "name", fast_but([name for name in RANKED if "," in name and "bits" not in name], RANKED_REPEATED)
+)
 def test_ranked_and_rotated_chunks_as_the_ops(name: str) -> None:
     case = {**RANKED[name], "script": [50, 3, 20, -5, 30, 0, 70, 9, 8, 23]}
     check_ranked(differences_by(ChunksThroughCpp.by_op, longest=10**6, **case))
@@ -193,5 +206,5 @@ def test_ranked_and_rotated_chunks_as_the_ops(name: str) -> None:
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_ranked_what_cannot_be_represented(side: str, bad: str) -> None:
-    shape = {**RANKED_SHAPE, "dim": 16, "residual": 16, "group": 8 if side == "key" else 16}
-    check_ranked(differences_by(ThroughCpp.append, script=[8] * 8, spoil=bad, side=side, **shape))
+    case = RANKED["keys, head_dim 16, 4 bits" if side == "key" else "values, head_dim 16, groups of 16, 8 bits"]
+    check_ranked(differences_by(ThroughCpp.append, script=[8] * 8, spoil=bad, **case))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import CASES, RANKED_CASES, RANKED_SLOW, RANKED_SPOILED, REPEATED, SPOILED, allowed
+from attention_cases import CASES, RANKED_CASES, RANKED_SLOW, REPEATED, allowed
 from attention_runs import Setup, arguments, errors, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,58 +20,101 @@ from xquant_fx.kernels.decode_attention.cpu_source import source
 from xquant_fx.kernels.decode_attention.plain_torch import attend
 from xquant_fx.kernels.schemes import per_channel, per_token
 
-EVERY = {**CASES, **RANKED_CASES}
-#: Shares its kernel with the chunk that has tokens before it, as steps after other numbers of tokens do.
-PROMPT = {"a chunk on nothing": {**CASES["a chunk"], "past": 0}}
-#: Case to the fast ones that try the same: each case of a list has a kernel of its own, which takes seconds to compile.
+EVERY: dict[str, dict[str, Any]] = {**CASES, **RANKED_CASES}
+#: These share their kernels with other cases, as steps after other numbers of tokens do.
+SHARING = {
+    "a chunk on nothing": {**CASES["a chunk"], "past": 0},
+    "ranked, float16, the first key in codes": {**RANKED_CASES["ranked, float16"], "past": 32},
+}
+#: Options of several cases together, which do not touch one another: each case has a kernel of its own, which takes
+#: seconds to compile. What fails here is to be looked for in the slow tests, which have them one by one.
+MIXED: dict[str, dict[str, Any]] = {
+    "bfloat16, keys 8, values 1 bits, one query head": dict(dtype="bfloat16", k_bits=8, v_bits=1, group=1, kv_heads=2),
+    "bfloat16 scales, keys 1, values 8 bits": dict(dtype="bfloat16", scale_dtype="bfloat16", k_bits=1, v_bits=8),
+    "more rows than a program takes, quiet values": dict(query=6, group=4, mask="heads", loud=1e-3, scale=3.0),
+    "alibi, odd groups, value windows longer than keys'": dict(
+        mask="alibi", batch=2, start=(0, 9), query=3, k_group=24, residual=24, v_group=32, v_residual=70
+    ),
+    "rows of the least number, a softcap that hardly caps": dict(mask="least", query=2, softcap=1e5, dtype="float32"),
+    "many sink tokens, window, groups of one": dict(
+        sinks=40, window=130, k_group=1, v_group=8, residual=20, dtype="float32"
+    ),
+    "a chunk over the sink tokens, longer than the window": dict(
+        query=30, past=3, sinks=20, start=(2,), loud=5.0, window=15, group=1
+    ),
+}
+EVERY |= {**SHARING, **MIXED}
+#: Case to the fast ones that try the same.
 COVERED = {
+    **{name: name_of_both for name_of_both in MIXED for name in name_of_both.split(", ") if name in EVERY},
+    "keys 8, values 1 bits": "bfloat16, keys 8, values 1 bits, one query head",
+    "keys 1, values 8 bits": "bfloat16 scales, keys 1, values 8 bits",
+    "many sink tokens, window": "many sink tokens, window, groups of one",
+    "a chunk in the window": "a chunk over the sink tokens, longer than the window",
+    "float32": "float32 scales",
+    "keys 4, values 2 bits": "test_a_width_of_two_planes; one token outweighs all others, float32, 2 bits",
+    "3 bits, float32, head_dim 40": "groups below a tile, 3 bits; a chunk of odd head_dims",
+    "no mask, softcap, window": "sinks of tokens to come; ranked, token norms, float32, softcap, window",
+    "softcap": "rows of the least number, a softcap that hardly caps; ranked, token norms, float32, softcap, window",
+    "sink tokens": "sinks of tokens to come; many sink tokens, window, groups of one",
+    "head_dim 8": "ranked, head_dim 8",
+    "one token outweighs all others, float16, 2 bits": "the same of float32",
     "batch, heads, padding": "a chunk",
-    "window in the codes": "no mask, softcap, window",
-    "window in the ring": "a chunk in the window",
+    "window in the codes": "many sink tokens, window, groups of one",
+    "window in the ring": "a chunk over the sink tokens, longer than the window",
     "a chunk, float32": "a chunk of odd head_dims",
-    "a chunk with alibi, small groups": "alibi; groups below a tile, 3 bits; a chunk",
+    "a chunk with alibi, small groups": "alibi, odd groups, ...; groups below a tile, 3 bits; a chunk",
     "a prompt": "a chunk on nothing",
     "a prompt on a long past": "a chunk of odd head_dims, whose own tokens are more than the window, too",
     "another head_dim of values": "a chunk of odd head_dims",
     "nothing before, 5 tokens": "nothing before",
-    "small groups, sink tokens": "odd groups; sink tokens",
+    "small groups, sink tokens": "many sink tokens, window, groups of one",
     "head_dim 256": "float16; ranked, the default lengths",
     "key windows of several blocks more": "value windows longer than keys'; ranked, values that came rotated",
-    "a bias a token": "alibi; rows of the least number",
+    "a bias a token": "alibi, odd groups, ...; rows of the least number, ...",
     "loud channels": "float32 scales",
-    "ranked, head_dim 64, keys 3, values 1 bits": "ranked, float32; ranked, head_dim 8",
+    "ranked, float32": "ranked, token norms, float32, softcap, window",
+    "ranked, the first key in codes": "the same of float16",
+    "ranked, sink tokens": "ranked, token norms, float32, softcap, window; ranked, values that came rotated",
+    "ranked, float16 scales, float32": "ranked, float16 scales, groups of channels",
+    "ranked, head_dim 64, keys 3, values 1 bits": "ranked, float16; ranked, head_dim 8",
     "ranked, head_dim 80, keys 2, values 1 bits": "ranked, token norms, float32, softcap, window",
-    "ranked, head_dim 96, keys 1.5, values 2 bits": "ranked, float16 scales, float32",
+    "ranked, head_dim 96, keys 1.5, values 2 bits": "ranked, a chunk, float32, softcap, window",
     "ranked, head_dim 128, keys 2, values 2 bits": "ranked, the default lengths",
     "ranked, head_dim 128, keys 4, values 4 bits": "ranked, head_dim 8",
-    "ranked, one query head": "ranked, float32; one query head",
-    "ranked, 3 query tokens, padding": "ranked, sink tokens; ranked, values that came rotated",
+    "ranked, one query head": "ranked, float16; bfloat16, keys 8, values 1 bits, one query head",
+    "ranked, 3 query tokens, padding": "ranked, values that came rotated",
     "ranked, no mask, softcap, window": "ranked, token norms, float32, softcap, window",
-    "ranked, alibi, float32": "alibi",
+    "ranked, alibi, float32": "alibi, odd groups, ...",
     "ranked, window in the ring": "ranked, a chunk, float32, softcap, window",
     "ranked, an empty row with sink logits": "an empty row with sink logits",
     "ranked, more rows than a program takes": "ranked, a chunk, float32, softcap, window",
     "ranked, keys later than values": "ranked, values that came rotated",
-    "ranked, many sink tokens, window": "ranked, sink tokens; many sink tokens, window",
-    "ranked, one group in the window": "ranked, the default lengths; float32",
+    "ranked, many sink tokens, window": "ranked, token norms, float32, softcap, window; many sink tokens, window, ...",
+    "ranked, one group in the window": "ranked, the default lengths; float16",
     "ranked, several tiles a split": "ranked, the default lengths",
-    "ranked, one token outweighs all others": "one token outweighs all others, float16, 2 bits",
+    "ranked, one token outweighs all others": "one token outweighs all others, float32, 2 bits",
     "ranked, values of 3 bits, groups of channels, float32": "ranked, keys or values later, in turns",
     "ranked, token norms": "ranked, token norms, float32, softcap, window",
     "ranked, loud channels": "ranked, float16 scales, groups of channels",
 }
 assert {*COVERED} <= {*EVERY}
 SLOW = {*REPEATED, *RANKED_SLOW, *COVERED} - {"nothing before"}
-#: Each dtype, 1 to 3 and 8 bits, scales of bytes and of float16, ranks, sink tokens; the others of narrower vectors
-#: are slow.
-NARROW = ("bfloat16", "keys 8, values 1 bits", "3 bits, float32, head_dim 40", "ranked, sink tokens")
+#: float32 and bfloat16, 1 to 3 and 8 bits, scales of bytes and of float16, groups of channels, ranks, token norms, sink
+#: tokens, softcap; the others of narrower vectors are slow.
+NARROW = (
+    "bfloat16, keys 8, values 1 bits, one query head",
+    "groups below a tile, 3 bits",
+    "ranked, token norms, float32, softcap, window",
+)
 
-EMULATED = (*NARROW, "float32", "sink tokens", "head_dim 8", "a bias a token", "softcap", "ranked, float32")
+EMULATED = ("bfloat16", "keys 8, values 1 bits", "3 bits, float32, head_dim 40", "ranked, sink tokens", *NARROW)
+EMULATED += ("float32", "sink tokens", "head_dim 8", "a bias a token", "softcap", "ranked, float32")
 EMULATED += ("ranked, head_dim 48, values 24", "ranked, float16 scales, float32", "ranked, one query head")
 #: The products of bytes either way, those of bfloat16 numbers, and ranks: of few rows, which take half as long.
 QUICK = {
-    ("bfloat16", "__AVX512VNNI__"),
-    ("keys 8, values 1 bits", "__AVX512BW__"),
+    ("bfloat16, keys 8, values 1 bits, one query head", "__AVX512VNNI__"),
+    ("bfloat16, keys 8, values 1 bits, one query head", "__AVX512BW__"),
     ("ranked, one query head", "__AVX512VNNI__"),
 }
 
@@ -86,10 +129,10 @@ def check(setup: Setup, out: torch.Tensor, given: dict[str, Any]) -> dict[str, A
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in (*EVERY, *PROMPT, *RANKED_SLOW)]
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in (*EVERY, *RANKED_SLOW)]
 )
 def test_against_the_truth(name: str) -> None:
-    setup = Setup(**{**EVERY, **PROMPT, **RANKED_SLOW}[name])
+    setup = Setup(**{**EVERY, **RANKED_SLOW}[name])
     given = inputs(setup)
     assert check(setup, ops.DECODE(**arguments(setup, given)), given)["largest"] > 0
 
@@ -131,11 +174,23 @@ def test_avx512_without_the_processor(name: str, macro: str) -> None:
     check(setup, out, given)
 
 
-@pytest.mark.parametrize("name", [*(n for n in SPOILED if n.endswith("32 a group")), *RANKED_SPOILED])
-def test_nan_propagates(name: str) -> None:
-    setup = Setup(**{**SPOILED, **RANKED_SPOILED}[name])
+@pytest.mark.parametrize(
+    ("spoil", "name"),
+    [
+        *((what, "float16") for what in ("key.zero", "key.scale", "value.zero", "value.scale")),
+        *(
+            (what, name)
+            for name in ("ranked, float16", "ranked, float16 scales, groups of channels")
+            for what in ("key.scale", "key.center", "value.scale")
+        ),
+    ],
+)
+def test_nan_propagates(spoil: str, name: str) -> None:
+    """To the sequence that it is in, and not to the other one."""
+    setup = Setup(**EVERY[name], spoil=spoil, batch=2)
     given = inputs(setup)
-    assert check(setup, ops.DECODE(**arguments(setup, given)), given)["nans"]
+    out = ops.DECODE(**arguments(setup, given))
+    assert check(setup, out, given)["nans"] and not out[1].isnan().any()
 
 
 @pytest.mark.parametrize("kv_heads", [1, 8])  # spans of 256 and of 1,024 tokens
@@ -173,7 +228,7 @@ def test_a_width_of_two_planes_needs_nothing_but_its_name(monkeypatch: pytest.Mo
 
 
 def test_opcheck() -> None:
-    setup = Setup(dim=16, past=40, max_len=48, mask="padded")
+    setup = Setup(past=40, max_len=48, mask="padded")
     args = arguments(setup, inputs(setup))
     args["q"] = args["q"].contiguous()
     torch.library.opcheck(ops.DECODE_CPU, (), args)
@@ -189,7 +244,7 @@ def test_a_mode_sees_the_kernel_as_an_op() -> None:
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
-    setup = Setup(dim=16, past=40, max_len=48, mask="padded")
+    setup = Setup(past=40, max_len=48, mask="padded")
     args = arguments(setup, inputs(setup))
     with Watch():
         watched = ops.DECODE(**args)
@@ -202,7 +257,7 @@ def given_to(**kwargs: Any) -> DecodeArguments:
     return DecodeArguments(**arguments(setup, inputs(setup)))
 
 
-@pytest.mark.parametrize("name", ["no mask", "ranked, float32"])
+@pytest.mark.parametrize("name", [pytest.param("no mask", marks=pytest.mark.slow), "ranked, float32"])
 def test_as_many_tokens_as_are_written(name: str) -> None:
     """Where no number is given: what lies behind them is junk here, and counts as nothing."""
     setup = Setup(**{**EVERY[name], "mask": "causal"})

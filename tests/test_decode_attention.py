@@ -6,6 +6,7 @@ that are tried, not the kernel's arithmetic (tests/test_cpu_attention.py).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -98,12 +99,16 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], Any]] = {
     "a mask of [H, q, N]": ({"mask": bias[0]}, {"mask": bias[:1].expand(B, HEADS, 2, MAX_LEN)}),
     "a mask of [B, H, q, N]": ({"mask": bias < 0}, {"mask": bias < 0}),
     "a float mask": ({"mask": bias}, {"mask": bias}),
-    "a mask of float64": ({"mask": bias[:, :1].double()}, {"mask": bias[:, :1]}),
+    "a mask of float64": ({"mask": bias.double()}, {"mask": bias}),
     "a mask of bfloat16": ({"mask": bias.bfloat16()}, {"mask": bias.bfloat16()}),
 }
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+#: Each of these has a kernel of its own; see ``test_arguments_together``, "a mask of [q, N]" and "a float mask".
+ALONE = ("a scale", "softcap", "a window", "sink logits", "sink logits of float64", "a mask of [B, H, q, N]")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ALONE else ()) for n in ARGUMENTS])
 def test_arguments(name: str) -> None:
     loop, (given, wanted) = Loop(), ARGUMENTS[name]
     seen = loop.append(2)[0]
@@ -114,6 +119,24 @@ def test_arguments(name: str) -> None:
     if "mask" not in given:
         plain = decode_attention(q, loop.cache, 0)
         assert (out - plain).abs().max() > 1e-2, f"{name} changes nothing"
+
+
+@pytest.mark.parametrize("sinks", ["sink logits", "sink logits of float64"])
+def test_arguments_together(sinks: str) -> None:
+    """By one kernel; the truth says that each of them changes something."""
+    loop, names = Loop(), ("a scale", "softcap", "a window", sinks)
+    seen = loop.append(2)[0]
+    q, usual = tokens(2, HEADS, 3), {"mask": causal(loop.length, 2), "scale": DIM**-0.5}
+
+    def wanted(names: tuple[str, ...]) -> Tensor:
+        return truth(q, seen, **functools.reduce(lambda most, name: most | ARGUMENTS[name][1], names, usual))
+
+    given = functools.reduce(lambda most, name: most | ARGUMENTS[name][0], names, {})
+    out, want = decode_attention(q, loop.cache, 0, **given), wanted(names)
+    torch.testing.assert_close(out, want.float(), rtol=1e-4, atol=1e-5)
+    for name in names:
+        without = wanted(tuple(other for other in names if other != name))
+        assert (want - without).abs().max() > 1e-2, f"{name} changes nothing"
 
 
 def test_a_pair_of_buffers() -> None:
@@ -252,7 +275,7 @@ def test_more_keys_than_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("back", "new", "fits"), [(4, 4, True), (7, 1, True), (8, 1, False), (1, 8, False), (5, 4, False)]
+    ("back", "new", "fits"), [(5, 3, True), (7, 1, True), (8, 1, False), (1, 8, False), (5, 4, False)]
 )
 def test_after_a_rollback(back: int, new: int, fits: bool) -> None:
     """The window holds 8 tokens more than R: those taken back and those of the query must be no more."""

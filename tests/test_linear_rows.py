@@ -73,25 +73,39 @@ def check(a: LinearArguments, out: Tensor) -> None:
         assert ((part.view(truth.shape).double() - truth).abs() <= budget).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+#: Whose dtype, rows and bias others have.
+SLOW = {SHAPES[6], SHAPES[7], IN_FIRST[2]}
+
+
+def fast_but_slow(shapes: list[Any]) -> list[Any]:
+    return [pytest.param(shape, marks=pytest.mark.slow if shape in SLOW else ()) for shape in shapes]
+
+
+@pytest.mark.parametrize("shape", fast_but_slow(SHAPES))
 def test_against_the_truth(shape: Any) -> None:
     a = problem(*shape)
     check(a, ops.LINEAR_ROWS(a.x, a.weights, a.biases))
     check(a, linear(a))
 
 
-@pytest.mark.parametrize("shape", IN_FIRST)
+@pytest.mark.parametrize("shape", fast_but_slow(IN_FIRST))
 def test_weights_of_addmm_against_the_truth(shape: Any) -> None:
     a = in_first(problem(*shape))
     check(a, ops.LINEAR_ROWS(a.x, a.weights, a.biases, a.in_first))
     check(a, linear(a))
 
 
+#: Each dtype, and each layout of weights with two of them; then the others.
+NARROW, NARROW_TOO = ((1, 4), (1, 4)), ((5, 7), (3,))
+
+
+@pytest.mark.parametrize("chosen", [NARROW, pytest.param(NARROW_TOO, marks=pytest.mark.slow)], ids=["", "more"])
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
-def test_narrower_vectors(isa: str) -> None:
+def test_narrower_vectors(isa: str, chosen: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     if ISAS[isa].lanes > cpu_build.isa().lanes:
         pytest.skip(f"this machine has {cpu_build.isa().name} only")
-    problems = [problem(*SHAPES[i]) for i in (1, 4, 5, 7)] + [in_first(problem(*IN_FIRST[i])) for i in (1, 3, 4)]
+    of_shapes, of_in_first = chosen
+    problems = [problem(*SHAPES[i]) for i in of_shapes] + [in_first(problem(*IN_FIRST[i])) for i in of_in_first]
     for a in problems:
         types, code = source(problem_of(a), ISAS[isa])
         out = empty_output(a.x, a.weights, a.biases, a.in_first)

@@ -50,8 +50,13 @@ def test_store_of_a_borrowing_layer(side: str, fit: str, new: int) -> None:
     check_store(filled(case)[1], case, new)
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(("bits", "new", "sinks"), [(1, 2, 2), (8, 12, 0), (16, 1, 0)])
+@pytest.mark.parametrize(
+    ("side", "bits", "new", "sinks"),
+    [
+        *(("key", 1, 2, 2), ("value", 8, 12, 0), ("key", 16, 1, 0), ("value", 16, 1, 0)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("value", 1, 2, 2), ("key", 8, 12, 0))),
+    ],
+)
 def test_load(side: str, bits: int, new: int, sinks: int) -> None:
     case = Case(side=side, bits=bits, sinks=sinks, max_len=40)
     x = case.tokens(new, 5) if new > 8 else None

@@ -42,6 +42,7 @@ COVERED = {
     "whole groups": "whole groups, an empty row, unwritten tokens",
     "whole groups, 16 rows, head_dim 64, 1 bit, small keys": "whole groups, head_dim 64, 1 bit, small keys",
     "ranked, whole groups": "ranked, whole groups, sinks, padding",
+    "ranked, whole groups, 16 rows, padding": "whole groups, 16 rows, a mask a head; ranked, ..., sinks, padding",
 }
 
 

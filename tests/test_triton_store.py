@@ -99,10 +99,11 @@ def test_steps_of_each_number_of_tokens(name: str, interpreter: Interpreter) -> 
     interpreter.call("triton_store_runs:play", script=SCRIPT, **CASES[name])
 
 
+OF_OPS_SLOW = ("groups of 24 channels", "a window below a step", "keys, 1 bits", "values, 8 bits", "float32 scales")
 OF_OPS = [name for i, name in enumerate(CASES) if i % 3 == 0 or "fit" in name]
 
 
-@pytest.mark.parametrize("name", fast_but(OF_OPS, ["groups of 24 channels", "a window below a step"]))
+@pytest.mark.parametrize("name", fast_but(OF_OPS, OF_OPS_SLOW))
 def test_same_as_the_ops(name: str, interpreter: Interpreter) -> None:
     """Bit for bit, but for scales fitted by least squares, whose sums have another order."""
     found = interpreter.call("triton_store_runs:differences", script=[19, 1, 8, 5, 7, 1, 20, 6], **CASES[name])
@@ -110,15 +111,28 @@ def test_same_as_the_ops(name: str, interpreter: Interpreter) -> None:
     assert not any(count for tensor, count in found.items() if not (fitted and tensor in ("scale", "zero"))), found
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("name", ["sinks, padding", "sinks, padding, values"])
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        ("sinks, padding", True), ("sinks, padding, values", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("sinks, padding", False), ("sinks, padding, values", True),
+        )),
+    ],
+)  # fmt: skip
 def test_a_cache_filled_by_steps(name: str, shared: bool, interpreter: Interpreter) -> None:
     """From the first token on, so that groups with padding and sinks among them are quantized by the kernel."""
     interpreter.call("triton_store_runs:play", script=[8, 7, 3, 8, 6], **{**CASES[name], "shared": shared})
 
 
-@pytest.mark.parametrize("side", ["key", "value"])
-@pytest.mark.parametrize("bad", ["nan", "inf", "large"])
+#: What is no number, and what is too large, on a side each; the finite one, whose range is not, on both.
+BAD_SIDES = [
+    ("key", "nan"), ("value", "inf"), ("key", "large"), ("value", "large"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("key", "inf"), ("value", "nan"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("side", "bad"), BAD_SIDES)
 def test_what_cannot_be_represented(side: str, bad: str, interpreter: Interpreter) -> None:
     found = interpreter.call(
         "triton_store_runs:differences", script=[5, 1, 8, 5, 7, 1, 1], spoil=bad, side=side, shared=False, **SHAPE
@@ -139,8 +153,7 @@ def test_ranked_and_rotated_from_the_first_token_on(name: str, interpreter: Inte
     check_ranked(interpreter.call("triton_store_runs:ranked_differences", **case))
 
 
-@pytest.mark.parametrize("side", ["key", "value"])
-@pytest.mark.parametrize("bad", ["nan", "inf", "large"])
+@pytest.mark.parametrize(("side", "bad"), BAD_SIDES)
 def test_ranked_what_cannot_be_represented(side: str, bad: str, interpreter: Interpreter) -> None:
     shape = {**RANKED_SHAPE, "dim": 16, "residual": 16, "group": 8 if side == "key" else 16}
     script = [5, 1, 8, 5, 7, 1, 1, 8, 8]

@@ -91,15 +91,19 @@ MASKS = {
 
 #: (Heads per KV head, name of a mask, tokens of the buffer that are seen), all of them: a kernel for each two.
 EVERY = [(group, name, tokens) for group in (1, 3) for name in MASKS for tokens in (ROOM, 90)]
-#: Each kind of mask once, each number of heads and of tokens with half of them; one pair of kinds turned around.
-SOME = [
-    (1, "none", ROOM), (3, "bool", 90), (1, "a row", 90), (3, "a query", ROOM), (3, "heads", 90), (1, "a head", ROOM),
-    (3, "none", 90),
-]  # fmt: skip
+#: Tokens of a step to some of them, each of which has a kernel of its own: each kind of mask, each number of heads
+#: and of tokens for one of the two; masks of tokens, of rows and of none for each number of heads.
+SOME = {
+    1: [(1, "none", ROOM), (3, "bool", 90), (1, "a row", 90), (3, "heads", 90)],
+    3: [(3, "none", 90), (3, "a row", ROOM), (1, "a query", ROOM), (1, "a head", ROOM)],
+}
 
 
-@pytest.mark.parametrize("chosen", [SOME, pytest.param(EVERY, marks=pytest.mark.slow)], ids=["some", "every"])
-@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize(
+    ("new", "chosen"),
+    [*SOME.items(), *(pytest.param(new, EVERY, marks=pytest.mark.slow) for new in SOME)],
+    ids=["1-some", "3-some", "1-every", "3-every"],
+)
 @torch.no_grad()
 def test_any_mask_and_group(calls, new, chosen):
     """Also of the first tokens of a buffer."""

@@ -11,9 +11,9 @@ from packaging.version import Version
 from triton_interpreter import Interpreter
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreter() -> Iterator[Interpreter]:
-    """One process for all tests of a file."""
+    """One process for the tests of all files."""
     if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
         pytest.skip("Triton 3.6 interprets kernels with numpy below 2.4 only")
     process = Interpreter()
