@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from xquant_fx import NotRewrittenError, UnsupportedWriteError, explain
 from xquant_fx.cache.kv_tensor import QuantizedKV
 
+pytest_plugins = ["plain_torch"]
 N, SHAPE = 32, (1, 2, 32, 8)
 
 
@@ -60,8 +61,16 @@ def tokens(n, seed):
     return torch.randn(3, 1, 2, n, 8, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("dynamic", [None, False])
-@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+#: With positions that are numbers in the graph; those of the others are written as one of these is.
+NUMBERS = [by_int, by_slice_from_the_end, by_select, by_narrow]
+
+
+@pytest.mark.parametrize(
+    ("write", "dynamic"),
+    [(write, None) for write in WRITES]
+    + [pytest.param(f, False, marks=() if f in NUMBERS else pytest.mark.slow) for f in WRITES],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_one_token_written_so_is_an_append(write, dynamic):
     """The prompt is written as a slice."""
 
@@ -170,7 +179,14 @@ def flex(q, k, v, keys, values, pos):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("options, tolerance", [({"preset": "full"}, 1e-6), ({"k_bits": 4, "v_bits": 4}, 1e-6)])
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize(
+    "options, tolerance",
+    [
+        pytest.param({"preset": "full"}, 1e-6, marks=pytest.mark.slow),  # test_flex_step.py
+        ({"k_bits": 4, "v_bits": 4}, 1e-6),
+    ],
+)
 def test_flex_attention(options, tolerance):
     """Eagerly, in the step that takes the buffers over, and compiled."""
     mine, theirs = ([torch.zeros(SHAPE) for _ in range(2)] for _ in range(2))

@@ -218,14 +218,15 @@ def test_other_backends_refuse_a_quantized_cache(tiny_llama: Any, other: str) ->
 
 
 def test_import_is_light() -> None:
+    # Without torch, which takes longer than all else: nothing that it would have loaded may be loaded either.
     code = """
-import sys, torch
+import sys
 before = set(sys.modules)
 import xquant_fx
 assert "XQuantCache" in dir(xquant_fx)
 new = {name for name in sys.modules if name not in before}
 print(*sorted(new))
-loaded = [name for name in ("transformers", "triton", "torch._inductor", "torch._dynamo") if name in new]
+loaded = [name for name in ("transformers", "triton", "torch") if name in new]
 assert not loaded, loaded
 assert not {name for name in new if name.split(".")[0] not in (*sys.stdlib_module_names, "xquant_fx")}, new
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import itertools
 import math
 import re
 from typing import Any
@@ -427,8 +428,17 @@ def growing(x: Tensor, past: Tensor) -> Tensor:
     return scaled_dot_product_attention(x, every, every)
 
 
-@pytest.mark.parametrize("device, mode", [("cpu", None), ("cuda", None), ("cuda", "reduce-overhead")])
-@pytest.mark.parametrize("function", [linear, attention, growing])
+INDUCTORS = list(
+    itertools.product([linear, attention, growing], [("cpu", None), ("cuda", None), ("cuda", "reduce-overhead")])
+)
+#: Each function, and each place to run it.
+QUICK = [(linear, ("cpu", None)), (attention, ("cuda", None)), (growing, ("cuda", "reduce-overhead"))]
+
+
+@pytest.mark.parametrize(
+    ("function", "device", "mode"),
+    [pytest.param(f, *at, marks=() if (f, at) in QUICK else pytest.mark.slow) for f, at in INDUCTORS],
+)
 def test_without_a_cache_it_is_inductor(function: Any, device: str, mode: str | None) -> None:
     shapes = {
         linear: [(4, 16), (16, 16)],

@@ -105,7 +105,7 @@ def ids():
     return torch.randint(0, 64, (1, MAX_LEN), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_buffers_are_taken_over_and_equal_the_reference(ids, compiled):
     """The prompt is written uncompiled; the first compiled step quantizes what the buffers hold."""
     model, sizes = Decoder(), [21] + [1] * 60

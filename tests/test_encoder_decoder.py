@@ -24,7 +24,8 @@ ENCODED = 18
 FULL = XQuantConfig.preset("full")
 LOW = XQuantConfig(k_bits=3, v_bits=3, k_group_size=4, residual_length=4, sink_tokens=0)
 DECODED = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(1))
-TOKENS = [2, 1, 1, 10, 1, 1]
+TOKENS = [2, 1, 10, 1]
+FEW = [2, 1, 1]
 
 
 def t5():
@@ -55,10 +56,13 @@ def static(config, settings):
     return EncoderDecoderCache(StaticCache(config, max_cache_len=40), StaticCache(config, max_cache_len=ENCODED))
 
 
+CACHES = [xquant, dynamic, static]
+
+
 @torch.no_grad()
-def logits(model, encoded, first, step, cache):
+def logits(model, encoded, first, step, cache, sizes):
     out, at = [], 0
-    for tokens in TOKENS:
+    for tokens in sizes:
         ids = DECODED[:, at : at + tokens]
         out.append(
             (step if at else first)(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=cache).logits
@@ -68,25 +72,29 @@ def logits(model, encoded, first, step, cache):
 
 
 @pytest.mark.parametrize(
-    "build, make, settings, compiled_prompt, cross_is_quantized",
+    "build, make, settings, compiled_prompt, cross_is_quantized, sizes",
     [
-        (t5, xquant, FULL, False, True),
-        (t5, dynamic, FULL, True, True),
-        pytest.param(t5, dynamic, LOW, True, True, marks=pytest.mark.slow),  # few bits are whisper's
-        (t5, static, FULL, False, False),
-        (whisper, xquant, LOW, True, True),
+        (t5, xquant, FULL, False, True, FEW),
+        (t5, dynamic, FULL, True, True, FEW),
+        (t5, static, FULL, False, False, FEW),
+        *(
+            pytest.param(t5, make, FULL, make is dynamic, make is not static, TOKENS, marks=pytest.mark.slow)
+            for make in CACHES
+        ),
+        pytest.param(t5, dynamic, LOW, True, True, TOKENS, marks=pytest.mark.slow),  # few bits are whisper's
+        (whisper, xquant, LOW, True, True, TOKENS),
     ],
 )
-def test_encoder_decoder(build, make, settings, compiled_prompt, cross_is_quantized):
+def test_encoder_decoder(build, make, settings, compiled_prompt, cross_is_quantized, sizes):
     torch.manual_seed(0)
     model, inputs = build()
     with torch.no_grad():
         encoded = model.get_encoder()(inputs)
-    theirs = logits(model, encoded, model.forward, model.forward, dynamic(model.config, None))
+    theirs = logits(model, encoded, model.forward, model.forward, dynamic(model.config, None), sizes)
     calls, cache = [], make(model.config, settings)
     fields = {} if make is xquant else {"config": settings}
     step = torch.compile(model.forward, backend=interpreted(calls, **fields))
-    mine = logits(model, encoded, step if compiled_prompt else model.forward, step, cache)
+    mine = logits(model, encoded, step if compiled_prompt else model.forward, step, cache, sizes)
     error = relative_error(mine, theirs)
     assert error < 1e-5 if settings is FULL else 1e-5 < error < 0.5
     own, cross = (side.layers[0].keys for side in (cache.self_attention_cache, cache.cross_attention_cache))

@@ -78,8 +78,8 @@ def test_the_callers_cache_is_not_advanced(llama):
     for make in (lambda: XQuantCache(llama.config, 32, CONFIG), lambda: StaticCache(llama.config, max_cache_len=32)):
         cache = filled(llama, make())
         before = copy.deepcopy(cache)
-        first, second = (explain(llama, IDS[:, :1], past_key_values=cache) for _ in range(2))
-        assert first == second
+        said = [explain(llama, IDS[:, :1], past_key_values=cache) for _ in range(1 + isinstance(cache, XQuantCache))]
+        assert said[0] == said[-1]
         with torch.no_grad():
             ours, theirs = (llama(IDS[:, :1], past_key_values=c).logits for c in (cache, before))
         assert torch.equal(ours, theirs)
@@ -142,7 +142,7 @@ def test_sliding_windows_stay(capsys):
     assert sum(layer.keys.nbytes + layer.values.nbytes for layer in parts) == window.bytes
 
 
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("warm", [pytest.param(False, marks=pytest.mark.slow), True])  # test_xquant_cache has both
 def test_latents_of_a_quantized_cache(warm):
     model = tiny("deepseek_v3")
     cache = XQuantCache(model.config, 32, CONFIG)
@@ -169,7 +169,7 @@ def test_what_is_said_of_latents_is_what_compiled_steps_do(attention, loads, why
     step = torch.compile(model.forward, backend=interpreted(calls, strict=True), dynamic=False)
     mine, theirs = (filled(model, XQuantCache(model.config, 32, CONFIG)) for _ in range(2))
     with torch.no_grad():
-        for t in range(4, 12):
+        for t in range(4, 9):
             got, expected = (f(IDS[:, t : t + 1], past_key_values=c).logits for f, c in ((step, mine), (model, theirs)))
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     (made,) = calls
@@ -250,11 +250,11 @@ def test_two_attentions_of_one_buffer_count_it_once():
     assert not keys.any()
 
 
-def test_either_name_of_the_argument(llama):
+def test_either_name_of_the_argument(llama, warm_step):
     """transformers 5.24 renamed it and takes the old name, too; the prefix it gives to buffers is not printed."""
-    names = {"past_key_values", *({"cache"} & set(inspect.signature(llama.forward).parameters))}
-    cache = filled(llama, XQuantCache(llama.config, 32, CONFIG))
-    (printed,) = {str(explain(llama, IDS[:, :1], **{name: cache})) for name in names}
+    cache, said = warm_step
+    names = {"cache"} & set(inspect.signature(llama.forward).parameters)
+    (printed,) = {str(said), *(str(explain(llama, IDS[:, :1], **{name: cache})) for name in names)}
     assert "layers[0].keys" in printed and "2 of 2 attention sites rewritten" in printed
 
 

@@ -31,12 +31,12 @@ MASK = torch.zeros(1, 1, 1, N)
     "name, attention, path",
     [
         ("llama", "sdpa", "getitem expand reshape"),
-        ("llama", "eager", "getitem expand reshape transpose"),
+        pytest.param("llama", "eager", "getitem expand reshape transpose", marks=pytest.mark.slow),  # gemma2's
         ("gpt2", "sdpa", ""),
-        ("gpt2", "eager", "transpose"),
-        ("falcon", "sdpa", ""),
+        pytest.param("gpt2", "eager", "transpose", marks=pytest.mark.slow),  # falcon's
+        pytest.param("falcon", "sdpa", "", marks=pytest.mark.slow),  # gpt2's
         ("falcon", "eager", "transpose"),  # divides the scores in place
-        ("phi", "sdpa", "getitem expand reshape"),
+        pytest.param("phi", "sdpa", "getitem expand reshape", marks=pytest.mark.slow),  # llama's
         ("codegen", "eager", "to transpose"),
         pytest.param("bloom", "eager", "reshape transpose", marks=OLD_BLOOM),  # baddbmm with the position bias
         ("gemma2", "eager", "getitem expand reshape transpose"),  # caps the scores with tanh

@@ -86,8 +86,8 @@ def compiled(model: Decoder, made: list[Any] | None = None, **options: Any) -> C
 
 
 ALL = [("BNHD",), ("NBHD",), ("BHDN",), ("NHD",), ("HND",), ("HDN",), ("BN2D",), ("NB2D",), ("BHND", "BNHD")]
-#: Their batch, tokens and heads are where those of the others are.
-LIKE_OTHERS = [("NBHD",), ("HDN",), ("BN2D",)]
+#: Their batch, tokens and heads are where those of the others are, or of tests below ("BNHD", "NHD").
+LIKE_OTHERS = [("BNHD",), ("NBHD",), ("NHD",), ("HDN",), ("BN2D",)]
 MARKED = [pytest.param(dims, marks=pytest.mark.slow if dims in LIKE_OTHERS else ()) for dims in ALL]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dynamo_graphs import fresh, tiny
 from rewrites import CONFIG, STORES, Rewrites, count, quantized_layers, two_layers
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch._logging._internal import trace_log
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -123,8 +125,35 @@ def test_what_has_a_shape_and_is_no_tensor_is_written_by_its_name():
     assert "#" not in lines[0] and lines[1].endswith("# float32[3, 2]")
 
 
-def test_structured_trace(tmp_path):
+DUMPED = ("detected", *(f"after-{each.name}" for each in PASSES))
+
+
+class Artifacts(logging.Handler):
+    """The payload of each artifact of torch's trace, by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts = {}
+
+    def emit(self, record):
+        if found := record.metadata.get("artifact"):
+            self.texts[found["name"]] = record.payload
+
+
+def test_structured_trace():
     """The same graphs are artifacts of torch's trace, which tlparse shows."""
+    seen = Artifacts()
+    trace_log.addHandler(seen)
+    try:
+        steps(Rewrites(), sizes=(1,))
+    finally:
+        trace_log.removeHandler(seen)
+    texts = [text for name in DUMPED for held, text in seen.texts.items() if held.endswith(name)]
+    assert ["decode_attention" in text for text in texts] == [False] * 5 + [True] * 5
+
+
+@pytest.mark.slow
+def test_structured_trace_in_a_file(tmp_path):
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from test_pipeline import steps\nfrom rewrites import Rewrites\nsteps(Rewrites(), sizes=(1,))\n"
@@ -136,7 +165,7 @@ def test_structured_trace(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     log = "".join(p.read_text() for p in tmp_path.glob("*.log"))
-    for name in ("detected", *(f"after-{each.name}" for each in PASSES)):
+    for name in DUMPED:
         assert name in log
 
 

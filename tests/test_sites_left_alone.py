@@ -19,6 +19,7 @@ sdpa = torch.nn.functional.scaled_dot_product_attention
 B, H, N, D = SHAPE
 
 
+@pytest.mark.slow  # test_growing_windows.py steps over such caches
 def test_sliding_window_that_grows():
     model = tiny("gemma3_text")
     for prompt in (5, 0):  # a decode step, and a cold prefill
@@ -33,7 +34,7 @@ def test_sliding_window_that_grows():
         assert (window.key_write.window, full.key_write.window) == (12, 0)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_full_sliding_window(attention):
     model = tiny("gemma3_text", attention)
     window, full = decode_sites(model, StaticCache(config=model.config, max_cache_len=32))
@@ -41,6 +42,7 @@ def test_full_sliding_window(attention):
     assert window.key_write.kind == "sliding window" and window.key_write.slide.is_full
 
 
+@pytest.mark.slow  # test_static_windows.py compiles such prompts
 def test_sliding_window_that_the_prompt_overflows():
     model = tiny("gemma3_text")
     cache = StaticCache(config=model.config, max_cache_len=32)
@@ -69,6 +71,7 @@ def test_cold_static_cache_is_deferred():
     assert window.has_cache and window.allocated_here and window.reason == full.reason
 
 
+@pytest.mark.slow  # test_hybrids.py steps over such a cache
 def test_states_of_linear_attention_are_no_kv_cache():
     model = tiny("qwen3_next")
     (site,) = decode_sites(model, StaticCache(config=model.config, max_cache_len=32))

@@ -21,6 +21,7 @@ from xquant_fx.errors import UnsupportedWriteError
 BATCH, LAYERS, KV, DIM, LENGTH = 2, 2, 2, 16, 64
 FULL = XQuantConfig.preset("full")
 CONFIG = XQuantConfig.preset("kivi-4").replace(k_group_size=8, residual_length=8, rollback_tokens=8)
+SIZES = 20, 1, 1, 9, 1
 
 
 def both(kv: Tensor, at: int, pos: Tensor, k: Tensor, v: Tensor) -> None:
@@ -95,7 +96,7 @@ class Decoder(nn.Module):
 
 
 @torch.no_grad()
-def steps(model: Decoder, step: Callable[..., Tensor], sizes: tuple[int, ...] = (20, 1, 1, 3, 9, 1)) -> Tensor:
+def steps(model: Decoder, step: Callable[..., Tensor], sizes: tuple[int, ...] = SIZES) -> Tensor:
     """What steps of ``sizes`` tokens give; the first is a prompt in eager code."""
     batch, out, at = BATCH if "B" in model.dims else 1, [], 0
     for number, n in enumerate(sizes):
@@ -121,7 +122,7 @@ WAYS = [
 
 @pytest.mark.parametrize(
     ("holder", "write", "read", "dims"),
-    [pytest.param(*way, marks=pytest.mark.slow if way in WAYS[:2] else ()) for way in WAYS],
+    [pytest.param(*way, marks=pytest.mark.slow if way in (*WAYS[:2], WAYS[7]) else ()) for way in WAYS],
 )
 def test_steps_are_those_of_buffers_apart(holder: str, write: Any, read: str, dims: str) -> None:
     """Compiled, and eager ones on what is quantized then."""
@@ -131,9 +132,9 @@ def test_steps_are_those_of_buffers_apart(holder: str, write: Any, read: str, di
     assert all(type(held) is StackedKV for held in other.held) and made
     held = torch.cat([held.dequantize().reshape(-1, LENGTH) for held in other.held])
     assert held.count_nonzero() == torch.cat([held.reshape(-1, LENGTH) for held in usual.held]).count_nonzero()
-    x, pos = torch.ones(BATCH if "B" in dims else 1, 1, KV * DIM), torch.tensor([35])
+    x, pos = torch.ones(BATCH if "B" in dims else 1, 1, KV * DIM), torch.tensor([sum(SIZES)])
     with torch.no_grad():
-        got = other(x, 35 if write in (span, spans) else pos)
+        got = other(x, sum(SIZES) if write in (span, spans) else pos)
         torch.testing.assert_close(got, usual(x, pos), rtol=1e-5, atol=1e-5)
 
 
@@ -144,7 +145,7 @@ def test_codes_reports_and_copies_are_those_of_buffers_apart(holder: str) -> Non
     step = compiled(other, config=CONFIG)
     torch.testing.assert_close(steps(other, step), expected, rtol=1e-5, atol=1e-5)
     assert memory_report(other).total_bytes == memory_report(usual).total_bytes
-    x, pos, file = torch.ones(BATCH, 1, KV * DIM), torch.tensor([35]), io.BytesIO()
+    x, pos, file = torch.ones(BATCH, 1, KV * DIM), torch.tensor([sum(SIZES)]), io.BytesIO()
     seen = explain(other, x, pos)
     assert [(site.rewritten, site.dequantized) for site in seen.sites] == [(True, "")] * LAYERS
     copied, before = copy.deepcopy(other), [held.dequantize() for held in other.held]
@@ -160,7 +161,8 @@ def test_codes_reports_and_copies_are_those_of_buffers_apart(holder: str) -> Non
         for held in other.held:
             held.zero_()
         assert not torch.equal(copied.held[0].dequantize(), before[0]) and not other.held[0].dequantize().any()
-        torch.testing.assert_close(steps(other, compiled(other, config=CONFIG)), expected, rtol=1e-5, atol=1e-5)
+        again = steps(other, compiled(other, config=CONFIG), (20, 1, 1))
+        torch.testing.assert_close(again, expected[:, :22], rtol=1e-5, atol=1e-5)
 
 
 def test_one_stack_is_left_whole_and_the_next_one_taken_over(caplog: pytest.LogCaptureFixture) -> None:
@@ -235,7 +237,7 @@ def test_a_takeover_that_breaks_off_changes_nothing() -> None:
 
 def test_a_quantized_stack_reads_like_a_tensor_and_refuses_what_is_no_append() -> None:
     model = Decoder("2")
-    steps(model, compiled(model, config=FULL))
+    steps(model, compiled(model, config=FULL), (20, 1))
     kv = model.held[0]
     assert torch.equal(kv.clone(), kv.dequantize()) and torch.equal(kv[1, :, 0], kv.dequantize()[1, :, 0])
     with torch.no_grad():

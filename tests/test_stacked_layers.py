@@ -22,6 +22,7 @@ BATCH, LAYERS, KV, DIM, LENGTH = 2, 2, 2, 16, 64
 PART = BATCH, KV, LENGTH, DIM
 FULL = XQuantConfig.preset("full")
 CONFIG = XQuantConfig.preset("kivi-4").replace(k_group_size=8, residual_length=8, rollback_tokens=8)
+SIZES = 1, 1, 9, 1
 Parts = Callable[[Any, int, int], Tensor]
 #: The shape of the tensor, and where a layer's keys and values are.
 HOLDERS: dict[str, tuple[tuple[int, ...], Parts]] = {
@@ -72,26 +73,30 @@ def filled(holder: str) -> tuple[list[Any], Tensor]:
     return layers, kv
 
 
-@pytest.mark.parametrize("holder", HOLDERS)
-def test_layer_by_layer_is_as_buffers_apart(holder: str) -> None:
-    layers, kv = filled(holder)
-    part = HOLDERS[holder][1]
-    apart = [[part(kv, number, side).clone() for side in range(2)] for number in range(LAYERS)]
+@pytest.fixture(scope="module")
+def apart() -> tuple[Tensor, int]:
+    """What steps give with buffers apart, and the bytes of these."""
+    _, kv = filled("L2")
+    buffers = [[kv[number, side].clone() for side in range(2)] for number in range(LAYERS)]
     usual = [Layer(number, lambda kv, layer, side: kv[layer][side]) for number in range(LAYERS)]
-    exact, copied, sizes = kv.clone(), kv.clone(), (1, 1, 3, 9, 1)
-    expected = run(layers, exact, sizes, 12)
-    torch.testing.assert_close(run(compiled(layers, config=FULL), copied, sizes, 12), expected, rtol=1e-5, atol=1e-5)
+    out = run(compiled(usual, config=CONFIG), buffers, SIZES, 12)
+    return out, memory_report([each for pair in buffers for each in pair]).total_bytes
+
+
+# The holder "B2L" is "2L" with a dimension before it; test_stacked.py has "2L" too.
+@pytest.mark.parametrize("holder", ["L2", pytest.param("2L", marks=pytest.mark.slow), "B2L"])
+def test_layer_by_layer_is_as_buffers_apart(holder: str, apart: tuple[Tensor, int]) -> None:
+    layers, kv = filled(holder)
+    exact, copied = kv.clone(), kv.clone()
+    expected = run(layers, exact, SIZES, 12)
+    torch.testing.assert_close(run(compiled(layers, config=FULL), copied, SIZES, 12), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(copied.dequantize(), exact)
-    got, wanted = (
-        run(compiled(layers, config=CONFIG), kv, sizes, 12),
-        run(compiled(usual, config=CONFIG), apart, sizes, 12),
-    )
-    assert torch.equal(got, wanted) and type(kv) is StackedKV and len(kv.leaves) == 2 * LAYERS
-    buffers = [each for pair in apart for each in pair]
-    assert memory_report(kv.leaves).total_bytes == memory_report(buffers).total_bytes
+    got = run(compiled(layers, config=CONFIG), kv, SIZES, 12)
+    assert torch.equal(got, apart[0]) and type(kv) is StackedKV and len(kv.leaves) == 2 * LAYERS
+    assert memory_report(kv.leaves).total_bytes == apart[1]
 
 
-@pytest.mark.parametrize("holder", ["L2", "B2L"])
+@pytest.mark.parametrize("holder", ["L2", pytest.param("B2L", marks=pytest.mark.slow)])
 def test_what_is_left_of_it_is_as_it_was(holder: str) -> None:
     """Read, written to through views, copied, saved, emptied; then taken over in turn."""
     layers, kv = filled(holder)
@@ -113,8 +118,9 @@ def test_what_is_left_of_it_is_as_it_was(holder: str) -> None:
     loaded = torch.load(file, weights_only=False)
     for held in (copy.deepcopy(kv), loaded, kv):
         torch.testing.assert_close(held.dequantize(), exact)
-        rest = run(compiled(layers, config=FULL), held, (1, 2, 1), 14)
-        torch.testing.assert_close(rest, run(layers, exact.clone(), (1, 2, 1), 14), rtol=1e-5, atol=1e-5)
+        sizes = (1, 2, 1) if held is kv else (1, 1)
+        rest = run(compiled(layers, config=FULL), held, sizes, 14)
+        torch.testing.assert_close(rest, run(layers, exact.clone(), sizes, 14), rtol=1e-5, atol=1e-5)
         # Torch does not own the memory of what it loads.
         assert all(isinstance(leaf, QuantizedKV) for leaf in held.leaves) or held is loaded
     kv.zero_()
