@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dynamo_graphs import tiny
+from plain_decoder import Decoder
 from states import layers_of
 from stepping import interpreted
 from torch import Tensor
@@ -27,11 +27,14 @@ CONFIG = XQuantConfig.preset("xquant-2.2").replace(residual_length=32, k_group_s
 LIFE = [20, 480, *[1] * 12]
 
 
-def model_of(layers: int = 6, **more: Any) -> LlamaForCausalLM:
-    """Of so many layers that equal ones are compiled once."""
+def model_of(layers: int = 1) -> Any:
+    return Decoder(layers).eval()
+
+
+def llama(layers: int) -> Any:
     torch.manual_seed(0)
     sizes = dict(hidden_size=64, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, vocab_size=64)
-    config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=2048, **sizes, **more)
+    config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=2048, **sizes)
     return LlamaForCausalLM(config).eval()
 
 
@@ -67,11 +70,15 @@ def keys_of(cache: Any) -> list[GrowingKV]:
 
 
 @pytest.mark.parametrize(  # equal layers are compiled once, or one wrapper is read for all
-    ("layers", "masked"),
-    [(6, True), (1, False), *(pytest.param(n, m, marks=pytest.mark.slow) for n, m in ((6, False), (1, True)))],
+    ("make", "layers", "masked"),
+    [
+        (model_of, 5, True),
+        (model_of, 1, False),
+        *(pytest.param(llama, n, m, marks=pytest.mark.slow) for n in (6, 1) for m in (True, False)),
+    ],
 )
-def test_more_room_is_not_compiled_for(layers: int, masked: bool) -> None:
-    model = model_of(layers)
+def test_more_room_is_not_compiled_for(make: Any, layers: int, masked: bool) -> None:
+    model = make(layers)
     step, cache = compiled(model), DynamicCache(config=model.config)
     more = {"attention_mask": torch.ones(1, 2048, dtype=torch.int64)} if masked else {}
     if masked:
@@ -81,14 +88,17 @@ def test_more_room_is_not_compiled_for(layers: int, masked: bool) -> None:
     made, calls = graphs(), counters["xquant"]["one_call"]
     got = torch.cat([before, run(step, cache, LIFE[5:], **more)], 1)
     assert {k.live.spec.shape[2] for k in keys_of(cache)} == {640}
-    assert (graphs(), counters["xquant"]["one_call"]) == (made, calls)
+    assert (graphs(), counters["xquant"]["one_call"]) == (made, calls) and calls
     assert counters["xquant"]["fuse_decode"] == layers * (made - 2)
+    assert bool(counters["xquant"]["layers_not_compiled_again"]) == (layers > 1)
+    torch.testing.assert_close(got, expected(model, LIFE, **more), rtol=0, atol=2e-5)
+    if make is model_of and layers > 1:
+        return
     # Another cache, whose prompt is longer than that room: what was compiled serves it, too.
     longer, sizes = DynamicCache(config=model.config), [600, 1, 1]
     of_longer = run(step, longer, sizes, **more)
     assert {k.live.spec.shape[2] for k in keys_of(longer)} == {640}
     assert counters["xquant"]["fuse_decode"] == layers * (made - 2)
-    torch.testing.assert_close(got, expected(model, LIFE, **more), rtol=0, atol=2e-5)
     torch.testing.assert_close(of_longer, expected(model, sizes, **more), rtol=0, atol=2e-5)
 
 
@@ -96,7 +106,7 @@ def test_more_room_is_not_compiled_for(layers: int, masked: bool) -> None:
 def test_what_calls_kernels_one_by_one_is_compiled_for_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor's own wrapper looks at the sizes of what it is given."""
     monkeypatch.setattr(any_room, "OURS", "cpp_of_others_")
-    model = model_of(1)
+    model = model_of()
     step, cache = compiled(model), DynamicCache(config=model.config)
     got = run(step, cache, LIFE)
     assert not any(k.spec.any_room for k in keys_of(cache)) and {k.spec.shape[2] for k in keys_of(cache)} == {1024}
@@ -109,7 +119,7 @@ def test_what_calls_kernels_one_by_one_is_compiled_for_the_room(monkeypatch: pyt
     "options", [{"self_check": True}, {"disable": ["one_call"]}, {"disable": ["fuse_decode"]}, {"preset": "full"}]
 )
 def test_who_has_the_room_that_there_is(options: dict[str, Any]) -> None:
-    model = tiny("llama")
+    model = model_of()
     given = {} if "preset" in options else {"config": CONFIG}
     step = torch.compile(model.forward, backend="xquant", options={**given, **options})
     cache = DynamicCache(config=model.config)
@@ -120,7 +130,7 @@ def test_who_has_the_room_that_there_is(options: dict[str, Any]) -> None:
 @torch.no_grad()
 def test_another_backend_compiles_for_the_room() -> None:
     """Whoever runs a graph op by op reads what lies behind the room as zeros: the step is compiled for it."""
-    model = model_of(1)
+    model = model_of()
     cache, others = DynamicCache(config=model.config), list[Any]()
     run(compiled(model), cache, LIFE[:2])
     assert all(k.spec.any_room for k in keys_of(cache))
@@ -131,7 +141,7 @@ def test_another_backend_compiles_for_the_room() -> None:
 
 
 def test_reports_are_of_the_room_that_there_is() -> None:
-    model = model_of(1)
+    model = model_of()
     step, cache = compiled(model), DynamicCache(config=model.config)
     run(step, cache, [20, 1])
     told = explain(model, torch.ones(1, 1, dtype=torch.int64), past_key_values=cache, options={"config": CONFIG})

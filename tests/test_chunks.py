@@ -26,7 +26,7 @@ def test_turns_of_any_length_are_traced_once(tiny_llama, kind) -> None:
     """With codes that do not depend on who filled the cache."""
     counters.clear()
     config = XQuantConfig.preset("kivi-4")
-    model = tiny_llama(layers=2, head_dim=32)
+    model = tiny_llama(layers=1, head_dim=32)
     prompt, *turns = ids().split(TURNS, 1)
     plain = XQuantCache(model.config, 512, config=config)
     cache: Any = DynamicCache(config=model.config)

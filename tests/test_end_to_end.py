@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from plain_decoder import Decoder
 from stepping import interpreted, lockstep, logits_of, relative_error, run_steps, ties
 from torch.overrides import TorchFunctionMode
 from transformers import StaticCache
@@ -15,15 +16,24 @@ from xquant_fx import PRESETS, XQuantCache, XQuantConfig
 pytest_plugins = ["plain_torch"]
 STEPS = 300
 FEWER = 70  # two flushes of each window
-#: What runs always, and its slow twin: layers alone and in pairs are there twice, or four times.
-LONG = pytest.param("trained", STEPS, marks=pytest.mark.slow)
-RUNS = [("four_layers", FEWER), LONG]
 SMALL = dict(k_group_size=16, residual_length=32)
 #: Range codes, which the independent reference knows; the others have one in attention_reference.py.
 QUANTIZED = sorted(name for name in set(PRESETS) - {"full"} if PRESETS[name].get("k_scheme") == "per_channel")
 #: Codes of two planes, shared by pairs of layers.
 PLANES = dict(k_bits=3, v_bits=3, share_keys_from=0, share_values_from=0)
 RANKED = sorted(set(PRESETS) - {"full", *QUANTIZED})
+
+
+#: Of ``xquant`` the lower half shares nothing, so that what ``asymkv-1.5`` and ``kivi-2`` are made of is in it, too.
+#: Pairs alone are there in two layers, and what shares nothing in one.
+FAST = [
+    ("xquant", {}, "four_layers"),
+    ("xquant", PLANES, "two_layers"),
+    ("xquant-paper", dict(share_values_from=0), "two_layers"),
+    ("xquant-1bit", {}, "two_layers"),
+    ("kivi-4", {}, "one_layer"),
+]
+SLOW = [*((name, {}) for name in QUANTIZED), ("xquant", PLANES)]
 
 
 def first_layers(trained, number: int):
@@ -35,6 +45,11 @@ def first_layers(trained, number: int):
 @pytest.fixture(scope="module")
 def four_layers(trained):
     return first_layers(trained, 4)
+
+
+@pytest.fixture(scope="module")
+def one_layer(trained):
+    return first_layers(trained, 1)
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +79,11 @@ def are_ties(taken: int, compared: int, model, steps: int) -> bool:
     return compared > least and taken <= max(1, compared / 100_000)
 
 
-#: What these are made of is in ``xquant``, too, whose lower half shares nothing.
-COVERED = ("asymkv-1.5", "kivi-2")
-
-
-@pytest.mark.parametrize(("name", "steps"), RUNS)
 @pytest.mark.parametrize(
-    ("preset", "more"),
+    ("preset", "more", "name", "steps"),
     [
-        *(pytest.param(n, {}, marks=pytest.mark.slow) if n in COVERED else (n, {}) for n in QUANTIZED),
-        ("xquant", PLANES),
+        *((*case, FEWER) for case in FAST),
+        *(pytest.param(*case, "trained", STEPS, marks=pytest.mark.slow) for case in SLOW),
     ],
 )
 def test_the_rewritten_graph_equals_the_reference(request, preset, more, name, steps):
@@ -85,18 +95,25 @@ def test_the_rewritten_graph_equals_the_reference(request, preset, more, name, s
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "presets"),
-    [("four_layers", FEWER, ["xquant"]), pytest.param("trained", STEPS, QUANTIZED, marks=pytest.mark.slow)],
-    ids=["four_layers", "trained"],
+    ("name", "steps", "presets", "more"),
+    [
+        ("two_layers", FEWER, ["xquant"], dict(share_values_from=0)),
+        pytest.param("four_layers", FEWER, ["xquant"], {}, marks=pytest.mark.slow),
+        pytest.param("trained", STEPS, QUANTIZED, {}, marks=pytest.mark.slow),
+    ],
+    ids=["two_layers", "four_layers", "trained"],
 )
-def test_compiled_decode_equals_the_reference(request, name, steps, presets):
-    """Inductor rounds the model's own arithmetic differently, so that a code in 100,000 may tip over at a tie."""
+def test_compiled_decode_equals_the_reference(request, name, steps, presets, more):
+    """Inductor rounds the model's own arithmetic differently, so that a code in 100,000 may tip over at a tie.
+
+    Layers that share nothing are compiled in test_low_precision_models, too.
+    """
     model, ids = request.getfixturevalue(name)
     counts = []
     for preset in presets:
         torch._dynamo.reset()
         step = torch.compile(model.forward, backend="xquant", dynamic=False)
-        counts.append(decode_against_reference(model, ids, preset, step, steps))
+        counts.append(decode_against_reference(model, ids, preset, step, steps, **more))
     taken, compared = (sum(c[i] for c in counts) for i in (0, 1))
     assert are_ties(taken, compared, model, 2 * steps), counts
 
@@ -104,9 +121,9 @@ def test_compiled_decode_equals_the_reference(request, name, steps, presets):
 @pytest.mark.parametrize(
     "preset", [n if n == "xquant-1.4" else pytest.param(n, marks=pytest.mark.slow) for n in RANKED]
 )
-def test_ranked_and_rotated_steps_equal_eager_ones(four_layers, preset):
+def test_ranked_and_rotated_steps_equal_eager_ones(one_layer, preset):
     """The rewritten graph op by op, with the decode kernel; eager steps attend to dequantized keys and values."""
-    model, ids = four_layers
+    model, ids = one_layer
     step = torch.compile(model.forward, backend=interpreted(), dynamic=False)
     caches = [XQuantCache(model.config, max_cache_len=384, config=small(preset)) for _ in range(2)]
     runs = [
@@ -125,9 +142,9 @@ def test_ranked_and_rotated_steps_equal_eager_ones(four_layers, preset):
         pytest.param("xquant-1.4", {}, marks=pytest.mark.slow),
     ],
 )
-def test_compiled_ranked_and_rotated_steps_equal_eager_ones(four_layers, preset, more):
+def test_compiled_ranked_and_rotated_steps_equal_eager_ones(one_layer, preset, more):
     """The same with Inductor, where the C++ append quantizes, too; of a preset whose keys have whole bits."""
-    model, ids = four_layers
+    model, ids = one_layer
     step = torch.compile(model.forward, backend="xquant", dynamic=False)
     caches = [XQuantCache(model.config, max_cache_len=384, config=small(preset, **more)) for _ in range(2)]
     runs = [
@@ -137,9 +154,20 @@ def test_compiled_ranked_and_rotated_steps_equal_eager_ones(four_layers, preset,
     assert relative_error(*runs) < 1e-3  # a code or a scale may tip over at a tie
 
 
-@pytest.mark.parametrize("plain", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_full_equals_plain_code(tiny_llama, plain):
-    model = tiny_llama(layers=1)
+def small_model(tiny_llama, kind: str, **more):
+    """``"llama"``, or ``"decoder"``: the same attention and little else, so that there is little to compile."""
+    model = tiny_llama(**more) if kind == "llama" else Decoder(more["layers"]).eval()
+    return model.to(more.get("dtype", torch.float32))
+
+
+PLAIN = ("eager", "inductor")
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain"), [("decoder", "eager"), *(pytest.param("llama", n, marks=pytest.mark.slow) for n in PLAIN)]
+)
+def test_full_equals_plain_code(tiny_llama, kind, plain):
+    model = small_model(tiny_llama, kind, layers=1)
     ids = torch.randint(1, 128, (1, 65), generator=torch.Generator().manual_seed(1))
     outs = []
     for backend, cache in (
@@ -159,15 +187,17 @@ SIZES = [45, 40, 1, 3, 40, 1, 5]  # a cold prefill, chunks past the window, step
     ("name", "dynamic"),
     [
         ("trained", "eager"),
-        ("two_layers", None),
+        ("decoder", None),
         *(pytest.param("trained", dynamic, marks=pytest.mark.slow) for dynamic in (False, None)),
     ],
 )
 def test_prefill_and_chunks_equal_the_reference(request, name, dynamic):
     """Eager, and rewritten graphs of every length, run op by op; ``dynamic=None`` makes lengths symbolic."""
-    model, ids = request.getfixturevalue(name)
-    if name == "two_layers":
+    if name == "decoder":
         request.getfixturevalue("plain_torch")
+        model, ids = Decoder().eval(), torch.randint(128, (1, sum(SIZES)), generator=torch.Generator().manual_seed(1))
+    else:
+        model, ids = request.getfixturevalue(name)
     config = small("xquant-1bit")
     step = model.forward
     if dynamic != "eager":
@@ -176,7 +206,7 @@ def test_prefill_and_chunks_equal_the_reference(request, name, dynamic):
     got, want, reference = lockstep(model, [(step, n) for n in SIZES], ids[:, : sum(SIZES)], cache, config)
     assert relative_error(got, want) < 1e-4
     taken, compared = ties(reference)
-    least = 20_000 * len(model.model.layers) / 8
+    least = 20_000 * model.config.num_hidden_layers / 8
     assert compared > least and taken <= 1 + compared / 100_000  # one, however few codes there are
 
 
@@ -202,12 +232,18 @@ def test_a_cold_prefill_attends_to_the_prompt_alone(tiny_llama):
     torch.testing.assert_close(got[padding], want[padding])
 
 
-@pytest.mark.parametrize("dynamic", [False, pytest.param(None, marks=pytest.mark.slow)])
-def test_compiled_prefill_and_chunks_equal_eager(tiny_llama, dynamic):
-    """The same with Inductor, on two layers (compiling chunk graphs takes long)."""
-    model = tiny_llama(layers=2)
+@pytest.mark.parametrize(
+    ("kind", "layers", "preset", "dynamic"),
+    [
+        ("decoder", 1, "kivi-2", False),
+        *(pytest.param("llama", 2, "xquant-1bit", each, marks=pytest.mark.slow) for each in (False, None)),
+    ],
+)
+def test_compiled_prefill_and_chunks_equal_eager(tiny_llama, kind, layers, preset, dynamic):
+    """The same with Inductor, on few layers (compiling chunk graphs takes long)."""
+    model = small_model(tiny_llama, kind, layers=layers)
     ids = torch.randint(1, 128, (1, sum(SIZES)), generator=torch.Generator().manual_seed(1))
-    config = small("xquant-1bit")
+    config = small(preset)
     step = torch.compile(model.forward, backend="xquant", dynamic=dynamic)
     caches = [XQuantCache(model.config, max_cache_len=256, config=config) for _ in range(2)]
     # Compiling takes long: the first of the fast tests is eager, as compiled ones of test_prompt_queries.py are not.
@@ -218,20 +254,23 @@ def test_compiled_prefill_and_chunks_equal_eager(tiny_llama, dynamic):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "compiled"),
+    ("kind", "dtype", "compiled"),
     [
-        (torch.bfloat16, True),
-        (torch.float16, False),
-        pytest.param(torch.bfloat16, False, marks=pytest.mark.slow),
-        pytest.param(torch.float16, True, marks=pytest.mark.slow),
+        ("decoder", torch.bfloat16, True),
+        ("decoder", torch.float16, False),
+        *(
+            pytest.param("llama", dtype, compiled, marks=pytest.mark.slow)
+            for dtype in (torch.bfloat16, torch.float16)
+            for compiled in (True, False)
+        ),
     ],
 )
-def test_low_precision_models(request, tiny_llama, dtype, compiled):
+def test_low_precision_models(request, tiny_llama, kind, dtype, compiled):
     """In 16-bit models compiled and eager round differently: compare both with an fp32 model on the same tokens."""
     if not compiled:
         request.getfixturevalue("plain_torch")
-    model = tiny_llama(layers=1, dtype=dtype)
-    reference = tiny_llama(layers=1, dtype=torch.float32)
+    model = small_model(tiny_llama, kind, layers=1, dtype=dtype)
+    reference = small_model(tiny_llama, kind, layers=1)
     reference.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     ids = torch.randint(1, 128, (2, 75), generator=torch.Generator().manual_seed(1))
     config = small("kivi-4")

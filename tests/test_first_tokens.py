@@ -142,7 +142,7 @@ def every_other(x: Tensor, end: int) -> Tensor:
     return x[:, 0:end:2]
 
 
-@pytest.mark.parametrize("read", [from_the_second, every_other])
+@pytest.mark.parametrize("read", [from_the_second, pytest.param(every_other, marks=pytest.mark.slow)])
 def test_other_tokens_are_read_dequantized(read: Any) -> None:
     def attend(q: Tensor, keys: Tensor, values: Tensor, p: int) -> Tensor:
         return sdpa(q, keys, values, enable_gqa=True)
@@ -157,7 +157,13 @@ def test_other_tokens_are_read_dequantized(read: Any) -> None:
     assert counters["xquant"]["rewrite"] and not counters["xquant"]["fuse_decode"]
 
 
-@pytest.mark.parametrize(("attend", "dynamic"), [(as_meta_has_it, None), (no_mask, True)])
+@pytest.mark.parametrize(  # dynamic=None is in test_fused_with_what_is_behind_hidden; as_meta_has_it knows no mask, too
+    ("attend", "dynamic"),
+    [
+        (as_meta_has_it, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((as_meta_has_it, None), (no_mask, True))),
+    ],
+)
 def test_tokens_behind_what_is_read_are_not_seen(attend: Attend, dynamic: bool | None) -> None:
     """Tokens taken back, and sequences that begin anew, in buffers that nothing empties: they stay quantized."""
     spans = (*ONWARD, (24, 1), (25, 2), (0, 12), (12, 1), (0, 3), (3, 1))

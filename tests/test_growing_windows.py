@@ -164,21 +164,23 @@ def test_windows_that_stay(config: Any, why: str) -> None:
 def test_windows_that_stay_beside_codes() -> None:
     """The full-attention layer alone is quantized, from the prompt on."""
     model, ids = model_of("Gemma3Text"), ids_of(1, 100)
-    step = torch.compile(model.forward, backend=interpreted(config=FULL.replace(sliding_windows=False)))
+    step = torch.compile(
+        model.forward, backend=interpreted(config=FULL.replace(sliding_windows=False), self_check=False)
+    )
     torch._dynamo.reset()
     cache = DynamicCache(config=model.config)
-    assert close(run(step, cache, ids, [60, *[1] * 5]), whole(model, ids[:, :65]))
+    assert close(run(step, cache, ids, [60, *[1] * 4]), whole(model, ids[:, :64]))
     assert [isinstance(layer.keys, GrowingKV) for layer in cache.layers] == [False, True]
 
 
+@pytest.mark.parametrize("config", [FULL, pytest.param(LOW, marks=pytest.mark.slow)], ids=["16 bits", "2 bits"])
 @torch.no_grad()
-def test_lengths_that_are_one_number_under_two_names() -> None:
+def test_lengths_that_are_one_number_under_two_names(config: XQuantConfig) -> None:
     """By Inductor: one of the names is a size of the past, which the rewritten graph has no more."""
     model, ids = model_of("Gemma2", num_hidden_layers=2), ids_of(2, WINDOW // 2)
     more = dict(max_new_tokens=3, do_sample=False)
     expected = model.generate(ids, **more)
     torch._dynamo.reset()
-    model.compile(backend="xquant", options={"config": FULL})
-    assert torch.equal(model.generate(ids, **more), expected)
-    model.compile(backend="xquant", options={"config": LOW})
-    assert model.generate(ids, **more).shape == expected.shape
+    model.compile(backend="xquant", options={"config": config})
+    got = model.generate(ids, **more)
+    assert got.shape == expected.shape and (config is LOW or torch.equal(got, expected))
