@@ -102,11 +102,11 @@ def two_layers(q, k, v, layers, pos, append=assign):
 
 
 def run_both(
-    function, sizes: list[int], seen: Rewrites, config=CONFIG, dynamic: bool = False, **kwargs
+    function, sizes: list[int], seen: Rewrites, config=CONFIG, dynamic: bool = False, number: int = 2, **kwargs
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Steps of ``sizes`` tokens, with the passes and eagerly, on two caches."""
     torch.manual_seed(0)
-    mine, outs, at = quantized_layers(config), ([], []), 0
+    mine, outs, at = quantized_layers(config, number=number), ([], []), 0
     theirs, compiled = copy.deepcopy(mine), torch.compile(function, backend=seen, dynamic=dynamic)
     with torch.no_grad():
         for tokens in sizes:

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 from xquant_fx import XQuantCache, XQuantConfig
 
+pytest_plugins = ["plain_torch"]
+
 CONFIG = XQuantConfig.preset("xquant-1bit").replace(k_group_size=8, residual_length=16)
 IDS = torch.randint(1, 128, (1, 61), generator=torch.Generator().manual_seed(1))
 STEPS = 29  # keys are quantized with the prompt and twice after it; sliding windows have gone round
@@ -59,7 +61,7 @@ MARKS = {"Bloom": OLD_BLOOM, "Mpt": pytest.mark.slow, "Qwen3": pytest.mark.slow}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, ())) for n in sorted(FAMILIES)])
-def test_compiled_equals_eager_equals_static(name):
+def test_compiled_equals_eager_equals_static(name, attended_by):
     model = build(name)
     step = torch.compile(model.forward, backend=interpreted())  # dynamic=None: Gemma and GPT-OSS count on the host
 

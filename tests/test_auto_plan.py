@@ -37,6 +37,8 @@ from xquant_fx.evaluate.windows import cut_windows
 from xquant_fx.kernels.widths import DISTORTION
 from xquant_fx.plan.model_facts import ModelFacts
 
+pytest_plugins = ["plain_torch"]
+
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT / "models" / "smollm2-135m-instruct"
 SHORT = XQuantConfig(residual_length=16, k_group_size=16, sink_tokens=2)
@@ -229,7 +231,7 @@ def test_more_bits_are_not_worse_and_a_budget_is_met_exactly(small):
         auto_plan(model, bits=1.5, text=ids, config=SHORT, verbose=False)
 
 
-def test_full_precision_goes_where_it_pays(small):
+def test_full_precision_goes_where_it_pays(small, no_compiler):
     model, ids = small
     report = auto_report(model, bits=8, text=ids, config=SHORT)
     widths = bits_of(report.plan)
@@ -348,7 +350,7 @@ def test_windows_fit_the_context():
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def quick(monkeypatch, no_compiler):
     """Short windows and few groups."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(Windows, "for_model", classmethod(lambda cls, config: cls(1, 440, 400)))

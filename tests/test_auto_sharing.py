@@ -15,6 +15,8 @@ from xquant_fx.evaluate.quality import Reading, quality_report
 from xquant_fx.evaluate.sensitivity import Item, Losses, item_losses
 from xquant_fx.evaluate.sharing import SharingTrial, blocks_of, layers_of, shared_widths, try_sharing
 
+pytest_plugins = ["plain_torch"]
+
 SHORT = XQuantConfig(residual_length=16, k_group_size=16, sink_tokens=2)
 RANGE = SHORT.replace(k_scheme="per_channel", v_scheme="per_token")
 IDS = torch.randint(3, 128, (3, 96), generator=torch.Generator().manual_seed(1))
@@ -108,7 +110,7 @@ def test_one_window_has_no_noise_to_hide_in(plain):
 
 
 @pytest.mark.parametrize("config", [SHORT, RANGE], ids=["own_scheme_cannot", "own_scheme_can"])
-def test_sharing_is_chosen_where_it_is_free(alike, config):
+def test_sharing_is_chosen_where_it_is_free(alike, config, no_compiler):
     report = auto_report(alike, bits=2.0, text=IDS, config=config)
     trials = {(trial.role, trial.first): trial for trial in report.sharing}
     assert sorted(trials) == [("key", 0), ("key", 2), ("value", 0), ("value", 2)]

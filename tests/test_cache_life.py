@@ -24,6 +24,8 @@ import xquant_fx.warn_once as warn_once
 from xquant_fx import ArgumentError, CacheStateError, ConfigError, XQuantCache, XQuantConfig
 from xquant_fx.cache.group import MANY_STEPS
 
+pytest_plugins = ["plain_torch"]
+
 FULL = XQuantConfig.preset("full")
 SMALL = XQuantConfig.preset("xquant").replace(k_group_size=8, residual_length=16)
 IDS = torch.randint(3, 128, (3, 80), generator=torch.Generator().manual_seed(5))
@@ -73,7 +75,7 @@ def stepper(how, model):
 
 
 @STEPS
-def test_after_reset_any_batch_and_dtype(model, how):
+def test_after_reset_any_batch_and_dtype(model, how, attended_by):
     """As a new cache, in the old memory where it fits."""
     step, cache, before = stepper(how, model), new(model), 0
     parts = (slice(0, 30), slice(30, 31), slice(31, 34) if how == "eager" else slice(31, 32))
@@ -91,9 +93,16 @@ def test_after_reset_any_batch_and_dtype(model, how):
     assert {state.spec.dtype for state in cache.states} == {torch.bfloat16}
 
 
-@STEPS
-@pytest.mark.parametrize("kind", ["xquant", "taken over"])
-def test_another_batch_or_dtype_is_refused_in_a_sentence(model, how, kind):
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("xquant", "eager"),
+        ("xquant", "compiled"),
+        ("taken over", "eager"),
+        pytest.param("taken over", "compiled", marks=pytest.mark.slow),
+    ],
+)
+def test_another_batch_or_dtype_is_refused_by_a_decoder_in_a_sentence(model, how, kind):
     cache = new(model) if kind == "xquant" else StaticCache(model.config, max_cache_len=128)
     logits_of(model.forward, IDS[:1, :20], cache)
     logits_of(over := compiled(model), IDS[:1, :1], cache)
@@ -321,8 +330,10 @@ def test_an_interrupted_chunk_of_a_padded_prompt(model):
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
-@STEPS
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(
+    ("layer", "how"),
+    [(0, "eager"), (1, "eager"), pytest.param(0, "compiled", marks=pytest.mark.slow), (1, "compiled")],
+)
 def test_an_interrupted_first_prompt(model, how, layer):
     """In front of layer 1 some layers are allocated and some are not."""
     step, cache, mask = stepper(how, model), new(model), torch.tensor([[1] * 20, [0] * 8 + [1] * 12])
@@ -340,8 +351,15 @@ def test_an_interrupted_first_prompt(model, how, layer):
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
 
 
-@pytest.mark.parametrize("at", [1, 4])
-@pytest.mark.parametrize("kind", ["xquant", "taken over"])
+@pytest.mark.parametrize(
+    ("kind", "at"),
+    [
+        ("xquant", 1),
+        pytest.param("xquant", 4, marks=pytest.mark.slow),
+        pytest.param("taken over", 1, marks=pytest.mark.slow),
+        ("taken over", 4),
+    ],
+)
 def test_a_compiled_step_of_a_decoder_that_breaks_off_between_kernels(model, at, kind):
     """As Ctrl-C does it in the code that Inductor makes."""
     from xquant_fx.compiler.backend import compile_graph
@@ -406,7 +424,7 @@ def test_someones_own_loop_may_step_through_one_layer(model):
 
 
 @STEPS
-def test_rows_are_selected_and_repeated(model, how):
+def test_rows_are_selected_and_repeated(model, how, attended_by):
     step, cache = stepper(how, model), new(model)
     logits_of(model.forward, IDS[:, :40], cache)
     logits_of(step, IDS[:, 40:41], cache)
@@ -552,7 +570,7 @@ def test_assisted_decoding_and_prompt_lookup_with_their_own_defaults(tiny_llama)
     assert -20 <= min(cropped) < -8
 
 
-def test_more_candidates_than_can_be_taken_back(model):
+def test_more_candidates_than_can_be_taken_back(model, no_compiler):
     prompt, length = IDS[:1, :40].repeat(1, 2), 256
     with pytest.raises(
         CacheStateError, match=r"at most 20 tokens.*num_assistant_tokens or prompt_lookup_num_tokens to 20"
@@ -571,7 +589,7 @@ def test_layers_that_cannot_go_back_say_so_first():
     ("how", "back"),
     [("eager", 9), ("eager", 20), ("compiled", 9), pytest.param("compiled", 20, marks=pytest.mark.slow)],
 )
-def test_a_rollback_beyond_a_step_is_exact(model, how, back):
+def test_a_rollback_beyond_a_step_is_exact(model, how, back, attended_by):
     step, cache, twin = stepper(how, model), new(model), new(model)
     for c in (cache, twin):
         logits_of(model.forward, IDS[:1, :30], c)

@@ -22,6 +22,8 @@ from life_of_a_cache import SCENARIOS, Life, outcome  # noqa: E402
 from life_of_a_cache import page as life_page  # noqa: E402
 from life_programs import RUN_BY  # noqa: E402
 
+pytest_plugins = ["plain_torch"]
+
 RECORDS: dict[str, dict[str, Any]] = json.loads((ROOT / "docs" / "conformance.json").read_text())
 #: Other ways to write, to read or to attend each.
 THIRTY = (
@@ -30,10 +32,11 @@ THIRTY = (
     "granite", "llama", "mistral", "mixtral", "nemotron", "olmo2", "opt", "phi", "qwen3", "stablelm",
 )  # fmt: skip
 #: Those of them that are most like another, or are in GROWING: gemma is as gemma2, cohere as cohere2, gpt2 as
-#: gpt_bigcode, gpt_neox as gptj, mistral and qwen3 as llama, with a window as gemma2's.
+#: gpt_bigcode, gpt_neox as gptj, mistral and qwen3 as llama, with a window as gemma2's. That of bloom, gemma2 and
+#: llama all is fused, test_fuse_decode.py says.
 ALIKE = {
-    "apertus", "arcee", "codegen", "cohere", "deepseek_v32", "falcon_h1", "gemma", "glm", "gpt2", "gpt_neox", "gpt_oss",
-    "granite", "mistral", "mixtral", "nemotron", "olmo2", "phi", "qwen3", "stablelm",
+    "apertus", "arcee", "bloom", "codegen", "cohere", "deepseek_v32", "falcon_h1", "gemma", "gemma2", "glm", "gpt2",
+    "gpt_neox", "gpt_oss", "granite", "llama", "mistral", "mixtral", "nemotron", "olmo2", "phi", "qwen3", "stablelm",
 }  # fmt: skip
 #: A window with sinks, latents, an indexer and a hybrid, of those that grow by concatenation.
 GROWING = ("gpt_oss", "deepseek_v3", "deepseek_v32", "falcon_h1")
@@ -50,7 +53,7 @@ WORST = 0.25  # relative error of logits at 4 bits, of random models
     ]
     + [pytest.param(name, "DynamicCache", marks=pytest.mark.slow if name in LATENT else ()) for name in GROWING],
 )
-def test_no_less_than_recorded(name: str, kind: str) -> None:
+def test_no_less_than_recorded(name: str, kind: str, plain_torch: None) -> None:
     """More is fine: then `make conformance` renews the record."""
     record = RECORDS[name] if kind == "XQuantCache" else RECORDS[name][kind]
     logging.disable(logging.WARNING)

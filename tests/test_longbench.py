@@ -20,6 +20,8 @@ from xquant_fx.evaluate.tasks.kvpress import Evaluation, ResultFolder
 from xquant_fx.evaluate.tasks.longbench import Reading, score
 from xquant_fx.evaluate.tasks.longbench_data import TASKS, Prompts, prompts, read_items, task_of
 
+pytest_plugins = ["plain_torch"]
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "model"
 TEXT = (ROOT / "LICENSE").read_text()
@@ -163,7 +165,7 @@ def run(trained, tokenizer, tmp_path_factory):
     return (trained[0], tokenizer, ["hotpotqa", "passage_count"], {"short": SHORT}), given, folder / "out"
 
 
-def test_report(run, monkeypatch):
+def test_report(run, monkeypatch, no_compiler):
     args, given, out = run
     report = longbench_report(*args, **given)
     assert list(report.scores) == ["full precision", "short"]
@@ -221,7 +223,7 @@ def test_a_folder_of_another_run_is_left_alone(tmp_path):
     assert ResultFolder(None, Evaluation("d", "", "m", "p", 0.5, "1", "{}")).folder is None
 
 
-def test_commands(monkeypatch, capsys, tmp_path):
+def test_commands(monkeypatch, capsys, tmp_path, no_compiler):
     monkeypatch.chdir(ROOT)
     write(tmp_path / "passage_count_e.jsonl", item(0, answers=["3"]))
     args = ["examples/model", "--preset", "kivi-2"]

@@ -20,6 +20,8 @@ from xquant_fx.compiler.options import parse
 from xquant_fx.plan.buffer_plan import BufferPlan
 from xquant_fx.plan.plan import LayerPlan, Plan, make_plan
 
+pytest_plugins = ["plain_torch"]
+
 CONFIG = range_config(k_bits=2, v_bits=1, share_values_from=0, k_group_size=8, residual_length=8)
 IDS = torch.arange(3, 17)[None]
 
@@ -110,7 +112,7 @@ def test_another_number_of_layers():
         XQuantCache(model.config, 32, config=make_plan(CONFIG, 3))
 
 
-def test_a_plan_no_config_can_say_through_cache_and_takeover():
+def test_a_plan_no_config_can_say_through_cache_and_takeover(attended_by):
     """Wide values in the first layer, other windows in the second, longer ones of keys."""
     model = tiny("llama")
     plan = changed(make_plan(CONFIG.replace(share_values_from=None), 2), 0, "value", bits=8)
@@ -133,7 +135,7 @@ def test_a_plan_no_config_can_say_through_cache_and_takeover():
     torch.testing.assert_close(out[id(ours)][1:], out[id(theirs)][1:], rtol=1e-3, atol=1e-3)
 
 
-def test_options_that_differ_from_the_plan_in_use():
+def test_options_that_differ_from_the_plan_in_use(attended_by):
     model = tiny("llama")
     cache = XQuantCache(model.config, 32, config=make_plan(CONFIG, 2))
     other = parse(None, {"config": make_plan(CONFIG.replace(v_bits=2), 2)})
@@ -180,7 +182,7 @@ def test_layers_of_a_plan_are_pairs_of_entries():
     assert isinstance(layer, LayerPlan) and [entry.role for entry in layer] == ["key", "value"]
 
 
-def test_a_hand_written_step_with_a_plan():
+def test_a_hand_written_step_with_a_plan(attended_by):
     plan, seen = make_plan(CONFIG, 2), Rewrites()
     layers = quantized_layers(plan)
     step = torch.compile(two_layers, backend=seen, dynamic=False)

@@ -27,6 +27,8 @@ from trial_codes import Trellis, gaussian_codebook, gaussian_trellis, nearest, r
 from trial_list import TRIALS, trial
 from trial_quantizers import Keys, Seen, fixed_widths, over_layer, over_pairs, turned, uniform_widths, water_filling
 
+pytest_plugins = ["plain_torch"]
+
 PROMPT, TOKENS = 640, 700
 
 
@@ -146,7 +148,7 @@ def test_the_presets_own_quantizers_give_what_the_product_gives(window, monkeypa
     assert kl_divergence(product, other) > 1e-5
 
 
-def test_every_trial_runs(trained, quick) -> None:
+def test_every_trial_runs(trained, quick, no_compiler) -> None:
     model, ids = trained
     args = argparse.Namespace(prompt=PROMPT, window=TOKENS, stride=16, only=["keys", "values", "windows: keys", "16"])
     rows = quality_trials.run(model, [ids[:, :TOKENS]], args)
@@ -155,7 +157,7 @@ def test_every_trial_runs(trained, quick) -> None:
     quality_trials.table(rows)
 
 
-def test_chosen_windows_take_as_many_bytes(trained, monkeypatch) -> None:
+def test_chosen_windows_take_as_many_bytes(trained, monkeypatch, no_compiler) -> None:
     monkeypatch.setattr(trial_windows, "LENGTHS", (128, 256, 384))
     monkeypatch.setattr(trial_windows, "TEXT", trial_windows.Text(count=1, tokens=TOKENS, prompt=PROMPT, stride=8))
     model, _ = trained

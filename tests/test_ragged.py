@@ -26,6 +26,8 @@ from xquant_fx import (
 )
 from xquant_fx.cache.kv_tensor import QuantizedKV
 
+pytest_plugins = ["plain_torch"]
+
 B, H, N, D, LENGTHS = 3, 2, 64, 16, (37, 5, 20)
 SMALL = dict(k_bits=2, v_bits=2, residual_length=8, k_group_size=4, sink_tokens=2, rollback_tokens=8)
 #: Codes of values are shared in pairs, keys have one range per channel.
@@ -124,7 +126,7 @@ def ahead(steps, q=1, lengths=LENGTHS):
         (by_three_indices, 1, SHARED), (by_put, 1, dict(preset="full")), (by_scatter, 2, SMALL), (by_rows, 2, SHARED),
     ],
 )  # fmt: skip
-def test_each_row_is_as_alone(write, q, options):
+def test_each_row_is_as_alone(write, q, options, attended_by):
     calls, buffers, positions = [], prompts(), ahead(12 // q, q)
     got = run(torch.compile(decoder(write), backend=interpreted(calls, **options)), buffers, positions)
     for row in range(B):
@@ -135,7 +137,7 @@ def test_each_row_is_as_alone(write, q, options):
     assert fused == (0 if options.get("preset") == "full" else 2) and stored >= 3
 
 
-def test_scatter_at_common_positions_is_an_append_like_others():
+def test_scatter_at_common_positions_is_an_append_like_others(attended_by):
     def write(buffer, x, pos):
         buffer.scatter_(2, pos[0][:, None].expand_as(x), x)
 
@@ -334,7 +336,7 @@ def test_eager_code_gives_one_row_a_new_prompt(taken_over):
     assert keys.state.row_lengths == [39, 12, 22]
 
 
-def test_a_compiled_step_gives_one_row_a_new_prompt(taken_over):
+def test_a_compiled_step_gives_one_row_a_new_prompt(taken_over, attended_by):
     def prompt(keys, values):
         return decoder(alone)(x, [[keys, values]], torch.arange(12)[None])
 
@@ -369,7 +371,7 @@ def by_assignment(row, x, buffers, tokens):
 
 
 @pytest.mark.parametrize("prompt", [by_slice, by_select, by_assignment])
-def test_a_compiled_step_takes_a_row_of_the_batch(taken_over, prompt):
+def test_a_compiled_step_takes_a_row_of_the_batch(taken_over, prompt, attended_by):
     """Of row 1, whose number is a constant then; of the others, an input; to row 0 a shorter prompt than it held."""
     calls = []
     step = torch.compile(prompt, backend=interpreted(calls, **SMALL))
@@ -401,7 +403,7 @@ def test_one_row_of_ordinary_buffers_is_told_of_as_such():
         assert not site.rewritten and "a step that writes all rows, each at a position of its own" in site.reason
 
 
-@pytest.mark.parametrize("q", [1, 3])
+@pytest.mark.parametrize("q", [pytest.param(1, marks=pytest.mark.slow), 3])  # 1: compiled kernels
 def test_decode_attention_takes_each_row_by_its_length(taken_over, q):
     (keys, values), pos = taken_over[0], ahead(2)[1][:, :1] + torch.arange(q)
     query, k, v = torch.randn(3, B, H, q, D)

@@ -19,6 +19,8 @@ from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.storage import why_not_alone
 from xquant_fx.errors import CacheStateError
 
+pytest_plugins = ["plain_torch"]
+
 N, SHAPE = 32, (1, 2, 32, 8)
 CONFIG = XQuantConfig.preset("xquant").replace(k_bits=2, v_bits=2, k_group_size=4, residual_length=4)
 
@@ -129,7 +131,7 @@ def at(first: int, n: int = 1):
 
 
 @pytest.mark.parametrize("made", [True, False])
-def test_inference_mode(made):
+def test_inference_mode(made, attended_by):
     """Made under it or not, taken over under it, then on without it; heads are repeated by a view."""
 
     def repeated(q, k, v, keys, values, pos, mask):
@@ -216,7 +218,7 @@ def permuted(t, n):
         (permuted, 4, 40, 48),
     ],
 )
-def test_buffers_that_are_not_appended_to_stay_exact(where, chunk, start, until):
+def test_buffers_that_are_not_appended_to_stay_exact(where, chunk, start, until, attended_by):
     """The default preset quantizes nothing of so few tokens: only what is dropped could differ."""
     mine, theirs = empty(), empty()
     compiled = torch.compile(step, backend=interpreted(), dynamic=False)
@@ -244,7 +246,7 @@ def test_a_sequence_that_begins_anew_stays_quantized():
 
 
 @pytest.mark.parametrize("sizes", [(12, 12, 12), (12, 4, 12), (1, 12, 1, 12)])
-def test_computed_positions_that_start_over_in_sight_of_old_tokens_raise(sizes):
+def test_computed_positions_that_start_over_in_sight_of_old_tokens_raise(sizes, attended_by):
     """Whole chunks, also where their length is a symbol of the graph: they look like a new prompt."""
 
     def rotating(q, k, v, keys, values, first):
@@ -407,7 +409,7 @@ def test_a_subclass_of_tensor_is_not_taken_over():
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_rows_that_eager_code_reorders_in_place(bits):
+def test_rows_that_eager_code_reorders_in_place(bits, attended_by):
     config = CONFIG.replace(k_bits=bits, v_bits=bits, share_values_from=None)
     compiled = torch.compile(step, backend=interpreted(config=config))
     mine, theirs = ([torch.zeros(3, 2, N, 8) for _ in range(2)] for _ in range(2))
