@@ -1,9 +1,9 @@
 """Graphs that are compiled for caches with more room than there is, and told at each call how much that is.
 
-Of the stored tensors of a cache that grows nothing but our kernels takes any notice, and these are told how many tokens
-there is room for. So a graph serves tensors with any room up to that of its examples: none is made anew when a cache
-has moved to more. One C++ function (``one_call.py``) looks at no shapes. A wrapper in Python that stays is read: whether
-it gives these tensors to our kernels and does nothing else with them.
+Of the stored tensors of a cache that grows nothing but our kernels takes any notice, and these are told how many
+tokens there is room for. So a graph serves tensors with any room up to that of its examples: none is made anew when a
+cache has moved to more. One C++ function (``one_call.py``) looks at no shapes. A wrapper in Python that stays is read:
+whether it gives these tensors to our kernels and does nothing else with them.
 """
 
 from __future__ import annotations
