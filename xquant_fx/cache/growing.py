@@ -1,8 +1,8 @@
 """``GrowingKV``: keys or values that grow by concatenation, as in a ``DynamicCache``, stored as codes.
 
 ``torch.cat([past, new], dim=2)`` makes a new tensor every step. Here the new one is another window on the same
-:class:`KVState`, one step longer: nothing is copied. The state has room for a power of two of tokens and moves to
-twice the room when it is full. To everybody else the tensors are what they were under concatenation: each keeps its
+:class:`KVState`, one step longer: nothing is copied. The state has room for more tokens and moves to larger tensors
+when it is full (``growth.py``). To everybody else the tensors are what they were under concatenation: each keeps its
 length, an older one can be continued as long as what follows it can be taken back exactly, and what cannot be right
 any more raises.
 

@@ -80,7 +80,7 @@ class Growth:
     """One side of one layer as it grows: the state, its length as the host knows it, and what was overwritten.
 
     Graphs of ``any_room`` are made for a cache with more room than there is, and told at each call how much that is
-    (``compiler/any_room.py``): so none is made anew when a cache has moved to twice the room.
+    (``compiler/any_room.py``): so none is made anew when a cache has moved to more of it.
     """
 
     def __init__(self, state: KVState, tokens: int = 0, any_room: bool = False) -> None:
