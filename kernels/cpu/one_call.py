@@ -113,9 +113,7 @@ def joined(
         parameters = ", ".join(arg.arg for arg in function.args.args)
         return _python(parameters, read_wrapper(function, itemsizes), module)
 
-    of_graph = rooms()
-    stays_open = of_graph is not None and of_graph.are_ours(_parsed(wrapper))
-    return AtFirstCall(begin, functools.partial(_one_by_one, wrapper, module), stays_open)
+    return AtFirstCall(begin, functools.partial(_one_by_one, wrapper, module), wrapper)
 
 
 class Chain(NamedTuple):
@@ -165,29 +163,30 @@ def _parsed(wrapper: Callable[..., Any]) -> ast.FunctionDef:
 class AtFirstCall:
     """Calls what is compiled in the background until then; where that cannot be, what ``otherwise`` makes.
 
-    ``stays_open``: whether that takes inputs of any room, too (``any_room.py``).
+    That may take inputs of any room (``any_room.py``), too, if it calls ``wrapper`` and nothing else.
     """
 
     def __init__(
         self,
         begin: Callable[[], Callable[[], Callable[..., Any]]],
         otherwise: Callable[[], Callable[..., Any]],
-        stays_open: bool = False,
+        wrapper: Callable[..., Any] | None = None,
     ) -> None:
         from torch._dynamo.utils import dynamo_timed  # imports Dynamo
 
         with dynamo_timed("xquant_one_call"):
             self.finish = _begun(begin)
-        self.otherwise, self.stays_open = otherwise, stays_open
+        self.otherwise, self.wrapper, self.rooms = otherwise, wrapper, rooms()
         self.chosen: Callable[..., Any] | None = None
-        if (of_graph := rooms()) is not None:
-            of_graph.calls.append(self.is_open)
+        self.takes_any_room = False
+        if self.rooms is not None:
+            self.rooms.calls.append(self.is_open)
 
     def is_open(self) -> bool:
         """Whether it takes inputs of any room; waits for the compiler."""
         if self.chosen is None:
             self._choose()
-        return self.stays_open
+        return self.takes_any_room
 
     def __call__(self, *args: Any) -> Any:
         """Make the call."""
@@ -201,10 +200,13 @@ class AtFirstCall:
         with dynamo_timed("xquant_one_call"):
             try:
                 made = self.finish()
-                self.stays_open = True  # before it is ``chosen``: another thread may ask
+                self.takes_any_room = True  # before it is ``chosen``: another thread may ask
                 counters["xquant"]["one_call"] += 1
             except (NotReadError, build.CompileError) as error:
                 made = _told(self.otherwise, str(error)[:200])
+                if self.rooms is not None and self.wrapper is not None:
+                    with contextlib.suppress(OSError):  # no source
+                        self.takes_any_room = self.rooms.are_ours(_parsed(self.wrapper))
             self.chosen = made
         return made
 
