@@ -57,7 +57,8 @@ def build(name: str):
     return AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**FAMILIES[name])).eval()
 
 
-MARKS = {"Bloom": OLD_BLOOM, "Mpt": pytest.mark.slow, "Qwen3": pytest.mark.slow}  # as Bloom; as tests of Llama
+#: As Bloom is; as test_fuse_decode.py has them; as tests of Llama.
+MARKS = {"Bloom": OLD_BLOOM, **dict.fromkeys(("Mpt", "Falcon", "Gemma2", "Qwen3"), pytest.mark.slow)}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, ())) for n in sorted(FAMILIES)])

@@ -20,7 +20,7 @@ def ids() -> Tensor:
     return torch.randint(3, 128, (1, sum(TURNS)), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kind", [XQuantCache, StaticCache, DynamicCache])
+@pytest.mark.parametrize("kind", [XQuantCache, pytest.param(StaticCache, marks=pytest.mark.slow), DynamicCache])
 @torch.no_grad()
 def test_turns_of_any_length_are_traced_once(tiny_llama, kind) -> None:
     """With codes that do not depend on who filled the cache."""

@@ -27,7 +27,7 @@ RANKED = sorted(set(PRESETS) - {"full", *QUANTIZED})
 #: Of ``xquant`` the lower half shares nothing, so that what ``asymkv-1.5`` and ``kivi-2`` are made of is in it, too.
 #: Pairs alone are there in two layers, and what shares nothing in one.
 FAST = [
-    ("xquant", {}, "four_layers"),
+    ("xquant", {}, "two_layers"),
     ("xquant", PLANES, "two_layers"),
     ("xquant-paper", dict(share_values_from=0), "two_layers"),
     ("xquant-1bit", {}, "two_layers"),
@@ -137,7 +137,7 @@ def test_ranked_and_rotated_steps_equal_eager_ones(one_layer, preset):
 @pytest.mark.parametrize(
     ("preset", "more"),
     [
-        ("xquant-2.2", {}),
+        pytest.param("xquant-2.2", {}, marks=pytest.mark.slow),  # test_any_room.py compiles such steps
         pytest.param("xquant-2.2", dict(v_bits=3, scale_dtype=torch.float16), marks=pytest.mark.slow),
         pytest.param("xquant-1.4", {}, marks=pytest.mark.slow),
     ],
@@ -257,7 +257,7 @@ def test_compiled_prefill_and_chunks_equal_eager(tiny_llama, kind, layers, prese
     ("kind", "dtype", "compiled"),
     [
         ("decoder", torch.bfloat16, True),
-        ("decoder", torch.float16, False),
+        pytest.param("decoder", torch.float16, False, marks=pytest.mark.slow),
         *(
             pytest.param("llama", dtype, compiled, marks=pytest.mark.slow)
             for dtype in (torch.bfloat16, torch.float16)

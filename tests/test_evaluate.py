@@ -106,7 +106,7 @@ def test_simulation_equals_the_independent_reference(tiny_llama):
     assert float((torch.cat(logits[1:], 1) - simulated).abs().max()) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["kivi-2", "xquant-2.2"])
+@pytest.mark.parametrize("name", [pytest.param("kivi-2", marks=pytest.mark.slow), "xquant-2.2"])
 def test_simulation_equals_steps_on_the_embedded_model(trained, name):
     model, ids = trained
     config = XQuantConfig.preset(name)

@@ -227,6 +227,7 @@ def real():
     return model, cut_windows(tokenizer, (ROOT / "LICENSE").read_text(), 480, 1)
 
 
+@pytest.mark.slow  # test_evaluate.py has it for the embedded model
 @pytest.mark.real
 def test_real_simulation_equals_steps(real):
     model, ids = real

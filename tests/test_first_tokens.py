@@ -111,7 +111,7 @@ ONWARD = ((0, 21), (21, 1), (22, 1), (23, 3), (26, 1))
     ("attend", "read"),
     [
         (as_meta_has_it, by_slice),
-        (by_bools, by_narrow),
+        pytest.param(by_bools, by_narrow, marks=pytest.mark.slow),
         pytest.param(with_alibi, by_slice, marks=pytest.mark.slow),
         pytest.param(no_mask, by_narrow, marks=pytest.mark.slow),
     ],

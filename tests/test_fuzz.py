@@ -120,6 +120,7 @@ def masks_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuse_decode, "build_mask", lambda *a: None)
 
 
+@pytest.mark.slow  # a tool of `make fuzz` alone
 def test_a_fault_is_found_and_made_smaller(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     """The plainest case is right; without masks it is wrong, and told with a script that runs."""
     wide = case(bits=4, layers=2, read="contiguous", events=(9, 1, 1, 1))

@@ -30,7 +30,7 @@ def states(layer):
 
 # Hybrids in an XQuantCache are in test_layers_with_more.py, too.
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "XQuantCache" else ()) for kind in CACHES]
+    "kind", [pytest.param(kind, marks=() if kind == "DynamicCache" else pytest.mark.slow) for kind in CACHES]
 )
 def test_states_are_what_eager_code_makes_them(kind):
     model = tiny("qwen3_next")

@@ -23,7 +23,7 @@ def skip_unknown(name: str) -> None:
         pytest.skip(f"no {name} in this transformers")
 
 
-@pytest.fixture(params=BOTH)
+@pytest.fixture(params=[pytest.param(BOTH[0], marks=pytest.mark.slow), BOTH[1]])  # test_conformance.py has the first
 def model(request):
     skip_unknown(request.param)
     return tiny(request.param)

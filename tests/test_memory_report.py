@@ -117,7 +117,9 @@ def test_every_byte_is_counted(name: str, dtype: torch.dtype, batch: int, sinks:
     assert report.bits_per_element == 8 * report.total_bytes / report.elements
 
 
-@pytest.mark.parametrize(("name", "most"), [("xquant", 1.75), ("xquant-1bit", 1.35)])
+@pytest.mark.parametrize(
+    ("name", "most"), [pytest.param("xquant", 1.75, marks=pytest.mark.slow), ("xquant-1bit", 1.35)]
+)
 def test_true_bits_per_element_of_a_long_context(name: str, most: float) -> None:
     """At 32,768 tokens, head_dim 128 and a bfloat16 model: codes, scales, zero points, windows, everything."""
     config, tokens = llama(layers=8, heads=1, dim=128), 32768

@@ -59,7 +59,7 @@ def run(step, cache, mask: Tensor, narrow: bool = False) -> Tensor:
     return torch.cat(out, 2)
 
 
-@pytest.mark.parametrize("attend", [sdpa, spelt_out])
+@pytest.mark.parametrize("attend", [pytest.param(sdpa, marks=pytest.mark.slow), spelt_out])
 def test_a_first_prompt_and_what_follows(attend) -> None:
     plain = attentions(attend)
     step = torch.compile(plain, backend=interpreted(self_check=False), fullgraph=True, dynamic=False)

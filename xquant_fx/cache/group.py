@@ -195,8 +195,8 @@ class CacheGroup:
             if self.uncompiled >= MANY_STEPS:
                 warn_once(
                     f"{MANY_STEPS} steps of a quantized cache ran uncompiled, which is slow: compile the model that "
-                    'generate() calls, by model.compile(backend="xquant") (with PEFT: model.get_base_model()); if it is, '
-                    "and torch warned of a recompile_limit, raise torch._dynamo.config.recompile_limit",
+                    'generate() calls, by model.compile(backend="xquant") (with PEFT: model.get_base_model()); if it '
+                    "is, and torch warned of a recompile_limit, raise torch._dynamo.config.recompile_limit",
                     key="uncompiled steps",
                 )
         elif not self.written:
