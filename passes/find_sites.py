@@ -102,7 +102,7 @@ def _chooses_tokens(buffer: Node) -> bool:
     It holds an indexer's keys then. A router takes the largest, too, but of experts.
     """
     value = fake(buffer)
-    if value is None:
+    if value is None or value.dim() < 2:
         return False
     seen, left, tokens = {buffer}, [buffer], [str(size) for size in value.shape[-2:-1]]
     while left:

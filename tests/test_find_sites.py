@@ -190,6 +190,20 @@ def test_buffer_that_two_attentions_read():
     assert sites[0].key.root is sites[1].key.root
 
 
+@torch.no_grad()
+def test_a_list_of_numbers_that_is_written_to_is_no_cache():
+    """It has no tokens, whatever it is joined to."""
+
+    def step(counts, pos, x):
+        counts[pos] = 1.0
+        return torch.cat([counts, x]).sum() + x
+
+    torch._dynamo.reset()
+    given = torch.tensor([0.0, 3.0]), torch.tensor([1]), torch.ones(2)
+    expected = step(given[0].clone(), *given[1:])
+    torch.testing.assert_close(torch.compile(step, backend="xquant")(*given), expected)
+
+
 def test_detection_changes_nothing():
     ((gm, _),) = graphs_of(FastModel(), torch.arange(3, 8)[None], torch.arange(5))
     before = (str(gm.graph), [dict(node.meta) for node in gm.graph.nodes])

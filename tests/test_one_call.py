@@ -143,6 +143,29 @@ def test_kernels_of_one_source() -> None:
     assert all(kernel.alone is None for name, kernel in module.items() if name.startswith("cpp_"))
 
 
+def test_the_method_of_a_runner() -> None:
+    """Which Inductor's module has in the place of a function where it may part a graph (for CUDA graphs)."""
+
+    class Runner:
+        def call(self, args):  # type: ignore[no-untyped-def]
+            return (self, args)
+
+    counters.clear()
+    runner = Runner()
+    Runner.call = joined(Runner.call, unit_module())  # type: ignore[method-assign]
+    assert runner.call([1]) == (runner, [1])
+    assert [name[:23] for name in counters["xquant"]] == ["kernels called one by o"]
+
+
+def test_what_checks_tensors_is_left_out() -> None:
+    """Torch 2.14 checks several by one call."""
+    call = "def call(args):\n    arg0_1, = args\n    {}cpp_a(arg0_1, 3)\n    return ()"
+    checks = (
+        "assert_size_stride(arg0_1, (1,), (1,))\n    assert_size_stride_grouped((arg0_1,), ((1,),), ((1,),), 'x')\n    "
+    )
+    assert addresses(read_wrapper(function(call.format(checks)))) == addresses(read_wrapper(function(call.format(""))))
+
+
 def test_a_part_of_an_argument() -> None:
     """One tensor holds the weights of all layers, say."""
     text = "def call(args):\n    arg0_1, = args\n    cpp_a(reinterpret_tensor(arg0_1, (2, ), (1, ), 3))\n    return ()"

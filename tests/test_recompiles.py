@@ -55,7 +55,8 @@ def test_steps_are_compiled_once_per_shape() -> None:
     cache = steps.cache()
     assert steps.run(cache, prompt(5), count=6) == 1
     expected = {"keys", "values", "cumulative_length", "is_initialized", "leads", "__dict__"}
-    assert guarded(LlamaForCausalLM.forward, 1) == expected  # each costs time in every step, in every layer
+    # Each costs time in every step, in every layer. Transformers 5.17 asks for one more.
+    assert guarded(LlamaForCausalLM.forward, 1) - {"is_sliding"} == expected
     cache.reset()
     assert steps.run(cache, prompt(11)) == 1  # another prompt, of another length
     assert steps.run(steps.cache(), prompt(7)) == 1  # another cache of the same config

@@ -182,6 +182,10 @@ class AtFirstCall:
         if self.rooms is not None:
             self.rooms.calls.append(self.is_open)
 
+    def __get__(self, runner: Any, owner: Any = None) -> Callable[..., Any]:
+        """Where it is a method in the place of another, as a class of generated code has one."""
+        return self if runner is None else functools.partial(self, runner)
+
     def is_open(self) -> bool:
         """Whether it takes inputs of any room; waits for the compiler."""
         if self.chosen is None:

@@ -1,7 +1,7 @@
 """What Inductor's Python wrapper does with its C++ kernels, read from the code that it generated.
 
 The wrapper allocates buffers, gives parts of them other names, and calls kernels with them. Read are those statements
-(as torch 2.11 and 2.13 write them) and no others: a wrapper that does anything else is refused, with the statement.
+(as torch 2.11 to 2.14 write them) and no others: a wrapper that does anything else is refused, with the statement.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 ALIGNMENT = 64  # of torch's CPU allocator
+#: What checks tensors and does nothing else; torch 2.14 checks several in one call.
+ASSERTS = ("assert_size_stride", "assert_size_stride_grouped", "assert_alignment")
 
 
 class NotReadError(Exception):
@@ -121,7 +123,7 @@ class Reader:
             case ast.Delete(targets=targets):
                 for target in targets:
                     self._delete(target)
-            case ast.Expr(value=ast.Call(func=ast.Name(id="assert_size_stride" | "assert_alignment"))):
+            case ast.Expr(value=ast.Call(func=ast.Name(id=name))) if name in ASSERTS:
                 pass  # sizes of arguments are guarded on before, those of buffers are known
             case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="args"), attr="clear"))):
                 pass
