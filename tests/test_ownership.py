@@ -230,7 +230,8 @@ def test_a_refused_crop_changes_nothing(tiny_llama):
 
 
 @pytest.mark.skipif(not hasattr(StaticLayer, "crop"), reason="static caches roll back from transformers 5.24 on")
-def test_a_static_cache_that_was_taken_over_rolls_back(model):
+def test_a_static_cache_that_was_taken_over_rolls_back(tiny_llama):
+    model = tiny_llama(layers=2)  # whose layers are one graph, so that they are paired
     step = torch.compile(model.forward, backend=interpreted(config=CONFIG), dynamic=False)
     cache = StaticCache(model.config, max_cache_len=128)
     run_steps([(model.forward, 21)] + [(step, 1)] * 20, IDS[:1, :41], cache)

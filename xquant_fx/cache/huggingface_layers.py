@@ -129,7 +129,7 @@ def keep_windows(layers: list[Any], reason: str) -> None:
     """Put windows that stay in full precision for ``reason`` in the places of those of a ``StaticCache``."""
     for index, layer in enumerate(layers):
         if type(layer) is StaticSlidingWindowLayer:
-            layers[index] = FullPrecisionWindow(layer.max_cache_len, layers, reason)
+            layers[index] = FullPrecisionWindow(layer, layers, reason)
 
 
 def full_and_windows(layers: Sequence[Any]) -> tuple[dict[int, int], dict[int, int]]:

@@ -20,7 +20,7 @@ from xquant_fx.plan.spec import why_not_tokens
 
 
 class FullPrecisionWindow(StaticSlidingWindowLayer):
-    """A sliding window that is not quantized, for ``reason``; ``layers`` are all layers of its cache."""
+    """The sliding window ``like``, which is not quantized, for ``reason``; ``layers`` are all layers of its cache."""
 
     keys: Any
     values: Any
@@ -30,8 +30,10 @@ class FullPrecisionWindow(StaticSlidingWindowLayer):
         keep_buffers_of(new)  # of copies, too, which have no __init__
         return new
 
-    def __init__(self, window: int, layers: Sequence[Any], reason: str) -> None:
-        super().__init__(max_cache_len=window, sliding_window=window)
+    def __init__(self, like: Any, layers: Sequence[Any], reason: str) -> None:
+        super().__init__(max_cache_len=like.max_cache_len, sliding_window=like.max_cache_len)
+        if hasattr(like, "_is_croppable"):  # transformers 5.24: no token ever leaves the window
+            self._is_croppable = like._is_croppable
         self.layers, self.reason = layers, reason
         self.masked = False
         """Whether masks were made for it since it was empty: a model steps through all layers of the cache."""
