@@ -111,6 +111,8 @@ def test_another_batch_or_dtype_is_refused_by_a_decoder_in_a_sentence(model, how
     with pytest.raises(CacheStateError, match=r"^layer 0.*this cache holds 1 row, the step has 3: make a cache for 3"):
         logits_of(step, IDS[:, :1], cache)
     assert [layer.keys.state.length for layer in cache.layers] == lengths
+    if how == "compiled" and torch.__version__ < "2.12":
+        return  # no compiled step of that torch notices (docs/versions.md)
     model.bfloat16()
     with pytest.raises(
         CacheStateError, match=r"^layer 0.*holds torch.float32, the step has torch.bfloat16: make the ca"

@@ -54,8 +54,11 @@ class FullPrecisionWindow(StaticSlidingWindowLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def _why_not(self, key_states: Tensor, value_states: Tensor) -> str:
-        pairs = ((self.keys, key_states), (self.values, value_states))
-        return next((reason for old, x in pairs if (reason := why_not_tokens(x, old.shape, old.dtype))), "")
+        # Not by a generator with :=, at which Dynamo of torch 2.11 breaks the graph.
+        for old, x in ((self.keys, key_states), (self.values, value_states)):
+            if reason := why_not_tokens(x, old.shape, old.dtype):
+                return reason
+        return ""
 
     def _check_whole(self, new: int) -> None:
         """The first window of a cache finds that the layers before it have appended ``new`` tokens, and no others."""
