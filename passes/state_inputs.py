@@ -72,7 +72,6 @@ def _of_any_room(spec: KVSpec) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that may have another room than that of ``spec``, by name."""
     if not spec.any_room:
         return {}
-    batch, heads, room, dim = spec.shape
     alone = dataclasses.replace(spec, partner=None)  # with the codes that a lower layer lends
-    more = dataclasses.replace(alone, shape=(batch, heads, 2 * room, dim)).tensor_shapes()
+    more = alone.with_room(2 * spec.shape[2]).tensor_shapes()
     return {name: shape for name, (shape, _) in alone.tensor_shapes().items() if more[name][0] != shape}

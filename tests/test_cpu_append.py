@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
-from typing import Any
 
 import pytest
 import torch
 from bad_positions import BAD as BAD_POSITIONS
+from fast_and_slow import fast_but
 from ranked_store import BAD, RANKED, RANKED_SCRIPT, RANKED_SLOW, check_ranked, differences_by
 from store_reference import Case
 from store_runs import ThroughKernel, ThroughOps, pair_of, run, store_arguments
@@ -48,11 +47,6 @@ COVERED = {
     "values": "values, 8 bits",
     "values, 4 bits, sinks": "values, 3 bits, sinks; keys, 4 bits, padding",
 }
-
-
-def fast_but(names: Iterable[str], slow: Collection[str]) -> list[Any]:
-    """Parameters ``names``, those in ``slow`` marked so."""
-    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
 
 
 class ChunksThroughCpp(ThroughOps):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_cases import CASES, RANKED_CASES, RANKED_SLOW, REPEATED, allowed
 from attention_runs import Setup, arguments, errors, inputs
+from fast_and_slow import fast_but
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xquant_fx import ops
@@ -128,9 +129,7 @@ def check(setup: Setup, out: torch.Tensor, given: dict[str, Any]) -> dict[str, A
     return result
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in (*EVERY, *RANKED_SLOW)]
-)
+@pytest.mark.parametrize("name", fast_but((*EVERY, *RANKED_SLOW), SLOW))
 def test_against_the_truth(name: str) -> None:
     setup = Setup(**{**EVERY, **RANKED_SLOW}[name])
     given = inputs(setup)

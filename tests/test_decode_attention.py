@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fast_and_slow import fast_but
 from numeric import seeded
 from states import range_config
 from torch import Tensor
@@ -108,7 +109,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], Any]] = {
 ALONE = ("a scale", "softcap", "a window", "sink logits", "sink logits of float64", "a mask of [B, H, q, N]")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ALONE else ()) for n in ARGUMENTS])
+@pytest.mark.parametrize("name", fast_but(ARGUMENTS, ALONE))
 def test_arguments(name: str) -> None:
     loop, (given, wanted) = Loop(), ARGUMENTS[name]
     seen = loop.append(2)[0]

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from fast_and_slow import fast_but
 from fuzz.campaign import PLAIN, Campaign, script, smaller
 from fuzz.case import FORK, Case
 from fuzz.comparison import Outcome, run
@@ -101,9 +102,7 @@ LIKE_OTHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in LIKE_OTHERS else ()) for name in FOUND]
-)
+@pytest.mark.parametrize("name", fast_but(FOUND, LIKE_OTHERS))
 def test_found_once(name: str, attended_by: str) -> None:
     outcome = run(FOUND[name])
     assert (outcome.kind, outcome.detail, outcome.is_silent) == ("right", "", False)

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from xquant_fx import XQuantCache, XQuantConfig
-from xquant_fx.cache.growth import Growth, with_room
+from xquant_fx.cache.growth import Growth, with_lasting_room
 from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.cpu.any_room import Rooms
 
@@ -63,7 +63,7 @@ def test_a_pair_has_one_room() -> None:
 def test_few_graphs_serve_a_cache_that_grows(window: int) -> None:
     """Dynamo compiles eight of a function: windows that fill must not take them all."""
     state = layers_of(XQuantConfig(), (1, 1, 512, 64), torch.float32)[0][0]
-    state.respec(with_room(dataclasses.replace(state.spec, window=window), 512))  # as when it is taken over
+    state.respec(with_lasting_room(dataclasses.replace(state.spec, window=window), 512))  # as when it is taken over
     growth, specs = Growth(state, any_room=True), []
     for tokens in range(300, 40_000, 100):
         growth.reserve(tokens)

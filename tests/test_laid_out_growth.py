@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fast_and_slow import fast_but
 from rewrites import Rewrites, count
 from states import layers_of
 from stepping import interpreted
@@ -88,7 +89,7 @@ def compiled(model: Decoder, made: list[Any] | None = None, **options: Any) -> C
 ALL = [("BNHD",), ("NBHD",), ("BHDN",), ("NHD",), ("HND",), ("HDN",), ("BN2D",), ("NB2D",), ("BHND", "BNHD")]
 #: Their batch, tokens and heads are where those of the others are, or of tests below ("BNHD", "NHD").
 LIKE_OTHERS = [("BNHD",), ("NBHD",), ("NHD",), ("HDN",), ("BN2D",)]
-MARKED = [pytest.param(dims, marks=pytest.mark.slow if dims in LIKE_OTHERS else ()) for dims in ALL]
+MARKED = fast_but(ALL, LIKE_OTHERS)
 
 
 @pytest.mark.parametrize("dims", MARKED)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from dynamo_graphs import fresh
+from fast_and_slow import fast_but
 from numeric import seeded
 from rewrites import Rewrites, quantized_layers, two_layers
 from torch import Tensor, nn
@@ -77,18 +78,14 @@ def check(a: LinearArguments, out: Tensor) -> None:
 SLOW = {SHAPES[6], SHAPES[7], IN_FIRST[2]}
 
 
-def fast_but_slow(shapes: list[Any]) -> list[Any]:
-    return [pytest.param(shape, marks=pytest.mark.slow if shape in SLOW else ()) for shape in shapes]
-
-
-@pytest.mark.parametrize("shape", fast_but_slow(SHAPES))
+@pytest.mark.parametrize("shape", fast_but(SHAPES, SLOW))
 def test_against_the_truth(shape: Any) -> None:
     a = problem(*shape)
     check(a, ops.LINEAR_ROWS(a.x, a.weights, a.biases))
     check(a, linear(a))
 
 
-@pytest.mark.parametrize("shape", fast_but_slow(IN_FIRST))
+@pytest.mark.parametrize("shape", fast_but(IN_FIRST, SLOW))
 def test_weights_of_addmm_against_the_truth(shape: Any) -> None:
     a = in_first(problem(*shape))
     check(a, ops.LINEAR_ROWS(a.x, a.weights, a.biases, a.in_first))

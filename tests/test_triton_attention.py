@@ -19,6 +19,7 @@ from attention_cases import (
     WHOLE_ROWS,
     allowed,
 )
+from fast_and_slow import fast_but
 from triton_interpreter import Interpreter
 
 pytest.importorskip("triton")
@@ -77,7 +78,7 @@ AMD = (
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in (*CASES, *RANKED_CASES, *RANKED_SLOW)],
+    fast_but((*CASES, *RANKED_CASES, *RANKED_SLOW), SLOW),
 )
 def test_against_the_truth(name: str, interpreter: Interpreter) -> None:
     case = {**CASES, **RANKED_CASES, **RANKED_SLOW}[name]

@@ -5,11 +5,11 @@ The interpreter cuts numbers off where it should round them to bfloat16, so noth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
 from bad_positions import STEPS
+from fast_and_slow import fast_but
 from ranked_store import RANKED, RANKED_SCRIPT, RANKED_SHAPE, RANKED_SLOW, check_ranked
 from triton_interpreter import Interpreter
 
@@ -79,11 +79,6 @@ RANKED_COVERED = {
     "values, head_dim 128, groups of 128, 1 bits": "values, head_dim 80, groups of 80, 1 bits",
     "values, head_dim 64, groups of 32, 3 bits": "values, float16 scales",
 }
-
-
-def fast_but(names: Iterable[str], slow: Collection[str]) -> list[Any]:
-    """Parameters ``names``, those in ``slow`` marked so."""
-    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
 
 
 PLAYED = [name for name in CASES if name != "scales that do not fit"]

@@ -45,14 +45,13 @@ def room_of_graphs(room: int) -> int:
     return wide
 
 
-def with_room(spec: KVSpec, room: int) -> KVSpec:
+def with_lasting_room(spec: KVSpec, room: int) -> KVSpec:
     """``spec`` with ``room``, in tokens; or with that of graphs, if a window starts over in it.
 
     From the start, while it fills: it takes a window's memory then, and is not compiled for anew when it is full.
     """
-    batch, heads, _, dim = spec.shape
-    for_long = dataclasses.replace(spec, shape=(batch, heads, room_of_graphs(room), dim))
-    return for_long if for_long.wraps else dataclasses.replace(spec, shape=(batch, heads, room, dim))
+    for_long = spec.with_room(room_of_graphs(room))
+    return for_long if for_long.wraps else spec.with_room(room)
 
 
 @functools.cache  # one object for all caches of a model: guards compare it in each step
@@ -61,8 +60,7 @@ def of_any_room(spec: KVSpec) -> KVSpec:
 
     Codes that start over lie elsewhere than those that do not yet, and what is not quantized no kernel reads.
     """
-    batch, heads, room, dim = spec.shape
-    wide = dataclasses.replace(spec, shape=(batch, heads, room_of_graphs(room), dim), any_room=True)
+    wide = dataclasses.replace(spec.with_room(room_of_graphs(spec.shape[2])), any_room=True)
     return wide if spec.quantized and not (spec.wraps or wide.wraps) else spec
 
 
@@ -146,4 +144,5 @@ class Growth:
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` and a step after them."""
         if tokens > self.state.spec.shape[2]:
-            self.state.enlarge(with_room(self.state.spec, room_for(tokens, any_room=self.any_room)).shape[2])
+            room = room_for(tokens, any_room=self.any_room)
+            self.state.enlarge(with_lasting_room(self.state.spec, room).shape[2])

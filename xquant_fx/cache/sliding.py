@@ -195,26 +195,24 @@ def begin_to_slide(buffer: QuantizedKV) -> SlidingKV:
             each.lent_by = each.lower
             each.own_codes()
     longest = max(member.spec.shape[2] for member in members if not member.spec.window)
-    state.respec(dataclasses.replace(with_room(state.spec, longest), window=width))
+    state.respec(dataclasses.replace(with_room_to_slide(state.spec, longest), window=width))
     state.at_most = state.length
     _become(buffer, SlidingKV(state.spec, buffer.anchor, state, None, width))
     assert isinstance(buffer, SlidingKV)
     return buffer
 
 
-def with_room(spec: KVSpec, longest: int = 0) -> KVSpec:
+def with_room_to_slide(spec: KVSpec, longest: int = 0) -> KVSpec:
     """``spec`` of a window that fills, with room for what comes: ``longest`` tokens, if that is more than it has."""
-    batch, heads, width, dim = spec.shape
-    room = longest if longest > width else room_for(WINDOWS * width)
-    return dataclasses.replace(spec, shape=(batch, heads, room, dim))
+    width = spec.shape[2]
+    return spec.with_room(longest if longest > width else room_for(WINDOWS * width))
 
 
 def empty(buffer: SlidingKV) -> None:
     """Forget all tokens: ``buffer`` is a QuantizedKV again, which fills."""
     state = buffer.live
-    batch, heads, _, dim = state.spec.shape
     state.reset()
-    state.respec(dataclasses.replace(state.spec, shape=(batch, heads, buffer.width, dim), window=0))
+    state.respec(dataclasses.replace(state.spec.with_room(buffer.width), window=0))
     lower, state.lent_by = state.lent_by, None
     if lower is not None and lower.spec.shape == state.spec.shape and not lower.length:
         state.share_codes(lower)

@@ -223,8 +223,7 @@ class KVState:
 
         So do those that borrow the codes: a step that breaks off between the two layers leaves them alike.
         """
-        batch, heads, _, dim = self.spec.shape
-        self.respec(dataclasses.replace(self.spec, shape=(batch, heads, max_len, dim)))
+        self.respec(self.spec.with_room(max_len))
         for upper in self.borrowers:
             upper.enlarge(max_len)
 
@@ -239,10 +238,11 @@ class KVState:
             old = self.owned[name]
             if tuple(old.shape) != shape:
                 self.owned[name] = new = old.new_zeros(shape, dtype=dtype)
-                along_tokens = name == "codes" and spec.quantized and old.shape[2] != shape[2]
-                for part, of_old in planes_of_both(spec.bits, new, old) if along_tokens else [(new, old)]:
-                    both = tuple(slice(0, min(sizes)) for sizes in zip(of_old.shape, part.shape, strict=True))
-                    part[both] = of_old[both]
+                is_packed_along_tokens = name == "codes" and spec.quantized and old.shape[2] != shape[2]
+                planes = planes_of_both(spec.bits, new, old) if is_packed_along_tokens else [(new, old)]
+                for target, source in planes:
+                    both = tuple(slice(0, min(sizes)) for sizes in zip(target.shape, source.shape, strict=True))
+                    target[both] = source[both]
         self.group.collected.clear()
 
     def own_codes(self) -> None:

@@ -28,7 +28,7 @@ class GrowingStep:
     def __init__(self, step: CompiledStep, uncompiled: Callable[..., Any], grown: list[Grown]) -> None:
         self.step, self.uncompiled, self.grown = step, uncompiled, grown
         self.of_any_room = step.compiled if isinstance(step.compiled, OfAnyRoom) else None
-        self.exactly = ExactRooms(uncompiled, "its kernels are called one by one")
+        self.exactly = ExactRooms(uncompiled, "its wrapper takes what may have another size")
         self.results = {position: each for each in grown for position in each.outputs}
 
     def __call__(self, *args: Any) -> Any:

@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.growing import GrowingKV
-from xquant_fx.cache.growth import Growth, with_room
+from xquant_fx.cache.growth import Growth, with_lasting_room
 from xquant_fx.cache.state import KVState
 from xquant_fx.compiler.planning import geometry_of
 from xquant_fx.compiler.prompt_queries import queries_of, show_query
@@ -79,7 +79,7 @@ class _NewCache:
         lower = None if entry.partner is None else self.states.get((entry.partner, buffer.role))
         shape, dtype, rotary, window, _ = geometry_of(buffer, like, self.any_room)
         spec = entry.bind(buffer.layer, shape, dtype, None if lower is None else lower.spec, rotary, window)
-        spec = with_room(spec, shape[2])
+        spec = with_lasting_room(spec, shape[2])
         state = KVState(spec, self.group, lower if spec.borrowed else None)
         self.states[buffer.layer, buffer.role] = state
         return state

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import Geometry, Slot, bind_all, quantized_empty
 from xquant_fx.cache.growing import STORED_KV
-from xquant_fx.cache.growth import AHEAD, room_for, with_room
+from xquant_fx.cache.growth import AHEAD, room_for, with_lasting_room
 from xquant_fx.compiler.dynamo_frames import is_partial
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.proof import Call
@@ -50,7 +50,7 @@ def bind_buffers(plan: Plan, buffers: Sequence[Buffer], tensors: Sequence[Tensor
     pairs = zip(buffers, tensors, strict=True)
     bound = bind_all(plan, [(b.layer, b.role, geometry_of(b, t)) for b, t in pairs])
     grows = [buffer.write.past is not None for buffer in buffers]
-    return [with_room(spec, spec.shape[2]) if one else spec for spec, one in zip(bound, grows, strict=True)]
+    return [with_lasting_room(spec, spec.shape[2]) if one else spec for spec, one in zip(bound, grows, strict=True)]
 
 
 def geometry_of(buffer: Buffer, tensor: Tensor, any_room: bool = False) -> Geometry:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.ragged import Row
-from xquant_fx.cache.sliding import SlidingKV, with_room
+from xquant_fx.cache.sliding import SlidingKV, with_room_to_slide
 from xquant_fx.compiler.differences import Difference, beyond_rounding
 from xquant_fx.compiler.full_precision import Rebuilt, contents_of, full, held_of
 from xquant_fx.compiler.left_alone import CHECKED
@@ -161,7 +161,7 @@ class _Check:
                 spec, anchor = again.specs[buffer.node], value_of(buffer.node)
                 stand_in = QuantizedKV(spec, anchor)
                 if buffer.index in sliding:
-                    again.specs[buffer.node] = spec = with_room(spec)
+                    again.specs[buffer.node] = spec = with_room_to_slide(spec)
                     stand_in = SlidingKV(spec, anchor, width=anchor.shape[2])
                 buffer.node.meta["example_value"] = stand_in
         ordinary = {b.index: (again.specs[b.node], b.group) for b in again.ordinary if b.index is not None}

@@ -84,6 +84,5 @@ def _whole_blocks(specs: list[KVSpec]) -> int:
 
 
 def _bits(spec: KVSpec, tokens: int, window: int = 0) -> int:
-    batch, heads, _, dim = spec.shape
-    of_text = dataclasses.replace(spec, shape=(batch, heads, tokens, dim), dtype=torch.bfloat16, window=window)
+    of_text = dataclasses.replace(spec.with_room(tokens), dtype=torch.bfloat16, window=window)
     return 8 * of_text.stored_bytes

@@ -68,6 +68,11 @@ class KVSpec:
         """Itself, as it never changes: Dynamo's guards keep a deep copy, and compare it in each step."""
         return self
 
+    def with_room(self, tokens: int) -> KVSpec:
+        """The same for ``tokens`` tokens (N)."""
+        batch, heads, _, dim = self.shape
+        return dataclasses.replace(self, shape=(batch, heads, tokens, dim))
+
     @property
     def borrowed(self) -> bool:
         """Whether the codes belong to the layer below."""
