@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -105,8 +106,13 @@ def sources() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path) -> set[str]:
-    """What a file imports: modules of this package without ``xquant_fx.``, others by full name."""
+SOURCES = sources()
+
+
+@functools.cache
+def imports(module: str) -> set[str]:
+    """What a module imports: those of this package without ``xquant_fx.``, others by full name."""
+    path = SOURCES[module]
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -114,12 +120,8 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path.name}: relative import"
             names.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
-    modules = sources()
     own = {name.removeprefix("xquant_fx.") for name in names if name.startswith("xquant_fx.")}
-    return {name for name in own if name in modules} | {n for n in names if not n.startswith("xquant_fx")}
-
-
-IMPORTS = {name: imports(path) for name, path in sources().items()}
+    return own & SOURCES.keys() | {n for n in names if not n.startswith("xquant_fx")}
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -132,9 +134,9 @@ def floor_of(name: str) -> int:
     return floor
 
 
-@pytest.mark.parametrize("name", IMPORTS)
+@pytest.mark.parametrize("name", SOURCES)
 def test_imports_go_down(name):
-    above = {i for i in IMPORTS[name] if i in IMPORTS and i and floor_of(i) > floor_of(name)}
+    above = {i for i in imports(name) & SOURCES.keys() if i and floor_of(i) > floor_of(name)}
     assert above == set()
 
 
@@ -142,24 +144,23 @@ def test_imports_go_down(name):
 def test_who_may_import(target):
     importers = [
         name
-        for name, imported in IMPORTS.items()
+        for name in SOURCES
         if name  # the package itself names what it exports to type checkers, and loads it when asked
-        and any(fnmatch(i, target) or i.startswith(target + ".") for i in imported)
+        and any(fnmatch(i, target) or i.startswith(target + ".") for i in imports(name))
     ]
     assert [name for name in importers if not matches(name, MAY_BE_IMPORTED_BY[target])] == []
 
 
 @pytest.mark.parametrize("pattern", MAY_IMPORT)
 def test_what_may_be_imported(pattern):
-    modules = [name for name in IMPORTS if fnmatch(name, pattern)]
+    modules = [name for name in SOURCES if fnmatch(name, pattern)]
     assert modules, f"no module is called {pattern}"
     for name in modules:
-        own = {i for i in IMPORTS[name] if i in IMPORTS}
-        assert {i for i in own if not matches(i, MAY_IMPORT[pattern])} == set(), name
+        assert {i for i in imports(name) & SOURCES.keys() if not matches(i, MAY_IMPORT[pattern])} == set(), name
 
 
 def test_no_import_cycle():
-    graph = {name: {i for i in imported if i in IMPORTS} for name, imported in IMPORTS.items()}
+    graph = {name: imports(name) & SOURCES.keys() for name in SOURCES}
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
