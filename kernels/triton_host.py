@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from xquant_fx.kernels.widths import rank_widths
+from xquant_fx.tracing import is_traced
 
 
 @functools.cache
@@ -23,3 +30,8 @@ def rank_counts(bits: float, dim: int) -> dict[str, int]:
     """Constants of kernels for ranked channels (``triton_widths.py``): how many ranks have 1, 2, ... 7 bits or more."""
     widths = rank_widths(bits, dim)
     return {f"RANKS_{least}": sum(width >= least for width in widths) for least in range(1, 8)}
+
+
+def on_its_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, the current GPU is that of ``x``: there Triton launches. Inductor's code sees to that itself."""
+    return contextlib.nullcontext() if is_traced(x) else torch.cuda.device_of(x)

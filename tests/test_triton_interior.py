@@ -212,6 +212,16 @@ def test_splits_fill_the_device(multiprocessors: int, shared: int, kv_heads: int
     assert rounds / math.ceil(rounds) > 0.9
 
 
+@pytest.mark.parametrize("ranked", [True, False])
+def test_grids_of_long_chunks(ranked: bool) -> None:
+    """CUDA's limits: 2**31 - 1 programs along the first dimension, 65,535 along others."""
+    for query in (1, 65536):
+        given = decode_arguments(query=query, kv_heads=32, max_len=65536, group=1, ranked=ranked, v_bits=2, mask=None)
+        for launch in launches(triton_launch.launch, given, hip=False, device=LARGE):
+            first, *others = launch.grid
+            assert 0 < first < 2**31 and all(0 < programs <= 65535 for programs in others), launch.grid
+
+
 def test_a_device_is_asked_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = {
         "an A100": dict(multi_processor_count=108, regs_per_multiprocessor=65536, warp_size=32,

@@ -32,11 +32,12 @@ CHIPS = {
 
 @dataclasses.dataclass
 class Launch:
-    """A kernel with its arguments by name, and the options of the compiler."""
+    """A kernel with its arguments by name, the options of the compiler, and how many programs there are."""
 
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, int]
+    grid: tuple[int, ...]
 
 
 def launches(host: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Launch]:
@@ -51,7 +52,7 @@ def launches(host: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Launch
             def record(*args: Any, **kwargs: Any) -> None:
                 options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
                 given = dict(zip(self.kernel.arg_names, args, strict=False))
-                found.append(Launch(self.kernel, {**given, **kwargs}, options))
+                found.append(Launch(self.kernel, {**given, **kwargs}, options, grid))
 
             return record
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextvars
 import functools
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.codecache import CppPythonBindingsCodeCache
@@ -23,7 +24,9 @@ from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 from xquant_fx.kernels.cpu.isa import Isa, named_by_inductor
 
+log = logging.getLogger(__name__)
 CompileError = CppCompileError
+T = TypeVar("T")
 
 
 #: The header that is precompiled for kernels of ours. Torch's, which is twice as large, adds a second to each.
@@ -77,10 +80,25 @@ def _builder(code: str) -> type[CppPythonBindingsCodeCache]:
     return CppPythonBindingsCodeCache if _INCLUDES_TORCH in code else OwnKernels
 
 
+def mended(load: Callable[[], T]) -> T:
+    """What ``load`` gives, which builds a library if its file is not there; one that is damaged is built again.
+
+    A compiler that is killed leaves half a file, and Inductor goes by whether there is one.
+    """
+    try:
+        return load()
+    except ImportError as error:
+        if not error.path or not os.path.exists(error.path):
+            raise
+        log.warning("a compiled kernel is damaged and is built again: %s", error)
+        os.unlink(error.path)
+        return load()
+
+
 @functools.cache
 def load(types: tuple[str, ...], code: str) -> Callable[..., Any]:
     """The function ``kernel`` of ``code``, which takes tensors for its pointers."""
-    return _builder(code).load_pybinding(list(types), code)
+    return mended(functools.partial(_builder(code).load_pybinding, list(types), code))
 
 
 @functools.cache

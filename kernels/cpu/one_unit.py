@@ -51,7 +51,7 @@ class LaterKernel:
     def loaded(self) -> Callable[..., Any]:
         """The compiled kernel; raises what the compiler says."""
         if self.made is None:
-            self.made = self.future.result()
+            self.made = build.mended(self.future.result)
         assert self.made is not None
         return self.made
 
@@ -73,7 +73,7 @@ class UnitCompile(AsyncCompile):
         if may_be_joined(source_code):
             return UnitKernel(tuple(argtypes), source_code)
         build.isa()  # waits for what is asked in the background already
-        made = super().cpp_pybinding(argtypes, source_code)
+        made: Any = build.mended(lambda: super(UnitCompile, self).cpp_pybinding(argtypes, source_code))
         return LaterKernel(made) if hasattr(made, "result") else made
 
 

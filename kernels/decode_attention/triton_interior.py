@@ -132,8 +132,8 @@ def interior_kernel(
         V_WRAP,
     )  # fmt: skip
     LOGITS: tl.constexpr = (SCALE, SOFTCAP, WINDOW, MASK_KIND, SINK_TOKENS)
-    split = tl.program_id(0)
-    kv_head, batch = tl.program_id(1) // INTERIOR_BLOCKS, tl.program_id(2)
+    split = tl.program_id(1)
+    kv_head, batch = tl.program_id(0) // INTERIOR_BLOCKS, tl.program_id(2)
     head = (batch * KV_HEADS + kv_head).to(tl.int64)
     keys = codes_of(head, k_codes, k_scale, k_zero, K_WORDS * K_TOKENS, K_GROUPS * K_DIM)
     values = codes_of(head, v_codes, v_scale, v_zero, V_TOKENS * V_BITS // 32 * V_DIM, V_DIM // V_GROUP * V_STRIDE)
@@ -146,7 +146,7 @@ def interior_kernel(
     tile_range = range_of_split(split, low, high, INTERIOR_SPLITS, INTERIOR_TILE)
 
     # Row r is query token r % QUERY of query head r // QUERY of this KV head.
-    first_row = tl.program_id(1) % INTERIOR_BLOCKS * INTERIOR_ROWS
+    first_row = tl.program_id(0) % INTERIOR_BLOCKS * INTERIOR_ROWS
     rows = first_row + tl.arange(0, INTERIOR_ROWS)
     all_rows: tl.constexpr = HEADS_PER_KV * QUERY
     valid_rows = rows < all_rows

@@ -182,8 +182,8 @@ def decode_kernel(
         FOLD_V, BITCAST, MODEL, ROTATION, 0, 0, LATE_LOWER, False, V_WRAP,
     )  # fmt: skip
     LOGITS: tl.constexpr = (SCALE, SOFTCAP, WINDOW, MASK_KIND, SINK_TOKENS)
-    split = tl.program_id(0)
-    kv_head, batch = tl.program_id(1) // ROW_BLOCKS, tl.program_id(2)
+    split = tl.program_id(1)
+    kv_head, batch = tl.program_id(0) // ROW_BLOCKS, tl.program_id(2)
     head = (batch * KV_HEADS + kv_head).to(tl.int64)
     keys = codes_of(head, k_codes, k_scale, k_zero, K_WORDS * K_TOKENS, K_GROUPS * K_DIM)
     values = codes_of(head, v_codes, v_scale, v_zero, V_TOKENS * V_BITS // 32 * V_DIM, V_DIM // V_GROUP * V_STRIDE)
@@ -196,7 +196,7 @@ def decode_kernel(
     first, k_limit, v_limit = limits_of(past_tokens, K_RESIDUAL, V_RESIDUAL, WINDOW, KEYS)
 
     # Row r is query token r % QUERY of query head r // QUERY of this KV head.
-    rows = tl.program_id(1) % ROW_BLOCKS * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) % ROW_BLOCKS * ROWS + tl.arange(0, ROWS)
     valid_rows = rows < HEADS_PER_KV * QUERY
     query_rows = head * (HEADS_PER_KV * QUERY) + rows
     MASK_SHAPE: tl.constexpr = (MASK_BATCH, MASK_HEADS, MASK_QUERY, MAX_LEN)

@@ -22,7 +22,7 @@ from xquant_fx.kernels.packing import WORD_BITS, high_and_low
 from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.schemes import wrap_of
 from xquant_fx.kernels.triton_device import Device, device_of
-from xquant_fx.kernels.triton_host import power_of_two
+from xquant_fx.kernels.triton_host import on_its_device, power_of_two
 
 #: Tokens not written yet whose mask one program reads, beside ``interior_kernel``, at most.
 TAIL_OF_PROGRAM = 8192
@@ -170,11 +170,11 @@ def launch(
     )
     tensors = (*a.positional(without=("sink_logits",)), part, stats)
     interior = chosen.INTERIOR_SPLITS
-    if interior:
-        wrap(interior_kernel)[(interior, kv_heads * chosen.INTERIOR_BLOCKS, batch)](
+    if interior:  # a grid may have 2**31 programs along its first dimension, 65,535 along the others
+        wrap(interior_kernel)[(kv_heads * chosen.INTERIOR_BLOCKS, interior, batch)](
             *tensors, **needed(interior_kernel, constants), num_warps=1, num_stages=chosen.INTERIOR_STAGES
         )
-    wrap(decode_kernel)[(parts - interior, kv_heads * chosen.ROW_BLOCKS, batch)](
+    wrap(decode_kernel)[(kv_heads * chosen.ROW_BLOCKS, parts - interior, batch)](
         *tensors, **needed(decode_kernel, constants), num_warps=warps_of(a, hip)
     )
     wrap(combine_kernel)[(batch * heads * query,)](
@@ -196,7 +196,9 @@ def launch(
 
 
 def _attend(*args: Any, **kwargs: Any) -> Tensor:
-    return launch(DecodeArguments(*args, **kwargs), wrap=torch.library.wrap_triton)
+    a = DecodeArguments(*args, **kwargs)
+    with on_its_device(a.q):
+        return launch(a, wrap=torch.library.wrap_triton)
 
 
 # triton_op ignores its parameter ``schema`` (torch 2.11 to 2.13; 2.14 heeds it) and infers one from the signature.

@@ -22,7 +22,7 @@ from xquant_fx.kernels.quantize_store.both_arguments import BOTH, COMMON, OF_SID
 from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.schemes import SCHEMES, wrap_of
 from xquant_fx.kernels.schemes.per_token_rotated import GAUSSIAN_STEP
-from xquant_fx.kernels.triton_host import power_of_two, rank_counts
+from xquant_fx.kernels.triton_host import on_its_device, power_of_two, rank_counts
 
 #: Channels that one program has registers for.
 MOST_CHANNELS = 256
@@ -138,8 +138,9 @@ def launch(*sides: StoreArguments, wrap: Callable[[Any], Any]) -> None:
 def _op(name: str, kind: type[Arguments], overload: Overload) -> Callable[..., None]:
     def append(*args: Any, **kwargs: Any) -> None:
         given = kind(*args, **kwargs)
-        sides = given.sides if isinstance(given, BothArguments) else (given,)
-        launch(*sides, wrap=torch.library.wrap_triton)  # type: ignore[arg-type]
+        sides: Any = given.sides if isinstance(given, BothArguments) else (given,)
+        with on_its_device(sides[0].x):
+            launch(*sides, wrap=torch.library.wrap_triton)
 
     # triton_op ignores its parameter ``schema`` (torch 2.11 to 2.13; 2.14 heeds it) and infers one from the signature.
     append.__signature__ = kind.signature(overload)  # type: ignore[attr-defined]

@@ -27,21 +27,26 @@ class FaultMonitor:
         if self.tensor.device.type == "cpu" or wait:
             self._raise_if(self.tensor.tolist())
             return
-        if self._event is not None and self._seen is not None:
-            if not self._event.query():
-                return
+        if self._seen is None or self._event is None:
+            self._begin()
+        elif not self._event.query():
+            return
+        else:
             self._raise_if(self._seen.tolist())
-        if self._seen is None:
-            self._seen = torch.zeros(self.tensor.shape, dtype=torch.int32, pin_memory=True)
-            self._event = torch.Event(self.tensor.device.type)
-        assert self._event is not None
+        assert self._seen is not None and self._event is not None
         self._seen.copy_(self.tensor, non_blocking=True)
-        self._event.record()
+        self._event.record(torch.accelerator.current_stream(self.tensor.device))  # where the copy is queued
+
+    def _begin(self) -> None:
+        """Make what the host sees: an ordinary tensor in its own memory, whatever the step runs under."""
+        with torch.inference_mode(False):
+            self._seen = torch.zeros(self.tensor.shape, dtype=torch.int32, device="cpu", pin_memory=True)
+        self._event = torch.Event(self.tensor.device)
 
     def clear(self) -> None:
         """Forget a fault (the cache was reset)."""
         self.tensor.zero_()
-        self._event = None
+        self._seen = self._event = None  # a copy of the fault may be on its way
 
     def _raise_if(self, codes: list[int]) -> None:
         for row, code in enumerate(codes):
