@@ -91,7 +91,7 @@ def mended(load: Callable[[], T]) -> T:
         if not error.path or not os.path.exists(error.path):
             raise
         log.warning("a compiled kernel is damaged and is built again: %s", error)
-        os.unlink(error.path)
+        Path(error.path).unlink(missing_ok=True)  # another process may have found it, too
         return load()
 
 

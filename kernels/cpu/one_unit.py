@@ -11,6 +11,7 @@ C++ kernel. Checked on torch 2.11 and 2.13.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,7 +74,7 @@ class UnitCompile(AsyncCompile):
         if may_be_joined(source_code):
             return UnitKernel(tuple(argtypes), source_code)
         build.isa()  # waits for what is asked in the background already
-        made: Any = build.mended(lambda: super(UnitCompile, self).cpp_pybinding(argtypes, source_code))
+        made = build.mended(functools.partial(super().cpp_pybinding, argtypes, source_code))
         return LaterKernel(made) if hasattr(made, "result") else made
 
 
