@@ -233,3 +233,20 @@ assert not {name for name in new if name.split(".")[0] not in (*sys.stdlib_modul
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "xquant_fx" in done.stdout
+
+
+#: What a program does with the backend, and whether it is told at the end that nothing came of it.
+USES = {
+    "never called": ("torch.compile(torch.nn.Linear(2, 2), backend='xquant')", True),
+    "called": ("torch.compile(torch.neg, backend='xquant')(torch.ones(2))", False),
+    "failed before": ("torch.compile(torch.neg, backend='xquant'); raise ValueError", False),
+    "only looked": ("import xquant_fx.compiler.backend", False),
+}
+
+
+@pytest.mark.parametrize("use", ["never called", *(pytest.param(u, marks=pytest.mark.slow) for u in list(USES)[1:])])
+def test_told_at_the_end_where_nothing_was_compiled(use):
+    code, told = USES[use]
+    done = subprocess.run([sys.executable, "-c", f"import torch\n{code}"], capture_output=True, text=True, check=False)
+    assert done.returncode == (use == "failed before"), done.stderr
+    assert ("never had a graph" in done.stderr) == told, done.stderr

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xquant_fx.cache.decode import decode_attention
     from xquant_fx.cache.huggingface import XQuantCache
-    from xquant_fx.compiler.backend import xquant_backend
+    from xquant_fx.compiler.entry import xquant_backend
     from xquant_fx.errors import (
         ArgumentError,
         CacheStateError,
@@ -86,7 +86,7 @@ _HOMES = {
     "quantize": "quantizer",
     "sweep_report": "evaluate.sweep_report",
     "task_report": "evaluate.tasks.report",
-    "xquant_backend": "compiler.backend",
+    "xquant_backend": "compiler.entry",
 }
 
 if not TYPE_CHECKING:  # or an unknown name would be Any in an editor

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -66,6 +67,9 @@ from xquant_fx.plan.plan import make_plan
 
 log = logging.getLogger(__name__)
 
+#: Set once torch has come with a graph (``entry.py``).
+graph_came = threading.Event()
+
 #: Gives a function, or for a graph with a quantized cache None: it is to run as the program has it.
 Compiler = Callable[..., Any]
 
@@ -90,6 +94,7 @@ def xquant_backend(
         NotRewrittenError: under ``strict``, a KV cache was left in full precision.
         UnsupportedWriteError: the graph writes to a quantized buffer in a way that is no append.
     """
+    graph_came.set()
     watch_tracing(xquant_backend)  # torch._dynamo.reset() forgets it
     with no_collection():
         begin(example_inputs)
