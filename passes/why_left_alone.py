@@ -12,7 +12,7 @@ from xquant_fx.passes.find_writes import is_factory
 from xquant_fx.passes.records import Source, Write
 from xquant_fx.passes.row_uses import why_one_row
 from xquant_fx.passes.row_writes import why_no_row_write
-from xquant_fx.passes.trace import argument, fake, is_shape_query, readers, value_of
+from xquant_fx.passes.trace import argument, fake, full_index, is_shape_query, is_whole, readers, value_of
 from xquant_fx.passes.vocabulary import kind, op_name
 
 #: Types of buffers that the ops store.
@@ -165,9 +165,21 @@ def _why_not_mutation(buffer: Node, what: str, facts: Facts) -> str:
         return ""
     if _is_copied_over(buffer, facts):
         return f"{what}: the buffer is also written by copy_, which is no append (a sliding window?)"
-    reason = why_no_row_write(mutation.node) or why_one_row(mutation.node, buffer)
+    reason = why_no_row_write(mutation.node) or why_one_row(mutation.node, buffer) or _why_some_rows(mutation.node)
     reason = reason or f"which is no append along dimension 2 of {LAYOUT}"
     return f"{what}: the buffer is also written by {op_name(mutation.node)}, {reason}"
+
+
+def _why_some_rows(write: Node) -> str:
+    """Why an append to ``buffer[:n, begin:end]`` is none, where there are more than n rows."""
+    buffer = fake(argument(write, 0, "input")) if kind(write) == "setitem" else None
+    index = None if buffer is None else full_index(argument(write, 1, "index"), buffer.dim())
+    if index is None or buffer is None or not isinstance(index[0], slice):
+        return ""
+    some = [not is_whole(item, size) for item, size in zip(index, buffer.shape, strict=True)]
+    if not some[0] or not any(some[1:]):
+        return ""
+    return f"into some of its {buffer.shape[0]} rows: make it for as many as a step has, all of them are quantized"
 
 
 def _why_not_uses(buffer: Node, what: str, facts: Facts) -> str:

@@ -12,12 +12,15 @@ from dynamo_graphs import tiny
 from rewrites import Rewrites, count
 from states import layers_of
 from stepping import interpreted
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from xquant_fx import CacheStateError, UnsupportedWriteError, XQuantCache, XQuantConfig, memory_report, ops
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.growth import AHEAD, Growth, room_for
+from xquant_fx.cache.laid_out_growing import LaidOutGrowingKV
 
 SHAPE = (1, 2, 512, 16)  # [B, H, room, D]
 CONFIG = XQuantConfig(k_bits=2, v_bits=2, residual_length=64, k_group_size=32, sink_tokens=2)
@@ -127,6 +130,18 @@ def test_there_is_no_memory_to_hand_out():
         torch.utils.dlpack.to_dlpack(kv)
     with pytest.raises(RuntimeError, match="data pointer"):  # what C++ code asks for
         torch._C._to_dlpack(kv)
+
+
+@pytest.mark.parametrize("dims", ["BHND", "BNHD"])
+@pytest.mark.parametrize("use", [Tensor.mean, lambda kv: torch.cat([kv, kv], 0), lambda kv: kv[..., 1:]])
+@torch.no_grad()
+def test_another_compiler_is_refused(dims, use):
+    """What it traces has no codes: it would read memory that nobody wrote."""
+    kv = torch.cat([growths()[0][0], tokens(100)], dim=2)
+    kv = kv if dims == "BHND" else LaidOutGrowingKV(kv, dims)
+    with pytest.raises(BackendCompilerFailed, match="was given to a compiler that does not know it") as error:
+        torch.compile(use, backend="aot_eager")(kv)
+    assert isinstance(error.value.inner_exception, CacheStateError)
 
 
 def test_tokens_between_others_are_not_evicted():

@@ -218,6 +218,17 @@ def test_buffers_left_alone(step, has_cache, reason):
     assert site.has_cache == has_cache and not site.allocated_here
 
 
+def test_rows_that_a_step_does_not_have():
+    """Meta's Llama makes its cache for the largest batch, and writes to ``cache[:batch, begin:end]``."""
+
+    def step(q, k, v, keys, values):
+        keys[:1, :, 3:4], values[:1, :, 3:4] = k, v
+        return sdpa(q, keys[:1], values[:1])
+
+    (site,) = sites_of(step, *fresh(), *(torch.zeros(2, H, N, D) for _ in range(2)))
+    assert site.reason.startswith("keys: the buffer is also written by setitem, into some of its 2 rows: make it for")
+
+
 def reordered(q, k, v, keys, values, pos):
     for buffer in (keys, values):
         buffer.copy_(buffer.flip(0))

@@ -245,6 +245,29 @@ def test_a_sequence_that_begins_anew_stays_quantized():
     assert isinstance(mine[0], QuantizedKV) and mine[0].state.length == 9
 
 
+@pytest.mark.parametrize(
+    ("fresh", "quantized"),
+    [
+        (torch.zeros_like, True),
+        (lambda old: old.new_zeros(SHAPE), True),
+        (torch.clone, False),  # numbers that were quantized once
+        (lambda old: torch.zeros_like(old).copy_(old), False),
+    ],
+)
+@torch.no_grad()
+def test_a_buffer_of_zeros_that_an_old_one_made_is_like_any_other(fresh, quantized):
+    mine, theirs = empty(), empty()
+    compiled = torch.compile(step, backend=interpreted(preset="full"), dynamic=False)
+    for t in range(2):
+        compiled(*tokens(1, t), *mine, *at(t, 1)), step(*tokens(1, t), *theirs, *at(t, 1))
+    assert isinstance(mine[0], QuantizedKV)
+    mine, theirs = ([fresh(b) for b in buffers] for buffers in (mine, theirs))
+    for t in range(2, 4) if mine[0].any() else range(2):
+        new, where = tokens(1, t), at(t, 1)
+        torch.testing.assert_close(compiled(*new, *mine, *where), step(*new, *theirs, *where))
+    assert isinstance(mine[0], QuantizedKV) == quantized
+
+
 @pytest.mark.parametrize("sizes", [(12, 12, 12), (12, 4, 12), (1, 12, 1, 12)])
 def test_computed_positions_that_start_over_in_sight_of_old_tokens_raise(sizes, attended_by):
     """Whole chunks, also where their length is a symbol of the graph: they look like a new prompt."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, UnsupportedFakeTensorException
 
 from xquant_fx.cache import step_attention
-from xquant_fx.cache.left import ONCE, leave
+from xquant_fx.cache.left import ONCE, ZEROS, leave
 from xquant_fx.cache.ragged import Row
 from xquant_fx.cache.reads import Dequantized, Token, read
 from xquant_fx.cache.select import reorder, select
@@ -226,7 +226,8 @@ class QuantizedKV(Dequantized):
             result = handler(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
-        return _noted(read(func, args, kwargs or {}), args)
+        out = read(func, args, kwargs or {})
+        return out if func in ZEROS else _noted(out, args)
 
 
 def wrapper(cls: type, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
@@ -252,12 +253,12 @@ def _rebuild(state: KVState, was_taken_over: bool = False) -> QuantizedKV:
 
 def _refuse_aot(arg: Any) -> None:
     """Under another compiler than ours reads would be garbage: the stand-in that it traces has no state."""
-    if not isinstance(arg, QuantizedKV) or type(arg.anchor) is Tensor:
+    if not isinstance(arg, Dequantized) or type(anchor := getattr(arg, "anchor", None)) is Tensor:
         return
     # Imported here: it is needed for traced stand-ins only.
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    if isinstance(arg.anchor, FunctionalTensor):
+    if isinstance(anchor, FunctionalTensor):
         raise CacheStateError(
             f"{arg!r} was given to a compiler that does not know it: compile with "
             'backend="xquant" (or xquant_fx.xquant_backend), not with plain Inductor'

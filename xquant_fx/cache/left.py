@@ -10,12 +10,16 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xquant_fx.cache.aliases import owner_of
 
 ONCE = "it was dequantized from a quantized buffer, and quantizing it again would add to the error"
+
+#: What has the shape of a buffer and none of its numbers.
+ZEROS = {torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default}
 
 _left: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _keepers: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.kv_tensor import is_zero, wrapper
-from xquant_fx.cache.left import ONCE, leave
+from xquant_fx.cache.left import ONCE, ZEROS, leave
 from xquant_fx.cache.reads import Dequantized, read
 from xquant_fx.errors import UnsupportedWriteError
 
@@ -126,7 +126,8 @@ class StackedKV(Dequantized):
             if result is not NotImplemented:
                 return result
         out = read(func, args, kwargs or {})
-        if type(out) is Tensor and isinstance(args[0], StackedKV) and out.shape == args[0].shape:
+        is_read = type(out) is Tensor and isinstance(args[0], StackedKV) and func not in ZEROS
+        if is_read and out.shape == args[0].shape:
             leave(out, ONCE)
         return out
 
