@@ -14,6 +14,7 @@ from rewrites import Rewrites, count
 from states import layers_of
 from stepping import interpreted
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -157,6 +158,30 @@ def test_what_eager_code_does_to_one(dims: str) -> None:
         assert not isinstance(read_only, GrowingKV)
     with pytest.raises(UnsupportedWriteError):
         kv.zero_()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda kv: kv[:, 5:].zero_(),
+        lambda kv: kv.transpose(1, 2).mul_(2),
+        lambda kv: kv.data[:, 1].add_(1),
+    ],
+)
+@torch.no_grad()
+def test_writes_of_a_graph_are_refused(write: Callable[[Tensor], Any]) -> None:
+    """The graph gets numbers that are made for it: a write to a view of them would be lost."""
+    kv, _ = grown("BNHD")
+    with pytest.raises(BackendCompilerFailed, match="is not a way to append tokens") as error:
+        torch.compile(lambda kv: (write(kv), torch.ones(1))[1], backend=interpreted(config=FULL))(kv)
+    assert isinstance(error.value.inner_exception, UnsupportedWriteError)
+
+
+@torch.no_grad()
+def test_a_graph_may_write_to_a_copy() -> None:
+    kv, x = grown("BNHD")
+    doubled = torch.compile(lambda kv: kv.double().mul_(2).transpose(1, 2), backend=interpreted(config=FULL))(kv)
+    assert torch.equal(doubled, 2 * x[:, :30].double().transpose(1, 2)) and torch.equal(kv + 0, x[:, :30])
 
 
 def test_other_tokens_than_those_stored() -> None:
