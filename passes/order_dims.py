@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 from xquant_fx.cache.aliases import ORDER, View, from_order, to_order
 from xquant_fx.passes.find_writes import appended
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.trace import argument, fake, full_index, is_int, is_whole, value_of
+from xquant_fx.passes.trace import argument, fake, full_index, is_int, is_view_like, is_whole, value_of
 from xquant_fx.passes.vocabulary import kind
 
 
@@ -127,8 +127,20 @@ def use_ordered(graph: Graph, old: Node, ordered: Node, dims: str) -> None:
     """Give all that takes ``old`` views of ``ordered`` [B, H, N, D] with dimensions ``dims``, and erase ``old``."""
     for user in list(old.users):  # a view for each, or one would be made before an append that it shows
         with graph.inserting_before(user):
-            user.replace_input_with(old, applied(graph, ordered, from_order(dims, value_of(ordered).shape)))
+            shown = applied(graph, ordered, from_order(dims, value_of(ordered).shape))
+        user.replace_input_with(old, shown)
+        _let_copy(shown)
     graph.erase_node(old)
+
+
+def _let_copy(node: Node) -> None:
+    """Make every ``view`` of ``node`` a ``reshape``: numbers in another order have other strides than the program's."""
+    for user in node.users:
+        if not is_view_like(user) or user.args[0] is not node:
+            continue
+        if user.op == "call_method" and user.target == "view" and not isinstance(user.args[-1], torch.dtype):
+            user.target = "reshape"
+        _let_copy(user)
 
 
 def _order_write(graph: Graph, write: Node, ordered: Node, dims: str) -> bool:

@@ -55,7 +55,7 @@ class Decoder(nn.Module):
     def __init__(self, dims: str, write: Callable[..., None] = by_positions, batch: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.dims, self.write = dims, write
+        self.dims, self.write, self.read = dims, write, lambda buffer: buffer
         self.embed = nn.Embedding(50, HEADS * DIM)
         self.q, self.k, self.v = (
             nn.ModuleList(nn.Linear(HEADS * DIM, n * DIM, bias=False) for _ in range(LAYERS)) for n in (HEADS, KV, KV)
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
             held = getattr(self, f"keys_{layer}"), getattr(self, f"values_{layer}")
             for buffer, tokens in zip(held, (k, v), strict=True):
                 self.write(buffer, at, pos, laid_out(tokens, self.dims))
-            keys, values = (in_order(buffer, self.dims) for buffer in held)
+            keys, values = (in_order(self.read(buffer), self.dims) for buffer in held)
             y = sdpa(q, keys, values, attn_mask=self.mask[new], enable_gqa=True)
             x = x + y.transpose(1, 2).flatten(2)
         return x @ self.embed.weight.T
@@ -159,6 +159,24 @@ def test_codes_and_reports_are_those_of_the_usual_order(dims: str, write: Callab
         for buffer in buffers(other):
             buffer.zero_()
         assert not held.dequantize().any()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda kv: kv.view(*kv.shape[:2], KV * DIM).view(kv.shape),
+        lambda kv: kv[:, :].flatten(2).unflatten(2, (KV, DIM)),
+        lambda kv: kv.view(-1, DIM).view(kv.shape),
+    ],
+)
+def test_views_that_the_order_in_memory_allows(read: Callable[[Tensor], Tensor]) -> None:
+    """Of a buffer [B, N, H, D]; of the numbers that stand for it they are copies."""
+    plain, model = Decoder("BNHD"), Decoder("BNHD")
+    plain.read = model.read = read
+    got = steps(model, torch.compile(model, backend=interpreted(config=FULL)))
+    torch.testing.assert_close(got, steps(plain, plain))
+    assert all(isinstance(buffer, LaidOutKV) for buffer in buffers(model))
+    torch.testing.assert_close(read(model.keys_0) + 0, read(plain.keys_0))  # eager code
 
 
 def test_what_is_no_append_gives_buffers_back() -> None:

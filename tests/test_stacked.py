@@ -11,6 +11,7 @@ import pytest
 import torch
 from stepping import interpreted
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from xquant_fx import XQuantConfig, explain, memory_report
@@ -245,4 +246,7 @@ def test_a_quantized_stack_reads_like_a_tensor_and_refuses_what_is_no_append() -
         for write in (lambda: kv.mul_(2), lambda: kv.copy_(torch.ones(kv.shape)), lambda: compiled(Tensor.mul_)(kv, 2)):
             with pytest.raises(UnsupportedWriteError):
                 write()
+        for use in (Tensor.mean, lambda kv: kv[1].detach()):
+            with pytest.raises(BackendCompilerFailed, match="was given to a compiler that does not know it"):
+                torch.compile(use, backend="aot_eager")(kv)
     assert type(kv) is StackedKV

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 
 from xquant_fx.cache import step_attention
 from xquant_fx.cache.growth import Growth
-from xquant_fx.cache.kv_tensor import QuantizedKV, _refuse_aot
+from xquant_fx.cache.kv_tensor import QuantizedKV, refuse_aot
 from xquant_fx.cache.reads import Dequantized, read
 from xquant_fx.cache.select import select
 from xquant_fx.cache.state import KVState
@@ -155,7 +155,7 @@ class GrowingKV(Dequantized):
 
     def dense(self) -> Tensor:
         """Dequantized copy [B, H, T, D]; a tensor of the right shape only, while Dynamo traces."""
-        _refuse_aot(self)
+        refuse_aot(self)
         if self.growth is None:
             return self.anchor.new_empty(self.shape, dtype=self.dtype)
         self.growth.check(self.end, self.since)
@@ -203,7 +203,7 @@ class GrowingKV(Dequantized):
     @torch._dynamo.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for arg in args:
-            _refuse_aot(arg)
+            refuse_aot(arg)
         first = args[0][0] if func is aten.cat.default and args[0] else args[0]
         handler = type(first).handlers.get(func) if isinstance(first, GrowingKV) else None
         handler = step_attention.HANDLERS.get(func) if handler is None else handler

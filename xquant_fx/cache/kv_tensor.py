@@ -153,7 +153,7 @@ class QuantizedKV(Dequantized):
 
     def dense(self) -> Tensor:
         """Dequantized copy [B, H, n, D]; a tensor of the right shape only, while Dynamo traces."""
-        _refuse_aot(self)
+        refuse_aot(self)
         if self.state is None:
             return self.anchor.new_empty(self.shape, dtype=self.dtype)
         begin, end = self.span
@@ -218,7 +218,7 @@ class QuantizedKV(Dequantized):
     @torch._dynamo.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for arg in args:
-            _refuse_aot(arg)
+            refuse_aot(arg)
         first = args[0][0] if func is aten.cat.default and args[0] else args[0]
         handler = type(first).handlers.get(func) if isinstance(first, QuantizedKV) else None
         handler = step_attention.HANDLERS.get(func) if handler is None else handler
@@ -251,7 +251,7 @@ def _rebuild(state: KVState, was_taken_over: bool = False) -> QuantizedKV:
     return QuantizedKV.of(state).as_taken_over(was_taken_over)
 
 
-def _refuse_aot(arg: Any) -> None:
+def refuse_aot(arg: Any) -> None:
     """Under another compiler than ours reads would be garbage: the stand-in that it traces has no state."""
     if not isinstance(arg, Dequantized) or type(anchor := getattr(arg, "anchor", None)) is Tensor:
         return

@@ -71,8 +71,8 @@ class LaidOutKV(QuantizedKV):
         return LaidOutKV(self.spec, self.anchor, self.state, (begin, end), self.dims)
 
     def dense(self) -> Tensor:
-        """Dequantized copy; a tensor of the right shape only, while Dynamo traces."""
-        return laid_out(self.ordered.dense(), self.dims)
+        """Dequantized copy, contiguous as this is; a tensor of the right shape only, while Dynamo traces."""
+        return laid_out(self.ordered.dense(), self.dims).contiguous()
 
     def append_at(self, pos: Tensor, x: Tensor) -> None:
         """Store ``x``, whose dimensions are this buffer's, at positions ``pos`` [q], eagerly."""

@@ -71,8 +71,8 @@ class LaidOutGrowingKV(GrowingKV):
         return LaidOutGrowingKV, (self.ordered, self.dims)
 
     def dense(self) -> Tensor:
-        """Dequantized copy; a tensor of the right shape only, while Dynamo traces."""
-        return laid_out(self.ordered.dense(), self.dims)
+        """Dequantized copy, contiguous as this is; a tensor of the right shape only, while Dynamo traces."""
+        return laid_out(self.ordered.dense(), self.dims).contiguous()
 
     def append(self, x: Tensor) -> LaidOutGrowingKV:
         """The tensor with ``x``, whose dimensions are this one's, behind it."""

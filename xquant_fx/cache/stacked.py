@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xquant_fx.cache.growing import STORED_KV
-from xquant_fx.cache.kv_tensor import is_zero, wrapper
+from xquant_fx.cache.kv_tensor import is_zero, refuse_aot, wrapper
 from xquant_fx.cache.left import ONCE, ZEROS, leave
 from xquant_fx.cache.reads import Dequantized, read
 from xquant_fx.errors import UnsupportedWriteError
@@ -120,6 +120,8 @@ class StackedKV(Dequantized):
     @classmethod
     @torch._dynamo.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for arg in args:
+            refuse_aot(arg)
         handler = _HANDLERS.get(func) if isinstance(args[0], StackedKV) else None
         if handler is not None:
             result = handler(*args, **(kwargs or {}))
