@@ -2,6 +2,7 @@
 
     keys[:, pos] = k                             keys[:, :, pos] = k.permute(0, 2, 1, 3)
     attention(q, keys.transpose(1, 2), ...)  =>  attention(q, keys.permute(0, 2, 1, 3).transpose(1, 2), ...)
+    keys.view(B, N, H * D)                       keys.permute(0, 2, 1, 3).reshape(B, N, H * D)
 
 for ``keys`` [B, N, H, D]. Which dimension tokens are along, appends say; the others are in the order of [B, H, D] or,
 where there are two, [H, D]; or heads are merged into the channels, [B, N, H * D], and views split them. Everything
@@ -138,7 +139,8 @@ def _let_copy(node: Node) -> None:
     for user in node.users:
         if not is_view_like(user) or user.args[0] is not node:
             continue
-        if user.op == "call_method" and user.target == "view" and not isinstance(user.args[-1], torch.dtype):
+        is_of_dtype = "dtype" in user.kwargs or isinstance(user.args[-1], torch.dtype)
+        if user.op == "call_method" and user.target == "view" and not is_of_dtype:
             user.target = "reshape"
         _let_copy(user)
 

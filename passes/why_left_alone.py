@@ -172,9 +172,11 @@ def _why_not_mutation(buffer: Node, what: str, facts: Facts) -> str:
 
 def _why_some_rows(write: Node) -> str:
     """Why an append to ``buffer[:n, begin:end]`` is none, where there are more than n rows."""
-    buffer = fake(argument(write, 0, "input")) if kind(write) == "setitem" else None
-    index = None if buffer is None else full_index(argument(write, 1, "index"), buffer.dim())
-    if index is None or buffer is None or not isinstance(index[0], slice):
+    buffer = fake(argument(write, 0, "input"))
+    if kind(write) != "setitem" or buffer is None:
+        return ""
+    index = full_index(argument(write, 1, "index"), buffer.dim())
+    if index is None or not isinstance(index[0], slice):
         return ""
     some = [not is_whole(item, size) for item, size in zip(index, buffer.shape, strict=True)]
     if not some[0] or not any(some[1:]):

@@ -202,8 +202,7 @@ class GrowingKV(Dequantized):
     @classmethod
     @torch._dynamo.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for arg in args:
-            refuse_aot(arg)
+        refuse_aot(*args)
         first = args[0][0] if func is aten.cat.default and args[0] else args[0]
         handler = type(first).handlers.get(func) if isinstance(first, GrowingKV) else None
         handler = step_attention.HANDLERS.get(func) if handler is None else handler

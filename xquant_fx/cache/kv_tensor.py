@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, UnsupportedFakeTensorException
 
 from xquant_fx.cache import step_attention
-from xquant_fx.cache.left import ONCE, ZEROS, leave
+from xquant_fx.cache.left import leave_read
 from xquant_fx.cache.ragged import Row
 from xquant_fx.cache.reads import Dequantized, Token, read
 from xquant_fx.cache.select import reorder, select
@@ -217,8 +217,7 @@ class QuantizedKV(Dequantized):
     @classmethod
     @torch._dynamo.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for arg in args:
-            refuse_aot(arg)
+        refuse_aot(*args)
         first = args[0][0] if func is aten.cat.default and args[0] else args[0]
         handler = type(first).handlers.get(func) if isinstance(first, QuantizedKV) else None
         handler = step_attention.HANDLERS.get(func) if handler is None else handler
@@ -226,8 +225,7 @@ class QuantizedKV(Dequantized):
             result = handler(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
-        out = read(func, args, kwargs or {})
-        return out if func in ZEROS else _noted(out, args)
+        return _noted(func, read(func, args, kwargs or {}), args)
 
 
 def wrapper(cls: type, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
@@ -238,12 +236,12 @@ def wrapper(cls: type, shape: Sequence[int], dtype: torch.dtype, device: torch.d
     return buffer
 
 
-def _noted(out: Any, args: Any) -> Any:
+def _noted(func: Any, out: Any, args: Any) -> Any:
     """``out``, and if it may stand for a whole buffer among ``args``, that it was quantized once."""
     if type(out) is Tensor and out.dim() in (3, 4):
         for arg in args:
             if isinstance(arg, QuantizedKV) and arg.shape[1:] == out.shape[1:]:
-                leave(out, ONCE)
+                leave_read(out, func)
     return out
 
 
@@ -251,18 +249,19 @@ def _rebuild(state: KVState, was_taken_over: bool = False) -> QuantizedKV:
     return QuantizedKV.of(state).as_taken_over(was_taken_over)
 
 
-def refuse_aot(arg: Any) -> None:
+def refuse_aot(*args: Any) -> None:
     """Under another compiler than ours reads would be garbage: the stand-in that it traces has no state."""
-    if not isinstance(arg, Dequantized) or type(anchor := getattr(arg, "anchor", None)) is Tensor:
-        return
-    # Imported here: it is needed for traced stand-ins only.
-    from torch._subclasses.functional_tensor import FunctionalTensor
+    for arg in args:
+        if not isinstance(arg, Dequantized) or type(anchor := getattr(arg, "anchor", None)) is Tensor:
+            continue
+        # Imported here: it is needed for traced stand-ins only.
+        from torch._subclasses.functional_tensor import FunctionalTensor
 
-    if isinstance(anchor, FunctionalTensor):
-        raise CacheStateError(
-            f"{arg!r} was given to a compiler that does not know it: compile with "
-            'backend="xquant" (or xquant_fx.xquant_backend), not with plain Inductor'
-        )
+        if isinstance(anchor, FunctionalTensor):
+            raise CacheStateError(
+                f"{arg!r} was given to a compiler that does not know it: compile with "
+                'backend="xquant" (or xquant_fx.xquant_backend), not with plain Inductor'
+            )
 
 
 def _is(kv: QuantizedKV, dim: int, meant: int | None) -> bool:

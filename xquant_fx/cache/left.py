@@ -19,7 +19,7 @@ from xquant_fx.cache.aliases import owner_of
 ONCE = "it was dequantized from a quantized buffer, and quantizing it again would add to the error"
 
 #: What has the shape of a buffer and none of its numbers.
-ZEROS = {torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default}
+_ZEROS = {torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default}
 
 _left: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _keepers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -28,6 +28,12 @@ _keepers: weakref.WeakSet[Any] = weakref.WeakSet()
 def leave(buffer: Tensor, reason: str) -> None:
     """Have ``buffer`` stay as it is from now on, for ``reason``."""
     _left[owner_of(buffer)] = reason
+
+
+def leave_read(buffer: Tensor, func: Any) -> None:
+    """Have ``buffer``, which the op ``func`` made of a whole quantized one, stay as it is: it was quantized once."""
+    if func not in _ZEROS:
+        leave(buffer, ONCE)
 
 
 def keep_buffers_of(layer: Any) -> None:

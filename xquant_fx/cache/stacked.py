@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.kv_tensor import is_zero, refuse_aot, wrapper
-from xquant_fx.cache.left import ONCE, ZEROS, leave
+from xquant_fx.cache.left import leave_read
 from xquant_fx.cache.reads import Dequantized, read
 from xquant_fx.errors import UnsupportedWriteError
 
@@ -120,17 +120,15 @@ class StackedKV(Dequantized):
     @classmethod
     @torch._dynamo.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for arg in args:
-            refuse_aot(arg)
+        refuse_aot(*args)
         handler = _HANDLERS.get(func) if isinstance(args[0], StackedKV) else None
         if handler is not None:
             result = handler(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
         out = read(func, args, kwargs or {})
-        is_read = type(out) is Tensor and isinstance(args[0], StackedKV) and func not in ZEROS
-        if is_read and out.shape == args[0].shape:
-            leave(out, ONCE)
+        if type(out) is Tensor and isinstance(args[0], StackedKV) and out.shape == args[0].shape:
+            leave_read(out, func)
         return out
 
 

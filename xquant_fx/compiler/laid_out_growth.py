@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.aliases import in_order, laid_out
 from xquant_fx.cache.growing import GrowingKV
@@ -20,8 +20,7 @@ from xquant_fx.compiler.other_graph import OtherGraph
 from xquant_fx.passes.find_writes import written_by
 from xquant_fx.passes.graph import clone
 from xquant_fx.passes.order_growth import attended, concatenations, order_growth
-from xquant_fx.passes.trace import fake, operand, shares_memory, value_of
-from xquant_fx.passes.vocabulary import is_in_place
+from xquant_fx.passes.trace import fake, readers, shares_memory, value_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +89,8 @@ def laid_out_growth(gm: GraphModule, inputs: Sequence[Any]) -> LaidOutGrowth | N
         return None
     made = clone(gm)
     nodes = made.graph.find_nodes(op="placeholder")
-    _check_writes(made.graph)
+    for node in nodes:
+        _check_writes(node)
     found = attended(made.graph, concatenations(made.graph))
     dims = {node: fake(node).dims for node in nodes if isinstance(fake(node), LaidOutGrowingKV)}  # type: ignore[union-attr]
     dims |= {each.past: each.dims for each in found if each.past in nodes and value_of(each.past).dim() > 1}
@@ -101,15 +101,12 @@ def laid_out_growth(gm: GraphModule, inputs: Sequence[Any]) -> LaidOutGrowth | N
     return LaidOutGrowth(made, {i: dims[node] for i, node in enumerate(nodes) if node in dims}, results)
 
 
-def _check_writes(graph: Graph) -> None:
+def _check_writes(node: Node) -> None:
     """What is written to a view of quantized tokens would be lost, too: the graph gets numbers made for it."""
-    for node in graph.nodes:
-        for target in written_by(node):
-            while (before := operand(target)) is not None and (shares_memory(target) or is_in_place(target)):
-                target = before
-            value = fake(target)
-            if isinstance(value, LaidOutGrowingKV):
-                value.refuse_write(node.target)
+    value = fake(node)
+    for user, operand in readers(node, shares_memory) if isinstance(value, LaidOutGrowingKV) else ():
+        if operand in written_by(user):
+            value.refuse_write(user.target)  # type: ignore[union-attr]
 
 
 def _value(node: Node, dims: str) -> Any:
