@@ -14,6 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM, StaticCache
 import xquant_fx.warn_once as warn_once
 from xquant_fx.cache.convert import dequantize_in_place
 from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.errors import CacheStateError, UnsupportedWriteError
 
 SIZES = dict(
     vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -79,3 +80,55 @@ def test_dequantized_in_place():
     assert type(held[0]) is torch.Tensor and not held[0].is_inference()
     assert torch.equal(held[0][:, :, :20], dense[:, :, :20]) and not held[0][:, :, 20:].any()
     assert held[0].untyped_storage().nbytes() == held[0].nbytes
+
+
+def taken_over(count=2):
+    """Buffers that a compiled step has taken over, and what they hold."""
+
+    def step(x, keys, values, pos):
+        keys[:, :, pos], values[:, :, pos] = x, x
+        return sdpa(x, keys, values)
+
+    buffers = [torch.zeros(1, 2, 32, 8) for _ in range(count)]
+    compiled = torch.compile(step, backend=interpreted(preset="full"))
+    with torch.no_grad():
+        for pos in range(3):
+            compiled(torch.randn(1, 2, 1, 8), *buffers, torch.tensor([pos]))
+    assert all(isinstance(buffer, QuantizedKV) for buffer in buffers)
+    return buffers, [buffer.dequantize() for buffer in buffers]
+
+
+def in_place(x):
+    x.zero_()
+    return x.sum()
+
+
+@pytest.mark.parametrize("view", [torch.detach, lambda keys: keys[:]])
+def test_a_view_is_not_given_back_in_the_place_of_its_buffer(view):
+    """The graph would write to what nobody holds."""
+    (keys, _), (before, _) = taken_over()
+    with torch.no_grad():
+        with pytest.raises(UnsupportedWriteError, match="a view of it was passed"):
+            torch.compile(in_place, backend=interpreted())(view(keys))
+        assert isinstance(keys, QuantizedKV) and torch.equal(keys.dequantize(), before)
+        assert torch.compile(in_place, backend=interpreted())(keys) == 0
+    assert type(keys) is torch.Tensor and not keys.any()
+
+
+@pytest.mark.parametrize(
+    "view", [torch.detach, lambda keys: keys[:], lambda keys: keys[:, :, :2], lambda keys: keys[:, :, 1]]
+)
+@pytest.mark.parametrize(
+    "use", [torch.Tensor.sum, torch.Tensor.zero_, torch.Tensor.clone, lambda x: x.copy_(torch.ones(x.shape))]
+)
+def test_views_that_are_left_of_what_was_given_back_say_so(view, use):
+    (keys, values), before = taken_over()
+    old = view(keys)
+    with torch.no_grad():
+        torch.compile(in_place, backend=interpreted())(values)
+        assert type(keys) is torch.Tensor and torch.equal(keys, before[0])
+        with pytest.raises(
+            (CacheStateError, UnsupportedWriteError), match="in full precision by now|nothing was written"
+        ):
+            use(old)
+    assert torch.equal(keys, before[0])

@@ -250,3 +250,37 @@ def test_a_quantized_stack_reads_like_a_tensor_and_refuses_what_is_no_append() -
             with pytest.raises(BackendCompilerFailed, match="was given to a compiler that does not know it"):
                 torch.compile(use, backend="aot_eager")(kv)
     assert type(kv) is StackedKV
+
+
+@pytest.mark.parametrize(
+    "some", [(0, 0, 0), (..., 0, slice(None), slice(None)), (0, slice(None), slice(1)), (..., slice(8))]
+)
+def test_some_heads_rows_or_channels_of_a_stack_are_read_and_refuse_writes(some: Any) -> None:
+    """They are copies: what is written to one of them would be lost."""
+    model = Decoder("L2")
+    steps(model, compiled(model, config=FULL), (20, 1))
+    kv = model.held[0]
+    before = kv.dequantize()
+    with torch.no_grad():
+        assert torch.equal(kv[some] + 0, before[some])
+        torch.testing.assert_close(compiled(lambda x: x + 1)(kv[some]), before[some] + 1)
+        for write in (lambda x: x.mul_(2), lambda x: x.fill_(3.0), lambda x: x.zero_(), lambda x: x.add_(1)):
+            with pytest.raises(UnsupportedWriteError):
+                write(kv[some])
+        with pytest.raises(UnsupportedWriteError):
+            kv[some] = 5.0
+    assert torch.equal(kv.dequantize(), before)
+
+
+def test_a_token_of_a_stack_is_written_to_by_copies_alone() -> None:
+    model = Decoder("2")
+    steps(model, compiled(model, config=FULL), (20, 1))
+    kv, new = model.held[0], torch.randn(2, BATCH, KV, DIM)
+    with torch.no_grad():
+        before = kv.dequantize()
+        for write in (lambda x: x.mul_(2), lambda x: x.add_(1), lambda x: x.fill_(3.0)):
+            with pytest.raises(UnsupportedWriteError):
+                write(kv[:, :, :, 20])
+        assert torch.equal(kv.dequantize(), before)
+        kv[:, :, :, 21] = new
+    assert torch.equal(kv.dequantize()[:, :, :, 21], new)

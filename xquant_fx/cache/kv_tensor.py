@@ -139,7 +139,8 @@ class QuantizedKV(Dequantized):
 
     def token(self, at: int) -> Dequantized:
         """The token ``at``, without a dimension of tokens."""
-        return Token(self.part(at, at + 1), lambda x: self.append_at(torch.tensor([at], device=self.device), x))
+        part = self.part(at, at + 1)  # which stays what it is if the buffer becomes an ordinary one
+        return Token(part, lambda x: part.append_at(torch.tensor([at], device=part.device), x))
 
     @property
     def origin(self) -> str:

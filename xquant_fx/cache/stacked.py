@@ -17,7 +17,7 @@ from torch import Tensor
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.kv_tensor import is_zero, refuse_aot, wrapper
 from xquant_fx.cache.left import leave_read
-from xquant_fx.cache.reads import Dequantized, read
+from xquant_fx.cache.reads import Dequantized, ReadOnlyCopy, read
 from xquant_fx.errors import UnsupportedWriteError
 
 aten = torch.ops.aten
@@ -93,7 +93,7 @@ class StackedKV(Dequantized):
 
     def refuse_write(self, func: Any) -> None:
         """A stand-in that is traced may be written to: the passes look at the graph."""
-        if any(getattr(leaf, "state", None) is not None for leaf in self.leaves):
+        if not any(getattr(leaf, "state", leaf) is None for leaf in self.leaves):
             raise UnsupportedWriteError(
                 f"{self!r}: {func} is not a way to append tokens to what is stacked along dimension {self.at}; nothing "
                 "was written"
@@ -105,10 +105,10 @@ class StackedKV(Dequantized):
         return None if dim == self.at else dim - (dim > self.at)
 
     def mapped(self, call: Callable[[Any], Any], at: int) -> Any:
-        """What ``call`` gives of each part, stacked along ``at``; NotImplemented if that is numbers."""
+        """What ``call`` gives of each part, stacked along ``at``; NotImplemented if that is numbers of a quantized one."""
         found = [call(part) for part in self.parts]
         pairs = zip(self.parts, found, strict=True)
-        are_numbers = any(isinstance(part, Dequantized) and not isinstance(each, Dequantized) for part, each in pairs)
+        are_numbers = any(isinstance(part, Dequantized) and _is_numbers(each) for part, each in pairs)
         return NotImplemented if are_numbers else StackedKV(found, at)
 
     def each(self, call: Callable[[Any, Tensor], Any], x: Tensor, at: int) -> StackedKV:
@@ -135,6 +135,11 @@ class StackedKV(Dequantized):
 def leaves_of(value: Any) -> tuple[Any, ...]:
     """The buffers of a stack, or ``value`` itself."""
     return value.leaves if isinstance(value, StackedKV) else (value,)
+
+
+def _is_numbers(value: Any) -> bool:
+    """Whether ``value`` is a copy: what is written to it would be lost."""
+    return isinstance(value, ReadOnlyCopy) or not isinstance(value, Dequantized)
 
 
 def _description(part: Any) -> tuple[Any, ...]:

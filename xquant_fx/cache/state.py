@@ -38,6 +38,9 @@ QUERIES_AT_ONCE = 512
 class KVState:
     """Stored tensors of one side of one layer; ``lower`` owns the codes where they are borrowed."""
 
+    is_given_back = False
+    """Whether the buffer is an ordinary one again, which views of the quantized one that are left do not see."""
+
     def __init__(self, spec: KVSpec, group: CacheGroup, lower: KVState | None = None) -> None:
         self.spec, self.group, self.lower = spec, group, lower
         self.at_most = 0
@@ -64,7 +67,16 @@ class KVState:
 
     @property
     def owned(self) -> dict[str, Tensor]:
-        """Stored tensors that no other state brings, by name; a prompt that waits for its queries is stored first."""
+        """Stored tensors that no other state brings, by name; a prompt that waits for its queries is stored first.
+
+        Raises:
+            CacheStateError: the buffer was given back, and whoever asks holds a view of what it was.
+        """
+        if self.is_given_back:
+            raise CacheStateError(
+                f"layer {self.spec.layer} {self.spec.role}s: this is a view of a buffer that is in full precision by "
+                "now (a warning said why); take it from the buffer again"
+            )
         if self.group.late is not None:
             self.group.settle(self)
         return self._owned
@@ -117,6 +129,11 @@ class KVState:
         if not self.group.taken_over or self.spec.window or (older is None and end >= self.length):
             return
         self.behind = (end, self.load(held, end).clone()) if end < held else None
+
+    def forsake(self) -> None:
+        """Another tensor holds what was stored: free it, and raise wherever it is asked for."""
+        self.is_given_back, self._owned, self.behind = True, {}, None
+        self.group.collected.clear()
 
     def store_late(self, x: Tensor, pos: Tensor) -> None:
         """Store a prompt ``x`` that has waited for its queries."""

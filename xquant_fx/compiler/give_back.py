@@ -17,6 +17,7 @@ from xquant_fx.cache.left import leave
 from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
 from xquant_fx.compiler.left_alone import report_buffers
 from xquant_fx.compiler.options import Request
+from xquant_fx.errors import UnsupportedWriteError
 
 
 class GiveBack:
@@ -26,7 +27,13 @@ class GiveBack:
         self.graph, self.quantized, self.reason, self.request = graph, quantized, reason, request
 
     def __call__(self, *args: Any) -> Any:
-        """Give the buffers back and run the step as it stands; Dynamo traces the next one anew."""
+        """Give the buffers back and run the step as it stands; Dynamo traces the next one anew.
+
+        Raises:
+            UnsupportedWriteError: one of them is a view, which would still be a quantized one; nothing is changed.
+        """
+        for i in self.quantized:
+            _refuse_view(args[i], self.reason)
         give_back(groups_of(args[i] for i in self.quantized), self.reason, self.request)
         forget_compiled_frame()
         return self.graph(*args)
@@ -47,6 +54,18 @@ def give_back(groups: Sequence[CacheGroup], reason: str, request: Request) -> No
     reason = f"{reason}; what was stored was dequantized"
     buffers = [buffer for group in groups for ref in group.taken_over if isinstance(buffer := ref(), QuantizedKV)]
     report_buffers([(buffer.origin, reason) for buffer in buffers], request)
+    states = [buffer.live for buffer in buffers]
     for buffer in buffers:
         dequantize_in_place(buffer)
         leave(buffer, reason)
+    for state in states:  # not before: upper layers have their codes from lower ones
+        state.forsake()
+
+
+def _refuse_view(buffer: Any, why: str) -> None:
+    is_held = not isinstance(buffer, QuantizedKV) or any(ref() is buffer for ref in buffer.live.group.taken_over)
+    if not is_held:
+        raise UnsupportedWriteError(
+            f"{why}; the buffer would be given back to full precision, but a view of it was passed to compiled code, "
+            "which is not the program's own: pass the buffer itself; nothing was written"
+        )
