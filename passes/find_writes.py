@@ -7,10 +7,11 @@ import torch
 from torch.fx import Graph, Node
 
 from xquant_fx.cache.allocate import quantized_empty
+from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.kernels.rows import write_rows_
 from xquant_fx.passes.find_slides import find_slide, last_tokens_of
 from xquant_fx.passes.records import Write
-from xquant_fx.passes.trace import argument, fake, full_index, is_whole, value_of
+from xquant_fx.passes.trace import argument, fake, full_index, is_returned, is_whole, value_of
 from xquant_fx.passes.vocabulary import is_in_place, kind
 
 
@@ -113,26 +114,22 @@ def concatenation(node: Node) -> Write | None:
     value, parts = fake(node), argument(node, 0, "tensors")
     if kind(node) != "cat" or value is None or value.dim() != 4 or argument(node, 1, "dim", 0) not in (2, -2):
         return None
-    kept, keep = (None, 0) if _is_returned(node) else _last_tokens(node)
-    if not isinstance(parts, tuple | list) or len(parts) != 2 or not _is_returned(kept or node):
+    kept, keep = (None, 0) if is_returned(node) else _last_tokens(node)
+    if not isinstance(parts, tuple | list) or len(parts) != 2 or not is_returned(kept or node):
         return None
     past, x = parts
     before, new = fake(past), fake(x)
     if before is None or new is None or new.dim() != 4 or not (isinstance(past, Node) and isinstance(x, Node)):
         return None
-    if past.op != "placeholder" and not _is_nothing(before):
-        return None
+    if isinstance(before, QuantizedKV) or (past.op != "placeholder" and not _is_nothing(before)):
+        return None  # a quantized buffer does not grow: it is read here
     return Write(node, node, x, slice(None, None), "concatenation", new.shape[2], past, kept, keep)
-
-
-def _is_returned(node: Node) -> bool:
-    return any(user.op == "output" for user in node.users)
 
 
 def _last_tokens(node: Node) -> tuple[Node | None, int]:
     """What ``node[:, :, -n:]`` the graph returns, and n: a sliding window's cache, whose tokens before are not kept."""
     for user in node.users:
-        found = last_tokens_of(user) if _is_returned(user) else None
+        found = last_tokens_of(user) if is_returned(user) else None
         if found is not None and found[0] is node:
             return user, found[1]
     return None, 0

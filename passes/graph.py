@@ -64,12 +64,17 @@ def part_source(whole: Node, index: int) -> Any:
     return None if source is None else GetItemSource(source, index)
 
 
+def note_added(node: Node) -> None:
+    """The program's graph has no such input as ``node``: Dynamo knows no source for its sizes."""
+    node.meta[_ADDED] = True
+
+
 def add_input(graph: Graph, after: Node, name: str, tensor: Tensor) -> Node:
     """Add a placeholder for ``tensor``, whose address CUDA graphs may take for granted."""
     mode = fake_mode(graph)
     with graph.inserting_after(after):
         node = graph.placeholder(name)
-    node.meta[_ADDED] = True
+    note_added(node)
     node._dynamo_source = None
     node.meta["example_value"] = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}

@@ -24,7 +24,7 @@ from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.order_dims import applied, dims_along, ordered_input, place_of, use_ordered
 from xquant_fx.passes.records import Attention
-from xquant_fx.passes.trace import argument, fake, full_index, value_of
+from xquant_fx.passes.trace import argument, fake, full_index, is_returned, value_of
 from xquant_fx.passes.track_axes import followed
 from xquant_fx.passes.vocabulary import kind
 
@@ -58,7 +58,7 @@ def _concatenation(node: Node) -> Concatenation | None:
         return None
     dims, kept = _dims(node, past, dim % value.dim()), _kept(node, dim % value.dim())
     others = [size for i, size in enumerate(value.shape) if i != dim % value.dim()]
-    if not dims or not (kept or _is_returned(node)) or not all(isinstance(size, int) for size in others):
+    if not dims or not (kept or is_returned(node)) or not all(isinstance(size, int) for size in others):
         return None
     return Concatenation(node, past, x, dims, kept)
 
@@ -80,13 +80,9 @@ def _dims(node: Node, past: Node, place: int) -> str:
     return dims_along(node, place)
 
 
-def _is_returned(node: Node) -> bool:
-    return any(user.op == "output" for user in node.users)
-
-
 def _kept(node: Node, place: int) -> tuple[Node, ...]:
     """Tokens of ``node`` that the graph returns: of a sliding window, say."""
-    users = [user for user in node.users if kind(user) == "getitem" and _is_returned(user)]
+    users = [user for user in node.users if kind(user) == "getitem" and is_returned(user)]
     return tuple(
         user
         for user in users

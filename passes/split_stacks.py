@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, Node
 
 from xquant_fx.passes.find_writes import appended, is_opaque, written_by
-from xquant_fx.passes.graph import call, part_source
+from xquant_fx.passes.graph import call, note_added, part_source
 from xquant_fx.passes.trace import argument, fake, full_index, is_int, is_whole, shares_memory, value_of
 from xquant_fx.passes.vocabulary import kind
 
@@ -71,6 +71,7 @@ def _part(graph: Graph, buffer: Node, index: int, value: Any) -> Node:
         part = graph.placeholder(f"{buffer.target}_{index}")
     part._dynamo_source = part_source(buffer, index)
     part.meta.update({**buffer.meta, "example_value": value})
+    note_added(part)
     return part
 
 

@@ -113,6 +113,11 @@ def readers(node: Node, follow: Callable[[Node], bool] = is_view_like) -> Iterat
             yield user, node
 
 
+def is_returned(node: Node) -> bool:
+    """Whether ``node`` is a result of its graph."""
+    return any(user.op == "output" for user in node.users)
+
+
 def is_shape_query(node: Node) -> bool:
     """Whether ``node`` asks for sizes only (dynamic shapes put such calls into the graph)."""
     return kind(node) == "shape"

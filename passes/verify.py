@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule
 
+from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.errors import UnsupportedWriteError
 from xquant_fx.passes.context import Context
@@ -19,7 +20,7 @@ def verify(gm: GraphModule, context: Context) -> int:
     views = 0
     for node in gm.graph.nodes:
         value = fake(node)
-        if not isinstance(value, QuantizedKV):
+        if not isinstance(value, QuantizedKV | GrowingKV):
             continue
         if node.op == "placeholder":
             raise UnsupportedWriteError(f"{node.name} still takes part in the graph as a quantized buffer")

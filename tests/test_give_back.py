@@ -128,7 +128,29 @@ def test_views_that_are_left_of_what_was_given_back_say_so(view, use):
         torch.compile(in_place, backend=interpreted())(values)
         assert type(keys) is torch.Tensor and torch.equal(keys, before[0])
         with pytest.raises(
-            (CacheStateError, UnsupportedWriteError), match="in full precision by now|nothing was written"
+            (CacheStateError, UnsupportedWriteError), match=r"in full precision by now|nothing was written"
         ):
             use(old)
     assert torch.equal(keys, before[0])
+
+
+@pytest.mark.parametrize("read", [lambda k, x: torch.cat([k, x], 2), lambda k, x: sdpa(x, *[torch.cat([k, x], 2)] * 2)])
+def test_a_buffer_is_read_where_something_is_put_behind_it(read):
+    """It is no cache that grows."""
+    (keys, _), (before, _) = taken_over()
+    x = torch.randn(1, 2, 1, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(read, backend=interpreted())(keys, x), read(before, x))
+    assert isinstance(keys, QuantizedKV)
+
+
+def test_compiled_code_is_passed_the_buffer_and_no_part_of_it():
+    (keys, _), (before, _) = taken_over()
+    compiled = torch.compile(lambda k: k + 1, backend=interpreted())
+    with torch.no_grad():
+        with pytest.raises(BackendCompilerFailed, match="is tokens 0 to 3 of a quantized buffer, and a graph needs"):
+            compiled(keys[:, :, :4])
+        torch.testing.assert_close(compiled(keys[:, :, :4].dequantize()), before[:, :, :4] + 1)
+        torch.testing.assert_close(
+            torch.compile(lambda k: k[:, :, :4] + 1, backend=interpreted())(keys), before[:, :, :4] + 1
+        )

@@ -243,6 +243,9 @@ def test_a_quantized_stack_reads_like_a_tensor_and_refuses_what_is_no_append() -
     assert torch.equal(kv.clone(), kv.dequantize()) and torch.equal(kv[1, :, 0], kv.dequantize()[1, :, 0])
     with torch.no_grad():
         torch.testing.assert_close(compiled(lambda kv: kv.sum())(kv), kv.dequantize().sum())
+        x = torch.randn(1, DIM)
+        got = compiled(lambda kv, x: nn.functional.linear(x, kv[0, 0, 0]))(kv, x)  # a part of a part
+        torch.testing.assert_close(got, nn.functional.linear(x, kv.dequantize()[0, 0, 0]))
         for write in (lambda: kv.mul_(2), lambda: kv.copy_(torch.ones(kv.shape)), lambda: compiled(Tensor.mul_)(kv, 2)):
             with pytest.raises(UnsupportedWriteError):
                 write()

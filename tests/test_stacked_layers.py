@@ -175,3 +175,21 @@ def test_a_layer_that_breaks_off_changes_nothing() -> None:
     run(layers[:1], exact, (1,), 12)
     torch.testing.assert_close(kv.dequantize(), exact, rtol=1e-5, atol=1e-5)
     assert {type(leaf) for leaf in kv.leaves} == {QuantizedKV, Tensor}
+
+
+@pytest.mark.parametrize("backend", ["xquant", pytest.param(interpreted(), id="interpreted")])
+def test_a_graph_may_write_to_some_tokens_of_a_layer_that_is_left(backend: Any) -> None:
+    """By Inductor, too, which has to know that the sizes of the part are numbers."""
+    shape, part = HOLDERS["L2"]
+    kv = torch.zeros(shape)
+    run(compiled([Layer(0, part)], config=FULL), kv, (20, 1))
+    assert type(kv) is StackedKV and type(kv.leaves[-1]) is Tensor
+    before = kv.dequantize()
+
+    def fill(kv: Any) -> Tensor:
+        kv[1, 1, :, :, :5].fill_(2.0)
+        return kv[1, 1].sum()
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(fill, backend=backend)(kv), fill(before))
+    assert torch.equal(kv.dequantize(), before)

@@ -167,8 +167,13 @@ class QuantizedKV(Dequantized):
         Raises:
             CacheStateError: this is a view, or a stand-in that Dynamo made; neither has a state of its own.
         """
-        if self.state is None or not self.is_whole:
-            raise CacheStateError(f"{self!r}: a view or a traced stand-in holds no state of its own")
+        if self.state is None:
+            raise CacheStateError(f"{self!r}: a traced stand-in holds no state of its own")
+        if not self.is_whole:
+            raise CacheStateError(
+                f"{self!r} is tokens {self.span[0]} to {self.span[1] - 1} of a quantized buffer, and a graph needs the "
+                "whole: pass the buffer to compiled code and take the part in there, or pass part.dequantize()"
+            )
         return self.state
 
     def first_tokens(self) -> tuple[KVState, int] | None:

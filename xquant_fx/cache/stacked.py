@@ -105,7 +105,7 @@ class StackedKV(Dequantized):
         return None if dim == self.at else dim - (dim > self.at)
 
     def mapped(self, call: Callable[[Any], Any], at: int) -> Any:
-        """What ``call`` gives of each part, stacked along ``at``; NotImplemented if that is numbers of a quantized one."""
+        """What ``call`` gives of each part, stacked along ``at``; NotImplemented if one is numbers of codes."""
         found = [call(part) for part in self.parts]
         pairs = zip(self.parts, found, strict=True)
         are_numbers = any(isinstance(part, Dequantized) and _is_numbers(each) for part, each in pairs)

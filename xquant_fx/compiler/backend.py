@@ -60,6 +60,7 @@ from xquant_fx.passes.detect import detect
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.find_sites import buffer_name
 from xquant_fx.passes.graph import clone
+from xquant_fx.passes.growth_copies import without_growth_copies
 from xquant_fx.passes.pipeline import run_passes
 from xquant_fx.passes.records import Detection, Refused
 from xquant_fx.passes.trace import fake
@@ -107,6 +108,7 @@ watch_tracing(xquant_backend)
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
     """Decide what becomes of a graph; ``compiler`` gets what is to be compiled."""
     check_frozen(gm, request)
+    gm = without_growth_copies(gm)
     if (stacks := stacked_graph(gm, inputs)) is None:
         if whole := [each.origin for each in inputs if isinstance(each, StackedKV)]:
             report_uncompiled(whole, NOT_APART, request)

@@ -218,9 +218,11 @@ def _split(graph: Graph, buffer: Node) -> Stack | None:
 
 
 def _dim(node: Node) -> int | None:
-    """Along which dimension ``node`` is stacked, as far as it is used."""
+    """Along which dimension ``node`` is stacked, as far as it is used; None of what is quantized as one buffer."""
     value = value_of(node)
-    return value.at if isinstance(value, StackedKV) else stacked_dim(node)
+    if isinstance(value, Dequantized):
+        return value.at if isinstance(value, StackedKV) else None
+    return stacked_dim(node)
 
 
 def _value(value: Any, dim: int, index: int) -> Any:

@@ -21,6 +21,7 @@ from xquant_fx.compiler.stacked_graph import LeftWholeError, stacked_graph
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.passes import records
 from xquant_fx.passes.find_sites import buffer_name
+from xquant_fx.passes.growth_copies import without_growth_copies
 from xquant_fx.passes.records import Detection
 from xquant_fx.passes.trace import fake
 from xquant_fx.plan.buffer_plan import is_denied
@@ -98,6 +99,7 @@ def _judge(
     gm: torch.fx.GraphModule, inputs: list[Any], request: Request, originals: dict[int, Tensor]
 ) -> tuple[Detection, list[Any]]:
     """What is decided about a graph, and what its inputs are."""
+    gm = without_growth_copies(gm)
     if (stacks := stacked_graph(gm, inputs)) is None:
         return _detect(gm, inputs, request, originals), inputs
     parts = stacks.given(inputs)

@@ -1,0 +1,142 @@
+"""What a program does to growing keys and values that leaves their numbers as they are: ``detach``, say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from stepping import interpreted
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from xquant_fx import XQuantConfig, explain
+from xquant_fx.cache.growing import GrowingKV
+
+FULL = XQuantConfig.preset("full")
+Pasts = tuple[Tensor, ...]
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "detach": torch.detach,
+    "contiguous": Tensor.contiguous,
+    "clone": torch.clone,
+    "cast": Tensor.float,
+    "several": lambda x: x.detach().contiguous().clone(),
+}
+
+
+def step(at: int, before: Any, behind: Any, keep: int = 0) -> Callable[..., Any]:
+    def run(x: Tensor, pasts: Pasts) -> Any:
+        k, v = (behind(torch.cat((before(past), x), at)) for past in pasts)
+        out = sdpa(*((t if at == 2 else t.transpose(1, 2)) for t in (x, k, v)))
+        kept = (k[:, :, -keep:], v[:, :, -keep:]) if keep else (k, v)
+        return out, tuple(behind(t) for t in kept)
+
+    return run
+
+
+def as_is(x: Tensor) -> Tensor:
+    return x
+
+
+def steps(run: Callable[..., Any], at: int, lengths: tuple[int, ...] = (3, 1, 1)) -> tuple[list[Tensor], Pasts]:
+    torch.manual_seed(0)
+    shape, out = [1, 2, 2, 16], []
+    shape[at] = 5
+    pasts: Pasts = torch.randn(shape), torch.randn(shape)
+    with torch.no_grad():
+        for length in lengths:
+            shape[at] = length
+            result, pasts = run(torch.randn(shape), pasts)
+            out.append(result)
+    return out, pasts
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("name", COPIES)
+def test_what_grows_is_quantized(name: str, at: int) -> None:
+    for before, behind in ((COPIES[name], as_is), (as_is, COPIES[name])):
+        torch._dynamo.reset()
+        run = step(at, before, behind)
+        got, pasts = steps(torch.compile(run, backend=interpreted(config=FULL)), at)
+        expected, wanted = steps(run, at)
+        torch.testing.assert_close(got, expected)
+        assert all(isinstance(past, GrowingKV) for past in pasts)
+        torch.testing.assert_close([past.dequantize() for past in pasts], [*wanted])
+
+
+def test_the_last_tokens_are_quantized() -> None:
+    few = dict(residual_length=16, k_group_size=8, rollback_tokens=8)
+    run, config = step(2, as_is, torch.clone, keep=24), FULL.replace(sliding_windows=True, **few)
+    lengths = (30, *(1,) * 6)
+    got, pasts = steps(torch.compile(run, backend=interpreted(config=config)), 2, lengths)
+    expected, wanted = steps(run, 2, lengths)
+    torch.testing.assert_close(got, expected)
+    assert all(isinstance(past, GrowingKV) for past in pasts)
+    torch.testing.assert_close([past.dequantize() for past in pasts], [*wanted])
+    assert explain(run, torch.randn(1, 2, 1, 16), wanted, options={"config": config}).sites[0].rewritten
+
+
+def returned_twice(x: Tensor, pasts: Pasts) -> Any:
+    k, v = (torch.cat((past, x), 2) for past in pasts)
+    return sdpa(x, k, v), (k, v), (k.clone(), v.clone())
+
+
+def test_what_is_returned_twice_is_two_tensors() -> None:
+    x = torch.randn(1, 2, 1, 16)
+    pasts = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
+    compiled = torch.compile(returned_twice, backend=interpreted(config=FULL))
+    with torch.no_grad():
+        for _ in range(2):
+            _, pasts, copies = compiled(x, pasts)
+            assert all(type(copy) is Tensor for copy in copies)
+            torch.testing.assert_close([*copies], [past.dequantize() for past in pasts])
+            copies[0].zero_()
+            assert pasts[0].dequantize().any()
+
+
+def written_to(x: Tensor, pasts: Pasts) -> Any:
+    k, v = (torch.cat((past, x), 2) for past in pasts)
+    kept = k.clone()
+    kept[:, :, 0] = 0
+    return sdpa(x, k, v), (kept, v.detach())
+
+
+def past_is_written_to(x: Tensor, pasts: Pasts) -> Any:
+    old = pasts[0].clone()
+    old[:, :, 0] = 0
+    k, v = torch.cat((old, x), 2), torch.cat((pasts[1], x), 2)
+    return sdpa(x, k, v), (k, v)
+
+
+@pytest.mark.parametrize("run", [written_to, past_is_written_to])
+def test_copies_that_are_written_to_are_copies(run: Callable[..., Any]) -> None:
+    got, pasts = steps(torch.compile(run, backend=interpreted(config=FULL)), 2)
+    expected, wanted = steps(run, 2)
+    torch.testing.assert_close(got, expected)
+    assert type(pasts[0]) is Tensor
+    torch.testing.assert_close([*pasts[:1]], [*wanted[:1]])
+
+
+def casts(x: Tensor, pasts: Pasts) -> Any:
+    k, v = (torch.cat((past, x), 2).bfloat16() for past in pasts)
+    return sdpa(x.bfloat16(), k, v), (k.float(), v.float())
+
+
+def test_a_cast_changes_numbers() -> None:
+    got, pasts = steps(torch.compile(casts, backend=interpreted(config=FULL)), 2)
+    expected, wanted = steps(casts, 2)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close([*pasts], [*wanted], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "use", [torch.detach, Tensor.contiguous, Tensor.float, lambda x: x.data, lambda x: x[:, :, :4]]
+)
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_graph_may_return_one_that_grows_by_another_name(use: Callable[[Tensor], Tensor], at: int) -> None:
+    """Without a concatenation."""
+    _, pasts = steps(torch.compile(step(at, as_is, as_is), backend=interpreted(config=FULL)), at)
+    with torch.no_grad():
+        got = torch.compile(use, backend=interpreted(config=FULL))(pasts[0])
+        torch.testing.assert_close(got + 0, use(pasts[0].dequantize()))
