@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from stepping import interpreted
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from xquant_fx import XQuantConfig, explain
+from xquant_fx import XQuantConfig, explain, memory_report
 from xquant_fx.cache.growing import GrowingKV
 
 FULL = XQuantConfig.preset("full")
@@ -140,3 +140,40 @@ def test_a_graph_may_return_one_that_grows_by_another_name(use: Callable[[Tensor
     with torch.no_grad():
         got = torch.compile(use, backend=interpreted(config=FULL))(pasts[0])
         torch.testing.assert_close(got + 0, use(pasts[0].dequantize()))
+
+
+class Attention(nn.Module):
+    """Keys and values [B, N, H * D] are the outputs of linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor, cache: dict[nn.Module, Tensor]) -> Tensor:
+        q, k, v = (m(x).unflatten(2, (2, -1)).permute(0, 2, 1, 3) for m in (self.query, self.key, self.value))
+        return sdpa(q, k, v, is_causal=x.shape[1] > 1).transpose(1, 2).flatten(2)
+
+
+def test_a_cache_that_hooks_keep() -> None:
+    """As in OpenAI's Whisper: a layer's hook keeps its output, detached, and gives all tokens."""
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(1, 30, 32)
+
+    def decode(step: Callable[..., Tensor]) -> tuple[Tensor, dict[nn.Module, Tensor]]:
+        cache: dict[nn.Module, Tensor] = {}
+
+        def keep(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+            cache[module] = torch.cat([cache[module], output], dim=1).detach() if module in cache else output
+            return cache[module]
+
+        hooks = [module.register_forward_hook(keep) for module in (model.key, model.value)]
+        with torch.no_grad():
+            out = torch.cat([step(part, cache) for part in x.split([20, *[1] * 10], 1)], 1)
+        for hook in hooks:
+            hook.remove()
+        return out, cache
+
+    (got, mine), (want, theirs) = decode(torch.compile(model, backend=interpreted(config=FULL))), decode(model)
+    torch.testing.assert_close(got, want)
+    assert all(isinstance(t, GrowingKV) for t in mine.values()) and memory_report(mine).elements == 2 * x.numel()
+    torch.testing.assert_close([t.dequantize() for t in mine.values()], [*theirs.values()])

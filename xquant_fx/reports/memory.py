@@ -83,7 +83,7 @@ class MemoryReport:
 
 
 def memory_report(cache_or_model: Any) -> MemoryReport:
-    """Report on an XQuantCache, any Hugging Face cache, pasts in tuples, or a module whose buffers were quantized.
+    """Report on an XQuantCache, any Hugging Face cache, pasts in tuples, lists or dicts, or a module.
 
     Of an ``EncoderDecoderCache`` both caches are counted.
 
@@ -91,7 +91,7 @@ def memory_report(cache_or_model: Any) -> MemoryReport:
         ArgumentError: it is neither a cache nor a module.
         CacheStateError: no quantized KV buffer is in it (an XQuantCache allocates at its first step).
     """
-    if not (_caches_in(cache_or_model) or isinstance(cache_or_model, torch.nn.Module | tuple | list)):
+    if not (_caches_in(cache_or_model) or isinstance(cache_or_model, torch.nn.Module | tuple | list | dict)):
         raise ArgumentError(f"memory_report takes a cache or a module, got {type(cache_or_model).__name__}")
     tensors = list(_tensors(cache_or_model))
     states = [t.live for t in tensors if isinstance(t, STORED_KV)]
@@ -146,7 +146,7 @@ def _tensors(holder: Any) -> Iterator[Tensor]:
 
 def _caches_in(holder: Any) -> list[Any]:
     """The caches with layers that ``holder`` is or, as an ``EncoderDecoderCache``, has."""
-    if isinstance(holder, torch.nn.Module | tuple | list):
+    if isinstance(holder, torch.nn.Module | tuple | list | dict):
         return []
     held = [holder] if hasattr(holder, "layers") else getattr(holder, "__dict__", {}).values()
     return [cache for cache in held if hasattr(cache, "layers")]
