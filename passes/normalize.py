@@ -7,6 +7,7 @@
     buffer.narrow(2, p, n).copy_(k)             =>  buffer[:, :, p : p + n] = k
     buffer[:, :, p - N : p - N + n] = k         =>  buffer[:, :, p : p + n] = k, where p is no number
     buffer.data[:, :, pos] = k                  =>  buffer[:, :, pos] = k
+    buffer[:batch, ...].index_copy_(2, pos, k)  =>  buffer.index_copy_(2, pos, k), where these are all rows
     aten.index_put_(buffer, [None, None, pos], k)   likewise
     buffer[arange(B), :, pos] = k[:, :, 0]      =>  write_rows_(buffer, pos[:, None], k)    (row_writes.py)
     flex_attention(q, k, v, score_mod, mask)    =>  sdpa(q, k, v, attn_mask=...), where q are few (flex_step.py)
@@ -27,7 +28,7 @@ from xquant_fx.passes.flex_step import name_flex_steps
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.row_loops import merge_row_loops
 from xquant_fx.passes.row_writes import name_row_writes
-from xquant_fx.passes.trace import argument, fake, is_int
+from xquant_fx.passes.trace import argument, fake, full_index, is_int, is_returned, is_whole
 from xquant_fx.passes.vocabulary import kind
 
 
@@ -43,7 +44,7 @@ def name_assignments(graph: Graph) -> int:
     """Only what does not depend on the order of a buffer's dimensions: writes are ``index_copy_`` and assignments."""
     replaced = 0
     for node in list(graph.nodes):
-        replaced += _write_to_itself(graph, node) + _put(graph, node)
+        replaced += _take_whole(graph, node) or _write_to_itself(graph, node) + _put(graph, node)
     for node in list(graph.nodes):
         buffer = node.args[0] if node.args else None
         if kind(node) == "index_copy" and node.users and isinstance(buffer, Node):
@@ -51,6 +52,20 @@ def name_assignments(graph: Graph) -> int:
             replaced += 1
         replaced += _copy_into_part(graph, node)
     return replaced
+
+
+def _take_whole(graph: Graph, node: Node) -> bool:
+    """``x[:batch, ...]`` of as many rows as there are is ``x``."""
+    x = node.args[0] if node.args else None
+    value = fake(x)
+    if kind(node) != "getitem" or not isinstance(x, Node) or value is None or is_returned(node):
+        return False
+    items = full_index(node.args[1], value.dim())
+    if items is None or not all(is_whole(item, size) for item, size in zip(items, value.shape, strict=True)):
+        return False
+    node.replace_all_uses_with(x)
+    graph.erase_node(node)
+    return True
 
 
 def _write_to_itself(graph: Graph, node: Node) -> bool:

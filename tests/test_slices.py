@@ -50,5 +50,5 @@ def test_appends(buffer: QuantizedKV) -> None:
     assert buffer.live.length == 15 and tokens(buffer)[13:16] == [7, 9, 0]
     with pytest.raises(CacheStateError, match="position 24"):
         buffer[:, :, 4:][:, :, 20:21] = torch.zeros(1, 2, 1, 4)
-    with pytest.raises(CacheStateError, match="holds no state of its own"):
+    with pytest.raises(CacheStateError, match="is tokens 4 to 31 of a quantized buffer"):
         _ = buffer[:, :, 4:].live

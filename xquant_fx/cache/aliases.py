@@ -77,11 +77,11 @@ def alias_of(buffer: Tensor, dims: str) -> Tensor:
     return alias
 
 
-def part_alias(stack: Tensor, place: Sequence[tuple[int, int]]) -> Tensor:
+def part_alias(stack: Tensor, place: Sequence[tuple[int, int | range]]) -> Tensor:
     """A part of ``stack``, likewise: what the selections (dimension, index) leave, one after another."""
     like = _like(stack)
     for at, index in place:
-        like = like.select(at, index)
+        like = like.select(at, index) if isinstance(index, int) else like.narrow(at, index.start, len(index))
     alias = _alias(stack, like)
     setattr(alias, _STACK, stack)
     return alias

@@ -78,7 +78,15 @@ def restack_in_place(stack: StackedKV, new: Tensor) -> None:
 
 def unstacked(parts: Sequence[Tensor], at: int) -> Tensor:
     """Ordinary tensors, some of which were given back, as one along ``at``, which is not taken over again."""
-    whole = torch.stack(list(parts), at)
+    return _left_as(torch.stack(list(parts), at), parts)
+
+
+def with_rows(first: Tensor, rest: Tensor) -> Tensor:
+    """Rows that were given back, and those behind them, as one tensor, which is not taken over again."""
+    return _left_as(torch.cat([first, rest]), [first])
+
+
+def _left_as(whole: Tensor, parts: Sequence[Tensor]) -> Tensor:
     if reason := next(filter(None, map(why_left, parts)), ""):
         leave(whole, reason)
     return whole

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class StackedKV(Dequantized):
 
     parts: tuple[Any, ...]
     at: int
+    handlers: ClassVar[dict[Any, Callable[..., Any]]]
+    """Op to what it does with a stack as its first argument; NotImplemented: it reads numbers."""
 
     @staticmethod
     def __new__(cls, parts: Sequence[Any], at: int) -> StackedKV:
@@ -53,7 +55,7 @@ class StackedKV(Dequantized):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> StackedKV:
         at, parts = context
-        return StackedKV([_described(inner, *each) for each in parts], at)
+        return StackedKV([part_of(inner, *each) for each in parts], at)
 
     def _stable_hash_for_caching(self) -> str:
         return f"{self.at}{[getattr(part, '_stable_hash_for_caching', part.size)() for part in self.parts]}"
@@ -109,11 +111,28 @@ class StackedKV(Dequantized):
         found = [call(part) for part in self.parts]
         pairs = zip(self.parts, found, strict=True)
         are_numbers = any(isinstance(part, Dequantized) and _is_numbers(each) for part, each in pairs)
-        return NotImplemented if are_numbers else StackedKV(found, at)
+        return NotImplemented if are_numbers else self.like(found, at)
+
+    def like(self, parts: Sequence[Any], at: int) -> StackedKV:
+        """Such a stack of ``parts``."""
+        return StackedKV(parts, at)
+
+    def shares(self, x: Tensor, at: int) -> Sequence[Tensor]:
+        """What each part gets of ``x``, which is stacked along ``at``."""
+        return x.unbind(at)
+
+    def some_parts(self, start: Any, end: Any, step: int) -> Any:
+        """A slice along the dimension of parts."""
+        some = self.parts[slice(start, end, step)]
+        return self.like(some, self.at) if some else NotImplemented
+
+    def rest_of(self, indices: list[Any]) -> list[Any]:
+        """An index of all as one of a part."""
+        return [*indices[: self.at], *indices[self.at + 1 :]]
 
     def each(self, call: Callable[[Any, Tensor], Any], x: Tensor, at: int) -> StackedKV:
         """Have ``call`` write to each part its share of ``x``, which is stacked along ``at``; returns this stack."""
-        for part, share in zip(self.parts, x.unbind(at), strict=True):
+        for part, share in zip(self.parts, self.shares(x, at), strict=True):
             call(part, share)
         return self
 
@@ -121,7 +140,7 @@ class StackedKV(Dequantized):
     @torch._dynamo.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         refuse_aot(*args)
-        handler = _HANDLERS.get(func) if isinstance(args[0], StackedKV) else None
+        handler = type(args[0]).handlers.get(func) if isinstance(args[0], StackedKV) else None
         if handler is not None:
             result = handler(*args, **(kwargs or {}))
             if result is not NotImplemented:
@@ -149,7 +168,8 @@ def _description(part: Any) -> tuple[Any, ...]:
     return Tensor, tuple(part.shape), part.stride(), part.dtype
 
 
-def _described(inner: dict[str, Tensor], kind: Any, *what: Any) -> Any:
+def part_of(inner: dict[str, Tensor], kind: Any, *what: Any) -> Any:
+    """The stand-in for a part that ``_description`` describes."""
     if kind is Tensor:
         shape, strides, dtype = what
         return inner["anchor"].new_empty_strided(shape, strides, dtype=dtype)
@@ -187,8 +207,7 @@ def _slice(kv: StackedKV, dim: int = 0, start: Any = None, end: Any = None, step
     inner = kv.part_dim(dim)
     if inner is not None:
         return kv.mapped(lambda part: aten.slice.Tensor(part, inner, start, end, step), kv.at)
-    some = kv.parts[slice(start, end, step)]
-    return StackedKV(some, kv.at) if some else NotImplemented
+    return kv.some_parts(start, end, step)
 
 
 def _unbind(kv: StackedKV, dim: int = 0) -> Any:
@@ -227,12 +246,11 @@ def _index_put(kv: StackedKV, indices: Any, x: Tensor, accumulate: bool = False)
         return NotImplemented
     shape = list(kv.shape)
     shape[chosen[0]] = indices[chosen[0]].shape[0]
-    rest = [*indices, *[None] * (kv.dim() - len(indices))]
-    del rest[kv.at]
+    rest = kv.rest_of([*indices, *[None] * (kv.dim() - len(indices))])
     return kv.each(lambda part, share: aten.index_put_.default(part, rest, share), x.expand(shape), kv.at)
 
 
-_HANDLERS: dict[Any, Callable[..., Any]] = {
+HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
     aten.unbind.int: _unbind,
@@ -245,3 +263,4 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.index_copy_.default: _index_copy,
     aten.index_put_.default: _index_put,
 }
+StackedKV.handlers = HANDLERS

@@ -34,6 +34,7 @@ from xquant_fx.compiler.chunks import UncompiledChunk
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.frozen import check_frozen
 from xquant_fx.compiler.give_back import GiveBack, groups_of
+from xquant_fx.compiler.give_back_rows import rows_given_back
 from xquant_fx.compiler.growing_step import GrowingStep, has_room
 from xquant_fx.compiler.growing_takeover import GrowingTakeover
 from xquant_fx.compiler.inductor import begin, compile_by_inductor, no_collection
@@ -110,6 +111,8 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
     check_frozen(gm, request)
     gm = without_growth_copies(gm)
     if (stacks := stacked_graph(gm, inputs)) is None:
+        if given := rows_given_back(gm, inputs, request):
+            return given
         if whole := [each.origin for each in inputs if isinstance(each, StackedKV)]:
             report_uncompiled(whole, NOT_APART, request)
             return gm.forward

@@ -17,19 +17,21 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
 from xquant_fx.cache.aliases import part_alias
-from xquant_fx.cache.convert import restack_in_place, stack_in_place, unstacked
+from xquant_fx.cache.convert import restack_in_place, stack_in_place, unstacked, with_rows
+from xquant_fx.cache.leading_rows import LeadingRowsKV
 from xquant_fx.cache.reads import Dequantized
 from xquant_fx.cache.stacked import StackedKV
 from xquant_fx.compiler.other_graph import OtherGraph
 from xquant_fx.passes.find_writes import written_by
 from xquant_fx.passes.graph import clone
+from xquant_fx.passes.leading_rows import leading_rows, take_leading_rows, takes_rows
 from xquant_fx.passes.normalize import name_assignments
 from xquant_fx.passes.records import Detection
 from xquant_fx.passes.split_stacks import split, stacked_dim
 from xquant_fx.passes.trace import memory_of, value_of
 from xquant_fx.passes.why_left_alone import WHY_WHOLE
 
-Place = tuple[tuple[int, int], ...]
+Place = tuple[tuple[int, int | range], ...]
 """The selections (dimension, index) that lead to a part, one after another."""
 
 
@@ -44,7 +46,13 @@ class Stack:
 
     def given(self, whole: Any) -> list[Any]:
         """The parts of ``whole`` that the graph uses; those of an ordinary tensor as aliases."""
-        return [_part(whole, place) for place in self.places]
+        return [self.part(whole, place) for place in self.places]
+
+    def part(self, whole: Any, place: Place) -> Any:
+        """The part of ``whole`` at ``place``."""
+        while place and isinstance(whole, StackedKV):
+            whole, place = whole.parts[place[0][1]], place[1:]  # type: ignore[index]
+        return part_alias(whole, place) if place else whole
 
     def renewed(self, whole: Any, parts: Mapping[Place, Any], place: Place = ()) -> Any:
         """``whole`` with ``parts`` in their places; what is left of an ordinary tensor gets memory of its own."""
@@ -64,10 +72,24 @@ class Stack:
         return unstacked(renewed, at)
 
 
-def _part(whole: Any, place: Place) -> Any:
-    while place and isinstance(whole, StackedKV):
-        whole, place = whole.parts[place[0][1]], place[1:]
-    return part_alias(whole, place) if place else whole
+@dataclasses.dataclass(frozen=True)
+class FirstRows(Stack):
+    """A buffer of more rows than the graph takes from it, all of its first ones."""
+
+    @classmethod
+    def of(cls, rows: int) -> FirstRows:
+        """The first ``rows`` of a buffer."""
+        return cls(((0, 2),), (((0, range(rows)),),))
+
+    def part(self, whole: Any, place: Place) -> Any:
+        """The rows."""
+        return whole.parts[0] if isinstance(whole, StackedKV) else part_alias(whole, place)
+
+    def renewed(self, whole: Any, parts: Mapping[Place, Any], place: Place = ()) -> Any:
+        """``whole`` with the first rows of ``parts``; the others get memory of their own."""
+        (first,) = parts.values() or self.given(whole)
+        rest = whole.parts[1] if isinstance(whole, StackedKV) else whole[first.shape[0] :].clone()
+        return LeadingRowsKV([first, rest]) if isinstance(first, Dequantized) else with_rows(first, rest)
 
 
 class LeftWholeError(Exception):
@@ -119,7 +141,7 @@ class StackedGraph(OtherGraph):
             parts, begin = dict(zip(places, given[begin : begin + len(places)], strict=True)), begin + len(places)
             quantized = {place: part for place, part in parts.items() if isinstance(part, Dequantized)}
             is_stack, are_all = isinstance(arg, StackedKV), len(quantized) == len(parts)
-            if is_stack and are_all and all(_part(arg, place) is part for place, part in parts.items()):
+            if is_stack and are_all and all(self.stacks[i].part(arg, place) is part for place, part in parts.items()):
                 continue
             if not is_stack and quantized and are_all:
                 stack_in_place(arg, self._renewed(i, arg, quantized))
@@ -166,7 +188,8 @@ def _why(found: Detection, places: range, taken: set[int | None]) -> str:
 
 def stacked_graph(gm: GraphModule, inputs: Sequence[Any]) -> StackedGraph | None:
     """The graph of the parts, if KV buffers among the inputs of ``gm`` are stacked and it takes them apart."""
-    if not any(_may_be(each) for each in inputs):
+    given = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    if not any(_may_be(each) or (_may_have_rows(each) and takes_rows(node)) for node, each in given):
         return None
     made = clone(gm)
     name_assignments(made.graph)
@@ -175,6 +198,14 @@ def stacked_graph(gm: GraphModule, inputs: Sequence[Any]) -> StackedGraph | None
     stacks: dict[int, Stack] = {}
     for i, node in enumerate(nodes):
         value = inputs[i]
+        if isinstance(value, LeadingRowsKV) or _may_have_rows(value):
+            rows = leading_rows(node)
+            if isinstance(value, LeadingRowsKV) and rows != value.rows:
+                return None
+            if rows is not None:
+                take_leading_rows(made.graph, node, _first_rows(value_of(node), rows))
+                stacks[i] = FirstRows.of(rows)
+            continue
         if not isinstance(value, StackedKV) and not (_may_be(value) and node in written and _dim(node) is not None):
             continue
         stack = _split(made.graph, node)
@@ -188,10 +219,15 @@ def stacked_graph(gm: GraphModule, inputs: Sequence[Any]) -> StackedGraph | None
 
 
 def _may_be(value: Any) -> bool:
-    if isinstance(value, StackedKV):
-        return True
-    is_ordinary = type(value) is Tensor and not isinstance(value, Parameter)
-    return is_ordinary and value.dim() > 4 and value.is_floating_point()
+    return isinstance(value, StackedKV) or (_is_ordinary(value) and value.dim() > 4)
+
+
+def _may_have_rows(value: Any) -> bool:
+    return _is_ordinary(value) and value.dim() in (3, 4)
+
+
+def _is_ordinary(value: Any) -> bool:
+    return type(value) is Tensor and not isinstance(value, Parameter) and value.is_floating_point()
 
 
 def _split(graph: Graph, buffer: Node) -> Stack | None:
@@ -230,5 +266,16 @@ def _value(value: Any, dim: int, index: int) -> Any:
     if isinstance(value, StackedKV):
         return value.parts[index]
     with value.fake_mode:
-        like = value.select(dim, index)  # in memory of its own, as other parts have theirs
-        return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device)
+        return _apart(value.select(dim, index))
+
+
+def _first_rows(value: Any, rows: int) -> Any:
+    if isinstance(value, StackedKV):
+        return value.parts[0]
+    with value.fake_mode:
+        return _apart(value[:rows])
+
+
+def _apart(part: Tensor) -> Tensor:
+    """Like ``part``, in memory of its own, as other parts have theirs."""
+    return torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=part.device)
