@@ -47,6 +47,7 @@ from xquant_fx.compiler.planning import plan_graph, warn_of_lengths, why_not_gra
 from xquant_fx.compiler.prompt_queries import PromptRun
 from xquant_fx.compiler.proof import Call
 from xquant_fx.compiler.restarts import Restarts
+from xquant_fx.compiler.returned_inputs import returned_inputs
 from xquant_fx.compiler.row_slices import row_graph
 from xquant_fx.compiler.self_check import self_check
 from xquant_fx.compiler.short_windows import note_short_windows, why_not_sliding_window
@@ -109,6 +110,8 @@ watch_tracing(xquant_backend)
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
     """Decide what becomes of a graph; ``compiler`` gets what is to be compiled."""
     check_frozen(gm, request)
+    if (own := returned_inputs(gm)) is not None:
+        return own.calling(compile_graph(own.gm, inputs, request, compiler))
     gm = without_growth_copies(gm)
     if (stacks := stacked_graph(gm, inputs)) is None:
         if given := rows_given_back(gm, inputs, request):

@@ -16,6 +16,7 @@ from xquant_fx.compiler.laid_out_graph import laid_out_graph
 from xquant_fx.compiler.laid_out_growth import laid_out_growth
 from xquant_fx.compiler.left_alone import report_left
 from xquant_fx.compiler.options import Request, parse
+from xquant_fx.compiler.returned_inputs import returned_inputs
 from xquant_fx.compiler.self_check import self_check
 from xquant_fx.compiler.stacked_graph import LeftWholeError, stacked_graph
 from xquant_fx.kernels.schemes import SCHEMES
@@ -99,6 +100,8 @@ def _judge(
     gm: torch.fx.GraphModule, inputs: list[Any], request: Request, originals: dict[int, Tensor]
 ) -> tuple[Detection, list[Any]]:
     """What is decided about a graph, and what its inputs are."""
+    if (own := returned_inputs(gm)) is not None:
+        gm = own.gm
     gm = without_growth_copies(gm)
     if (stacks := stacked_graph(gm, inputs)) is None:
         return _detect(gm, inputs, request, originals), inputs
