@@ -158,6 +158,7 @@ class Facts:
             pasts: list[Node] = []
             for changed in (False, True):
                 inputs = moved_from(result, self._put_into, lambda n: is_quantized(n) or n in appended, changed)
+                inputs = filter(may_be_past, inputs)  # or sizes, beside a result of one number
                 new = [node for node in inputs if not self.writes_to(node) and behind_views(result) is not node]
                 pasts += [node for node in new if differences(node, value_of(result)) in ((1,) if changed else (0, 1))]
             if pasts:  # the others are new tokens

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from xquant_fx.passes.find_writes import written_by
 from xquant_fx.passes.graph import clone
-from xquant_fx.passes.trace import argument, fake, is_returned, memory_of, operand
+from xquant_fx.passes.trace import argument, fake, is_returned, memory_of, operand, takes_all
 from xquant_fx.passes.vocabulary import kind
 
 
@@ -70,6 +70,8 @@ def _behind(node: Node) -> list[Node]:
 def _keeps_all(node: Node) -> bool:
     """Whether ``node`` is its first argument as far as numbers go, on the same device."""
     value, source = fake(node), fake(operand(node))
+    if kind(node) == "getitem" and source is not None:
+        return takes_all(node)
     if kind(node) not in ("detach", "contiguous", "clone", "cast") or value is None or source is None:
         return False
     return (value.dtype, value.device) == (source.dtype, source.device)

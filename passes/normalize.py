@@ -10,6 +10,7 @@
     buffer[:batch, ...].index_copy_(2, pos, k)  =>  buffer.index_copy_(2, pos, k), where these are all rows
     aten.index_put_(buffer, [None, None, pos], k)   likewise
     buffer[arange(B), :, pos] = k[:, :, 0]      =>  write_rows_(buffer, pos[:, None], k)    (row_writes.py)
+    p.to(v), p.type_as(v)                       =>  p.to(v.dtype)
     flex_attention(q, k, v, score_mod, mask)    =>  sdpa(q, k, v, attn_mask=...), where q are few (flex_step.py)
 
 ``index_copy_`` returns the buffer itself, so that who reads its result after it reads the buffer.
@@ -28,7 +29,7 @@ from xquant_fx.passes.flex_step import name_flex_steps
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.row_loops import merge_row_loops
 from xquant_fx.passes.row_writes import name_row_writes
-from xquant_fx.passes.trace import argument, fake, full_index, is_int, is_returned, is_whole
+from xquant_fx.passes.trace import argument, fake, is_int, is_returned, operand, takes_all
 from xquant_fx.passes.vocabulary import kind
 
 
@@ -44,7 +45,7 @@ def name_assignments(graph: Graph) -> int:
     """Only what does not depend on the order of a buffer's dimensions: writes are ``index_copy_`` and assignments."""
     replaced = 0
     for node in list(graph.nodes):
-        replaced += _take_whole(graph, node) or _write_to_itself(graph, node) + _put(graph, node)
+        replaced += _name_dtype(node) or _take_whole(graph, node) or _write_to_itself(graph, node) or _put(graph, node)
     for node in list(graph.nodes):
         buffer = node.args[0] if node.args else None
         if kind(node) == "index_copy" and node.users and isinstance(buffer, Node):
@@ -54,14 +55,23 @@ def name_assignments(graph: Graph) -> int:
     return replaced
 
 
+def _name_dtype(node: Node) -> bool:
+    """``x.to(other)`` and ``x.type_as(other)`` read nothing of ``other``: a cast to its dtype, on its device."""
+    x, other = fake(node.args[0] if node.args else None), fake(operand(node, 1))
+    if kind(node) != "cast" or x is None or other is None or len(node.args) != 2 or node.kwargs:
+        return False
+    if x.device != other.device:
+        return False
+    node.target, node.args = "to", (node.args[0], other.dtype)
+    return True
+
+
 def _take_whole(graph: Graph, node: Node) -> bool:
     """``x[:batch, ...]`` of as many rows as there are is ``x``."""
     x = node.args[0] if node.args else None
-    value = fake(x)
-    if kind(node) != "getitem" or not isinstance(x, Node) or value is None or is_returned(node):
+    if kind(node) != "getitem" or not isinstance(x, Node) or fake(x) is None or is_returned(node):
         return False
-    items = full_index(node.args[1], value.dim())
-    if items is None or not all(is_whole(item, size) for item, size in zip(items, value.shape, strict=True)):
+    if not takes_all(node):
         return False
     node.replace_all_uses_with(x)
     graph.erase_node(node)

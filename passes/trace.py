@@ -153,10 +153,17 @@ def is_whole(item: object, size: object) -> bool:
     if not isinstance(item, slice):
         return False
     bounds = (item.start, item.stop, item.step)
-    if bounds == (None, None, None):
+    if item.start in (None, 0) and item.stop is None and item.step in (None, 1):
         return True
     known = all(isinstance(bound, int | None) for bound in bounds)
     return isinstance(size, int) and known and item.indices(size) == (0, size, 1)
+
+
+def takes_all(node: Node) -> bool:
+    """Whether ``node``, an indexing, gives all of its first argument, by slices."""
+    value = value_of(node.args[0])  # type: ignore[arg-type]
+    items = full_index(node.args[1], value.dim())
+    return items is not None and all(is_whole(item, size) for item, size in zip(items, value.shape, strict=True))
 
 
 def is_int(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ COPIES: dict[str, Callable[[Tensor], Tensor]] = {
     "clone": torch.clone,
     "cast": Tensor.float,
     "several": lambda x: x.detach().contiguous().clone(),
+    "all": lambda x: x[:, 0:],
+    "all, from the back": lambda x: x[..., 0:, :],
 }
 
 
@@ -140,6 +143,39 @@ def test_a_graph_may_return_one_that_grows_by_another_name(use: Callable[[Tensor
     with torch.no_grad():
         got = torch.compile(use, backend=interpreted(config=FULL))(pasts[0])
         torch.testing.assert_close(got + 0, use(pasts[0].dequantize()))
+
+
+@pytest.mark.parametrize("cast", [lambda w, v: w.to(v), lambda w, v: w.type_as(v)])
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_tensor_that_lends_its_dtype_is_not_read(at: int, cast: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """As in audiocraft: ``w = softmax(...).to(v)``."""
+
+    def run(x: Tensor, pasts: Pasts) -> Any:
+        k, v = (torch.cat((past, x), at) for past in pasts)
+        q, keys, values = (t if at == 2 else t.transpose(1, 2) for t in (x, k, v))
+        return cast(torch.softmax(q @ keys.mT, -1), v) @ values, (k, v)
+
+    got, pasts = steps(torch.compile(run, backend=interpreted(config=FULL)), at)
+    expected, wanted = steps(run, at)
+    torch.testing.assert_close(got, expected)
+    assert all(isinstance(past, GrowingKV) for past in pasts)
+    torch.testing.assert_close([past.dequantize() for past in pasts], [*wanted])
+
+
+def test_a_size_is_no_cache(caplog: pytest.LogCaptureFixture) -> None:
+    """Positions are made of it, and a number is returned (a streaming state's offset)."""
+
+    def prompt(x: Tensor) -> Any:
+        y = x + torch.cos(torch.arange(x.shape[1])[None, :, None])
+        q, k, v = y.reshape(1, x.shape[1], 3, 2, 16).permute(0, 3, 2, 1, 4).unbind(2)
+        return sdpa(q, k, v, is_causal=True), k, v, torch.tensor(0) + x.shape[1]
+
+    compiled = torch.compile(prompt, backend=interpreted(config=FULL), dynamic=True)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="xquant_fx"):
+        for n in (20, 30):
+            x = torch.randn(1, n, 96)
+            torch.testing.assert_close(compiled(x), prompt(x))
+    assert not caplog.records
 
 
 class Attention(nn.Module):
