@@ -16,13 +16,13 @@ from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.records import Decode, Site
 from xquant_fx.passes.scores import shape_of
 from xquant_fx.passes.trace import fake, operand
-from xquant_fx.passes.vocabulary import kind, op_name
+from xquant_fx.passes.vocabulary import COPIES, kind, op_name
 
 
 def why_not_in_place(site: Site, form: Decode, facts: Facts) -> str:
     """Which in-place op changes what the fused op would read, or is replaced by it; "" if none does."""
     end = facts.order[form.output]
-    reads = [(start, read, facts.source(read).root) for start, read in _reads(site, form, facts)]
+    reads = [(start, read, _memory(read, facts)) for start, read in _reads(site, form, facts)]
     replaced = {*form.carriers, site.attention.node, form.output}
     copies = [mutation.node for mutation in facts.mutations if mutation.root in site.buffers]
     if copies:
@@ -37,6 +37,11 @@ def why_not_in_place(site: Site, form: Decode, facts: Facts) -> str:
         if any(root is of_read or _share_storage(target, read) for read, of_read in seen):
             return f"{op_name(node)} changes in place what the attention has read"
     return ""
+
+
+def _memory(read: Node, facts: Facts) -> Node:
+    """Whose memory ``read`` is in, as far as views show; a copy is in its own."""
+    return read if kind(read) in COPIES else facts.source(read).root
 
 
 def _reads(site: Site, form: Decode, facts: Facts) -> Iterator[tuple[int, Node]]:

@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from xquant_fx.passes.flex_step import name_flex_steps
 from xquant_fx.passes.graph import call
+from xquant_fx.passes.kept_positions import keep_positions
 from xquant_fx.passes.row_loops import merge_row_loops
 from xquant_fx.passes.row_writes import name_row_writes
 from xquant_fx.passes.trace import argument, fake, is_int, is_returned, operand, takes_all
@@ -38,7 +39,7 @@ def normalize(graph: Graph) -> int:
     replaced = name_assignments(graph) + name_flex_steps(graph)
     for node in list(graph.nodes):
         replaced += _assign_to_tokens(graph, node)
-    return replaced + name_row_writes(graph) + merge_row_loops(graph)
+    return replaced + name_row_writes(graph) + merge_row_loops(graph) + keep_positions(graph)
 
 
 def name_assignments(graph: Graph) -> int:

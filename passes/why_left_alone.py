@@ -171,17 +171,23 @@ def _why_not_mutation(buffer: Node, what: str, facts: Facts) -> str:
 
 
 def _why_some_rows(write: Node) -> str:
-    """Why an append to ``buffer[:n, begin:end]`` is none, where there are more than n rows."""
-    buffer = fake(argument(write, 0, "input"))
-    if kind(write) != "setitem" or buffer is None:
+    """Why an append to ``buffer[:n, begin:end]`` or ``buffer[:n]`` is none, where there are more than n rows."""
+    part = argument(write, 0, "input")
+    is_view = kind(write) == "index_copy" and isinstance(part, Node) and kind(part) == "getitem"
+    taken = part if is_view and isinstance(part, Node) else write
+    buffer = fake(argument(taken, 0, "input"))
+    if kind(taken) not in ("getitem", "setitem") or buffer is None:
         return ""
-    index = full_index(argument(write, 1, "index"), buffer.dim())
+    index = full_index(argument(taken, 1, "index"), buffer.dim())
     if index is None or not isinstance(index[0], slice):
         return ""
     some = [not is_whole(item, size) for item, size in zip(index, buffer.shape, strict=True)]
-    if not some[0] or not any(some[1:]):
+    if not some[0] or not (is_view or any(some[1:])):
         return ""
-    return f"into some of its {buffer.shape[0]} rows: make it for as many as a step has, all of them are quantized"
+    return (
+        f"into some of its {buffer.shape[0]} rows: make it for as many as a step has, or let all steps take the first "
+        "ones by one number, buffer[:2]"
+    )
 
 
 def _why_not_uses(buffer: Node, what: str, facts: Facts) -> str:

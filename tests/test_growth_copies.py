@@ -168,7 +168,7 @@ def test_a_size_is_no_cache(caplog: pytest.LogCaptureFixture) -> None:
     def prompt(x: Tensor) -> Any:
         y = x + torch.cos(torch.arange(x.shape[1])[None, :, None])
         q, k, v = y.reshape(1, x.shape[1], 3, 2, 16).permute(0, 3, 2, 1, 4).unbind(2)
-        return sdpa(q, k, v, is_causal=True), k, v, torch.tensor(0) + x.shape[1]
+        return sdpa(q, k, v, is_causal=True), k, v, torch.zeros(1) + x.shape[1]
 
     compiled = torch.compile(prompt, backend=interpreted(config=FULL), dynamic=True)
     with torch.no_grad(), caplog.at_level(logging.WARNING, logger="xquant_fx"):
