@@ -38,6 +38,7 @@ from xquant_fx.compiler.give_back_rows import rows_given_back
 from xquant_fx.compiler.growing_step import GrowingStep, has_room
 from xquant_fx.compiler.growing_takeover import GrowingTakeover
 from xquant_fx.compiler.inductor import begin, compile_by_inductor, no_collection
+from xquant_fx.compiler.inference_graph import inference_graph
 from xquant_fx.compiler.known_steps import known_step
 from xquant_fx.compiler.laid_out_graph import laid_out_graph
 from xquant_fx.compiler.laid_out_growth import laid_out_growth
@@ -110,6 +111,9 @@ watch_tracing(xquant_backend)
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
     """Decide what becomes of a graph; ``compiler`` gets what is to be compiled."""
     check_frozen(gm, request)
+    if (inside := inference_graph(gm)) is not None:
+        with torch.no_grad():  # in inference mode no view of what Dynamo has made outside of it could be
+            return inside.calling(compile_graph(inside.gm, inputs, request, compiler))
     if (own := returned_inputs(gm)) is not None:
         return own.calling(compile_graph(own.gm, inputs, request, compiler))
     gm = without_growth_copies(gm)
