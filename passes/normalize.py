@@ -68,11 +68,11 @@ def _name_dtype(node: Node) -> bool:
 
 
 def _take_whole(graph: Graph, node: Node) -> bool:
-    """``x[:batch, ...]`` of as many rows as there are is ``x``."""
+    """``buffer[:batch, ...]`` of as many rows as there are is the buffer."""
     x = node.args[0] if node.args else None
-    if kind(node) != "getitem" or not isinstance(x, Node) or fake(x) is None or is_returned(node):
+    if kind(node) != "getitem" or not isinstance(x, Node) or x.op != "placeholder" or fake(x) is None:
         return False
-    if not takes_all(node):
+    if is_returned(node) or not takes_all(node):
         return False
     node.replace_all_uses_with(x)
     graph.erase_node(node)
