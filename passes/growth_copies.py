@@ -33,10 +33,18 @@ def without_growth_copies(gm: GraphModule) -> GraphModule:
 
 
 def growth_copies(graph: Graph) -> list[Node]:
-    """What stands between a concatenation and the results of ``graph``, or between an input and a concatenation."""
+    """What stands between a concatenation and the results of ``graph``, or between an input and a concatenation.
+
+    Nothing of what is returned twice, or changed: the copies would be one tensor.
+    """
     found = {copy: cat for cat in graph.nodes if _grows(cat) for copy in (*_before(cat), *_behind(cat))}
-    changed = {memory_of(each) for node in graph.nodes for each in written_by(node)} if found else set()
-    return [copy for copy, cat in found.items() if not {cat, *map(memory_of, cat.all_input_nodes)} & changed]
+    if not found:
+        return []
+    changed = {memory_of(each) for node in graph.nodes for each in written_by(node)}
+    returned = [memory_of(result) for result in graph.output_node().all_input_nodes]
+    pasts = {memory_of(part) for cat in found.values() for part in cat.all_input_nodes}
+    fixed = changed | {each for each in returned if each in pasts or returned.count(each) > 1}
+    return [copy for copy, cat in found.items() if not {cat, *map(memory_of, cat.all_input_nodes)} & fixed]
 
 
 def _grows(node: Node) -> bool:
@@ -55,14 +63,14 @@ def _before(cat: Node) -> list[Node]:
 
 
 def _behind(node: Node) -> list[Node]:
-    """From ``node``, or a part of its tokens, to a result, which must not be one twice: they would be one tensor."""
+    """From ``node``, or a part of its tokens, to a result."""
     found: list[Node] = []
     for user in node.users:
         keeps = _keeps_all(user)
         if operand(user) is not node or not (keeps or kind(user) == "getitem"):
             continue
         behind = _behind(user)
-        if (behind or is_returned(user)) and not (keeps and is_returned(node) and is_returned(user)):
+        if behind or is_returned(user):
             found += [user, *behind] if keeps else behind
     return found
 

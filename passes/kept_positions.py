@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from xquant_fx.passes.find_writes import written_by
 from xquant_fx.passes.graph import call
-from xquant_fx.passes.trace import argument, fake, memory_of
+from xquant_fx.passes.trace import argument, fake, memory_of, operand
 from xquant_fx.passes.vocabulary import kind
 
 
@@ -31,12 +31,18 @@ def keep_positions(graph: Graph) -> int:
                 moved.setdefault(memory_of(target), number)
     # Appends before and after the same move would seem to be at the same positions.
     mixed = {memory_of(at) for number, _, at in appends if number > moved.get(memory_of(at), number)}
-    kept = [(node, at) for _, node, at in appends if memory_of(at) in moved and memory_of(at) not in mixed]
-    for node, at in kept:
+    found = [(node, at) for _, node, at in appends if memory_of(at) in moved and memory_of(at) not in mixed]
+    for node, at in found:
         with graph.inserting_before(node):
             copied = call(graph, torch.clone, (at,))
         node.replace_input_with(at, copied)
-    return len(kept)
+    return len(found)
+
+
+def kept(positions: Node) -> Node:
+    """What ``positions`` were before they were copied: the same until they are moved on."""
+    source = operand(positions)
+    return source if kind(positions) == "clone" and source is not None else positions
 
 
 def _positions(node: Node) -> Node | None:

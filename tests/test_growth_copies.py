@@ -98,6 +98,26 @@ def test_what_is_returned_twice_is_two_tensors() -> None:
             assert pasts[0].dequantize().any()
 
 
+def last_returned(x: Tensor, past: Tensor) -> Any:
+    k = torch.cat((past, x), 2)
+    return k, k[:, :, -1:].clone()
+
+
+def past_returned(x: Tensor, past: Tensor) -> Any:
+    old = past.clone()
+    return torch.cat((old, x), 2), old[:, :, :1]
+
+
+@pytest.mark.parametrize("run", [last_returned, past_returned])
+def test_copies_of_what_is_not_quantized_are_copies(run: Callable[..., Any]) -> None:
+    x, past = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 5, 16)
+    before = past.clone()
+    with torch.no_grad():
+        whole, part = torch.compile(run, backend=interpreted(config=FULL))(x, past)
+        part.zero_()
+    assert torch.equal(whole, torch.cat((before, x), 2)) and torch.equal(past, before)
+
+
 def written_to(x: Tensor, pasts: Pasts) -> Any:
     k, v = (torch.cat((past, x), 2) for past in pasts)
     kept = k.clone()

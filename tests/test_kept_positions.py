@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rewrites import Rewrites, count
+from stepping import interpreted
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -94,3 +95,33 @@ def test_appends_at_different_positions_are_not_one_step() -> None:
     fast, plain = Skips(assigned), Skips(assigned)
     for got, want in zip(steps(torch.compile(fast, backend=Rewrites(config=CONFIG))), steps(plain), strict=True):
         torch.testing.assert_close(got, want)
+
+
+class Rotating(nn.Module):
+    """One position, which starts over when the buffer is full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.values = (torch.zeros(1, 2, 16, 16) for _ in range(2))
+
+    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+        self.keys[:, :, pos], self.values[:, :, pos] = x, 2 * x
+        pos.add_(1)
+        return sdpa(x, self.keys, self.values)
+
+
+def test_a_buffer_that_starts_over_is_given_back() -> None:
+    """It is told before the step, by the positions that are passed in."""
+    fast, plain = Rotating(), Rotating()
+    step, at = (
+        torch.compile(fast, backend=interpreted(config=CONFIG)),
+        [torch.zeros(1, dtype=torch.int64) for _ in "12"],
+    )
+    with torch.no_grad():
+        for number in range(20):
+            x = torch.randn(1, 2, 1, 16)
+            for pos in at:
+                pos.remainder_(16)
+            torch.testing.assert_close(step(x, at[0]), plain(x, at[1]), rtol=0, atol=0.05)
+            assert isinstance(fast.keys, QuantizedKV) == (number < 16)
+    assert torch.equal(*at)

@@ -28,6 +28,7 @@ from xquant_fx.compiler.proof import Call
 from xquant_fx.errors import CacheStateError
 from xquant_fx.passes.facts import Facts
 from xquant_fx.passes.graph import size_among_inputs
+from xquant_fx.passes.kept_positions import kept
 from xquant_fx.passes.records import Detection
 
 Judge = Callable[[GraphModule, list[Any], Request], Detection]
@@ -54,7 +55,7 @@ class Restarts:
         for write in found.writes:
             if write.slide is not None:  # which has no positions
                 continue
-            first = write.positions.start if isinstance(write.positions, slice) else write.positions
+            first = write.positions.start if isinstance(write.positions, slice) else kept(write.positions)
             place = places.get(first) if isinstance(first, Node) else (None if first == 0 else -1)
             place = -1 if write.per_row else place
             if place != -1 and not (place is None and isinstance(first, Node)):
