@@ -14,8 +14,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from xquant_fx.passes.find_writes import written_by
 from xquant_fx.passes.graph import clone
-from xquant_fx.passes.trace import argument, fake, is_returned, memory_of, operand, takes_all
+from xquant_fx.passes.trace import argument, fake, full_index, is_returned, memory_of, operand
 from xquant_fx.passes.vocabulary import kind
+
+#: Slices that take all of a dimension, whatever its size.
+_ALL = (slice(None), slice(0, None))
 
 
 def without_growth_copies(gm: GraphModule) -> GraphModule:
@@ -79,7 +82,8 @@ def _keeps_all(node: Node) -> bool:
     """Whether ``node`` is its first argument as far as numbers go, on the same device."""
     value, source = fake(node), fake(operand(node))
     if kind(node) == "getitem" and source is not None:
-        return takes_all(node)
+        items = full_index(node.args[1], source.dim()) or [None]
+        return all(item in _ALL for item in items)  # and no [-n:], of a window that is not full yet
     if kind(node) not in ("detach", "contiguous", "clone", "cast") or value is None or source is None:
         return False
     return (value.dtype, value.device) == (source.dtype, source.device)

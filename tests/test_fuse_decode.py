@@ -281,9 +281,6 @@ ALONE = {  # and the word that the reason must have
         lambda q, k, v, pos: (t := v.clone(), t.select(1, 0).mul_(2.0), softmax_of(q @ k.mT, t))[-1],
         "keys or values that were read",
     ),
-    "positions that are changed afterwards": (
-        lambda q, k, v, pos: (pos.add_(1), o := softmax_of(q @ k.mT, v), pos.sub_(1), o)[-1], "add_ changes in place",
-    ),
     "a number that is changed": (
         lambda q, k, v, pos: (f := torch.full([], 2.5), f.mul_(3.0), softmax_of(q @ k.mT * f, v))[-1],
         "mul_ changes in place",
