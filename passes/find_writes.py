@@ -11,7 +11,7 @@ from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.kernels.rows import write_rows_
 from xquant_fx.passes.find_slides import find_slide, last_tokens_of
 from xquant_fx.passes.records import Write
-from xquant_fx.passes.trace import argument, fake, full_index, is_returned, is_whole, value_of
+from xquant_fx.passes.trace import argument, fake, full_index, is_returned, is_whole, memory_of, value_of
 from xquant_fx.passes.vocabulary import is_in_place, kind
 
 
@@ -42,6 +42,11 @@ def written_by(node: Node) -> list[Node]:
             found.append(argument(node, i, parameter.name))
     flat = [part for each in found for part in (each if isinstance(each, tuple | list) else (each,))]
     return list(dict.fromkeys(part for part in flat if isinstance(part, Node)))
+
+
+def written_memory(graph: Graph) -> set[Node]:
+    """Whose memory ops of ``graph`` write to, as far as views show (``memory_of``)."""
+    return {memory_of(each) for node in graph.nodes for each in written_by(node)}
 
 
 def is_opaque(node: Node) -> bool:

@@ -64,6 +64,15 @@ def part_source(whole: Node, index: int) -> Any:
     return None if source is None else GetItemSource(source, index)
 
 
+def input_beside(graph: Graph, other: Node, value: Any) -> Node:
+    """A new input beside ``other``, of which ``value`` is known."""
+    with graph.inserting_before(other):
+        node = graph.placeholder(str(other.target))
+    node._dynamo_source = getattr(other, "_dynamo_source", None)
+    node.meta.update({**other.meta, "example_value": value})
+    return node
+
+
 def note_added(node: Node) -> None:
     """The program's graph has no such input as ``node``: Dynamo knows no source for its sizes."""
     node.meta[_ADDED] = True

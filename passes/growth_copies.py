@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from xquant_fx.passes.find_writes import written_by
+from xquant_fx.passes.find_writes import written_memory
 from xquant_fx.passes.graph import clone
 from xquant_fx.passes.trace import argument, fake, full_index, is_returned, memory_of, operand
 from xquant_fx.passes.vocabulary import kind
@@ -43,7 +43,7 @@ def growth_copies(graph: Graph) -> list[Node]:
     found = {copy: cat for cat in graph.nodes if _grows(cat) for copy in (*_before(cat), *_behind(cat))}
     if not found:
         return []
-    changed = {memory_of(each) for node in graph.nodes for each in written_by(node)}
+    changed = written_memory(graph)
     returned = [memory_of(result) for result in graph.output_node().all_input_nodes]
     pasts = {memory_of(part) for cat in found.values() for part in cat.all_input_nodes}
     fixed = changed | {each for each in returned if each in pasts or returned.count(each) > 1}

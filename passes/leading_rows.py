@@ -14,7 +14,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from xquant_fx.passes.find_writes import written_by
-from xquant_fx.passes.graph import note_added
+from xquant_fx.passes.graph import input_beside, note_added
 from xquant_fx.passes.trace import argument, fake, full_index, is_whole, value_of
 from xquant_fx.passes.vocabulary import kind
 
@@ -38,10 +38,7 @@ def leading_rows(buffer: Node) -> int | None:
 
 def take_leading_rows(graph: Graph, buffer: Node, value: Any) -> Node:
     """Put an input of the rows that ``leading_rows`` has found in the place of ``buffer``; ``value`` is known of it."""
-    with graph.inserting_before(buffer):
-        rows = graph.placeholder(f"{buffer.target}_rows")
-    rows._dynamo_source = getattr(buffer, "_dynamo_source", None)
-    rows.meta.update({**buffer.meta, "example_value": value})
+    rows = input_beside(graph, buffer, value)
     note_added(rows)
     for use in list(buffer.users):
         _, *rest = _index(use)

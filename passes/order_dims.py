@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from xquant_fx.cache.aliases import ORDER, View, from_order, to_order
 from xquant_fx.passes.find_writes import appended
-from xquant_fx.passes.graph import call
+from xquant_fx.passes.graph import call, input_beside
 from xquant_fx.passes.trace import argument, fake, full_index, is_int, is_view_like, is_whole, value_of
 from xquant_fx.passes.vocabulary import kind
 
@@ -108,20 +108,11 @@ def order_dims(graph: Graph, inputs: Mapping[Node, tuple[str, Any]]) -> bool:
 
 
 def _order(graph: Graph, buffer: Node, dims: str, value: Any) -> bool:
-    ordered = ordered_input(graph, buffer, value)
+    ordered = input_beside(graph, buffer, value)
     if not all(_order_write(graph, write, ordered, dims) for write in _writes(buffer)):
         return False
     use_ordered(graph, buffer, ordered, dims)
     return True
-
-
-def ordered_input(graph: Graph, buffer: Node, value: Any) -> Node:
-    """A new input beside ``buffer``, of which ``value`` is known."""
-    with graph.inserting_before(buffer):
-        ordered = graph.placeholder(str(buffer.target))
-    ordered._dynamo_source = getattr(buffer, "_dynamo_source", None)
-    ordered.meta.update({**buffer.meta, "example_value": value})
-    return ordered
 
 
 def use_ordered(graph: Graph, old: Node, ordered: Node, dims: str) -> None:

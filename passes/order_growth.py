@@ -21,8 +21,8 @@ from torch.fx.node import map_arg
 from xquant_fx.cache.aliases import merged_heads, to_order
 from xquant_fx.cache.laid_out_growing import LaidOutGrowingKV
 from xquant_fx.passes.facts import Facts
-from xquant_fx.passes.graph import call
-from xquant_fx.passes.order_dims import applied, dims_along, ordered_input, place_of, use_ordered
+from xquant_fx.passes.graph import call, input_beside
+from xquant_fx.passes.order_dims import applied, dims_along, place_of, use_ordered
 from xquant_fx.passes.records import Attention
 from xquant_fx.passes.trace import argument, fake, full_index, is_returned, value_of
 from xquant_fx.passes.track_axes import followed
@@ -157,7 +157,7 @@ def order_growth(graph: Graph, found: list[Concatenation], inputs: Mapping[Node,
     Returns:
         Of the graph's results that are in this order now: the dimensions that the program has them in.
     """
-    ordered = {node: ordered_input(graph, node, value) for node, (_, value) in inputs.items()}
+    ordered = {node: input_beside(graph, node, value) for node, (_, value) in inputs.items()}
     results: dict[int, str] = {}
     for each in found:
         results.update(_order_one(graph, each, ordered.get(each.past)))

@@ -6,7 +6,6 @@ are a buffer of their own to kernels, passes and reports; the others stay an ord
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,13 +39,6 @@ class LeadingRowsKV(StackedKV):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LeadingRowsKV({self.origin}, shape={tuple(self.shape)}, rows={self.rows})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LeadingRowsKV:
-        memo[id(self)] = new = _rebuild(copy.deepcopy(self.parts, memo))
-        return new
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.parts,)
-
     @property
     def rows(self) -> int:
         """How many rows are quantized."""
@@ -59,10 +51,6 @@ class LeadingRowsKV(StackedKV):
     def part_dim(self, dim: int) -> int | None:
         """``dim``, but None of the rows."""
         return dim % self.dim() or None
-
-    def like(self, parts: Sequence[Any], at: int) -> LeadingRowsKV:
-        """Such a buffer of ``parts``."""
-        return LeadingRowsKV(parts)
 
     def shares(self, x: Tensor, at: int) -> Sequence[Tensor]:
         """What each part gets of ``x``."""
@@ -81,12 +69,6 @@ class LeadingRowsKV(StackedKV):
     def rest_of(self, indices: list[Any]) -> list[Any]:
         """An index of all as one of a part."""
         return indices
-
-
-def _rebuild(parts: Sequence[Any]) -> LeadingRowsKV:
-    buffer = LeadingRowsKV(parts)
-    torch._dynamo.mark_static_address(buffer)
-    return buffer
 
 
 def _select(kv: LeadingRowsKV, dim: int, index: int) -> Any:

@@ -68,11 +68,11 @@ class StackedKV(Dequantized):
         return f"StackedKV({self.origin}, shape={tuple(self.shape)}, dim={self.at})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StackedKV:
-        memo[id(self)] = new = of_parts(copy.deepcopy(self.parts, memo), self.at)
+        memo[id(self)] = new = of_parts(copy.deepcopy(self.parts, memo), self.at, type(self))
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return of_parts, (self.parts, self.at)
+        return of_parts, (self.parts, self.at, type(self))
 
     def become(self, other: StackedKV) -> None:
         """Have the parts of ``other``, which holds the same numbers, from now on."""
@@ -115,7 +115,7 @@ class StackedKV(Dequantized):
 
     def like(self, parts: Sequence[Any], at: int) -> StackedKV:
         """Such a stack of ``parts``."""
-        return StackedKV(parts, at)
+        return type(self)(parts, at)
 
     def shares(self, x: Tensor, at: int) -> Sequence[Tensor]:
         """What each part gets of ``x``, which is stacked along ``at``."""
@@ -187,9 +187,9 @@ def stored_in(values: Any) -> Iterator[Any]:
     return (leaf for value in values for leaf in leaves_of(value) if isinstance(leaf, STORED_KV))
 
 
-def of_parts(parts: Sequence[Any], at: int) -> StackedKV:
+def of_parts(parts: Sequence[Any], at: int, kind: type[StackedKV] = StackedKV) -> StackedKV:
     """The stack of ``parts``, whose address compiled graphs may take for granted."""
-    stack = StackedKV(parts, at)
+    stack = kind(parts, at)
     torch._dynamo.mark_static_address(stack)
     return stack
 

@@ -63,8 +63,7 @@ def give_back(groups: Sequence[CacheGroup], reason: str, request: Request) -> No
 
 
 def _refuse_view(buffer: Any, why: str) -> None:
-    is_held = not isinstance(buffer, QuantizedKV) or any(ref() is buffer for ref in buffer.live.group.taken_over)
-    if not is_held:
+    if isinstance(buffer, QuantizedKV) and all(ref() is not buffer for ref in buffer.live.group.taken_over):
         raise UnsupportedWriteError(
             f"{why}; the buffer would be given back to full precision, but a view of it was passed to compiled code, "
             "which is not the program's own: pass the buffer itself; nothing was written"

@@ -16,8 +16,7 @@ from xquant_fx.cache.leading_rows import LeadingRowsKV
 from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
 from xquant_fx.compiler.give_back import give_back, groups_of
 from xquant_fx.compiler.options import Request
-from xquant_fx.passes.find_writes import written_by
-from xquant_fx.passes.trace import memory_of
+from xquant_fx.passes.find_writes import written_memory
 
 
 class GiveBackRows:
@@ -41,7 +40,6 @@ class GiveBackRows:
 
 def rows_given_back(gm: GraphModule, inputs: Sequence[Any], request: Request) -> GiveBackRows | None:
     """What gives back the buffers with first rows among ``inputs`` that ``gm`` writes to; None if there are none."""
-    written = {memory_of(each) for node in gm.graph.nodes for each in written_by(node)}
-    nodes = gm.graph.find_nodes(op="placeholder")
+    written, nodes = written_memory(gm.graph), gm.graph.find_nodes(op="placeholder")
     places = [i for i, each in enumerate(inputs) if isinstance(each, LeadingRowsKV) and nodes[i] in written]
     return GiveBackRows(gm.forward, places, request) if places else None

@@ -19,9 +19,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
 from xquant_fx.compiler.other_graph import OtherGraph
-from xquant_fx.passes.find_writes import written_by
+from xquant_fx.passes.find_writes import written_memory
 from xquant_fx.passes.graph import clone
-from xquant_fx.passes.trace import fake, memory_of, operand
+from xquant_fx.passes.trace import fake, operand
 from xquant_fx.passes.vocabulary import kind
 
 
@@ -71,7 +71,7 @@ def _names(graph: Graph) -> list[Node]:
         root = None if source is None else found.get(source, source)
         if kind(node) in ("cast", "contiguous") and _is_buffer(root) and fake(node) is fake(source):
             found[node] = root  # type: ignore[assignment]  # a buffer
-    changed = {memory_of(each) for node in graph.nodes for each in written_by(node)} if found else set()
+    changed = written_memory(graph) if found else set()
     return [name for name, root in found.items() if root in changed]
 
 

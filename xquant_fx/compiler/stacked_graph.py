@@ -22,13 +22,13 @@ from xquant_fx.cache.leading_rows import LeadingRowsKV
 from xquant_fx.cache.reads import Dequantized
 from xquant_fx.cache.stacked import StackedKV
 from xquant_fx.compiler.other_graph import OtherGraph
-from xquant_fx.passes.find_writes import written_by
+from xquant_fx.passes.find_writes import written_memory
 from xquant_fx.passes.graph import clone
 from xquant_fx.passes.leading_rows import leading_rows, take_leading_rows, takes_rows
 from xquant_fx.passes.normalize import name_assignments
 from xquant_fx.passes.records import Detection
 from xquant_fx.passes.split_stacks import split, stacked_dim
-from xquant_fx.passes.trace import memory_of, value_of
+from xquant_fx.passes.trace import value_of
 from xquant_fx.passes.why_left_alone import WHY_WHOLE
 
 Place = tuple[tuple[int, int | range], ...]
@@ -79,7 +79,7 @@ class FirstRows(Stack):
     @classmethod
     def of(cls, rows: int) -> FirstRows:
         """The first ``rows`` of a buffer."""
-        return cls(((0, 2),), (((0, range(rows)),),))
+        return cls((), (((0, range(rows)),),))
 
     def part(self, whole: Any, place: Place) -> Any:
         """The rows."""
@@ -194,7 +194,7 @@ def stacked_graph(gm: GraphModule, inputs: Sequence[Any]) -> StackedGraph | None
     made = clone(gm)
     name_assignments(made.graph)
     nodes = made.graph.find_nodes(op="placeholder")
-    written = {memory_of(each) for node in made.graph.nodes for each in written_by(node)}
+    written = written_memory(made.graph)
     stacks: dict[int, Stack] = {}
     for i, node in enumerate(nodes):
         value = inputs[i]
