@@ -3,6 +3,9 @@
 Parts of an ordinary tensor are given to it as aliases (``cache/aliases.py``). Where it takes all over that
 it uses, the tensor becomes a ``StackedKV`` (``cache/stacked.py``) of these and of what is left, ordinary tensors that
 other graphs may take over; where it does not, nothing is done to any.
+
+The first rows of a buffer for more of them (``FirstRows``, ``cache/leading_rows.py``) are such a part, too: the
+only one, and the rows behind it are what is left.
 """
 
 from __future__ import annotations
