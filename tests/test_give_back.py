@@ -103,6 +103,19 @@ def in_place(x):
     return x.sum()
 
 
+def test_copies_of_zeros_begin_anew_and_others_are_refused():
+    """What ``load_state_dict`` does with a checkpoint whose cache was empty, and with another one."""
+    for zeros in (torch.zeros(1, 2, 32, 8), torch.zeros(()), torch.zeros(1, 2, 32, 8, dtype=torch.float64)):
+        (keys, values), before = taken_over()
+        with torch.no_grad():
+            keys.copy_(zeros)
+            assert isinstance(keys, QuantizedKV) and not keys.dequantize().any()
+            for numbers in (before[1], torch.full((1, 2, 32, 8), torch.nan), torch.ones(())):
+                with pytest.raises(UnsupportedWriteError, match="copy_.* is not a way to append tokens"):
+                    values.copy_(numbers)
+        assert torch.equal(values.dequantize(), before[1])
+
+
 @pytest.mark.parametrize("view", [torch.detach, lambda keys: keys[:]])
 def test_a_view_is_not_given_back_in_the_place_of_its_buffer(view):
     """The graph would write to what nobody holds."""

@@ -222,6 +222,15 @@ def test_when_torch_computes(around: Any, calls: list[tuple[int, ...]]) -> None:
         assert len(calls) == (context is not around)
 
 
+def test_a_profiler_changes_nothing_and_sees_the_kernel(calls: list[tuple[int, ...]]) -> None:
+    outs = []
+    for around in (nullcontext(), torch.profiler.profile()):
+        with around:
+            outs.append(scaled_dot_product_attention(Q, PromptKeys.of(K, note), V, None, 0.0, True, enable_gqa=True))
+    assert torch.equal(outs[0], outs[1]) and len(calls) == 2
+    assert "xquant::prompt_attention" in [event.key for event in around.key_averages()]  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("capability", "gains"), [("AVX2", {"bfloat16", "float32"}), ("DEFAULT", set())])
 def test_dtypes_that_gain(capability: str, gains: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)

@@ -275,6 +275,20 @@ def test_some_heads_rows_or_channels_of_a_stack_are_read_and_refuse_writes(some:
     assert torch.equal(kv.dequantize(), before)
 
 
+def test_copies_of_zeros_empty_a_stack() -> None:
+    model = Decoder("L2")
+    steps(model, compiled(model, config=FULL), (20, 1))
+    kv = model.held[0]
+    before, numbers = kv.dequantize(), torch.zeros(kv.shape)
+    numbers[:, 1:] = 1.0
+    with torch.no_grad():
+        with pytest.raises(UnsupportedWriteError):
+            kv.copy_(numbers)
+        assert torch.equal(kv.dequantize(), before)
+        kv.copy_(torch.zeros(kv.shape))
+    assert not kv.dequantize().any()
+
+
 def test_a_token_of_a_stack_is_written_to_by_copies_alone() -> None:
     model = Decoder("2")
     steps(model, compiled(model, config=FULL), (20, 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from numeric import seeded
@@ -174,6 +176,20 @@ def test_begins_after_some_steps_of_each_sequence(tiny_llama, calls, monkeypatch
         assert calls == ["append", "append", "attend"] * 2 * 3
         cache.reset()
     assert torch.equal(*outs)
+
+
+def test_a_profiler_changes_nothing_and_sees_the_kernels(tiny_llama, calls):
+    model = tiny_llama(layers=2, kv_heads=4)
+    ids = torch.randint(1, 128, (1, 47), generator=seeded(1))
+    outs = []
+    for around in (contextlib.nullcontext(), torch.profiler.profile()):
+        cache = XQuantCache(model.config, max_cache_len=64, config=config_of("xquant-2.2"))
+        with around:
+            outs.append(run_steps([(model.forward, 45), *[(model.forward, 1)] * 2], ids, cache))
+    assert torch.equal(*outs)
+    assert calls == ["append", "append", "attend"] * 2 * 4
+    seen = [event.key for event in around.key_averages()]
+    assert {"xquant::append_cpu", "xquant::decode_attention_cpu"} <= set(seen)
 
 
 def test_a_compiler_that_fails_is_told_of_once(tiny_llama, calls, monkeypatch, caplog):

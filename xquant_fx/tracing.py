@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd.profiler import record_function
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,13 +42,26 @@ def is_traced(x: Tensor) -> bool:
 def is_watched(*tensors: Tensor | None) -> bool:
     """Whether an op of these must go through torch's dispatcher, which takes longer than a small kernel on a CPU.
 
-    So it is where the op is traced, where a mode or a profiler looks on, and where a tensor is another type's or a
-    transform's (``torch.vmap``), has no numbers in memory or other ones (a negated view), or wants a gradient.
+    So it is where a profiler looks on, or ``is_transformed`` says so.
     """
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() or torch._C._autograd._profiler_enabled():
+    return torch._C._autograd._profiler_enabled() or is_transformed(*tensors)
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether an op of these must be the dispatcher's, which other kernels than its own do without.
+
+    So it is where the op is traced, where a mode looks on, and where a tensor is another type's or a transform's
+    (``torch.vmap``), has no numbers in memory or other ones (a negated view), or wants a gradient.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return True
     wants_gradients = torch.is_grad_enabled()
     return any(not _is_plain(x) or (wants_gradients and x.requires_grad) for x in tensors if x is not None)
+
+
+def shown(name: str) -> AbstractContextManager[Any]:
+    """Shows what runs in it to a profiler, if there is one: a kernel that is no op of the dispatcher's."""
+    return record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xquant_fx.kernels.prompt_attention.cpu_source import STRIDES, Problem, source
 from xquant_fx.kernels.prompt_attention.seen import Seen, causal, seen_by
-from xquant_fx.tracing import is_watched
+from xquant_fx.tracing import is_transformed, shown
 
 #: Dtypes by instruction set: where it was measured to be faster. With AVX-512, of processors that multiply pairs of
 #: bfloat16 numbers; where they multiply tiles (AMX), torch does so, too.
@@ -45,7 +45,7 @@ def attended(
         return None
     if not _are_taken(query, key, value, enable_gqa) or not torch.backends.cuda.flash_sdp_enabled():
         return None
-    if is_watched(query, key.as_subclass(Tensor), value, attn_mask) or torch.is_autocast_enabled("cpu"):
+    if is_transformed(query, key.as_subclass(Tensor), value, attn_mask) or torch.is_autocast_enabled("cpu"):
         return None
     tokens = query.shape[2]
     if attn_mask is None and tokens != key.shape[2]:  # torch aligns such masks at the first token
@@ -88,5 +88,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Seen, scale: float |
     strides = [x.stride(i) for x in tensors for i in range(len(STRIDES))]
     sizes = (batch, heads, kv_heads, tokens, key.shape[2])
     run = cpu_build.load(*source(Problem(dtype=query.dtype, dim=dim), cpu_build.isa()))
-    run(*tensors, seen.first, seen.end, *strides, *sizes, dim**-0.5 if scale is None else scale)
+    with shown("xquant::prompt_attention"):
+        run(*tensors, seen.first, seen.end, *strides, *sizes, dim**-0.5 if scale is None else scale)
     return out

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from xquant_fx.cache.growth import room_for, room_of_graphs
-from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.kv_tensor import QuantizedKV, is_zero
 from xquant_fx.cache.reads import Dequantized, ReadOnlyCopy
 from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.layout import STEP_TOKENS
@@ -259,12 +259,13 @@ def _cat(tensors: Any, dim: int = 0) -> Any:
 
 
 def _copy(kv: QuantizedKV, source: Tensor, non_blocking: bool = False) -> Any:
-    """What a window is to hold from now on."""
+    """What a window is to hold from now on; zeros, which ``load_state_dict`` may bring, are no tokens."""
     if kv.state is None or not kv.is_whole or isinstance(source, QuantizedKV):
         return _part_of(kv, source, non_blocking)
     move = source.move if isinstance(source, Moved) else None
     if move is None:
-        return _prompt(kv, source)
+        is_empty = not isinstance(source, Dequantized) and is_zero(source.any())
+        return aten.zero_.default(kv) if is_empty else _prompt(kv, source)
     if source.shape != kv.shape or move.x is None or move.state is not kv.state or move.length != kv.state.length:
         return NotImplemented
     (kv if isinstance(kv, SlidingKV) else begin_to_slide(kv)).slide(move.x)

@@ -219,7 +219,9 @@ def _alias(kv: StackedKV) -> Any:
 
 
 def _copy(kv: StackedKV, source: Tensor, non_blocking: bool = False) -> Any:
-    """``stack[:, :, :, a:b] = x`` arrives as a copy into parts of the parts."""
+    """``stack[:, :, :, a:b] = x`` arrives as a copy into parts of the parts, ``load_state_dict`` as one of all."""
+    if not isinstance(source, Dequantized) and all(getattr(leaf, "is_whole", False) for leaf in kv.leaves):
+        return _fill(kv, source.any())  # all parts, or none
     return kv.each(aten.copy_.default, source.expand(kv.shape), kv.at)
 
 

@@ -19,7 +19,7 @@ from xquant_fx.cache.uncompiled import built, is_warm
 from xquant_fx.kernels.decode_attention.arguments import of_sides
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.plan.spec import why_not_fused
-from xquant_fx.tracing import is_watched
+from xquant_fx.tracing import is_transformed
 
 
 def sdp_choice(*args: Any, **kwargs: Any) -> Any:
@@ -57,7 +57,7 @@ def attention(
     transformers makes a query's heads of one KV head tokens of it: [B, KV heads, group, D] (``pack_gqa``).
     """
     step = _last_step(key, value)
-    if step is None or not _takes(q, key) or not is_warm(key.group) or is_watched(q, mask):
+    if step is None or not _takes(q, key) or not is_warm(key.group) or is_transformed(q, mask):
         return None
     (past, new), spec = step, key.spec
     heads, shape = spec.shape[1], q.shape

@@ -14,7 +14,7 @@ from xquant_fx import ops
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
-from xquant_fx.tracing import is_watched
+from xquant_fx.tracing import is_transformed, shown
 from xquant_fx.warn_once import warn_once
 
 #: From this short step in a row on that a sequence takes uncompiled, kernels are built and run.
@@ -49,7 +49,8 @@ def built(run: Callable[[], Made]) -> Made | None:
 
 def append(group: CacheGroup, a: StoreArguments) -> bool:
     """Append a step's tokens by the kernel; False: nothing was done."""
-    if a.bits == 16 or a.x.shape[2] > STEP_TOKENS or not is_warm(group) or is_watched(a.x, a.pos):
+    if a.bits == 16 or a.x.shape[2] > STEP_TOKENS or not is_warm(group) or is_transformed(a.x, a.pos):
         return False
-    built(lambda: ops.append_uncompiled(a))
+    with shown("xquant::append_cpu"):
+        built(lambda: ops.append_uncompiled(a))
     return not _failed
