@@ -111,7 +111,7 @@ def test_copies_of_zeros_begin_anew_and_others_are_refused():
             keys.copy_(zeros)
             assert isinstance(keys, QuantizedKV) and not keys.dequantize().any()
             for numbers in (before[1], torch.full((1, 2, 32, 8), torch.nan), torch.ones(())):
-                with pytest.raises(UnsupportedWriteError, match="copy_.* is not a way to append tokens"):
+                with pytest.raises(UnsupportedWriteError, match=r"copy_.* is not a way to append tokens"):
                     values.copy_(numbers)
         assert torch.equal(values.dequantize(), before[1])
 
