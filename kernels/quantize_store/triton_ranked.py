@@ -96,7 +96,7 @@ def fit_ranked(moments, low, n, center, DTYPE: tl.constexpr):
     s = tl.where(var_t > 0, tl.sqrt_rn(tl.div_rn(var_x, tl.where(var_t > 0, var_t, 1.0))), 0.0)
     # Without bits the scale is but the unit of the mid point, which has to reach ``offset`` in any case.
     s = tl.where(n > 0, s, tl.sqrt_rn(var_x))
-    least = tl.div_rn(tl.abs(offset), LARGEST_OF_MIDS - n)
+    least = tl.div_rn(tl.abs(offset), -n + LARGEST_OF_MIDS)  # Triton 3.8 interprets the difference as a constant
     known = (low == low) & (s == s) & (least == least)
     stored = encode_scale(tl.where(known, tl.maximum(s, least), float("nan")), DTYPE)
     s = decode_scale(stored)
