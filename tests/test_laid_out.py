@@ -132,6 +132,24 @@ def test_steps_are_those_of_the_usual_order(dims: str, write: Callable[..., None
     torch.testing.assert_close(in_order(held.dequantize(), dims), buffers(usual)[0], rtol=1e-5, atol=1e-5)
 
 
+def test_buffers_that_are_left_are_compiled_as_the_program_has_them() -> None:
+    """Inductor gets no tensors that Dynamo does not know, and no position is compiled for by itself."""
+    usual, other = Decoder("BNHD", by_span), Decoder("BNHD", by_span)
+    for model in (usual, other):
+        torch.manual_seed(2)
+        for buffer in buffers(model):
+            buffer.normal_()  # as of torch.empty
+    made: list[Any] = []
+    counters.clear()
+    got = steps(other, torch.compile(other, backend=interpreted(made, config=FULL, self_check=False)), (21, *[1] * 6))
+    assert torch.equal(got, steps(usual, usual, (21, *[1] * 6)))
+    assert all(map(torch.equal, buffers(other), buffers(usual)))
+    assert counters["stats"]["unique_graphs"] == len(made) == 2
+    shapes = [tuple(fake.shape) for gm in made for node in gm.graph.find_nodes(op="placeholder")
+              if isinstance(fake := node.meta.get("example_value"), Tensor)]  # fmt: skip
+    assert shapes.count((2, LENGTH, KV, DIM)) == 2 * 2 * LAYERS
+
+
 @pytest.mark.parametrize(
     ("dims", "write"), [("BNHD", by_span), pytest.param("NHD", by_positions, marks=pytest.mark.slow)]
 )

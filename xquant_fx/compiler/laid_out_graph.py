@@ -6,14 +6,14 @@ Ordinary buffers are given to it as aliases (``cache/aliases.py``), quantized on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
-from xquant_fx.cache.aliases import alias_of, in_order
+from xquant_fx.cache.aliases import alias_of, in_order, laid_out
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.laid_out import LaidOutKV
 from xquant_fx.compiler.other_graph import OtherGraph
@@ -34,6 +34,16 @@ class LaidOutGraph(OtherGraph):
     def given(self, args: Sequence[Any]) -> list[Any]:
         """``args`` of the program's graph as those of this one."""
         return [_in_order(arg, self.dims[i]) if i in self.dims else arg for i, arg in enumerate(args)]
+
+    def or_program(self, compiler: Callable[..., Any], gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """``compiler``, which gets the program's own graph where nothing is quantized."""
+        return self.unless_ordinary(compiler, gm, inputs, self._of_program)
+
+    def _of_program(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """``compiled``, which was made of the program's graph, with this one's arguments: views."""
+        return lambda *args: compiled(
+            *(laid_out(arg, self.dims[i]) if i in self.dims else arg for i, arg in enumerate(args))
+        )
 
 
 def _in_order(arg: Any, dims: str) -> Any:

@@ -49,13 +49,7 @@ class LaidOutGrowth(OtherGraph):
 
     def or_program(self, compiler: Callable[..., Any], gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """``compiler``, which gets the program's own graph where nothing is quantized: then no tensor is moved."""
-
-        def compile_either(graph: GraphModule, given: list[Any], request: Any, settings: Any) -> Any:
-            if settings is not None or graph is not self.gm or any(isinstance(x, GrowingKV) for x in given):
-                return compiler(graph, given, request, settings)
-            return self._of_program(compiler(gm, inputs, request, settings))
-
-        return compile_either
+        return self.unless_ordinary(compiler, gm, inputs, self._of_program)
 
     def _of_program(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """``compiled``, which was made of the program's graph, with this one's arguments and results: views."""

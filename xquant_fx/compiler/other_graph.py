@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from xquant_fx.cache.growing import STORED_KV
+
 
 @dataclasses.dataclass(frozen=True)
 class OtherGraph:
@@ -26,3 +28,21 @@ class OtherGraph:
     def or_program(self, compiler: Callable[..., Any], gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """``compiler`` of this graph, or of the program's ``gm`` where that is better."""
         return compiler
+
+    def unless_ordinary(
+        self,
+        compiler: Callable[..., Any],
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        of_program: Callable[[Callable[..., Any]], Callable[..., Any]],
+    ) -> Callable[..., Any]:
+        """``compiler``, which gets the program's own ``gm`` where nothing is quantized: then no tensor is moved, and
+        none is given to it that Dynamo does not know. ``of_program`` makes of what comes of it what this graph does.
+        """
+
+        def compile_either(graph: GraphModule, given: list[Any], request: Any, settings: Any) -> Any:
+            if settings is not None or graph is not self.gm or any(isinstance(x, STORED_KV) for x in given):
+                return compiler(graph, given, request, settings)
+            return of_program(compiler(gm, inputs, request, settings))
+
+        return compile_either

@@ -150,13 +150,15 @@ class Call:
         if write.slide is None:
             return self.positions(write)[0]
         held = self._bounds(write)[0]
-        return 0 if held is None else int(held.node.hint if isinstance(held, torch.SymInt) else held)
+        return 0 if held is None else int(_at_hand(held))
 
     def _bounds(self, write: Write) -> tuple[Any, ...]:
         foresight = self.foresight_of(write)
         key = foresight.nodes, foresight.bounds
         if key not in self.known:
-            self.known[key] = _computed(self.gm, foresight, self.given)
+            # Dynamo would guard on a number that is looked at: each step would be judged and compiled by itself.
+            given = {node: _at_hand(self.given[node]) for node in foresight.nodes if node in self.given}
+            self.known[key] = _computed(self.gm, foresight, given)
         return self.known[key]
 
     def positions(self, write: Write) -> list[int]:
@@ -177,6 +179,11 @@ def _computed(gm: GraphModule, foresight: Foresight, given: Mapping[Node, Any]) 
             else:
                 run.env[node] = run.run_node(node)
     return tuple(run.env[bound] if isinstance(bound, Node) else bound for bound in foresight.bounds)
+
+
+def _at_hand(value: Any) -> Any:
+    """A number that Dynamo leaves open as it is in this call."""
+    return value.node.hint if isinstance(value, torch.SymInt) and value.node.has_hint() else value
 
 
 def _why_not_plain(buffer: object) -> str:
