@@ -133,7 +133,7 @@ def test_sliding_windows_stay(capsys):
     found = explain(model, IDS[:, :1], past_key_values=cache)
     window, full = found.sites
     assert (window.layer, window.rewritten, window.bytes) == (None, False, FULL * 12 // 32)
-    assert window.reason == "window of 12 tokens is within the residual window, which holds 28"
+    assert window.reason == "window or buffer of 12 tokens is within the residual window, which holds 28"
     assert (full.layer, full.rewritten, full.reason) == (0, True, "quantized")
     found.print()
     assert "1 of 2 attention sites rewritten, in 1 graph(s)" in capsys.readouterr().out
@@ -150,7 +150,7 @@ def test_latents_of_a_quantized_cache(warm):
         filled(model, cache)
     found = explain(model, IDS[:, :1] if warm else IDS, past_key_values=cache, strict=True)
     assert [(s.layer, s.k_bits, s.v_bits, s.value_partner) for s in found.sites] == [(0, 4, 1, None), (1, 4, 1, 0)]
-    latents = "quantized latents, from which keys and values are computed"
+    latents = "quantized; keys or values are computed from what is stored"
     assert [s.reason for s in found.sites] == [latents, f"{latents}, with the value codes of layer 0"]
     assert all(s.rewritten and ("values" in s.name or not warm) for s in found.sites)  # the rotary part of keys
     other = filled(model, XQuantCache(model.config, 32, CONFIG))
@@ -177,7 +177,7 @@ def test_what_is_said_of_latents_is_what_compiled_steps_do(attention, loads, why
     assert sum(node.target is ops.LOAD for node in made.graph.nodes) == loads
     ordinary = filled(model, StaticCache(config=model.config, max_cache_len=32))
     for site in explain(model, IDS[:, :1], past_key_values=ordinary, strict=True).sites:
-        assert site.rewritten and site.reason == "quantized latents, from which keys and values are computed"
+        assert site.rewritten and site.reason == "quantized; keys or values are computed from what is stored"
         assert site.dequantized == why + ("scaled_dot_product_attention" if why else "")
 
 

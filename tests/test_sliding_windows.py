@@ -180,8 +180,8 @@ def test_chunked_attention_is_a_window_of_one_chunk() -> None:
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (XQuantConfig(), "window of 40 tokens is within the residual window, which holds 404"),
-        (LOW.replace(sliding_windows="auto"), "window of 40 tokens is shorter than 4 residual windows"),
+        (XQuantConfig(), "window or buffer of 40 tokens is within the residual window, which holds 404"),
+        (LOW.replace(sliding_windows="auto"), "window or buffer of 40 tokens is shorter than 4 residual windows"),
         (LOW.replace(sliding_windows=False), "sliding_windows of the config is False"),
         (make_plan(LOW, 1), "the plan is for 1 layers, those of full attention"),
     ],
@@ -199,7 +199,7 @@ def test_short_windows_are_counted_so() -> None:
     steps(model, cache, ids, [100])
     found = explain(model, ids[:, :1], past_key_values=cache, strict=True)
     assert [site.rewritten for site in found.sites] == [False, True]
-    assert found.sites[0].reason == "window of 40 tokens is within the residual window, which holds 52"
+    assert found.sites[0].reason == "window or buffer of 40 tokens is within the residual window, which holds 52"
 
 
 def test_a_long_prompt_says_nothing_of_the_window() -> None:
@@ -209,7 +209,7 @@ def test_a_long_prompt_says_nothing_of_the_window() -> None:
     found = explain(
         model, ids_of(1)[:, :100], past_key_values=cache, options={"config": LOW.replace(residual_length=64)}
     )
-    assert found.sites[0].reason == "window of 40 tokens is within the residual window, which holds 84"
+    assert found.sites[0].reason == "window or buffer of 40 tokens is within the residual window, which holds 84"
 
 
 def test_windows_of_several_lengths_stay() -> None:

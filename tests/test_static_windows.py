@@ -178,8 +178,11 @@ def test_written_otherwise_it_is_given_back() -> None:
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (LOW.replace(residual_length=32), "window of 40 tokens is within the residual window, which holds 52"),
-        (LOW.replace(sliding_windows="auto"), "window of 40 tokens is shorter than 4 residual windows"),
+        (
+            LOW.replace(residual_length=32),
+            "window or buffer of 40 tokens is within the residual window, which holds 52",
+        ),
+        (LOW.replace(sliding_windows="auto"), "window or buffer of 40 tokens is shorter than 4 residual windows"),
         (LOW.replace(sliding_windows=False), "sliding_windows of the config is False"),
     ],
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from xquant_fx.compiler.prompt_queries import queries_of, show_query
 from xquant_fx.compiler.proof import Call
 from xquant_fx.passes.find_sites import buffer_name
 from xquant_fx.passes.records import Buffer, Detection
+from xquant_fx.plan.spec import KVSpec
+from xquant_fx.warn_once import warn_once
 
 
 class Takeover(torch.fx.Interpreter):
@@ -91,6 +94,7 @@ class _Step(torch.fx.Interpreter):
             group = CacheGroup(plan, members[0][1].shape[0], members[0][1].device)
             self.groups.append(group)
             states = allocate(group, bind_buffers(plan, *zip(*members, strict=True)))
+            _warn_of_more([state.spec for state in states], buffer_name(members[0][0].node))
             for (buffer, tensor), state in zip(members, states, strict=True):
                 slide = buffer.write.slide
                 first = None if slide is None else slide.first  # what moves a window reads it before
@@ -121,3 +125,14 @@ class _Step(torch.fx.Interpreter):
             state.group.forget(state)
             state.group.taken_over.append(weakref.ref(quantize_in_place(buffer, state)))
         return super().run_node(n)
+
+
+def _warn_of_more(specs: Sequence[KVSpec], name: str) -> None:
+    """Warn of a cache of few tokens, whose residual windows take more memory than it did."""
+    stored, full = (sum(each) for each in zip(*((s.stored_bytes, s.full_bytes) for s in specs), strict=True))
+    if stored > full and any(spec.quantized for spec in specs):
+        warn_once(
+            f"KV cache {name}: room for {specs[0].shape[2]} tokens takes {stored:,} bytes quantized, {full:,} in full "
+            "precision, as the last residual_length tokens are not quantized",
+            key="more memory",
+        )

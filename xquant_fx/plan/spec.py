@@ -130,6 +130,12 @@ class KVSpec:
         return tuple(name for name in ("codes", "scale", "zero", "norm", "ring") if name in self.tensor_shapes())
 
     @property
+    def full_bytes(self) -> int:
+        """Bytes of the same in full precision."""
+        batch, heads, _, dim = self.shape
+        return batch * heads * self.full_tokens * dim * self.dtype.itemsize
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of all tensors that the buffer owns."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensor_shapes().values())

@@ -44,8 +44,12 @@ def _why_not_asked(others: int, settings: XQuantConfig | Plan) -> str:
 
 
 def why_short(tokens: int, held: int) -> str:
-    """Why a window of ``tokens`` stays as it is, where a quantized layer keeps ``held`` tokens; "" if it is longer."""
-    return f"window of {tokens} tokens is within the residual window, which holds {held}" if tokens <= held else ""
+    """Why what holds ``tokens`` stays as it is, where a quantized layer keeps ``held`` of them; "" if it is longer."""
+    return (
+        f"window or buffer of {tokens} tokens is within the residual window, which holds {held}"
+        if tokens <= held
+        else ""
+    )
 
 
 def full_precision_tokens(settings: XQuantConfig | Plan) -> int:
@@ -58,7 +62,7 @@ def _why_little(tokens: int, settings: XQuantConfig | Plan) -> str:
         return ""
     both = max(layer.key.residual_length + layer.value.residual_length for layer in _layers(settings))
     few = 2 * tokens < LEAST_RESIDUALS * both
-    return f"window of {tokens} tokens is shorter than {LEAST_RESIDUALS} residual windows" if few else ""
+    return f"window or buffer of {tokens} tokens is shorter than {LEAST_RESIDUALS} residual windows" if few else ""
 
 
 def _named_layers(settings: XQuantConfig | Plan) -> int | None:

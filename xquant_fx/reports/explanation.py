@@ -146,14 +146,9 @@ def _site(record: records.Site, specs: dict[Node, KVSpec]) -> Site:
         key_partner=partner.get("key"), value_partner=partner.get("value"), k_bits=bits.get("key"),
         v_bits=bits.get("value"), k_eta=_eta(found.get("key")), v_eta=_eta(found.get("value")),
         bytes=sum(spec.stored_bytes for spec in found.values()),
-        full_bytes=sum(_full(spec) for spec in found.values()),
+        full_bytes=sum(spec.full_bytes for spec in found.values()),
         dequantized=record.dequantized, notes=(*_notes(list(found.values())), *_rotations(record.folding)),
     )  # fmt: skip
-
-
-def _full(spec: KVSpec) -> int:
-    batch, heads, _, dim = spec.shape
-    return batch * heads * spec.full_tokens * dim * spec.dtype.itemsize
 
 
 def _left_alone(record: records.Site) -> Site:
@@ -186,7 +181,7 @@ def _full_bytes(value: Tensor | None) -> int:
 
 
 def _how(specs: list[KVSpec], is_latent: bool) -> str:
-    how = "quantized latents, from which keys and values are computed" if is_latent else "quantized"
+    how = "quantized; keys or values are computed from what is stored" if is_latent else "quantized"
     lent = [f"{s.role} codes of layer {s.partner}" for s in specs if s.borrowed]
     return f"{how}, with the {' and '.join(lent)}" if lent else how
 

@@ -75,11 +75,15 @@ class MemoryReport:
         rows = [[name.replace("_", " "), f"{size:,}", f"{size / total:.1%}"] for name, size in self.parts.items()]
         rows.append(["total", f"{self.total_bytes:,}", "100.0%"])
         note = (
-            f"full precision {self.full_bytes:,} bytes: {self.ratio:.2f} times as much; "
+            f"full precision {self.full_bytes:,} bytes: {_compared(self.ratio)}; "
             f"{self.bits_per_element:.3f} bits per element at the current length"
         )
         note += f"; {self.shared:,} bytes shared with forks" if self.shared else ""
         return render("KV cache memory", ["part", "bytes", "share"], rows, note)
+
+
+def _compared(ratio: float) -> str:
+    return f"{ratio:.2f} times as much" if ratio >= 1 else f"quantized takes {1 / ratio:.2f} times as much"
 
 
 def memory_report(cache_or_model: Any) -> MemoryReport:
