@@ -188,14 +188,14 @@ class Facts:
     def extended(self, node: Node, operand: Node) -> Node | None:
         """The input that ``node`` puts among new tokens, for ``operand`` of an attention and nothing else."""
         value = fake(node)
-        if kind(node) != "cat" or value is None or value.dim() != 4 or argument(node, 1, "dim", 0) not in (2, -2):
+        if kind(node) != "cat" or value is None or value.dim() not in (3, 4):  # three: of one head, or of merged ones
             return None
-        if not is_near(node, operand):
+        if argument(node, 1, "dim", 0) not in (value.dim() - 2, -2) or not is_near(node, operand):
             return None
         parts = [self.source(part).root for part in node.all_input_nodes]
         if any(self.is_buffer(part) or self._is_known(part) for part in parts):
             return None  # which are found by themselves
-        past = next((part for part in parts if may_be_past(part) and value_of(part).dim() == 4), None)
+        past = next((part for part in parts if may_be_past(part) and value_of(part).dim() == value.dim()), None)
         if past is None or all(part.op == "placeholder" or is_factory(part) for part in parts):
             return None
         self.read_in[past] = node

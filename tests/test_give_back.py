@@ -103,6 +103,21 @@ def in_place(x):
     return x.sum()
 
 
+def test_a_cache_of_few_tokens_says_that_it_takes_more_memory(caplog):
+    def step(x, keys, values, pos):
+        keys[:, :, pos], values[:, :, pos] = x, x
+        return sdpa(x, keys, values)
+
+    for length, told in ((1024, 0), (32, 1), (16, 1)):
+        buffers = [torch.zeros(1, 2, length, 16) for _ in range(2)]
+        with torch.no_grad():
+            torch.compile(step, backend=interpreted())(torch.randn(1, 2, 1, 16), *buffers, torch.tensor([0]))
+        stored = sum(buffer.live.spec.stored_bytes for buffer in buffers)
+        assert (stored > sum(buffer.live.spec.full_bytes for buffer in buffers)) == bool(told)
+        assert caplog.text.count("bytes quantized") == told
+    assert "room for 32 tokens takes" in caplog.text and "8,192 in full precision" in caplog.text
+
+
 def test_copies_of_zeros_begin_anew_and_others_are_refused():
     """What ``load_state_dict`` does with a checkpoint whose cache was empty, and with another one."""
     for zeros in (torch.zeros(1, 2, 32, 8), torch.zeros(()), torch.zeros(1, 2, 32, 8, dtype=torch.float64)):

@@ -421,6 +421,19 @@ def test_concatenations_that_are_left_alone(step, reason):
     assert reason in site.reason and site.stays_ordinary
 
 
+@pytest.mark.parametrize("head", [slice(None), 0])
+def test_a_cache_that_eager_code_stores_what_is_returned_in(head):
+    """As executorch has it, also head by head: attention to what was stored and new tokens, which are returned."""
+
+    def step(q, k, v, keys, values):
+        k, v = k[:, head] * 2, v[:, head] * 2
+        joined = torch.cat((keys, k), -2), torch.cat((values, v), -2)
+        return torch.softmax(q[:, head] @ joined[0].mT, -1) @ joined[1], k, v
+
+    (site,) = sites_of(step, *fresh(), *(torch.randn(SHAPE)[:, head].clone() for _ in range(2)))
+    assert site.stays_ordinary and site.buffer_name == "L['keys']"
+
+
 def test_a_prefix_before_what_grows_is_no_reason():
     def step(q, k, v, prefix, past):
         k, v = torch.cat((past[0], k * 2), dim=2), torch.cat((past[1], v * 2), dim=2)
