@@ -108,7 +108,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_right_graph_is_used(kind, warnings):
-    """Nothing is warned of, and the caches are what they are without the check."""
+    """Nothing is warned of but small caches, and these are what they are without the check."""
     function, make = KINDS[kind]
     seen, plain = Rewrites(self_check=True), Rewrites()
     out, _, buffers, _ = run(function, make(), seen)
@@ -117,7 +117,8 @@ def test_a_right_graph_is_used(kind, warnings):
     counted = dict(counters["xquant"])
     counters.clear()
     same, _, others, _ = run(function, make(), plain)
-    assert checked >= 1 and not refused and counted == dict(counters["xquant"]) and warnings() == []
+    assert checked >= 1 and not refused and counted == dict(counters["xquant"])
+    assert all("bytes quantized" in warning for warning in warnings())
     assert torch.equal(out, same) and count(seen.made[-1], ops.DECODE) == 1
     for mine, theirs in zip(buffers, others, strict=True):
         assert isinstance(mine, QuantizedKV | GrowingKV)
