@@ -217,4 +217,6 @@ def test_the_table_shows_every_part_and_the_total() -> None:
 def test_a_cache_that_takes_more_than_in_full_precision() -> None:
     config = llama()
     report = memory_report(fill(XQuantCache(config, 8, config=SMALL), config, [5], torch.float32))
-    assert report.ratio < 1 and f"quantized takes {1 / report.ratio:.2f} times as much" in re.sub(r"\s+", " ", str(report))
+    assert report.ratio < 1 and f"quantized takes {1 / report.ratio:.2f} times as much" in re.sub(
+        r"\s+", " ", str(report)
+    )

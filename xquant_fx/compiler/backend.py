@@ -32,6 +32,7 @@ from xquant_fx.cache.stacked import StackedKV
 from xquant_fx.compiler.any_room import ExactRooms, is_any_room, may_take_any_room, why_fixed
 from xquant_fx.compiler.chunks import UncompiledChunk
 from xquant_fx.compiler.compiled_step import CompiledStep
+from xquant_fx.compiler.emptied_inputs import emptied_inputs
 from xquant_fx.compiler.frozen import check_frozen
 from xquant_fx.compiler.give_back import GiveBack, groups_of
 from xquant_fx.compiler.give_back_rows import rows_given_back
@@ -116,6 +117,9 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
             return inside.calling(compile_graph(inside.gm, inputs, request, compiler))
     if (own := returned_inputs(gm)) is not None:
         return own.calling(compile_graph(own.gm, inputs, request, compiler))
+    if (empty := emptied_inputs(gm, inputs)) is not None:
+        with empty.emptied(inputs):
+            return empty.calling(compile_graph(empty.gm, inputs, request, compiler))
     gm = without_growth_copies(gm)
     if (stacks := stacked_graph(gm, inputs)) is None:
         if given := rows_given_back(gm, inputs, request):

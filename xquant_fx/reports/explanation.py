@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from xquant_fx.cache.growth import exact_rooms
 from xquant_fx.compiler.backend import detect_graph
+from xquant_fx.compiler.emptied_inputs import emptied_inputs
 from xquant_fx.compiler.laid_out_graph import laid_out_graph
 from xquant_fx.compiler.laid_out_growth import laid_out_growth
 from xquant_fx.compiler.left_alone import report_left
@@ -102,6 +103,8 @@ def _judge(
     """What is decided about a graph, and what its inputs are."""
     if (own := returned_inputs(gm)) is not None:
         gm = own.gm
+    if (empty := emptied_inputs(gm, inputs)) is not None:
+        gm = empty.gm
     gm = without_growth_copies(gm)
     if (stacks := stacked_graph(gm, inputs)) is None:
         return _detect(gm, inputs, request, originals), inputs
