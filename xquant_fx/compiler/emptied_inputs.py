@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.nn import Parameter
 
 from xquant_fx.compiler.other_graph import OtherGraph
+from xquant_fx.passes.continued import may_be_past
 from xquant_fx.passes.find_writes import written_by
 from xquant_fx.passes.graph import clone
 from xquant_fx.passes.trace import argument, fake, full_index, is_shape_query, is_whole, memory_of
@@ -85,9 +85,9 @@ def _emptied(graph: Graph) -> list[Node]:
         changed = {memory_of(each) for each in written_by(node)}
         written |= changed & found.keys()
         buffer = node.args[0] if node.args else None
-        if _empties(node) and _is_buffer(buffer) and buffer not in touched:
-            found[buffer] = node  # type: ignore[index]  # a node
-            touched.add(buffer)  # type: ignore[arg-type]
+        if _empties(node) and isinstance(buffer, Node) and may_be_past(buffer) and buffer not in touched:
+            found[buffer] = node
+            touched.add(buffer)
         elif not is_shape_query(node):
             touched |= {memory_of(each) for each in node.all_input_nodes} | changed
     return [op for buffer, op in found.items() if buffer in written]
@@ -108,13 +108,6 @@ def _empties(node: Node) -> bool:
 
 def _is_zero(value: object) -> bool:
     return isinstance(value, int | float) and value == 0
-
-
-def _is_buffer(node: object) -> bool:
-    value = fake(node)
-    if not isinstance(node, Node) or node.op != "placeholder" or value is None or isinstance(value, Parameter):
-        return False
-    return value.dim() > 2 and value.is_floating_point()
 
 
 def _is_alone(place: int, inputs: Sequence[Any]) -> bool:
