@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from xquant_fx.cache.folded_weights import Fold
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.errors import CacheStateError
+from xquant_fx.passes.graph import LENGTH, input_of_size
 from xquant_fx.passes.records import Detection
 
 
@@ -131,6 +132,17 @@ class Context:
         results: Any = graph.output_node().args[0]
         values = [each.meta.get("example_value") if isinstance(each, Node) else each for each in results]
         return [(_known_sizes(v), v.dtype) if isinstance(v, Tensor) else None for v in values]
+
+    def length_of(self, graph: Graph, buffer: Node) -> Node | None:
+        """How many tokens there are of ``buffer`` or room for in it, where a step alone knows: an input, added if need
+        be."""
+        size = buffer.meta.get(LENGTH, buffer.meta["example_value"].shape[2])
+        if isinstance(size, int):
+            return None
+        node, added = input_of_size(graph, size)
+        if added:
+            self.state.lengths.append((self.index_of(buffer), size))
+        return node
 
     def index_of(self, placeholder: Node) -> int:
         """The number of the argument that was ``placeholder`` in the graph as Dynamo made it."""

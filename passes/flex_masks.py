@@ -19,7 +19,7 @@ from xquant_fx.passes.trace import argument, fake, memory_of
 from xquant_fx.passes.vocabulary import is_in_place, kind, op_name
 
 #: Ops that give of all pairs of tokens what they give of each.
-_POINTWISE = frozenset(
+POINTWISE = frozenset(
     {"add", "sub", "mul", "truediv", "floordiv", "div", "floor_divide", "mod", "remainder", "fmod", "neg",
      "abs", "pow", "lshift", "rshift", "minimum", "maximum", "clamp", "lt", "le", "gt", "ge", "eq", "ne", "and",
      "or", "xor", "invert", "and_", "or_", "logical_and", "logical_or", "logical_xor", "logical_not",
@@ -173,7 +173,7 @@ class Evaluation:
             return self._looked_up(node)
         name = op_name(node)
         is_number = name in _NUMBERS and argument(node, 1, "size", None) in ((), [])
-        if is_in_place(node) or not (is_number or name in _POINTWISE or name.strip("_") in _POINTWISE):
+        if is_in_place(node) or not (is_number or name in POINTWISE or name.strip("_") in POINTWISE):
             raise NotUnderstood(f"its mask_mod has a {name}, which is not known to work element by element")
         args, kwargs = map_arg((node.args, node.kwargs), self._value)
         target = node.target if node.op == "call_function" else getattr(torch.Tensor, str(node.target))

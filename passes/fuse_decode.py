@@ -30,6 +30,7 @@ from xquant_fx.passes.growth_masks import (
     kept_of_window,
     over_buffer,
     over_room,
+    up_to_length,
 )
 from xquant_fx.passes.layouts import lie_like
 from xquant_fx.passes.masks import build_mask
@@ -83,6 +84,8 @@ def _replace(graph: Graph, site: Site, stored: dict[str, Any], replaced: dict[No
         elif grows and not (is_full and first is not None):
             written = (site, stored, context)
             mask = end_of_growth(graph, *written) if mask is None else over_room(graph, mask, *written)
+        elif not grows and mask is not None:
+            mask = up_to_length(graph, mask, site.buffers[0], context)
         if first is None:  # as many as there is room for
             query, mask = _absorbed(graph, site, query, mask, context)
         logits = None if form.sinks is None else replaced.get(form.sinks, form.sinks)

@@ -27,6 +27,8 @@ _CARRIED = ("_param_name_to_source", "compile_subgraph_reason", "_source_to_user
 
 #: In the ``meta`` of an input that Dynamo's graph did not have.
 _ADDED = "xquant_added"
+#: In the ``meta`` of a buffer that is to be of any length (``compiler/any_length.py``): that length, as a symbol.
+LENGTH = "xquant_length"
 #: In the ``meta`` of one for a stored tensor whose example has another room than it: kernels are told at each call.
 OF_ANY_ROOM = "xquant_of_any_room"
 

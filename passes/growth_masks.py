@@ -91,6 +91,22 @@ def over_buffer(graph: Graph, mask: Node | None, taken: Any, buffer: Node, conte
     return context.ends[which]
 
 
+def up_to_length(graph: Graph, mask: Node, buffer: Node, context: Context) -> Node:
+    """``mask`` [..., room] without what lies behind ``buffer``, where a step alone knows how long it is; once per
+    mask."""
+    length = context.length_of(graph, buffer)
+    if length is None or mask is None:
+        return mask
+    which = mask, "length", length
+    if which not in context.ends:
+        value = value_of(mask)
+        columns = call(graph, torch.arange, (value.shape[-1],), {"device": value.device})
+        inside = call(graph, operator.lt, (columns, length))
+        hidden = False if value.dtype == torch.bool else -math.inf
+        context.ends[which] = call(graph, torch.where, (inside, mask, hidden))
+    return context.ends[which]
+
+
 def widened(graph: Graph, mask: Node, room: int, first: Node | None) -> Node:
     """``mask`` [..., T] of the T tokens from ``first`` on as [..., room], which hides all others.
 

@@ -69,7 +69,7 @@ class BufferRewrite:
 
     def __init__(self, gm: GraphModule, buffer: Node, context: Context) -> None:
         self.graph, self.buffer, self.loads, self.rotations = gm.graph, buffer, context.loads, context.rotations
-        self.stores = context.stores
+        self.context, self.stores = context, context.stores
         self.spec, self.tensors = context.detection.specs[buffer], context.state.nodes[buffer]
         self.writes = {write.node: write for write in context.detection.writes if write.buffer is buffer}
         self.query = _query_length(buffer, context.detection)
@@ -108,6 +108,8 @@ class BufferRewrite:
             if spec.folded:
                 x = self.rotations[node] = call(self.graph, ops.ROTATE, (x, False))
             arguments = dict(x=x, pos=pos, **self.tensors, **spec.store_constants())
+            if spec.any_room and not is_growing(self.buffer):  # of one that grows the host knows that there is room
+                arguments["max_len"] = self.context.length_of(self.graph, self.buffer)
             op, fit = (ops.STORE_BORROWED, {"fit": spec.fit}) if spec.borrowed else (ops.STORE, {})
             self.stores[node] = call(self.graph, op, (), arguments | fit, result=lambda: None)
             tokens = new if isinstance(new, int) else call(self.graph, torch.ops.aten.sym_size.int, (x, 2))

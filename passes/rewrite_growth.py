@@ -22,7 +22,7 @@ from xquant_fx.errors import UnsupportedWriteError
 from xquant_fx.passes.context import Context, Grown
 from xquant_fx.passes.facts import is_growing
 from xquant_fx.passes.find_writes import written_by
-from xquant_fx.passes.graph import call, input_of_size, size_among_inputs
+from xquant_fx.passes.graph import call, size_among_inputs
 from xquant_fx.passes.records import Write
 from xquant_fx.passes.rewrite import BufferRewrite
 from xquant_fx.passes.trace import is_shape_query, value_of
@@ -52,7 +52,6 @@ class GrowthRewrite(BufferRewrite):
 
     def __init__(self, gm: GraphModule, past: Node, context: Context) -> None:
         super().__init__(gm, past, context)
-        self.context = context
         self.writes = {write.node: write for write in context.detection.writes if write.past is past}
         self.before: Node | None = None
         """What is stored when the graph begins, dequantized."""
@@ -118,13 +117,7 @@ class GrowthRewrite(BufferRewrite):
 
     def _tokens(self) -> Any:
         """Tokens that the input has: a number, or a node that is an input itself."""
-        size = value_of(self.buffer).shape[2]
-        if isinstance(size, int):
-            return size
-        node, added = input_of_size(self.graph, size)
-        if added:
-            self.context.state.lengths.append((self.context.index_of(self.buffer), size))
-        return node
+        return self.context.length_of(self.graph, self.buffer) or value_of(self.buffer).shape[2]
 
     def _positions(self, write: Write) -> Node:
         device = value_of(self.buffer).device

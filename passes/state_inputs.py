@@ -1,6 +1,6 @@
 """Give a graph the stored tensors of its quantized buffers as inputs, each tensor once.
 
-Of a cache that grows the examples may have more room than its tensors (``Growth.any_room``); such inputs are marked.
+The examples may have more room than the tensors of a cache (``KVSpec.any_room``); such inputs are marked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def add_state_inputs(gm: GraphModule, context: Context) -> int:
         buffer = context.inputs[index]
         if isinstance(fake(node), STORED_KV):
             assert isinstance(buffer, STORED_KV)
-            context.state.nodes[node] = adding.nodes_of(index, buffer)
+            context.state.nodes[node] = adding.nodes_of(index, buffer, context.detection.specs[node])
     return len(context.state.tensors)
 
 
@@ -38,18 +38,18 @@ class _Adding:
         self.known: dict[int, tuple[Node, int]] = {}
         self.parts: dict[int, Part] = {}
 
-    def nodes_of(self, index: int, buffer: Any) -> dict[str, Node | None]:
-        """The placeholders of all tensors of ``buffer``, input ``index`` of the graph."""
+    def nodes_of(self, index: int, buffer: Any, spec: KVSpec) -> dict[str, Node | None]:
+        """The placeholders of all tensors of ``buffer``, input ``index`` of the graph, which relies on ``spec``."""
         group = id(buffer.live.group)
         if group not in self.parts:
             self.parts[group] = Part()
             self.state.parts.append(self.parts[group])
         part = self.parts[group]
         part.buffers.append(index)
-        return {name: self._node_of(index, buffer, name, part) for name in TENSOR_NAMES}
+        return {name: self._node_of(index, buffer, spec, name, part) for name in TENSOR_NAMES}
 
-    def _node_of(self, index: int, buffer: Any, name: str, part: Part) -> Node | None:
-        tensor, spec, state = buffer.live.tensor(name), buffer.spec, self.state
+    def _node_of(self, index: int, buffer: Any, spec: KVSpec, name: str, part: Part) -> Node | None:
+        tensor, state = buffer.live.tensor(name), self.state
         if tensor is None:
             return None
         if id(tensor) in self.known:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 from torch import Tensor
 
-from xquant_fx.kernels.arguments import Arguments, Elements, Overload
+from xquant_fx.kernels.arguments import Arguments, Elements, Overload, Symbolic
 
 
 class Quantized(NamedTuple):
@@ -62,7 +62,8 @@ class StoreArguments(Arguments):
     residual_length: int
     eta: float
     sink_tokens: int
-    max_len: int
+    max_len: Symbolic
+    """Tokens there is room for; a number that is known in a step only, where graphs are for caches of any length."""
     fit: str | None = None
     """None: the codes are this layer's own; else how scales are fitted to borrowed ones."""
 

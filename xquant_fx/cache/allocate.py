@@ -48,8 +48,6 @@ class Slot:
     """Which buffer of a cache one call of ``quantized_empty`` allocates."""
 
     layer: int
-    max_len: int
-    """Tokens the buffer can hold."""
     entry: BufferPlan
     """What is planned for it."""
     rotary: bool = False
@@ -58,29 +56,29 @@ class Slot:
     """Tokens that a query sees (a sliding window); 0: all."""
 
     @classmethod
-    def of(cls, plan: Plan, layer: int, role: Role, max_len: int, rotary: bool = False, window: int = 0) -> Slot:
+    def of(cls, plan: Plan, layer: int, role: Role, rotary: bool = False, window: int = 0) -> Slot:
         """The slot of ``layer`` in a cache that was made by ``plan``."""
-        return cls(layer, max_len, plan.layers[layer].of(role), rotary, window)
+        return cls(layer, plan.layers[layer].of(role), rotary, window)
 
     def to_json(self) -> str:
         """The slot as text, which a graph can hold."""
-        return json.dumps([self.layer, self.max_len, self.entry.to_dict(), self.rotary, self.window])
+        return json.dumps([self.layer, self.entry.to_dict(), self.rotary, self.window])
 
     @classmethod
     @functools.lru_cache(maxsize=1024)
     def from_json(cls, text: str) -> Slot:
         """The slot that :meth:`to_json` wrote."""
-        layer, max_len, entry, rotary, window = json.loads(text)
-        return cls(layer, max_len, BufferPlan.from_dict(entry, f"layer {layer}"), rotary, window)
+        layer, entry, rotary, window = json.loads(text)
+        return cls(layer, BufferPlan.from_dict(entry, f"layer {layer}"), rotary, window)
 
     @property
     def name(self) -> str:
         """Layer and role, for people."""
         return f"layer {self.layer} {self.entry.role}s"
 
-    def bind(self, like: Tensor, lower: KVSpec | None) -> KVSpec:
-        """The spec of a buffer for tokens such as ``like`` [B, H, any, D]."""
-        shape = (like.shape[0], like.shape[1], self.max_len, like.shape[3])
+    def bind(self, like: Tensor, max_len: int, lower: KVSpec | None) -> KVSpec:
+        """The spec of a buffer for ``max_len`` tokens such as ``like`` [B, H, any, D]."""
+        shape = (like.shape[0], like.shape[1], max_len, like.shape[3])
         return self.entry.bind(self.layer, shape, like.dtype, lower, self.rotary, self.window)
 
 
@@ -90,6 +88,7 @@ def quantized_empty(
     lower: Tensor | None,
     start: Tensor | None,
     slot: str,
+    max_len: int,
     plan: str,
     spare: Tensor | None = None,
     lockstep: bool = False,
@@ -102,6 +101,8 @@ def quantized_empty(
         lower: the buffer of the same role of the layer below, where there is a pair.
         start: int64 [B], padding tokens in front of each sequence; None: none.
         slot: which buffer this is (``Slot.to_json``).
+        max_len: tokens that it can hold. A number of its own: Dynamo leaves it open where it differs from cache to
+            cache.
         plan: the cache's plan (``Plan.to_json``); "" where ``first`` is given.
         spare: the buffer that this one replaces after ``reset()``; it is taken again where it fits.
         lockstep: whether each step writes all buffers of the cache (``CacheGroup``).
@@ -113,9 +114,9 @@ def quantized_empty(
         )
     wanted = Slot.from_json(slot)
     if isinstance(like, FakeTensor):
-        return like.new_empty((*like.shape[:2], wanted.max_len, like.shape[3]))
+        return like.new_empty((*like.shape[:2], max_len, like.shape[3]))
     below = lower.live if isinstance(lower, QuantizedKV) else None
-    spec = wanted.bind(like, below.spec if below is not None else None)
+    spec = wanted.bind(like, max_len, below.spec if below is not None else None)
     old = spare.live if isinstance(spare, QuantizedKV) else None
     if old is not None and (old.spec != spec or old.group.start.device != like.device):
         old = None

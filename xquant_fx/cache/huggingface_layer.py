@@ -78,9 +78,9 @@ class XQuantLayer(StaticLayer):
         """Tokens of a padded prompt that are still to come, of the first layer."""
 
     def _set_slots(self, plan: Plan) -> None:
-        index, tokens, window = self.layer_idx, self.max_cache_len, self.window
-        self.slots = {role: Slot.of(plan, index, role, tokens, window=window).to_json() for role in KEYS_AND_VALUES}
-        self.rotary_slot = Slot.of(plan, index, "key", tokens, rotary=True, window=window).to_json()
+        index, window = self.layer_idx, self.window
+        self.slots = {role: Slot.of(plan, index, role, window=window).to_json() for role in KEYS_AND_VALUES}
+        self.rotary_slot = Slot.of(plan, index, "key", rotary=True, window=window).to_json()
 
     def keep_all(self, plan: Plan) -> None:
         """Store tokens that have left the window, too: for looking back. Before the first step."""
@@ -114,9 +114,11 @@ class XQuantLayer(StaticLayer):
         below = {} if lower is None else dict(zip(lower.roles, (lower.keys, lower.values), strict=True))
         masked, plan = self.first.masked, self.plan_text
         slots = self.slots if key == "key" else {**self.slots, "key": self.rotary_slot}
-        keys = quantized_empty(key_states, first, below.get(key), start, slots[key], plan, self.keys, masked)
+        room = self.first.max_cache_len  # all have the same, and each that is asked is a number to Dynamo
+        keys = quantized_empty(key_states, first, below.get(key), start, slots[key], room, plan, self.keys, masked)
         first = keys if first is None else first
-        values = quantized_empty(value_states, first, below.get(value), start, slots[value], "", self.values, masked)
+        lower_values, old = below.get(value), self.values
+        values = quantized_empty(value_states, first, lower_values, start, slots[value], room, "", old, masked)
         self.keys, self.values = keys, values
 
     def _roles(self, key_states: Tensor, value_states: Tensor) -> tuple[Role, Role]:
@@ -155,7 +157,7 @@ class XQuantLayer(StaticLayer):
         super().update(key_states, value_states, *args, **kwargs)
         # A mask that was not made for this cache may be as wide as it. Queries are shown by who runs the graph.
         if not self.first.masked:
-            key_states = PromptKeys.of(key_states, _ignored, self.max_cache_len)
+            key_states = PromptKeys.of(key_states, _ignored, self.first.max_cache_len)
         return key_states, value_states
 
     def _uncompiled(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +186,7 @@ class XQuantLayer(StaticLayer):
     def _check(self, key_states: Tensor, value_states: Tensor, cold: bool) -> None:
         """Whatever can be known before anything is written; where Dynamo traces this, eager code says what it is."""
         # Attributes that are read here only to be told are read then: Dynamo guards on each that it meets.
-        new, room = key_states.shape[2], self.max_cache_len if cold or self.keys is None else self.keys.shape[2]
+        new, room = key_states.shape[2], self.first.max_cache_len if cold or self.keys is None else self.keys.shape[2]
         if new > room:
             raise CacheStateError(
                 f"layer {self.layer_idx}: a step of {new} tokens does not fit into a cache of {room} (max_cache_len)"

@@ -10,6 +10,7 @@ code, frame by frame, so dispatch is off limits to it. Checked on torch 2.11, 2.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import weakref
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, UnsupportedFakeTensorException
 
 from xquant_fx.cache import step_attention
+from xquant_fx.cache.growth import of_any_room
 from xquant_fx.cache.left import leave_read
 from xquant_fx.cache.ragged import Row
 from xquant_fx.cache.reads import Dequantized, Token, read
@@ -41,7 +43,8 @@ class QuantizedKV(Dequantized):
     """A KV buffer stored as codes.
 
     ``state`` is None for the stand-ins that Dynamo makes while it traces: they only have a shape.
-    ``span`` is the range of tokens that a view ``buffer[:, :, begin:end]`` covers.
+    ``span`` is the range of tokens that a view ``buffer[:, :, begin:end]`` covers. Of a stand-in whose number of
+    ``tokens`` N is a symbol the spec is that of graphs for caches of any length up to its own (``cache/growth.py``).
     """
 
     state: KVState | None
@@ -56,16 +59,29 @@ class QuantizedKV(Dequantized):
 
     @staticmethod
     def __new__(
-        cls, spec: KVSpec, anchor: Tensor, state: KVState | None = None, span: tuple[int, int] | None = None
+        cls,
+        spec: KVSpec,
+        anchor: Tensor,
+        state: KVState | None = None,
+        span: tuple[int, int] | None = None,
+        tokens: Any = None,
     ) -> QuantizedKV:
-        begin, end = span or (0, spec.shape[2])
+        begin, end = span or (0, spec.shape[2] if tokens is None else tokens)
         return wrapper(cls, (*spec.shape[:2], end - begin, spec.shape[3]), spec.dtype, anchor.device)
 
-    def __init__(self, spec: KVSpec, anchor: Tensor, state: KVState | None = None, span: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        spec: KVSpec,
+        anchor: Tensor,
+        state: KVState | None = None,
+        span: tuple[int, int] | None = None,
+        tokens: Any = None,
+    ) -> None:
         self._spec, self.anchor, self.state = spec, anchor, state
-        self.span = span or (0, spec.shape[2])
-        # Made once: Dynamo's guards ask for it in each step.
-        self.flattened = ["anchor"], self.context(spec)
+        self._tokens = spec.shape[2] if tokens is None else tokens
+        self.span = span or (0, self._tokens)
+        # Once: Dynamo's guards ask for it in each step.
+        self._flatten(spec)
 
     @property
     def spec(self) -> KVSpec:
@@ -75,7 +91,7 @@ class QuantizedKV(Dequantized):
     @property
     def is_whole(self) -> bool:
         """Whether this is the buffer itself, or all of it."""
-        return self.span == (0, self.spec.shape[2])
+        return self.span == (0, self._tokens if self.state is None else self.state.spec.shape[2])
 
     @classmethod
     def of(cls, state: KVState) -> QuantizedKV:
@@ -89,17 +105,26 @@ class QuantizedKV(Dequantized):
     # The one inner tensor that Dynamo gets to see tells it the device; the rest is in the spec.
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         spec = self.spec
-        if self.flattened[1][0] is not spec:
-            self.flattened = ["anchor"], self.context(spec)
+        if self._flattened_spec is not spec:
+            self._flatten(spec)
         return self.flattened
 
+    def _flatten(self, spec: KVSpec) -> None:
+        self._flattened_spec, self.flattened = spec, (["anchor"], self.context(spec))
+
     def context(self, spec: KVSpec) -> tuple[Any, ...]:
-        """What Dynamo guards on, ``spec`` first."""
+        """What Dynamo guards on besides the shape, ``spec`` first; of a buffer on a CPU not how long it is."""
+        is_usual = type(self) is QuantizedKV and self.anchor.device.type == "cpu" and not spec.ragged
+        wide = of_any_room(spec) if is_usual and self.span == (0, spec.shape[2]) else spec
+        return self.exact_context(spec) if wide is spec else (wide, None)
+
+    def exact_context(self, spec: KVSpec) -> tuple[Any, ...]:
+        """The same of a part of something that is guarded on as a whole: how long it is, too."""
         return spec, self.span
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> QuantizedKV:
-        return QuantizedKV(context[0], inner["anchor"], None, context[1])
+        return stand_in(*context, inner["anchor"], None if outer_size is None else outer_size[2])
 
     def _stable_hash_for_caching(self) -> str:
         """What torch's on-disk caches key on: what compiled code may rely on, never the contents."""
@@ -135,7 +160,7 @@ class QuantizedKV(Dequantized):
 
     def part(self, begin: int, end: int) -> QuantizedKV:
         """A view of tokens [begin, end) of the buffer."""
-        return QuantizedKV(self.spec, self.anchor, self.state, (begin, end))
+        return QuantizedKV(self.spec, self.anchor, self.state, (begin, end), self._tokens)
 
     def token(self, at: int) -> Dequantized:
         """The token ``at``, without a dimension of tokens."""
@@ -232,6 +257,13 @@ class QuantizedKV(Dequantized):
             if result is not NotImplemented:
                 return result
         return _noted(func, read(func, args, kwargs or {}), args)
+
+
+def stand_in(spec: KVSpec, span: tuple[int, int] | None, anchor: Tensor, tokens: Any) -> QuantizedKV:
+    """What Dynamo traces in the place of a buffer of ``tokens``: a number, by which it is all that it is, or a symbol."""
+    if spec.any_room and type(tokens) is int:
+        spec = dataclasses.replace(spec.with_room(tokens), any_room=False)
+    return QuantizedKV(spec, anchor, None, span, tokens if spec.any_room else None)
 
 
 def wrapper(cls: type, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:

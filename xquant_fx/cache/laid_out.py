@@ -46,7 +46,7 @@ class LaidOutKV(QuantizedKV):
 
     def context(self, spec: KVSpec) -> tuple[Any, ...]:
         """What Dynamo guards on."""
-        return *super().context(spec), self.dims
+        return *self.exact_context(spec), self.dims
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> LaidOutKV:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xquant_fx.cache.growing import STORED_KV
-from xquant_fx.cache.kv_tensor import is_zero, refuse_aot, wrapper
+from xquant_fx.cache.kv_tensor import QuantizedKV, is_zero, refuse_aot, wrapper
 from xquant_fx.cache.left import leave_read
 from xquant_fx.cache.reads import Dequantized, ReadOnlyCopy, read
 from xquant_fx.errors import UnsupportedWriteError
@@ -163,6 +163,8 @@ def _is_numbers(value: Any) -> bool:
 
 def _description(part: Any) -> tuple[Any, ...]:
     """What Dynamo guards on."""
+    if type(part) is QuantizedKV:
+        return QuantizedKV, part.exact_context(part.spec)
     if isinstance(part, Dequantized):
         return type(part), part.__tensor_flatten__()[1]  # type: ignore[attr-defined]
     return Tensor, tuple(part.shape), part.stride(), part.dtype

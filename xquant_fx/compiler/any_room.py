@@ -28,7 +28,7 @@ from xquant_fx.plan.spec import KVSpec, why_not_fused
 log = logging.getLogger(__name__)
 
 #: What makes one C++ function of a step, and of an attention a kernel.
-_NEEDED = frozenset({"fuse_decode", "one_call"})
+NEEDED = frozenset({"fuse_decode", "one_call"})
 _READ_BY_KERNELS = (ops.STORE, ops.STORE_BORROWED, ops.DECODE)
 
 
@@ -51,7 +51,7 @@ def rooms_of(inputs: Sequence[Node]) -> Rooms | None:
 
 def may_take_any_room(found: Detection, request: Request) -> bool:
     """Whether steps of the caches that this graph begins are going to be such, as far as a prompt's graph tells."""
-    if request.self_check or request.disable & _NEEDED:
+    if request.self_check or request.disable & NEEDED:
         return False
     return all(_has_kernel(site, found.specs) for site in found.sites if site.rewritable)
 

@@ -29,6 +29,7 @@ from xquant_fx.cache.left import leave
 from xquant_fx.cache.prompt_attention import by_kernel
 from xquant_fx.cache.prompt_keys import PromptKeys, PromptScores
 from xquant_fx.cache.stacked import StackedKV
+from xquant_fx.compiler.any_length import AnyLengthStep, Padded, any_length, check_any_length, of_length, padded
 from xquant_fx.compiler.any_room import ExactRooms, is_any_room, may_take_any_room, why_fixed
 from xquant_fx.compiler.chunks import UncompiledChunk
 from xquant_fx.compiler.compiled_step import CompiledStep
@@ -59,6 +60,7 @@ from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.tracing_time import watch_tracing
 from xquant_fx.compiler.watch import Watch, WatchStacks, WatchWrites, only_read
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
+from xquant_fx.passes.any_length import FixedLengthError
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.detect import detect
 from xquant_fx.passes.facts import Facts
@@ -183,6 +185,10 @@ def _compile(
         return known.calling(_compile(known.gm, known.given(inputs), request, compiler))
     try:
         return _compile_quantized(gm, found, inputs, quantized, request, compiler)
+    except FixedLengthError as error:
+        log.info("this graph is compiled for the length of its caches: %s", error)
+        fixed = of_length(gm)
+        return fixed.calling(_compile(fixed.gm, fixed.given(inputs), request, compiler))
     except UnsupportedWriteError as error:
         if not _were_ordinary(inputs):
             raise
@@ -279,8 +285,12 @@ def _compile_quantized(
     if beginning := begin_to_slide(gm, found, inputs, request):
         log.info("sliding windows are full: the next step runs uncompiled, and they are stored as such from then on")
         return beginning
-    warn_of_lengths([inputs[i].spec for i in quantized if type(inputs[i]) is QuantizedKV])
-    settings = repr([[inputs[i].spec for i in quantized], sorted(request.disable)])
+    settings = repr([list(found.specs.values()), sorted(request.disable)])
+    longer = any_length(gm, inputs, request, settings) if compiler is compile_by_inductor else None
+    if longer is None:
+        warn_of_lengths([inputs[i].spec for i in quantized if type(inputs[i]) is QuantizedKV])
+    else:
+        found = detect_graph(longer.gm, inputs, request)
     context, any_room = Context(found, inputs), is_any_room(inputs)
     if any_room and (request.self_check or compiler is not compile_by_inductor):
         return ExactRooms(gm.forward, "it is compared with the program, or another compiler is used")
@@ -302,14 +312,23 @@ def _compile_quantized(
     results: Any = found.gm.graph.output_node().args[0]
     whole = [i for i, node in enumerate(results) if _may_be_whole(fake(node), shapes)]
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
-    if any_room and (fixed := why_fixed(found.gm.graph, context)):
+    fixed = why_fixed(found.gm.graph, context) if any_room or longer else ""
+    if any_room and fixed:
         return ExactRooms(gm.forward, fixed)
-    compiled = compiler(found.gm, [*(inputs[i] for i in keep), *context.state.example_inputs], request, settings)
+    examples, masks = [inputs[i] for i in keep], dict[int, tuple[int, int]]()
+    if longer:
+        check_any_length(found.gm.graph, fixed)
+        masks = {place: longer.masks[i] for place, i in enumerate(keep) if i in longer.masks}
+        examples = padded(examples, masks)
+    compiled = compiler(found.gm, [*examples, *context.state.example_inputs], request, settings)
     context.state.tensors.clear()  # or the graph would keep the cache that it was compiled with
     if compiled is None:
         log.info("a chunk of a number of tokens that varies: such steps run uncompiled")
         return UncompiledChunk(restarts, by_kernel(clone(gm)).forward)
-    step = CompiledStep(compiled, keep, written, context.state, restarts, whole)
+    of_masks = Padded(compiled, masks) if masks else compiled
+    step = CompiledStep(of_masks, keep, written, context.state, restarts, whole)
+    if longer:
+        return AnyLengthStep(step, compiled, gm.forward, settings)
     if moved:
         return SlidingStep(step, gm.forward, moved)
     return GrowingStep(step, gm.forward, context.grown) if context.grown else step

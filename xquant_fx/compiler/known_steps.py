@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from xquant_fx.cache.kv_tensor import QuantizedKV, stand_in
 from xquant_fx.compiler.other_graph import OtherGraph
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.passes.graph import clone, size_among_inputs
@@ -61,6 +62,13 @@ def known_step(gm: GraphModule, found: Detection, inputs: Sequence[Any]) -> Know
         _settle_queries(found, known)
     elif opened or not any(type(_known(value)) is int for value in _numbers(gm)):
         return None
+    made = settled(gm)
+    made.gm.meta[_KNOWN] = True
+    return made
+
+
+def settled(gm: GraphModule) -> KnownStep:
+    """The graph with numbers in the place of symbols that stand for one number by now."""
     made = clone(gm)
     kept = list[int]()
     for place, node in enumerate(list(made.graph.nodes)):  # inputs come first
@@ -70,7 +78,6 @@ def known_step(gm: GraphModule, found: Detection, inputs: Sequence[Any]) -> Know
         elif node.op == "placeholder":
             kept.append(place)
     made.recompile()
-    made.meta[_KNOWN] = True
     return KnownStep(made, kept)
 
 
@@ -105,6 +112,8 @@ def _settle_queries(found: Detection, known: set[int]) -> None:
 
 def _settled(value: Any) -> Any:
     """``value`` of a node with numbers in the place of symbols that stand for one number by now."""
+    if type(value) is QuantizedKV and value.spec.any_room:
+        return stand_in(value.spec, None, value.anchor, _known(value.shape[2]))
     if type(value) is not FakeTensor:
         return _known(value)
     size, stride = [_known(each) for each in value.shape], [_known(each) for each in value.stride()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,8 +142,13 @@ def _existing(gm: GraphModule) -> dict[Node, KVSpec]:
         elif node.target is quantized_empty:
             like, _, lower, _, slot = node.args[:5]
             below = specs.get(lower) if isinstance(lower, Node) else None
-            specs[node] = Slot.from_json(slot).bind(value_of(like), below)
+            specs[node] = Slot.from_json(slot).bind(value_of(like), _at_hand(value_of(node).shape[2]), below)
     return specs
+
+
+def _at_hand(size: Any) -> int:
+    """A size that Dynamo leaves open as it is in this call."""
+    return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
 def _settings(gm: GraphModule, request: Request) -> XQuantConfig | Plan:

@@ -110,7 +110,8 @@ class Call:
         if write is None or write.slide is not None:  # a window that moves writes over what left it, and nothing else
             return write is not None
         self.foresights[write.node] = foresee(write, facts)
-        length = value_of(write.buffer).shape[2]
+        given = self.given.get(write.buffer)  # whose length may be a symbol in the graph
+        length = (given if isinstance(given, Tensor) else value_of(write.buffer)).shape[2]
         rows = self.row_positions(write) if write.per_row else [self.positions(write)]
         past_last = torch.arange(length) > torch.tensor([positions[-1] for positions in rows])[:, None]  # [B or 1, N]
         past_last = past_last[:, : self._read_up_to(site, facts)]
