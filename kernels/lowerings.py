@@ -7,6 +7,7 @@ torch 2.11, 2.13 and 2.14.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -192,12 +193,20 @@ class CppInPlace(ir.ExternKernel):
         write_call(wrapper, self, [*self.inputs])
 
 
+def _of_some_length(a: StoreArguments) -> StoreArguments:
+    """``a``, by which it shows whether codes start over: of any length, those do that have not room for all tokens."""
+    if isinstance(a.max_len, int):
+        return a
+    has_room_for_all = any(isinstance(size, Told) for size in sizes_told(a.codes))
+    return a.replace(max_len=0 if has_room_for_all else sys.maxsize)
+
+
 def append_cpu(*args: Any, **kwargs: Any) -> None:
     """One C++ kernel in the generated module; the stored tensors are changed in place."""
     new = ("x", "pos")
     a = StoreArguments(*args, **kwargs).mapped(contiguous, new)
     a = a.mapped(ir.ExternKernel.realize_input, set(a.tensor_names()) - set(new))
-    types, code = cpu_store.source(append.problem_of(a, sizes, dtype), cpu_build.isa())
+    types, code = cpu_store.source(append.problem_of(_of_some_length(a), sizes, dtype), cpu_build.isa())
     written = [a.tensors[name] for name in a.written(a.overload) if name in a.tensors]
     numbers = tuple(append.sizes_given(a, sizes_told))
     CppInPlace(list(a.tensors.values()), written, "xquant_append", types, code, numbers)

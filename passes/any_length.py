@@ -101,7 +101,7 @@ def _widened(node: Node, value: Any, rooms: Mapping[Any, int]) -> Any:
         with value.fake_mode:
             return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
     if any(_mentions((each,), rooms) for each in _numbers(value)):
-        raise FixedLengthError(f"{node.name} counts with how long a cache is")
+        raise FixedLengthError(f"{op_name(node)} counts with how long a cache is")
     return value
 
 
@@ -126,10 +126,7 @@ def _at(size: Any, rooms: Mapping[Any, int]) -> Any:
     if not _mentions((size,), rooms):
         return size
     expression = _expression(size).subs(rooms)
-    if expression.is_number:
-        return int(expression)
-    hint = size.node.shape_env.size_hint(expression) if hasattr(size.node.shape_env, "size_hint") else None
-    return size.node.shape_env.create_symintnode(expression, hint=hint)
+    return int(expression) if expression.is_number else size.node.shape_env.create_symintnode(expression, hint=None)
 
 
 def _dim(node: Node, value: Any, rooms: Mapping[Any, int]) -> int:
@@ -140,7 +137,7 @@ def _dim(node: Node, value: Any, rooms: Mapping[Any, int]) -> int:
     """
     dims = [dim for dim, size in enumerate(value.shape) if _mentions((size,), rooms)]
     if len(dims) != 1 or _expression(value.shape[dims[0]]) not in rooms:
-        raise FixedLengthError(f"{node.name} is not as long as a cache along one dimension")
+        raise FixedLengthError(f"{op_name(node)} gives what is not as long as a cache along one dimension")
     return dims[0]
 
 
@@ -167,7 +164,7 @@ def _check_mask(node: Node, marked: Mapping[Node, int], of_buffers: set[Node]) -
     """Raise FixedLengthError unless ``node`` is a mask whose columns do not depend on how many there are."""
     for user in node.users:
         if user not in marked and kind(user) != "shape" and not _is_mask_of(node, user):
-            raise FixedLengthError(f"{op_name(user)} reads {node.name}, which is as long as a cache")
+            raise FixedLengthError(f"{op_name(user)} reads what is as long as a cache")
     if node.op != "placeholder" and not _keeps_columns(node, marked):
         raise FixedLengthError(f"{op_name(node)} may not do in a longer cache what it does in a shorter one")
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from dynamo_graphs import tiny
+from plain_decoder import Decoder
 from stepping import interpreted
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache
+from torch.fx import Graph, Node
+from transformers import DynamicCache, StaticCache
 
 from xquant_fx import XQuantCache, XQuantConfig
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.prompt_keys import PromptKeys
+from xquant_fx.passes.early_queries import compute_queries_early
 
 SMALL = XQuantConfig(k_group_size=8, residual_length=8, sink_tokens=0)
 
@@ -116,3 +119,58 @@ def test_attention_that_is_compiled_by_itself_shows_its_queries() -> None:
         out = attend(q, keys, values)
     torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v, is_causal=True))
     torch.testing.assert_close(cache.states[0].owned["energy"], q.square().mean(2))
+
+
+@pytest.mark.parametrize("make", [lambda c: XQuantCache(c, 64, SMALL), lambda c: StaticCache(config=c, max_cache_len=64)])
+def test_that_is_computed_behind_the_append(make) -> None:
+    """A slice of a fused projection, say: what computes it is moved before the append."""
+    model = Decoder(2).eval()
+    ids = torch.randint(3, 60, (2, 30), generator=torch.Generator().manual_seed(0))
+    cache, step = make(model.config), torch.compile(model.forward, backend="xquant", options={"config": SMALL})
+    with torch.no_grad():
+        for _ in range(2):  # buffers that are not empty are taken over in the second
+            step(ids, past_key_values=cache)
+            cache.reset()
+    found = [layer.keys.live.owned["energy"] for layer in cache.layers]
+    assert len(found) == 2 and all(bool(energy.all()) for energy in found)
+    torch.testing.assert_close(found, energies(model, ids, compiled=False))
+
+
+def graph_of(program) -> tuple[Graph, dict[str, Node]]:
+    """The graph of ``program(x, keys)``, and its nodes by name."""
+    graph = torch.fx.symbolic_trace(program).graph
+    for node in graph.nodes:
+        node.meta["example_value"] = torch.empty(2, 2, device="meta")
+    return graph, {node.name: node for node in graph.nodes}
+
+
+def later(x, keys):
+    keys.add_(x)
+    return (x[1:] * 2).relu()
+
+
+def of_the_append(x, keys):
+    return (keys.add_(x) * 2).relu()
+
+
+def behind_a_write(x, keys):
+    keys.add_(x)
+    x.mul_(3)
+    return (x[1:] * 2).relu()
+
+
+def that_writes(x, keys):
+    keys.add_(x)
+    return (x * 2).mul_(2).relu()
+
+
+@pytest.mark.parametrize(
+    ("program", "moved"), [(later, 1), (of_the_append, 0), (behind_a_write, 0), (that_writes, 0)]
+)
+def test_what_is_moved_before_the_append(program, moved: int) -> None:
+    graph, nodes = graph_of(program)
+    before = [node.name for node in graph.nodes]
+    assert compute_queries_early(graph, {nodes["add_"]: nodes["relu"]}) == moved
+    graph.lint()
+    names = [node.name for node in graph.nodes]
+    assert names == before if not moved else names.index("relu") < names.index("add_")

@@ -30,19 +30,13 @@ def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) 
         group=a.group_size,
         residual=a.residual_length,
         ring=sizes(a.ring)[2],
-        wrap=_wrap(a, _tokens(a, sizes), dim),
+        wrap=wrap_of(a.scheme, _tokens(a, sizes), a.max_len, dim, a.bits, a.group_size, a.residual_length),
         eta=a.eta,
         sinks=a.sink_tokens,
         fit=a.fit,
         norms=a.norm is not None,
         by_row=_by_row(a, sizes),
     )
-
-
-def _wrap(a: StoreArguments, tokens: int, dim: int) -> int:
-    if not isinstance(a.max_len, int):  # what serves any length starts over in none
-        return 0
-    return wrap_of(a.scheme, tokens, a.max_len, dim, a.bits, a.group_size, a.residual_length)
 
 
 def _by_row(a: StoreArguments, sizes: Any) -> bool:

@@ -64,6 +64,15 @@ def of_any_room(spec: KVSpec) -> KVSpec:
     return wide if spec.quantized and not (spec.wraps or wide.wraps) else spec
 
 
+@functools.cache
+def of_any_length(spec: KVSpec) -> KVSpec:
+    """The same of a buffer that does not grow. Codes that start over in both are in the same places of as much memory."""
+    if not (spec.quantized and spec.wraps):
+        return of_any_room(spec)
+    wide = dataclasses.replace(spec.with_room(room_of_graphs(spec.shape[2])), any_room=True)
+    return wide if wide.tensor_shapes() == spec.tensor_shapes() else spec
+
+
 @contextlib.contextmanager
 def exact_rooms() -> Iterator[None]:
     """Inside, graphs are made for the room that there is: for reports, which say how much that takes."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, UnsupportedFakeTensorException
 
 from xquant_fx.cache import step_attention
-from xquant_fx.cache.growth import of_any_room
+from xquant_fx.cache.growth import of_any_length
 from xquant_fx.cache.left import leave_read
 from xquant_fx.cache.ragged import Row
 from xquant_fx.cache.reads import Dequantized, Token, read
@@ -115,7 +115,8 @@ class QuantizedKV(Dequantized):
     def context(self, spec: KVSpec) -> tuple[Any, ...]:
         """What Dynamo guards on besides the shape, ``spec`` first; of a buffer on a CPU not how long it is."""
         is_usual = type(self) is QuantizedKV and self.anchor.device.type == "cpu" and not spec.ragged
-        wide = of_any_room(spec) if is_usual and self.span == (0, spec.shape[2]) else spec
+        is_known = all(type(size) is int for size in spec.shape)  # a self-check may make one whose sizes are symbols
+        wide = of_any_length(spec) if is_usual and is_known and self.span == (0, spec.shape[2]) else spec
         return self.exact_context(spec) if wide is spec else (wide, None)
 
     def exact_context(self, spec: KVSpec) -> tuple[Any, ...]:

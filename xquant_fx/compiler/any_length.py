@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 _fixed = set[str]()
 
 
-def any_length(gm: GraphModule, inputs: Sequence[Any], request: Request, settings: str) -> Wide | None:
+def any_length(
+    gm: GraphModule, inputs: Sequence[Any], request: Request, settings: str, by_inductor: bool
+) -> Wide | None:
     """``gm`` as a graph of caches of any length; None if it is one of a known length.
 
     Raises:
@@ -38,8 +40,8 @@ def any_length(gm: GraphModule, inputs: Sequence[Any], request: Request, setting
     """
     if not open_lengths(gm):
         return None
-    if request.self_check or request.disable & NEEDED:
-        raise FixedLengthError("it is compared with the program, or made without all passes")
+    if request.self_check or request.disable & NEEDED or not by_inductor:
+        raise FixedLengthError("it is compared with the program, made without all passes, or by another compiler")
     if any(isinstance(each, GrowingKV) for each in inputs):
         raise FixedLengthError("another cache of it grows")
     if settings in _fixed:
@@ -100,7 +102,8 @@ class AnyLengthStep:
         self, step: Callable[..., Any], compiled: Any, uncompiled: Callable[..., Any], settings: str
     ) -> None:
         self.step, self.uncompiled, self.settings = step, uncompiled, settings
-        self.is_open: Callable[[], bool] = compiled.is_open if isinstance(compiled, OfAnyRoom) else lambda: False
+        of_any_room = isinstance(compiled, OfAnyRoom)  # else all tensors are as large in a cache of another length
+        self.is_open: Callable[[], bool] = compiled.is_open if of_any_room else lambda: True
 
     def __call__(self, *args: Any) -> Any:
         """One step."""

@@ -286,7 +286,7 @@ def _compile_quantized(
         log.info("sliding windows are full: the next step runs uncompiled, and they are stored as such from then on")
         return beginning
     settings = repr([list(found.specs.values()), sorted(request.disable)])
-    longer = any_length(gm, inputs, request, settings) if compiler is compile_by_inductor else None
+    longer = any_length(gm, inputs, request, settings, compiler is compile_by_inductor)
     if longer is None:
         warn_of_lengths([inputs[i].spec for i in quantized if type(inputs[i]) is QuantizedKV])
     else:

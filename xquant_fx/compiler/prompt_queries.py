@@ -1,7 +1,8 @@
 """Show a prompt's queries to the keys that it appends: their channels are ranked by what queries make of them.
 
 A prompt's graph runs op by op (``takeover.py``, or a cold prefill that allocates an XQuantCache), and queries are
-computed before keys are appended: just before an append, the query of the attention that reads it is known.
+computed before keys are appended (``passes/early_queries.py``): just before an append, the query of the attention that
+reads it is known.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch.fx import Node
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import KVState
+from xquant_fx.passes.early_queries import compute_queries_early
 from xquant_fx.passes.records import Detection
 
 
@@ -20,6 +22,14 @@ def queries_of(found: Detection) -> dict[Node, Node]:
     """The query [B, heads, q, D] by the node that appends the keys it attends to."""
     sites = (site for site in found.sites if site.attention.is_recognised)
     return {site.key_write.node: site.attention.query for site in sites if site.key_write is not None}
+
+
+def early_queries_of(found: Detection) -> dict[Node, Node]:
+    """The same, of a graph whose queries are moved before the appends."""
+    queries = queries_of(found)
+    if compute_queries_early(found.gm.graph, queries):
+        found.gm.recompile()
+    return queries
 
 
 def show_query(state: KVState, append: Node, queries: dict[Node, Node], env: dict[Node, Any]) -> None:
@@ -34,7 +44,7 @@ class PromptRun:
 
     def __init__(self, found: Detection) -> None:
         self.gm = found.gm
-        self.queries = queries_of(found)
+        self.queries = early_queries_of(found)
         self.buffers = {write.node: write.buffer for write in found.writes}
 
     def __call__(self, *args: Any) -> Any:

@@ -28,7 +28,7 @@ from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
 from xquant_fx.compiler.left_alone import report_buffers
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.planning import bind_buffers
-from xquant_fx.compiler.prompt_queries import queries_of, show_query
+from xquant_fx.compiler.prompt_queries import early_queries_of, show_query
 from xquant_fx.compiler.proof import Call
 from xquant_fx.passes.find_sites import buffer_name
 from xquant_fx.passes.records import Buffer, Detection
@@ -44,7 +44,7 @@ class Takeover(torch.fx.Interpreter):
         self.gm, self.request = detection.gm, request
         self.plans = detection.plans
         self.buffers = detection.ordinary
-        self.queries = queries_of(detection)
+        self.queries = early_queries_of(detection)
 
     def __call__(self, *args: Any) -> Any:
         """Run the step on these arguments, which hold a cache that was not seen before."""
