@@ -7,7 +7,7 @@
     python benchmarks/first_step.py MODEL --runs warm warm --cache-dir FOLDER
 
 Each run is a process of its own: it loads the model, prefills 64 tokens uncompiled, and takes compiled steps, the last
-with another cache, of twice the length. ``new`` has nothing on disk, ``cold`` has torch's precompiled header, ``warm``
+two with other caches, of twice and three times the length. ``new`` has nothing on disk, ``cold`` has torch's precompiled header, ``warm``
 all that the runs before it left. Seconds of the processor, of the process and of the compilers that it starts, do not
 depend on what else the machine does as much as the clock does, and are printed beside it. JSON goes to
 benchmarks/results/.
@@ -32,7 +32,7 @@ from rich.table import Table
 
 PROMPT = 64
 #: Steps with each cache.
-STEPS = (("first", "second", "third"), ("another cache",))
+STEPS = (("first", "second", "third"), ("another length",), ("a third length",))
 #: Phase to the name that ``torch._dynamo.utils.compile_times`` has for it; they do not overlap, but do not cover all.
 PHASES = {
     "Dynamo traces": "bytecode_tracing", "guards": "build_guards", "detection": "xquant_detect",
@@ -109,7 +109,7 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Table:
     made = Table("seconds", *(row["way"] for row in rows), title=f"first step, {args.model}, {args.side}")
     for kind in ("clock", "self", "compilers"):
         made.add_row(f"first step, {kind}", *(f"{row['first'][kind]:.2f}" for row in rows))
-    for name in ("second", "third", *(("more room",) if args.side == "growing" else ()), "another cache"):
+    for name in ("second", "third", *(("more room",) if args.side == "growing" else ()), *STEPS[1], *STEPS[2]):
         made.add_row(f"{name}, clock", *(f"{row[name]['clock']:.3f}" for row in rows))
     for phase in PHASES:
         made.add_row(phase, *(f"{row['phases'][phase]:.2f}" for row in rows))

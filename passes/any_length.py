@@ -170,7 +170,7 @@ def _check_mask(node: Node, marked: Mapping[Node, int], of_buffers: set[Node]) -
 
 
 def _is_mask_of(node: Node, user: Node) -> bool:
-    return kind(user) == "sdpa" and argument(user, 3, "attn_mask") is node and node not in user.args[:3]
+    return kind(user) == "sdpa" and argument(user, 3, "attn_mask") is node and node not in list(user.args[:3])
 
 
 def _keeps_columns(node: Node, marked: Mapping[Node, int]) -> bool:
@@ -178,8 +178,8 @@ def _keeps_columns(node: Node, marked: Mapping[Node, int]) -> bool:
     if is_in_place(node):
         return False
     if name == "arange":
-        numbers = node.args
-        return len(numbers) == 1 or (len(numbers) in (2, 3) and numbers[0] == 0 and numbers[2:] in ((), (1,)))
+        begin, step = (node.args[0] if len(node.args) > 1 else 0), node.args[2:]
+        return type(begin) is int and begin == 0 and step in ((), (1,)) and not {"start", "end", "step"} & {*node.kwargs}
     if name in _FILLED or what in _ELEMENTWISE or name in POINTWISE or what in _DIMS:
         return True
     given = [each for each in node.all_input_nodes if each in marked]

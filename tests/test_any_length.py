@@ -346,7 +346,10 @@ def test_programs_whose_masks_are_the_same_in_a_longer_cache(see: Program, is_op
     ("program", "reason"),
     [
         (lambda keys: torch.arange(keys.shape[2]).neg(), "output reads what is as long as a cache"),
-        (lambda keys: torch.arange(keys.shape[2])[1:].sum(), "getitem gives what is not as long as a cache along one dimension"),
+        (
+            lambda keys: torch.arange(keys.shape[2])[1:].sum(),
+            "getitem gives what is not as long as a cache along one dimension",
+        ),
         (lambda keys: torch.arange(keys.shape[2]) - keys.shape[2], "sub takes how long a cache is"),
         (lambda keys: torch.arange(keys.shape[2] + 1), "add counts with how long a cache is"),
     ],

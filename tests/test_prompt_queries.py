@@ -8,8 +8,8 @@ from dynamo_graphs import tiny
 from plain_decoder import Decoder
 from stepping import interpreted
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from torch.fx import Graph, Node
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, StaticCache
 
 from xquant_fx import XQuantCache, XQuantConfig
@@ -121,7 +121,9 @@ def test_attention_that_is_compiled_by_itself_shows_its_queries() -> None:
     torch.testing.assert_close(cache.states[0].owned["energy"], q.square().mean(2))
 
 
-@pytest.mark.parametrize("make", [lambda c: XQuantCache(c, 64, SMALL), lambda c: StaticCache(config=c, max_cache_len=64)])
+@pytest.mark.parametrize(
+    "make", [lambda c: XQuantCache(c, 64, SMALL), lambda c: StaticCache(config=c, max_cache_len=64)]
+)
 def test_that_is_computed_behind_the_append(make) -> None:
     """A slice of a fused projection, say: what computes it is moved before the append."""
     model = Decoder(2).eval()
@@ -164,9 +166,7 @@ def that_writes(x, keys):
     return (x * 2).mul_(2).relu()
 
 
-@pytest.mark.parametrize(
-    ("program", "moved"), [(later, 1), (of_the_append, 0), (behind_a_write, 0), (that_writes, 0)]
-)
+@pytest.mark.parametrize(("program", "moved"), [(later, 1), (of_the_append, 0), (behind_a_write, 0), (that_writes, 0)])
 def test_what_is_moved_before_the_append(program, moved: int) -> None:
     graph, nodes = graph_of(program)
     before = [node.name for node in graph.nodes]

@@ -66,7 +66,7 @@ def of_any_room(spec: KVSpec) -> KVSpec:
 
 @functools.cache
 def of_any_length(spec: KVSpec) -> KVSpec:
-    """The same of a buffer that does not grow. Codes that start over in both are in the same places of as much memory."""
+    """The same of a buffer that does not grow. Codes that start over in both are in the same places of one size."""
     if not (spec.quantized and spec.wraps):
         return of_any_room(spec)
     wide = dataclasses.replace(spec.with_room(room_of_graphs(spec.shape[2])), any_room=True)

@@ -125,7 +125,8 @@ class QuantizedKV(Dequantized):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> QuantizedKV:
-        return stand_in(*context, inner["anchor"], None if outer_size is None else outer_size[2])
+        spec, span = context
+        return stand_in(spec, span, inner["anchor"], None if outer_size is None else outer_size[2])
 
     def _stable_hash_for_caching(self) -> str:
         """What torch's on-disk caches key on: what compiled code may rely on, never the contents."""
@@ -261,7 +262,7 @@ class QuantizedKV(Dequantized):
 
 
 def stand_in(spec: KVSpec, span: tuple[int, int] | None, anchor: Tensor, tokens: Any) -> QuantizedKV:
-    """What Dynamo traces in the place of a buffer of ``tokens``: a number, by which it is all that it is, or a symbol."""
+    """What Dynamo traces in the place of a buffer of ``tokens``, a number, or a symbol: then for any length."""
     if spec.any_room and type(tokens) is int:
         spec = dataclasses.replace(spec.with_room(tokens), any_room=False)
     return QuantizedKV(spec, anchor, None, span, tokens if spec.any_room else None)

@@ -98,9 +98,7 @@ class AnyLengthStep:
     What turns out to need the length that there is runs uncompiled once, and is compiled for each from then on.
     """
 
-    def __init__(
-        self, step: Callable[..., Any], compiled: Any, uncompiled: Callable[..., Any], settings: str
-    ) -> None:
+    def __init__(self, step: Callable[..., Any], compiled: Any, uncompiled: Callable[..., Any], settings: str) -> None:
         self.step, self.uncompiled, self.settings = step, uncompiled, settings
         of_any_room = isinstance(compiled, OfAnyRoom)  # else all tensors are as large in a cache of another length
         self.is_open: Callable[[], bool] = compiled.is_open if of_any_room else lambda: True
