@@ -172,6 +172,65 @@ def test_windows_are_of_any_length_beside_full_layers() -> None:
     assert not fills.wraps and of_any_length(fills) is fills
 
 
+@torch.no_grad()
+def test_unfused_attention_to_windows_has_its_length() -> None:
+    """Of such a window nothing that is stored is larger in a longer cache: only masks would tell."""
+    sizes = dict(hidden_size=64, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, vocab_size=64)
+    torch.manual_seed(0)
+    of_model = MistralConfig(num_hidden_layers=1, sliding_window=140, attn_implementation="eager", **sizes)
+    model = MistralForCausalLM(of_model).eval()
+    step, made = compiled(model, disable=["linear_rows"]), []
+    for length in (400, 333, 500):
+        cache, other = xquant(model, length), xquant(model, length)
+        for begin, size in ((0, 180), (180, 1), (181, 1)):
+            ids = IDS[:1, begin : begin + size].clone()
+            got = step(ids, past_key_values=cache, output_attentions=True)
+            expected = model(ids, past_key_values=other, output_attentions=True)
+            torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=2e-5)
+            assert begin == 0 or got.attentions[0].shape[-1] == length
+        made.append(graphs())
+    assert made[2] == made[1] + 1, made
+
+
+@torch.no_grad()
+def test_a_new_sequence_over_an_old_one() -> None:
+    """Buffers that were taken over, written to anew from position 0 without having been emptied: masks hide the rest."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        keys[:, :, pos] = k
+        values[:, :, pos] = v
+        return by_arange(q, keys, values, pos, pos)
+
+    torch._dynamo.reset()
+    counters.clear()
+    step, made = torch.compile(program, backend="xquant", options={"config": CONFIG}), []
+    generator = torch.Generator().manual_seed(0)
+    for length in (64, 80, 96):
+        buffers = [torch.zeros(1, 4, length, 16) for _ in range(4)]
+        for at in (0, 1, 2, 3, 4, 0, 1, 2, 1):
+            q, k, v = (torch.randn(1, 4, 1, 16, generator=generator) for _ in range(3))
+            got = step(q, k, v, torch.tensor([at]), *buffers[:2])
+            expected = program(q, k, v, torch.tensor([at]), *buffers[2:])
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        assert all(isinstance(each, QuantizedKV) for each in buffers[:2])
+        made.append(graphs())
+    assert made[2] == made[1], made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dynamic", "expected"), [(True, [2, 2, 2, 2]), (False, [2, 4, 6, 8])])
+def test_lengths_that_are_told_to_vary_or_not(dynamic: bool, expected: list[int]) -> None:
+    model, made = Decoder(1).eval(), []
+    torch._dynamo.reset()
+    counters.clear()
+    step = torch.compile(model.forward, backend="xquant", dynamic=dynamic, options={"config": CONFIG, "strict": True})
+    for length in LENGTHS[:4]:
+        got = run(step, xquant(model, length), [40, 1, 1])
+        made.append(graphs())
+        torch.testing.assert_close(got, run(model.forward, xquant(model, length), [40, 1, 1]), rtol=0, atol=2e-5)
+    assert made == expected
+
+
 def test_what_is_not_read_by_kernels_has_its_length() -> None:
     cache = xquant(Decoder(1), 64)
     run(Decoder(1).eval().forward, cache, [4])
