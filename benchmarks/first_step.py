@@ -7,10 +7,10 @@
     python benchmarks/first_step.py MODEL --runs warm warm --cache-dir FOLDER
 
 Each run is a process of its own: it loads the model, prefills 64 tokens uncompiled, and takes compiled steps, the last
-two with other caches, of twice and three times the length. ``new`` has nothing on disk, ``cold`` has torch's precompiled header, ``warm``
-all that the runs before it left. Seconds of the processor, of the process and of the compilers that it starts, do not
-depend on what else the machine does as much as the clock does, and are printed beside it. JSON goes to
-benchmarks/results/.
+two with other caches, of twice and three times the length. ``new`` has nothing on disk, ``cold`` has torch's
+precompiled header, ``warm`` all that the runs before it left. Seconds of the processor, of the process and of the
+compilers that it starts, do not depend on what else the machine does as much as the clock does, and are printed beside
+it. JSON goes to benchmarks/results/.
 """
 
 from __future__ import annotations

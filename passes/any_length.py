@@ -179,7 +179,8 @@ def _keeps_columns(node: Node, marked: Mapping[Node, int]) -> bool:
         return False
     if name == "arange":
         begin, step = (node.args[0] if len(node.args) > 1 else 0), node.args[2:]
-        return type(begin) is int and begin == 0 and step in ((), (1,)) and not {"start", "end", "step"} & {*node.kwargs}
+        in_order = type(begin) is int and begin == 0 and step in ((), (1,))
+        return in_order and not {"start", "end", "step"} & node.kwargs.keys()
     if name in _FILLED or what in _ELEMENTWISE or name in POINTWISE or what in _DIMS:
         return True
     given = [each for each in node.all_input_nodes if each in marked]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
@@ -25,7 +25,7 @@ from xquant_fx.passes.find_attention import find_attention
 from xquant_fx.passes.find_writes import concatenation, find_writes, is_factory, other_mutations
 from xquant_fx.passes.products import is_product
 from xquant_fx.passes.records import Source, Write
-from xquant_fx.passes.trace import argument, fake, memory_of, readers, source_of, value_of
+from xquant_fx.passes.trace import argument, at_hand, fake, memory_of, readers, source_of, value_of
 from xquant_fx.passes.vocabulary import kind, op_name
 
 NEAR = 64  # nodes to look at, going back from an operand, for a cache that it is computed from
@@ -64,8 +64,10 @@ class Facts:
         """Old tensors to the new ones that are returned in their place, as far as somebody asked."""
         self.read_in: dict[Node, Node] = {}
         """Inputs to the concatenations with new tokens that attention reads, as far as somebody asked."""
-        lengths = [value.shape[2] for write in self.writes if (value := fake(write.buffer)) is not None]
-        self.longest = max((n for n in lengths if isinstance(n, int)), default=0)
+        buffers = [fake(write.buffer) for write in self.writes if write.past is None]
+        lengths = [value.shape[2] for value in buffers if value is not None]
+        self.longest: Any = max(lengths, key=lambda length: at_hand(length) or 0, default=0)
+        """Tokens of the longest of the buffers that are appended to; a symbol, maybe."""
 
     def source(self, operand: Node) -> Source:
         """What ``operand`` is a view of, or a part of, if that is a stack that grows."""

@@ -32,6 +32,13 @@ def value_of(node: Node) -> torch.Tensor:
     return value
 
 
+def at_hand(size: object) -> int | None:
+    """A size as it is in this call, where Dynamo may leave it open; None if not even that is known."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else None
+    return size if isinstance(size, int) else None
+
+
 def argument(node: Node, index: int, name: str, default: object = None) -> object:
     """A call's argument, however it was passed; a dimension may be called ``axis``, too."""
     if len(node.args) > index:

@@ -12,7 +12,16 @@ from xquant_fx.passes.find_writes import is_factory
 from xquant_fx.passes.records import Source, Write
 from xquant_fx.passes.row_uses import why_one_row
 from xquant_fx.passes.row_writes import why_no_row_write
-from xquant_fx.passes.trace import argument, fake, full_index, is_shape_query, is_whole, readers, value_of
+from xquant_fx.passes.trace import (
+    argument,
+    at_hand,
+    fake,
+    full_index,
+    is_shape_query,
+    is_whole,
+    readers,
+    value_of,
+)
 from xquant_fx.passes.vocabulary import kind, op_name
 
 #: Types of buffers that the ops store.
@@ -89,15 +98,18 @@ def window_tokens(root: Node, facts: Facts) -> int:
         is_window = _is_copied_over(root, facts) or _is_shorter(root, facts) or why_not_length(root, "", facts)
         buffer = root if is_window else None
     value = None if buffer is None else fake(buffer)
-    return value.shape[2] if value is not None and value.dim() == 4 and isinstance(value.shape[2], int) else 0
+    return int(value.shape[2]) if value is not None and value.dim() == 4 and at_hand(value.shape[2]) is not None else 0
 
 
 def _is_shorter(buffer: Node, facts: Facts) -> bool:
-    """Whether ``buffer`` is a window that moves in this graph, or holds fewer tokens than others."""
+    """Whether ``buffer`` is a window that moves in this graph, or holds fewer tokens than others.
+
+    Where Dynamo leaves lengths open it guards on the answer.
+    """
     value = fake(buffer)
     length = None if value is None or value.dim() != 4 else value.shape[2]
     slides = any(write.slide is not None for write in facts.writes_to(buffer))
-    return slides or (isinstance(length, int) and length < facts.longest)
+    return slides or (at_hand(length) is not None and bool(length < facts.longest))
 
 
 def _is_copied_over(buffer: Node, facts: Facts) -> bool:

@@ -194,7 +194,7 @@ def test_unfused_attention_to_windows_has_its_length() -> None:
 
 @torch.no_grad()
 def test_a_new_sequence_over_an_old_one() -> None:
-    """Buffers that were taken over, written to anew from position 0 without having been emptied: masks hide the rest."""
+    """Buffers that were taken over, written to anew from position 0 and not emptied before: masks hide the rest."""
 
     def program(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         keys[:, :, pos] = k

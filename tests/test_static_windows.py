@@ -257,3 +257,18 @@ def test_models(name: str) -> None:
             got = [(step if at else model)(part, past_key_values=cache).logits for at, part in enumerate(parts)]
             assert close(torch.cat(got, 1), model(ids[:, : sum(sizes)]).logits)
         assert kinds(cache)[0] is SlidingKV
+
+
+@torch.no_grad()
+def test_full_layers_of_a_second_length() -> None:
+    """Whose length Dynamo leaves open: it tells windows apart all the same, which stay, and the layers beside them."""
+    torch._dynamo.reset()
+    counters.clear()
+    step, made = torch.compile(attend, backend=interpreted(self_check=False)), []
+    for length in (1024, 900, 800):
+        x, cache = tokens_of(60), cache_of("Gemma3Text", length)
+        got = run(step, cache, x, [36, *[1] * 24])
+        assert [type(layer.keys) for layer in cache.layers] == [Tensor, QuantizedKV], length
+        torch.testing.assert_close(got, whole(x, [0]), rtol=1e-4, atol=1e-5)  # nothing has left the residual window
+        made.append(counters["stats"]["unique_graphs"])
+    assert made[0] < made[1]

@@ -59,8 +59,8 @@ def of_length(gm: GraphModule) -> KnownStep:
 
 
 def check_any_length(graph: Graph, reason: str) -> None:
-    """Raise FixedLengthError if there is a ``reason``, or something in a rewritten ``graph`` sees all that there is room
-    for: attention without a mask, or by a mask that is not known to hide what lies behind the length."""
+    """Raise FixedLengthError if there is a ``reason``, or something in a rewritten ``graph`` sees all that there is
+    room for: attention without a mask, or by a mask that is not known to hide what lies behind the length."""
     if reason:
         raise FixedLengthError(reason)
     if graph.find_nodes(op="call_function", target=ops.LOAD):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from xquant_fx.passes.facts import is_quantized_growth
 from xquant_fx.passes.find_sites import buffer_name
 from xquant_fx.passes.find_writes import concatenation
 from xquant_fx.passes.records import Buffer, Site, Write
-from xquant_fx.passes.trace import fake, value_of
+from xquant_fx.passes.trace import at_hand, fake, value_of
 from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan, make_plan
 from xquant_fx.plan.spec import KVSpec, Role
@@ -142,13 +141,8 @@ def _existing(gm: GraphModule) -> dict[Node, KVSpec]:
         elif node.target is quantized_empty:
             like, _, lower, _, slot = node.args[:5]
             below = specs.get(lower) if isinstance(lower, Node) else None
-            specs[node] = Slot.from_json(slot).bind(value_of(like), _at_hand(value_of(node).shape[2]), below)
+            specs[node] = Slot.from_json(slot).bind(value_of(like), at_hand(value_of(node).shape[2]) or 0, below)
     return specs
-
-
-def _at_hand(size: Any) -> int:
-    """A size that Dynamo leaves open as it is in this call."""
-    return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
 def _settings(gm: GraphModule, request: Request) -> XQuantConfig | Plan:
