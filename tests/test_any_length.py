@@ -143,10 +143,18 @@ def test_masks_that_are_passed_in_are_made_long_enough(dtype: torch.dtype) -> No
 
 @torch.no_grad()
 def test_chunks_of_caches_of_any_length() -> None:
-    """Of more tokens than a step has: they run uncompiled, and are not traced anew."""
+    """Those of one number of tokens are compiled, of several run uncompiled; none is traced anew."""
     model = Decoder(2).eval()
-    step, made, sizes = compiled(model), [], [20, 30, 1, 12, 1]
+    step, made = compiled(model), []
     for length in LENGTHS:
+        sizes = [20, 16, 16, 1, 1]
+        got = run(step, xquant(model, length), sizes)
+        made.append(graphs())
+        torch.testing.assert_close(got, run(model.forward, xquant(model, length), sizes), rtol=0, atol=2e-5)
+    assert made[2:] == [made[1]] * 3, made
+    step, made = compiled(model), []
+    for length in LENGTHS:
+        sizes = [20, 30, 1, 12, 1]
         got = run(step, xquant(model, length), sizes)
         made.append(graphs())
         torch.testing.assert_close(got, run(model.forward, xquant(model, length), sizes), rtol=0, atol=2e-5)

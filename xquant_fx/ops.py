@@ -147,11 +147,20 @@ def _is_step(a: StoreArguments) -> bool:
     return isinstance(new, int) and new <= STEP_TOKENS
 
 
+def _is_known_chunk(a: StoreArguments) -> bool:
+    """Whether a graph for CPUs has a kernel for a longer chunk, as one for a step: plain torch would be as much to
+    compile as all else of a layer."""
+    is_known = isinstance(a.x.shape[2], int) and a.length.dim() == 1
+    return a.x.device.type == "cpu" and is_known and is_traced(a.x) and not cpu_store.why_no_chunk(a)
+
+
 def _store(a: StoreArguments) -> None:
     if a.bits == 16:
         _store_rows(plain_store.store_full, a)
     elif _is_step(a):
         _run(STEP_KERNELS, a.x, a, _store_plainly)
+    elif _is_known_chunk(a):
+        _append_cpu(a)
     else:
         _store_rows(lambda row: _run(CHUNK_KERNELS, row.x, row, plain_store.store), a)
 

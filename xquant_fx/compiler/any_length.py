@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule
 from xquant_fx import ops
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.compiler.any_room import NEEDED, OfAnyRoom
+from xquant_fx.compiler.chunks import has_chunk
 from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
 from xquant_fx.compiler.known_steps import KnownStep, settled
 from xquant_fx.compiler.options import Request
@@ -61,6 +62,8 @@ def of_length(gm: GraphModule) -> KnownStep:
 def check_any_length(graph: Graph, reason: str) -> None:
     """Raise FixedLengthError if there is a ``reason``, or something in a rewritten ``graph`` sees all that there is
     room for: attention without a mask, or by a mask that is not known to hide what lies behind the length."""
+    if has_chunk(graph):  # which runs uncompiled
+        return
     if reason:
         raise FixedLengthError(reason)
     if graph.find_nodes(op="call_function", target=ops.LOAD):

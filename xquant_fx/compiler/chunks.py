@@ -2,8 +2,8 @@
 
 Each turn of a chat brings another number of tokens, each round of assisted decoding another number of candidates. Our
 C++ attention is made for one number of queries, so each would be compiled by itself, all layers at once, until Dynamo
-compiles none any more. Chunks of a known number run so where a graph would serve any room (``any_room.py``): Inductor
-compiles their appends, which look at how much there is.
+compiles none any more. Chunks of a known number run so, too, where a cache grows: there the first number that comes is
+hardly ever the only one.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ _STORES = (ops.STORE, ops.STORE_BORROWED)
 def has_chunk(graph: Graph, known_too: bool = False) -> bool:
     """Whether a rewritten ``graph`` appends a number of tokens that it does not know, more than STEP_TOKENS.
 
-    With ``known_too`` one that it knows counts, too. Where it does not know it, Dynamo guards on the answer.
+    With ``known_too`` one that it knows counts, too, if the cache grows. Where it does not know it, Dynamo guards on
+    the answer.
     """
     nodes = (node for op in _STORES for node in graph.find_nodes(op="call_function", target=op))
     stores: list[Any] = [StoreArguments.of(node) for node in nodes]  # of nodes
+    grows = [known_too and type(store.max_len) is int for store in stores]  # else it is a node: of caches of any length
     new: list[Any] = [value_of(store.x).shape[2] for store in stores]
-    return any((known_too or not isinstance(tokens, int)) and bool(tokens > STEP_TOKENS) for tokens in new)
+    counted = [tokens for tokens, one in zip(new, grows, strict=True) if one or not isinstance(tokens, int)]
+    return any(bool(tokens > STEP_TOKENS) for tokens in counted)
 
 
 class UncompiledChunk:
