@@ -272,3 +272,21 @@ def test_full_layers_of_a_second_length() -> None:
         torch.testing.assert_close(got, whole(x, [0]), rtol=1e-4, atol=1e-5)  # nothing has left the residual window
         made.append(counters["stats"]["unique_graphs"])
     assert made[0] < made[1]
+
+
+@torch.no_grad()
+def test_windows_beside_layers_of_any_length() -> None:
+    """What is compiled for the second length moves the windows of a third, too, and counts what they got."""
+    x, sizes = tokens_of(60), [36, *[1] * 24]
+    expected = run(compiled(config=LOW), cache_of("Gemma3Text"), x, sizes)
+    torch._dynamo.reset()
+    counters.clear()
+    step, made = torch.compile(attend, backend="xquant", options={"config": LOW, "strict": True}), []
+    for length in (1024, 900, 800, 700):
+        cache = cache_of("Gemma3Text", length)
+        got = run(step, cache, x, sizes)
+        assert kinds(cache) == [SlidingKV, QuantizedKV]
+        assert [layer.keys.live.length for layer in cache.layers] == [60, 60]
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+        made.append(counters["xquant"]["rewrite"])
+    assert made[0] < made[1] == made[2] == made[3], made

@@ -308,27 +308,26 @@ def _compile_quantized(
     restarts = Restarts(gm, found, request, detect_graph)  # which reads the graph as it is before the passes
     with dynamo_timed("xquant_passes"):
         run_passes(found.gm, context, request.disable, request.dump)
+    fixed = why_fixed(found.gm.graph, context) if any_room or longer else ""
+    if any_room and fixed:
+        return ExactRooms(gm.forward, fixed)
+    if longer:
+        check_any_length(found.gm.graph, fixed)
     shapes = [tuple(inputs[i].shape[1:]) for i in quantized if isinstance(inputs[i], QuantizedKV)]
     results: Any = found.gm.graph.output_node().args[0]
     whole = [i for i, node in enumerate(results) if _may_be_whole(fake(node), shapes)]
     keep = [i for i in range(len(inputs)) if i not in set(quantized)]
-    fixed = why_fixed(found.gm.graph, context) if any_room or longer else ""
-    if any_room and fixed:
-        return ExactRooms(gm.forward, fixed)
-    examples, masks = [inputs[i] for i in keep], dict[int, tuple[int, int]]()
-    if longer:
-        check_any_length(found.gm.graph, fixed)
-        masks = {place: longer.masks[i] for place, i in enumerate(keep) if i in longer.masks}
-        examples = padded(examples, masks)
-    compiled = compiler(found.gm, [*examples, *context.state.example_inputs], request, settings)
+    masks = {place: longer.masks[i] for place, i in enumerate(keep) if i in longer.masks} if longer else {}
+    examples = [*padded([inputs[i] for i in keep], masks), *context.state.example_inputs]
+    compiled = compiler(found.gm, examples, request, settings)
     context.state.tensors.clear()  # or the graph would keep the cache that it was compiled with
     if compiled is None:
         log.info("a chunk of a number of tokens that varies: such steps run uncompiled")
         return UncompiledChunk(restarts, by_kernel(clone(gm)).forward)
     of_masks = Padded(compiled, masks) if masks else compiled
-    step = CompiledStep(of_masks, keep, written, context.state, restarts, whole)
-    if longer:
-        return AnyLengthStep(step, compiled, gm.forward, settings)
+    step: Any = CompiledStep(of_masks, keep, written, context.state, restarts, whole)
     if moved:
-        return SlidingStep(step, gm.forward, moved)
-    return GrowingStep(step, gm.forward, context.grown) if context.grown else step
+        step = SlidingStep(step, gm.forward, moved)
+    elif context.grown:
+        step = GrowingStep(step, gm.forward, context.grown)
+    return AnyLengthStep(step, compiled, gm.forward, settings) if longer else step
