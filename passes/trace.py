@@ -83,8 +83,8 @@ def shares_memory(node: Node) -> bool:
 def _returns_alias(name: str) -> bool:
     """Whether the op ``name`` of torch may return a view of its input, by its schemas: ``select``, ``unbind``."""
     packet = getattr(torch.ops.aten, name, None)
-    is_op = isinstance(packet, torch._ops.OpOverloadPacket)  # not of a method that the namespace has, ``__get__``
-    schemas = (getattr(packet, overload)._schema for overload in packet.overloads()) if is_op else ()
+    overloads = packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ()  # no method: ``__get__``
+    schemas = (getattr(packet, overload)._schema for overload in overloads)
     returns = (result.alias_info for schema in schemas for result in schema.returns)
     return any(alias is not None and not alias.is_write for alias in returns)
 
