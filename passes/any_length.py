@@ -79,7 +79,7 @@ def wide(gm: GraphModule) -> Wide:
         if node in marked and node not in of_buffers:
             masks[place] = marked[node], fake(node).shape[marked[node]]  # type: ignore[union-attr]  # a tensor
     for node in marked.keys() - of_buffers:
-        _check_mask(node, marked, of_buffers)
+        _check_mask(node, marked)
     made.recompile()
     return Wide(made, masks)
 
@@ -106,7 +106,7 @@ def _widened(node: Node, value: Any, rooms: Mapping[Any, int]) -> Any:
 
 
 def _numbers(value: Any) -> Iterator[Any]:
-    """All numbers that Dynamo left open in the value of a node that is no tensor: of several tensors those of each."""
+    """All numbers that Dynamo left open in the value of a node that is no tensor: of several tensors, those of each."""
     if isinstance(value, tuple | list):
         for each in value:
             yield from _numbers(each)
@@ -154,13 +154,19 @@ def _of_buffers(gm: GraphModule, marked: Mapping[Node, int]) -> set[Node]:
 def _put_room(node: Node, room: int, of_buffers: set[Node]) -> None:
     """``room`` in the place of a length where it says how large something is."""
     for user in list(node.users):
-        is_size = kind(user) in _DIMS | _RESHAPES or op_name(user) in _FILLED | {"arange"}
+        is_size = kind(user) in _DIMS | _RESHAPES or (op_name(user) in _FILLED | {"arange"} and not _fills(node, user))
         if not is_size and not (user in of_buffers and kind(user) in ("getitem", "narrow", "view", "reshape")):
             raise FixedLengthError(f"{op_name(user)} takes how long a cache is")
         user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda each: room if each is node else each)
 
 
-def _check_mask(node: Node, marked: Mapping[Node, int], of_buffers: set[Node]) -> None:
+def _fills(node: Node, user: Node) -> bool:
+    """Whether ``user`` makes a tensor that is full of ``node``."""
+    place = {"full": 1, "new_full": 2}.get(op_name(user))
+    return place is not None and argument(user, place, "fill_value") is node
+
+
+def _check_mask(node: Node, marked: Mapping[Node, int]) -> None:
     """Raise FixedLengthError unless ``node`` is a mask whose columns do not depend on how many there are."""
     for user in node.users:
         if user not in marked and kind(user) != "shape" and not _is_mask_of(node, user):

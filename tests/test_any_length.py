@@ -418,6 +418,7 @@ def test_programs_whose_masks_are_the_same_in_a_longer_cache(see: Program, is_op
             "getitem gives what is not as long as a cache along one dimension",
         ),
         (lambda keys: torch.arange(keys.shape[2]) - keys.shape[2], "sub takes how long a cache is"),
+        (lambda keys: torch.full((keys.shape[2],), keys.shape[2]), "full takes how long a cache is"),
         (lambda keys: torch.arange(keys.shape[2] + 1), "add counts with how long a cache is"),
     ],
 )
