@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.passes.flex_masks import POINTWISE
-from xquant_fx.passes.graph import LENGTH, clone
+from xquant_fx.passes.graph import LENGTH, clone, put_number, resized, simplified
 from xquant_fx.passes.trace import argument, fake
 from xquant_fx.passes.vocabulary import ELEMENTWISE, is_in_place, kind, op_name
 
@@ -47,7 +46,7 @@ def open_lengths(gm: GraphModule) -> dict[Any, int]:
     for node in gm.graph.find_nodes(op="placeholder"):
         value = fake(node)
         if type(value) is QuantizedKV and value.spec.any_room:
-            found[_expression(value.shape[2])] = value.spec.shape[2]
+            found[simplified(value.shape[2])] = value.spec.shape[2]
     return found
 
 
@@ -64,7 +63,7 @@ def wide(gm: GraphModule) -> Wide:
     lengths, marked = list[Node](), dict[Node, int]()
     for node in made.graph.nodes:
         value = node.meta.get("example_value")
-        if isinstance(value, torch.SymInt) and _expression(value) in rooms:
+        if isinstance(value, torch.SymInt) and simplified(value) in rooms:
             lengths.append(node)
         elif (changed := _widened(node, value, rooms)) is not value:
             node.meta["example_value"] = changed
@@ -73,7 +72,7 @@ def wide(gm: GraphModule) -> Wide:
                 node.meta[LENGTH] = value.shape[2]
     of_buffers = _of_buffers(made, marked)
     for node in lengths:
-        _put_room(node, rooms[_expression(node.meta["example_value"])], of_buffers)
+        _put_room(node, rooms[simplified(node.meta["example_value"])], of_buffers)
     masks = {}
     for place, node in enumerate(made.graph.find_nodes(op="placeholder")):
         if node in marked and node not in of_buffers:
@@ -84,22 +83,13 @@ def wide(gm: GraphModule) -> Wide:
     return Wide(made, masks)
 
 
-def _expression(size: Any) -> Any:
-    """A size in the symbols that Dynamo has for numbers by now."""
-    return size.node.shape_env.replace(size.node.expr) if isinstance(size, torch.SymInt) else size
-
-
 def _widened(node: Node, value: Any, rooms: Mapping[Any, int]) -> Any:
     """``value`` of ``node`` where buffers have that room, or itself."""
     if type(value) is QuantizedKV:
         open_length = value.spec.any_room and node.op == "placeholder"
         return QuantizedKV(value.spec, value.anchor) if open_length or _mentions(value.shape, rooms) else value
     if type(value) is FakeTensor:
-        if not _mentions((*value.shape, *value.stride()), rooms):
-            return value
-        sizes, strides = ([_at(size, rooms) for size in sizes] for sizes in (value.shape, value.stride()))
-        with value.fake_mode:
-            return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        return resized(value, lambda size: _at(size, rooms))
     if any(_mentions((each,), rooms) for each in _numbers(value)):
         raise FixedLengthError(f"{op_name(node)} counts with how long a cache is")
     return value
@@ -125,7 +115,7 @@ def _at(size: Any, rooms: Mapping[Any, int]) -> Any:
     """A size or a stride where buffers have that room; other symbols stay."""
     if not _mentions((size,), rooms):
         return size
-    expression = _expression(size).subs(rooms)
+    expression = simplified(size).subs(rooms)
     return int(expression) if expression.is_number else size.node.shape_env.create_symintnode(expression, hint=None)
 
 
@@ -136,7 +126,7 @@ def _dim(node: Node, value: Any, rooms: Mapping[Any, int]) -> int:
         FixedLengthError: along several, or some multiple of it.
     """
     dims = [dim for dim, size in enumerate(value.shape) if _mentions((size,), rooms)]
-    if len(dims) != 1 or _expression(value.shape[dims[0]]) not in rooms:
+    if len(dims) != 1 or simplified(value.shape[dims[0]]) not in rooms:
         raise FixedLengthError(f"{op_name(node)} gives what is not as long as a cache along one dimension")
     return dims[0]
 
@@ -157,7 +147,7 @@ def _put_room(node: Node, room: int, of_buffers: set[Node]) -> None:
         is_size = kind(user) in _DIMS | _RESHAPES or (op_name(user) in _FILLED | {"arange"} and not _fills(node, user))
         if not is_size and not (user in of_buffers and kind(user) in ("getitem", "narrow", "view", "reshape")):
             raise FixedLengthError(f"{op_name(user)} takes how long a cache is")
-        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda each: room if each is node else each)
+        put_number(node, user, room)
 
 
 def _fills(node: Node, user: Node) -> bool:

@@ -20,6 +20,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _make_graph_module
+from torch.fx.node import map_arg
 
 #: Not ``_backend_id``: by it Dynamo's ``caching_precompile`` would put Inductor's function into the place of what the
 #: backend returned, which calls it with the cache's tensors.
@@ -48,6 +49,27 @@ def clone(gm: GraphModule) -> GraphModule:
         if hasattr(gm, name):
             setattr(copy, name, getattr(gm, name))
     return copy
+
+
+def resized(value: FakeTensor, change: Callable[[Any], Any]) -> FakeTensor:
+    """``value`` with sizes and strides as ``change`` gives them; itself, where it gives each back."""
+    old = [*value.shape], [*value.stride()]
+    sizes, strides = ([change(each) for each in part] for part in old)
+    if all(a is b for a, b in zip([*sizes, *strides], [*old[0], *old[1]], strict=True)):
+        return value
+    with value.fake_mode:
+        made: Any = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+    return made  # type: ignore[no-any-return]
+
+
+def simplified(size: Any) -> Any:
+    """A size in the symbols that Dynamo has for numbers by now; a number as it is."""
+    return size.node.shape_env.replace(size.node.expr) if isinstance(size, torch.SymInt) else size
+
+
+def put_number(node: Node, user: Node, number: int) -> None:
+    """``number`` in the place of ``node`` among the arguments of ``user``."""
+    user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda each: number if each is node else each)
 
 
 def fake_mode(graph: Graph) -> Any:
@@ -145,8 +167,7 @@ def _same_size(a: Any, b: Any) -> bool:
     """Whether two symbolic sizes are one number for all that is known already; asks for no new guard."""
     if not (isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt)):
         return False
-    simplify = b.node.shape_env.replace
-    return bool(simplify(a.node.expr) == simplify(b.node.expr))
+    return bool(simplified(a) == simplified(b))
 
 
 def call(
@@ -161,7 +182,7 @@ def call(
     ``result`` makes what the call gives, where the call itself would take long: fake tensors are slow.
     """
     node = graph.call_function(target, args, kwargs or {})
-    values = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+    values = map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     mode = fake_mode(graph)
     with mode or contextlib.nullcontext(), enable_python_dispatcher(), torch.no_grad():  # which symbolic sizes need
         node.meta["example_value"] = result() if result else target(*values[0], **values[1])

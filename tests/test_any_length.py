@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -64,6 +64,16 @@ def xquant(model: Any, length: int) -> XQuantCache:
 
 def static(model: Any, length: int) -> StaticCache:
     return StaticCache(config=model.config, max_cache_len=length)
+
+
+def graphs_of(step: Any, model: Any, lengths: Sequence[int], sizes: list[int]) -> list[int]:
+    """How many graphs there are after each of these lengths; the logits of each are those of uncompiled steps."""
+    made = []
+    for length in lengths:
+        got = run(step, xquant(model, length), sizes)
+        made.append(graphs())
+        torch.testing.assert_close(got, run(model.forward, xquant(model, length), sizes), rtol=0, atol=2e-5)
+    return made
 
 
 #: A prompt, steps over the end of a group, and one of several tokens, as assisted decoding has them.
@@ -145,19 +155,11 @@ def test_masks_that_are_passed_in_are_made_long_enough(dtype: torch.dtype) -> No
 def test_chunks_of_caches_of_any_length() -> None:
     """Those of one number of tokens are compiled, of several run uncompiled; none is traced anew."""
     model = Decoder(2).eval()
-    step, made = compiled(model), []
-    for length in LENGTHS:
-        sizes = [20, 16, 16, 1, 1]
-        got = run(step, xquant(model, length), sizes)
-        made.append(graphs())
-        torch.testing.assert_close(got, run(model.forward, xquant(model, length), sizes), rtol=0, atol=2e-5)
+    step = compiled(model)
+    made = graphs_of(step, model, LENGTHS, [20, 16, 16, 1, 1])
     assert made[2:] == [made[1]] * 3, made
-    step, made = compiled(model), []
-    for length in LENGTHS:
-        sizes = [20, 30, 1, 12, 1]
-        got = run(step, xquant(model, length), sizes)
-        made.append(graphs())
-        torch.testing.assert_close(got, run(model.forward, xquant(model, length), sizes), rtol=0, atol=2e-5)
+    step = compiled(model)
+    made = graphs_of(step, model, LENGTHS, [20, 30, 1, 12, 1])
     assert made[2:] == [made[1]] * 3, made
 
 
@@ -166,11 +168,8 @@ def test_windows_are_of_any_length_beside_full_layers() -> None:
     sizes = dict(hidden_size=64, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, vocab_size=64)
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(num_hidden_layers=1, sliding_window=140, **sizes)).eval()
-    step, made = compiled(model), []
-    for length in (400, 333, 500, 450):
-        got = run(step, xquant(model, length), [180, 1, 1])
-        made.append(graphs())
-        torch.testing.assert_close(got, run(model.forward, xquant(model, length), [180, 1, 1]), rtol=0, atol=2e-5)
+    step = compiled(model)
+    made = graphs_of(step, model, (400, 333, 500, 450), [180, 1, 1])
     assert made == [2, 4, 4, 4]
     key = xquant(model, 400)
     run(model.forward, key, [4])
@@ -232,10 +231,7 @@ def test_lengths_that_are_told_to_vary_or_not(dynamic: bool, expected: list[int]
     torch._dynamo.reset()
     counters.clear()
     step = torch.compile(model.forward, backend="xquant", dynamic=dynamic, options={"config": CONFIG, "strict": True})
-    for length in LENGTHS[:4]:
-        got = run(step, xquant(model, length), [40, 1, 1])
-        made.append(graphs())
-        torch.testing.assert_close(got, run(model.forward, xquant(model, length), [40, 1, 1]), rtol=0, atol=2e-5)
+    made = graphs_of(step, model, LENGTHS[:4], [40, 1, 1])
     assert made == expected
 
 
@@ -259,11 +255,8 @@ def test_a_wrapper_that_looks_at_sizes_is_compiled_for_each_length(monkeypatch: 
     monkeypatch.setattr(any_room, "OURS", "cpp_of_others_")
     monkeypatch.setattr(any_length, "_fixed", set())
     model = Decoder(1).eval()
-    step, made = compiled(model), []
-    for length in LENGTHS[:4]:
-        got = run(step, xquant(model, length), [40, 1, 1, 1])
-        made.append(graphs())
-        torch.testing.assert_close(got, run(model.forward, xquant(model, length), [40, 1, 1, 1]), rtol=0, atol=2e-5)
+    step = compiled(model)
+    made = graphs_of(step, model, LENGTHS[:4], [40, 1, 1, 1])
     assert len(any_length._fixed) == 1 and made[3] == made[2] + 1
 
 
@@ -271,11 +264,8 @@ def test_a_wrapper_that_looks_at_sizes_is_compiled_for_each_length(monkeypatch: 
 @pytest.mark.parametrize("options", [{"self_check": True}, {"disable": ["one_call"]}, {"disable": ["fuse_decode"]}])
 def test_who_has_the_length_that_there_is(options: dict[str, Any]) -> None:
     model = Decoder(1).eval()
-    step, made = compiled(model, **options), []
-    for length in LENGTHS[:3]:
-        got = run(step, xquant(model, length), [40, 1, 1])
-        made.append(graphs())
-        torch.testing.assert_close(got, run(model.forward, xquant(model, length), [40, 1, 1]), rtol=0, atol=2e-5)
+    step = compiled(model, **options)
+    made = graphs_of(step, model, LENGTHS[:3], [40, 1, 1])
     assert made == [2, 4, 5]
 
 

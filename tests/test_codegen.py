@@ -305,7 +305,7 @@ def chunk_code(length: int) -> str:
 def test_a_chunk_is_not_dequantized(device: str, whole: bool) -> None:
     """A chunk on a past reads the codes as a step does: nothing is as large as one layer's keys.
 
-    On CPUs it is stored by a kernel, too: plain torch would be six times as much to compile.
+    On CPUs it is stored by a kernel, too: plain torch would be most of what there is to compile.
     """
     length = 512
     with maybe_fake(device):

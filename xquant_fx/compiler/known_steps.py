@@ -20,12 +20,11 @@ import torch
 from torch import SymInt
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from xquant_fx.cache.kv_tensor import QuantizedKV, stand_in
 from xquant_fx.compiler.other_graph import OtherGraph
 from xquant_fx.kernels.layout import STEP_TOKENS
-from xquant_fx.passes.graph import clone, size_among_inputs
+from xquant_fx.passes.graph import clone, put_number, resized, simplified, size_among_inputs
 from xquant_fx.passes.records import Detection
 from xquant_fx.passes.trace import fake
 
@@ -114,23 +113,17 @@ def _settled(value: Any) -> Any:
     """``value`` of a node with numbers in the place of symbols that stand for one number by now."""
     if type(value) is QuantizedKV and value.spec.any_room:
         return stand_in(value.spec, None, value.anchor, _known(value.shape[2]))
-    if type(value) is not FakeTensor:
-        return _known(value)
-    size, stride = [_known(each) for each in value.shape], [_known(each) for each in value.stride()]
-    if all(type(a) is type(b) for a, b in zip([*size, *stride], [*value.shape, *value.stride()], strict=True)):
-        return value
-    with value.fake_mode:
-        return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+    return resized(value, _known) if type(value) is FakeTensor else _known(value)
 
 
 def _known(size: Any) -> Any:
     if not isinstance(size, SymInt):
         return size
-    expr = size.node.shape_env.replace(size.node.expr)
+    expr = simplified(size)
     return int(expr) if expr.is_number else size
 
 
 def _put_in_place(node: Node, number: int) -> None:
     for user in list(node.users):
-        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda each: number if each is node else each)
+        put_number(node, user, number)
     node.graph.erase_node(node)

@@ -24,7 +24,7 @@ from xquant_fx.passes.foresight import foresee, foresee_value
 from xquant_fx.passes.forms import NOT_SEEN
 from xquant_fx.passes.match_decode import first_tokens, masks_of
 from xquant_fx.passes.records import Foresight, Site, Write
-from xquant_fx.passes.trace import value_of
+from xquant_fx.passes.trace import at_hand, value_of
 
 
 class Call:
@@ -184,7 +184,7 @@ def _computed(gm: GraphModule, foresight: Foresight, given: Mapping[Node, Any]) 
 
 def _at_hand(value: Any) -> Any:
     """A number that Dynamo leaves open as it is in this call."""
-    return value.node.hint if isinstance(value, torch.SymInt) and value.node.has_hint() else value
+    return value if (number := at_hand(value)) is None else number
 
 
 def _why_not_plain(buffer: object) -> str:
