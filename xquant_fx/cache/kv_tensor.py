@@ -80,7 +80,8 @@ class QuantizedKV(Dequantized):
         self._spec, self.anchor, self.state = spec, anchor, state
         self._tokens = spec.shape[2] if tokens is None else tokens
         self.span = span or (0, self._tokens)
-        self._flattened_spec: KVSpec | None = None
+        # Once: Dynamo's guards ask for it in each step.
+        self._flatten(spec)
 
     @property
     def spec(self) -> KVSpec:
@@ -104,9 +105,12 @@ class QuantizedKV(Dequantized):
     # The one inner tensor that Dynamo gets to see tells it the device; the rest is in the spec.
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         spec = self.spec
-        if self._flattened_spec is not spec:  # once: Dynamo's guards ask for it in each step
-            self._flattened_spec, self.flattened = spec, (["anchor"], self.context(spec))
+        if self._flattened_spec is not spec:
+            self._flatten(spec)
         return self.flattened
+
+    def _flatten(self, spec: KVSpec) -> None:
+        self._flattened_spec, self.flattened = spec, (["anchor"], self.context(spec))
 
     def context(self, spec: KVSpec) -> tuple[Any, ...]:
         """What Dynamo guards on besides the shape, ``spec`` first; of a buffer on a CPU not how long it is."""
