@@ -42,13 +42,23 @@ ALWAYS_INLINE vi entries(const Book& book, uint64_t code, uint64_t high) {
     return found;
 }
 
+// The sums of each digit as one number.
+template <int NV> ALWAYS_INLINE void join_digits(const vi (&sums)[ROWS][V_DIGITS][NV], vf (&out)[ROWS][NV]) {
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < NV; v++) {
+            out[r][v] = splat(0.0f);
+            for (int d = 0; d < V_DIGITS; d++)
+                out[r][v] = fma(out[r][v], splat(256.0f), __builtin_convertvector(sums[r][d][v], vf));
+        }
+}
+
 // Weighted values by a table of entries: codes [DV / PIECE][pitch] bytes.
 template <int NV>
 inline void table_values(Scratch& scratch, RunningSoftmax& softmax, const Book& book, const uint8_t* codes,
                          int64_t pitch, int64_t n) {
     for (int64_t d = 0; d < DV; d += NV * L) {
         const uint8_t* code = codes + d / PIECE * pitch;
-        vi sums[ROWS][DIGITS][NV] = {};
+        vi sums[ROWS][V_DIGITS][NV] = {};
         for (int64_t t = 0; t < n; t += 8) {
             vi byte[2][NV];
 #pragma GCC unroll 2
@@ -60,7 +70,7 @@ inline void table_values(Scratch& scratch, RunningSoftmax& softmax, const Book& 
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 3
-                for (int k = 0; k < DIGITS; k++) {
+                for (int k = 0; k < V_DIGITS; k++) {
                     const int8_t* digits = scratch.p_digits[r][k] + t;
                     const vi first = splat(load_word(digits)), second = splat(load_word(digits + 4));
 #pragma GCC unroll 2
@@ -80,7 +90,7 @@ inline void table_values(Scratch& scratch, RunningSoftmax& softmax, const Book& 
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < NV; v++) {
                 float* acc = output(softmax, r) + d + v * L;
-                store(acc, load<vf>(acc) + fma(out[r][v], splat(scratch.p_unit[r]), splat(shift_of(scratch, r))));
+                store(acc, load<vf>(acc) + fma(out[r][v], splat(scratch.p_unit[0][r]), splat(shift_of(scratch, r))));
             }
     }
 }
@@ -118,7 +128,7 @@ ALWAYS_INLINE __m512i sums_of_lanes(__m512i (&x)[16]) {
 // Add two channels from d on, whose bytes for 64 tokens from t on `bytes(t, c)` gives; lanes are tokens.
 template <class F>
 ALWAYS_INLINE void add_two_channels(Scratch& scratch, RunningSoftmax& softmax, int64_t d, int64_t n, const F& bytes) {
-    static_assert(ROWS == 4 && DIGITS == 2, "");
+    static_assert(ROWS == 4 && V_DIGITS == 2, "");
     __m512i sums[16] = {};  // [digit][row][channel]
     for (int64_t t = 0; t < n; t += 64) {
         __m512i byte[2];
@@ -140,7 +150,7 @@ ALWAYS_INLINE void add_two_channels(Scratch& scratch, RunningSoftmax& softmax, i
     for (int r = 0; r < 4; r++)
         for (int c = 0; c < 2; c++)
             output(softmax, r)[d + c] +=
-                (total[r * 2 + c] * 256.0f + total[8 + r * 2 + c]) * scratch.p_unit[r] + shift_of(scratch, r);
+                (total[r * 2 + c] * 256.0f + total[8 + r * 2 + c]) * scratch.p_unit[0][r] + shift_of(scratch, r);
 }
 
 // Weighted values by tables in registers, of two channels at a time: 64 tokens in three instructions.

@@ -12,6 +12,7 @@ loading the cache in that dtype and attending in float32 gives.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -108,11 +109,15 @@ def attention(
     q: Tensor, key: Stored, value: Stored, start: Tensor, past: int, mask: Tensor | None,
     sink_logits: Tensor | None, new: int, max_len: int, scale: float, softcap: float, window: int,
     dtype: torch.dtype, rounded: torch.dtype | None = None,
+    more_scores: Tensor | float = 0.0, more_values: Callable[[Tensor], Tensor | float] = lambda p: 0.0,
 ) -> Tensor:  # fmt: skip
-    """[B, heads, query, v_dim] in ``dtype``."""
+    """[B, heads, query, v_dim] in ``dtype``.
+
+    What else a kernel rounds: ``more_scores`` is added to q k^T, what ``more_values`` makes of weights to the output.
+    """
     repeat = q.shape[1] // key.ring.shape[1]
     k, v = (seen(s, start, past, new, max_len, dtype, rounded).repeat_interleave(repeat, 1) for s in (key, value))
-    logits = q.to(dtype) @ k.transpose(2, 3) * scale
+    logits = (q.to(dtype) @ k.transpose(2, 3) + more_scores) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
@@ -125,4 +130,5 @@ def attention(
     extra = extra.to(dtype)[None, :, None, None].expand(*logits.shape[:3], 1)
     p = torch.softmax(torch.cat([logits, extra], 3), 3)[..., :-1]
     nothing = (logits == -torch.inf).all(3, keepdim=True)
-    return torch.where(nothing, 0.0, torch.where(nothing, 0.0, p) @ v)
+    p = torch.where(nothing, 0.0, p)
+    return torch.where(nothing, 0.0, p @ v + more_values(p))

@@ -7,7 +7,8 @@ import math
 from typing import Any
 
 import torch
-from attention_reference import Stored, attention
+from attention_digits import lost_scores, lost_values
+from attention_reference import Stored, attention, limit_of
 from numeric import seeded
 from states import layers_of
 from store_runs import poison
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from xquant_fx import XQuantConfig, ops
 from xquant_fx.cache.state import KVState
+from xquant_fx.kernels.decode_attention import cpu_source
 from xquant_fx.kernels.decode_attention.arguments import OF_KEYS, OF_SIDE, DecodeArguments, of_sides
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.rows import SHARED
@@ -180,19 +182,27 @@ def arguments(s: Setup, given: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def reference(s: Setup, given: dict[str, Any], dtype: torch.dtype, rounded: torch.dtype | None) -> Tensor:
-    """The step by ``attention_reference``."""
-    sides = [
+def reference(
+    s: Setup, given: dict[str, Any], dtype: torch.dtype, rounded: torch.dtype | None, digits: bool = False
+) -> Tensor:
+    """The step by ``attention_reference``; ``digits``: rounded as the C++ kernel rounds, too."""
+    key, value = (
         Stored(
             scheme=given[side].spec.scheme, bits=given[side].spec.bits, group=given[side].spec.group_size,
             residual=given[side].spec.residual_length, new=given["new"][side],
             **{name: given[side].tensor(name) for name in (*OF_SIDE, *OF_KEYS)},
         )
         for side in ("key", "value")
-    ]  # fmt: skip
+    )  # fmt: skip
+    more: dict[str, Any] = {}
+    if digits and (n := limit_of(key, s.past)) and cpu_source.digits(s.torch_dtype, s.k_bits) == 1:
+        more["more_scores"] = lost_scores(given["q"], key, n, s.max_len).to(dtype)
+    if digits and (m := limit_of(value, s.past)) and cpu_source.digits(s.torch_dtype, s.v_bits) == 1:
+        more["more_values"] = lambda p: lost_values(p, value, m).to(dtype)
     return attention(
         given["q"],
-        *sides,
+        key,
+        value,
         given["start"],
         s.past,
         given["mask"],
@@ -204,13 +214,17 @@ def reference(s: Setup, given: dict[str, Any], dtype: torch.dtype, rounded: torc
         s.window,
         dtype,
         rounded,
+        **more,
     )
 
 
-def errors(s: Setup, out: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-    """Largest error of ``out`` and of the fp32 reference against the truth, and what else tests ask for."""
+def errors(s: Setup, out: Tensor, given: dict[str, Any], digits: bool = False) -> dict[str, Any]:
+    """Largest error of ``out`` and of the fp32 reference against the truth, and what else tests ask for.
+
+    ``digits``: the reference rounds as the C++ kernel does.
+    """
     truth = reference(s, given, torch.float64, None)
-    usual = reference(s, given, torch.float32, s.torch_dtype).to(s.torch_dtype)
+    usual = reference(s, given, torch.float32, s.torch_dtype, digits).to(s.torch_dtype)
     assert out.shape == truth.shape and out.dtype == s.torch_dtype
     same_nan, nans = torch.equal(out.isnan(), truth.isnan()), int(truth.isnan().sum())
     out, usual, truth = (t.double().nan_to_num(0.0) for t in (out, usual, truth))

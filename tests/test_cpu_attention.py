@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from xquant_fx import ops
 from xquant_fx.kernels.cpu import build as cpu_build
-from xquant_fx.kernels.cpu.isa import ISAS
+from xquant_fx.kernels.cpu.isa import ISAS, Isa
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.decode_attention.cpu_call import empty_output, problem_of, run_cpu, sizes_given
-from xquant_fx.kernels.decode_attention.cpu_source import source
+from xquant_fx.kernels.decode_attention.cpu_source import ONE_DIGIT_BITS, digits, source
 from xquant_fx.kernels.decode_attention.plain_torch import attend
 from xquant_fx.kernels.schemes import per_channel, per_token
 
@@ -109,6 +109,20 @@ NARROW = (
     "ranked, token norms, float32, softcap, window",
 )
 
+#: In bfloat16 few bits are multiplied with numbers of one digit: all cases once more, on vectors of all widths.
+ONE_DIGIT: dict[str, dict[str, Any]] = {
+    name: {**case, "dtype": "bfloat16"}
+    for name, case in {**EVERY, **RANKED_SLOW}.items()
+    if min(case.get("k_bits", 2), case.get("v_bits", 1)) <= ONE_DIGIT_BITS
+}
+#: Range codes and ranks, 2 and 3 bits, head_dims that fill no vector, sink tokens, token norms, a chunk.
+ONE_DIGIT_QUICK = {
+    *((name, isa) for name in ("3 bits, float32, head_dim 40", "ranked, token norms, float32, softcap, window")
+      for isa in ("widest", "avx2")),
+    ("ranked, the default lengths", "widest"), ("a chunk over the sink tokens, longer than the window", "widest"),
+    ("3 bits, float32, head_dim 40", "portable"),
+}  # fmt: skip
+
 EMULATED = ("bfloat16", "keys 8, values 1 bits", "3 bits, float32, head_dim 40", "ranked, sink tokens", *NARROW)
 EMULATED += ("float32", "sink tokens", "head_dim 8", "a bias a token", "softcap", "ranked, float32")
 EMULATED += ("ranked, head_dim 48, values 24", "ranked, float16 scales, float32", "ranked, one query head")
@@ -120,8 +134,8 @@ QUICK = {
 }
 
 
-def check(setup: Setup, out: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
-    result = errors(setup, out, given)
+def check(setup: Setup, out: torch.Tensor, given: dict[str, Any], digits: bool = True) -> dict[str, Any]:
+    result = errors(setup, out, given, digits)
     assert result["same_nan"] and result["zeros_are_zero"]
     # The fields of ranked keys count 1, 2 or 4 times and share one fixed-point unit, which is that much coarser.
     roundings = 16 if setup.k_scheme == "per_channel_ranked" else 8
@@ -136,18 +150,50 @@ def test_against_the_truth(name: str) -> None:
     assert check(setup, ops.DECODE(**arguments(setup, given)), given)["largest"] > 0
 
 
+def run_on(isa: Isa, setup: Setup, given: dict[str, Any]) -> torch.Tensor:
+    """The step by vectors of an instruction set."""
+    if isa.lanes > cpu_build.isa().lanes:
+        pytest.skip(f"this machine has {cpu_build.isa().name} only")
+    a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
+    types, code = source(problem_of(a), isa)
+    out = empty_output(**a._asdict())
+    cpu_build.load(types, code)(*a.tensors.values(), out, *sizes_given(a))
+    return out
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in NARROW else pytest.mark.slow) for n in EVERY])
 def test_narrower_vectors(name: str, isa: str) -> None:
-    if ISAS[isa].lanes > cpu_build.isa().lanes:
-        pytest.skip(f"this machine has {cpu_build.isa().name} only")
     setup = Setup(**EVERY[name])
     given = inputs(setup)
-    a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
-    types, code = source(problem_of(a), ISAS[isa])
-    out = empty_output(**a._asdict())
-    cpu_build.load(types, code)(*a.tensors.values(), out, *sizes_given(a))
-    check(setup, out, given)
+    check(setup, run_on(ISAS[isa], setup, given), given)
+
+
+ONE_DIGIT_CASES = [(name, isa) for name in ONE_DIGIT for isa in ("widest", "avx2", "portable")]
+
+
+@pytest.mark.parametrize("case", fast_but(ONE_DIGIT_CASES, {*ONE_DIGIT_CASES} - ONE_DIGIT_QUICK), ids=str)
+def test_one_digit(case: tuple[str, str]) -> None:
+    """Off by what rounding to bytes costs, and not by more."""
+    name, isa = case
+    setup = Setup(**ONE_DIGIT[name])
+    given = inputs(setup)
+    check(setup, run_on(ISAS.get(isa, cpu_build.isa()), setup, given), given)
+
+
+def test_what_one_digit_costs_is_known() -> None:
+    """The reference that is rounded so is as far from the truth as the kernel, and well above what two digits lose."""
+    setup = Setup(dtype="bfloat16", v_bits=2)
+    given = inputs(setup)
+    one = errors(setup, ops.DECODE(**arguments(setup, given)), given, digits=True)
+    two = errors(setup, attend(DecodeArguments(**arguments(setup, given))), given)
+    assert one["usual"] / 3 < one["error"] < 3 * one["usual"] and one["error"] > 2 * two["error"]
+
+
+def test_how_many_digits() -> None:
+    """One where codes lose more than it does themselves, and the model is no more exact."""
+    assert [digits(torch.bfloat16, bits) for bits in (1, 1.5, 2, 2.5, 3, 4, 8)] == [1, 1, 1, 1, 1, 2, 2]
+    assert {digits(torch.float16, bits) for bits in (1, 8)} == {2} and digits(torch.float32, 1) == 3
 
 
 @pytest.mark.parametrize(
@@ -211,7 +257,7 @@ def test_plain_torch_twin(name: str) -> None:
     """What devices without a kernel run."""
     setup = Setup(**EVERY[name])
     given = inputs(setup)
-    check(setup, attend(DecodeArguments(**arguments(setup, given))), given)
+    check(setup, attend(DecodeArguments(**arguments(setup, given))), given, digits=False)
 
 
 def test_a_width_of_two_planes_needs_nothing_but_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

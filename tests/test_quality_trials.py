@@ -183,7 +183,7 @@ def test_other_loops_read_what_numpy_reads(tmp_path) -> None:
     import code_paths
 
     data = code_paths.inputs(2048, 32)
-    run = code_paths.caller(code_paths.compiled("avx2", 2048, str(tmp_path)), data, 2048)
+    run = code_paths.caller(code_paths.compiled("avx2", str(tmp_path)), data, 2048)
     there = code_paths.check(run, data, 32)
     assert "values: vectors of 8, table in memory" in there and "keys: turned as they are read" in there
     data["byte"] = data["byte"] + 1

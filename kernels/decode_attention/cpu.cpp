@@ -8,8 +8,9 @@
 //   output sum p (c * s + z) = (p * s) . c + sum p z values: scale and zero of a token, folded into p
 //
 // What is left to do per element is an integer dot product of codes with (q * s) or (p * s), which is
-// split into DIGITS signed bytes of a fixed-point number (two are exact to 2**-15 of the largest,
-// three to 2**-22). Codes are packed along the axis of that sum, four to the four bytes of a word.
+// split into signed bytes, the digits of a fixed-point number (one is exact to 2**-8 of the largest, two to
+// 2**-15, three to 2**-22; cpu_source.py says how many). Codes are packed along the axis of that sum, four to the four
+// bytes of a word.
 //
 // A span of SPAN tokens is taken at a time: scores, online softmax, weighted values. All query heads
 // of a KV head (and all queries of the step) are the rows that share one read of the codes.

@@ -7,13 +7,19 @@ namespace xq {
 constexpr int CHAINS = 4;  // vectors of numbers, each of which waits for the one before it in its chain
 
 // The first n lanes of v as digits from element i on. A digit is the low byte, taken as signed; the rest is carried.
-template <int64_t PITCH> ALWAYS_INLINE void store_digits(vi v, int8_t (*digits)[PITCH], int64_t i, int64_t n) {
+template <int DIGITS, int64_t PITCH>
+ALWAYS_INLINE void store_digits(vi v, int8_t (*digits)[PITCH], int64_t i, int64_t n) {
     for (int d = DIGITS - 1; d >= 0; d--, v = (v + 128) >> 8) store_up_to(digits[d] + i, narrow(v), n);
 }
 
 // CHAINS vectors likewise.
-template <int64_t PITCH> ALWAYS_INLINE void store_digits(const vi (&v)[CHAINS], int8_t (*digits)[PITCH], int64_t i) {
+template <int DIGITS, int64_t PITCH>
+ALWAYS_INLINE void store_digits(const vi (&v)[CHAINS], int8_t (*digits)[PITCH], int64_t i) {
 #ifdef XQ_PACK
+    if constexpr (DIGITS == 1) {
+        store(digits[0] + i, pack_shorts(pack_ints(v[0], v[1]), pack_ints(v[2], v[3])));
+        return;
+    }
     if constexpr (DIGITS == 2) {  // which make a short
         const vs a = pack_ints(v[0], v[1]), b = pack_ints(v[2], v[3]);
         store(digits[0] + i, pack_shorts((a + 128) >> 8, (b + 128) >> 8));
@@ -22,40 +28,42 @@ template <int64_t PITCH> ALWAYS_INLINE void store_digits(const vi (&v)[CHAINS], 
     }
 #endif
 #pragma GCC unroll 4
-    for (int chain = 0; chain < CHAINS; chain++) store_digits(v[chain], digits, i + chain * L, L);
+    for (int chain = 0; chain < CHAINS; chain++) store_digits<DIGITS>(v[chain], digits, i + chain * L, L);
 }
 
-// NR rows x [n], n a multiple of four, as DIGITS digits to the base 256; `unit` gets what the last digit of each stands
-// for. `most` is the largest |x|. CARRY: what rounding leaves goes on to a later number of the same lane, as many small
-// weights beside a large one must not all be rounded the same way.
-template <bool CARRY, int NR, int64_t X_PITCH, int64_t PITCH>
-inline void to_digits(const float (*x)[X_PITCH], int64_t n, const float (&most)[NR], int8_t (*digits)[DIGITS][PITCH],
-                      float* unit) {
-    constexpr float top = DIGITS == 2 ? 32512.0f : 4161536.0f;  // leaves every digit in -128 .. 127
+// Numbers i to n of NR rows x, a multiple of four, as DIGITS digits to the base 256; `unit` gets what the last digit of
+// each row stands for. `most` is the largest |x|. CARRY: what rounding leaves goes on to a later number of the same
+// lane, as many small weights beside a large one must not all be rounded the same way.
+template <bool CARRY, int DIGITS, int NR, int64_t X_PITCH, int64_t PITCH>
+inline void to_digits(const float (*x)[X_PITCH], int64_t i, int64_t n, const float (&most)[NR],
+                      int8_t (*digits)[DIGITS][PITCH], float* unit) {
+    constexpr float top = DIGITS == 1   ? 127.0f
+                          : DIGITS == 2 ? 32512.0f
+                                        : 4161536.0f;  // leaves every digit in -128 .. 127
     vf scale[NR], lost[NR][CHAINS] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < NR; r++) scale[r] = splat(most[r] > 0.0f ? top / most[r] : 0.0f), unit[r] = most[r] * (1 / top);
     const auto rounded = [&](int r, int chain, int64_t i) __attribute__((always_inline)) {
         if constexpr (!CARRY) return round_to_int(load<vf>(x[r] + i) * scale[r]);
         const vf exact = fma(load<vf>(x[r] + i), scale[r], lost[r][chain]);
-        const vi v = round_to_int(exact);
+        // The largest of one digit comes out as it is, whatever is carried to it.
+        const vi v = round_to_int(DIGITS == 1 ? exact > top ? splat(top) : exact : exact);
         lost[r][chain] = exact - __builtin_convertvector(v, vf);
         return v;
     };
-    int64_t i = 0;
     for (; i + CHAINS * L <= n; i += CHAINS * L)
 #pragma GCC unroll 4
         for (int r = 0; r < NR; r++) {
             vi v[CHAINS];
 #pragma GCC unroll 4
             for (int chain = 0; chain < CHAINS; chain++) v[chain] = rounded(r, chain, i + chain * L);
-            store_digits(v, digits[r], i);
+            store_digits<DIGITS>(v, digits[r], i);
         }
 #pragma GCC unroll 4
     for (int chain = 0; chain < CHAINS; chain++, i += L) {
         if (i >= n) break;
 #pragma GCC unroll 4
-        for (int r = 0; r < NR; r++) store_digits(rounded(r, chain, i), digits[r], i, n - i);
+        for (int r = 0; r < NR; r++) store_digits<DIGITS>(rounded(r, chain, i), digits[r], i, n - i);
     }
 }
 
@@ -70,7 +78,12 @@ constexpr int ROWS_AT_ONCE = REGISTERS == 32 ? 4 : 2;
 // Rows and vectors of codes whose dot products are taken at once: their sums fill the registers. Where digits are read
 // as they are multiplied, vectors need not share them, so rows share the codes.
 constexpr int DOT_ROWS = SPREAD_DIGITS ? (int)std::min<int64_t>(ROWS, 4) : ROWS_AT_ONCE;
-constexpr int DOT_VECTORS = SPREAD_DIGITS ? 4 / DOT_ROWS : L < 16 && ROWS == 1 ? 4 : 2;
+template <int DIGITS> constexpr int dot_vectors(int64_t lanes) {  // of which no more than `lanes` share scales
+    const int many = DIGITS == 1 ? 8 : 4;
+    const int most = SPREAD_DIGITS ? std::min(many / DOT_ROWS, 4) : L < 16 && ROWS == 1 ? 4 : many / 2;
+    return (int)std::clamp<int64_t>(lanes / L, 1, most);
+}
+constexpr int K_VECTORS = dot_vectors<K_DIGITS>(K_GROUP), V_VECTORS = dot_vectors<V_DIGITS>(V_GROUP);
 
 // Call `use(row, NR)` for blocks of rows, NR a constant: AT_ONCE or what is left.
 template <int AT_ONCE = ROWS_AT_ONCE, class Use> ALWAYS_INLINE void for_rows(Use use) {
@@ -81,7 +94,7 @@ template <int AT_ONCE = ROWS_AT_ONCE, class Use> ALWAYS_INLINE void for_rows(Use
 
 // Digits of NR rows as dot products read them, four neighbours at a time: where they are, in rows of PITCH bytes, or
 // [fours][NR][DIGITS] vectors, in each lane the same.
-template <int NR, int64_t PITCH> struct Digits {
+template <int NR, int DIGITS, int64_t PITCH> struct Digits {
     const int8_t* data;
     ALWAYS_INLINE vi four(int r, int d, int64_t index) const {
         if constexpr (SPREAD_DIGITS) return load<vi>(data + ((index * NR + r) * DIGITS + d) * sizeof(vi));
@@ -90,9 +103,9 @@ template <int NR, int64_t PITCH> struct Digits {
 };
 
 // Those of n numbers from `first` on; `spread` holds them where they have to be written down once more.
-template <int NR, int64_t PITCH>
-ALWAYS_INLINE Digits<NR, PITCH> digits_of(const int8_t (*digits)[DIGITS][PITCH], int64_t first, int64_t n,
-                                          int8_t* spread) {
+template <int NR, int DIGITS, int64_t PITCH>
+ALWAYS_INLINE Digits<NR, DIGITS, PITCH> digits_of(const int8_t (*digits)[DIGITS][PITCH], int64_t first, int64_t n,
+                                                  int8_t* spread) {
     if constexpr (SPREAD_DIGITS) {
         int8_t* to = spread;
         for (int64_t i = first; i < first + n; i += 4)
@@ -105,7 +118,7 @@ ALWAYS_INLINE Digits<NR, PITCH> digits_of(const int8_t (*digits)[DIGITS][PITCH],
 }
 
 // Sums of `codes` codes of up to BITS bits times digits of NR rows, by lane, over NV vectors.
-template <int NR, int NV, int BITS, int64_t CODES> struct Sums {
+template <int NR, int NV, int DIGITS, int BITS, int64_t CODES> struct Sums {
     // Both digits in one total, where that has room for the largest: fewer registers, and nothing to join in the end.
     static constexpr bool JOINED =
         SPREAD_DIGITS && DIGITS == 2 && BITS < 8 && (CODES << BITS) < std::numeric_limits<int32_t>::max() / 32768;
@@ -152,7 +165,7 @@ template <int NR, int NV, int BITS, int64_t CODES> struct Sums {
 
     // Add codes of FIELD bits, a byte each, times the digits numbered `four`.
     template <int FIELD, int64_t PITCH>
-    ALWAYS_INLINE void add(const vi (&code)[NV], Digits<NR, PITCH> digits, int64_t four) {
+    ALWAYS_INLINE void add(const vi (&code)[NV], Digits<NR, DIGITS, PITCH> digits, int64_t four) {
 #pragma GCC unroll 4
         for (int r = 0; r < NR; r++)
 #pragma GCC unroll 3
@@ -168,7 +181,7 @@ template <int NR, int NV, int BITS, int64_t CODES> struct Sums {
 
     // Add words of codes, `stride` apart, times the digits from number `four` on; lanes are the other axis.
     template <int FIELD, int64_t PITCH>
-    ALWAYS_INLINE void add_words(const int32_t* codes, int64_t stride, int64_t words, Digits<NR, PITCH> digits,
+    ALWAYS_INLINE void add_words(const int32_t* codes, int64_t stride, int64_t words, Digits<NR, DIGITS, PITCH> digits,
                                  int64_t four) {
         constexpr int PLANES = 8 / FIELD, LARGEST = PLANES * ((1 << FIELD) - 1);
         constexpr int64_t AT_ONCE = std::max<int64_t>(Dot<FIELD>::ROOM / LARGEST, 1);
@@ -200,7 +213,7 @@ template <int NR, int NV, int BITS, int64_t CODES> struct Sums {
     // The same for the codes of ranked keys, which have up to 7 bits and may be spread over planes. What needs no
     // putting together is left to loops: unrolled code is large, and a processor reads only so much of it in time.
     template <int64_t PITCH>
-    ALWAYS_INLINE void add_mixed(const int32_t* codes, int64_t stride, Digits<NR, PITCH> digits) {
+    ALWAYS_INLINE void add_mixed(const int32_t* codes, int64_t stride, Digits<NR, DIGITS, PITCH> digits) {
 #pragma GCC unroll 16
         for (const Plain& plain : PLAIN) {
             const int32_t* words = codes + plain.word * stride;

@@ -24,6 +24,7 @@ constexpr int64_t K_ELEMENTS =
     RANKED ? K_RANKS : std::max({4 * K_WORDS_8, 8 * K_WORDS_4, 16 * K_WORDS_2, 32 * K_WORDS_1});
 constexpr int K_BITS = 8 * (K_WORDS_8 > 0) + 4 * (K_WORDS_4 > 0) + 2 * (K_WORDS_2 > 0) + (K_WORDS_1 > 0);  // at most
 constexpr int64_t DK_PAD = std::max<int64_t>(K_ELEMENTS, (DK + L - 1) / L * L);
+constexpr int64_t DK_BYTES = (DK_PAD + 4 * L - 1) / (4 * L) * 4 * L;  // in whole vectors of bytes
 constexpr int64_t V_GROUPS = DV / V_GROUP;
 constexpr int64_t DV_PAD = (DV + L - 1) / L * L;
 // Where the codes of token t are: those of a sliding window start over (kernels/layout.py).
@@ -68,14 +69,17 @@ struct RunningSoftmax {
 struct FoldedQueries {
     float zero[ROWS];  // queries times zero points
     float unit[ROWS];  // what the last digit stands for
-    alignas(64) int8_t digits[ROWS][DIGITS][DK_PAD];
+    alignas(64) int8_t digits[ROWS][K_DIGITS][DK_BYTES];
 };
 // Groups that are folded one after the other, as each has long chains of instructions that wait for each other.
 constexpr int64_t GROUPS_AHEAD = ROWS > 8 ? 1 : std::clamp<int64_t>(SPAN / K_GROUP, 1, 4);
 
+// Tokens whose weights are numbers of the same unit: with one digit that is too coarse for many.
+constexpr int64_t VALUES_TOGETHER = V_DIGITS == 1 ? 128 : SPAN;
+
 // Tokens whose weights are spread at a time (see digits_of): so few that they stay in the first cache, so many that
 // their sums are seldom put aside. And what that takes, in bytes of one number.
-constexpr int64_t SPREAD_VALUES = 128, SPREAD_BYTES = SPREAD_DIGITS ? DIGITS * sizeof(vi) / 4 : 0;
+constexpr int64_t SPREAD_VALUES = 128, SPREAD_BYTES = SPREAD_DIGITS ? std::max(K_DIGITS, V_DIGITS) * sizeof(vi) / 4 : 0;
 
 // Scratch of one thread.
 struct Scratch {
@@ -86,11 +90,11 @@ struct Scratch {
     float folded[ROWS][DK_PAD + L];  // the same, times scales: what codes are multiplied with; zeros behind
     float q_center[ROWS];  // queries times what is in no zero point
     FoldedQueries keys[GROUPS_AHEAD];  // of the token groups from `group` on
-    alignas(64) int8_t p_digits[ROWS][DIGITS][SPAN];
+    alignas(64) int8_t p_digits[ROWS][V_DIGITS][SPAN];
     // Digits in every lane of a vector, and sums of a channel group's values that are put aside.
     alignas(64) int8_t spread[std::max(SPREAD_VALUES, K_ELEMENTS) * SPREAD_BYTES * 4 + 64];
-    alignas(64) int32_t sums[4 * DIGITS][DV_PAD + 4 * L];
-    float p_unit[ROWS];
+    alignas(64) int32_t sums[4 * V_DIGITS][DV_PAD + 4 * L];
+    float p_unit[SPAN / VALUES_TOGETHER][ROWS];
     float p_zero[ROWS];
     const T* q;  // queries of this block of rows, as they are given
     int64_t row0;  // first row of this block

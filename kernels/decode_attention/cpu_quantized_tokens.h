@@ -5,10 +5,31 @@
 
 namespace xq {
 
-// Zero points of up to n channels from d on, whose scales are s.
+// Zero points of up to n channels from d on, whose scales are s; with one digit those of codes about zero.
 template <class Z> inline vf zero_points(const Z* zero, [[maybe_unused]] vf s, [[maybe_unused]] int64_t d, int64_t n) {
-    if constexpr (RANKED) return s * (load_mids(zero, n) - load_up_to(RANK_MIDDLES + d, n));
+    if constexpr (RANKED && K_DIGITS == 1) return s * load_mids(zero, n);
+    else if constexpr (RANKED) return s * (load_mids(zero, n) - load_up_to(RANK_MIDDLES + d, n));
+    else if constexpr (K_DIGITS == 1) return fma(s, splat(0.5f * ((1 << K_BITS) - 1)), load_up_to(zero, n));
     else return load_up_to(zero, n);
+}
+
+// The largest code of each element of a key, and zeros up to whole vectors of bytes.
+constexpr struct LargestCodes {
+    alignas(64) uint8_t of[DK_BYTES];
+    constexpr LargestCodes() : of{} {
+        for (int64_t i = 0; i < std::min(DK, K_ELEMENTS); i++)
+            of[i] = RANKED ? (uint8_t)(2 * RANK_MIDDLES[RANKED ? i : 0]) : (1 << K_BITS) - 1;
+    }
+} LARGEST_CODES;
+
+// Take the middles of codes times n numbers of one digit from z, where the zero points are those of codes about zero.
+// So what a digit leaves is lost for what codes are apart from their middles, which is small and as often less as more.
+template <class Largest>
+ALWAYS_INLINE vf without_middles(vf z, const int8_t* digits, int64_t n, float unit, Largest largest) {
+    vi sum = {};
+    for (int64_t i = 0; i < n; i += sizeof(vi))
+        sum += Dot<7>::total(Dot<7>::add(typename Dot<7>::Sum{}, largest(i), load<vi>(digits + i)));
+    return fma(__builtin_convertvector(sum, vf), splat(-0.5f * unit), z);
 }
 
 // Fold scales and zero points of a token group into the queries of NR rows.
@@ -34,10 +55,14 @@ inline void fold_key_scales(Scratch& scratch, FoldedQueries& keys, const S* scal
     const float nan = nan_if_not_finite(zero_or_nan);
     float most[NR];
     maxima(largest, most);
+    to_digits<(K_DIGITS > 2), K_DIGITS>(scratch.folded + row, 0, K_ELEMENTS, most, keys.digits + row, keys.unit + row);
+    if constexpr (K_DIGITS == 1)
+        for (int r = 0; r < NR; r++)
+            z[r] = without_middles(z[r], keys.digits[row + r][0], K_ELEMENTS, keys.unit[row + r],
+                                   [](int64_t i) { return load<vi>(LARGEST_CODES.of + i); });
     sums(z, keys.zero + row);
 #pragma GCC unroll 4
     for (int r = 0; r < NR; r++) keys.zero[row + r] += scratch.q_center[row + r] + nan;
-    to_digits<(DIGITS > 2)>(scratch.folded + row, K_ELEMENTS, most, keys.digits + row, keys.unit + row);
 }
 
 // The same for all rows and `groups` token groups from g on.
@@ -59,11 +84,11 @@ inline void fold_keys(Scratch& scratch, const Inputs& in, int64_t head, int64_t 
 // Scores of NV vectors of tokens with NR rows, from `offset` of the span on; `norm` is of up to n of the tokens, the
 // others are read by nobody.
 template <int NR, int NV>
-inline void dot_keys(Scratch& scratch, const FoldedQueries& keys, Digits<NR, DK_PAD> digits, const int32_t* codes,
-                     int64_t stride, [[maybe_unused]] const uint8_t* norm, [[maybe_unused]] int64_t n, int64_t row,
-                     int64_t offset) {
+inline void dot_keys(Scratch& scratch, const FoldedQueries& keys, Digits<NR, K_DIGITS, DK_BYTES> digits,
+                     const int32_t* codes, int64_t stride, [[maybe_unused]] const uint8_t* norm,
+                     [[maybe_unused]] int64_t n, int64_t row, int64_t offset) {
     constexpr int64_t TO_4 = K_WORDS_8, TO_2 = TO_4 + K_WORDS_4, TO_1 = TO_2 + K_WORDS_2;
-    Sums<NR, NV, RANKED ? 8 : K_BITS, K_ELEMENTS> sums;  // joined, sums of mixed widths are no faster
+    Sums<NR, NV, K_DIGITS, RANKED ? 8 : K_BITS, K_ELEMENTS> sums;  // joined, sums of mixed widths are no faster
     if constexpr (RANKED) {
         sums.add_mixed(codes, stride, digits);
     } else {
@@ -87,7 +112,7 @@ inline void dot_keys(Scratch& scratch, const FoldedQueries& keys, Digits<NR, DK_
     }
 }
 
-constexpr int64_t TOKENS_AT_ONCE = DOT_VECTORS * L, PREFETCHED = std::max<int64_t>(TOKENS_AT_ONCE, 16);
+constexpr int64_t TOKENS_AT_ONCE = K_VECTORS * L, PREFETCHED = std::max<int64_t>(TOKENS_AT_ONCE, 16);
 
 // Words of values from a token on, which is the first of a block: its row in each plane.
 struct ValueWords {
@@ -126,7 +151,7 @@ inline void dot_group(Scratch& scratch, const Inputs& in, const FoldedQueries& k
     const auto digits = digits_of<NR>(keys.digits + row, 0, K_ELEMENTS, scratch.spread);
     offset -= t;
     for (; t + TOKENS_AT_ONCE <= end; t += TOKENS_AT_ONCE) {
-        dot_keys<NR, DOT_VECTORS>(scratch, keys, digits, codes + t, in.k_tokens, norm + t, L, row, offset + t);
+        dot_keys<NR, K_VECTORS>(scratch, keys, digits, codes + t, in.k_tokens, norm + t, L, row, offset + t);
         if (row == 0 && t % PREFETCHED < TOKENS_AT_ONCE) prefetch(in, head, t, codes + t);
     }
     for (; t < end; t += L) {
@@ -159,58 +184,75 @@ inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, i
 template <int NR>
 inline void fold_value_scales(Scratch& scratch, const Inputs& in, int64_t head, int64_t g, int64_t t0, int64_t n,
                               int64_t row) {
-    const int64_t token = (head * V_GROUPS + g) * in.v_tokens + value_slot(t0),
-                  padded = (n + V_BLOCK - 1) / V_BLOCK * V_BLOCK;
-    vf largest[NR] = {}, z[NR] = {}, zero_or_nan = {};
-    for (int64_t i = 0; i < n; i += L) {
-        const vf s = load_scales(in.v_scale + token + i, n - i);
-        [[maybe_unused]] vf zeros = {};
-        if constexpr (!ABOUT_ZERO) zeros = load_up_to(in.v_zero + token + i, n - i);
-        zero_or_nan = fma(s, splat(0.0f), zero_or_nan);
+    const int64_t token = (head * V_GROUPS + g) * in.v_tokens + value_slot(t0);
+    constexpr bool CENTRED = V_DIGITS == 1;
+    constexpr int LARGEST = (1 << V_BITS) - 1;
+    vf z[NR] = {}, zero_or_nan = {};
+    for (int64_t first = 0; first < n; first += VALUES_TOGETHER) {
+        const int64_t end = std::min(n, first + VALUES_TOGETHER),
+                      padded = first + (end - first + V_BLOCK - 1) / V_BLOCK * V_BLOCK;
+        vf largest[NR] = {};
+        for (int64_t i = first; i < end; i += L) {
+            const vf s = load_scales(in.v_scale + token + i, end - i);
+            [[maybe_unused]] vf zeros = {};
+            if constexpr (!ABOUT_ZERO) zeros = load_up_to(in.v_zero + token + i, end - i);
+            if constexpr (!ABOUT_ZERO && CENTRED) zeros = fma(s, splat(0.5f * LARGEST), zeros);
+            zero_or_nan = fma(s, splat(0.0f), zero_or_nan);
 #pragma GCC unroll 4
-        for (int r = 0; r < NR; r++) {
-            const vf p = mask_first(load<vf>(scratch.weight[row + r] + i), n - i), x = p * s;
-            store(scratch.score[row + r] + i, x);  // the scores have become weights
-            largest[r] = max(abs(x), largest[r]);
-            if constexpr (ABOUT_ZERO) z[r] += x;  // zero points are the same number of scales
-            else z[r] += p != 0.0f ? p * zeros : p;
+            for (int r = 0; r < NR; r++) {
+                const vf p = mask_first(load<vf>(scratch.weight[row + r] + i), end - i), x = p * s;
+                store(scratch.score[row + r] + i, x);  // the scores have become weights
+                largest[r] = max(abs(x), largest[r]);
+                if constexpr (!ABOUT_ZERO) z[r] += p != 0.0f ? p * zeros : p;
+                else if constexpr (!CENTRED) z[r] += x;  // zero points are the same number of scales
+            }
         }
+        float most[NR], *unit = scratch.p_unit[first / VALUES_TOGETHER] + row;
+        maxima(largest, most);
+#pragma GCC unroll 4
+        for (int r = 0; r < NR; r++)
+            for (int64_t i = first + (end - first + L - 1) / L * L; i < padded; i += L)
+                store(scratch.score[row + r] + i, splat(0.0f));
+        to_digits<true, V_DIGITS>(scratch.score + row, first, padded, most, scratch.p_digits + row, unit);
+        if constexpr (CENTRED)
+            for (int r = 0; r < NR; r++) {
+                int8_t* digits = scratch.p_digits[row + r][0];
+                for (int64_t i = padded; i % sizeof(vi); i++) digits[i] = 0;
+                z[r] = without_middles(z[r], digits + first, padded - first, unit[r],
+                                       [](int64_t) { return splat(LARGEST * 0x01010101); });
+            }
     }
     const float nan = nan_if_not_finite(zero_or_nan);
-    float most[NR], zero[NR];
-    maxima(largest, most);
+    float zero[NR];
     sums(z, zero);
 #pragma GCC unroll 4
-    for (int r = 0; r < NR; r++) {
-        for (int64_t i = (n + L - 1) / L * L; i < padded; i += L) store(scratch.score[row + r] + i, splat(0.0f));
-        scratch.p_zero[row + r] = zero[r] * (ABOUT_ZERO ? -0.5f * ((1 << V_BITS) - 1) : 1.0f) + nan;
-    }
-    to_digits<true>(scratch.score + row, padded, most, scratch.p_digits + row, scratch.p_unit + row);
+    for (int r = 0; r < NR; r++)
+        scratch.p_zero[row + r] = zero[r] * (ABOUT_ZERO && !CENTRED ? -0.5f * LARGEST : 1.0f) + nan;
 }
 
-// Words of values whose digits are spread at a time.
-constexpr int64_t VALUES_AT_ONCE = SPREAD_DIGITS ? SPREAD_VALUES : SPAN;
+// Tokens of values whose digits are spread at a time.
+constexpr int64_t VALUES_AT_ONCE = SPREAD_DIGITS ? SPREAD_VALUES : VALUES_TOGETHER;
 
-template <int NR, int NV> using ValueSums = Sums<NR, NV, V_BITS, SPAN>;
+template <int NR, int NV> using ValueSums = Sums<NR, NV, V_DIGITS, V_BITS, VALUES_TOGETHER>;
 
-// Add NV vectors of channels from d on, of which `left` are left, to NR rows.
+// Add NV vectors of channels from d on, of which `left` are left, to NR rows; `unit` is what their sums are in.
 template <int NR, int NV>
-ALWAYS_INLINE void add_value_sums(const Scratch& scratch, RunningSoftmax& softmax, const ValueSums<NR, NV>& sums,
+ALWAYS_INLINE void add_value_sums(RunningSoftmax& softmax, const ValueSums<NR, NV>& sums, const float* unit,
                                   int64_t row, int64_t d, int64_t left) {
     vf out[NR][NV];
     sums.join(out);
     for (int r = 0; r < NR; r++)
         for (int v = 0; v < NV; v++) {
             float* acc = softmax.acc + (row + r) * ACC + CODES_AT + d + v * L;
-            const vf added = fma(out[r][v], splat(scratch.p_unit[row + r]), splat(scratch.p_zero[row + r]));
-            store_up_to(acc, load<vf>(acc) + added, left - v * L);
+            store_up_to(acc, fma(out[r][v], splat(unit[row + r]), load<vf>(acc)), left - v * L);
         }
 }
 
 // The same, or to what is put aside; `blocks` is of tokens, those from `block` on.
 template <int NR, int NV, int64_t PITCH>
-inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes, Digits<NR, PITCH> digits,
-                       int64_t block, int64_t blocks, int64_t row, int64_t d, int64_t left) {
+inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes,
+                       Digits<NR, V_DIGITS, PITCH> digits, int64_t block, int64_t blocks, const float* unit,
+                       int64_t row, int64_t d, int64_t left) {
     constexpr int64_t HIGH_WORDS = V_BLOCK / V_HIGH_PER_WORD;
     ValueSums<NR, NV> sums;
     sums.template add_words<V_HIGH>(codes.high + block * HIGH_WORDS * DV + d, DV, blocks * HIGH_WORDS, digits, 0);
@@ -219,7 +261,7 @@ inline void add_values(Scratch& scratch, RunningSoftmax& softmax, const ValueWor
         sums.template add_words<V_LOW>(codes.low + block * DV + d, DV, blocks, digits, 0);
     }
     sums.finish();
-    if constexpr (VALUES_AT_ONCE == SPAN) add_value_sums<NR, NV>(scratch, softmax, sums, row, d, left);
+    if constexpr (VALUES_AT_ONCE == VALUES_TOGETHER) add_value_sums<NR, NV>(softmax, sums, unit, row, d, left);
     else
         sums.each_total([&](int r, int i, int v) __attribute__((always_inline)) {
             int32_t* sum = scratch.sums[r * sums.TOTALS + i] + d + v * L;
@@ -232,24 +274,30 @@ template <int NR>
 inline void add_group(Scratch& scratch, RunningSoftmax& softmax, const ValueWords& codes, int64_t blocks, int64_t row,
                       int64_t begin, int64_t end) {
     constexpr int64_t AT_ONCE = VALUES_AT_ONCE / V_BLOCK;
-    if constexpr (VALUES_AT_ONCE < SPAN)
+    if constexpr (VALUES_AT_ONCE < VALUES_TOGETHER)
         for (int i = 0; i < NR * ValueSums<NR, 1>::TOTALS; i++)
             std::fill(scratch.sums[i] + begin, scratch.sums[i] + end, 0);
+    for (int r = 0; r < NR; r++) {
+        float* acc = softmax.acc + (row + r) * ACC + CODES_AT;
+        for (int64_t d = begin; d < end; d += L)
+            store_up_to(acc + d, load<vf>(acc + d) + splat(scratch.p_zero[row + r]), end - d);
+    }
     for (int64_t block = 0; block < blocks; block += AT_ONCE) {
         const int64_t n = std::min(AT_ONCE, blocks - block);
         const auto digits = digits_of<NR>(scratch.p_digits + row, block * V_BLOCK, n * V_BLOCK, scratch.spread);
+        const float* unit = scratch.p_unit[block * V_BLOCK / VALUES_TOGETHER];
         int64_t d = begin;
-        for (; d + DOT_VECTORS * L <= end; d += DOT_VECTORS * L)
-            add_values<NR, DOT_VECTORS>(scratch, softmax, codes, digits, block, n, row, d, DOT_VECTORS * L);
-        for (; d < end; d += L) add_values<NR, 1>(scratch, softmax, codes, digits, block, n, row, d, end - d);
+        for (; d + V_VECTORS * L <= end; d += V_VECTORS * L)
+            add_values<NR, V_VECTORS>(scratch, softmax, codes, digits, block, n, unit, row, d, V_VECTORS * L);
+        for (; d < end; d += L) add_values<NR, 1>(scratch, softmax, codes, digits, block, n, unit, row, d, end - d);
     }
-    if constexpr (VALUES_AT_ONCE < SPAN)
+    if constexpr (VALUES_AT_ONCE < VALUES_TOGETHER)
         for (int64_t d = begin; d < end; d += L) {
             ValueSums<NR, 1> sums;
             sums.each_total([&](int r, int i, int v) __attribute__((always_inline)) {
                 sums.total[r][i][v] = load<vi>(scratch.sums[r * sums.TOTALS + i] + d);
             });
-            add_value_sums<NR, 1>(scratch, softmax, sums, row, d, end - d);
+            add_value_sums<NR, 1>(softmax, sums, scratch.p_unit[0], row, d, end - d);
         }
 }
 

@@ -78,7 +78,7 @@ inline void online_softmax(Scratch& scratch, const Inputs& in, RunningSoftmax& s
         const float base = m[r] == MINUS_INFINITY ? 0.0f : m[r];  // all -inf: weights of 0. A NaN stays one throughout
         vf total = splat(0.0f);
         for (int64_t i = 0; i < n; i += L) {
-            const vf p = exp_negative<DIGITS == 2>(load<vf>(scratch.score[r] + i) - base);
+            const vf p = exp_negative<sizeof(T) == 2>(load<vf>(scratch.score[r] + i) - base);
             total += p;
             store(scratch.weight[r] + i, p);
         }

@@ -95,6 +95,21 @@ def key_sizes(p: Problem) -> dict[str, int]:
     return {**{f"K_WORDS_{width}": words.get(width, 0) for width in (8, 4, 2, 1)}, "K_RANKS": ranks}
 
 
+#: Up to this width codes are multiplied with numbers of one digit where the model computes in bfloat16.
+ONE_DIGIT_BITS = 3
+
+
+def digits(dtype: torch.dtype, bits: float) -> int:
+    """Bytes of the numbers, queries and weights times scales, that codes of ``bits`` bits are multiplied with.
+
+    One byte rounds to 1/254 of the largest among the channels, or among 128 tokens. That loses a tenth or less of what
+    such codes have lost of keys and values, and less than the rest of a model loses in bfloat16 (benchmarks/digits.py).
+    """
+    if dtype == torch.float32:
+        return 3
+    return 1 if dtype == torch.bfloat16 and bits <= ONE_DIGIT_BITS else 2
+
+
 def constants(p: Problem) -> str:
     """The constants that the C++ relies on."""
     v_high, v_low = high_and_low(p.v_bits)
@@ -105,7 +120,7 @@ def constants(p: Problem) -> str:
         "V_HIGH": v_high, "V_LOW": v_low, "V_GROUP": p.v_group,
         "K_WRAP": p.k_wrap, "V_WRAP": p.v_wrap,
         "V_RESIDUAL": p.v_residual, "V_RING": p.v_ring, "SINKS": p.sinks, "WINDOW": p.window,
-        "ROWS": p.row_block, "DIGITS": 3 if p.dtype == torch.float32 else 2,
+        "ROWS": p.row_block, "K_DIGITS": digits(p.dtype, p.k_bits), "V_DIGITS": digits(p.dtype, p.v_bits),
     }  # fmt: skip
     flags = {
         "RANKED": p.k_scheme == RANKED, "NORMS": p.k_norms, "ABOUT_ZERO": p.v_scheme in ABOUT_ZERO, "HAS_NEW": p.chunk,
