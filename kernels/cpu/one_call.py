@@ -254,12 +254,13 @@ def _in_turn(chain: Chain) -> Callable[..., Any]:
         for link in chain.links:
             found = chain.generated[link.wrapper].module["call"]([values[name] for name in link.given])
             values.update(zip(link.returned, found, strict=True))
-        return tuple(_value(result, values) for result in chain.results)
+        return tuple(value_of_result(result, values) for result in chain.results)
 
     return call
 
 
-def _value(result: Result, values: Mapping[str, Any]) -> Any:
+def value_of_result(result: Result, values: Mapping[str, Any]) -> Any:
+    """A result of a graph, of whose tensors and numbers ``values`` are, by name."""
     if isinstance(result, Number):
         return eval(result.python, {"__builtins__": {}}, dict(values))  # a sum that we wrote
     return None if result is None else values[result]

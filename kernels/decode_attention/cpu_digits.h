@@ -37,15 +37,14 @@ ALWAYS_INLINE void store_digits(const vi (&v)[CHAINS], int8_t (*digits)[PITCH], 
 template <bool CARRY, int DIGITS, int NR, int64_t X_PITCH, int64_t PITCH>
 inline void to_digits(const float (*x)[X_PITCH], int64_t i, int64_t n, const float (&most)[NR],
                       int8_t (*digits)[DIGITS][PITCH], float* unit) {
-    constexpr float top = DIGITS == 1   ? 127.0f
-                          : DIGITS == 2 ? 32512.0f
-                                        : 4161536.0f;  // leaves every digit in -128 .. 127
+    // Leaves every digit in -128 .. 127.
+    constexpr float top = DIGITS == 1 ? 127.0f : DIGITS == 2 ? 32512.0f : 4161536.0f;
     vf scale[NR], lost[NR][CHAINS] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < NR; r++) scale[r] = splat(most[r] > 0.0f ? top / most[r] : 0.0f), unit[r] = most[r] * (1 / top);
-    const auto rounded = [&](int r, int chain, int64_t i) __attribute__((always_inline)) {
-        if constexpr (!CARRY) return round_to_int(load<vf>(x[r] + i) * scale[r]);
-        const vf exact = fma(load<vf>(x[r] + i), scale[r], lost[r][chain]);
+    const auto rounded = [&](int r, int chain, int64_t at) __attribute__((always_inline)) {
+        if constexpr (!CARRY) return round_to_int(load<vf>(x[r] + at) * scale[r]);
+        const vf exact = fma(load<vf>(x[r] + at), scale[r], lost[r][chain]);
         // The largest of one digit comes out as it is, whatever is carried to it.
         const vi v = round_to_int(DIGITS == 1 ? exact > top ? splat(top) : exact : exact);
         lost[r][chain] = exact - __builtin_convertvector(v, vf);

@@ -28,12 +28,21 @@ def has_chunk(graph: Graph, known_too: bool = False) -> bool:
     With ``known_too`` one that it knows counts, too, if the cache grows. Where it does not know it, Dynamo guards on
     the answer.
     """
-    nodes = (node for op in _STORES for node in graph.find_nodes(op="call_function", target=op))
-    stores: list[Any] = [StoreArguments.of(node) for node in nodes]  # of nodes
-    grows = [known_too and type(store.max_len) is int for store in stores]  # else it is a node: of caches of any length
-    new: list[Any] = [value_of(store.x).shape[2] for store in stores]
-    counted = [tokens for tokens, one in zip(new, grows, strict=True) if one or not isinstance(tokens, int)]
+    counted = [tokens for tokens, grows in _appended(graph) if (grows and known_too) or not isinstance(tokens, int)]
     return any(bool(tokens > STEP_TOKENS) for tokens in counted)
+
+
+def is_known_chunk(graph: Graph) -> bool:
+    """Whether a rewritten ``graph`` appends a number of tokens that it knows, more than STEP_TOKENS."""
+    return any(isinstance(tokens, int) and tokens > STEP_TOKENS for tokens, _ in _appended(graph))
+
+
+def _appended(graph: Graph) -> list[tuple[Any, bool]]:
+    """Numbers of tokens that are appended, and whether to a cache that grows."""
+    nodes = [node for op in _STORES for node in graph.find_nodes(op="call_function", target=op)]
+    stores: list[Any] = [StoreArguments.of(node) for node in nodes]  # of nodes
+    # Of a cache of any length, which does not grow, max_len is a node.
+    return [(value_of(store.x).shape[2], type(store.max_len) is int) for store in stores]
 
 
 class UncompiledChunk:

@@ -19,10 +19,11 @@ from torch.fx import GraphModule
 from xquant_fx.cache.stacked import stored_in
 from xquant_fx.compiler.any_room import OfAnyRoom, rooms_of
 from xquant_fx.compiler.cache_key import cache_key_patch
-from xquant_fx.compiler.chunks import has_chunk
+from xquant_fx.compiler.chunks import has_chunk, is_known_chunk
 from xquant_fx.compiler.index_checks import checks_behind_indices
 from xquant_fx.compiler.kept_steps import are_expected, place_of
 from xquant_fx.compiler.layers import compile_layers, restored_layers
+from xquant_fx.compiler.layers_in_turn import compile_in_turn
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.tracing_time import wait_for_hashes
 from xquant_fx.kernels.cpu.any_room import compiled_for
@@ -99,7 +100,11 @@ def compile_by_inductor(
     checks = checks_behind_indices() if settings is not None else contextlib.nullcontext()
     with switched(one_call), checks, compiled_for(rooms):
         compile_one = _compile_one(patches)
-        made = compile_layers(gm, inputs, compile_one, place) if by_layers else None
+        made = None
+        if by_layers and is_known_chunk(gm.graph):
+            made = compile_in_turn(gm, inputs, compile_one)
+        elif by_layers:
+            made = compile_layers(gm, inputs, compile_one, place)
         compiled: Any = made or compile_one(gm, inputs)
     return compiled if rooms is None else OfAnyRoom(compiled, rooms.are_open)
 
