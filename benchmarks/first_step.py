@@ -4,6 +4,7 @@
     python benchmarks/first_step.py MODEL --side static      # StaticCache under plain Inductor
     python benchmarks/first_step.py MODEL --side growing     # DynamicCache: its first step runs uncompiled
                                                              # "more room": two steps after its room is filled
+    python benchmarks/first_step.py MODEL --chunk 512        # and the first two chunks of so many tokens
     python benchmarks/first_step.py MODEL --runs warm warm --cache-dir FOLDER
 
 Each run is a process of its own: it loads the model, prefills 64 tokens uncompiled, and takes compiled steps, the last
@@ -33,6 +34,7 @@ from rich.table import Table
 PROMPT = 64
 #: Steps with each cache.
 STEPS = (("first", "second", "third"), ("another length",), ("a third length",))
+CHUNKS = ("first chunk", "second chunk")
 #: Phase to the name that ``torch._dynamo.utils.compile_times`` has for it; they do not overlap, but do not cover all.
 PHASES = {
     "Dynamo traces": "bytecode_tracing", "guards": "build_guards", "detection": "xquant_detect",
@@ -73,10 +75,29 @@ def first_step(args: argparse.Namespace) -> dict[str, Any]:
                 found[name] = {kind: value - before[kind] for kind, value in seconds().items()}
             if args.side == "growing" and times == 0:
                 found["more room"] = more_room(model, step, ids, cache)
+    if args.chunk:
+        found |= chunks(model, step, fixed, args)
     times = {phase: sum(compilation_time_metrics.get(name, ())) for phase, name in PHASES.items()}
     hits = {name: counters[kind][f"{name}_hit"] for kind, name in (("aot_autograd", "autograd_cache"),)}
     found |= {"phases": times, "hits": hits, "compiled_files": len(compilation_time_metrics.get("compile_file", ()))}
     return {**found, "graphs": counters["stats"]["unique_graphs"], "load": os.getloadavg()[0]}
+
+
+def chunks(model: Any, step: Any, fixed: Any, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """What compiled chunks cost, behind an uncompiled prompt in a cache of the second length."""
+    import torch
+    from transformers import DynamicCache
+
+    cache = fixed(model.config, max_cache_len=args.max_cache_len * 2) if fixed else DynamicCache(config=model.config)
+    ids, found = torch.arange(1, 1 + PROMPT + len(CHUNKS) * args.chunk)[None], dict[str, Any]()
+    prompt, *pieces = ids.split([PROMPT, *[args.chunk] * len(CHUNKS)], 1)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+        for name, piece in zip(CHUNKS, pieces, strict=True):
+            before = seconds()
+            step(piece, past_key_values=cache)
+            found[name] = {kind: value - before[kind] for kind, value in seconds().items()}
+    return found
 
 
 def more_room(model: Any, step: Any, ids: Any, cache: Any) -> dict[str, float]:
@@ -109,7 +130,8 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Table:
     made = Table("seconds", *(row["way"] for row in rows), title=f"first step, {args.model}, {args.side}")
     for kind in ("clock", "self", "compilers"):
         made.add_row(f"first step, {kind}", *(f"{row['first'][kind]:.2f}" for row in rows))
-    for name in ("second", "third", *(("more room",) if args.side == "growing" else ()), *STEPS[1], *STEPS[2]):
+    more = (*(("more room",) if args.side == "growing" else ()), *(CHUNKS if args.chunk else ()))
+    for name in (*STEPS[0][1:], *STEPS[1], *STEPS[2], *more):
         made.add_row(f"{name}, clock", *(f"{row[name]['clock']:.3f}" for row in rows))
     for phase in PHASES:
         made.add_row(phase, *(f"{row['phases'][phase]:.2f}" for row in rows))
@@ -126,6 +148,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=["new", "cold", "warm"], default=["new", "cold", "warm", "warm"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-cache-len", type=int, default=1024)
+    parser.add_argument("--chunk", type=int, default=0, help="tokens of chunks that are compiled, too; 0: none")
     parser.add_argument("--cache-dir", type=Path, help="kept; without it a folder that is thrown away")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
