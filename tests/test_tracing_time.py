@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -85,6 +86,40 @@ def test_a_collector_that_was_off_stays_off() -> None:
     gc.disable()
     run(backend="xquant")
     assert seen[0] is False and not gc.isenabled()
+
+
+class Node:
+    """One that is garbage for the collector alone, if it is not kept."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_was_made_meanwhile_is_collected_and_grows_old(frozen: bool) -> None:
+    """And what somebody froze stays frozen."""
+    made: list[Any] = []
+
+    @torch._dynamo.assume_constant_result
+    def make() -> int:
+        if not made:
+            made.extend((Node(), weakref.ref(Node())))
+        return 0
+
+    def function(x: torch.Tensor) -> int:
+        return make()
+
+    torch.compile(function, backend="xquant")  # which imports what it needs
+    gc.collect()
+    if frozen:
+        gc.freeze()
+    before = gc.get_freeze_count()
+    try:
+        run(function, backend="xquant")
+        assert made[1]() is None and gc.get_freeze_count() >= before // 2, "some die without the collector"
+        assert frozen or any(each is made[0] for each in gc.get_objects(generation=2))
+    finally:
+        gc.unfreeze()
 
 
 def test_it_is_on_again_after_an_error() -> None:
