@@ -40,8 +40,8 @@ def tokens(count: int, heads: int, seed: int) -> Tensor:
 class Loop:
     """A cache of two layers with left padding, filled with a prompt; ``step`` appends and attends."""
 
-    def __init__(self, config: XQuantConfig = CONFIG) -> None:
-        seen = torch.arange(PROMPT) >= PADDING[:, None]
+    def __init__(self, config: XQuantConfig = CONFIG, padded: bool = True) -> None:
+        seen = torch.arange(PROMPT) >= PADDING[:, None] if padded else None
         self.cache = XQuantCache(model_config(), max_cache_len=MAX_LEN, config=config, padding_mask=seen)
         self.length = 0
         self.append(PROMPT)
@@ -86,6 +86,18 @@ def test_causal_with_left_padding(layer: int, new: int) -> None:
         out = decode_attention(q, loop.cache, layer)
         want = truth(q, seen, causal(loop.length, new), DIM**-0.5)
         torch.testing.assert_close(out, want.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_causal_without_padding() -> None:
+    """The last token sees all that is there, so that there is no mask; and only that, after a rollback."""
+    loop = Loop(padded=False)
+    for number, taken_back in enumerate((0, 0, 3, 0)):
+        if taken_back:
+            loop.cache.crop(-taken_back)
+            loop.length -= taken_back
+        seen, q = loop.append(1)[0], tokens(1, HEADS, number)
+        want = truth(q, seen, causal(loop.length, 1, padded=False), DIM**-0.5)
+        torch.testing.assert_close(decode_attention(q, loop.cache, 0), want.float(), rtol=1e-4, atol=1e-5)
 
 
 bias = torch.randn(B, HEADS, 2, MAX_LEN, generator=seeded(1))
