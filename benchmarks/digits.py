@@ -48,14 +48,16 @@ def divergence(p: Tensor, q: Tensor) -> float:
 def by_digits(model: Any, windows: Tensor, prompt: int, preset: str) -> dict[int, list[Tensor]]:
     """Number of bytes to log probabilities of each window."""
     found, as_it_is = {}, cpu_source.digits
-    for count in (1, 2, 3):
-        torch._dynamo.reset()
+    try:
+        for count in (1, 2, 3):
+            torch._dynamo.reset()
+            cpu_source.source.cache_clear()
+            cpu_source.digits = lambda dtype, bits, count=count: count
+            step, title = torch.compile(model, backend="xquant"), f"{preset}, {count}"
+            found[count] = [steps(model, step, ids[None], prompt, preset) for ids in tqdm(windows, title, disable=None)]
+    finally:
+        cpu_source.digits = as_it_is
         cpu_source.source.cache_clear()
-        cpu_source.digits = lambda dtype, bits, count=count: count
-        step = torch.compile(model, backend="xquant")
-        title = f"{preset}, {count}"
-        found[count] = [steps(model, step, ids[None], prompt, preset) for ids in tqdm(windows, title, disable=None)]
-    cpu_source.digits = as_it_is
     return found
 
 

@@ -75,12 +75,13 @@ def first_step(args: argparse.Namespace) -> dict[str, Any]:
                 found[name] = {kind: value - before[kind] for kind, value in seconds().items()}
             if args.side == "growing" and times == 0:
                 found["more room"] = more_room(model, step, ids, cache)
-    if args.chunk:
-        found |= chunks(model, step, fixed, args)
     times = {phase: sum(compilation_time_metrics.get(name, ())) for phase, name in PHASES.items()}
     hits = {name: counters[kind][f"{name}_hit"] for kind, name in (("aot_autograd", "autograd_cache"),)}
     found |= {"phases": times, "hits": hits, "compiled_files": len(compilation_time_metrics.get("compile_file", ()))}
-    return {**found, "graphs": counters["stats"]["unique_graphs"], "load": os.getloadavg()[0]}
+    found["graphs"] = counters["stats"]["unique_graphs"]
+    if args.chunk:
+        found |= chunks(model, step, fixed, args)
+    return {**found, "load": os.getloadavg()[0]}
 
 
 def chunks(model: Any, step: Any, fixed: Any, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -161,7 +162,7 @@ def main() -> None:
         rows = [run(way, args, args.cache_dir or Path(temporary)) for way in args.runs]
     Console(width=120).print(table(rows, args))
     args.device, args.cache_dir = "cpu", str(args.cache_dir)
-    write(f"first-step-cpu-{args.side}", {**where(args), "rows": rows})
+    write(f"first-step-cpu-{args.side}{'-chunks' if args.chunk else ''}", {**where(args), "rows": rows})
 
 
 if __name__ == "__main__":

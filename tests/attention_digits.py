@@ -3,8 +3,8 @@
 Such a kernel (``ONE_DIGIT_BITS`` of ``decode_attention/cpu_source.py``) multiplies, not the codes, but what they are
 apart from their middles, with
 
-    round(q * s / u) * u     u: largest |q * s| of the row in a token group, by 127
-    round(p * s / u) * u     u: largest |p * s| of the row among 128 tokens, by 127
+    round(q * s / u) * u     u: largest |q * s| of the row in a token group, of channels that have codes, by 127
+    round(p * s / u) * u     u: largest |p * s| of the row among 128 tokens, by 127; p of sink tokens is 0
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ def key_levels(s: Stored, n: int) -> tuple[Tensor, Tensor]:
     if s.scheme == "per_channel":
         levels = unpack_words(s.codes[..., :n], s.bits, 2, dim).transpose(2, 3).double() - (2**s.bits - 1) / 2
         return levels, s.scale.double().repeat_interleave(s.group, 2)[:, :, :n]
-    middles = (2 ** torch.tensor(rank_widths(s.bits, dim)).double() - 1) / 2
+    widths = torch.tensor(rank_widths(s.bits, dim)).double()
+    middles = (2**widths - 1) / 2
     levels = unpack(s.codes[..., :n], s.bits, dim).double() - middles
-    scale = decode_scale(s.scale).double().repeat_interleave(s.group, 2)[:, :, :n]
+    scale = decode_scale(s.scale).double().repeat_interleave(s.group, 2)[:, :, :n] * (widths > 0)
     order = s.order.long()[:, :, None].expand(levels.shape)
     levels, scale = (torch.empty_like(levels).scatter_(3, order, x) for x in (levels, scale))
     return levels if s.norm is None else levels * decode_scale(s.norm[:, None, :n, None]).double(), scale

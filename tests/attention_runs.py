@@ -198,7 +198,9 @@ def reference(
     if digits and (n := limit_of(key, s.past)) and cpu_source.digits(s.torch_dtype, s.k_bits) == 1:
         more["more_scores"] = lost_scores(given["q"], key, n, s.max_len).to(dtype)
     if digits and (m := limit_of(value, s.past)) and cpu_source.digits(s.torch_dtype, s.v_bits) == 1:
-        more["more_values"] = lambda p: lost_values(p, value, m).to(dtype)
+        t, first = torch.arange(s.max_len), given["start"][:, None, None, None]
+        outside = (t < first) | (t >= first + s.sinks)
+        more["more_values"] = lambda p: lost_values(p * outside, value, m).to(dtype)
     return attention(
         given["q"],
         key,

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from xquant_fx import XQuantCache
 from xquant_fx.compiler import inductor
-from xquant_fx.compiler.layers_in_turn import InTurn, Turn
+from xquant_fx.kernels.cpu.in_turn import InTurn, Turn
 from xquant_fx.kernels.cpu.wrapper_code import Number
 
 CHUNK = 12
@@ -83,17 +83,42 @@ def test_steps_become_one_call() -> None:
     assert counters["xquant"]["one_call"] == 1
 
 
-def test_what_no_later_piece_reads_is_let_go() -> None:
-    """And results are laid out as the next piece was told."""
+@pytest.mark.parametrize(("strides", "kept"), [((3, 1), 0), ((1, 2), 1), (None, 1)])
+def test_what_no_later_piece_reads_is_let_go(strides: tuple[int, ...] | None, kept: int) -> None:
+    """And what the next piece is given is laid out as it was told: by a copy, where it must be."""
     alive: list[weakref.ref[Tensor]] = []
 
-    def doubled(x: Tensor) -> tuple[Tensor, ...]:
-        assert sum(each() is not None for each in alive) <= 1, "what this call is given"
+    def doubled(x: Tensor, n: int) -> tuple[Tensor, ...]:
+        assert sum(each() is not None for each in alive) == (kept if alive else 0)
         out = (x * 2).t().contiguous().t()
         alive.append(weakref.ref(out))
-        return (out,)
+        return out, n  # type: ignore[return-value]
 
-    turns = [Turn(doubled, [f"x{i}"], [f"x{i + 1}"], [(3, 1)], [f"x{i}"]) for i in range(4)]
-    run = InTurn(["x0", "n"], turns, ["x4", None, Number("n + 1")])
-    x, nothing, number = run(torch.ones(2, 3), 5)
-    assert x.stride() == (3, 1) and torch.equal(x, torch.full((2, 3), 16.0)) and (nothing, number) == (None, 6)
+    turns = [Turn(doubled, [f"x{i}", "n"], [f"x{i + 1}", f"m{i}"], [strides, None]) for i in range(4)]
+    run = InTurn(["x0", "n"], turns, ["x4", None, Number("n + 1"), "m1"])
+    x, *others = run(torch.ones(2, 3), 5)
+    assert x.stride() == (strides or (1, 2)) and torch.equal(x, torch.full((2, 3), 16.0))
+    assert others == [None, 6, 5]
+
+
+def test_results_that_are_numbers_or_of_open_shape() -> None:
+    """A loop that counts along, and a piece that returns what grows."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, layers: Any, begin: int, history: Tensor) -> Any:
+        q = q * (begin + 1)
+        out = plain(q, k, v, layers, torch.arange(CHUNK) + begin)
+        return out, torch.cat([history, out.flatten(2)], 1), begin + CHUNK
+
+    torch._dynamo.reset()
+    counters.clear()
+    args, layers = fresh(CHUNK), quantized_layers(ALONE, number=LAYERS)
+    history, begin = torch.zeros(1, 2, CHUNK * args[0].shape[3]), 0
+    twin, mine = quantized_layers(ALONE, number=LAYERS), torch.compile(step, backend="xquant")
+    for turn in range(3):
+        with torch.no_grad():
+            expected = step(*args, twin, begin, history)
+            found = mine(*args, layers, begin, history)
+        torch.testing.assert_close(found[:2], expected[:2], rtol=1e-4, atol=1e-5)
+        assert found[2] == expected[2] == CHUNK * (turn + 1)
+        history, begin = expected[1], expected[2]
+    assert counters["xquant"]["layers_not_compiled_again"] == 2 * (LAYERS - 3), "of a known history, and of any"

@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 import torch
 
 from xquant_fx.kernels.cpu.any_room import rooms
+from xquant_fx.kernels.cpu.in_turn import InTurn, Turn
 from xquant_fx.kernels.cpu.kept_call import KeptCall, bound, may_be_kept
 from xquant_fx.kernels.cpu.one_call_source import Kernels, source
 from xquant_fx.kernels.cpu.wrapper_chain import Link, Result, chained, kernel_name
-from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Number, Place, Reader, Size, WrapperCode, read_wrapper
+from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Place, Reader, Size, WrapperCode, read_wrapper
 
 log = logging.getLogger(__name__)
 
@@ -249,21 +250,12 @@ def _in_turn(chain: Chain) -> Callable[..., Any]:
     for generated in chain.generated:
         one_unit.compile_alone(generated.module)
 
-    def call(args: list[Any]) -> tuple[Any, ...]:
-        values = dict(zip(chain.arguments, args, strict=True))
-        for link in chain.links:
-            found = chain.generated[link.wrapper].module["call"]([values[name] for name in link.given])
-            values.update(zip(link.returned, found, strict=True))
-        return tuple(value_of_result(result, values) for result in chain.results)
+    def turn(link: Link) -> Turn:
+        wrapper = chain.generated[link.wrapper].module["call"]
+        return Turn(lambda *args: wrapper([*args]), link.given, link.returned, [None] * len(link.returned))
 
-    return call
-
-
-def value_of_result(result: Result, values: Mapping[str, Any]) -> Any:
-    """A result of a graph, of whose tensors and numbers ``values`` are, by name."""
-    if isinstance(result, Number):
-        return eval(result.python, {"__builtins__": {}}, dict(values))  # a sum that we wrote
-    return None if result is None else values[result]
+    run = InTurn(chain.arguments, [*map(turn, chain.links)], chain.results)
+    return lambda args: run(*args)
 
 
 def _python(

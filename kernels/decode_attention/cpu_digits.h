@@ -45,7 +45,7 @@ inline void to_digits(const float (*x)[X_PITCH], int64_t i, int64_t n, const flo
     const auto rounded = [&](int r, int chain, int64_t at) __attribute__((always_inline)) {
         if constexpr (!CARRY) return round_to_int(load<vf>(x[r] + at) * scale[r]);
         const vf exact = fma(load<vf>(x[r] + at), scale[r], lost[r][chain]);
-        // The largest of one digit comes out as it is, whatever is carried to it.
+        // 127.5 would be 128, which no digit is (-127.5 may be -128); so the largest comes out as it is.
         const vi v = round_to_int(DIGITS == 1 ? exact > top ? splat(top) : exact : exact);
         lost[r][chain] = exact - __builtin_convertvector(v, vf);
         return v;

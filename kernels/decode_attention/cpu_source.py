@@ -95,15 +95,16 @@ def key_sizes(p: Problem) -> dict[str, int]:
     return {**{f"K_WORDS_{width}": words.get(width, 0) for width in (8, 4, 2, 1)}, "K_RANKS": ranks}
 
 
-#: Up to this width codes are multiplied with numbers of one digit where the model computes in bfloat16.
-ONE_DIGIT_BITS = 3
+#: Up to this width (the mean one of ranked keys) codes are multiplied with numbers of one digit, where a model computes
+#: in bfloat16. Among ranked keys of 3 bits are codes of 6, which would lose a fifth of what was lost before.
+ONE_DIGIT_BITS = 2.5
 
 
 def digits(dtype: torch.dtype, bits: float) -> int:
     """Bytes of the numbers, queries and weights times scales, that codes of ``bits`` bits are multiplied with.
 
-    One byte rounds to 1/254 of the largest among the channels, or among 128 tokens. That loses a tenth or less of what
-    such codes have lost of keys and values, and less than the rest of a model loses in bfloat16 (benchmarks/digits.py).
+    One byte rounds to steps of 1/127 of the largest among the channels, or among 128 tokens. That loses a tenth of what
+    such codes have lost, or less, and little beside what bfloat16 loses in a model (benchmarks/digits.py).
     """
     if dtype == torch.float32:
         return 3

@@ -28,7 +28,11 @@ def has_chunk(graph: Graph, known_too: bool = False) -> bool:
     With ``known_too`` one that it knows counts, too, if the cache grows. Where it does not know it, Dynamo guards on
     the answer.
     """
-    counted = [tokens for tokens, grows in _appended(graph) if (grows and known_too) or not isinstance(tokens, int)]
+    counted = [
+        tokens
+        for tokens, is_room_known in _appended(graph)
+        if (is_room_known and known_too) or not isinstance(tokens, int)
+    ]
     return any(bool(tokens > STEP_TOKENS) for tokens in counted)
 
 
@@ -38,10 +42,10 @@ def is_known_chunk(graph: Graph) -> bool:
 
 
 def _appended(graph: Graph) -> list[tuple[Any, bool]]:
-    """Numbers of tokens that are appended, and whether to a cache that grows."""
+    """Numbers of tokens that are appended, and whether to a cache whose room is a number."""
     nodes = [node for op in _STORES for node in graph.find_nodes(op="call_function", target=op)]
     stores: list[Any] = [StoreArguments.of(node) for node in nodes]  # of nodes
-    # Of a cache of any length, which does not grow, max_len is a node.
+    # Of a cache of any length max_len is a node.
     return [(value_of(store.x).shape[2], type(store.max_len) is int) for store in stores]
 
 

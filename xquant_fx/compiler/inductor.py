@@ -43,7 +43,7 @@ def no_collection() -> Iterator[None]:
     """Python's cyclic garbage collector is off inside, in the whole process.
 
     A compilation makes a million objects that stay, and each full collection looks at all of them: a tenth of its
-    time. What it leaves in cycles goes with the first collection afterwards.
+    time. What it leaves in cycles goes once Dynamo is through (``tracing_time.py``), or with a collection afterwards.
     """
     was_on = gc.isenabled()
     try:

@@ -72,9 +72,10 @@ def _end(_: Any) -> None:
 
 
 def _collect_new() -> None:
-    """Collect the garbage among what is new, and let the rest grow old at once, as all of it is going to stay.
+    """Collect the garbage among what is new, and let the rest grow old at once, as nearly all of it is going to stay.
 
-    Left to itself the collector would look at it twice more, and at all else with it: 0.4 s.
+    Left to itself the collector would look at it twice more, and at all else with it: 0.4 s. What is young elsewhere
+    in the process grows old with it, and is looked at by the next full collection.
     """
     gc.collect(0)
     if not gc.get_freeze_count():  # what somebody froze must stay so
