@@ -134,6 +134,9 @@ class BufferRewrite:
                 )
 
     def _read(self, user: Node) -> None:
+        if is_shape_query(user) and not user.users:  # left where sizes have become numbers
+            self.graph.erase_node(user)
+            return
         if is_shape_query(user):
             raise UnsupportedWriteError(f"{self._where()}: dynamic sizes of a quantized buffer are not supported")
         if user.op == "output" or self.buffer in written_by(user) or is_opaque(user):

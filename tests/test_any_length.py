@@ -431,3 +431,22 @@ def test_what_cannot_be_widened_says_why(program: Callable[[Tensor], Tensor], re
         run(model.forward, cache, [4])
         step(cache.layers[0].keys)
     assert reasons == [reason]
+
+
+@torch.no_grad()
+def test_chunks_of_a_prompt_after_a_cache_that_grew(tiny_llama) -> None:
+    """Whose length Dynamo leaves open, as it did with the keys of that one; a mask of two dimensions follows it."""
+    torch._dynamo.reset()
+    model, plain = tiny_llama(layers=2, head_dim=32), tiny_llama(layers=2, head_dim=32)
+    ids = torch.randint(3, 128, (1, 70), generator=torch.Generator().manual_seed(0))
+    model.compile(backend="xquant")
+    model.generate(ids[:, :40], max_new_tokens=3, do_sample=False)
+    more = dict(
+        max_new_tokens=3, do_sample=False, prefill_chunk_size=20, output_logits=True, return_dict_in_generate=True
+    )
+    made, expected = (
+        torch.cat(each.generate(ids, past_key_values=XQuantCache(each.config, 96), **more).logits)
+        for each in (model, plain)
+    )
+    torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-4)
+    assert counters["xquant"]["rewrite"]
