@@ -63,11 +63,14 @@ def first_step(args: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     fixed: Any = {"xquant": XQuantCache, "static": StaticCache}.get(args.side)
     ids, found = torch.arange(1, 1 + PROMPT)[None], dict[str, Any]()
+
+    def new_cache(length: int) -> Any:
+        return fixed(model.config, max_cache_len=length) if fixed else DynamicCache(config=model.config)
+
     step = torch.compile(model.forward, backend="inductor" if args.side == "static" else "xquant")
     with torch.no_grad():
         for times, names in enumerate(STEPS):
-            length = args.max_cache_len * (1 + times)
-            cache = fixed(model.config, max_cache_len=length) if fixed else DynamicCache(config=model.config)
+            cache = new_cache(args.max_cache_len * (1 + times))
             model(ids, past_key_values=cache)
             for name in names:
                 before = seconds()
@@ -80,18 +83,16 @@ def first_step(args: argparse.Namespace) -> dict[str, Any]:
     found |= {"phases": times, "hits": hits, "compiled_files": len(compilation_time_metrics.get("compile_file", ()))}
     found["graphs"] = counters["stats"]["unique_graphs"]
     if args.chunk:
-        found |= chunks(model, step, fixed, args)
+        found |= chunks(model, step, new_cache(args.max_cache_len * 2), args.chunk)
     return {**found, "load": os.getloadavg()[0]}
 
 
-def chunks(model: Any, step: Any, fixed: Any, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """What compiled chunks cost, behind an uncompiled prompt in a cache of the second length."""
+def chunks(model: Any, step: Any, cache: Any, tokens: int) -> dict[str, dict[str, float]]:
+    """What compiled chunks of ``tokens`` tokens cost, behind an uncompiled prompt in a new ``cache``."""
     import torch
-    from transformers import DynamicCache
 
-    cache = fixed(model.config, max_cache_len=args.max_cache_len * 2) if fixed else DynamicCache(config=model.config)
-    ids, found = torch.arange(1, 1 + PROMPT + len(CHUNKS) * args.chunk)[None], dict[str, Any]()
-    prompt, *pieces = ids.split([PROMPT, *[args.chunk] * len(CHUNKS)], 1)
+    ids, found = torch.arange(1, 1 + PROMPT + len(CHUNKS) * tokens)[None], dict[str, Any]()
+    prompt, *pieces = ids.split([PROMPT, *[tokens] * len(CHUNKS)], 1)
     with torch.no_grad():
         model(prompt, past_key_values=cache)
         for name, piece in zip(CHUNKS, pieces, strict=True):

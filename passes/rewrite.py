@@ -79,6 +79,9 @@ class BufferRewrite:
         """Rewrite, then drop the placeholder."""
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         for user in sorted(self.buffer.users, key=order.__getitem__):
+            if is_shape_query(user) and not user.users:  # of sizes that nobody uses, or that are numbers by now
+                self.graph.erase_node(user)
+                continue
             if user in self.writes:
                 self._store(self.writes[user])
                 continue
@@ -134,9 +137,6 @@ class BufferRewrite:
                 )
 
     def _read(self, user: Node) -> None:
-        if is_shape_query(user) and not user.users:  # left where sizes have become numbers
-            self.graph.erase_node(user)
-            return
         if is_shape_query(user):
             raise UnsupportedWriteError(f"{self._where()}: dynamic sizes of a quantized buffer are not supported")
         if user.op == "output" or self.buffer in written_by(user) or is_opaque(user):

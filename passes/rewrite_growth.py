@@ -25,7 +25,7 @@ from xquant_fx.passes.find_writes import written_by
 from xquant_fx.passes.graph import call, size_among_inputs
 from xquant_fx.passes.records import Write
 from xquant_fx.passes.rewrite import BufferRewrite
-from xquant_fx.passes.trace import is_shape_query, value_of
+from xquant_fx.passes.trace import value_of
 
 
 def rewrite_growth(gm: GraphModule, context: Context) -> int:
@@ -81,9 +81,6 @@ class GrowthRewrite(BufferRewrite):
         return Grown(self.context.index_of(self.buffer), at, where, write.keep)
 
     def _read(self, user: Node) -> None:
-        if is_shape_query(user) and not user.users:
-            self.graph.erase_node(user)
-            return
         if user.op == "output" or self.buffer in written_by(user):
             raise UnsupportedWriteError(f"{self._where()}: {user.name} is no way to append tokens or to read them")
         if self.before is None:

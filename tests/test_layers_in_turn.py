@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dynamo_graphs import fresh
-from rewrites import ALONE, quantized_layers
+from rewrites import ALONE, assign, quantized_layers, sdpa
 from test_layers import plain
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -72,6 +72,28 @@ def test_chunks_of_a_model(tiny_llama: Any) -> None:
             torch.testing.assert_close(step(piece, past_key_values=compiled).logits, expected, rtol=1e-3, atol=1e-4)
         graphs.append(counters["xquant"]["layers_not_compiled_again"])
     assert graphs[0] and graphs[2] == graphs[1] > graphs[0]
+
+
+def test_what_repeats_elements_between_pieces_keeps_the_graph_whole() -> None:
+    """A copy could not be laid out so."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, layers: Any, pos: Tensor) -> Tensor:
+        loud = (q * 2).mean(3, keepdim=True).expand(q.shape)
+        for keys, values in layers:
+            assign(keys, values, k, v, pos)
+            q = sdpa(q, keys, values)
+            k, v = k + q, v * loud
+        return q
+
+    counters.clear()
+    args, expected = fresh(CHUNK), quantized_layers(ALONE, number=LAYERS)
+    with torch.no_grad():
+        made = torch.compile(step, backend="xquant", dynamic=False)(
+            *args, quantized_layers(ALONE, number=LAYERS), torch.arange(CHUNK)
+        )
+        torch.testing.assert_close(made, step(*args, expected, torch.arange(CHUNK)), rtol=1e-4, atol=1e-5)
+    reasons = [name for name in counters["xquant"] if name.startswith("layers compiled together")]
+    assert len(reasons) == 1 and "repeats elements" in reasons[0]
 
 
 def test_steps_become_one_call() -> None:

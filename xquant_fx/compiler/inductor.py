@@ -93,7 +93,8 @@ def compile_by_inductor(
         if rooms is not None:
             patches["size_asserts"] = False  # of inputs that may have another room
     by_layers = settings is not None and on_cpu and one_call
-    place = place_of(gm.graph, inputs, patches) if by_layers else None
+    in_turn = by_layers and is_known_chunk(gm.graph)
+    place = place_of(gm.graph, inputs, patches) if by_layers and not in_turn else None
     if place and (restored := restored_layers(gm, inputs, place)):
         return restored if rooms is None else OfAnyRoom(restored, lambda: True)  # no others are kept
     make_fake_inputs(gm.graph, inputs)
@@ -101,7 +102,7 @@ def compile_by_inductor(
     with switched(one_call), checks, compiled_for(rooms):
         compile_one = _compile_one(patches)
         made = None
-        if by_layers and is_known_chunk(gm.graph):
+        if in_turn:
             made = compile_in_turn(gm, inputs, compile_one)
         elif by_layers:
             made = compile_layers(gm, inputs, compile_one, place)

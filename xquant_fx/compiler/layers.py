@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._dynamo.utils import counters
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from xquant_fx.compiler.any_room import rooms_of
 from xquant_fx.compiler.open_numbers import asked
@@ -89,13 +89,13 @@ def _counting_writes(call: Callable[[list[Any]], Any], graph: Graph) -> Callable
 
 def _chain(apart: Cut, compile_one: Compile) -> Chain:
     """Raises NotReadError if the parts, or how they fit together, are not what the whole graph would be."""
-    parts = apart.each_form(lambda piece, returned: _compiled(apart, piece, returned, compile_one))
+    parts = apart.each_form(lambda piece: _compiled(apart, piece, compile_one))
     places = {form: place for place, form in enumerate(parts)}
     links = [
         Link(
             places[piece.form],
             [node.name for node in piece.given],
-            [piece.nodes[i].name for i in apart.returned[piece.form]],
+            [node.name for node in apart.results_of(piece)],
         )
         for piece in apart.pieces
     ]
@@ -108,22 +108,21 @@ def _chain(apart: Cut, compile_one: Compile) -> Chain:
     )
 
 
-def _compiled(apart: Cut, piece: Piece, returned: Sequence[int], compile_one: Compile) -> Part:
+def _compiled(apart: Cut, piece: Piece, compile_one: Compile) -> Part:
     with collected() as found, compiled_for(rooms_of(piece.given)):
         compile_one(*apart.alone(piece))
     if not found:
         raise NotReadError("a part has no wrapper of ours")
     read = read_generated(found[-1])
-    _check(piece, returned, read)
+    _check(piece, apart.results_of(piece), read)
     return Part(found[-1], read)
 
 
-def _check(piece: Piece, returned: Sequence[int], read: Reader) -> None:
+def _check(piece: Piece, returned: Sequence[Node], read: Reader) -> None:
     """A part takes all that it is given, and returns new tensors laid out as the next one was told."""
     if len(read.code.arguments) != len(piece.given) or len(read.code.results) != len(returned):
         raise NotReadError("a part takes or returns something else")
-    for number, place in zip(returned, read.code.results, strict=True):
-        node = piece.nodes[number]
+    for node, place in zip(returned, read.code.results, strict=True):
         value, found = value_of(node), layout(place, read)
         if found != (tuple(value.shape), value.stride()):
             raise NotReadError(f"{node.name} is returned in another way: {found}")

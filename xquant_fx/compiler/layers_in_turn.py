@@ -30,17 +30,13 @@ def compile_in_turn(gm: GraphModule, inputs: Sequence[Any], compile_one: Compile
         if apart is None:
             return None
         strides = _strides(apart)
-        calls = apart.each_form(lambda piece, _: _compiled(apart, piece, compile_one))
+        calls = apart.each_form(lambda piece: _compiled(apart, piece, compile_one))
     except NotReadError as error:
         note_together(error)
         return None
     counters["xquant"]["layers_not_compiled_again"] += apart.spared
-    turns = [_turn(piece, _returned(apart, piece), calls[piece.form], strides) for piece in apart.pieces]
+    turns = [_turn(piece, apart.results_of(piece), calls[piece.form], strides) for piece in apart.pieces]
     return InTurn([node.name for node in apart.given], turns, apart.results)
-
-
-def _returned(apart: Cut, piece: Piece) -> list[Node]:
-    return [piece.nodes[i] for i in apart.returned[piece.form]]
 
 
 def _strides(apart: Cut) -> dict[Node, tuple[int, ...]]:

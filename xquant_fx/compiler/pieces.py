@@ -44,8 +44,12 @@ class Cut(NamedTuple):
         """How many pieces need not be compiled, since one like them is."""
         return len(self.pieces) - len(self.returned)
 
-    def each_form(self, make: Callable[[Piece, Sequence[int]], Made]) -> dict[Hashable, Made]:
-        """What ``make`` gives for a piece of each form, and what that returns, by form; that of most pieces first.
+    def results_of(self, piece: Piece) -> list[Node]:
+        """The nodes of ``piece`` that it returns."""
+        return [piece.nodes[i] for i in self.returned[piece.form]]
+
+    def each_form(self, make: Callable[[Piece], Made]) -> dict[Hashable, Made]:
+        """What ``make`` gives for a piece of each form, by form; that of most pieces first.
 
         Raises:
             NotReadError: what is made for one holds for some of its numbers only.
@@ -53,7 +57,7 @@ class Cut(NamedTuple):
         made, inputs = dict[Hashable, Made](), list(self.given.values())
         for form, _ in Counter(piece.form for piece in self.pieces).most_common():
             equal, before = [piece for piece in self.pieces if piece.form == form], asked(inputs)
-            made[form] = make(equal[0], self.returned[form])
+            made[form] = make(equal[0])
             numbers = {tuple(filter(is_number, piece.given)) for piece in equal}
             if len(numbers) > 1 and asked(inputs) != before:
                 raise NotReadError("what was compiled for one layer holds for some of its numbers only")
@@ -67,7 +71,7 @@ class Cut(NamedTuple):
             env[node].meta["example_value"] = node.meta["example_value"]
         for node in piece.nodes:
             env[node] = graph.node_copy(node, env.__getitem__)
-        graph.output(tuple(env[piece.nodes[i]] for i in self.returned[piece.form]))
+        graph.output(tuple(env[node] for node in self.results_of(piece)))
         examples = [self.given[node] if node in self.given else _like(value_of(node)) for node in piece.given]
         return GraphModule({}, graph), examples
 
