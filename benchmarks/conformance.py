@@ -33,7 +33,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from xquant_fx import XQuantCache, XQuantConfig, memory_report
-from xquant_fx.compiler.backend import compile_graph, detect_graph
+from xquant_fx.compiler.backend import compile_graph
+from xquant_fx.compiler.detection import detect_graph
 from xquant_fx.compiler.options import parse
 from xquant_fx.passes.records import Site
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from xquant_fx import XQuantCache, XQuantConfig, memory_report, ops
 from xquant_fx.cache.growing import STORED_KV
-from xquant_fx.compiler.backend import detect_graph
+from xquant_fx.compiler.detection import detect_graph
 from xquant_fx.compiler.options import parse
 
 ENCODED = 18

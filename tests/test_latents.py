@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 from xquant_fx import XQuantCache, XQuantConfig, ops
 from xquant_fx.cache.growing import STORED_KV
-from xquant_fx.compiler.backend import detect_graph
+from xquant_fx.compiler.detection import detect_graph
 from xquant_fx.compiler.options import parse
 from xquant_fx.plan.buffer_plan import ROTARY_BITS
 

@@ -12,12 +12,9 @@ of a module of its own. Checked on torch 2.11 and 2.13.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
-import inspect
 import logging
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -25,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from xquant_fx.kernels.cpu.any_room import rooms
+from xquant_fx.kernels.cpu.at_first_call import AtFirstCall, parsed
 from xquant_fx.kernels.cpu.in_turn import InTurn, Turn
 from xquant_fx.kernels.cpu.kept_call import KeptCall, bound, may_be_kept
 from xquant_fx.kernels.cpu.one_call_source import Kernels, source
@@ -110,7 +108,7 @@ def joined(
         return wrapper
 
     def begin() -> Callable[[], Callable[..., Any]]:
-        function = _parsed(wrapper)
+        function = parsed(wrapper)
         parameters = ", ".join(arg.arg for arg in function.args.args)
         return _python(parameters, read_wrapper(function, itemsizes), module)
 
@@ -132,7 +130,7 @@ def read_generated(generated: Generated) -> Reader:
     """What a wrapper does; raises NotReadError."""
     read = Reader(generated.itemsizes)
     try:
-        read.read_all(_parsed(generated.wrapper))
+        read.read_all(parsed(generated.wrapper))
     except (OSError, AttributeError) as error:  # no source
         raise NotReadError(str(error)[:200]) from error
     return read
@@ -153,87 +151,6 @@ def joined_chain(chain: Chain, keep: Keep | None = None) -> Callable[[list[Any]]
         return _python("args", code, module, keep)
 
     return AtFirstCall(begin, functools.partial(_in_turn, chain))
-
-
-def _parsed(wrapper: Callable[..., Any]) -> ast.FunctionDef:
-    function = ast.parse(textwrap.dedent(inspect.getsource(wrapper))).body[0]
-    assert isinstance(function, ast.FunctionDef)
-    return function
-
-
-class AtFirstCall:
-    """Calls what is compiled in the background until then; where that cannot be, what ``otherwise`` makes.
-
-    That may take inputs of any room (``any_room.py``), too, if it calls ``wrapper`` and nothing else.
-    """
-
-    def __init__(
-        self,
-        begin: Callable[[], Callable[[], Callable[..., Any]]],
-        otherwise: Callable[[], Callable[..., Any]],
-        wrapper: Callable[..., Any] | None = None,
-    ) -> None:
-        from torch._dynamo.utils import dynamo_timed  # imports Dynamo
-
-        with dynamo_timed("xquant_one_call"):
-            self.finish = _begun(begin)
-        self.otherwise, self.wrapper, self.rooms = otherwise, wrapper, rooms()
-        self.chosen: Callable[..., Any] | None = None
-        self.takes_any_room = False
-        if self.rooms is not None:
-            self.rooms.calls.append(self.is_open)
-
-    def __get__(self, runner: Any, owner: Any = None) -> Callable[..., Any]:
-        """Where it is a method in the place of another, as a class of generated code has one."""
-        return self if runner is None else functools.partial(self, runner)
-
-    def is_open(self) -> bool:
-        """Whether it takes inputs of any room; waits for the compiler."""
-        if self.chosen is None:
-            self._choose()
-        return self.takes_any_room
-
-    def __call__(self, *args: Any) -> Any:
-        """Make the call."""
-        return (self.chosen or self._choose())(*args)
-
-    def _choose(self) -> Callable[..., Any]:
-        from torch._dynamo.utils import counters, dynamo_timed  # imports Dynamo
-
-        from xquant_fx.kernels.cpu import build  # brings in Inductor's compiler
-
-        with dynamo_timed("xquant_one_call"):
-            try:
-                made = self.finish()
-                self.takes_any_room = True  # before it is ``chosen``: another thread may ask
-                counters["xquant"]["one_call"] += 1
-            except (NotReadError, build.CompileError) as error:
-                made = _told(self.otherwise, str(error)[:200])
-                if self.rooms is not None and self.wrapper is not None:
-                    with contextlib.suppress(OSError):  # no source
-                        self.takes_any_room = self.rooms.are_ours(_parsed(self.wrapper))
-            self.chosen = made
-        return made
-
-
-def _begun(begin: Callable[[], Callable[[], Callable[..., Any]]]) -> Callable[[], Callable[..., Any]]:
-    """What gives the function to call, once it is needed, or says why there is none."""
-    try:
-        return begin()
-    except (NotReadError, OSError, AttributeError) as error:
-        return functools.partial(_refuse, str(error))
-
-
-def _refuse(reason: str) -> Callable[..., Any]:
-    raise NotReadError(reason)
-
-
-def _told(otherwise: Callable[[], Callable[..., Any]], reason: str) -> Callable[..., Any]:
-    from torch._dynamo.utils import counters  # imports Dynamo
-
-    log.info("the kernels of this graph are called one by one: %s", reason)
-    counters["xquant"][f"kernels called one by one: {reason}"] += 1
-    return otherwise()
 
 
 def _one_by_one(wrapper: Callable[..., Any], module: dict[str, Any]) -> Callable[..., Any]:

@@ -16,7 +16,8 @@
 // of a KV head (and all queries of the step) are the rows that share one read of the codes.
 #include "../cpu/ranked.h"
 #include "cpu_problem.h"
-#include "cpu_quantized_tokens.h"
+#include "cpu_quantized_keys.h"
+#include "cpu_quantized_values.h"
 #include "cpu_full_tokens.h"
 #include "cpu_softmax.h"
 

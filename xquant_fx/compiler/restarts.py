@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import KVState
+from xquant_fx.compiler.detection import detect_graph
 from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
 from xquant_fx.compiler.give_back import give_back, groups_of
 from xquant_fx.compiler.options import Request
@@ -31,7 +32,6 @@ from xquant_fx.passes.graph import size_among_inputs
 from xquant_fx.passes.kept_positions import kept
 from xquant_fx.passes.records import Detection
 
-Judge = Callable[[GraphModule, list[Any], Request], Detection]
 REASON = "a position was written to anew while tokens behind it are attended to (a rotating buffer, or slots?)"
 SCATTERED = "the positions of one step do not follow one another (a rotating buffer, or slots?)"
 
@@ -39,8 +39,8 @@ SCATTERED = "the positions of one step do not follow one another (a rotating buf
 class Restarts:
     """Looks at the positions of a compiled graph before each of its steps."""
 
-    def __init__(self, gm: GraphModule, found: Detection, request: Request, judge: Judge) -> None:
-        self.gm, self.request, self.judge = gm, request, judge
+    def __init__(self, gm: GraphModule, found: Detection, request: Request) -> None:
+        self.gm, self.request = gm, request
         places = {node: i for i, node in enumerate(found.gm.graph.find_nodes(op="placeholder"))}
         self.written: dict[int | None, list[int]] = {}
         """Argument index of the first position (None: it is 0) to those of the buffers."""
@@ -157,7 +157,7 @@ class Restarts:
 
     def _hides_old(self, args: tuple[Any, ...]) -> bool:
         """Whether the masks of all attentions hide all tokens behind the new ones."""
-        found = self.judge(self.gm, list(args), self.request)
+        found = detect_graph(self.gm, list(args), self.request)
         graph = found.gm.graph
         given = dict(zip(graph.find_nodes(op="placeholder"), args, strict=True))
         call, facts = Call(found.gm, given), Facts(graph)

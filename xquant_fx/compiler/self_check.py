@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.ragged import Row
 from xquant_fx.cache.sliding import SlidingKV, with_room_to_slide
+from xquant_fx.compiler.detection import detect_graph
 from xquant_fx.compiler.differences import Difference, beyond_rounding
 from xquant_fx.compiler.full_precision import Rebuilt, contents_of, full, held_of
 from xquant_fx.compiler.left_alone import CHECKED
@@ -40,8 +41,6 @@ from xquant_fx.passes.vocabulary import op_name
 from xquant_fx.warn_once import warn_once
 
 log = logging.getLogger(__name__)
-
-Judge = Callable[[GraphModule, list[Any], Request], Detection]
 
 
 class Verdict(NamedTuple):
@@ -61,14 +60,22 @@ class Verdict(NamedTuple):
         return dataclasses.replace(self.detection, sites=sites)
 
 
-def self_check(gm: GraphModule, found: Detection, inputs: list[Any], request: Request, judge: Judge) -> Verdict:
+def self_check(
+    gm: GraphModule,
+    found: Detection,
+    inputs: list[Any],
+    request: Request,
+    originals: Mapping[int, Tensor] | None = None,
+) -> Verdict:
     """Compare what ``found`` makes of ``gm`` with ``gm`` on ``inputs``, quantized buffers or ordinary ones.
+
+    ``originals`` are those of copies among the inputs, as ``detect_graph`` takes them.
 
     What cannot be compared is said once, as a warning, and used.
     """
     counted = dict(counters["xquant"])  # the graph is not looked at once more for the user
     try:
-        verdict = _checked(gm, found, inputs, request, judge)
+        verdict = _checked(found, _Check(gm, inputs, request, originals))
     except _CannotCheckError as error:
         warn_once(f"self_check: a graph could not be checked: {error}")
         verdict = Verdict(found)
@@ -83,8 +90,7 @@ class _CannotCheckError(Exception):
     pass
 
 
-def _checked(gm: GraphModule, found: Detection, inputs: list[Any], request: Request, judge: Judge) -> Verdict:
-    check = _Check(gm, inputs, request, judge)
+def _checked(found: Detection, check: _Check) -> Verdict:
     wrong = check.differences(found.sites)
     unfused = [i for i in wrong if i is not None and found.sites[i].form is not None]
     if unfused:
@@ -106,8 +112,10 @@ def _unfused(sites: tuple[Site, ...], reasons: Mapping[int, str]) -> tuple[Site,
 class _Check:
     """Comparisons of one graph on one set of inputs."""
 
-    def __init__(self, gm: GraphModule, inputs: list[Any], request: Request, judge: Judge) -> None:
-        self.gm, self.inputs, self.request, self.judge = gm, inputs, request, judge
+    def __init__(
+        self, gm: GraphModule, inputs: list[Any], request: Request, originals: Mapping[int, Tensor] | None
+    ) -> None:
+        self.gm, self.inputs, self.request, self.originals = gm, inputs, request, originals
         if any(is_opaque(node) or "c10d" in str(node.target) for node in gm.graph.nodes):
             raise _CannotCheckError("it runs graphs of its own, or communicates with other processes")
         if any("vmap" in op_name(node) for node in gm.graph.nodes):  # whose tensors nobody may keep
@@ -140,7 +148,7 @@ class _Check:
 
     def _judged_again(self, sites: tuple[Site, ...]) -> Detection:
         """The detection once more, on a clone of its own, with the decisions of ``sites``."""
-        again = self.judge(self.gm, self.inputs, self.request)
+        again = detect_graph(self.gm, self.inputs, self.request, self.originals)
         if len(again.sites) != len(sites):
             raise _CannotCheckError("it is judged in another way the second time")
         reasons = {i: site.dequantized for i, site in enumerate(sites) if site.form is None and again.sites[i].form}

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xquant_fx.cache.aliases import owner_of
+from xquant_fx.compiler.detection import detect_graph
 from xquant_fx.compiler.left_alone import report_buffers, report_left
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.stacked_graph import LeftWholeError
@@ -33,15 +34,8 @@ class Watch:
     The buffers that a graph is called with are one cache's for many steps, so that knowing them again must be cheap.
     """
 
-    def __init__(
-        self,
-        compiled: Callable[..., Any],
-        gm: GraphModule,
-        found: Detection,
-        request: Request,
-        judge: Callable[[GraphModule, list[Any], Request], Detection],
-    ) -> None:
-        self.compiled, self.gm, self.request, self.judge = compiled, gm, request, judge
+    def __init__(self, compiled: Callable[..., Any], gm: GraphModule, found: Detection, request: Request) -> None:
+        self.compiled, self.gm, self.request = compiled, gm, request
         self.watched = found.left_for_now
         self.last: list[weakref.ref[Any]] = []
         self.judged: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -51,7 +45,7 @@ class Watch:
         """One step on a cache that stays in full precision, or the takeover of one that need not."""
         buffers = [owner_of(args[i]) for i in self.watched]
         if not self.last or any(ref() is not buffer for ref, buffer in zip(self.last, buffers, strict=True)):
-            found = None if self._knows(buffers) else self.judge(self.gm, list(args), self.request)
+            found = None if self._knows(buffers) else detect_graph(self.gm, list(args), self.request)
             if found is not None:
                 report_left(found.sites, self.request)
             if found is not None and found.ordinary:

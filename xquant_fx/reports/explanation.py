@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from xquant_fx.cache.growth import exact_rooms
-from xquant_fx.compiler.backend import detect_graph
+from xquant_fx.compiler.detection import detect_graph
 from xquant_fx.compiler.emptied_inputs import emptied_inputs
 from xquant_fx.compiler.laid_out_graph import laid_out_graph
 from xquant_fx.compiler.laid_out_growth import laid_out_growth
@@ -123,8 +122,7 @@ def _detect(gm: torch.fx.GraphModule, inputs: list[Any], request: Request, origi
     found = detect_graph(gm, inputs, request, originals)
     if not request.self_check:
         return found
-    judge = functools.partial(detect_graph, originals=originals)
-    return self_check(gm, found, inputs, request, judge).explained
+    return self_check(gm, found, inputs, request, originals).explained
 
 
 def _sites(found: Detection) -> list[Site]:
