@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from attention_runs import Setup, arguments, inputs
 from states import layers_of
 from store_reference import Case
-from store_runs import pair_of
+from store_runs import load_arguments, pair_of
 
 from xquant_fx import XQuantConfig
 from xquant_fx.cache.state import KVState
@@ -36,9 +36,12 @@ from xquant_fx.kernels.prompt_attention import cpu_source as cpu_prompt
 from xquant_fx.kernels.quantize_store import cpu_call as append
 from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
 from xquant_fx.kernels.quantize_store.arguments import OWN, StoreArguments
+from xquant_fx.kernels.shared_code_load import cpu_call as load
+from xquant_fx.kernels.shared_code_load import cpu_source as cpu_load
+from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 
 KERNELS = Path(__file__).parents[1] / "kernels"
-OPS = ("decode_attention", "quantize_store", "linear_rows", "prompt_attention")
+OPS = ("decode_attention", "quantize_store", "shared_code_load", "linear_rows", "prompt_attention")
 
 
 LINEAR = cpu_linear.Problem(dtype=torch.bfloat16, rows=1, biased=(True, False))
@@ -69,21 +72,32 @@ def append_of(state: KVState) -> cpu_store.Append:
     return append.problem_of(StoreArguments(**given))
 
 
+def load_problem() -> cpu_load.Load:
+    case = Case(dtype=torch.bfloat16, dim=128, residual=128, group=128, max_len=1024, sinks=4)
+    return load_of(pair_of(case)[0])
+
+
+def load_of(state: KVState) -> cpu_load.Load:
+    return load.problem_of(LoadArguments(**load_arguments(state, 0, 1, 1)))
+
+
 def examples() -> dict[str, str]:
     """Text of the example header of each op."""
     constants = (
         cpu_attention.constants(decode_problem()),
         cpu_store.constants(append_problem()),
+        cpu_load.constants(load_problem()),
         cpu_linear.constants(LINEAR),
         cpu_prompt.constants(PROMPT),
     )
     tensors = (
         cpu_source.pointers(DecodeArguments, Overload()),
         cpu_source.pointers(StoreArguments, OWN),
+        cpu_source.pointers(LoadArguments, Overload(omit=frozenset({"first"}))),
         {},
         {},
     )
-    sizes = (cpu_attention.SIZES, cpu_store.SIZES, (), ())
+    sizes = (cpu_attention.SIZES, cpu_store.SIZES, cpu_load.SIZES, (), ())
     return {op: cpu_source.example(*parts) for op, *parts in zip(OPS, constants, tensors, sizes, strict=True)}
 
 
@@ -99,7 +113,9 @@ def whole_sources(isa: str) -> dict[str, str]:
         "append": append_problem(),
         **{f"append {state.spec.scheme}": append_of(state) for state in new_states()},
     }
+    loads = {"load": load_problem(), **{f"load {state.spec.scheme}": load_of(state) for state in new_states()}}
     made = {name: cpu_attention.source(p, ISAS[isa])[1] for name, p in decodes.items()}
+    made |= {name: cpu_load.source(p, ISAS[isa])[1] for name, p in loads.items()}
     made["prompt"] = cpu_prompt.source(PROMPT, ISAS[isa])[1]
     made |= {name: cpu_linear.source(p, ISAS[isa])[1] for name, p in {"linear": LINEAR, "addmm": ADDMM}.items()}
     return made | {name: cpu_store.source(a, ISAS[isa])[1] for name, a in appends.items()}

@@ -67,6 +67,7 @@ MAY_BE_IMPORTED_BY = {
         "compiler.cache_key",
         "kernels.lowerings",
         "kernels.cpu.build",
+        "kernels.cpu.kept_call",
         "kernels.cpu.one_unit",
     ],
 }

@@ -29,6 +29,7 @@ from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArgum
 from xquant_fx.kernels.quantize_store.both_arguments import BOTH, BothArguments
 from xquant_fx.kernels.rotation import rotate_values
 from xquant_fx.kernels.rows import row_of
+from xquant_fx.kernels.shared_code_load import cpu_call as cpu_load
 from xquant_fx.kernels.shared_code_load import plain_torch as plain_load
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.kernels.triton_host import has_triton
@@ -126,14 +127,22 @@ def append_uncompiled(a: StoreArguments) -> None:
     cpu_store.run(a.replace(x=a.x.to(a.quantized.ring.dtype)))
 
 
-def _is_long_and_eager(x: Tensor) -> bool:
-    return not is_traced(x) and x.shape[2] >= LONG_CHUNK
+def _is_worth_waiting(a: StoreArguments) -> bool:
+    """Whether an uncompiled chunk takes plain torch so long that its kernel is built, if it was not yet."""
+    return a.x.shape[2] >= LONG_CHUNK or cpu_store.is_at_hand(a)
 
 
-#: Device type to the kernel that appends longer chunks there, where they take plain torch long enough to be worth
-#: a compiled kernel. A graph has plain torch, which Inductor compiles.
+def _store_chunk(a: StoreArguments) -> None:
+    """A chunk of one length by the kernel of its device; a graph has plain torch, which Inductor compiles."""
+    if a.x.device.type == "cpu" and not is_traced(a.x) and _is_worth_waiting(a):
+        _run(CHUNK_KERNELS, a.x, a, plain_store.store)
+    else:
+        plain_store.store(a)
+
+
+#: Device type to the kernel that appends longer chunks in uncompiled code there.
 CHUNK_KERNELS = {
-    "cpu": Kernel(append_uncompiled, _is_long_and_eager, cpu_store.why_no_chunk),
+    "cpu": Kernel(append_uncompiled, lambda x: True, cpu_store.why_no_chunk),
 }
 
 
@@ -162,7 +171,7 @@ def _store(a: StoreArguments) -> None:
     elif _is_known_chunk(a):
         _append_cpu(a)
     else:
-        _store_rows(lambda row: _run(CHUNK_KERNELS, row.x, row, plain_store.store), a)
+        _store_rows(_store_chunk, a)
 
 
 def _store_rows(store: Callable[[StoreArguments], None], a: StoreArguments) -> None:
@@ -196,7 +205,13 @@ def shared_code_load(*args: Any, **kwargs: Any) -> Tensor:
     """Dequantized [B, H, n, D] as attention sees it in a step of ``new_tokens`` after ``past`` (int64 [1] or [B])."""
     a = LoadArguments(*args, **kwargs)
     rows = a.past.shape[0]
-    return plain_load.load(a) if rows == 1 else torch.cat([plain_load.load(row_of(a, row)) for row in range(rows)])
+    return _load(a) if rows == 1 else torch.cat([_load(row_of(a, row)) for row in range(rows)])
+
+
+def _load(a: LoadArguments) -> Tensor:
+    """A batch of one length, in uncompiled code on a CPU by a kernel."""
+    out = cpu_load.dequantized(a)
+    return plain_load.load(a) if out is None else out
 
 
 def decode_attention(*args: Any, **kwargs: Any) -> Tensor:

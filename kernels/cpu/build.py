@@ -67,6 +67,12 @@ def isa() -> Isa:
     return named_by_inductor(str(pick_vec_isa()))
 
 
+def isa_is_known() -> bool:
+    """Whether ``isa()`` has been asked already, or replaced."""
+    info = getattr(isa, "cache_info", None)
+    return info is None or bool(info().currsize)
+
+
 @functools.cache
 def has_compiler() -> bool:
     """Whether there is a C++ compiler here."""
@@ -109,6 +115,19 @@ def begin_kernel(types: tuple[str, ...], code: str) -> None:
             _builder(code).load_pybinding_async, list(types), code, submit_fn=AsyncCompile.submit
         )
         AsyncCompile.submit(functools.partial(contextvars.copy_context().run, load_async))
+
+
+def in_background(work: Callable[[], Any]) -> None:
+    """Do ``work`` on one of Inductor's threads, if it has more than one; what it raises goes to the log."""
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:  # whoever needs it will find out
+            log.info("a kernel could not be built in the background: %s", error)
+
+    if get_compile_threads() > 1:
+        AsyncCompile.submit(functools.partial(contextvars.copy_context().run, run))
 
 
 def function_in(library: str) -> Callable[..., Any]:

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import logging
 import os
+import platform
+import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,6 +45,27 @@ class KeptCall(NamedTuple):
     """Files of the kernels that it calls in other libraries, in the order of their addresses."""
     spared: int = 0
     """Parts of the graph that were like another one, and not compiled: for counters."""
+
+
+def folder() -> Path:
+    """All that are kept, beside what Inductor keeps."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "xquant"
+
+
+@functools.cache
+def machine() -> tuple[Any, ...]:
+    """Versions, and what decides which instructions are compiled for."""
+    versions = torch.__version__, torch.version.git_version, platform.machine()
+    python = sys.implementation.cache_tag, sysconfig.get_config_var("SOABI")  # which tells free-threaded ones apart
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    kinds = {line.partition(":")[0].strip(): line for line in reversed(lines)}
+    processor = [kinds.get(name) for name in ("model name", "flags", "Features", "CPU part")]
+    return *versions, *python, torch.backends.cpu.get_cpu_capability(), processor if any(processor) else lines
 
 
 def bound(lines: Sequence[str], function: Any, kernels: Sequence[str], names: dict[str, Any]) -> Callable[..., Any]:
@@ -119,6 +144,20 @@ def restored(file: Path) -> Callable[..., Any] | None:
     counters["xquant"]["steps restored"] += 1
     counters["xquant"]["one_call"] += 1
     counters["xquant"]["layers_not_compiled_again"] += kept.spared
+    return made
+
+
+def restored_kernel(file: Path) -> Callable[..., Any] | None:
+    """The C++ function alone that was kept in ``file``, without Python around it; None as for ``restored``."""
+    if not file.exists():
+        return None
+    try:
+        made: Callable[..., Any] = _function_in(str(file.parent / _read(file.read_text()).library))
+    except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
+        _tell("restored", error)
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(file)
     return made
 
 

@@ -19,8 +19,11 @@ from typing import Any
 from torch._inductor.async_compile import AsyncCompile
 
 from xquant_fx.kernels.cpu import build
+from xquant_fx.kernels.cpu.at_hand import note
 
 _ENTRY = re.compile(r'extern "C"\s+void\s+kernel\(')
+#: What is in the source of a kernel that is not Inductor's.
+_OURS = "namespace xq "
 _DIRECTIVE = re.compile(r"^\s*#\s*(\w+).*\n?", re.MULTILINE)
 
 
@@ -45,14 +48,16 @@ class UnitKernel:
 class LaterKernel:
     """A kernel that is being compiled; a call waits for it, where loading its module would make all else wait."""
 
-    def __init__(self, future: Any) -> None:
-        self.future = future
+    def __init__(self, future: Any, types: tuple[str, ...], code: str) -> None:
+        self.future, self.types, self.code = future, types, code
         self.made: Callable[..., Any] | None = None
 
     def loaded(self) -> Callable[..., Any]:
         """The compiled kernel; raises what the compiler says."""
         if self.made is None:
             self.made = build.mended(self.future.result)
+            if _OURS in self.code:
+                note(self.types, self.code, self.made)
         assert self.made is not None
         return self.made
 
@@ -75,7 +80,7 @@ class UnitCompile(AsyncCompile):
             return UnitKernel(tuple(argtypes), source_code)
         build.isa()  # waits for what is asked in the background already
         made = build.mended(functools.partial(super().cpp_pybinding, argtypes, source_code))
-        return LaterKernel(made) if hasattr(made, "result") else made
+        return LaterKernel(made, tuple(argtypes), source_code) if hasattr(made, "result") else made
 
 
 def may_be_joined(code: str) -> bool:
@@ -84,7 +89,7 @@ def may_be_joined(code: str) -> bool:
     Ours depend on formats alone, so that one compiled kernel serves many graphs.
     """
     directives = {match[1] for match in _DIRECTIVE.finditer(code)}
-    return "namespace xq " not in code and len(_ENTRY.findall(code)) == 1 and directives <= {"include", "pragma"}
+    return _OURS not in code and len(_ENTRY.findall(code)) == 1 and directives <= {"include", "pragma"}
 
 
 def unit(kernels: Sequence[UnitKernel]) -> str:

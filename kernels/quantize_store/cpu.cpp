@@ -7,6 +7,7 @@
 #include "example_problem.h"
 #endif
 #include "../cpu/hadamard.h"
+#include "../cpu/planes.h"
 #include "../cpu/ranked.h"
 #include "../cpu/small_floats.h"
 
@@ -30,21 +31,6 @@ struct Inputs : Tensors, Sizes {
 using Codes = std::remove_pointer_t<decltype(Tensors::codes)>;
 inline void write(int32_t* word, int32_t value) { *word = value; }
 inline void write(const int32_t*, int32_t) {}
-
-// Where code i of the `codes` along the packed axis is in a plane of fields: its word, or row of words, and its bit.
-constexpr int64_t first_word(const Plane& plane, int64_t codes) { return (codes * plane.above + 31) / 32; }
-constexpr int64_t word_of_code(const Plane& plane, int64_t i, int64_t codes) {
-    return first_word(plane, codes) + i / (32 / plane.width);
-}
-constexpr int32_t shift_of_code(const Plane& plane, int64_t i) {
-    const int64_t r = i % (32 / plane.width);
-    return (int32_t)(8 * (r % 4) + plane.width * (r / 4));
-}
-constexpr uint32_t mask_of(const Plane& plane) { return (1u << plane.width) - 1; }
-constexpr uint32_t field_of(const Plane& plane, uint32_t code) {
-    return plane.width == BITS ? code : code >> plane.shift & mask_of(plane);
-}
-inline vf to_floats(vub codes) { return __builtin_convertvector(widen(codes), vf); }
 
 // Where the codes of token t are: those of a sliding window start over (kernels/layout.py).
 constexpr int64_t slot_of(int64_t t) { return WRAP ? t % (WRAP ? WRAP : 1) : t; }

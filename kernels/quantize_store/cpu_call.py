@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from xquant_fx.kernels.cpu.at_hand import at_hand, built
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.quantize_store.cpu_source import SIZES, Append, source
@@ -62,18 +63,22 @@ def run_cpu(*args: Any, **kwargs: Any) -> None:
 
 def run(a: StoreArguments) -> None:
     """The same."""
-    # Imported here: it brings in Inductor's compiler.
-    from xquant_fx.kernels.cpu import build as cpu_build
-
     a = a.mapped(Tensor.contiguous, ("x", "pos"))
-    types, code = source(problem_of(a), cpu_build.isa())
-    cpu_build.load(types, code)(*a.tensors.values(), *sizes_given(a))
+    built(source, problem_of(a))(*a.tensors.values(), *sizes_given(a))
 
 
 def why_no_chunk(a: StoreArguments) -> str:
     """Why chunks are not appended by the kernel, in words; "" if they are. Uncompiled code works without a compiler."""
-    from xquant_fx.kernels.cpu import build as cpu_build
-
-    if problem_of(a).wrap:
+    problem = problem_of(a)
+    if problem.wrap:
         return "a chunk may overwrite its own codes where those of a sliding window start over"
+    if at_hand(source, problem) is not None:
+        return ""
+    from xquant_fx.kernels.cpu import build as cpu_build  # brings in Inductor
+
     return "" if cpu_build.has_compiler() else "no C++ compiler"
+
+
+def is_at_hand(a: StoreArguments) -> bool:
+    """Whether the kernel was built before: then short chunks, too, need not wait for it."""
+    return at_hand(source, problem_of(a)) is not None

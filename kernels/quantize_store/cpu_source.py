@@ -11,14 +11,15 @@ import functools
 import torch
 
 from xquant_fx.kernels.cpu.isa import Isa
-from xquant_fx.kernels.cpu.source import array, assemble, definitions, namespace, pointers, sign_table
+from xquant_fx.kernels.cpu.planes import tables
+from xquant_fx.kernels.cpu.source import assemble, definitions, pointers
 from xquant_fx.kernels.faults import Fault
 from xquant_fx.kernels.layout import STEP_TOKENS
-from xquant_fx.kernels.packing import plane_widths, word_count
+from xquant_fx.kernels.packing import word_count
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.rotation import rotated_size
 from xquant_fx.kernels.schemes.per_token_rotated import GAUSSIAN_STEP
-from xquant_fx.kernels.widths import Field, fields_of, planes, rank_widths, words_of
+from xquant_fx.kernels.widths import words_of
 
 #: What the kernel is told besides tensors, in order: new tokens, sequences, their longest length, tokens that the codes
 #: have room for.
@@ -70,32 +71,7 @@ def constants(a: Append) -> str:
     floats["GAUSSIAN_STEP"] = GAUSSIAN_STEP.get(a.bits, 0.0)
     fixed = definitions(numbers, floats, flags, {"T": a.dtype, "S": a.scale_dtype})
     append = "rotated" if a.append == "folded" else a.append  # ROTATED says which of the two
-    return f"#define XQ_APPEND_{append.upper()}\n" + fixed + tables(a)
-
-
-def tables(a: Append) -> str:
-    """Planes of codes; constants of ranked keys and of rotated values: where the fields of ranks are, signs."""
-    dim = a.dim
-    fields = fields_of(planes(a.bits, dim)) if is_ranked(a) else [Field(0, 0, 0, 0, 0, False)]
-    widths = rank_widths(a.bits, dim) if is_ranked(a) else (0,)
-    return namespace(
-        "// Fields of `width` bits, with `shift` bits of a code below them and `above` above them.\n"
-        "struct Plane {\n    int64_t width, shift, above;\n};\n"
-        + array("Plane", "PLANES", ["{8, 0, 0}"] if is_ranked(a) else _planes(int(a.bits)))
-        + "// Bits `shift` and up of the code of a rank, under `mask`, are at `bit` of a word; `first` in it or not.\n"
-        "struct Field {\n    int64_t word, rank;\n    uint32_t shift, mask, bit;\n    bool first;\n};\n"
-        + array("Field", "FIELDS", ["{" + ", ".join(str(int(x)) for x in field) + "}" for field in fields])
-        + array("int32_t", "LARGEST_CODES", [str(2**width - 1) for width in widths])
-        + sign_table(dim if a.append == "rotated" else 1)
-    )
-
-
-def _planes(bits: int) -> list[str]:
-    rows, above = [], 0
-    for width in plane_widths(bits):
-        rows.append(f"{{{width}, {bits - above - width}, {above}}}")
-        above += width
-    return rows
+    return f"#define XQ_APPEND_{append.upper()}\n" + fixed + tables(a.append, a.bits, dim)
 
 
 @functools.cache

@@ -29,7 +29,7 @@ ALWAYS_INLINE void encode_values(const Inputs& in, const float* x, vf lows, vf s
 // Scale and zero point that fit the codes best: a regression of values on codes.
 ALWAYS_INLINE void fit_values(const Inputs& in, const float* x, const int32_t* words, int64_t t, S* scale, S* zero) {
     float c[GROUP + L];
-    get_codes(in, words, t, GROUP, c);
+    get_codes(words, t, in.tokens, GROUP, c);
     vf sum_x = splat(0.0f), sum_c = sum_x, cov = sum_x, var = sum_x;
     for (int64_t i = 0; i < GROUP; i += L) {
         sum_x += load_up_to(x + i, GROUP - i);

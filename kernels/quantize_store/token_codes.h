@@ -5,14 +5,6 @@ namespace xq {
 
 inline int64_t code_rows(const Inputs& in) { return in.tokens * BITS / 32; }  // of words of one head, in all planes
 
-// The first n words at p, all L where there are as many.
-ALWAYS_INLINE vi load_words(const int32_t* p, int64_t n) {
-    if (n >= L) return load<vi>(p);
-    vi words = {};
-    std::memcpy(&words, p, n * 4);
-    return words;
-}
-
 // Put the codes of n channels of token t among those of the tokens around it; `words` is where the channels of the
 // head's first row begin. Whole vectors of codes are read.
 ALWAYS_INLINE void put_codes(const Inputs& in, Codes* words, int64_t t, int64_t n, const uint8_t* codes) {
@@ -24,18 +16,6 @@ ALWAYS_INLINE void put_codes(const Inputs& in, Codes* words, int64_t t, int64_t 
             const vi code = widen(load<vub>(codes + i)) >> (int)plane.shift;
             store_up_to(row + i, (word & ~field) | (code << shift & field), n - i);
         }
-    }
-}
-
-// Undo it. Whole vectors of floats are written.
-ALWAYS_INLINE void get_codes(const Inputs& in, const int32_t* words, int64_t t, int64_t n, float* codes) {
-    for (int64_t i = 0; i < n; i += L) {
-        vi code = {};
-        for (const Plane& plane : PLANES) {
-            const vi word = load_words(words + word_of_code(plane, t, in.tokens) * D + i, n - i);
-            code |= (word >> shift_of_code(plane, t) & (int32_t)mask_of(plane)) << (int)plane.shift;
-        }
-        store(codes + i, __builtin_convertvector(code, vf));
     }
 }
 

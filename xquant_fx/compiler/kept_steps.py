@@ -11,11 +11,7 @@ Inductor's caches are. Checked on torch 2.11 and 2.13.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import platform
-import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +25,7 @@ from torch.fx.node import _get_qualified_name
 
 from xquant_fx.compiler.open_numbers import known_of
 from xquant_fx.compiler.repeats import compared, described_value
+from xquant_fx.kernels.cpu.kept_call import folder, machine
 from xquant_fx.passes.find_writes import is_opaque
 from xquant_fx.passes.trace import fake
 
@@ -45,13 +42,6 @@ _PASSES = (
 
 class NotKeptError(Exception):
     """Something has no text that is the same in another process whenever it does the same."""
-
-
-def folder() -> Path:
-    """All that are kept, beside what Inductor keeps."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "xquant"
 
 
 def are_expected() -> bool:
@@ -92,7 +82,7 @@ def _surroundings(patches: Mapping[str, Any]) -> tuple[Any, ...]:
         getattr(torch.utils.deterministic, "fill_uninitialized_memory", None), torch.backends.mkldnn.enabled,
         torch.is_inference_mode_enabled(), torch.is_grad_enabled(), compiler_config.cache_key_tag,
     )  # fmt: skip
-    return sorted(settings.items()), switches, functorch_config.get_hash(), _machine()
+    return sorted(settings.items()), switches, functorch_config.get_hash(), machine()
 
 
 def _setting(value: Any) -> Any:
@@ -104,20 +94,6 @@ def _setting(value: Any) -> Any:
         if value is None:
             raise NotKeptError
     return repr(value)
-
-
-@functools.cache
-def _machine() -> tuple[Any, ...]:
-    """Versions, and what decides which instructions are compiled for."""
-    versions = torch.__version__, torch.version.git_version, platform.machine()
-    python = sys.implementation.cache_tag, sysconfig.get_config_var("SOABI")  # which tells free-threaded ones apart
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = [platform.processor()]
-    kinds = {line.partition(":")[0].strip(): line for line in reversed(lines)}
-    processor = [kinds.get(name) for name in ("model name", "flags", "Features", "CPU part")]
-    return *versions, *python, torch.backends.cpu.get_cpu_capability(), processor if any(processor) else lines
 
 
 def _inputs(graph: Graph, values: Sequence[Any]) -> list[Any]:
