@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 
 from xquant_fx import ops
 from xquant_fx.cache.state import KVState
+from xquant_fx.kernels.cpu import at_hand
 from xquant_fx.kernels.cpu import build as cpu_build
 from xquant_fx.kernels.cpu.isa import ISAS
 from xquant_fx.kernels.quantize_store import cpu_call as append
@@ -126,7 +127,7 @@ def test_long_prompts(side: str, has_compiler: bool, monkeypatch: pytest.MonkeyP
     """Uncompiled, a long chunk is stored by the kernel, or without a compiler by plain torch, which is counted."""
     monkeypatch.setattr(cpu_build, "has_compiler", lambda: has_compiler)
     if not has_compiler:
-        monkeypatch.setattr(append, "at_hand", lambda source, problem: None)  # nor a kernel of an earlier day
+        monkeypatch.setattr(at_hand, "at_hand", lambda source, problem: None)  # nor a kernel of an earlier day
     case = Case(side=side, max_len=ops.LONG_CHUNK + 8, shared=False)
     states, x = [pair_of(case)[0] for _ in range(2)], case.tokens(ops.LONG_CHUNK, 0)
     counters["xquant"].clear()

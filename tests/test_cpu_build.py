@@ -37,7 +37,8 @@ def test_a_damaged_library_is_built_again(folder: Path, way: str, caplog: pytest
     later = left_half(folder, code)
     with pytest.raises(ImportError):
         later()
-    kernel = build.load(TYPES, code) if way == "load" else one_unit.LaterKernel(type("", (), {"result": later}))
+    future = type("", (), {"result": later})
+    kernel = build.load(TYPES, code) if way == "load" else one_unit.LaterKernel(future, TYPES, code)
     x = torch.zeros(1, dtype=torch.int64)
     kernel(x)
     assert x.item() == 1

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xquant_fx.kernels.cpu.at_hand import are_wanted
 from xquant_fx.kernels.decode_attention import cpu_call as cpu_attention
 from xquant_fx.kernels.decode_attention import plain_torch as plain_attention
 from xquant_fx.kernels.decode_attention import triton_launch as triton_attention
@@ -128,8 +129,9 @@ def append_uncompiled(a: StoreArguments) -> None:
 
 
 def _is_worth_waiting(a: StoreArguments) -> bool:
-    """Whether an uncompiled chunk takes plain torch so long that its kernel is built, if it was not yet."""
-    return a.x.shape[2] >= LONG_CHUNK or cpu_store.is_at_hand(a)
+    """Whether an uncompiled chunk takes plain torch so long that its kernel is built, if it was not yet; in a compiled
+    model each does, whose steps have the same kernel."""
+    return a.x.shape[2] >= LONG_CHUNK or are_wanted()
 
 
 def _store_chunk(a: StoreArguments) -> None:

@@ -1,16 +1,19 @@
-"""C++ kernels that uncompiled code runs: those that were built before, by this process or another.
+"""C++ kernels that uncompiled code runs: those that were built before, by this process or another, are found at once.
 
 To find a library Inductor asks first what compiler and machine can do, a second in each process, and is imported for
 it. So the library that a source became is noted beside Inductor's files. It is looked for by the source for the
 instructions that torch says this processor has; Inductor's word is taken where it has been asked already.
+
+Who runs a kernel must not depend on whether it is there: the same tokens are to give the same numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import logging
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,6 @@ import torch
 
 from xquant_fx.kernels.cpu.isa import ISAS, Isa
 from xquant_fx.kernels.cpu.kept_call import KeptCall, folder, keep, machine, restored_kernel
-
-log = logging.getLogger(__name__)
 
 Source = Callable[[Any, Isa], tuple[tuple[str, ...], str]]
 Kernel = Callable[..., Any]
@@ -29,7 +30,31 @@ _CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "neon" if machin
 
 _found = dict[tuple[Source, Hashable, str], Kernel]()
 _missing = set[tuple[Source, Hashable, str]]()
-_begun = set[tuple[Source, Hashable]]()
+_wanted = ContextVar("kernels_wanted", default=False)
+
+
+@contextlib.contextmanager
+def wanted() -> Iterator[None]:
+    """Inside, code of a compiled model runs uncompiled: kernels are worth waiting for, since its steps need most."""
+    before = _wanted.set(True)
+    try:
+        yield
+    finally:
+        _wanted.reset(before)
+
+
+def are_wanted() -> bool:
+    """Whether that is so."""
+    return _wanted.get()
+
+
+def can_be_built(source: Source, problem: Hashable) -> bool:
+    """Whether there is the kernel of ``source(problem, isa)``, or a compiler for it."""
+    if at_hand(source, problem) is not None:
+        return True
+    from xquant_fx.kernels.cpu import build  # brings in Inductor's compiler
+
+    return build.has_compiler()
 
 
 def at_hand(source: Source, problem: Hashable) -> Kernel | None:
@@ -55,17 +80,6 @@ def built(source: Source, problem: Hashable) -> Kernel:
     kernel = build.load(types, code)
     note(types, code, kernel)
     return _found.setdefault((source, problem, build.isa().name), kernel)
-
-
-def begin(source: Source, problem: Hashable) -> None:
-    """Build the kernel in the background, once; does nothing if there is one thread, or no compiler."""
-    if (source, problem) in _begun or at_hand(source, problem) is not None:
-        return
-    from xquant_fx.kernels.cpu import build  # brings in Inductor's compiler
-
-    if build.has_compiler():
-        _begun.add((source, problem))
-        build.in_background(lambda: built(source, problem))
 
 
 def note(types: tuple[str, ...], code: str, kernel: Kernel) -> None:

@@ -117,19 +117,6 @@ def begin_kernel(types: tuple[str, ...], code: str) -> None:
         AsyncCompile.submit(functools.partial(contextvars.copy_context().run, load_async))
 
 
-def in_background(work: Callable[[], Any]) -> None:
-    """Do ``work`` on one of Inductor's threads, if it has more than one; what it raises goes to the log."""
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:  # whoever needs it will find out
-            log.info("a kernel could not be built in the background: %s", error)
-
-    if get_compile_threads() > 1:
-        AsyncCompile.submit(functools.partial(contextvars.copy_context().run, run))
-
-
 def function_in(library: str) -> Callable[..., Any]:
     """The function ``kernel`` in the file that ``load`` had built, by the name that ``load`` would give it."""
     module: Any = CppPythonBindingsCodeCache._load_library_inner(library, Path(library).stem)

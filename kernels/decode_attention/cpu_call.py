@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from xquant_fx.kernels.cpu.at_hand import built
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.decode_attention.cpu_source import SIZES, Problem, row_block, source
@@ -95,11 +96,7 @@ def run_cpu(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def attend(a: DecodeArguments) -> Tensor:
-    """Compile the kernel for this problem, or take it from the cache, and run it."""
-    # Imported here: it brings in Inductor's compiler.
-    from xquant_fx.kernels.cpu import build as cpu_build
-
-    types, code = source(problem_of(a), cpu_build.isa())
+    """Build the kernel for this problem, or take one that was built before, and run it."""
     out = _empty(a)
-    cpu_build.load(types, code)(*[tensor.contiguous() for tensor in a.tensors.values()], out, *sizes_given(a))
+    built(source, problem_of(a))(*[tensor.contiguous() for tensor in a.tensors.values()], out, *sizes_given(a))
     return out

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from xquant_fx.kernels.cpu.at_hand import built, can_be_built
 from xquant_fx.kernels.prompt_attention.cpu_source import STRIDES, Problem, source
 from xquant_fx.kernels.prompt_attention.seen import Seen, causal, seen_by
 from xquant_fx.tracing import is_transformed, shown
@@ -51,9 +52,7 @@ def attended(
     if attn_mask is None and tokens != key.shape[2]:  # torch aligns such masks at the first token
         return None
     seen = causal(query.shape[0], tokens) if attn_mask is None else seen_by(attn_mask, query, key)
-    from xquant_fx.kernels.cpu import build as cpu_build  # brings in Inductor's compiler
-
-    if seen is None or not seen.tokens or not cpu_build.has_compiler():
+    if seen is None or not seen.tokens or not can_be_built(source, Problem(dtype=query.dtype, dim=query.shape[3])):
         return None
     return attend(query, key[:, :, : seen.tokens], value[:, :, : seen.tokens], seen, scale)
 
@@ -80,14 +79,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Seen, scale: float |
     numbers are multiplied, the result is rounded once; it lies in memory as [B, q, heads, D], as torch's does. Who sees
     nothing gets zeros, as of torch. ``scale`` of scores: 1 / sqrt(D) if None.
     """
-    from xquant_fx.kernels.cpu import build as cpu_build
-
     (batch, heads, tokens, dim), kv_heads = query.shape, key.shape[1]
     out = query.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     tensors = [*(x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)), out]
     strides = [x.stride(i) for x in tensors for i in range(len(STRIDES))]
     sizes = (batch, heads, kv_heads, tokens, key.shape[2])
-    run = cpu_build.load(*source(Problem(dtype=query.dtype, dim=dim), cpu_build.isa()))
+    run = built(source, Problem(dtype=query.dtype, dim=dim))
     with shown("xquant::prompt_attention"):
         run(*tensors, seen.first, seen.end, *strides, *sizes, dim**-0.5 if scale is None else scale)
     return out

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xquant_fx.kernels.cpu.at_hand import at_hand, built
+from xquant_fx.kernels.cpu.at_hand import built, can_be_built
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.quantize_store.cpu_source import SIZES, Append, source
@@ -72,13 +72,4 @@ def why_no_chunk(a: StoreArguments) -> str:
     problem = problem_of(a)
     if problem.wrap:
         return "a chunk may overwrite its own codes where those of a sliding window start over"
-    if at_hand(source, problem) is not None:
-        return ""
-    from xquant_fx.kernels.cpu import build as cpu_build  # brings in Inductor
-
-    return "" if cpu_build.has_compiler() else "no C++ compiler"
-
-
-def is_at_hand(a: StoreArguments) -> bool:
-    """Whether the kernel was built before: then short chunks, too, need not wait for it."""
-    return at_hand(source, problem_of(a)) is not None
+    return "" if can_be_built(source, problem) else "no C++ compiler"

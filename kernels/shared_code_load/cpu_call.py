@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xquant_fx.kernels.cpu.at_hand import Kernel, at_hand, begin, built
+from xquant_fx.kernels.cpu.at_hand import are_wanted, built, can_be_built
 from xquant_fx.kernels.schemes import SCHEMES, wrap_of
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.kernels.shared_code_load.cpu_source import Load, source
 from xquant_fx.tracing import is_transformed, shown
 from xquant_fx.warn_once import warn_once
 
-#: Numbers that plain torch dequantizes in about the time that the compiler takes.
-WORTH_BUILDING = 100_000_000
-_by_torch = Counter[Load]()
+#: Numbers from which on plain torch takes so long to dequantize them that the kernel is worth waiting for, everywhere.
+MANY = 65_536
 _failed: list[bool] = []
 
 
@@ -47,48 +45,35 @@ def _tokens(a: LoadArguments) -> int:
 
 
 def dequantized(a: LoadArguments) -> Tensor | None:
-    """What the op gives, [B, H, n, D], by the kernel: where it was built before, or where plain torch has done so much
-    that building it pays. None: plain torch is to do it."""
-    if a.bits == 16 or a.codes.device.type != "cpu" or is_transformed(*a.tensors.values()):
+    """What the op gives, [B, H, n, D], by the kernel; None where plain torch is to do it: few numbers in a model that
+    is not compiled, or no compiler."""
+    if a.bits == 16 or a.codes.device.type != "cpu" or is_transformed(*a.tensors.values()) or _failed:
         return None
-    problem = problem_of(a)
-    kernel = at_hand(source, problem)
-    if kernel is None and _pays(a, problem):
-        kernel = _built(problem)
-    return None if kernel is None else _run(kernel, a)
-
-
-def run(a: LoadArguments) -> Tensor:
-    """The same; the kernel is built where it was not yet."""
-    return _run(built(source, problem_of(a)), a)
-
-
-def begin_kernel(a: LoadArguments) -> None:
-    """Build the kernel in the background, for loads that are going to come."""
-    if a.bits < 16 and a.codes.device.type == "cpu":
-        begin(source, problem_of(a))
-
-
-def _pays(a: LoadArguments, problem: Load) -> bool:
-    assert a.ring is not None
-    _by_torch[problem] += a.n * a.ring.numel() // a.ring.shape[2]
-    return _by_torch[problem] >= WORTH_BUILDING and not _failed
-
-
-def _built(problem: Load) -> Kernel | None:
-    from xquant_fx.kernels.cpu import build  # brings in Inductor's compiler
-
-    if not build.has_compiler():
+    if not are_wanted() and _numbers(a) < MANY:
+        return None
+    if not can_be_built(source, problem_of(a)):
         return None
     try:
-        return built(source, problem)
-    except build.CompileError as error:
+        return run(a)
+    except RuntimeError as error:
+        from xquant_fx.kernels.cpu.build import CompileError
+
+        if not isinstance(error, CompileError):
+            raise
         _failed.append(True)
         warn_once(f"uncompiled code stays slow with quantized caches, as the C++ compiler fails: {error}", key="load")
         return None
 
 
-def _run(kernel: Kernel, a: LoadArguments) -> Tensor:
+def _numbers(a: LoadArguments) -> int:
+    assert a.ring is not None
+    batch, heads, _, dim = a.ring.shape
+    return batch * heads * a.n * dim
+
+
+def run(a: LoadArguments) -> Tensor:
+    """The same; the kernel is built where it was not yet."""
+    kernel = built(source, problem_of(a))
     assert a.ring is not None
     (batch, heads, _, dim), own = a.ring.shape, a.x is not None
     given: dict[str, Any] = {

@@ -22,8 +22,7 @@ from xquant_fx.kernels.faults import FAULTS, Fault, may_wrap
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.packing import planes_of_both
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
-from xquant_fx.kernels.shared_code_load.arguments import STORED, LoadArguments
-from xquant_fx.kernels.shared_code_load.cpu_call import begin_kernel
+from xquant_fx.kernels.shared_code_load.arguments import STORED
 from xquant_fx.plan.spec import KVSpec
 
 #: All tensors of a state, in the order of the op that writes them.
@@ -195,21 +194,13 @@ class KVState:
         if chunk.x is not None and chunk.past == 0:  # a prompt: nothing quantized is seen
             return torch.nn.functional.pad(chunk.x[:, :, begin:end], (0, 0, 0, max(end - max(chunk.new, begin), 0)))
         past = torch.tensor([chunk.past], device=self.group.start.device)
-        tensors = self._stored() | chunk.before
+        tensors = {name: self.tensor(name) for name in STORED} | chunk.before
         x = None if chunk.x is None else self._as_stored(chunk.x)
         first = torch.tensor([begin], device=past.device) if begin else None
         stored = min(end, max(chunk.past + chunk.new, begin + 1))  # what lies behind are zeros, and no work
         where = dict(past=past, new_tokens=chunk.new, n=stored - begin, x=x, first=first)
         loaded = ops.LOAD(**tensors, **where, **self.spec.load_constants())
         return torch.nn.functional.pad(loaded, (0, 0, 0, end - stored)) if stored < end else loaded
-
-    def begin_loads(self) -> None:
-        """Have a kernel that dequantizes built in the background, where uncompiled code has one."""
-        given: dict[str, Any] = {**self._stored(), **self.spec.load_constants()}
-        begin_kernel(LoadArguments(**given, past=self.owned["length"], new_tokens=0, n=0))
-
-    def _stored(self) -> dict[str, Tensor | None]:
-        return {name: self.tensor(name) for name in STORED}
 
     @property
     def length(self) -> int:

@@ -21,6 +21,7 @@ from xquant_fx.cache.growth import Growth, with_lasting_room
 from xquant_fx.cache.state import KVState
 from xquant_fx.compiler.planning import geometry_of
 from xquant_fx.compiler.prompt_queries import queries_of, show_query
+from xquant_fx.kernels.cpu.at_hand import wanted
 from xquant_fx.passes.records import Buffer, Detection
 from xquant_fx.plan.plan import Plan
 
@@ -37,7 +38,8 @@ class GrowingTakeover:
 
     def __call__(self, *args: Any) -> Any:
         """Run the step on these arguments, which hold a cache that was not seen before; several threads may."""
-        return _Step(self).run(*args)
+        with wanted():
+            return _Step(self).run(*args)
 
 
 class _Step(torch.fx.Interpreter):

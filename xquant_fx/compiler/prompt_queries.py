@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import KVState
+from xquant_fx.kernels.cpu.at_hand import wanted
 from xquant_fx.passes.early_queries import compute_queries_early
 from xquant_fx.passes.records import Detection
 
@@ -49,7 +50,8 @@ class PromptRun:
 
     def __call__(self, *args: Any) -> Any:
         """Run the prefill on these arguments; several threads may, each with a cache of its own."""
-        return _Run(self).run(*args)
+        with wanted():
+            return _Run(self).run(*args)
 
 
 class _Run(torch.fx.Interpreter):

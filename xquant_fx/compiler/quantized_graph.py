@@ -146,8 +146,6 @@ class QuantizedGraph:
         state.tensors.clear()  # or the graph would keep the cache that it was compiled with
         if compiled is None:
             log.info("a chunk of a number of tokens that varies: such steps run uncompiled")
-            for i in self.quantized:
-                self.inputs[i].live.begin_loads()
             return UncompiledChunk(restarts, by_kernel(clone(self.gm)).forward)
         of_masks = Padded(compiled, masks) if masks else compiled
         step: Any = CompiledStep(of_masks, keep, self._written(), state, restarts, self._whole())

@@ -30,6 +30,7 @@ from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.planning import bind_buffers
 from xquant_fx.compiler.prompt_queries import early_queries_of, show_query
 from xquant_fx.compiler.proof import Call
+from xquant_fx.kernels.cpu.at_hand import wanted
 from xquant_fx.passes.find_sites import buffer_name
 from xquant_fx.passes.records import Buffer, Detection
 from xquant_fx.plan.spec import KVSpec
@@ -59,7 +60,8 @@ class Takeover(torch.fx.Interpreter):
             report_buffers([(buffer_name(buffer.node), reason) for buffer, reason in left], self.request)
             forget_compiled_frame()
             return self.run(*args)
-        return _Step(self, call, tensors).take_over(*args)
+        with wanted():
+            return _Step(self, call, tensors).take_over(*args)
 
     def _call(self, args: tuple[Any, ...]) -> Call:
         placeholders = self.gm.graph.find_nodes(op="placeholder")
