@@ -9,11 +9,15 @@ import pytest
 import torch
 from attention_cases import CASES, allowed
 from attention_runs import Setup, arguments, errors, inputs
+from states import layers_of
 from store_reference import Case
-from store_runs import ThroughKernel
+from store_runs import ThroughKernel, load_arguments, pair_of
+from store_runs import append as append_by_op
 from store_runs import run as run_steps
+from test_cpu_load import check
 from torch import Tensor
 
+from xquant_fx import XQuantConfig
 from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.cpu.isa import ISAS
 from xquant_fx.kernels.decode_attention import cpu_call as attention
@@ -22,6 +26,10 @@ from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.quantize_store import cpu_call as append
 from xquant_fx.kernels.quantize_store import cpu_source as cpu_store
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
+from xquant_fx.kernels.shared_code_load import cpu_call as load
+from xquant_fx.kernels.shared_code_load import cpu_source as cpu_load
+from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
+from xquant_fx.kernels.shared_code_load.plain_torch import load as plain_load
 
 pytestmark = [
     pytest.mark.slow,
@@ -78,3 +86,21 @@ def test_append(name: str, processor: str) -> None:
     driver = type("Through" + processor.title(), (ThroughArm,), {"flags": PROCESSORS[processor]})
     steps = [9, 1, 1, 3, -3, 1, 3, 3, 0, 12, 3, 3, 1]
     run_steps(Case(**{"residual": 8, "max_len": 60, **APPENDS[name]}), steps, driver)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("name", [*APPENDS, "ranked", "rotated"])
+def test_load(name: str, processor: str) -> None:
+    if name in APPENDS:
+        state = pair_of(Case(**{"residual": 8, "max_len": 60, **APPENDS[name]}))[0]
+    else:
+        small = XQuantConfig(k_residual_length=16, k_group_size=8, v_residual_length=8)
+        state = layers_of(small, (2, 2, 60, 24), torch.float16)[0][name == "rotated"]
+    batch, heads, _, dim = state.spec.shape
+    x = torch.randn(batch, heads, 50, dim, generator=torch.Generator().manual_seed(0)).to(state.spec.dtype)
+    append_by_op(state, x, torch.arange(50))
+    a = LoadArguments(**load_arguments(state, 47, 3, 60))
+    types, code = cpu_load.source(load.problem_of(a), ISAS["neon"])
+    tensors = load.tensors_given(a)
+    arm.run(types, code, [*tensors, *map(torch.tensor, load.sizes_given(a))], PROCESSORS[processor])
+    check(a, plain_load(a), tensors[-1])

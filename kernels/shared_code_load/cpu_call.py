@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from xquant_fx.kernels.cpu.at_hand import are_wanted, built, can_be_built
 from xquant_fx.kernels.schemes import SCHEMES, wrap_of
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
-from xquant_fx.kernels.shared_code_load.cpu_source import Load, source
+from xquant_fx.kernels.shared_code_load.cpu_source import SIZES, Load, source
 from xquant_fx.tracing import is_transformed, shown
 from xquant_fx.warn_once import warn_once
 
@@ -73,15 +71,25 @@ def _numbers(a: LoadArguments) -> int:
 
 def run(a: LoadArguments) -> Tensor:
     """The same; the kernel is built where it was not yet."""
+    tensors = tensors_given(a)
     kernel = built(source, problem_of(a))
-    assert a.ring is not None
-    (batch, heads, _, dim), own = a.ring.shape, a.x is not None
-    given: dict[str, Any] = {
-        "n": a.n, "batch": batch, "new_tokens": a.new_tokens, "tokens": _tokens(a),
-        "first": 0 if a.first is None else int(a.first), "own": int(own),
-    }  # fmt: skip
-    tensors = a.replace(first=None, x=a.x if own else a.ring).mapped(Tensor.contiguous).tensors.values()
-    out = torch.empty((batch, heads, a.n, dim), dtype=a.ring.dtype)
     with shown("xquant::shared_code_load"):
-        kernel(*tensors, out, *given.values())
-    return out
+        kernel(*tensors, *sizes_given(a))
+    return tensors[-1]
+
+
+def tensors_given(a: LoadArguments) -> list[Tensor]:
+    """The tensors that the kernel takes, the last of them for what it gives back."""
+    assert a.ring is not None
+    batch, heads, _, dim = a.ring.shape
+    given = a.replace(first=None, x=a.ring if a.x is None else a.x).mapped(Tensor.contiguous).tensors.values()
+    return [*given, torch.empty((batch, heads, a.n, dim), dtype=a.ring.dtype)]
+
+
+def sizes_given(a: LoadArguments) -> list[int]:
+    """What it takes behind them: ``SIZES``."""
+    given = {
+        "n": a.n, "batch": a.codes.shape[0], "new_tokens": a.new_tokens, "tokens": _tokens(a),
+        "first": 0 if a.first is None else int(a.first), "own": int(a.x is not None),
+    }  # fmt: skip
+    return [given[name] for name in SIZES]

@@ -195,16 +195,34 @@ def read(func: Any, args: Any, kwargs: Any) -> Any:
     Raises:
         UnsupportedWriteError: it writes to one of them.
     """
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[i] if i < len(args) else kwargs.get(argument.name)
-            for value in given if isinstance(given, tuple | list) else (given,):
-                if isinstance(value, Dequantized):
-                    value.refuse_write(func)
-    is_view = any(r.alias_info is not None for r in func._schema.returns)
+    written, is_view = _told(func)
+    for i, name in written:
+        given = args[i] if i < len(args) else kwargs.get(name)
+        for value in given if isinstance(given, tuple | list) else (given,):
+            if isinstance(value, Dequantized):
+                value.refuse_write(func)
     origin = args[0].origin if is_view and isinstance(args[0], Dequantized) else ""
-    args, kwargs = tree_map(lambda a: a.dense() if isinstance(a, Dequantized) else a, (args, kwargs))
+    args, kwargs = _dense(args), _dense(kwargs)
     out = func(*args, **kwargs)
     if not origin or tree_any(lambda a: isinstance(a, FakeTensor), args):
         return out
     return tree_map(lambda part: ReadOnlyCopy(part, origin) if isinstance(part, Tensor) else part, out)
+
+
+@functools.cache
+def _told(func: Any) -> tuple[tuple[tuple[int, str], ...], bool]:
+    """What the schema of ``func`` tells: what it writes to, by place and name, and whether it gives views."""
+    arguments = [(i, a.name, a.alias_info) for i, a in enumerate(func._schema.arguments)]
+    written = tuple((i, name) for i, name, alias in arguments if alias is not None and alias.is_write)
+    return written, any(r.alias_info is not None for r in func._schema.returns)
+
+
+def _dense(value: Any) -> Any:
+    """``value`` with what is read dequantized in it; ``tree_map`` takes longer than a small kernel."""
+    if isinstance(value, Dequantized):
+        return value.dense()
+    if type(value) in (tuple, list):
+        return type(value)(_dense(each) for each in value)
+    if type(value) is dict:
+        return {name: _dense(each) for name, each in value.items()}
+    return value
