@@ -11,9 +11,11 @@ import torch
 from store_reference import Case
 from store_runs import append as append_by_op
 from store_runs import load_arguments, pair_of
+from torch._inductor import config as inductor_config
 
 from xquant_fx import ops
 from xquant_fx.kernels.cpu import at_hand, build
+from xquant_fx.kernels.cpu.isa import ISAS
 from xquant_fx.kernels.shared_code_load import cpu_call as cpu_load
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.kernels.shared_code_load.cpu_source import source
@@ -25,10 +27,10 @@ CASE = Case(bits=2, dtype=torch.float32, dim=16, residual=16, group=16, max_len=
 @pytest.fixture(autouse=True)
 def nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine on which nothing was built yet, but for the libraries of Inductor's cache."""
-    monkeypatch.setattr(at_hand, "folder", lambda: tmp_path)
+    monkeypatch.setattr(at_hand, "folder", lambda: tmp_path / "steps")
     for name, empty in (("_found", {}), ("_missing", set())):
         monkeypatch.setattr(at_hand, name, empty)
-    monkeypatch.setattr(cpu_load, "_failed", [])
+    monkeypatch.setattr(at_hand, "_failed", [])
     return tmp_path
 
 
@@ -65,14 +67,17 @@ def test_many_numbers_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plain_ones(monkeypatch) == ["store", "load"]
 
 
-def test_a_compiler_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [build.CompileError(["g++"], "no space left"), OSError("no space left")])
+def test_a_compiler_that_fails_is_told_once(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail(*args: object) -> None:
-        raise build.CompileError(["g++"], "no space left")
+        raise error
 
-    monkeypatch.setattr(cpu_load, "MANY", 0)
-    monkeypatch.setattr(cpu_load, "built", fail)
+    monkeypatch.setattr(at_hand, "built", fail)
     forget()
-    assert all("load" in plain_ones(monkeypatch) for _ in range(2))
+    with at_hand.wanted():
+        assert plain_ones(monkeypatch) == plain_ones(monkeypatch) == ["store", "load"]
     (told,) = [record.getMessage() for record in caplog.records if "no space left" in record.getMessage()]
     assert "stays slow" in told
 
@@ -84,11 +89,36 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_damaged_note(nothing_there: Path) -> None:
+    """Is not gone by, and made anew."""
     cpu_load.run(a_load())
-    (note,) = (nothing_there / "kernels").iterdir()
-    note.write_text(note.read_text()[:-20])
+    (note,) = (nothing_there / "xquant_kernels").iterdir()
+    whole = note.read_text()
+    note.write_text(whole[:-20])
+    problem = cpu_load.problem_of(a_load())
     at_hand._found.clear()
-    assert at_hand.at_hand(source, cpu_load.problem_of(a_load())) is None
+    assert at_hand.at_hand(source, problem) is None
+    at_hand.built(source, problem)
+    assert note.read_text() == whole
+
+
+def test_notes_are_no_kept_steps(nothing_there: Path) -> None:
+    """Whose folder tells whether what only a compilation needs can wait until there is one."""
+    cpu_load.run(a_load())
+    assert not (nothing_there / "steps").exists()
+
+
+def test_other_flags_are_another_library() -> None:
+    cpu_load.run(a_load())
+    problem = cpu_load.problem_of(a_load())
+    at_hand._found.clear()
+    with inductor_config.patch({"cpp.enable_floating_point_contract_flag": "fast"}):
+        assert at_hand.at_hand(source, problem) is None
+
+
+def test_while_another_thread_imports_the_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is among the modules before it has anything in it."""
+    monkeypatch.setitem(sys.modules, build.__name__, type(sys)("half"))
+    assert at_hand._isa().name in ISAS
 
 
 def test_another_process_asks_no_compiler(nothing_there: Path) -> None:
@@ -99,7 +129,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import test_at_hand as t
-t.at_hand.folder = lambda: Path({str(nothing_there)!r})
+t.at_hand.folder = lambda: Path({str(nothing_there)!r}) / "steps"
 t.build.isa.cache_clear()
 kernel = t.at_hand.at_hand(t.source, t.cpu_load.problem_of(t.a_load()))
 assert kernel is not None and not t.build.isa_is_known()

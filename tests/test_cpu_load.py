@@ -101,3 +101,20 @@ def test_the_default_schemes(scheme: str, isa: str, monkeypatch: pytest.MonkeyPa
             a = LoadArguments(**load_arguments(state, 100 - new, new, n, first=begin))
             assert a.scheme in (scheme, "per_channel_ranked")
             check(a, ops.plain_load.load(a), cpu_call.run(a))
+
+
+def test_before_channels_have_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of padding alone is quantized before there is a group to rank channels by; all of it is written."""
+    config = XQuantConfig(k_residual_length=32, k_group_size=16)
+    for ragged_start in ([0, 90], [0, 0]):
+        key, _ = layers_of(config, (2, 2, 128, 24), F32, start=torch.tensor(ragged_start))[0]
+        append_by_op(key, torch.randn(2, 2, 100, 24, generator=torch.Generator().manual_seed(1)), torch.arange(100))
+        a = LoadArguments(**load_arguments(key, 99, 1, 128))
+        assert (a.order is not None and not a.order[1].any()) == (ragged_start[1] > 0)
+        monkeypatch.setattr(torch, "empty", lambda *size, **more: torch.full(*size, torch.nan, **more))
+        got = cpu_call.run(a)
+        monkeypatch.undo()
+        assert not got.isnan().any()
+        seen = torch.arange(128) >= torch.tensor(ragged_start)[:, None]
+        want = torch.where(seen[:, None, :, None], ops.plain_load.load(a), got)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

@@ -66,6 +66,7 @@ MAY_BE_IMPORTED_BY = {
         "compiler.kept_steps",
         "compiler.cache_key",
         "kernels.lowerings",
+        "kernels.cpu.at_hand",
         "kernels.cpu.build",
         "kernels.cpu.kept_call",
         "kernels.cpu.one_unit",

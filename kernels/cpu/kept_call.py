@@ -155,6 +155,8 @@ def restored_kernel(file: Path) -> Callable[..., Any] | None:
         made: Callable[..., Any] = _function_in(str(file.parent / _read(file.read_text()).library))
     except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
         _tell("restored", error)
+        with contextlib.suppress(OSError):
+            file.unlink()  # or what is built anew would not be noted
         return None
     with contextlib.suppress(OSError):
         os.utime(file)

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from xquant_fx.kernels.cpu.at_hand import built, can_be_built
+from xquant_fx.kernels.cpu.at_hand import built, why_none
 from xquant_fx.kernels.prompt_attention.cpu_source import STRIDES, Problem, source
 from xquant_fx.kernels.prompt_attention.seen import Seen, causal, seen_by
 from xquant_fx.tracing import is_transformed, shown
@@ -52,7 +52,7 @@ def attended(
     if attn_mask is None and tokens != key.shape[2]:  # torch aligns such masks at the first token
         return None
     seen = causal(query.shape[0], tokens) if attn_mask is None else seen_by(attn_mask, query, key)
-    if seen is None or not seen.tokens or not can_be_built(source, Problem(dtype=query.dtype, dim=query.shape[3])):
+    if seen is None or not seen.tokens or why_none(source, Problem(dtype=query.dtype, dim=query.shape[3])):
         return None
     return attend(query, key[:, :, : seen.tokens], value[:, :, : seen.tokens], seen, scale)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xquant_fx.kernels.cpu.at_hand import built, can_be_built
+from xquant_fx.kernels.cpu.at_hand import built, why_none
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.quantize_store.cpu_source import SIZES, Append, source
@@ -72,4 +72,4 @@ def why_no_chunk(a: StoreArguments) -> str:
     problem = problem_of(a)
     if problem.wrap:
         return "a chunk may overwrite its own codes where those of a sliding window start over"
-    return "" if can_be_built(source, problem) else "no C++ compiler"
+    return why_none(source, problem)

@@ -59,6 +59,8 @@ inline void dequantize_keys(const Inputs& in, int64_t head, int64_t t, int64_t c
     alignas(64) int32_t codes[D][AT_ONCE];
     const int64_t slot = slot_of(t), row = (head * (in.tokens / GROUP) + slot / GROUP) * D;
     get_key_codes(in.codes + head * WORDS * in.tokens + slot, in.tokens, count, codes);
+    const int32_t* order = in.order + (RANKED ? head * D : 0);
+    const bool has_order = RANKED && D > 1 && order[0] != order[1];  // none before the first group that counts
     float norm[AT_ONCE];
     for (int64_t i = 0; NORMS && i < count; i++) norm[i] = decode_scale(in.norm[head / H * in.tokens + slot + i]);
     for (int64_t r = 0; r < D; r++) {
@@ -68,7 +70,7 @@ inline void dequantize_keys(const Inputs& in, int64_t head, int64_t t, int64_t c
         if constexpr (RANKED) {
             zero = load_mids(in.zero + row + r, 1)[0] - 0.5f * (float)LARGEST_CODES[r];
             center = in.center[head * D + r];
-            channel = in.order[head * D + r];
+            channel = has_order ? order[r] : r;
         } else {
             zero = decoded(in.zero[row + r]);
         }

@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xquant_fx.kernels.cpu.at_hand import are_wanted, built, can_be_built
+from xquant_fx.kernels.cpu.at_hand import are_wanted, built, why_none
 from xquant_fx.kernels.schemes import SCHEMES, wrap_of
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
 from xquant_fx.kernels.shared_code_load.cpu_source import SIZES, Load, source
 from xquant_fx.tracing import is_transformed, shown
-from xquant_fx.warn_once import warn_once
 
 #: Numbers from which on plain torch takes so long to dequantize them that the kernel is worth waiting for, everywhere.
 MANY = 65_536
-_failed: list[bool] = []
 
 
 def problem_of(a: LoadArguments) -> Load:
@@ -45,22 +43,11 @@ def _tokens(a: LoadArguments) -> int:
 def dequantized(a: LoadArguments) -> Tensor | None:
     """What the op gives, [B, H, n, D], by the kernel; None where plain torch is to do it: few numbers in a model that
     is not compiled, or no compiler."""
-    if a.bits == 16 or a.codes.device.type != "cpu" or is_transformed(*a.tensors.values()) or _failed:
+    if a.bits == 16 or a.codes.device.type != "cpu" or is_transformed(*a.tensors.values()):
         return None
     if not are_wanted() and _numbers(a) < MANY:
         return None
-    if not can_be_built(source, problem_of(a)):
-        return None
-    try:
-        return run(a)
-    except RuntimeError as error:
-        from xquant_fx.kernels.cpu.build import CompileError
-
-        if not isinstance(error, CompileError):
-            raise
-        _failed.append(True)
-        warn_once(f"uncompiled code stays slow with quantized caches, as the C++ compiler fails: {error}", key="load")
-        return None
+    return None if why_none(source, problem_of(a)) else run(a)
 
 
 def _numbers(a: LoadArguments) -> int:

@@ -51,6 +51,7 @@ from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.tracing_time import watch_tracing
 from xquant_fx.compiler.watch import Watch, WatchStacks, WatchWrites, only_read
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
+from xquant_fx.kernels.cpu.at_hand import as_wanted
 from xquant_fx.passes.any_length import FixedLengthError
 from xquant_fx.passes.find_sites import buffer_name
 from xquant_fx.passes.growth_copies import without_growth_copies
@@ -158,7 +159,7 @@ def _compile(
         return Takeover(found, request)
     if any(isinstance(t, PromptKeys | PromptScores) for t in inputs):
         log.info("a graph break lies between a cold prompt's keys and their attention, which runs uncompiled")
-        return gm.forward
+        return as_wanted(gm.forward)
     if not any(isinstance(t, STORED_KV) for t in inputs):
         compiled: Callable[..., Any] = compiler(gm, inputs, request, None)
         if only_read(found):

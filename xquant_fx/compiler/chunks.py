@@ -15,7 +15,6 @@ from torch.fx import Graph
 
 from xquant_fx import ops
 from xquant_fx.compiler.restarts import Restarts
-from xquant_fx.kernels.cpu.at_hand import wanted
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.passes.trace import value_of
@@ -61,7 +60,6 @@ class UncompiledChunk:
         if self.restarts.give_back(args):
             return self.restarts.graph(*args)
         before = self.restarts.before(args) if self.restarts.computed else []
-        with wanted():
-            out = self.run(*args)
+        out = self.run(*args)
         self.restarts.check(args, before)
         return out

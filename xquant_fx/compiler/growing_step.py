@@ -8,7 +8,6 @@ from typing import Any
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.compiler.any_room import ExactRooms, OfAnyRoom
 from xquant_fx.compiler.compiled_step import CompiledStep
-from xquant_fx.kernels.cpu.at_hand import wanted
 from xquant_fx.passes.context import Context, Grown
 
 
@@ -37,8 +36,7 @@ class GrowingStep:
         pasts: dict[int, GrowingKV] = {each.index: args[each.index] for each in self.grown}
         new = {each.index: each.tokens_of(args) for each in self.grown}
         if not all(past.has_room(new[index]) for index, past in pasts.items()):
-            with wanted():
-                return self.uncompiled(*args)
+            return self.uncompiled(*args)
         if self.of_any_room is not None and not self.of_any_room.is_open():
             return self.exactly(*args)
         for past in pasts.values():

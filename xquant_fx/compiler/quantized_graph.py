@@ -31,6 +31,7 @@ from xquant_fx.compiler.restarts import Restarts
 from xquant_fx.compiler.self_check import self_check
 from xquant_fx.compiler.sliding_step import SlidingStep, begin_to_slide, moved_windows
 from xquant_fx.errors import UnsupportedWriteError
+from xquant_fx.kernels.cpu.at_hand import as_wanted
 from xquant_fx.passes.any_length import Wide
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.graph import clone
@@ -69,6 +70,8 @@ class QuantizedGraph:
         self.quantized = [i for i, value in enumerate(inputs) if isinstance(value, STORED_KV)]
         self.settings = repr([list(found.specs.values()), sorted(request.disable)])
         self.any_room = is_any_room(inputs)
+        self.program: Step = as_wanted(gm.forward)
+        """The program's graph, op by op."""
         self.context = Context(found, inputs)
         self.longer: Wide | None = None
         """The graph as one of caches of any length."""
@@ -89,7 +92,7 @@ class QuantizedGraph:
         except UnsupportedWriteError as error:
             if not self._were_ordinary():
                 raise
-            return GiveBack(self.gm.forward, self.quantized, str(error), self.request)
+            return GiveBack(self.program, self.quantized, str(error), self.request)
 
     def _open_length(self) -> None:
         """Make the graph one of caches of any length, where Dynamo left it open."""
@@ -104,10 +107,10 @@ class QuantizedGraph:
     def _uncompiled(self) -> Step | None:
         """What runs a step of caches that grow where it cannot be compiled, or not yet."""
         if self.any_room and (self.request.self_check or not self.by_inductor):
-            return ExactRooms(self.gm.forward, "it is compared with the program, or another compiler is used")
+            return ExactRooms(self.program, "it is compared with the program, or another compiler is used")
         if not has_room(self.context):
             log.info("a cache that grows has no room for this step, which runs uncompiled")
-            return self._program()
+            return self.program
         return None
 
     def _rewritten(self) -> Step:
@@ -118,7 +121,7 @@ class QuantizedGraph:
         with dynamo_timed("xquant_passes"):
             run_passes(self.found.gm, self.context, self.request.disable, self.request.dump)
         if (reason := self._why_fixed()) and self.any_room:
-            return ExactRooms(self.gm.forward, reason)
+            return ExactRooms(self.program, reason)
         if self.longer:
             check_any_length(self.found.gm.graph, reason)
         return self._compiled(restarts, moved)
@@ -142,18 +145,19 @@ class QuantizedGraph:
         masks = self.longer.masks if self.longer else {}
         masks = {place: masks[i] for place, i in enumerate(keep) if i in masks}
         examples = [*padded([self.inputs[i] for i in keep], masks), *state.example_inputs]
+        written, whole = self._written(), self._whole()
         compiled = self.compiler(self.found.gm, examples, self.request, self.settings)
         state.tensors.clear()  # or the graph would keep the cache that it was compiled with
         if compiled is None:
             log.info("a chunk of a number of tokens that varies: such steps run uncompiled")
-            return UncompiledChunk(restarts, by_kernel(clone(self.gm)).forward)
+            return UncompiledChunk(restarts, as_wanted(by_kernel(clone(self.gm)).forward))
         of_masks = Padded(compiled, masks) if masks else compiled
-        step: Any = CompiledStep(of_masks, keep, self._written(), state, restarts, self._whole())
+        step: Any = CompiledStep(of_masks, keep, written, state, restarts, whole)
         if moved:
-            step = SlidingStep(step, self.gm.forward, moved)
+            step = SlidingStep(step, self.program, moved)
         elif self.context.grown:
-            step = GrowingStep(step, self.gm.forward, self.context.grown)
-        return AnyLengthStep(step, compiled, self.gm.forward, self.settings) if self.longer else step
+            step = GrowingStep(step, self.program, self.context.grown)
+        return AnyLengthStep(step, compiled, self.program, self.settings) if self.longer else step
 
     def _written(self) -> frozenset[int]:
         """Quantized inputs that the graph appends to."""
@@ -170,13 +174,9 @@ class QuantizedGraph:
     def _given_up(self, reason: str) -> Step:
         """What runs in the place of a rewritten graph that is wrong: the program's, op by op."""
         if self._were_ordinary():
-            return GiveBack(self.gm.forward, self.quantized, reason, self.request)
+            return GiveBack(self.program, self.quantized, reason, self.request)
         report_uncompiled([self.inputs[i].origin for i in self.quantized], reason, self.request)
-        return self._program()
-
-    def _program(self) -> Step:
-        forward: Step = self.gm.forward
-        return forward
+        return self.program
 
     def _were_ordinary(self) -> bool:
         groups = groups_of(self.inputs)

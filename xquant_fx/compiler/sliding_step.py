@@ -13,6 +13,7 @@ from xquant_fx.compiler.give_back import GiveBack
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.proof import Call
 from xquant_fx.errors import UnsupportedWriteError
+from xquant_fx.kernels.cpu.at_hand import as_wanted
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.facts import is_sliding
 from xquant_fx.passes.graph import size_among_inputs
@@ -37,10 +38,9 @@ def begin_to_slide(gm: GraphModule, found: Detection, inputs: list[Any], request
         tokens, others = inputs[i].shape[2], (len(quantized) - len(windows)) // 2
         if reason := why_not_window(tokens, others, request.effective):
             is_short = bool(why_short(tokens, full_precision_tokens(request.effective)))
-            return GiveBack(
-                gm.forward, quantized, reason, dataclasses.replace(request, strict=False) if is_short else request
-            )
-    return BeginToSlide(gm.forward, found, windows, quantized, request) if windows else None
+            told = dataclasses.replace(request, strict=False) if is_short else request
+            return GiveBack(as_wanted(gm.forward), quantized, reason, told)
+    return BeginToSlide(as_wanted(gm.forward), found, windows, quantized, request) if windows else None
 
 
 class BeginToSlide:
