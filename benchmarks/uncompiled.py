@@ -1,10 +1,10 @@
-"""A decode step that runs uncompiled: DynamicCache, XQuantCache in plain torch, and XQuantCache by kernels.
+"""A decode step that runs uncompiled: DynamicCache, and XQuantCache in its first steps and by kernels later.
 
     python benchmarks/uncompiled.py MODEL                    # a folder or a name on the Hugging Face hub
     python benchmarks/uncompiled.py MODEL --contexts 1024 --threads 1
 
-One run, the three ways in turn, the least of several steps: milliseconds of processor time. JSON goes to
-benchmarks/results/.
+In the first steps plain torch appends and attends, and a kernel dequantizes where there is much. One run, the three
+ways in turn, the least of several steps: milliseconds of processor time. JSON goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xquant_fx import XQuantCache
 from xquant_fx.cache import uncompiled
 
 #: Way to the step from which on kernels run; None: a DynamicCache.
-WAYS = {"dynamic": None, "plain": 10**9, "kernels": 1}
+WAYS = {"dynamic": None, "first steps": 10**9, "kernels": 1}
 
 
 @torch.no_grad()
@@ -56,12 +56,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
-    made = Table("context", *WAYS, "times faster than plain", title="an uncompiled step, ms of processor time")
+    columns = ("context", *WAYS, "times faster than the first steps")
+    made = Table(*columns, title="an uncompiled step, ms of processor time")
     rows = []
     for context in args.contexts:
         ms = {way: milliseconds(model, context, warm, args.steps) for way, warm in WAYS.items()}
         rows.append({"context": context, **ms})
-        made.add_row(f"{context:,}", *(f"{x:.0f}" for x in ms.values()), f"{ms['plain'] / ms['kernels']:.1f}")
+        made.add_row(f"{context:,}", *(f"{x:.0f}" for x in ms.values()), f"{ms['first steps'] / ms['kernels']:.1f}")
     write(args.name, {"rows": rows, **where(args)})
     Console().print(made)
 

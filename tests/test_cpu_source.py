@@ -27,6 +27,7 @@ from xquant_fx.kernels.arguments import Overload
 from xquant_fx.kernels.cpu import build
 from xquant_fx.kernels.cpu import source as cpu_source
 from xquant_fx.kernels.cpu.isa import ISAS, named_by_inductor
+from xquant_fx.kernels.cpu.side import Side
 from xquant_fx.kernels.decode_attention import cpu_call as attention
 from xquant_fx.kernels.decode_attention import cpu_source as cpu_attention
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
@@ -72,12 +73,12 @@ def append_of(state: KVState) -> cpu_store.Append:
     return append.problem_of(StoreArguments(**given))
 
 
-def load_problem() -> cpu_load.Load:
+def load_problem() -> Side:
     case = Case(dtype=torch.bfloat16, dim=128, residual=128, group=128, max_len=1024, sinks=4)
     return load_of(pair_of(case)[0])
 
 
-def load_of(state: KVState) -> cpu_load.Load:
+def load_of(state: KVState) -> Side:
     return load.problem_of(LoadArguments(**load_arguments(state, 0, 1, 1)))
 
 

@@ -196,7 +196,7 @@ def test_a_compiler_that_fails_is_told_of_once(tiny_llama, calls, monkeypatch, c
     def fail(*args):
         raise build.CompileError(["g++"], "no space left")
 
-    monkeypatch.setattr(uncompiled, "_failed", [])
+    monkeypatch.setattr(at_hand, "_failed", [])
     monkeypatch.setattr(build, "load", fail)
     monkeypatch.setattr(at_hand, "at_hand", lambda source, problem: None)  # nor a kernel of an earlier day
     model = tiny_llama(layers=2)

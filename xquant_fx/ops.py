@@ -128,23 +128,16 @@ def append_uncompiled(a: StoreArguments) -> None:
     cpu_store.run(a.replace(x=a.x.to(a.quantized.ring.dtype)))
 
 
-def _is_worth_waiting(a: StoreArguments) -> bool:
+def _is_worth_waiting(x: Tensor) -> bool:
     """Whether an uncompiled chunk takes plain torch so long that its kernel is built, if it was not yet; in a compiled
     model each does, whose steps have the same kernel."""
-    return a.x.shape[2] >= LONG_CHUNK or are_wanted()
+    return not is_traced(x) and (x.shape[2] >= LONG_CHUNK or are_wanted())
 
 
-def _store_chunk(a: StoreArguments) -> None:
-    """A chunk of one length by the kernel of its device; a graph has plain torch, which Inductor compiles."""
-    if a.x.device.type == "cpu" and not is_traced(a.x) and _is_worth_waiting(a):
-        _run(CHUNK_KERNELS, a.x, a, plain_store.store)
-    else:
-        plain_store.store(a)
-
-
-#: Device type to the kernel that appends longer chunks in uncompiled code there.
+#: Device type to the kernel that appends longer chunks there, in uncompiled code. A graph has plain torch, which
+#: Inductor compiles.
 CHUNK_KERNELS = {
-    "cpu": Kernel(append_uncompiled, lambda x: True, cpu_store.why_no_chunk),
+    "cpu": Kernel(append_uncompiled, _is_worth_waiting, cpu_store.why_no_chunk),
 }
 
 
@@ -173,7 +166,7 @@ def _store(a: StoreArguments) -> None:
     elif _is_known_chunk(a):
         _append_cpu(a)
     else:
-        _store_rows(_store_chunk, a)
+        _store_rows(lambda row: _run(CHUNK_KERNELS, row.x, row, plain_store.store), a)
 
 
 def _store_rows(store: Callable[[StoreArguments], None], a: StoreArguments) -> None:

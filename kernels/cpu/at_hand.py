@@ -69,7 +69,7 @@ def why_none(source: Source, problem: Hashable) -> str:
 
     That the compiler fails is told once, and not tried again.
     """
-    if _failed:
+    if has_failed():
         return _FAILS
     if at_hand(source, problem) is not None:
         return ""
@@ -80,10 +80,20 @@ def why_none(source: Source, problem: Hashable) -> str:
     try:
         built(source, problem)
     except (build.CompileError, OSError, ImportError) as error:  # the folder cannot be written to, or loaded from
-        _failed.append(True)
-        warn_once(f"uncompiled code stays slow with quantized caches, as {_FAILS}: {error}", key="uncompiled kernels")
+        note_failure(error)
         return _FAILS
     return ""
+
+
+def note_failure(error: Exception) -> None:
+    """Tell, once, that a kernel cannot be built; none is tried again."""
+    _failed.append(True)
+    warn_once(f"uncompiled code stays slow with quantized caches, as {_FAILS}: {error}", key="uncompiled kernels")
+
+
+def has_failed() -> bool:
+    """Whether that was so."""
+    return bool(_failed)
 
 
 def at_hand(source: Source, problem: Hashable) -> Kernel | None:

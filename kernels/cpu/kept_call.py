@@ -130,36 +130,37 @@ def restored(file: Path) -> Callable[..., Any] | None:
     """The call that was kept in ``file``; None if there is none, it was damaged, or a library of it is gone."""
     from torch._dynamo.utils import counters  # imports Dynamo
 
-    if not file.exists():
-        return None
-    try:
-        kept = _read(file.read_text())
+    def call(kept: KeptCall) -> Callable[..., Any]:
         library, *kernels = (str(file.parent / each) for each in (kept.library, *kept.kernels))
         made = bound(kept.lines, _function_in(library), kernels, _names())
-    except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
-        _tell("restored", error)
-        return None
-    with contextlib.suppress(OSError):  # in a folder of somebody else, or just removed by another process
-        os.utime(file)  # it was used
-    counters["xquant"]["steps restored"] += 1
-    counters["xquant"]["one_call"] += 1
-    counters["xquant"]["layers_not_compiled_again"] += kept.spared
+        counters["xquant"]["layers_not_compiled_again"] += kept.spared
+        return made
+
+    if (made := _restored(file, call)) is not None:
+        counters["xquant"]["steps restored"] += 1
+        counters["xquant"]["one_call"] += 1
     return made
 
 
 def restored_kernel(file: Path) -> Callable[..., Any] | None:
     """The C++ function alone that was kept in ``file``, without Python around it; None as for ``restored``."""
+    made = _restored(file, lambda kept: _function_in(str(file.parent / kept.library)))
+    if made is None:
+        with contextlib.suppress(OSError):
+            file.unlink()  # or what is built anew would not be noted
+    return made
+
+
+def _restored(file: Path, make: Callable[[KeptCall], Callable[..., Any]]) -> Callable[..., Any] | None:
     if not file.exists():
         return None
     try:
-        made: Callable[..., Any] = _function_in(str(file.parent / _read(file.read_text()).library))
+        made = make(_read(file.read_text()))
     except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
         _tell("restored", error)
-        with contextlib.suppress(OSError):
-            file.unlink()  # or what is built anew would not be noted
         return None
-    with contextlib.suppress(OSError):
-        os.utime(file)
+    with contextlib.suppress(OSError):  # in a folder of somebody else, or just removed by another process
+        os.utime(file)  # it was used
     return made
 
 

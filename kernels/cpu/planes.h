@@ -1,7 +1,10 @@
-// Where codes are in their words (kernels/packing.py), of which kernels know PLANES, BITS and D.
+// Where codes are in their words (kernels/packing.py), of which kernels know PLANES, BITS, D and WRAP.
 #pragma once
 
 namespace xq {
+
+// Where the codes of token t are: those of a sliding window start over (kernels/layout.py).
+constexpr int64_t slot_of(int64_t t) { return WRAP ? t % (WRAP ? WRAP : 1) : t; }
 
 // Where code i of the `codes` along the packed axis is in a plane of fields: its word, or row of words, and its bit.
 constexpr int64_t first_word(const Plane& plane, int64_t codes) { return (codes * plane.above + 31) / 32; }

@@ -32,9 +32,6 @@ using Codes = std::remove_pointer_t<decltype(Tensors::codes)>;
 inline void write(int32_t* word, int32_t value) { *word = value; }
 inline void write(const int32_t*, int32_t) {}
 
-// Where the codes of token t are: those of a sliding window start over (kernels/layout.py).
-constexpr int64_t slot_of(int64_t t) { return WRAP ? t % (WRAP ? WRAP : 1) : t; }
-
 inline T* ring_token(const Inputs& in, int64_t head, int64_t t) { return in.ring + (head * RING + t % RING) * D; }
 
 // Token t in full precision, a new one or one that the window still holds: it takes the new ones last.

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from xquant_fx.kernels.cpu.at_hand import built, why_none
+from xquant_fx.kernels.cpu.side import fields_of_side, tokens_of
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.quantize_store.cpu_source import SIZES, Append, source
 from xquant_fx.kernels.rows import row_loop
-from xquant_fx.kernels.schemes import SCHEMES, wrap_of
 
 
 def no_output(*args: Any, **kwargs: Any) -> None:
@@ -20,38 +20,18 @@ def no_output(*args: Any, **kwargs: Any) -> None:
 
 def problem_of(a: StoreArguments, sizes: Any = sizes_of, dtype: Any = dtype_of) -> Append:
     """The kernel for these arguments; ``sizes`` and ``dtype`` read a tensor's shape and dtype."""
-    _, heads, _, dim = sizes(a.x)
-    return Append(
-        dtype=dtype(a.ring),
-        scale_dtype=dtype(a.scale),
-        heads=heads,
-        dim=dim,
-        append=SCHEMES[a.scheme].APPEND,
-        bits=a.bits,
-        group=a.group_size,
-        residual=a.residual_length,
-        ring=sizes(a.ring)[2],
-        wrap=wrap_of(a.scheme, _tokens(a, sizes), a.max_len, dim, a.bits, a.group_size, a.residual_length),
-        eta=a.eta,
-        sinks=a.sink_tokens,
-        fit=a.fit,
-        norms=a.norm is not None,
-        by_row=_by_row(a, sizes),
-    )
+    fields = fields_of_side(a, a.sink_tokens, sizes, dtype)
+    return Append(**fields, eta=a.eta, fit=a.fit, by_row=_by_row(a, sizes))
 
 
 def _by_row(a: StoreArguments, sizes: Any) -> bool:
     return len(sizes(a.length)) == 2
 
 
-def _tokens(a: StoreArguments, sizes: Any) -> int:
-    return SCHEMES[a.scheme].tokens_of(sizes(a.codes), sizes(a.scale))
-
-
 def sizes_given(a: StoreArguments, sizes: Any = sizes_of) -> list[int]:
     """What the kernel takes behind the tensors: ``SIZES``, and those of a loop over rows."""
     (batch, _, count, _), by_row = sizes(a.x), _by_row(a, sizes)
-    given = {"count": count, "batch": 1 if by_row else batch, "max_len": a.max_len, "tokens": _tokens(a, sizes)}
+    given = {"count": count, "batch": 1 if by_row else batch, "max_len": a.max_len, "tokens": tokens_of(a, sizes)}
     loop = row_loop(batch, {name: sizes(tensor) for name, tensor in a.tensors.items()}) if by_row else ()
     return [*(given[name] for name in SIZES), *loop]
 

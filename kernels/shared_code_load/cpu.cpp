@@ -29,12 +29,8 @@ inline int64_t quantized_limit(int64_t past) {
     else return past - RESIDUAL;
 }
 
-// Where the codes of token t are: those of a sliding window start over (kernels/layout.py).
-constexpr int64_t slot_of(int64_t t) { return WRAP ? t % (WRAP ? WRAP : 1) : t; }
-
-inline float decoded(float x) { return x; }
-inline float decoded(bfloat16 x) { return to_float(x); }
-inline float decoded(float16 x) { return to_float(x); }
+// A scale or zero point as it is stored.
+template <class X> inline float decoded(X x) { return to_float(x); }
 inline float decoded(uint8_t x) { return decode_scale(x); }
 
 // Codes of `count` tokens from a slot on, of all ranks or channels: in rows of AT_ONCE.

@@ -6,38 +6,18 @@ import torch
 from torch import Tensor
 
 from xquant_fx.kernels.cpu.at_hand import are_wanted, built, why_none
-from xquant_fx.kernels.schemes import SCHEMES, wrap_of
+from xquant_fx.kernels.cpu.side import Side, fields_of_side, tokens_of
 from xquant_fx.kernels.shared_code_load.arguments import LoadArguments
-from xquant_fx.kernels.shared_code_load.cpu_source import SIZES, Load, source
+from xquant_fx.kernels.shared_code_load.cpu_source import SIZES, source
 from xquant_fx.tracing import is_transformed, shown
 
 #: Numbers from which on plain torch takes so long to dequantize them that the kernel is worth waiting for, everywhere.
 MANY = 65_536
 
 
-def problem_of(a: LoadArguments) -> Load:
+def problem_of(a: LoadArguments) -> Side:
     """The kernel for these arguments."""
-    assert a.ring is not None and a.scale is not None
-    dim = a.ring.shape[3]
-    return Load(
-        dtype=a.ring.dtype,
-        scale_dtype=a.scale.dtype,
-        heads=a.ring.shape[1],
-        dim=dim,
-        append=SCHEMES[a.scheme].APPEND,
-        bits=a.bits,
-        group=a.group_size,
-        residual=a.residual_length,
-        ring=a.ring.shape[2],
-        wrap=wrap_of(a.scheme, _tokens(a), a.max_len, dim, a.bits, a.group_size, a.residual_length),
-        sinks=0 if a.sink is None else a.sink.shape[2] - 1,
-        norms=a.norm is not None,
-    )
-
-
-def _tokens(a: LoadArguments) -> int:
-    assert a.scale is not None
-    return SCHEMES[a.scheme].tokens_of(a.codes.shape, a.scale.shape)
+    return Side(**fields_of_side(a, 0 if a.sink is None else a.sink.shape[2] - 1))
 
 
 def dequantized(a: LoadArguments) -> Tensor | None:
@@ -76,7 +56,7 @@ def tensors_given(a: LoadArguments) -> list[Tensor]:
 def sizes_given(a: LoadArguments) -> list[int]:
     """What it takes behind them: ``SIZES``."""
     given = {
-        "n": a.n, "batch": a.codes.shape[0], "new_tokens": a.new_tokens, "tokens": _tokens(a),
+        "n": a.n, "batch": a.codes.shape[0], "new_tokens": a.new_tokens, "tokens": tokens_of(a),
         "first": 0 if a.first is None else int(a.first), "own": int(a.x is not None),
     }  # fmt: skip
     return [given[name] for name in SIZES]

@@ -1,8 +1,8 @@
 """Steps that run uncompiled on a CPU: by kernels, once they are many.
 
-Plain torch dequantizes all that a step reads (``benchmarks/uncompiled.py``). The kernels of compiled steps need some
-seconds of the compiler, once per format and machine. So a sequence's first steps are plain torch, and what no kernel
-takes stays that. Attention: ``step_attention.py``.
+All that a step reads is dequantized for plain torch (``benchmarks/uncompiled.py``). The kernels of compiled steps need
+some seconds of the compiler, once per format and machine. So a sequence's first steps are plain torch, and what no
+kernel takes stays that. Attention: ``step_attention.py``.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from typing import TypeVar
 
 from xquant_fx import ops
 from xquant_fx.cache.group import CacheGroup
+from xquant_fx.kernels.cpu.at_hand import has_failed, note_failure
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.tracing import is_transformed, shown
-from xquant_fx.warn_once import warn_once
 
 #: From this short step in a row on that a sequence takes uncompiled, kernels are built and run.
 WARM = 16
 
 Made = TypeVar("Made")
-_failed: list[bool] = []
 
 
 def is_warm(group: CacheGroup) -> bool:
     """Whether the short step that this cache is in is for kernels."""
-    if group.short_steps < WARM or group.start.device.type != "cpu" or _failed:
+    if group.short_steps < WARM or group.start.device.type != "cpu" or has_failed():
         return False
     from xquant_fx.kernels.cpu import build  # brings in Inductor
 
@@ -40,10 +39,7 @@ def built(run: Callable[[], Made]) -> Made | None:
     try:
         return run()
     except CompileError as error:
-        _failed.append(True)
-        warn_once(
-            f"uncompiled steps of quantized caches stay slow, as the C++ compiler fails: {error}", key="uncompiled"
-        )
+        note_failure(error)
         return None
 
 
@@ -53,4 +49,4 @@ def append(group: CacheGroup, a: StoreArguments) -> bool:
         return False
     with shown("xquant::append_cpu"):
         built(lambda: ops.append_uncompiled(a))
-    return not _failed
+    return not has_failed()
