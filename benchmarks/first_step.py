@@ -5,6 +5,8 @@
     python benchmarks/first_step.py MODEL --side growing     # DynamicCache: its first step runs uncompiled
                                                              # "more room": two steps after its room is filled
     python benchmarks/first_step.py MODEL --chunk 512        # and the first two chunks of so many tokens
+    python benchmarks/first_step.py MODEL --talk             # prompts, steps and turns of a chat, all compiled
+    python benchmarks/first_step.py MODEL --talk --fullgraph # the same, where Dynamo traces prompts and turns, too
     python benchmarks/first_step.py MODEL --runs warm warm --cache-dir FOLDER
 
 Each run is a process of its own: it loads the model, prefills 64 tokens uncompiled, and takes compiled steps, the last
@@ -35,6 +37,12 @@ PROMPT = 64
 #: Steps with each cache.
 STEPS = (("first", "second", "third"), ("another length",), ("a third length",))
 CHUNKS = ("first chunk", "second chunk")
+#: What a process is asked for, in turn: name, tokens, and whether they begin a new cache.
+TALK = (
+    ("first prompt", 64, True), ("first step", 1, False), ("second step", 1, False), ("first turn", 20, False),
+    ("step", 1, False), ("second turn", 33, False), ("second prompt", 100, True), ("its first step", 1, False),
+    ("third prompt", 37, True), ("its first step, too", 1, False),
+)  # fmt: skip
 #: Phase to the name that ``torch._dynamo.utils.compile_times`` has for it; they do not overlap, but do not cover all.
 PHASES = {
     "Dynamo traces": "bytecode_tracing", "guards": "build_guards", "detection": "xquant_detect",
@@ -85,6 +93,40 @@ def first_step(args: argparse.Namespace) -> dict[str, Any]:
     if args.chunk:
         found |= chunks(model, step, new_cache(args.max_cache_len * 2), args.chunk)
     return {**found, "load": os.getloadavg()[0]}
+
+
+def talk(args: argparse.Namespace) -> dict[str, Any]:
+    """What who talks to a compiled model waits for, in this process."""
+    import torch
+    from torch._dynamo.utils import counters
+    from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+    from xquant_fx import XQuantCache
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    fixed: Any = {"xquant": XQuantCache, "static": StaticCache}.get(args.side)
+    backend = "inductor" if args.side == "static" else "xquant"
+    call = torch.compile(model.forward, backend=backend, fullgraph=args.fullgraph)
+    found, cache = dict[str, Any](), None
+    with torch.no_grad():
+        for name, tokens, begins in TALK:
+            if begins:
+                room = dict(max_cache_len=args.max_cache_len)
+                cache = fixed(model.config, **room) if fixed else DynamicCache(config=model.config)
+            ids = torch.tensor([[7919 * (1 + i) % model.config.vocab_size for i in range(tokens)]])
+            before = seconds()
+            call(ids, past_key_values=cache, logits_to_keep=1)
+            found[name] = {kind: value - before[kind] for kind, value in seconds().items()}
+    return {**found, "graphs": counters["stats"]["unique_graphs"], "load": os.getloadavg()[0]}
+
+
+def table_of_talk(rows: list[dict[str, Any]], args: argparse.Namespace) -> Table:
+    """A column for each run."""
+    made = Table("seconds by the clock", *(row["way"] for row in rows), title=f"a chat, {args.model}, {args.side}")
+    for name, tokens, _ in TALK:
+        made.add_row(f"{name} ({tokens})", *(f"{row[name]['clock']:.3f}" for row in rows))
+    made.add_row("graphs", *(str(row["graphs"]) for row in rows))
+    return made
 
 
 def chunks(model: Any, step: Any, cache: Any, tokens: int) -> dict[str, dict[str, float]]:
@@ -151,19 +193,22 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-cache-len", type=int, default=1024)
     parser.add_argument("--chunk", type=int, default=0, help="tokens of chunks that are compiled, too; 0: none")
+    parser.add_argument("--talk", action="store_true", help="prompts and turns of a chat instead")
+    parser.add_argument("--fullgraph", action="store_true", help="of --talk: everything is traced")
     parser.add_argument("--cache-dir", type=Path, help="kept; without it a folder that is thrown away")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(first_step(args)))
+        print(json.dumps(talk(args) if args.talk else first_step(args)))
         return
     from results import where, write
 
     with tempfile.TemporaryDirectory() as temporary:
         rows = [run(way, args, args.cache_dir or Path(temporary)) for way in args.runs]
-    Console(width=120).print(table(rows, args))
+    Console(width=120).print(table_of_talk(rows, args) if args.talk else table(rows, args))
     args.device, args.cache_dir = "cpu", str(args.cache_dir)
-    write(f"first-step-cpu-{args.side}{'-chunks' if args.chunk else ''}", {**where(args), "rows": rows})
+    more = ("-chunks" if args.chunk else "") + ("-traced" if args.fullgraph else "")
+    write(f"{'first-words' if args.talk else 'first-step'}-cpu-{args.side}{more}", {**where(args), "rows": rows})
 
 
 if __name__ == "__main__":

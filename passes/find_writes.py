@@ -3,6 +3,9 @@ concatenation, and sliding windows."""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch.fx import Graph, Node
 
@@ -32,16 +35,25 @@ def written_by(node: Node) -> list[Node]:
     """The operands that ``node`` writes to: as an op in place, by ``out=`` or by the op's schema."""
     if node.op not in ("call_method", "call_function"):
         return []
-    found = list[object]([node.kwargs.get("out")])
+    found = list[object]([node.kwargs["out"]] if "out" in node.kwargs else [])
     if is_in_place(node):
         found.append(argument(node, 0, "input"))
-    target = getattr(node.target, "default", node.target)  # of an op that was called without its overload
-    schema = getattr(target, "_schema", None) if node.op == "call_function" else None
-    for i, parameter in enumerate(schema.arguments if isinstance(schema, torch.FunctionSchema) else ()):
-        if parameter.alias_info is not None and parameter.alias_info.is_write:
-            found.append(argument(node, i, parameter.name))
+    if node.op == "call_function":
+        found += [argument(node, i, name) for i, name in _written_arguments(node.target)]
+    if not found:
+        return []
     flat = [part for each in found for part in (each if isinstance(each, tuple | list) else (each,))]
     return list(dict.fromkeys(part for part in flat if isinstance(part, Node)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _written_arguments(target: Any) -> tuple[tuple[int, str], ...]:
+    """Place and name of the arguments that ``target`` writes to, by its schema."""
+    schema = getattr(getattr(target, "default", target), "_schema", None)  # of an op called without its overload, too
+    if not isinstance(schema, torch.FunctionSchema):
+        return ()
+    aliases = [(i, a.name, a.alias_info) for i, a in enumerate(schema.arguments)]
+    return tuple((i, name) for i, name, alias in aliases if alias is not None and alias.is_write)
 
 
 def written_memory(graph: Graph) -> set[Node]:

@@ -102,16 +102,21 @@ def note_added(node: Node) -> None:
     node.meta[_ADDED] = True
 
 
-def add_input(graph: Graph, after: Node, name: str, tensor: Tensor) -> Node:
-    """Add a placeholder for ``tensor``, whose address CUDA graphs may take for granted."""
-    mode = fake_mode(graph)
+def add_input(graph: Graph, after: Node, name: str, tensor: Tensor, value: Tensor | None = None) -> Node:
+    """Add a placeholder for ``tensor``, whose address CUDA graphs may take for granted; ``value``: its fake tensor."""
     with graph.inserting_after(after):
         node = graph.placeholder(name)
     note_added(node)
     node._dynamo_source = None
-    node.meta["example_value"] = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+    node.meta["example_value"] = fake_of(fake_mode(graph), tensor) if value is None else value
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     return node
+
+
+def fake_of(mode: Any, tensor: Tensor) -> Tensor:
+    """``tensor`` as a fake one of ``mode``, with its sizes as numbers; itself without a mode."""
+    fake: Tensor = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+    return fake
 
 
 def make_fake_inputs(graph: Graph, inputs: Sequence[Any]) -> None:
@@ -181,9 +186,16 @@ def call(
 
     ``result`` makes what the call gives, where the call itself would take long: fake tensors are slow.
     """
-    node = graph.call_function(target, args, kwargs or {})
+    node = add_call(graph, target, args, kwargs or {}, None)
     values = map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     mode = fake_mode(graph)
     with mode or contextlib.nullcontext(), enable_python_dispatcher(), torch.no_grad():  # which symbolic sizes need
         node.meta["example_value"] = result() if result else target(*values[0], **values[1])
+    return node
+
+
+def add_call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Node:
+    """Add a call whose fake result, ``value``, is known, at the graph's insertion point."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta["example_value"] = value
     return node

@@ -13,7 +13,7 @@ the order of a sum in float32.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
 import operator
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from xquant_fx.kernels.linear_rows.arguments import MOST_ROWS
 from xquant_fx.kernels.linear_rows.cpu_call import DTYPES, is_faster_here
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.find_writes import is_opaque, other_mutations
-from xquant_fx.passes.graph import call
+from xquant_fx.passes.graph import add_call, fake_mode
 from xquant_fx.passes.trace import argument, fake, memory_of, value_of
 from xquant_fx.passes.vocabulary import kind
 
@@ -68,10 +68,27 @@ def linear_rows(gm: GraphModule, context: Context) -> int:
     layers = [layer for node in gm.graph.nodes if (layer := _layer(node)) is not None and _fits(layer)]
     if not layers or not is_faster_here():
         return 0
+    results = _Results()
     for group in _groups(gm.graph, layers):
         now = [_layer(layer.node) for layer in group]  # one may read what another was
-        _replace(gm.graph, [layer for layer in now if layer is not None])
+        _replace(gm.graph, [layer for layer in now if layer is not None], results)
     return len(layers)
+
+
+class _Results:
+    """Fake results of the op, and their parts: those of equal layers are the same, since making them takes longest."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = {}
+
+    def of(self, graph: Graph, x: Tensor, sizes: list[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The result for a group whose results have ``sizes``, and its parts."""
+        key = (x.dtype, x.device, *sizes)
+        if key not in self.known:
+            with fake_mode(graph) or contextlib.nullcontext():
+                flat = torch.empty(sum(sizes), dtype=x.dtype, device=x.device)
+                self.known[key] = flat, torch.split(flat, sizes)
+        return self.known[key]
 
 
 def _layer(node: Node) -> Layer | None:
@@ -154,17 +171,17 @@ def _groups(graph: Graph, layers: Sequence[Layer]) -> list[list[Layer]]:
     return groups
 
 
-def _replace(graph: Graph, group: Sequence[Layer]) -> None:
+def _replace(graph: Graph, group: Sequence[Layer], results: _Results) -> None:
     x, shapes = value_of(group[0].x), [tuple(value_of(layer.node).shape) for layer in group]
     weights, biases = [layer.weight for layer in group], [layer.bias for layer in group]
     with graph.inserting_before(group[0].node):
         sizes = [math.prod(x.shape[:-1]) * shape[-1] for shape in shapes]
-        flat = functools.partial(torch.empty, sum(sizes), dtype=x.dtype, device=x.device)
-        out: Any = call(graph, ops.LINEAR_ROWS, (group[0].x, weights, biases, group[0].in_first), result=flat)
-        parts = call(graph, torch.split, (out, sizes)) if len(group) > 1 else None
+        flat, pieces = results.of(graph, x, sizes)
+        out: Any = add_call(graph, ops.LINEAR_ROWS, (group[0].x, weights, biases, group[0].in_first), {}, flat)
+        parts = add_call(graph, torch.split, (out, sizes), {}, pieces) if len(group) > 1 else None
         for i, (layer, shape) in enumerate(zip(group, shapes, strict=True)):
-            part = out if parts is None else call(graph, operator.getitem, (parts, i))
-            like = functools.partial(value_of, layer.node)  # reshaping fake tensors took longer than all else here
-            layer.node.replace_all_uses_with(call(graph, torch.reshape, (part, shape), result=like))
+            part = out if parts is None else add_call(graph, operator.getitem, (parts, i), {}, pieces[i])
+            like = value_of(layer.node)  # reshaping fake tensors took longer than all else here
+            layer.node.replace_all_uses_with(add_call(graph, torch.reshape, (part, shape), {}, like))
     for layer in group:
         graph.erase_node(layer.node)

@@ -23,7 +23,7 @@ from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import BORROWED, OWN, StoreArguments
 from xquant_fx.kernels.quantize_store.both_arguments import COMMON, BothArguments
 from xquant_fx.passes.context import Context
-from xquant_fx.passes.graph import call
+from xquant_fx.passes.graph import add_call
 from xquant_fx.passes.records import Write
 from xquant_fx.passes.trace import fake, same_value, value_of
 
@@ -85,6 +85,6 @@ def _tokens(store: Node) -> Tensor:
 def _pair(gm: GraphModule, both: list[Node]) -> None:
     a = BothArguments.of_sides(*map(StoreArguments.of, both))
     with gm.graph.inserting_before(max(both)):
-        call(gm.graph, ops.STORE_BOTH[a.overload], (), a._asdict(), result=lambda: None)
+        add_call(gm.graph, ops.STORE_BOTH[a.overload], (), a._asdict(), None)
     for node in both:
         gm.graph.erase_node(node)

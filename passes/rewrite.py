@@ -23,7 +23,7 @@ from xquant_fx.kernels.shared_code_load.arguments import STORED
 from xquant_fx.passes.context import Context
 from xquant_fx.passes.facts import is_growing, is_sliding
 from xquant_fx.passes.find_writes import appended, is_opaque, written_by
-from xquant_fx.passes.graph import call
+from xquant_fx.passes.graph import add_call, call
 from xquant_fx.passes.products import query_tokens
 from xquant_fx.passes.records import Detection, Write
 from xquant_fx.passes.trace import is_shape_query, readers, shares_memory, value_of
@@ -114,7 +114,7 @@ class BufferRewrite:
             if spec.any_room and not is_growing(self.buffer):  # of one that grows the host knows that there is room
                 arguments["max_len"] = self.context.length_of(self.graph, self.buffer)
             op, fit = (ops.STORE_BORROWED, {"fit": spec.fit}) if spec.borrowed else (ops.STORE, {})
-            self.stores[node] = call(self.graph, op, (), arguments | fit, result=lambda: None)
+            self.stores[node] = add_call(self.graph, op, (), arguments | fit, None)
             tokens = new if isinstance(new, int) else call(self.graph, torch.ops.aten.sym_size.int, (x, 2))
             self.loaded = self.loads[node] = self._load(past, tokens, before, x if chunk else None)
         return self.loaded

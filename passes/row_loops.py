@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from xquant_fx.kernels.rows import write_rows_
-from xquant_fx.passes.graph import call
+from xquant_fx.passes.graph import add_call, call
 from xquant_fx.passes.trace import argument, fake
 from xquant_fx.passes.vocabulary import kind
 
@@ -62,7 +62,7 @@ def _merge(graph: Graph, buffer: Node, rows: list[_Row], order: dict[Node, int],
         return False
     with graph.inserting_before(rows[-1].node):
         pos = pos if positions.dim() == 2 else call(graph, torch.unsqueeze, (pos, 1))
-        call(graph, write_rows_, (buffer, pos, x), result=lambda: value)
+        add_call(graph, write_rows_, (buffer, pos, x), {}, value)
     for row in rows:
         graph.erase_node(row.node)
         graph.erase_node(row.view)

@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 
 from xquant_fx.kernels.rows import write_rows_
 from xquant_fx.passes.find_writes import written_by
-from xquant_fx.passes.graph import call
+from xquant_fx.passes.graph import add_call, call
 from xquant_fx.passes.trace import argument, fake, is_view_like, memory_of
 from xquant_fx.passes.vocabulary import kind
 
@@ -141,7 +141,7 @@ def _replace(graph: Graph, node: Node, buffer: Node, pos: Node, x: Node) -> bool
             pos = call(graph, torch.unsqueeze, (pos, 1))
         if value is not None and value.dtype != torch.int64:
             pos = call(graph, torch.Tensor.to, (pos, torch.int64))
-        call(graph, write_rows_, (buffer, pos, x), result=lambda: fake(buffer))
+        add_call(graph, write_rows_, (buffer, pos, x), {}, fake(buffer))
     node.replace_all_uses_with(buffer)
     graph.erase_node(node)
     return True

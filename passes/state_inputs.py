@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.state import TENSOR_NAMES
 from xquant_fx.passes.context import Context, Part, StateInputs
-from xquant_fx.passes.graph import OF_ANY_ROOM, add_input
+from xquant_fx.passes.graph import OF_ANY_ROOM, add_input, fake_mode, fake_of
 from xquant_fx.passes.trace import fake
 from xquant_fx.plan.spec import KVSpec
 
@@ -35,6 +36,8 @@ class _Adding:
 
     def __init__(self, gm: GraphModule, last: Node, state: StateInputs) -> None:
         self.gm, self.last, self.state = gm, last, state
+        self.mode = fake_mode(gm.graph)
+        self.fakes: dict[tuple[Any, ...], Tensor] = {}
         self.known: dict[int, tuple[Node, int]] = {}
         self.parts: dict[int, Part] = {}
 
@@ -60,12 +63,19 @@ class _Adding:
         prefix = f"xquant{cache or ''}_{spec.role}{spec.layer}"
         wide = _of_any_room(spec).get(name)
         example = tensor if wide is None else tensor.new_empty(wide)  # whose pages nobody touches
-        self.last = add_input(self.gm.graph, self.last, f"{prefix}_{name}", example)
+        self.last = add_input(self.gm.graph, self.last, f"{prefix}_{name}", example, self._fake(example))
         self.last.meta[OF_ANY_ROOM] = wide is not None
         self.known[id(tensor)] = self.last, len(state.tensors)
         part.slots.append((len(state.tensors), index, name))
         state.tensors.append(example)
         return self.last
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        """Those of tensors that are laid out alike are the same: making them takes longest."""
+        layout = (tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+        if layout not in self.fakes:
+            self.fakes[layout] = fake_of(self.mode, tensor)
+        return self.fakes[layout]
 
 
 def _of_any_room(spec: KVSpec) -> dict[str, tuple[int, ...]]:

@@ -146,16 +146,27 @@ def op_name(node: Node) -> str:
         return "input"
     if node.target is getattr:
         return str(node.args[1])
-    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return _name(node.target)
+
+
+def _name(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
 def is_in_place(node: Node) -> bool:
     """Whether ``node`` writes to its first operand: by its name, as an operator, or told to by ``inplace=True``."""
-    if node.op not in ("call_method", "call_function") or node.target in _KEYWORDS:
+    if node.op not in ("call_method", "call_function"):
         return False
-    name = op_name(node)
+    return _is_op_in_place(node.target) or _is_told_to(node)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_op_in_place(target: Any) -> bool:
+    if target in _KEYWORDS:
+        return False
+    name = _name(target)
     by_name = name in _IN_PLACE_METHODS or (name.endswith("_") and not name.endswith("__"))
-    return by_name or node.target in IN_PLACE_OPERATORS or _is_told_to(node)
+    return by_name or target in IN_PLACE_OPERATORS
 
 
 def _is_told_to(node: Node) -> bool:

@@ -58,11 +58,11 @@ def test_chunks_give_what_all_layers_together_give(whole_as_well: list[Any], mon
 
 @torch.no_grad()
 def test_chunks_of_a_model(tiny_llama: Any) -> None:
-    """As uncompiled ones, in caches of three lengths, of which the last is not compiled for."""
+    """As uncompiled ones, in caches of three lengths, of which the last is not compiled for; ``fullgraph``: traced."""
     torch._dynamo.reset()
     model = tiny_llama(layers=LAYERS, head_dim=32)
     ids = torch.randint(3, 128, (1, 60), generator=torch.Generator().manual_seed(0))
-    step, graphs = torch.compile(model.forward, backend="xquant"), []
+    step, graphs = torch.compile(model.forward, backend="xquant", fullgraph=True), []
     for length in (64, 96, 128):
         compiled, plain = XQuantCache(model.config, length), XQuantCache(model.config, length)
         for cache in (compiled, plain):

@@ -7,13 +7,15 @@ in all layers.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from xquant_fx.cache.chunk_guesses import ChunkGuesses
 from xquant_fx.cache.faults import FaultMonitor
 from xquant_fx.cache.turns import AT_ONCE, Turn
 from xquant_fx.errors import CacheStateError
@@ -98,6 +100,7 @@ class CacheGroup:
         """Steps of one token that ran uncompiled, in a row,"""
         self.short_steps = 0
         """and those of up to STEP_TOKENS of this sequence."""
+        self.guesses = ChunkGuesses()
         self.turn = Turn()
 
     def __getstate__(self) -> dict[str, object]:
@@ -128,6 +131,7 @@ class CacheGroup:
     def stepped(self, tokens: int) -> None:
         """A compiled graph appended ``tokens``; eager code that reads next sees the state before its flush."""
         self.drop()
+        self.guesses.stepped(tokens)
         for group in (self, *self.rows):
             group.step_tokens, group.uncompiled, group.short_steps = tokens, 0, 0
 
@@ -171,6 +175,13 @@ class CacheGroup:
         """Let go of the chunks that hold tokens, ``but`` those of one layer."""
         self.step_tokens = 0
         self.chunks = {key: chunk for key, chunk in self.chunks.items() if chunk.x is None or key[0] == but}
+
+    @contextlib.contextmanager
+    def in_chunk(self) -> Iterator[None]:
+        """A call that was left untraced, as it seemed to bring more than STEP_TOKENS tokens: see whether it does."""
+        before = self.short_steps
+        yield
+        self.guesses.misjudged |= self.short_steps > before
 
     def drop(self) -> None:
         """Let go of the chunk."""

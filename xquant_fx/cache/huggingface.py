@@ -25,6 +25,7 @@ from xquant_fx.cache.huggingface_layers import (
     why_no_window_masks,
 )
 from xquant_fx.cache.padding import Padding
+from xquant_fx.cache.prompts import TellsPrompts
 from xquant_fx.cache.remake import move, rows_held, select_rows
 from xquant_fx.cache.saving import load, save
 from xquant_fx.cache.state import KVState
@@ -38,7 +39,7 @@ from xquant_fx.plan.windows import why_not_windows
 LONGEST_CACHE = 2**30
 
 
-class XQuantCache(StaticCache):
+class XQuantCache(StaticCache, TellsPrompts):
     """KV cache of 1 to 16 bits per element, for ``past_key_values=`` (``cache=`` from transformers 5.24 on).
 
     Full-attention layers are quantized, and so are long sliding windows (``xquant_fx/plan/windows.py``); other kinds
@@ -94,6 +95,8 @@ class XQuantCache(StaticCache):
         """Why sliding windows stay in full precision; "" where there are none, or none stays."""
         chosen = full if self.windows_left else full | windows
         self.quantized_layers: list[XQuantLayer] = []
+        self._began_with = -1
+        """Layers that held tokens when `begins` was asked last."""
         self.plan = make_plan(self.xquant_config, len(chosen)) if chosen else None
         latents = _latents(of_model)
         for layer_idx, index in enumerate(sorted(chosen)):
@@ -135,6 +138,18 @@ class XQuantCache(StaticCache):
     def reset(self) -> None:
         """Back to a new cache, padding included; memory is kept and taken again by a prompt of the same batch."""
         super().reset()  # type: ignore[no-untyped-call]
+        self._began_with = -1
+
+    def begins(self) -> bool:
+        """Whether layers are still to get their first tokens, and more have got them since this was asked last.
+
+        A model that never steps through all layers has thus one such call too many, and no more.
+        """
+        if not self.quantized_layers or self.quantized_layers[-1].is_initialized:
+            return False
+        held = sum(layer.is_initialized for layer in self.quantized_layers)
+        begins, self._began_with = held > self._began_with, held
+        return begins
 
     def crop(self, tokens_to_remove: int) -> None:
         """Roll back ``-tokens_to_remove`` tokens (Hugging Face counts them negative), in all layers or in none.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +48,7 @@ from xquant_fx.compiler.self_check import self_check
 from xquant_fx.compiler.stacked_graph import NOT_APART, Judge, LeftWholeError, no_judge, stacked_graph
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.tracing_time import watch_tracing
+from xquant_fx.compiler.untraced import leave_prompts_untraced, was_called
 from xquant_fx.compiler.watch import Watch, WatchStacks, WatchWrites, only_read
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
 from xquant_fx.kernels.cpu.at_hand import as_wanted
@@ -59,9 +59,6 @@ from xquant_fx.passes.records import Detection
 from xquant_fx.plan.plan import make_plan
 
 log = logging.getLogger(__name__)
-
-#: Set once torch has come with a graph (``entry.py``).
-graph_came = threading.Event()
 
 #: Gives a function, or for a graph with a quantized cache None: it is to run as the program has it.
 Compiler = Callable[..., Any]
@@ -87,7 +84,7 @@ def xquant_backend(
         NotRewrittenError: under ``strict``, a KV cache was left in full precision.
         UnsupportedWriteError: the graph writes to a quantized buffer in a way that is no append.
     """
-    graph_came.set()
+    was_called.set()
     watch_tracing(xquant_backend)  # torch._dynamo.reset() forgets it
     with no_collection():
         begin(example_inputs)
@@ -95,6 +92,7 @@ def xquant_backend(
 
 
 watch_tracing(xquant_backend)
+leave_prompts_untraced(xquant_backend)
 
 
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:

@@ -62,7 +62,7 @@ class EmptiedInputs(OtherGraph):
 
 def emptied_inputs(gm: GraphModule, inputs: Sequence[Any]) -> EmptiedInputs | None:
     """The graph without what empties an input that it appends to later; None if ``gm`` empties none."""
-    if not _emptied(gm.graph):
+    if not any(map(_empties, gm.graph.nodes)) or not _emptied(gm.graph):
         return None
     made = clone(gm)
     nodes = made.graph.find_nodes(op="placeholder")

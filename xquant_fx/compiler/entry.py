@@ -10,7 +10,8 @@ from __future__ import annotations
 import atexit
 import sys
 
-from xquant_fx.compiler.backend import graph_came, xquant_backend
+from xquant_fx.compiler.backend import xquant_backend
+from xquant_fx.compiler.untraced import was_called
 from xquant_fx.warn_once import warn_once
 
 __all__ = ["xquant_backend"]
@@ -19,7 +20,7 @@ __all__ = ["xquant_backend"]
 @atexit.register
 def tell_if_unused() -> None:
     """Warn if torch never had a graph for the backend, but not where the process failed before it could."""
-    if not graph_came.is_set() and getattr(sys, "last_value", None) is None:
+    if not was_called.is_set() and getattr(sys, "last_value", None) is None:
         warn_once(
             "the backend xquant was asked for, and torch never had a graph for it: nothing was compiled, no KV cache "
             "quantized by it. torch.compile(model).generate() runs the model that was wrapped: write "

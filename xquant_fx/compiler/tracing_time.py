@@ -3,37 +3,35 @@
 No garbage is looked for: a full collection looks at all objects of a process, 0.3 s with transformers loaded, and
 tracing 30 layers set two off. That of the trace itself is collected once it is over. And what Inductor asks the
 compiler first, and what its caches hash of torch and Triton, 0.5 s once a process, is asked and read on another
-processor, where no step is kept that could do without (``kept_steps.py``). Compilations by other backends are left
-alone. Nor are source files of the model read for names of functions that only logs show which are off.
+processor, where no step is kept that could do without (``kept_steps.py``). What Dynamo works out many times over is
+worked out once (``tracing_shortcuts.py``). Compilations by other backends are left alone.
 
 Relied on: ``torch._dynamo.callback``, which ``torch._dynamo.reset()`` empties, the local variable ``compiler_fn`` of
-``convert_frame._compile``, ``_torchdynamo_orig_backend``, ``get_funcname`` of ``symbolic_convert`` and the names of
-loggers, and from torch 2.13 on ``prefetch`` of the two hashes. Checked on torch 2.11 and 2.13.
+``convert_frame._compile``, ``_torchdynamo_orig_backend``, and from torch 2.13 on ``prefetch`` of the two hashes.
+Checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import logging
 import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import torch
-from torch._dynamo import symbolic_convert
 from torch._dynamo.callback import callback_handler
-from torch._dynamo.funcname_cache import get_funcname
 
 from xquant_fx.compiler.kept_steps import are_expected
+from xquant_fx.compiler.tracing_shortcuts import shortcuts
 
 Backend = Callable[..., Any]
 
 _backends: list[Backend] = []
-#: Loggers of ``TORCH_LOGS=trace_call`` and ``trace_source``, which show names of functions.
-_NAMING_LOGS = ("output_graph.__trace_call", "symbolic_convert.__trace_call", "symbolic_convert.__trace_source")
 #: Not empty while the collector is off because of us.
 _switched_off: list[bool] = []
+_shortcuts = contextlib.ExitStack()
 
 
 def watch_tracing(backend: Backend) -> None:
@@ -46,7 +44,7 @@ def watch_tracing(backend: Backend) -> None:
 
 
 def _begin(_: Any) -> None:
-    if _innermost(_compiler()) not in _backends:
+    if innermost(_compiler()) not in _backends:
         return
     if gc.isenabled():
         _switched_off.append(True)  # first: Ctrl-C may strike between the two
@@ -57,18 +55,17 @@ def _begin(_: Any) -> None:
 
             begin_probes()
         begin_hashes()
-    if not any(logging.getLogger(f"torch._dynamo.{name}").isEnabledFor(logging.DEBUG) for name in _NAMING_LOGS):
-        vars(symbolic_convert)["get_funcname"] = _no_name
+    _shortcuts.enter_context(shortcuts())
 
 
 def _end(_: Any) -> None:
+    _shortcuts.close()
     if _switched_off:
         _switched_off.clear()
         try:
             _collect_new()
         finally:
             gc.enable()
-    vars(symbolic_convert)["get_funcname"] = get_funcname
 
 
 def _collect_new() -> None:
@@ -83,10 +80,6 @@ def _collect_new() -> None:
         gc.unfreeze()
 
 
-def _no_name(filename: str, lineno: int) -> None:
-    """In the place of Dynamo's ``get_funcname``, which splits a whole file into tokens."""
-
-
 def _compiler() -> Any:
     """What Dynamo is going to give the graph to; None if it does not say."""
     frame: FrameType | None = sys._getframe(1)
@@ -97,7 +90,8 @@ def _compiler() -> Any:
     return None
 
 
-def _innermost(compiler: Any) -> Any:
+def innermost(compiler: Any) -> Any:
+    """The backend that Dynamo's wrappers around ``compiler`` call."""
     while hasattr(compiler, "_torchdynamo_orig_backend"):
         compiler = compiler._torchdynamo_orig_backend
     return getattr(compiler, "compiler_fn", compiler)  # that of a backend with options

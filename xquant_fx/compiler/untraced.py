@@ -1,0 +1,80 @@
+"""Calls of compiled models that Dynamo is not asked about: first prompts and chunks of quantized caches.
+
+They run uncompiled (``backend.py``, ``chunks.py``), and to find that out Dynamo would trace the whole model, first
+prompts for each number of tokens anew, until as many graphs as it keeps are prompts (``recompile_limit``). The cache
+knows it beforehand (``xquant_fx/cache/prompts.py``). So such a call runs as if there were no ``torch.compile`` around
+it, by the kernels of compiled models. Under ``fullgraph=True`` everything is traced, as was asked for.
+
+Relied on: ``eval_frame._callback_from_stance``, by which a compiled function asks, each time that it is called, who is
+to see its frames (None: nobody), and the variables ``self``, ``args``, ``kwargs`` and ``cleanups`` of
+``compile_wrapper`` there. Without them all is traced. Checked on torch 2.11, 2.13 and 2.14.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch._dynamo import eval_frame
+
+from xquant_fx.cache.prompts import uncompiled
+from xquant_fx.compiler.tracing_time import Backend, innermost
+from xquant_fx.kernels.cpu.at_hand import wanted
+
+log = logging.getLogger(__name__)
+
+#: Set once torch has called a function that was compiled by our backend.
+was_called = threading.Event()
+
+_NAME = "_callback_from_stance"
+#: Ids [B, q], or embeddings [B, q, D].
+_NEW_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_states")
+_backends: list[Backend] = []
+
+
+def leave_prompts_untraced(backend: Backend) -> None:
+    """From now on, do so in functions that are compiled by ``backend``."""
+    if backend not in _backends:
+        _backends.append(backend)
+    torchs: Callable[[Any], Any] | None = vars(eval_frame).get(_NAME)
+    if torchs is None or hasattr(torchs, "__wrapped__"):
+        return
+
+    @functools.wraps(torchs)
+    def callback_of_call(callback: Any) -> Any:
+        chosen = torchs(callback)
+        if chosen in (None, False) or innermost(callback) not in _backends:
+            return chosen
+        return None if _is_left_untraced(sys._getframe(1).f_locals) else chosen
+
+    vars(eval_frame)[_NAME] = callback_of_call
+
+
+def _is_left_untraced(call: Mapping[str, Any]) -> bool:
+    """Whether the call that has these variables is to run untraced; it is prepared to, then."""
+    if not call.keys() >= {"self", "args", "kwargs", "cleanups"} or call["self"].fullgraph:
+        return False
+    args, kwargs = call["args"], call["kwargs"]
+    tokens, given = _tokens(args, kwargs), (*kwargs.values(), *args)
+    told = next((c for each in given if (c := uncompiled(each, tokens)) is not None), None)
+    if told is None:
+        return False
+    log.info("a prompt or a chunk of a quantized cache: it runs uncompiled, and is not traced")
+    was_called.set()
+    inside = contextlib.ExitStack()
+    inside.enter_context(told)
+    inside.enter_context(wanted())
+    call["cleanups"].append(inside.close)
+    return True
+
+
+def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How many tokens a model's call brings, by the names that transformers has for them, or by what comes first."""
+    given = next((kwargs[name] for name in _NEW_TOKENS if kwargs.get(name) is not None), args[0] if args else None)
+    return given.shape[1] if isinstance(given, Tensor) and given.dim() >= 2 else 0
