@@ -29,6 +29,14 @@ def fresh_dynamo():
     torch._dynamo.config.automatic_dynamic_shapes = automatic
 
 
+@pytest.fixture
+def all_traced(monkeypatch):
+    """Prompts and chunks are traced, which they are not where a cache tells beforehand (``test_untraced.py``)."""
+    from xquant_fx.compiler import untraced
+
+    monkeypatch.setattr(untraced, "_backends", [])
+
+
 @pytest.fixture(scope="session")
 def trained():
     """(model, token ids [1, 2048]) with trained weights: the model that the repository brings, in every clone the same.

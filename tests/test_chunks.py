@@ -22,8 +22,9 @@ def ids() -> Tensor:
 
 @pytest.mark.parametrize("kind", [XQuantCache, pytest.param(StaticCache, marks=pytest.mark.slow), DynamicCache])
 @torch.no_grad()
+@pytest.mark.usefixtures("all_traced")
 def test_turns_of_any_length_are_traced_once(tiny_llama, kind) -> None:
-    """Where they are traced at all (``test_untraced.py``). With codes that do not depend on who filled the cache."""
+    """With codes that do not depend on who filled the cache."""
     counters.clear()
     config = XQuantConfig.preset("kivi-4")
     model = tiny_llama(layers=1, head_dim=32)
@@ -32,7 +33,7 @@ def test_turns_of_any_length_are_traced_once(tiny_llama, kind) -> None:
     cache: Any = DynamicCache(config=model.config)
     if kind is not DynamicCache:
         cache = copy.deepcopy(plain) if kind is XQuantCache else StaticCache(model.config, 512)
-    step = torch.compile(model.forward, backend="xquant", fullgraph=True, dynamic=True, options={"config": config})
+    step = torch.compile(model.forward, backend="xquant", dynamic=True, options={"config": config})
     model(prompt, past_key_values=plain)
     (model if kind is StaticCache else step)(prompt, past_key_values=cache)
     graphs = []

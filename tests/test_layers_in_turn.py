@@ -57,12 +57,13 @@ def test_chunks_give_what_all_layers_together_give(whole_as_well: list[Any], mon
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("all_traced")
 def test_chunks_of_a_model(tiny_llama: Any) -> None:
-    """As uncompiled ones, in caches of three lengths, of which the last is not compiled for; ``fullgraph``: traced."""
+    """As uncompiled ones, in caches of three lengths, of which the last is not compiled for."""
     torch._dynamo.reset()
     model = tiny_llama(layers=LAYERS, head_dim=32)
     ids = torch.randint(3, 128, (1, 60), generator=torch.Generator().manual_seed(0))
-    step, graphs = torch.compile(model.forward, backend="xquant", fullgraph=True), []
+    step, graphs = torch.compile(model.forward, backend="xquant"), []
     for length in (64, 96, 128):
         compiled, plain = XQuantCache(model.config, length), XQuantCache(model.config, length)
         for cache in (compiled, plain):

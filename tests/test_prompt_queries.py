@@ -20,6 +20,9 @@ from xquant_fx.passes.early_queries import compute_queries_early
 SMALL = XQuantConfig(k_group_size=8, residual_length=8, sink_tokens=0)
 
 
+pytestmark = pytest.mark.usefixtures("all_traced")
+
+
 def energies(model, ids: Tensor, compiled: bool) -> list[Tensor]:
     cache = XQuantCache(model.config, 64, SMALL)
     step = torch.compile(model.forward, backend="xquant") if compiled else model.forward

@@ -105,6 +105,7 @@ def test_compiled_as_uncompiled(name: str, bits: XQuantConfig) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_traced")
 @pytest.mark.parametrize("bits", [FULL, LOW], ids=["16 bits", "2 bits"])
 def test_compiled_by_inductor(bits: XQuantConfig) -> None:
     model, ids = model_of("Gemma3Text"), ids_of()

@@ -1,0 +1,87 @@
+"""What Dynamo is spared while it traces for this backend: the graph, and what it says of itself, are the same."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo import config, output_graph, symbolic_convert
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from xquant_fx.compiler.tracing_shortcuts import shortcuts
+
+SMALL = dict(
+    vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+    max_position_embeddings=32,
+)  # fmt: skip
+
+
+def down(x: Tensor, times: int) -> Tensor:
+    return down(x + 1, times - 1) if times else (x * 2) + (x * 3)  # two columns of one line
+
+
+class Deep(nn.Module):
+    """Frames that repeat, some more often than Python shows, and one of torch.nn.modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return down(self.parts(x), 2) + down(x, 6)
+
+
+def told(model: nn.Module, *args: Any, spared: bool) -> list[tuple[str, str]]:
+    """Name and stack trace of each node."""
+    torch._dynamo.reset()
+    found: list[tuple[str, str]] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        found.extend((node.name, node.stack_trace) for node in gm.graph.nodes if node.op != "placeholder")
+        return gm.forward
+
+    with torch.no_grad():
+        if spared:
+            with shortcuts():
+                torch.compile(model, backend=backend)(*args)
+        else:
+            torch.compile(model, backend=backend)(*args)
+    return found
+
+
+@pytest.mark.parametrize("model", ["llama", "deep"])
+def test_stack_traces_are_the_same(model: str) -> None:
+    made = Deep() if model == "deep" else LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    given = torch.ones(2, 4) if model == "deep" else torch.ones(1, 4, dtype=torch.long)
+    spared, whole = (told(made, given, spared=each) for each in (True, False))
+    assert spared == whole and any(text.count("File") > 2 for _, text in whole)
+    if model == "deep":
+        assert any("more time" in text for _, text in whole)
+
+
+def test_everything_is_put_back() -> None:
+    translator = symbolic_convert.InstructionTranslatorBase
+    before = (symbolic_convert.get_funcname, translator.is_co_filename_from_nn_modules, "verbose" in vars(config))
+    with pytest.raises(KeyError), shortcuts():
+        assert output_graph.traceback is not traceback and "verbose" in vars(config) and config.verbose is False
+        raise KeyError
+    after = (symbolic_convert.get_funcname, translator.is_co_filename_from_nn_modules, "verbose" in vars(config))
+    assert after == before and output_graph.traceback is traceback and not before[2]
+
+
+def test_a_verbose_config_stays_so() -> None:
+    with config.patch(verbose=True):
+        with shortcuts():
+            assert config.verbose is True
+        assert config.verbose is True
+    assert config.verbose is False
+
+
+def test_what_a_torch_does_not_have_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(symbolic_convert, "get_funcname")
+    with shortcuts():
+        assert not hasattr(symbolic_convert, "get_funcname")
+    assert not hasattr(symbolic_convert, "get_funcname")
