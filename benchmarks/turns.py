@@ -5,7 +5,8 @@
 
 Such chunks run uncompiled on CPUs, in compiled models, too, where kernels store and dequantize ("kernels"; here nothing
 is compiled but those). In a model that is not compiled plain torch does, if they are few ("uncompiled"). Caches have
-room for ``--rooms`` tokens; 0: for no more than come. One run, the ways in turn, medians by the clock in milliseconds. JSON goes to benchmarks/results/.
+room for ``--rooms`` tokens; 0: for no more than come. One run, the ways in turn, medians by the clock in milliseconds.
+JSON goes to benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -58,11 +59,15 @@ class Run:
         return counters["stats"]["unique_graphs"]
 
 
+@pytest.fixture(autouse=True)
+def own_backends(monkeypatch):
+    monkeypatch.setattr(untraced, "_backends", [])
+    monkeypatch.setattr(untraced, "_misjudged", weakref.WeakSet())
+
+
 @pytest.fixture
-def run() -> Iterator[Run]:
-    made = Run()
-    yield made
-    untraced._backends.remove(made.backend)
+def run() -> Run:
+    return Run()
 
 
 def test_prompts_of_any_length_are_not_traced(run):
@@ -108,7 +113,6 @@ def test_fullgraph_traces_everything():
     assert run.traced == 1
     run(one(), cache), run(ids_of(12), cache)
     assert run.traced == 3
-    untraced._backends.remove(run.backend)
 
 
 @pytest.mark.parametrize(
@@ -127,13 +131,11 @@ def test_chunks_are_not_traced(run, make, expected):
     for left in (True, False):
         torch._dynamo.reset()
         run.call = torch.compile(run.model.forward, backend=run.backend)
-        if not left:
-            untraced._backends.remove(run.backend)
+        untraced._backends[:] = [run.backend] * left
         cache = make(config=run.model.config, **room) if make is DynamicCache else make(run.model.config, **room)
         counters.clear()
         outs.append([run(ids, cache) for ids in turns])
         assert cache.get_seq_length() == 46 and run.traced == expected[left]
-    untraced._backends.append(run.backend)
     assert all(relative_error(*pair) < 1e-5 for pair in zip(*outs, strict=True))
 
 
@@ -177,31 +179,96 @@ def test_a_wrong_guess_costs_one_uncompiled_step(run):
     cache, table = run.cache(), torch.zeros(3, 12)
     call(table, ids_of(20).mT, cache)
     call(table, one(), cache)
-    assert not run.traced and cache.group.guesses.misjudged
+    assert not run.traced
     for _ in range(3):
         call(table, one(), cache)
     assert run.traced == 1 and cache.get_seq_length() == 24
+    other = run.cache()
+    run(ids_of(20), other)
+    call(table, one(), other)
+    assert run.traced == 1
 
 
 @torch.no_grad()
 def test_layers_compiled_one_by_one_bring_their_prompts_untraced(run):
     for layer in run.model.model.layers:
         layer.forward = torch.compile(layer.forward, backend=run.backend)
-    cache = run.cache()
+    cache = run.cache(256)
     run.model(ids_of(20), past_key_values=cache)
+    for _ in range(chunk_guesses.SAME - 1):
+        run.model(ids_of(12), past_key_values=cache)
     assert not run.traced
     for _ in range(3):
         run.model(one(), past_key_values=cache)
     assert 0 < run.traced <= len(run.model.model.layers)
 
 
-def test_a_cache_whose_last_layer_stays_empty_does_not_begin_for_ever(run):
-    cache = run.cache()
-    assert cache.begins() and not cache.begins()
-    cache.layers[0].is_initialized = True
-    assert cache.begins() and not cache.begins()
-    cache.reset()
-    assert cache.begins()
+class Early(nn.Module):
+    """Writes to the first layer of a cache alone."""
+
+    def forward(self, x: Tensor, cache: Any) -> Tensor:
+        return cache.update(x, x, 0)[0].sum()
+
+
+@torch.no_grad()
+def test_a_model_whose_last_layer_stays_empty_is_traced_from_the_third_call_on(run):
+    call, cache = torch.compile(Early(), backend=run.backend), run.cache()
+    heads = run.model.config.num_key_value_heads
+    for times, expected in enumerate((0, 0, 1)):
+        call(torch.randn(1, heads, 1 if times else 12, 8), cache)
+        assert run.traced == expected
+
+
+@torch.no_grad()
+def test_a_prompt_that_failed_is_no_reason_to_trace_the_next(run):
+    with pytest.raises(IndexError):
+        run(ids_of(5) + 1000, run.cache())
+    run(ids_of(5), run.cache())
+    assert not run.traced
+
+
+@pytest.mark.parametrize("begin", [12, 0], ids=["behind a prompt", "from nothing on"])
+@torch.no_grad()
+def test_a_compiled_loop_is_found_out(run, begin):
+    """Its first call runs uncompiled, which none of its steps must later, whatever cache it is given."""
+
+    def loop(ids: Tensor, past_key_values: Any) -> Tensor:
+        out = run.model(ids, past_key_values=past_key_values).logits
+        for _ in range(3):
+            out = run.model(one(), past_key_values=past_key_values).logits
+        return out
+
+    call = torch.compile(loop, backend=run.backend)
+    for times in range(3):
+        cache = run.cache()
+        if begin:
+            run.model(ids_of(begin), past_key_values=cache)
+        out = call(ids_of(20), cache)
+        expected = run.cache()
+        if begin:
+            run.model(ids_of(begin), past_key_values=expected)
+        assert relative_error(out, loop(ids_of(20), expected)) < 1e-4
+        assert bool(run.traced) == bool(times)
+
+
+@torch.no_grad()
+def test_what_only_reads_a_cache_is_traced_from_the_second_call_on(run):
+    call, cache = torch.compile(lambda x, cache: x * 2, backend=run.backend), run.cache()
+    run(ids_of(20), cache)
+    for times in range(3):
+        call(torch.ones(1, 300, 4), cache)
+        assert run.traced == bool(times)
+
+
+@torch.no_grad()
+def test_functions_inside_of_one_that_is_left_untraced(run):
+    for layer in run.model.model.layers:
+        layer.forward = torch.compile(layer.forward, backend=run.backend)
+    cache = run.cache(256)
+    run(ids_of(20), cache)
+    for _ in range(5):
+        run(ids_of(12), cache)
+    assert not run.traced and cache.group.guesses.times <= 6  # not one per function
 
 
 @torch.no_grad()
@@ -226,6 +293,41 @@ def test_other_backends_trace_prompts(run):
     call = torch.compile(run.model.forward, backend="eager")
     call(ids_of(5), past_key_values=DynamicCache(config=run.model.config))
     assert run.traced == 1
+
+
+class Proxy(Mapping[str, Any]):
+    """What a frame has for local variables from Python 3.13 on: its keys are a list."""
+
+    def __init__(self, variables: Mapping[str, Any]) -> None:
+        self.variables = variables
+
+    def __getitem__(self, name: str) -> Any:
+        return self.variables[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.variables)
+
+    def __len__(self) -> int:
+        return len(self.variables)
+
+    def keys(self) -> Any:
+        return list(self.variables)
+
+
+def test_variables_as_python_3_13_has_them(run, monkeypatch):
+    asked = untraced._is_left_untraced
+    monkeypatch.setattr(untraced, "_is_left_untraced", lambda call: asked(Proxy(call)))
+    cache = run.cache()
+    run(ids_of(5), cache)
+    assert not run.traced
+    run(one(), cache)
+    assert run.traced == 1
+
+
+def test_a_stance_that_forces_another_backend_holds(run):
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        run(ids_of(5), DynamicCache(config=run.model.config))
+        assert run.traced == 1
 
 
 def test_stances_hold(run):
@@ -253,7 +355,7 @@ def test_torch_still_has_what_is_relied_on(run, monkeypatch):
     seen = []
     monkeypatch.setattr(untraced, "_is_left_untraced", lambda call: seen.append(dict(call)))
     run(ids_of(5), run.cache())
-    assert seen and all(seen[0].keys() >= {"self", "args", "kwargs", "cleanups"} for _ in seen)
+    assert len(seen) == 1 and seen[0].keys() >= {"self", "args", "kwargs", "cleanups"}
     assert type(seen[0]["cleanups"]) is list and seen[0]["self"].fullgraph is False
     assert vars(eval_frame)["_callback_from_stance"].__wrapped__
 

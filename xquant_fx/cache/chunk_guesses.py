@@ -1,4 +1,4 @@
-"""Whether a call that seems to bring many tokens is worth tracing: what a cache remembers of such calls."""
+"""Whether a call that seems to bring many tokens is left untraced: what a cache remembers of such calls."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ LONG = 256
 
 
 class ChunkGuesses:
-    """How many tokens a call brings is guessed from its arguments (``prompts.py``)."""
+    """Of one cache."""
 
     def __init__(self) -> None:
-        self.misjudged = False
-        """Whether a call brought a few tokens after all: such calls are compiled for, so no more is guessed."""
         self.tokens = 0
-        """Of the last call that was left untraced,"""
+        """Of the last chunk that was left untraced,"""
         self.times = 0
-        """and how many came in a row with as many."""
+        """how many came in a row with as many,"""
+        self.seen_at = -1
+        """and after how many steps: each layer may ask, if each is compiled by itself."""
 
-    def leave_untraced(self, tokens: int) -> bool:
-        """Whether a call that seems to bring ``tokens`` is to run uncompiled, as it would anyway or better."""
-        if self.misjudged or tokens <= STEP_TOKENS:
+    def leave_untraced(self, tokens: int, steps: int) -> bool:
+        """Whether a call that seems to bring ``tokens``, behind so many ``steps``, is to run uncompiled."""
+        if tokens <= STEP_TOKENS:
             return False
         if tokens != self.tokens:
             self.tokens, self.times = tokens, 0
-        self.times += 1
+        if steps != self.seen_at:
+            self.times, self.seen_at = self.times + 1, steps
         return self.times <= SAME or tokens >= LONG
 
     def stepped(self, tokens: int) -> None:
-        """A compiled graph appended ``tokens``: Dynamo leaves the number of a chunk open that comes after a step."""
+        """A step appended ``tokens``: Dynamo leaves the number of a chunk open that comes after a short one."""
         if tokens <= STEP_TOKENS:
             self.times = 0

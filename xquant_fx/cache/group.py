@@ -7,9 +7,8 @@ in all layers.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -100,6 +99,12 @@ class CacheGroup:
         """Steps of one token that ran uncompiled, in a row,"""
         self.short_steps = 0
         """and those of up to STEP_TOKENS of this sequence."""
+        self.steps = 0
+        """Steps that began behind others."""
+        self.stores = 0
+        """Writes of uncompiled code to a buffer,"""
+        self.last_stored = 0
+        """and tokens of the last one."""
         self.guesses = ChunkGuesses()
         self.turn = Turn()
 
@@ -140,6 +145,7 @@ class CacheGroup:
 
         Of a short step, whose tokens the windows hold, how many there were is kept: layers above may read this one.
         """
+        self.stores, self.last_stored = self.stores + 1, chunk.new
         if self.chunk_layer != state.spec.layer and not self.holds_all:
             self._drop_copies()
         self.chunk_layer = state.spec.layer
@@ -176,13 +182,6 @@ class CacheGroup:
         self.step_tokens = 0
         self.chunks = {key: chunk for key, chunk in self.chunks.items() if chunk.x is None or key[0] == but}
 
-    @contextlib.contextmanager
-    def in_chunk(self) -> Iterator[None]:
-        """A call that was left untraced, as it seemed to bring more than STEP_TOKENS tokens: see whether it does."""
-        before = self.short_steps
-        yield
-        self.guesses.misjudged |= self.short_steps > before
-
     def drop(self) -> None:
         """Let go of the chunk."""
         for group in (self, *self.rows):
@@ -202,7 +201,10 @@ class CacheGroup:
             self.turn.begin()
             self.written = set()
             self.uncompiled += tokens == 1
-            self.short_steps += tokens is not None and tokens <= STEP_TOKENS
+            self.steps += 1
+            if tokens is not None and tokens <= STEP_TOKENS:
+                self.short_steps += 1
+                self.guesses.stepped(tokens)
             if self.uncompiled >= MANY_STEPS:
                 warn_once(
                     f"{MANY_STEPS} steps of a quantized cache ran uncompiled, which is slow: compile the model that "

@@ -95,8 +95,6 @@ class XQuantCache(StaticCache, TellsPrompts):
         """Why sliding windows stay in full precision; "" where there are none, or none stays."""
         chosen = full if self.windows_left else full | windows
         self.quantized_layers: list[XQuantLayer] = []
-        self._began_with = -1
-        """Layers that held tokens when `begins` was asked last."""
         self.plan = make_plan(self.xquant_config, len(chosen)) if chosen else None
         latents = _latents(of_model)
         for layer_idx, index in enumerate(sorted(chosen)):
@@ -138,18 +136,14 @@ class XQuantCache(StaticCache, TellsPrompts):
     def reset(self) -> None:
         """Back to a new cache, padding included; memory is kept and taken again by a prompt of the same batch."""
         super().reset()  # type: ignore[no-untyped-call]
-        self._began_with = -1
 
-    def begins(self) -> bool:
-        """Whether layers are still to get their first tokens, and more have got them since this was asked last.
-
-        A model that never steps through all layers has thus one such call too many, and no more.
-        """
-        if not self.quantized_layers or self.quantized_layers[-1].is_initialized:
-            return False
-        held = sum(layer.is_initialized for layer in self.quantized_layers)
-        begins, self._began_with = held > self._began_with, held
-        return begins
+    @property
+    def layers_begun(self) -> tuple[int, int]:
+        """How many quantized layers hold tokens, or did since the cache was empty, and how many there are."""
+        layers = self.quantized_layers
+        if not layers or layers[-1].is_initialized:
+            return len(layers), len(layers)
+        return sum(layer.is_initialized for layer in layers), len(layers)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Roll back ``-tokens_to_remove`` tokens (Hugging Face counts them negative), in all layers or in none.

@@ -22,7 +22,6 @@ from xquant_fx.cache.prompt_attention import may_be_attended
 from xquant_fx.cache.prompt_keys import PromptKeys
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ArgumentError, CacheStateError
-from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import Role, why_not_tokens
 from xquant_fx.tracing import is_traced, not_traced
@@ -73,11 +72,6 @@ class XQuantLayer(StaticLayer):
         self.masked = False
         """Whether masks were made for this cache since it was empty: a model steps through all layers, not someone's
         code through one."""
-        self.chunk_width = 0
-        """Of the first layer: tokens that the masks of a chunk are for, which uncompiled code has made; 0: for all that
-        there is room for. Until the last layer is written, or tokens are taken back."""
-        self.are_compiled = False
-        """Of the first layer: whether such a chunk came to compiled layers, which guard on how wide its masks are."""
         self.padding: Padding | None = None
         self.chunk = 0
         self.prompt_left = 0
@@ -156,9 +150,6 @@ class XQuantLayer(StaticLayer):
         keys.index_copy_(2, positions, key_states)
         values.index_copy_(2, positions, value_states)
         self.cumulative_length.add_(new)  # last: the graph ends before what is refused
-        if new > STEP_TOKENS and (width := self._width_of_masks()):
-            self.first.are_compiled = True  # without the model that makes their masks, which are to be wide from now on
-            return keys[:, :, :width], values[:, :, :width]
         return keys, values
 
     def _compiled_prompt(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -181,30 +172,16 @@ class XQuantLayer(StaticLayer):
             key_states, value_states = key_states.contiguous(), value_states.contiguous()
         stored = self._update(key_states, value_states, *args, **kwargs)
         if not cold:
-            return self._as_masks_are(*stored, key_states)
+            return self._as_prompt(*stored) if may_be_attended(key_states) else stored
         if isinstance(self.keys, QuantizedKV):
             key_states = PromptKeys.of(key_states, self.keys.live.note_queries, self.max_cache_len)
         return key_states, value_states
 
-    def _as_masks_are(self, keys: Tensor, values: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        """What the tokens ``new`` attend to: of a chunk, as many tokens as its masks are for.
-
-        Where that is less than all, or a kernel attends, it is dequantized, as it would be anyway.
-        """
-        if new.shape[2] <= STEP_TOKENS or not isinstance(keys, QuantizedKV) or not isinstance(values, QuantizedKV):
+    def _as_prompt(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What a long chunk attends to, dequantized, as it would be anyway: its attention has a kernel, too."""
+        if not isinstance(keys, QuantizedKV) or not isinstance(values, QuantizedKV):
             return keys, values
-        width = self._width_of_masks()
-        if width and width == int(self.cumulative_length):
-            cut = PromptKeys.of(keys[:, :, :width].dense(), _ignored, self.max_cache_len)  # type: ignore[attr-defined]
-            return cut, values[:, :, :width].dense()  # type: ignore[attr-defined]
-        return (PromptKeys.of(keys.dense(), _ignored), values.dense()) if may_be_attended(new) else (keys, values)
-
-    def _width_of_masks(self) -> int:
-        """``chunk_width``, which is forgotten with the last layer."""
-        width = self.first.chunk_width
-        if width and self is self.siblings[-1]:
-            self.first.chunk_width = 0
-        return width
+        return PromptKeys.of(keys.dense(), _ignored), values.dense()
 
     def _check(self, key_states: Tensor, value_states: Tensor, cold: bool) -> None:
         """Whatever can be known before anything is written; where Dynamo traces this, eager code says what it is."""
@@ -278,22 +255,7 @@ class XQuantLayer(StaticLayer):
         if isinstance(self.keys, QuantizedKV) and not torch.compiler.is_dynamo_compiling():
             self.keys.live.group.lockstep = True
             self.keys.live.group.announce()
-        if not self.is_initialized:
-            return query_length, 0
-        if query_length > STEP_TOKENS and (width := self._width_of_chunk(query_length)):
-            return width, 0
-        return super().get_mask_sizes(query_length)
-
-    def _width_of_chunk(self, tokens: int) -> int:
-        """Note and return for how many tokens the masks of a chunk are to be; 0: for all that there is room for.
-
-        Attention of an uncompiled chunk would read the rest in vain. Compiled graphs are to be the same for all lengths.
-        """
-        uncompiled = not torch.compiler.is_dynamo_compiling() and not self.first.are_compiled
-        is_ours = isinstance(self.keys, QuantizedKV) and self.device.type == "cpu"
-        width = int(self.cumulative_length) + tokens if uncompiled and is_ours else 0
-        self.first.chunk_width = width if width <= self.max_cache_len else 0
-        return self.first.chunk_width
+        return super().get_mask_sizes(query_length) if self.is_initialized else (query_length, 0)
 
     @property
     def states(self) -> list[KVState]:
@@ -306,7 +268,6 @@ class XQuantLayer(StaticLayer):
             state.reset()
         self.cumulative_length.zero_()
         self.is_initialized, self.masked, self.padding, self.prompt_left = False, False, None, 0
-        self.chunk_width = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select batch rows in place, codes once per pair."""
@@ -335,7 +296,6 @@ class XQuantLayer(StaticLayer):
     def _count(self, length: int) -> None:
         """The layer holds ``length`` tokens again, some of a padded prompt that was still being read, maybe."""
         self.cumulative_length.fill_(length)
-        self.first.chunk_width = 0
         if self.prompt_left and self.padding is not None:
             self.prompt_left = max(self.padding.width - length, 0)
 

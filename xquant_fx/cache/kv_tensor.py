@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, UnsupportedFakeTensorExcep
 
 from xquant_fx.cache import step_attention
 from xquant_fx.cache.growth import of_any_length
+from xquant_fx.cache.held_tokens import heads_apart
 from xquant_fx.cache.left import leave_read
 from xquant_fx.cache.ragged import Row
 from xquant_fx.cache.reads import Dequantized, Token, read
@@ -423,5 +424,6 @@ HANDLERS = {
     aten.copy_.default: _copy,
     aten.detach.default: _alias,
     aten.alias.default: _alias,
+    aten.unsqueeze.default: heads_apart,
 }
 QuantizedKV.handlers = dict(HANDLERS)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xquant_fx import ops
+from xquant_fx.cache.held_tokens import HeldTokens, attend_to_held
 from xquant_fx.cache.reads import Dequantized
 from xquant_fx.cache.state import KVState
 from xquant_fx.cache.uncompiled import built, is_warm
@@ -41,11 +42,14 @@ def attend(
     scale: float | None = None,
 ) -> Any:
     """What ``scaled_dot_product_attention`` becomes on a CPU: the result, and what only a backward pass reads."""
-    ours, theirs = (x.first_tokens() if isinstance(x, Dequantized) else None for x in (key, value))
-    if dropout or is_causal or q.requires_grad or ours is None or theirs is None or ours[1] != theirs[1]:
+    if dropout or is_causal or q.requires_grad:
         return NotImplemented
-    out = attention(q, ours[0], theirs[0], ours[1], attn_mask, scale)
-    return NotImplemented if out is None else (out, q.new_empty(q.shape[:3], dtype=torch.float32))
+    ours, theirs = (x.first_tokens() if isinstance(x, Dequantized) else None for x in (key, value))
+    if ours is not None and theirs is not None and ours[1] == theirs[1]:
+        out = attention(q, ours[0], theirs[0], ours[1], attn_mask, scale)
+        if out is not None:
+            return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+    return attend_to_held(q, key, value, attn_mask, scale)
 
 
 def attention(
@@ -122,3 +126,4 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._fused_sdp_choice.default: sdp_choice,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: attend,
 }
+HeldTokens.handlers |= HANDLERS

@@ -55,6 +55,7 @@ def _begin(_: Any) -> None:
 
             begin_probes()
         begin_hashes()
+    _shortcuts.close()  # of a trace in which torch._dynamo.reset() was called, which never ended for us
     _shortcuts.enter_context(shortcuts())
 
 

@@ -3,7 +3,8 @@
 They run uncompiled (``backend.py``, ``chunks.py``), and to find that out Dynamo would trace the whole model, first
 prompts for each number of tokens anew, until as many graphs as it keeps are prompts (``recompile_limit``). The cache
 knows it beforehand (``xquant_fx/cache/prompts.py``). So such a call runs as if there were no ``torch.compile`` around
-it, by the kernels of compiled models. Under ``fullgraph=True`` everything is traced, as was asked for.
+it, by the kernels of compiled models. A function whose call does more than that (a whole loop of steps) is found out by
+its first call, and traced from then on. Under ``fullgraph=True`` everything is traced, as was asked for.
 
 Relied on: ``eval_frame._callback_from_stance``, by which a compiled function asks, each time that it is called, who is
 to see its frames (None: nobody), and the variables ``self``, ``args``, ``kwargs`` and ``cleanups`` of
@@ -17,25 +18,30 @@ import functools
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch._dynamo import eval_frame
 
-from xquant_fx.cache.prompts import uncompiled
+from xquant_fx.cache.prompts import AsGuessed, uncompiled
 from xquant_fx.compiler.tracing_time import Backend, innermost
 from xquant_fx.kernels.cpu.at_hand import wanted
 
 log = logging.getLogger(__name__)
 
-#: Set once torch has called a function that was compiled by our backend.
+#: Set once torch has come with a graph, or a call was left untraced.
 was_called = threading.Event()
 
 _NAME = "_callback_from_stance"
+#: The variables of ``compile_wrapper``.
+_VARIABLES = ("self", "args", "kwargs", "cleanups")
 #: Ids [B, q], or embeddings [B, q, D].
-_NEW_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_states")
+_NEW_TOKENS = ("decoder_input_ids", "input_ids", "inputs_embeds", "hidden_states")
 _backends: list[Backend] = []
+#: Compiled functions, as torch keeps them, of which a call was something else than it was taken for.
+_misjudged = weakref.WeakSet[Any]()
 
 
 def leave_prompts_untraced(backend: Backend) -> None:
@@ -43,35 +49,43 @@ def leave_prompts_untraced(backend: Backend) -> None:
     if backend not in _backends:
         _backends.append(backend)
     torchs: Callable[[Any], Any] | None = vars(eval_frame).get(_NAME)
-    if torchs is None or hasattr(torchs, "__wrapped__"):
+    if torchs is None or hasattr(torchs, "_of_xquant_fx"):
         return
 
     @functools.wraps(torchs)
     def callback_of_call(callback: Any) -> Any:
         chosen = torchs(callback)
-        if chosen in (None, False) or innermost(callback) not in _backends:
+        if chosen in (None, False) or innermost(chosen) not in _backends:
             return chosen
         return None if _is_left_untraced(sys._getframe(1).f_locals) else chosen
 
+    callback_of_call._of_xquant_fx = True  # type: ignore[attr-defined]
     vars(eval_frame)[_NAME] = callback_of_call
 
 
 def _is_left_untraced(call: Mapping[str, Any]) -> bool:
     """Whether the call that has these variables is to run untraced; it is prepared to, then."""
-    if not call.keys() >= {"self", "args", "kwargs", "cleanups"} or call["self"].fullgraph:
+    if not all(name in call for name in _VARIABLES) or call["self"].fullgraph or call["self"] in _misjudged:
         return False
     args, kwargs = call["args"], call["kwargs"]
     tokens, given = _tokens(args, kwargs), (*kwargs.values(), *args)
-    told = next((c for each in given if (c := uncompiled(each, tokens)) is not None), None)
-    if told is None:
+    as_guessed = next((told for each in given if (told := uncompiled(each, tokens)) is not None), None)
+    if as_guessed is None:
         return False
     log.info("a prompt or a chunk of a quantized cache: it runs uncompiled, and is not traced")
     was_called.set()
     inside = contextlib.ExitStack()
-    inside.enter_context(told)
+    inside.callback(_judge, call["self"], as_guessed)
     inside.enter_context(wanted())
     call["cleanups"].append(inside.close)
     return True
+
+
+def _judge(function: Any, as_guessed: AsGuessed) -> None:
+    """After a call that ran untraced: was it what it was taken for? If it failed, nobody knows."""
+    if sys.exc_info()[0] is None and not as_guessed():
+        log.info("this compiled function does more than one prompt or chunk: from now on it is traced")
+        _misjudged.add(function)
 
 
 def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
