@@ -23,9 +23,7 @@ class ChunkGuesses:
         """and after how many steps: each layer may ask, if each is compiled by itself."""
 
     def leave_untraced(self, tokens: int, steps: int) -> bool:
-        """Whether a call that seems to bring ``tokens``, behind so many ``steps``, is to run uncompiled."""
-        if tokens <= STEP_TOKENS:
-            return False
+        """Whether a call that seems to bring ``tokens``, more than STEP_TOKENS, runs uncompiled after ``steps``."""
         if tokens != self.tokens:
             self.tokens, self.times = tokens, 0
         if steps != self.seen_at:

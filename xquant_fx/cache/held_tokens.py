@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.reads import Dequantized, ReadOnlyCopy, read
+from xquant_fx.cache.reads import Copied, Dequantized, read
 from xquant_fx.tracing import is_transformed
 
 aten = torch.ops.aten
 
 
-class HeldTokens(Dequantized):
+class HeldTokens(Copied):
     """Dequantized tokens ``held`` [B, H, n, D] as the first of ``room``, each head ``times`` times.
 
     As a tensor [B, H, times, room, D], or [B, H * times, room, D].
@@ -43,11 +43,6 @@ class HeldTokens(Dequantized):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"HeldTokens({self.origin}, {tuple(self.shape)}, {self.held.shape[2]} tokens)"
 
-    @property
-    def origin(self) -> str:
-        """The buffer that the tokens are of."""
-        return self._origin
-
     def repeated(self) -> Tensor:
         """The tokens that are held, each head as often as it is to be."""
         if self.times == 1:
@@ -58,10 +53,6 @@ class HeldTokens(Dequantized):
         """All of it, as an ordinary tensor."""
         whole = torch.nn.functional.pad(self.repeated(), (0, 0, 0, self.room - self.held.shape[2]))
         return whole.reshape(self.shape)
-
-    def refuse_write(self, func: Any) -> None:
-        """As a copy does."""
-        ReadOnlyCopy.refuse_write(self, func)  # type: ignore[arg-type]
 
     @classmethod
     @torch._dynamo.disable

@@ -8,7 +8,7 @@ cache knows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.growing import GrowingKV
@@ -65,8 +65,7 @@ def _group(cache: Any) -> CacheGroup | None:
     keys: list[Any] = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())]
     if not keys or not all(isinstance(each, QuantizedKV | GrowingKV) and not each.live.spec.window for each in keys):
         return None
-    first = keys[0].live
-    if first.group.start.device.type != "cpu" or not (isinstance(keys[0], GrowingKV) or first.length):
+    first, group = keys[0].live, keys[0].live.group
+    if group.start.device.type != "cpu" or not (isinstance(keys[0], GrowingKV) or first.length):
         return None
-    group = first.group
-    return group
+    return cast(CacheGroup, group)

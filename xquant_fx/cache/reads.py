@@ -104,11 +104,28 @@ for _module in (torch, torch.utils.dlpack):
     vars(_module)["to_dlpack"] = _to_dlpack
 
 
-class ReadOnlyCopy(Dequantized):
-    """A dequantized copy where torch expects a view: reading is fine, writing would be lost."""
+class Copied(Dequantized):
+    """Dequantized numbers of the buffer ``_origin``: reading is fine, writing would be lost."""
+
+    _origin: str
+
+    @property
+    def origin(self) -> str:
+        """The buffer that this is a copy of."""
+        return self._origin
+
+    def refuse_write(self, func: Any) -> None:
+        """Say what to do instead."""
+        raise UnsupportedWriteError(
+            f"{self.origin}: {func} on a dequantized copy of a quantized KV buffer would be lost; append tokens "
+            "with index_copy_(2, positions, x) or buffer[:, :, positions] = x"
+        )
+
+
+class ReadOnlyCopy(Copied):
+    """A copy where torch expects a view."""
 
     base: Tensor
-    _origin: str
 
     @staticmethod
     def __new__(cls, base: Tensor, origin: str) -> ReadOnlyCopy:
@@ -125,21 +142,9 @@ class ReadOnlyCopy(Dequantized):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ReadOnlyCopy({self.origin}, {self.base})"
 
-    @property
-    def origin(self) -> str:
-        """The buffer that this is a copy of."""
-        return self._origin
-
     def dense(self) -> Tensor:
         """The copy."""
         return self.base
-
-    def refuse_write(self, func: Any) -> None:
-        """Say what to do instead."""
-        raise UnsupportedWriteError(
-            f"{self.origin}: {func} on a dequantized copy of a quantized KV buffer would be lost; append tokens "
-            "with index_copy_(2, positions, x) or buffer[:, :, positions] = x"
-        )
 
     @classmethod
     @torch._dynamo.disable
