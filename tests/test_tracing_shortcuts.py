@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config, output_graph, symbolic_convert
+from torch._dynamo.variables.builder import VariableBuilder
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xquant_fx.compiler.tracing_shortcuts import shortcuts
+from xquant_fx.compiler.tracing_shortcuts import _with_classes_once, shortcuts
 
 SMALL = dict(
     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -64,12 +65,17 @@ def test_stack_traces_are_the_same(model: str) -> None:
 
 def test_everything_is_put_back() -> None:
     translator = symbolic_convert.InstructionTranslatorBase
-    before = (symbolic_convert.get_funcname, translator.is_co_filename_from_nn_modules, "verbose" in vars(config))
+
+    def replaced() -> tuple[Any, ...]:
+        kept = (symbolic_convert.get_funcname, translator.is_co_filename_from_nn_modules, VariableBuilder._wrap)
+        return (*kept, {**vars(config)}, type(config).__setattr__)
+
+    before = replaced()
     with pytest.raises(KeyError), shortcuts():
         assert output_graph.traceback is not traceback and "verbose" in vars(config) and config.verbose is False
+        assert VariableBuilder._wrap is not before[2]
         raise KeyError
-    after = (symbolic_convert.get_funcname, translator.is_co_filename_from_nn_modules, "verbose" in vars(config))
-    assert after == before and output_graph.traceback is traceback and not before[2]
+    assert replaced() == before and output_graph.traceback is traceback and "verbose" not in vars(config)
 
 
 def test_a_verbose_config_stays_so() -> None:
@@ -78,6 +84,28 @@ def test_a_verbose_config_stays_so() -> None:
             assert config.verbose is True
         assert config.verbose is True
     assert config.verbose is False
+
+
+def test_settings_that_change_in_a_trace_are_seen() -> None:
+    with shortcuts():
+        with config.patch(nested_graph_breaks=True):
+            assert config.nested_graph_breaks is True
+        assert config.nested_graph_breaks is False
+    assert config.nested_graph_breaks is False
+
+
+def test_classes_of_wrap_are_made_once() -> None:
+    made: list[type] = []
+
+    def make(numbers: list[int]) -> type:
+        class Inner:
+            first = numbers
+
+        made.append(Inner)
+        return Inner
+
+    once = _with_classes_once(make)
+    assert once([1]) is once([2]) and len(made) == 2 and make([1]) is not make([1]) and once is not make
 
 
 def test_what_a_torch_does_not_have_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

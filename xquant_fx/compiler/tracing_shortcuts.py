@@ -1,6 +1,7 @@
-"""What Dynamo works out again for each instruction and each node while it traces, worked out once: 0.25 of 2.5 s.
+"""What Dynamo works out again for each instruction and each node while it traces, worked out once: 0.35 of 2.5 s.
 
-- ``config.verbose``, which each instruction asks for;
+- settings that each instruction, node or guard asks Dynamo's config for;
+- classes that ``VariableBuilder._wrap`` makes for each value, and leaves as garbage;
 - the text of a frame, in the stack trace of each node: most frames are those of the node before;
 - whether a file is one of ``torch.nn.modules``, whose frames the stack trace leaves out;
 - names of functions, for which source files are read and which only logs show that are off.
@@ -12,6 +13,7 @@ out.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import itertools
@@ -19,15 +21,24 @@ import logging
 import re
 import traceback
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
 from torch._dynamo import config, output_graph, symbolic_convert
+from torch._dynamo.variables import builder
 
 #: Loggers of ``TORCH_LOGS=trace_call`` and ``trace_source``, which show names of functions.
 _NAMING_LOGS = ("output_graph.__trace_call", "symbolic_convert.__trace_call", "symbolic_convert.__trace_source")
 #: So many equal frames in a row Python shows as they are, of more it says how many there were.
 _SHOWN = 3
+
+#: Settings that are asked for thousands of times in a trace.
+_SETTINGS = (
+    "verbose", "nested_graph_breaks", "use_graph_deduplication", "track_nodes_for_deduplication",
+    "skip_tensor_guards_with_matching_dict_tags", "enable_faithful_generator_behavior",
+    "max_saved_pointers_for_recursive_dict_tags_check", "skip_nnmodule_hook_guards", "rewrite_assert_with_torch_assert",
+    "_unsafe_skip_fsdp_module_guards", "trace_numpy", "dont_skip_tracing", "dynamo_profiler", "issue_3_13_0_warning",
+)  # fmt: skip
 
 FrameKey = tuple[Any, ...]
 
@@ -40,14 +51,35 @@ def shortcuts() -> Iterator[None]:
         (output_graph, "traceback", _traceback_of_one_trace()),
         (translator, "is_co_filename_from_nn_modules", _is_of_nn_modules),
     ]
+    if isinstance(wrap := vars(builder.VariableBuilder).get("_wrap"), FunctionType):
+        replaced.append((builder.VariableBuilder, "_wrap", _with_classes_once(wrap)))
     if not any(logging.getLogger(f"torch._dynamo.{name}").isEnabledFor(logging.DEBUG) for name in _NAMING_LOGS):
         replaced.append((symbolic_convert, "get_funcname", _no_name))
     with contextlib.ExitStack() as stack:
         for owner, name, value in replaced:
             stack.enter_context(_replaced(owner, name, value))
-        vars(config)["verbose"] = getattr(config, "verbose", False)
-        stack.callback(vars(config).pop, "verbose", None)
+        stack.enter_context(_settings_at_hand())
         yield
+
+
+@contextlib.contextmanager
+def _settings_at_hand() -> Iterator[None]:
+    """Inside, ``_SETTINGS`` are attributes of the config, until somebody sets them."""
+    kept, kind = vars(config), type(config)
+    at_hand = {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)}
+
+    def set_one(self: Any, name: str, value: object) -> None:
+        kept.pop(name, None)
+        super(kind, self).__setattr__(name, value)
+
+    kept.update(at_hand)
+    kind.__setattr__ = set_one  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        del kind.__setattr__
+        for name in at_hand:
+            kept.pop(name, None)
 
 
 @contextlib.contextmanager
@@ -106,3 +138,23 @@ def _is_of_nn_modules(self: Any) -> bool:
 
 def _no_name(filename: str, lineno: int) -> None:
     """In the place of Dynamo's ``get_funcname``, which splits a whole file into tokens."""
+
+
+@functools.cache
+def _with_classes_once(function: FunctionType) -> FunctionType:
+    """``function``, which finds the classes that it defines made by its first call."""
+    made: dict[CodeType, Any] = {}
+
+    def build_class(body: FunctionType, *args: Any, **kwargs: Any) -> Any:
+        if body.__code__ not in made:
+            made[body.__code__] = builtins.__build_class__(body, *args, **kwargs)
+        return made[body.__code__]
+
+    names = function.__globals__
+    before = names["__builtins__"]
+    names["__builtins__"] = {**vars(builtins), "__build_class__": build_class}  # which a function keeps from its start
+    try:
+        parts = (function.__name__, function.__defaults__, function.__closure__)
+        return FunctionType(function.__code__, names, *parts)
+    finally:
+        names["__builtins__"] = before
