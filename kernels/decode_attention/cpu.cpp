@@ -44,7 +44,7 @@ inline void attend_span(Scratch& scratch, const Inputs& in, RunningSoftmax& soft
     if (sink1 > sink0) score_run(scratch, in.k_sink + sink * DK, sink0 - t0, sink1 - sink0);
     online_softmax(scratch, in, softmax, head, t0, t1 - t0);
     if (sink1 > sink0) add_run(scratch, softmax, in.v_sink + sink * DV, sink0 - t0, sink1 - sink0);
-    for (int64_t r = 0; r < ROWS; r++) std::fill(scratch.weight[r] + sink0 - t0, scratch.weight[r] + sink1 - t0, 0.0f);
+    for (int64_t r = 0; r < scratch.rows_in_use(); r++) std::fill(scratch.weight[r] + sink0 - t0, scratch.weight[r] + sink1 - t0, 0.0f);
     if constexpr (MANY_ROWS)
         for (int64_t t = values; t < t1; t += L)
             add_tokens_to_many_rows(scratch, softmax, in, head, t, std::min<int64_t>(L, t1 - t), t - t0);
@@ -57,18 +57,19 @@ inline void attend_span(Scratch& scratch, const Inputs& in, RunningSoftmax& soft
 }
 
 inline void load_queries(Scratch& scratch, const Inputs& in, int64_t head, int64_t row0) {
-    scratch.row0 = row0, scratch.q = in.q + (head * ALL_ROWS + row0) * DK;
+    scratch.row0 = row0, scratch.rows = in.rows_from(row0);
+    scratch.q = in.q + (head * in.rows() + row0) * DK;
     std::memset(scratch.query, 0, sizeof(scratch.query));
     std::memset(scratch.folded, 0, sizeof(scratch.folded));
     std::fill(scratch.q_center, scratch.q_center + ROWS, 0.0f);
-    for (int64_t r = 0; r < ROWS; r++)
+    for (int64_t r = 0; r < scratch.rows_in_use(); r++)
         for (int64_t d = 0; d < DK; d += L)
             store(scratch.query[r] + d, load_up_to(scratch.q + r * DK + d, DK - d) * SCALE);
     if constexpr (RANKED) {
         std::memset(scratch.ranked, 0, sizeof(scratch.ranked));
         const int32_t* order = in.k_order + head * DK;
         const float* center = in.k_center + head * DK;
-        for (int64_t r = 0; r < ROWS; r++) {
+        for (int64_t r = 0; r < scratch.rows_in_use(); r++) {
             double sum = 0.0;
             for (int64_t i = 0; i < DK; i++) {
                 scratch.ranked[r][i] = scratch.query[r][order[i]];
@@ -93,16 +94,17 @@ inline void rotate_back(float* acc) {
 // What is in no span, and the division by the sum of weights.
 inline void finish(const Inputs& in, RunningSoftmax& softmax, const UnwrittenTokens* unwritten, int64_t head,
                    int64_t row0) {
-    for (int64_t r = 0; r < ROWS; r++) {
+    const int64_t rows = in.rows_from(row0);
+    for (int64_t r = 0; r < rows; r++) {
         UnwrittenTokens u;
         if (HAS_MASK) u = unwritten[mask_row(in, head, row0 + r)];
         else if (in.length < in.max_len) u.m = 0.0f, u.l = (float)(in.max_len - in.length);
         if (u.m != MINUS_INFINITY) merge(softmax, r, u.m, u.l, nullptr);
         if (HAS_SINK_LOGITS)
-            merge(softmax, r, to_float(in.sink_logits[head % H * (HQ / H) + (row0 + r) / Q]), 1.0f, nullptr);
+            merge(softmax, r, to_float(in.sink_logits[head % H * (HQ / H) + (row0 + r) / in.new_tokens()]), 1.0f, nullptr);
         const float scale = softmax.m[r] == MINUS_INFINITY && softmax.l[r] == 0.0f ? 0.0f : 1.0f / softmax.l[r];
         if constexpr (ROTATED) rotate_back(softmax.acc + r * ACC);
-        T* out = in.out + (head * ALL_ROWS + row0 + r) * DV;
+        T* out = in.out + (head * in.rows() + row0 + r) * DV;
         for (int64_t d = 0; d < DV; d++) out[d] = from_float<T>(softmax.acc[r * ACC + d] * scale);
     }
 }
@@ -110,28 +112,29 @@ inline void finish(const Inputs& in, RunningSoftmax& softmax, const UnwrittenTok
 // Tokens [t0, t1) of one block of rows, from its queries on.
 inline void attend_tokens(Scratch& scratch, const Inputs& in, RunningSoftmax softmax, int64_t block, int64_t t0,
                           int64_t t1) {
-    const int64_t head = block / ROW_BLOCKS;
+    const int64_t head = block / in.row_blocks();
     softmax.clear();
-    load_queries(scratch, in, head, block % ROW_BLOCKS * ROWS);
+    load_queries(scratch, in, head, block % in.row_blocks() * ROWS);
     for (int64_t t = t0; t < t1; t = span_end(t, t1)) attend_span(scratch, in, softmax, head, t, span_end(t, t1));
 }
 
 void attend(const Tensors& tensors, const Sizes& given, T* out) {
-    const int64_t past = std::clamp<int64_t>(*tensors.past, 0, (given.max_len ? given.max_len : LONGEST) - Q);
+    const int64_t tokens = Inputs::tokens_of(given);
+    const int64_t past = std::clamp<int64_t>(*tensors.past, 0, (given.max_len ? given.max_len : LONGEST) - tokens);
     Sizes sizes = given;
-    if (!sizes.max_len) sizes.max_len = past + Q;
+    if (!sizes.max_len) sizes.max_len = past + tokens;
     const int64_t keys = RANKED ? ranked_limit(past, K_RESIDUAL, K_GROUP) : past / K_RESIDUAL * K_RESIDUAL;
-    const Inputs in = {tensors, sizes, out, past, past + Q, keys, std::max<int64_t>(past - V_RESIDUAL, 0)};
+    const Inputs in = {tensors, sizes, out, past, past + tokens, keys, std::max<int64_t>(past - V_RESIDUAL, 0)};
     // Whole words of codes, from the one on that holds the first token which any query sees.
     const int64_t begin = WINDOW ? std::max<int64_t>(past - WINDOW + 1, 0) / V_BLOCK * V_BLOCK : 0;
-    const int64_t spans = (in.length - begin + SPAN - 1) / SPAN, blocks = in.batch * H * ROW_BLOCKS;
+    const int64_t spans = (in.length - begin + SPAN - 1) / SPAN, blocks = in.batch * H * in.row_blocks();
     const int num_threads = blocks * ROWS * (in.length - begin) < 8192 ? 1 : max_threads();
     // Tokens are split, too, so that there are pieces enough for threads that are not equally fast.
     const int64_t wanted_splits = num_threads == 1 ? 1 : (16 * num_threads + blocks - 1) / blocks;
     const int64_t splits = std::clamp<int64_t>(wanted_splits, 1, std::max<int64_t>(SPAN > 256 ? spans : spans / 2, 1));
     AlignedFloats parts(blocks * splits * RunningSoftmax::SIZE);
     auto part = [&](int64_t i) { return RunningSoftmax(parts.data + i * RunningSoftmax::SIZE); };
-    const int64_t mask_rows = HAS_MASK ? in.mask_batch * MASK_ROWS : 0;
+    const int64_t mask_rows = HAS_MASK ? in.mask_batch * in.mask_rows() : 0;
     std::unique_ptr<UnwrittenTokens[]> unwritten(new UnwrittenTokens[mask_rows]);
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
@@ -150,11 +153,12 @@ void attend(const Tensors& tensors, const Sizes& given, T* out) {
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) {
             RunningSoftmax softmax = part(block * splits);
+            const int64_t row0 = block % in.row_blocks() * ROWS;
             for (int64_t s = 1; s < splits; s++) {
                 RunningSoftmax other = part(block * splits + s);
-                for (int64_t r = 0; r < ROWS; r++) merge(softmax, r, other.m[r], other.l[r], other.acc + r * ACC);
+                for (int64_t r = 0; r < in.rows_from(row0); r++) merge(softmax, r, other.m[r], other.l[r], other.acc + r * ACC);
             }
-            finish(in, softmax, unwritten.get(), block / ROW_BLOCKS, block % ROW_BLOCKS * ROWS);
+            finish(in, softmax, unwritten.get(), block / in.row_blocks(), row0);
         }
     }
 }

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from xquant_fx.kernels.cpu.at_hand import built
+from xquant_fx.kernels.cpu.at_hand import built, why_none
 from xquant_fx.kernels.cpu.source import dtype_of, sizes_of
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
 from xquant_fx.kernels.decode_attention.cpu_source import SIZES, Problem, row_block, source
 from xquant_fx.kernels.rows import row_loop
 from xquant_fx.kernels.schemes import wrap_of
+from xquant_fx.tracing import shown
 
 
 def empty_output(*args: Any, **kwargs: Any) -> Tensor:
@@ -81,6 +82,7 @@ def sizes_given(a: DecodeArguments, sizes: Any = sizes_of) -> list[int]:
         "k_tokens": sizes(a.k_codes)[3],
         "v_tokens": sizes(a.v_scale)[3],
         "mask_batch": 1 if a.mask is None or _by_row(a, sizes) else sizes(a.mask)[0],
+        "queries": sizes(a.q)[2],
     }
     return [*(given[name] for name in SIZES), *(_loop(a, sizes) if _by_row(a, sizes) else ())]
 
@@ -97,6 +99,19 @@ def run_cpu(*args: Any, **kwargs: Any) -> Tensor:
 
 def attend(a: DecodeArguments) -> Tensor:
     """Build the kernel for this problem, or take one that was built before, and run it."""
+    return _run(a, problem_of(a))
+
+
+def attend_chunk(a: DecodeArguments) -> Tensor | None:
+    """The same by a kernel that serves chunks of any number of tokens; None where it cannot be built."""
+    problem = problem_of(a).any_queries()
+    if why_none(source, problem):
+        return None
+    with shown("xquant::decode_attention"):
+        return _run(a, problem)
+
+
+def _run(a: DecodeArguments, problem: Problem) -> Tensor:
     out = _empty(a)
-    built(source, problem_of(a))(*[tensor.contiguous() for tensor in a.tensors.values()], out, *sizes_given(a))
+    built(source, problem)(*[tensor.contiguous() for tensor in a.tensors.values()], out, *sizes_given(a))
     return out

@@ -84,10 +84,12 @@ template <int DIGITS> constexpr int dot_vectors(int64_t lanes) {  // of which no
 }
 constexpr int K_VECTORS = dot_vectors<K_DIGITS>(K_GROUP), V_VECTORS = dot_vectors<V_DIGITS>(V_GROUP);
 
-// Call `use(row, NR)` for blocks of rows, NR a constant: AT_ONCE or what is left.
-template <int AT_ONCE = ROWS_AT_ONCE, class Use> ALWAYS_INLINE void for_rows(Use use) {
+// Call `use(row, NR)` for blocks of the rows in use, NR a constant: AT_ONCE or what is left.
+template <int AT_ONCE = ROWS_AT_ONCE, class Use> ALWAYS_INLINE void for_rows(const Scratch& scratch, Use use) {
+    const int64_t end = scratch.rows_in_use();
     if constexpr (ROWS >= AT_ONCE)  // or compilers warn of what is never run
-        for (int64_t r = 0; r + AT_ONCE <= ROWS; r += AT_ONCE) use(r, std::integral_constant<int, AT_ONCE>());
+        for (int64_t r = 0; r + AT_ONCE <= ROWS && r < end; r += AT_ONCE)
+            use(r, std::integral_constant<int, AT_ONCE>());
     if constexpr (ROWS % AT_ONCE) use(ROWS / AT_ONCE * AT_ONCE, std::integral_constant<int, ROWS % AT_ONCE>());
 }
 

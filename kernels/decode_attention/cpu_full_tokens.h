@@ -8,7 +8,7 @@ namespace xq {
 // A token in full precision, in the step's own chunk or in a ring of RING tokens.
 template <int64_t RING>
 inline const T* window_token(const Inputs& in, const T* ring, const T* chunk, int64_t head, int64_t t, int64_t dim) {
-    if (HAS_NEW && t >= in.past) return chunk + (head * Q + t - in.past) * dim;
+    if (HAS_NEW && t >= in.past) return chunk + (head * in.new_tokens() + t - in.past) * dim;
     return ring + (head * RING + t % RING) * dim;
 }
 
@@ -39,7 +39,7 @@ ALWAYS_INLINE void prefetch_window(const Inputs& in, const T* ring, const T* chu
 template <int NT, int NR> inline void score_tokens(Scratch& scratch, const T* keys, int64_t row, int64_t offset) {
     vf s[NR][NT] = {};
 #ifdef XQ_DOT_BFLOAT16
-    if constexpr (std::is_same_v<T, bfloat16> && DK % (2 * L) == 0) {  // products are exact
+    if constexpr (!ANY_QUERIES && std::is_same_v<T, bfloat16> && DK % (2 * L) == 0) {  // products are exact
         for (int64_t d = 0; d < DK; d += 2 * L)
 #pragma GCC unroll 4
             for (int r = 0; r < NR; r++) {
@@ -71,7 +71,7 @@ template <int NT, int NR> inline void score_tokens(Scratch& scratch, const T* ke
 }
 
 template <int NT> inline void score_tokens_with_all_rows(Scratch& scratch, const T* keys, int64_t offset) {
-    for_rows([&](int64_t row, auto rows) { score_tokens<NT, rows()>(scratch, keys, row, offset); });
+    for_rows(scratch, [&](int64_t row, auto rows) { score_tokens<NT, rows()>(scratch, keys, row, offset); });
 }
 
 // Scores of n tokens from `offset` of the span on.
@@ -120,11 +120,19 @@ inline void add_run_to_rows(const Scratch& scratch, RunningSoftmax& softmax, con
 
 // Add n weighted values from `offset` of the span on.
 inline void add_run(const Scratch& scratch, RunningSoftmax& softmax, const T* values, int64_t offset, int64_t n) {
-    for_rows([&](int64_t row, auto rows) { add_run_to_rows<rows()>(scratch, softmax, values, row, offset, n); });
+    for_rows(scratch, [&](int64_t row, auto rows) { add_run_to_rows<rows()>(scratch, softmax, values, row, offset, n); });
 }
 
 // Many rows (a chunk): full-precision tokens L at a time, so that what is loaded of them serves all rows.
 constexpr bool MANY_ROWS = ROWS >= 16;
+
+// Call `use(row, NR)` for eight of the rows in use at a time, then for one.
+template <class Use> ALWAYS_INLINE void for_many_rows(const Scratch& scratch, Use use) {
+    const int64_t end = scratch.rows_in_use();
+    int64_t r = 0;
+    for (; r + 8 <= end; r += 8) use(r, std::integral_constant<int, 8>());
+    for (; r < end; r++) use(r, std::integral_constant<int, 1>());
+}
 
 template <int NR> inline void score_rows(Scratch& scratch, const float (*keys)[L], int64_t row, int64_t offset) {
     vf s[NR] = {};
@@ -146,8 +154,7 @@ inline void score_tokens_for_many_rows(Scratch& scratch, const Inputs& in, int64
             for (int64_t j = 0; j < std::min<int64_t>(L, DK - d); j++) keys[d + j][i] = k[j];
         }
     }
-    for (int64_t r = 0; r + 8 <= ROWS; r += 8) score_rows<8>(scratch, keys, r, offset);
-    for (int64_t r = ROWS / 8 * 8; r < ROWS; r++) score_rows<1>(scratch, keys, r, offset);
+    for_many_rows(scratch, [&](int64_t r, auto rows) { score_rows<rows()>(scratch, keys, r, offset); });
 }
 
 template <int NR>
@@ -171,8 +178,9 @@ inline void add_tokens_to_many_rows(Scratch& scratch, RunningSoftmax& softmax, c
         for (int64_t d = 0; d < DV; d += L) store(values[i] + d, load_up_to(value + d, DV - d));
     }
     for (int64_t d = 0; d < DV; d += L) {
-        for (int64_t r = 0; r + 8 <= ROWS; r += 8) add_to_rows<8>(scratch, softmax, values, r, d, n, offset);
-        for (int64_t r = ROWS / 8 * 8; r < ROWS; r++) add_to_rows<1>(scratch, softmax, values, r, d, n, offset);
+        for_many_rows(scratch, [&](int64_t r, auto rows) {
+            add_to_rows<rows()>(scratch, softmax, values, r, d, n, offset);
+        });
     }
 }
 

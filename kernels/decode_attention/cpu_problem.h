@@ -6,12 +6,13 @@
 
 namespace xq {
 
-constexpr int64_t ALL_ROWS = HQ / H * Q;  // rows of a KV head; ROWS of them are taken at a time
-constexpr int64_t ROW_BLOCKS = ALL_ROWS / ROWS;
+// Rows of a KV head are its query heads times tokens; ROWS of them are taken at a time. Where Q is 0 the kernel is told
+// how many tokens there are, and the last rows of a head may be fewer.
+constexpr bool ANY_QUERIES = Q == 0;
 // Long spans cost less per token; short ones leave pieces for all threads where heads are few.
 constexpr int64_t SPAN = LONG_SPANS ? 1024 : 256;
 constexpr int64_t SLACK = SPAN + L;  // a vector may be stored past the span's last token
-static_assert(ALL_ROWS % ROWS == 0, "");
+static_assert(HQ / H * Q % ROWS == 0, "");
 // A code of a value is a field of V_HIGH bits and, if V_LOW > 0, one of V_LOW bits below it, in another plane
 // (kernels/packing.py).
 constexpr int64_t V_BITS = V_HIGH + V_LOW;
@@ -40,7 +41,6 @@ constexpr int64_t span_end(int64_t t, int64_t end) {
 constexpr int64_t CODES_AT = ROTATED ? DV_PAD : 0, ACC = DV_PAD + CODES_AT;
 constexpr int64_t LONGEST = (int64_t)1 << 40;  // tokens, where no number is given
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
-constexpr int64_t MASK_ROWS = (MASK_HEADS ? HQ : 1) * (MASK_QUERIES ? Q : 1);  // of one row of the batch
 static_assert(SPAN % V_BLOCK == 0, "a word of values lies in one span");
 
 // Tensors holds the op's tensor arguments, and Sizes what differs from cache to cache (cpu_source.py); written by
@@ -48,6 +48,12 @@ static_assert(SPAN % V_BLOCK == 0, "a word of values lies in one span");
 struct Inputs : Tensors, Sizes {
     T* out;
     int64_t past, length, keys_end, values_end;  // of the first tokens that are not in the codes
+    int64_t new_tokens() const { return tokens_of(*this); }
+    int64_t rows() const { return HQ / H * new_tokens(); }
+    int64_t row_blocks() const { return (rows() + ROWS - 1) / ROWS; }
+    int64_t rows_from(int64_t row0) const { return ANY_QUERIES ? std::min(ROWS, rows() - row0) : ROWS; }
+    int64_t mask_rows() const { return (MASK_HEADS ? HQ : 1) * (MASK_QUERIES ? new_tokens() : 1); }  // of a sequence
+    static int64_t tokens_of(const Sizes& sizes) { return ANY_QUERIES ? sizes.queries : Q; }
 };
 
 // Running softmax of one KV head's rows over some tokens.
@@ -97,8 +103,9 @@ struct Scratch {
     float p_unit[SPAN / VALUES_TOGETHER][ROWS];
     float p_zero[ROWS];
     const T* q;  // queries of this block of rows, as they are given
-    int64_t row0;  // first row of this block
+    int64_t row0, rows;  // first row of this block, and how many are in use
     int64_t group, groups;  // the first token group in `keys`, and how many there are
+    int64_t rows_in_use() const { return ANY_QUERIES ? rows : ROWS; }
 };
 
 }  // namespace xq

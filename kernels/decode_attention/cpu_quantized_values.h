@@ -141,8 +141,8 @@ inline void quantized_values(Scratch& scratch, const Inputs& in, RunningSoftmax&
     const ValueWords codes(in, head, t0);
     const int64_t blocks = (n + V_BLOCK - 1) / V_BLOCK;
     for (int64_t g = 0; g < V_GROUPS; g++) {
-        for_rows([&](int64_t row, auto rows) { fold_value_scales<rows()>(scratch, in, head, g, t0, n, row); });
-        for_rows<DOT_ROWS>([&](int64_t row, auto rows) {
+        for_rows(scratch, [&](int64_t row, auto rows) { fold_value_scales<rows()>(scratch, in, head, g, t0, n, row); });
+        for_rows<DOT_ROWS>(scratch, [&](int64_t row, auto rows) {
             add_group<rows()>(scratch, softmax, codes, blocks, row, g * V_GROUP, (g + 1) * V_GROUP);
         });
     }

@@ -10,11 +10,13 @@ inline vf apply_mask(vf logit, const uint8_t* mask, int64_t n) {
 }
 template <class F> inline vf apply_mask(vf logit, const F* mask, int64_t n) { return logit + load_up_to(mask, n); }
 
-// Number of the row of the mask that is for row r of a KV head.
+// Number of the row of the mask that is for row r of a KV head; what is behind the last one takes that.
 inline int64_t mask_row(const Inputs& in, int64_t head, int64_t r) {
-    const int64_t query_head = MASK_HEADS ? head % H * (HQ / H) + r / Q : 0;
-    return (in.mask_batch > 1 ? head / H * MASK_ROWS : 0) + query_head * (MASK_QUERIES ? Q : 1) +
-           (MASK_QUERIES ? r % Q : 0);
+    const int64_t tokens = in.new_tokens();
+    if (ANY_QUERIES) r = std::min(r, in.rows() - 1);
+    const int64_t query_head = MASK_HEADS ? head % H * (HQ / H) + r / tokens : 0;
+    return (in.mask_batch > 1 ? head / H * in.mask_rows() : 0) + query_head * (MASK_QUERIES ? tokens : 1) +
+           (MASK_QUERIES ? r % tokens : 0);
 }
 
 // SOFTCAP * tanh(x / SOFTCAP); by its series where the quotient would cancel.
@@ -45,7 +47,7 @@ inline void logits(Scratch& scratch, const Inputs& in, const float* so_far, int6
     for (int r = 0; r < NR; r++) {
         largest[r] = splat(so_far[row + r]);
         if (HAS_MASK) mask[r] = in.mask + mask_row(in, head, scratch.row0 + row + r) * in.max_len + t0;
-        if (WINDOW) first_visible[r] = in.past + (scratch.row0 + row + r) % Q - WINDOW + 1 - t0;
+        if (WINDOW) first_visible[r] = in.past + (scratch.row0 + row + r) % in.new_tokens() - WINDOW + 1 - t0;
     }
     for (int64_t i = 0; i < n; i += L) {
         vf x[NR];
@@ -68,11 +70,8 @@ inline void logits(Scratch& scratch, const Inputs& in, const float* so_far, int6
 inline void online_softmax(Scratch& scratch, const Inputs& in, RunningSoftmax& softmax, int64_t head, int64_t t0,
                            int64_t n) {
     float m[ROWS];
-    for (int64_t r = 0; r + ROWS_AT_ONCE <= ROWS; r += ROWS_AT_ONCE)
-        logits<ROWS_AT_ONCE>(scratch, in, softmax.m, head, r, t0, n, m);
-    if constexpr (ROWS % ROWS_AT_ONCE)
-        logits<ROWS % ROWS_AT_ONCE>(scratch, in, softmax.m, head, ROWS / ROWS_AT_ONCE * ROWS_AT_ONCE, t0, n, m);
-    for (int64_t r = 0; r < ROWS; r++) {
+    for_rows(scratch, [&](int64_t r, auto rows) { logits<rows()>(scratch, in, softmax.m, head, r, t0, n, m); });
+    for (int64_t r = 0; r < scratch.rows_in_use(); r++) {
         const float rescale = m[r] == softmax.m[r] ? 1.0f : std::exp(softmax.m[r] - m[r]);
         softmax.m[r] = m[r];
         const float base = m[r] == MINUS_INFINITY ? 0.0f : m[r];  // all -inf: weights of 0. A NaN stays one throughout

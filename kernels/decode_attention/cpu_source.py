@@ -26,8 +26,10 @@ RANKED, ROTATED = "per_channel_ranked", "per_token_rotated"
 ABOUT_ZERO = (ROTATED, "per_token_folded")
 MOST_ROWS = 64  # of a block: their scores of a span stay in the cache
 #: What the kernel is told besides tensors, in order: sequences, their longest length, tokens that the codes of keys and
-#: of values have room for, sequences that have rows of the mask of their own (1: all share them).
-SIZES = ("batch", "max_len", "k_tokens", "v_tokens", "mask_batch")
+#: of values have room for, sequences that have rows of the mask of their own (1: all share them), tokens of the step.
+SIZES = ("batch", "max_len", "k_tokens", "v_tokens", "mask_batch", "queries")
+#: Query rows of a KV head that are worked on at a time where their number is not fixed.
+ROWS_OF_ANY = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class Problem:
     heads: int
     query_heads: int
     queries: int
+    """Tokens of the step; 0: the kernel is told (``any_queries``)."""
     k_dim: int
     v_dim: int
     long_spans: bool
@@ -75,7 +78,11 @@ class Problem:
     @property
     def row_block(self) -> int:
         """Query rows of a KV head (heads times tokens) that are worked on at a time."""
-        return row_block(self.query_heads // self.heads * self.queries)
+        return row_block(self.query_heads // self.heads * self.queries) if self.queries else ROWS_OF_ANY
+
+    def any_queries(self) -> Problem:
+        """The same for steps of any number of tokens."""
+        return dataclasses.replace(self, queries=0, long_spans=False)
 
 
 @functools.cache  # an eager step asks, too

@@ -89,6 +89,6 @@ struct Tensors {
     const xq::T* v_new;
 };
 struct Sizes {
-    int64_t batch, max_len, k_tokens, v_tokens, mask_batch;
+    int64_t batch, max_len, k_tokens, v_tokens, mask_batch, queries;
 };
 }  // namespace xq

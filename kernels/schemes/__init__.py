@@ -23,7 +23,7 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-@functools.cache
+@functools.lru_cache(4096)  # chunks are of caches that are as long as what they hold
 def _wrap_of(scheme: str, tokens: int, max_len: int, dim: int, bits: float, group: int, residual: int) -> int:
     return wraps_at(tokens, SCHEMES[scheme].stored_tokens(0, dim, bits, group, residual), max_len)
 

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 
 from xquant_fx.cache import step_attention
 from xquant_fx.cache.growth import Growth
+from xquant_fx.cache.held_tokens import heads_apart
 from xquant_fx.cache.kv_tensor import QuantizedKV, refuse_aot
 from xquant_fx.cache.reads import Dequantized, read
 from xquant_fx.cache.select import select
@@ -281,6 +282,7 @@ GrowingKV.handlers = {
     aten.index.Tensor: _index_rows,
     aten.detach.default: _alias,
     aten.alias.default: _alias,
+    aten.unsqueeze.default: heads_apart,
 }
 #: What Dynamo may find among a graph's inputs that has stored tensors.
 STORED_KV = (QuantizedKV, GrowingKV)

@@ -143,11 +143,11 @@ class KVState:
     def _write(self, x: Tensor, pos: Tensor) -> None:
         fit = self.spec.fit if self.spec.borrowed else None
         given: dict[str, Any] = {**self.tensors, **self.spec.store_constants()}
-        arguments = StoreArguments(x=self._as_stored(x), pos=pos, **given, fit=fit)
+        arguments = StoreArguments(x=self.as_stored(x), pos=pos, **given, fit=fit)
         if not uncompiled.append(self.group, arguments):
             arguments.call(ops.STORE, ops.STORE_BORROWED)
 
-    def _as_stored(self, x: Tensor) -> Tensor:
+    def as_stored(self, x: Tensor) -> Tensor:
         """``x`` rotated, where window and sinks hold rotated tokens."""
         return ops.ROTATE(x, False) if self.spec.folded else x
 
@@ -190,12 +190,12 @@ class KVState:
         return loaded
 
     def _load(self, end: int, begin: int) -> Tensor:
-        chunk = self._chunk()
+        chunk = self.last_write()
         if chunk.x is not None and chunk.past == 0:  # a prompt: nothing quantized is seen
             return torch.nn.functional.pad(chunk.x[:, :, begin:end], (0, 0, 0, max(end - max(chunk.new, begin), 0)))
         past = torch.tensor([chunk.past], device=self.group.start.device)
         tensors = {name: self.tensor(name) for name in STORED} | chunk.before
-        x = None if chunk.x is None else self._as_stored(chunk.x)
+        x = None if chunk.x is None else self.as_stored(chunk.x)
         first = torch.tensor([begin], device=past.device) if begin else None
         stored = min(end, max(chunk.past + chunk.new, begin + 1))  # what lies behind are zeros, and no work
         where = dict(past=past, new_tokens=chunk.new, n=stored - begin, x=x, first=first)
@@ -380,7 +380,8 @@ class KVState:
             raise CacheStateError(where + f"layer {self.spec.partner} lends its codes and must be written first" + seen)
         return past
 
-    def _chunk(self) -> Chunk:
+    def last_write(self) -> Chunk:
+        """The last step or chunk that was stored."""
         held = self.group.held(self)
         length = self.length
         if held is not None and held.past + held.new == length:

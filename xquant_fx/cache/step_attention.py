@@ -1,4 +1,7 @@
-"""Attention of uncompiled steps on a CPU: straight from the codes, where ``uncompiled.py`` has kernels run.
+"""Attention of uncompiled steps and chunks on a CPU: straight from the codes, where kernels are to run.
+
+Of steps that is so where ``uncompiled.py`` says so; of chunks of more tokens where the model is compiled, if they are
+too few for the kernel of prompts (``prompt_attention.py``), which reads dequantized numbers.
 
 ``scaled_dot_product_attention`` arrives at buffers of codes as the op that torch makes of it on a CPU. Private torch
 APIs: that op and ``_fused_sdp_choice``. Checked on torch 2.11 and 2.13.
@@ -13,11 +16,15 @@ import torch
 from torch import Tensor
 
 from xquant_fx import ops
-from xquant_fx.cache.held_tokens import HeldTokens, attend_to_held
+from xquant_fx.cache.group import Chunk
+from xquant_fx.cache.held_tokens import Held, HeldTokens, attend_to_held, held_of, mask_of_held
+from xquant_fx.cache.prompt_attention import may_be_attended
 from xquant_fx.cache.reads import Dequantized
 from xquant_fx.cache.state import KVState
 from xquant_fx.cache.uncompiled import built, is_warm
-from xquant_fx.kernels.decode_attention.arguments import of_sides
+from xquant_fx.kernels.cpu.at_hand import are_wanted
+from xquant_fx.kernels.decode_attention.arguments import DecodeArguments, of_sides
+from xquant_fx.kernels.decode_attention.cpu_call import attend_chunk
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.plan.spec import why_not_fused
 from xquant_fx.tracing import is_transformed
@@ -44,61 +51,91 @@ def attend(
     """What ``scaled_dot_product_attention`` becomes on a CPU: the result, and what only a backward pass reads."""
     if dropout or is_causal or q.requires_grad:
         return NotImplemented
-    ours, theirs = (x.first_tokens() if isinstance(x, Dequantized) else None for x in (key, value))
-    if ours is not None and theirs is not None and ours[1] == theirs[1]:
-        out = attention(q, ours[0], theirs[0], ours[1], attn_mask, scale)
+    ours, theirs = held_of(key), held_of(value)
+    if ours is None or theirs is None or ours[1:] != theirs[1:]:
+        return NotImplemented
+    if not is_transformed(q, attn_mask):
+        out = attention(q, ours, theirs, attn_mask, scale)
         if out is not None:
             return out, q.new_empty(q.shape[:3], dtype=torch.float32)
-    return attend_to_held(q, key, value, attn_mask, scale)
+    return attend_to_held(q, ours, theirs, attn_mask, scale)
 
 
-def attention(
-    q: Tensor, key: KVState, value: KVState, tokens: int, mask: Tensor | None, scale: float | None
-) -> Tensor | None:
-    """Attention of ``q`` [B, heads, q, D] to the first ``tokens`` of a layer; None: it must read dequantized values.
+def attention(q: Tensor, key: Held, value: Held, mask: Tensor | None, scale: float | None) -> Tensor | None:
+    """Attention of ``q`` [B, heads, q, D] to a layer's tokens; None: it must read dequantized values.
 
-    ``mask``: None, or added to the logits, [1 or B, 1 or heads, 1 or q, tokens]. Where one token was appended,
-    transformers makes a query's heads of one KV head tokens of it: [B, KV heads, group, D] (``pack_gqa``).
+    ``mask``: None, or added to the logits, [1 or B, 1 or heads, 1 or q, room].
     """
-    step = _last_step(key, value)
-    if step is None or not _takes(q, key) or not is_warm(key.group) or is_transformed(q, mask):
+    written = _last_write(key.state, value.state)
+    if written is None or not _takes(q, key.state):
         return None
-    (past, new), spec = step, key.spec
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    of_chunk = written[0].x is not None
+    out = (_of_chunk if of_chunk else _of_step)(q, key, value, written, mask, scale)
+    return ops.ROTATE(out, True) if out is not None and value.state.spec.folded else out
+
+
+def _of_step(
+    q: Tensor, key: Held, value: Held, written: tuple[Chunk, Chunk], mask: Tensor | None, scale: float
+) -> Tensor | None:
+    """Where one token was appended, transformers makes a query's heads of one KV head tokens of it: [B, KV heads,
+    group, D] (``pack_gqa``)."""
+    spec, new = key.state.spec, written[0].new
     heads, shape = spec.shape[1], q.shape
-    if mask is not None and (mask.dim() != 4 or mask.shape[3] != tokens or not mask.is_floating_point()):
+    if not 1 <= new <= STEP_TOKENS or not is_warm(key.state.group):
         return None
-    if new == 1 and shape[1] == heads:
+    if mask is not None and (mask.dim() != 4 or mask.shape[3] != key.room or not mask.is_floating_point()):
+        return None
+    if new == 1 and shape[1] == heads and key.times == 1:
         q, mask = q.reshape(shape[0], -1, 1, shape[3]), _of_heads(mask, shape)
     if q.shape[2] != new or q.shape[1] % heads:
         return None
-    arguments = dict(
-        q=q, **of_sides(key.tensor, value.tensor), start=key.group.start, past=torch.tensor([past]),
-        mask=_as_wide(mask, tokens, spec.shape[2]), sink_logits=None, new_tokens=new,
-        **spec.decode_constants(value.spec), scale=q.shape[3] ** -0.5 if scale is None else scale, softcap=0.0,
-    )  # fmt: skip
+    arguments = _arguments(q, key.state, value.state, written, _as_wide(mask, key.room, spec.shape[2]), scale)
     out = built(lambda: ops.decode_attention(**arguments))
-    if out is None:
+    return None if out is None else out.reshape(*shape[:3], -1)
+
+
+def _of_chunk(
+    q: Tensor, key: Held, value: Held, written: tuple[Chunk, Chunk], mask: Tensor | None, scale: float
+) -> Tensor | None:
+    """Keys and values of the chunk itself are seen in full precision."""
+    (ours, theirs), heads = written, key.state.spec.shape[1]
+    if not are_wanted() or not ours.past or key.tokens != ours.past + ours.new:
         return None
-    out = ops.ROTATE(out, True) if value.spec.folded else out
-    return out.reshape(*shape[:3], -1)
+    if q.shape[2] != ours.new or q.shape[1] % heads or theirs.x is None or ours.x is None:
+        return None
+    if may_be_attended(q) or (seen := mask_of_held(mask, key)) is None:
+        return None
+    arguments = _arguments(q, key.state, value.state, written, seen, scale)
+    new = {"k_new": key.state.as_stored(ours.x), "v_new": value.state.as_stored(theirs.x)}
+    return attend_chunk(DecodeArguments(**arguments | new | {"max_len": key.tokens}))
 
 
-def _last_step(key: KVState, value: KVState) -> tuple[int, int] | None:
-    """Tokens before the last step, and of it, if a kernel may read what it left; else None."""
+def _arguments(
+    q: Tensor, key: KVState, value: KVState, written: tuple[Chunk, Chunk], mask: Tensor | None, scale: float
+) -> dict[str, Any]:
+    sides = of_sides(*(_stored_before(*each) for each in zip((key, value), written, strict=True)))
+    return dict(
+        q=q, **sides, start=key.group.start, past=torch.tensor([written[0].past]), mask=mask, sink_logits=None,
+        new_tokens=written[0].new, **key.spec.decode_constants(value.spec), scale=scale, softcap=0.0,
+    )  # fmt: skip
+
+
+def _stored_before(state: KVState, written: Chunk) -> Callable[[str], Tensor | None]:
+    """The stored tensors by name, as they were before a chunk overwrote them."""
+    return lambda name: written.before[name] if name in written.before else state.tensor(name)
+
+
+def _last_write(key: KVState, value: KVState) -> tuple[Chunk, Chunk] | None:
+    """The last step or chunk, of keys and values, if a kernel may read what it left; else None."""
     ours, theirs = key.spec, value.spec
     if (ours.layer, ours.role, theirs.role) != (theirs.layer, "key", "value") or key.group is not value.group:
         return None
-    if not (ours.quantized and theirs.quantized) or ours.ragged or ours.window or why_not_fused(ours, theirs):
+    if not (ours.quantized and theirs.quantized) or ours.window or why_not_fused(ours, theirs):
         return None
-    if key.behind is not None or value.behind is not None:
-        return None
-    steps = set()
-    for chunk in (key._chunk(), value._chunk()):
-        if chunk.x is not None or chunk.before:
-            return None
-        steps.add((chunk.past, chunk.new))
-    past, new = steps.pop()
-    return (past, new) if not steps and 1 <= new <= STEP_TOKENS else None
+    written = key.last_write(), value.last_write()
+    alike = {(chunk.past, chunk.new, chunk.x is None) for chunk in written}
+    return written if len(alike) == 1 else None
 
 
 def _takes(q: Tensor, key: KVState) -> bool:
