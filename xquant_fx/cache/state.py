@@ -362,23 +362,33 @@ class KVState:
                 f"layer {self.spec.layer} {self.spec.role}s: a step needs one position per token and at least one, "
                 f"got {pos.shape[0]} for {x.shape[2]} tokens"
             )
-        past, new, length = int(pos[0].item()), pos.shape[0], self.length
-        where = f"layer {self.spec.layer} {self.spec.role}s: "
-        seen = f" (position {past} to {past + new - 1}, {length} tokens stored, max_cache_len {self.spec.shape[2]})"
+        positions = pos.tolist()
+        past, new = positions[0], len(positions)
+        length, furthest = self.owned["length"].tolist()
         self.group.faults.check(wait=True)
-        if past + new > self.spec.shape[2]:
-            raise CacheStateError(where + FAULTS[Fault.FULL] + seen)
-        if past > length or past < 0:
-            raise CacheStateError(where + FAULTS[Fault.NOT_APPENDED] + seen)
-        if not self.spec.is_exact_back and past and self.furthest - past > self.spec.rollback_tokens:
-            raise CacheStateError(where + FAULTS[Fault.ROLLED_BACK_TOO_FAR] + seen)
-        if past == 0 and may_wrap(length, new, self.spec.shape[2]):
-            raise CacheStateError(where + FAULTS[Fault.RESTARTED] + seen)
-        if not torch.equal(pos, torch.arange(past, past + new, device=pos.device)):
-            raise CacheStateError(where + FAULTS[Fault.NOT_CONSECUTIVE] + seen)
-        if self.lower is not None and self.lower.length < past + new:
-            raise CacheStateError(where + f"layer {self.spec.partner} lends its codes and must be written first" + seen)
+        if reason := self._why_not_at(positions, length, furthest):
+            raise CacheStateError(
+                f"layer {self.spec.layer} {self.spec.role}s: {reason} (position {past} to {past + new - 1}, {length} "
+                f"tokens stored, max_cache_len {self.spec.shape[2]})"
+            )
         return past
+
+    def _why_not_at(self, positions: list[int], length: int, furthest: int) -> str:
+        """Why no step can have these positions behind ``length`` tokens, in words; "" if it can."""
+        past, new, room = positions[0], len(positions), self.spec.shape[2]
+        if past + new > room:
+            return FAULTS[Fault.FULL]
+        if past > length or past < 0:
+            return FAULTS[Fault.NOT_APPENDED]
+        if not self.spec.is_exact_back and past and furthest - past > self.spec.rollback_tokens:
+            return FAULTS[Fault.ROLLED_BACK_TOO_FAR]
+        if past == 0 and may_wrap(length, new, room):
+            return FAULTS[Fault.RESTARTED]
+        if positions != list(range(past, past + new)):
+            return FAULTS[Fault.NOT_CONSECUTIVE]
+        if self.lower is not None and self.lower.length < past + new:
+            return f"layer {self.spec.partner} lends its codes and must be written first"
+        return ""
 
     def last_write(self) -> Chunk:
         """The last step or chunk that was stored."""
