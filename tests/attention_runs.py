@@ -99,7 +99,7 @@ def stored_state(s: Setup, side: str, start: Tensor) -> tuple[KVState, Tensor | 
     if s.query <= STEP_TOKENS:
         return state, None
     state.owned["ring"] = ring
-    return state, state._as_stored(new)
+    return state, state.as_stored(new)
 
 
 def make_mask(s: Setup) -> Tensor | None:

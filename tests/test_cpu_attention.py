@@ -16,7 +16,7 @@ from xquant_fx import ops
 from xquant_fx.kernels.cpu import build as cpu_build
 from xquant_fx.kernels.cpu.isa import ISAS, Isa
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments
-from xquant_fx.kernels.decode_attention.cpu_call import empty_output, problem_of, run_cpu, sizes_given
+from xquant_fx.kernels.decode_attention.cpu_call import attend_chunk, empty_output, problem_of, run_cpu, sizes_given
 from xquant_fx.kernels.decode_attention.cpu_source import ONE_DIGIT_BITS, digits, source
 from xquant_fx.kernels.decode_attention.plain_torch import attend
 from xquant_fx.kernels.schemes import per_channel, per_token
@@ -179,6 +179,33 @@ def test_one_digit(case: tuple[str, str]) -> None:
     setup = Setup(**ONE_DIGIT[name])
     given = inputs(setup)
     check(setup, run_on(ISAS.get(isa, cpu_build.isa()), setup, given), given)
+
+
+#: Chunks whose kernel does not know how many tokens they have, by a name of ``EVERY``, and how many: less than a block
+#: of rows, a block and some, and several.
+ANY = {
+    "a chunk": (9, 20, 33, 70),
+    "ranked, token norms, a chunk": (9, 32, 33, 65),
+    "a chunk of odd head_dims": (11, 50),
+    "a chunk, a mask a head, sink logits": (12, 75),
+    "a chunk over the sink tokens, longer than the window": (9, 64, 90),
+    "ranked, a chunk, float32, softcap, window": (17, 40),
+    "ranked, values that came rotated, a chunk": (20, 100),
+}
+
+
+@pytest.mark.parametrize("name", fast_but(ANY, {*ANY} - {"a chunk", "ranked, token norms, a chunk"}))
+def test_chunks_of_any_number_of_tokens(name: str) -> None:
+    """By one kernel."""
+    kernels = set()
+    for query in ANY[name]:
+        setup = Setup(**{**EVERY[name], "query": query, "max_len": 400})
+        given = inputs(setup)
+        a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
+        kernels.add(problem_of(a).any_queries())
+        out = attend_chunk(a)
+        assert out is not None and check(setup, out, given)["largest"] > 0
+    assert len(kernels) == 1
 
 
 def test_what_one_digit_costs_is_known() -> None:

@@ -44,7 +44,8 @@ inline void attend_span(Scratch& scratch, const Inputs& in, RunningSoftmax& soft
     if (sink1 > sink0) score_run(scratch, in.k_sink + sink * DK, sink0 - t0, sink1 - sink0);
     online_softmax(scratch, in, softmax, head, t0, t1 - t0);
     if (sink1 > sink0) add_run(scratch, softmax, in.v_sink + sink * DV, sink0 - t0, sink1 - sink0);
-    for (int64_t r = 0; r < scratch.rows_in_use(); r++) std::fill(scratch.weight[r] + sink0 - t0, scratch.weight[r] + sink1 - t0, 0.0f);
+    for (int64_t r = 0; r < scratch.rows_in_use(); r++)
+        std::fill(scratch.weight[r] + sink0 - t0, scratch.weight[r] + sink1 - t0, 0.0f);
     if constexpr (MANY_ROWS)
         for (int64_t t = values; t < t1; t += L)
             add_tokens_to_many_rows(scratch, softmax, in, head, t, std::min<int64_t>(L, t1 - t), t - t0);
@@ -101,7 +102,8 @@ inline void finish(const Inputs& in, RunningSoftmax& softmax, const UnwrittenTok
         else if (in.length < in.max_len) u.m = 0.0f, u.l = (float)(in.max_len - in.length);
         if (u.m != MINUS_INFINITY) merge(softmax, r, u.m, u.l, nullptr);
         if (HAS_SINK_LOGITS)
-            merge(softmax, r, to_float(in.sink_logits[head % H * (HQ / H) + (row0 + r) / in.new_tokens()]), 1.0f, nullptr);
+            merge(softmax, r, to_float(in.sink_logits[head % H * (HQ / H) + (row0 + r) / in.new_tokens()]), 1.0f,
+                  nullptr);
         const float scale = softmax.m[r] == MINUS_INFINITY && softmax.l[r] == 0.0f ? 0.0f : 1.0f / softmax.l[r];
         if constexpr (ROTATED) rotate_back(softmax.acc + r * ACC);
         T* out = in.out + (head * in.rows() + row0 + r) * DV;
@@ -156,7 +158,8 @@ void attend(const Tensors& tensors, const Sizes& given, T* out) {
             const int64_t row0 = block % in.row_blocks() * ROWS;
             for (int64_t s = 1; s < splits; s++) {
                 RunningSoftmax other = part(block * splits + s);
-                for (int64_t r = 0; r < in.rows_from(row0); r++) merge(softmax, r, other.m[r], other.l[r], other.acc + r * ACC);
+                for (int64_t r = 0; r < in.rows_from(row0); r++)
+                    merge(softmax, r, other.m[r], other.l[r], other.acc + r * ACC);
             }
             finish(in, softmax, unwritten.get(), block / in.row_blocks(), row0);
         }

@@ -120,7 +120,8 @@ inline void add_run_to_rows(const Scratch& scratch, RunningSoftmax& softmax, con
 
 // Add n weighted values from `offset` of the span on.
 inline void add_run(const Scratch& scratch, RunningSoftmax& softmax, const T* values, int64_t offset, int64_t n) {
-    for_rows(scratch, [&](int64_t row, auto rows) { add_run_to_rows<rows()>(scratch, softmax, values, row, offset, n); });
+    for_rows(scratch,
+             [&](int64_t row, auto rows) { add_run_to_rows<rows()>(scratch, softmax, values, row, offset, n); });
 }
 
 // Many rows (a chunk): full-precision tokens L at a time, so that what is loaded of them serves all rows.
@@ -178,9 +179,8 @@ inline void add_tokens_to_many_rows(Scratch& scratch, RunningSoftmax& softmax, c
         for (int64_t d = 0; d < DV; d += L) store(values[i] + d, load_up_to(value + d, DV - d));
     }
     for (int64_t d = 0; d < DV; d += L) {
-        for_many_rows(scratch, [&](int64_t r, auto rows) {
-            add_to_rows<rows()>(scratch, softmax, values, r, d, n, offset);
-        });
+        for_many_rows(scratch,
+                      [&](int64_t r, auto rows) { add_to_rows<rows()>(scratch, softmax, values, r, d, n, offset); });
     }
 }
 

@@ -68,7 +68,8 @@ inline void fold_keys(Scratch& scratch, const Inputs& in, int64_t head, int64_t 
             __builtin_prefetch(scale + (GROUPS_AHEAD + 1) * DK + d);
             __builtin_prefetch(zero + (GROUPS_AHEAD + 1) * DK + d);
         }
-        for_rows(scratch, [&](int64_t row, auto rows) { fold_key_scales<rows()>(scratch, scratch.keys[i], scale, zero, row); });
+        for_rows(scratch,
+                 [&](int64_t row, auto rows) { fold_key_scales<rows()>(scratch, scratch.keys[i], scale, zero, row); });
     }
 }
 
@@ -156,8 +157,9 @@ inline void quantized_scores(Scratch& scratch, const Inputs& in, int64_t head, i
         if (g < scratch.group || g >= scratch.group + scratch.groups)
             fold_keys(scratch, in, head, g, std::min(GROUPS_AHEAD, (t1 + shift - 1) / K_GROUP + 1 - g));
         const FoldedQueries& keys = scratch.keys[g - scratch.group];
-        for_rows<DOT_ROWS>(
-            scratch, [&](int64_t row, auto rows) { dot_group<rows()>(scratch, in, keys, head, row, t, end, t - t0, shift); });
+        for_rows<DOT_ROWS>(scratch, [&](int64_t row, auto rows) {
+            dot_group<rows()>(scratch, in, keys, head, row, t, end, t - t0, shift);
+        });
         t = end;
     }
 }

@@ -42,6 +42,13 @@ class Member(Protocol):
         """Store a prompt that has waited."""
 
 
+class Reading(Protocol):
+    """Tokens of a buffer that are read later."""
+
+    def read(self) -> Tensor:
+        """Dequantized, as they are now."""
+
+
 class Chunk:
     """The last eager write: ``x`` [B, H, q, D] after ``past`` tokens, and what it overwrote, as it was before."""
 
@@ -86,6 +93,8 @@ class CacheGroup:
         """What ``select.py`` makes of it, buffer by buffer."""
         self.taken_over: list[weakref.ref[Tensor]] = []
         """The buffers that were ordinary ones once, of a cache that was taken over."""
+        self.readings = weakref.WeakSet[Reading]()
+        """What is to be read of buffers as they are now, later (``held_tokens.py``)."""
         self.collected: dict[object, Any] = {}
         """What compiled steps take of this cache, by step."""
         self.members: list[weakref.ref[Member]] = []
@@ -110,7 +119,8 @@ class CacheGroup:
 
     def __getstate__(self) -> dict[str, object]:
         self.settle()
-        return {**self.__dict__, "collected": {}, "members": [], "taken_over": [], "selection": None, "rows": []}
+        empty: dict[str, Any] = {"collected": {}, "members": [], "taken_over": [], "selection": None, "rows": []}
+        return {**self.__dict__, **empty, "readings": weakref.WeakSet()}
 
     def with_start(self, start: Tensor) -> CacheGroup:
         """An empty group of another batch or device, with ``start`` int64 [B]."""
@@ -166,6 +176,12 @@ class CacheGroup:
         for group in (self, *self.rows):
             group.chunks.pop((state.spec.layer, state.spec.role), None)
 
+    def read_now(self) -> None:
+        """What was put off, before buffers change."""
+        for reading in list(self.readings) if self.readings else ():
+            reading.read()
+        self.readings.clear()
+
     def settle(self, state: Member | None = None) -> None:
         """Store what waits for queries: of ``state``, or None: whatever does."""
         if self.late is not None and (state is None or self.late[0] is state):
@@ -193,6 +209,7 @@ class CacheGroup:
         Raises:
             CacheStateError: with them a step begins, and the one before was interrupted.
         """
+        self.read_now()
         if self.late is not None and set(names) != {self._other_side(self.late[0])}:
             self.settle()
         if not self.written.isdisjoint(names):

@@ -20,22 +20,51 @@ from xquant_fx.tracing import is_transformed
 aten = torch.ops.aten
 
 
-class Held(NamedTuple):
-    """The first tokens of a layer's keys or values, as attention is given them."""
+class Reading:
+    """The first ``tokens`` of a ``KVState``, dequantized when they are read; at the latest when they would change."""
 
-    state: Any
-    """A ``KVState``."""
-    tokens: int
-    """How many it holds of"""
+    def __init__(self, state: Any, tokens: int) -> None:
+        self.state, self.tokens = state, tokens
+        self.numbers: Tensor | None = None
+
+    def put_off(self) -> None:
+        """It will be read later, if at all."""
+        self.state.group.readings.add(self)
+
+    def read(self) -> Tensor:
+        """The tokens [B, H, tokens, D] as they were when this was made."""
+        if self.numbers is None:
+            self.numbers = self.state.load(self.tokens)
+        return self.numbers
+
+
+class Held(NamedTuple):
+    """The tokens that a layer holds of those ``room`` keys or values that attention is given, each head ``times``
+    times."""
+
+    reading: Reading
     room: int
-    """those that attention would read."""
     times: int = 1
-    """How often each KV head is repeated."""
+
+    @property
+    def state(self) -> Any:
+        """Whose they are."""
+        return self.reading.state
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        return self.reading.tokens
+
+    @property
+    def is_read(self) -> bool:
+        """Whether that is all that is left of them."""
+        return self.reading.numbers is not None
 
     def dense(self) -> Tensor:
         """What is held [B, H * times, tokens, D], dequantized."""
-        loaded: Tensor = self.state.load(self.tokens)
-        return loaded if self.times == 1 else loaded.repeat_interleave(self.times, 1)
+        numbers = self.reading.read()
+        return numbers if self.times == 1 else numbers.repeat_interleave(self.times, 1)
 
 
 class HeldTokens(Copied):
@@ -91,13 +120,14 @@ def held_of(side: Any) -> Held | None:
     if state.spec.ragged or state.behind is not None:
         return None
     held = min(state.length, room)
-    return Held(state, held, room) if held else None
+    return Held(Reading(state, held), room) if held else None
 
 
 def heads_apart(buffer: Any, dim: int) -> Any:
     """``buffer[:, :, None]``, with which models begin to repeat heads."""
     if dim not in (2, -3) or (held := held_of(buffer)) is None:
         return NotImplemented
+    held.reading.put_off()
     return HeldTokens(held, buffer, buffer.origin, merged=False)
 
 

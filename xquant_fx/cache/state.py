@@ -132,6 +132,7 @@ class KVState:
 
     def forsake(self) -> None:
         """Another tensor holds what was stored: free it, and raise wherever it is asked for."""
+        self.group.read_now()
         self.is_given_back, self._owned, self.behind = True, {}, None
         self.group.collected.clear()
 
@@ -213,6 +214,7 @@ class KVState:
         The mean squares of a model's queries hardly differ between texts (docs/quality.md), and prompts after the
         first are not seen.
         """
+        self.group.read_now()
         self.group.forget_late(self)
         self.behind = None
         for name, tensor in self.owned.items():
@@ -280,6 +282,7 @@ class KVState:
 
     def reorder(self, index: Tensor) -> None:
         """Select batch rows in place (beam search); the layer below brings its own codes."""
+        self.group.read_now()
         for name, tensor in self.owned.items():
             if name != "length":
                 tensor.copy_(tensor.index_select(0, index.to(tensor.device)))
@@ -333,6 +336,7 @@ class KVState:
     def truncate(self, length: int) -> None:
         """Forget the tokens from ``length`` on; raises CacheStateError as ``check_truncate`` does."""
         self.check_truncate(length)
+        self.group.read_now()
         self.behind = None
         self.owned["length"][:1].fill_(length)
         self.group.drop()
@@ -341,6 +345,7 @@ class KVState:
     def undo(self, length: int) -> None:
         """Take back what a step that broke off stored after ``length`` tokens, if the window still can: if not, the
         next step finds that lengths differ."""
+        self.group.read_now()
         self.group.forget_late(self)
         stored, furthest = self.owned["length"].tolist()
         if stored > length and (

@@ -52,7 +52,7 @@ def attend(
     if dropout or is_causal or q.requires_grad:
         return NotImplemented
     ours, theirs = held_of(key), held_of(value)
-    if ours is None or theirs is None or ours[1:] != theirs[1:]:
+    if ours is None or theirs is None or (ours.tokens, *ours[1:]) != (theirs.tokens, *theirs[1:]):
         return NotImplemented
     if not is_transformed(q, attn_mask):
         out = attention(q, ours, theirs, attn_mask, scale)
@@ -66,8 +66,8 @@ def attention(q: Tensor, key: Held, value: Held, mask: Tensor | None, scale: flo
 
     ``mask``: None, or added to the logits, [1 or B, 1 or heads, 1 or q, room].
     """
-    written = _last_write(key.state, value.state)
-    if written is None or not _takes(q, key.state):
+    written = None if key.is_read or value.is_read else _last_write(key.state, value.state)
+    if written is None or not _takes(q, key.state) or key.tokens != written[0].past + written[0].new:
         return None
     scale = q.shape[3] ** -0.5 if scale is None else scale
     of_chunk = written[0].x is not None
@@ -100,9 +100,9 @@ def _of_chunk(
 ) -> Tensor | None:
     """Keys and values of the chunk itself are seen in full precision."""
     (ours, theirs), heads = written, key.state.spec.shape[1]
-    if not are_wanted() or not ours.past or key.tokens != ours.past + ours.new:
+    if ours.x is None or theirs.x is None or not ours.past or not are_wanted():
         return None
-    if q.shape[2] != ours.new or q.shape[1] % heads or theirs.x is None or ours.x is None:
+    if q.shape[2] != ours.new or q.shape[1] % heads:
         return None
     if may_be_attended(q) or (seen := mask_of_held(mask, key)) is None:
         return None
