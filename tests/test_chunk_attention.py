@@ -18,8 +18,10 @@ from xquant_fx import XQuantCache, XQuantConfig
 from xquant_fx.cache import step_attention
 from xquant_fx.cache.held_tokens import HeldTokens
 from xquant_fx.compiler import untraced
+from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.cpu import at_hand, build
 from xquant_fx.kernels.cpu.at_hand import wanted
+from xquant_fx.kernels.prompt_attention.cpu_call import faster_dtypes
 
 SMALL = dict(k_group_size=16, residual_length=32)
 BATCH, HEADS, GROUP, DIM, ROOM, PAST, NEW = 2, 2, 3, 16, 128, 70, 20
@@ -222,3 +224,56 @@ def test_a_compiler_that_fails_is_told_of_once(tiny_llama, monkeypatch, caplog):
             outs.append(run_steps([(model.forward, n) for n in SIZES], ids, cache))
     assert relative_error(*outs) < 1e-5
     assert sum("the C++ compiler fails" in record.message for record in caplog.records) == 1
+
+
+LONG = (300, 280, 1, 260)
+
+
+@pytest.mark.skipif(torch.bfloat16 not in faster_dtypes(), reason="no kernel of prompts on this processor")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_long_chunks_read_what_is_held(tiny_llama, attended, attention):
+    """Whatever room there is, by the kernel of prompts; heads are repeated of no more than that."""
+    model = tiny_llama(layers=2, head_dim=32, dtype=torch.bfloat16, attn_implementation=attention)
+    ids = torch.randint(1, 128, (2, sum(LONG)), generator=seeded(1))
+    outs = []
+    for room in (sum(LONG), 4096):
+        cache = XQuantCache(model.config, max_cache_len=room, config=config_of("xquant-2.2"))
+        with wanted():
+            outs.append(run_steps([(model.forward, n) for n in LONG], ids, cache))
+    assert torch.equal(*outs) and not attended
+
+
+@pytest.mark.skipif(torch.bfloat16 not in faster_dtypes(), reason="no kernel of prompts on this processor")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_masks_of_long_chunks_hide_what_is_not_stored(tiny_llama, attention):
+    model = tiny_llama(layers=2, head_dim=32, dtype=torch.bfloat16, attn_implementation=attention)
+    cache = XQuantCache(model.config, max_cache_len=1024, config=config_of("xquant-2.2"))
+    ids = torch.randint(1, 128, (1, 600), generator=seeded(1))
+    model(ids[:, :300], past_key_values=cache)
+    mask = (torch.arange(1024) <= torch.arange(300, 600)[:, None])[None, None]
+    mask[..., 900:] = True
+    mask = mask if attention == "sdpa" else torch.where(mask, 0.0, torch.finfo(torch.bfloat16).min).bfloat16()
+    with pytest.raises(CacheStateError, match="holds 600 tokens, and the mask of a chunk shows some from 600 on"):
+        model(ids[:, 300:], past_key_values=cache, attention_mask=mask)
+
+
+@pytest.mark.skipif(torch.bfloat16 not in faster_dtypes(), reason="no kernel of prompts on this processor")
+@pytest.mark.parametrize("kind", [StaticCache, DynamicCache])
+def test_long_chunks_of_caches_that_were_taken_over(tiny_llama, attended, monkeypatch, kind):
+    model = tiny_llama(layers=2, head_dim=32, dtype=torch.bfloat16)
+    ids = torch.randint(1, 128, (1, sum(LONG) + 1), generator=seeded(1))
+    monkeypatch.setattr(untraced, "_backends", [])
+    long, outs = list[int](), []
+    attend = step_attention.attended
+    counting = lambda q, *args, **given: (long.append(q.shape[2]), attend(q, *args, **given))[1]  # noqa: E731
+    for kernel in (counting, lambda *args, **given: None):
+        monkeypatch.setattr(step_attention, "attended", kernel)
+        torch._dynamo.reset()
+        backend = interpreted(self_check=False, config=config_of("xquant-2.2"))
+        untraced.leave_prompts_untraced(backend)
+        step = torch.compile(model.forward, backend=backend)
+        cache = kind(config=model.config, **(dict(max_cache_len=1000) if kind is StaticCache else {}))
+        outs.append(run_steps([(step, LONG[0]), (step, 1), *[(step, n) for n in LONG[1:]]], ids, cache))
+    assert long == [280, 280, 260, 260] and not attended
+    assert relative_error(*outs) < 2e-2

@@ -26,6 +26,7 @@ from xquant_fx.kernels.cpu.at_hand import are_wanted
 from xquant_fx.kernels.decode_attention.arguments import DecodeArguments, of_sides
 from xquant_fx.kernels.decode_attention.cpu_call import attend_chunk
 from xquant_fx.kernels.layout import STEP_TOKENS
+from xquant_fx.kernels.prompt_attention.cpu_call import attended
 from xquant_fx.plan.spec import why_not_fused
 from xquant_fx.tracing import is_transformed
 
@@ -104,11 +105,20 @@ def _of_chunk(
         return None
     if q.shape[2] != ours.new or q.shape[1] % heads:
         return None
-    if may_be_attended(q) or (seen := mask_of_held(mask, key)) is None:
-        return None
+    seen = mask_of_held(mask, key)
+    if seen is None or may_be_attended(q):
+        return None if seen is None else _as_prompt(q, key, value, seen, scale)
     arguments = _arguments(q, key.state, value.state, written, seen, scale)
     new = {"k_new": key.state.as_stored(ours.x), "v_new": value.state.as_stored(theirs.x)}
     return attend_chunk(DecodeArguments(**arguments | new | {"max_len": key.tokens}))
+
+
+def _as_prompt(q: Tensor, key: Held, value: Held, mask: Tensor, scale: float) -> Tensor | None:
+    """By the kernel of prompts, under a mask that shows a token or hides it."""
+    shown = mask == 0
+    if not bool((shown | (mask == float("-inf"))).all()):
+        return None
+    return attended(q, key.reading.read(), value.reading.read(), shown, scale=scale, enable_gqa=True)
 
 
 def _arguments(
