@@ -150,12 +150,13 @@ def test_against_the_truth(name: str) -> None:
     assert check(setup, ops.DECODE(**arguments(setup, given)), given)["largest"] > 0
 
 
-def run_on(isa: Isa, setup: Setup, given: dict[str, Any]) -> torch.Tensor:
-    """The step by vectors of an instruction set."""
+def run_on(isa: Isa, setup: Setup, given: dict[str, Any], any_queries: bool = False) -> torch.Tensor:
+    """The step by vectors of an instruction set; ``any_queries``: by the kernel for any number of tokens."""
     if isa.lanes > cpu_build.isa().lanes:
         pytest.skip(f"this machine has {cpu_build.isa().name} only")
     a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
-    types, code = source(problem_of(a), isa)
+    problem = problem_of(a).any_queries() if any_queries else problem_of(a)
+    types, code = source(problem, isa)
     out = empty_output(**a._asdict())
     cpu_build.load(types, code)(*a.tensors.values(), out, *sizes_given(a))
     return out
@@ -194,18 +195,32 @@ ANY = {
 }
 
 
+def chunks(name: str) -> list[Setup]:
+    return [Setup(**{**EVERY[name], "query": query, "max_len": 400}) for query in ANY[name]]
+
+
 @pytest.mark.parametrize("name", fast_but(ANY, {*ANY} - {"a chunk", "ranked, token norms, a chunk"}))
 def test_chunks_of_any_number_of_tokens(name: str) -> None:
     """By one kernel."""
     kernels = set()
-    for query in ANY[name]:
-        setup = Setup(**{**EVERY[name], "query": query, "max_len": 400})
+    for setup in chunks(name):
         given = inputs(setup)
-        a = DecodeArguments(**arguments(setup, given)).mapped(torch.Tensor.contiguous)
+        a = DecodeArguments(**arguments(setup, given))
         kernels.add(problem_of(a).any_queries())
         out = attend_chunk(a)
         assert out is not None and check(setup, out, given)["largest"] > 0
     assert len(kernels) == 1
+
+
+ANY_NARROW = [(name, isa) for name in ANY for isa in ("avx2", "portable")]
+
+
+@pytest.mark.parametrize("case", fast_but(ANY_NARROW, {*ANY_NARROW} - {("a chunk", "avx2")}), ids=str)
+def test_chunks_of_any_number_of_tokens_by_narrower_vectors(case: tuple[str, str]) -> None:
+    name, isa = case
+    for setup in chunks(name):
+        given = inputs(setup)
+        check(setup, run_on(ISAS[isa], setup, given, any_queries=True), given)
 
 
 def test_what_one_digit_costs_is_known() -> None:

@@ -1,9 +1,9 @@
 """Chunks whose number of tokens a step alone knows, on CPUs: their graphs run as they stand, op by op.
 
-Each turn of a chat brings another number of tokens, each round of assisted decoding another number of candidates. Our
-C++ attention is made for one number of queries, so each would be compiled by itself, all layers at once, until Dynamo
-compiles none any more. Chunks of a known number run so, too, where a cache grows: there the first number that comes is
-hardly ever the only one.
+Each turn of a chat brings another number of tokens, each round of assisted decoding another number of candidates. What
+Inductor compiles is made for one number, so each would be compiled by itself, until Dynamo compiles none any more.
+Uncompiled, attention is one kernel for all numbers (``xquant_fx/cache/step_attention.py``). Chunks of a known number
+run so, too, where a cache grows: there the first number that comes is hardly ever the only one.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ geometry; otherwise each keeps its own codes, and the plan says why.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -94,6 +95,7 @@ class Plan:
         return json.dumps({"xquant_plan": 1, **model, "layers": layers}, indent=1)
 
     @classmethod
+    @functools.lru_cache(maxsize=16)  # each new cache reads its own
     def from_json(cls, text: str) -> Plan:
         """The plan that :meth:`to_json` wrote.
 
