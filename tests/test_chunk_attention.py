@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
-from xquant_fx import XQuantCache, XQuantConfig
+from xquant_fx import XQuantCache, XQuantConfig, memory_report
 from xquant_fx.cache import step_attention
 from xquant_fx.cache.held_tokens import HeldTokens
 from xquant_fx.compiler import untraced
-from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.cpu import at_hand, build
 from xquant_fx.kernels.cpu.at_hand import wanted
 from xquant_fx.kernels.prompt_attention.cpu_call import faster_dtypes
@@ -103,15 +102,21 @@ def filled(new: int = NEW, **config: Any) -> XQuantCache:
     return cache
 
 
+def buffers(cache: XQuantCache) -> list[Any]:
+    return [x for layer in cache.layers for x in (layer.keys, layer.values)]
+
+
 def append(cache: XQuantCache, tokens: int) -> None:
     for layer in range(2):
         k, v = (torch.randn(BATCH, HEADS, tokens, DIM, generator=seeded(layer + side)) for side in (3, 5))
         cache.update(k, v, layer)
 
 
-def repeated(x: Tensor) -> Tensor:
+def repeated(x: Tensor, times: int = GROUP) -> Tensor:
     """As transformers does it."""
-    return x[:, :, None].expand(-1, -1, GROUP, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
+    if times == 1:
+        return x
+    return x[:, :, None].expand(-1, -1, times, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
 
 
 def causal(room: int = ROOM, new: int = NEW) -> Tensor:
@@ -175,6 +180,8 @@ CHANGES: dict[str, Callable[[XQuantCache], Any]] = {
     "a rollback": lambda cache: cache.crop(-2),
     "reset": lambda cache: cache.reset(),
     "rows": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+    "what is kept of the chunk": lambda cache: memory_report(cache),
+    "rows of each buffer": lambda cache: [x.copy_(x[[1, 0]]) for x in buffers(cache)],
     "another sequence": lambda cache: (cache.reset(), append(cache, PAST), append(cache, NEW)),
 }
 
@@ -204,7 +211,7 @@ def test_nothing_is_dequantized_for_what_the_kernel_reads(attended, monkeypatch)
     with wanted():
         scaled_dot_product_attention(queries(), *(repeated(x) for x in (cache.layers[1].keys, cache.layers[1].values)),
                                      causal())  # fmt: skip
-    assert len(attended) == 1 and group is not None and not group.readings
+    assert len(attended) == 1 and group is not None and not any(ref() for ref in group.readings)
 
 
 def test_a_compiler_that_fails_is_told_of_once(tiny_llama, monkeypatch, caplog):
@@ -226,13 +233,26 @@ def test_a_compiler_that_fails_is_told_of_once(tiny_llama, monkeypatch, caplog):
     assert sum("the C++ compiler fails" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize("heads", [6, 2])
+def test_inference_mode(attended, heads):
+    """Which gives attention, and what models repeat, in one piece."""
+    with torch.no_grad():
+        cache, mask, q = filled(), causal(), queries(heads=heads)
+        sides = [cache.layers[1].keys, cache.layers[1].values]
+        want = scaled_dot_product_attention(q, *(repeated(x.dequantize(), heads // 2) for x in sides), mask)
+    with torch.inference_mode(), wanted():
+        got = scaled_dot_product_attention(q, *(repeated(x, heads // 2) for x in sides), mask)
+    assert len(attended) == 1
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
 LONG = (300, 280, 1, 260)
 
 
 @pytest.mark.skipif(torch.bfloat16 not in faster_dtypes(), reason="no kernel of prompts on this processor")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_long_chunks_read_what_is_held(tiny_llama, attended, attention):
-    """Whatever room there is, by the kernel of prompts; heads are repeated of no more than that."""
+    """Whatever room there is, by the kernel of prompts."""
     model = tiny_llama(layers=2, head_dim=32, dtype=torch.bfloat16, attn_implementation=attention)
     ids = torch.randint(1, 128, (2, sum(LONG)), generator=seeded(1))
     outs = []
@@ -244,23 +264,8 @@ def test_long_chunks_read_what_is_held(tiny_llama, attended, attention):
 
 
 @pytest.mark.skipif(torch.bfloat16 not in faster_dtypes(), reason="no kernel of prompts on this processor")
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@torch.no_grad()
-def test_masks_of_long_chunks_hide_what_is_not_stored(tiny_llama, attention):
-    model = tiny_llama(layers=2, head_dim=32, dtype=torch.bfloat16, attn_implementation=attention)
-    cache = XQuantCache(model.config, max_cache_len=1024, config=config_of("xquant-2.2"))
-    ids = torch.randint(1, 128, (1, 600), generator=seeded(1))
-    model(ids[:, :300], past_key_values=cache)
-    mask = (torch.arange(1024) <= torch.arange(300, 600)[:, None])[None, None]
-    mask[..., 900:] = True
-    mask = mask if attention == "sdpa" else torch.where(mask, 0.0, torch.finfo(torch.bfloat16).min).bfloat16()
-    with pytest.raises(CacheStateError, match="holds 600 tokens, and the mask of a chunk shows some from 600 on"):
-        model(ids[:, 300:], past_key_values=cache, attention_mask=mask)
-
-
-@pytest.mark.skipif(torch.bfloat16 not in faster_dtypes(), reason="no kernel of prompts on this processor")
-@pytest.mark.parametrize("kind", [StaticCache, DynamicCache])
-def test_long_chunks_of_caches_that_were_taken_over(tiny_llama, attended, monkeypatch, kind):
+@pytest.mark.parametrize(("kind", "values"), [(StaticCache, "per_token_rotated"), (DynamicCache, "per_token_folded")])
+def test_long_chunks_of_caches_that_were_taken_over(tiny_llama, attended, monkeypatch, kind, values):
     model = tiny_llama(layers=2, head_dim=32, dtype=torch.bfloat16)
     ids = torch.randint(1, 128, (1, sum(LONG) + 1), generator=seeded(1))
     monkeypatch.setattr(untraced, "_backends", [])
@@ -270,7 +275,7 @@ def test_long_chunks_of_caches_that_were_taken_over(tiny_llama, attended, monkey
     for kernel in (counting, lambda *args, **given: None):
         monkeypatch.setattr(step_attention, "attended", kernel)
         torch._dynamo.reset()
-        backend = interpreted(self_check=False, config=config_of("xquant-2.2"))
+        backend = interpreted(self_check=False, config=config_of("xquant-2.2", v_scheme=values))
         untraced.leave_prompts_untraced(backend)
         step = torch.compile(model.forward, backend=backend)
         cache = kind(config=model.config, **(dict(max_cache_len=1000) if kind is StaticCache else {}))

@@ -145,18 +145,6 @@ def test_masks_that_are_no_runs_of_tokens() -> None:
     assert [seen_by(mask, q, k) for mask in left] == [None] * len(left)
 
 
-def test_masks_that_are_wider_than_the_keys() -> None:
-    """They may hide what is behind those, as a mask for all that a cache has room for does."""
-    q, k, _ = prompt(1, 2, 2, 200)
-    mask = torch.nn.functional.pad(later(70, 200), (0, 300))
-    wide, cut = seen_by(mask, q[:, :, :70], k), seen_by(mask[:, :200].clone(), q[:, :, :70], k)
-    assert wide is not None and cut is not None and wide.tokens == cut.tokens == 200
-    assert torch.equal(wide.end, cut.end) and torch.equal(wide.first, cut.first)
-    assert seen_by(mask, q[:, :, :70], k[:, :, :190]) is None  # remembered for 200 keys, not for these
-    mask[3, 499] = True
-    assert seen_by(mask, q[:, :, :70], k) is None
-
-
 def test_a_mask_is_read_once_a_version() -> None:
     q, k, _ = prompt(1, 2, 2, 200)
     mask = later(200, 200)[None, None]

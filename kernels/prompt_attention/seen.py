@@ -29,42 +29,37 @@ def causal(batch: int, tokens: int) -> Seen:
 def seen_by(mask: Tensor, query: Tensor, key: Tensor) -> Seen | None:
     """What queries [B, heads, q, D] see of keys [B, KV heads, n, D] by ``mask``; None: no one run of tokens each.
 
-    ``mask`` is of bools, [q, n] or [B or 1, 1, q, n], as ``scaled_dot_product_attention`` takes it, or wider: then it
-    hides what is behind the keys, or None is given.
+    ``mask`` is of bools, [q, n] or [B or 1, 1, q, n], as ``scaled_dot_product_attention`` takes it.
     """
     batch, tokens, kept = query.shape[0], query.shape[2], key.shape[2]
-    if mask.dtype != torch.bool or mask.dim() not in (2, 4) or mask.shape[-2] != tokens or mask.shape[-1] < kept:
+    if mask.dtype != torch.bool or mask.dim() not in (2, 4) or mask.shape[-2:] != (tokens, kept):
         return None
     if mask.dim() == 4 and (mask.shape[1] != 1 or mask.shape[0] not in (1, batch)):
         return None
-    found = _remembered(mask, kept)
+    found = _remembered(mask)
     if found is None or (mask.dim() == 4 and mask.shape[0] == batch):
         return found
     first, end = (x.expand(batch, tokens).contiguous() for x in (found.first, found.end))
     return Seen(first, end, found.tokens)
 
 
-#: The mask that was read last, its version with the number of keys, and what it says: all layers of a model are given
-#: the same one.
-_last: tuple[weakref.ref[Tensor], tuple[int, int], Seen | None] | None = None
+#: The mask that was read last, its version, and what it says: all layers of a model are given the same one.
+_last: tuple[weakref.ref[Tensor], int, Seen | None] | None = None
 
 
-def _remembered(mask: Tensor, kept: int) -> Seen | None:
+def _remembered(mask: Tensor) -> Seen | None:
     global _last
     if mask.is_inference():  # which counts no versions, so it may have been written to
-        return _read(mask, kept)
-    last, version = _last, (mask._version, kept)
-    if last is not None and last[0]() is mask and last[1] == version:
+        return _read(mask)
+    last = _last
+    if last is not None and last[0]() is mask and last[1] == mask._version:
         return last[2]
-    found = _read(mask, kept)
-    _last = weakref.ref(mask), version, found
+    found = _read(mask)
+    _last = weakref.ref(mask), mask._version, found
     return found
 
 
-def _read(mask: Tensor, kept: int) -> Seen | None:
-    if bool(mask[..., kept:].any()):
-        return None
-    mask = mask[..., :kept]
+def _read(mask: Tensor) -> Seen | None:
     rows = (mask if mask.dim() == 2 else mask[:, 0]).reshape(-1, *mask.shape[-2:]).view(torch.uint8)
     count, first = rows.sum(-1, dtype=torch.int32), rows.argmax(-1)
     last = rows.shape[-1] - 1 - rows.flip(-1).argmax(-1)

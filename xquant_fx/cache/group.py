@@ -27,6 +27,8 @@ from xquant_fx.warn_once import warn_once
 BufferName = tuple[int, str]
 #: Uncompiled steps in a row after which one is told that nothing is compiled.
 MANY_STEPS = 64
+#: References after which those are dropped that nobody needs any more.
+MANY_READINGS = 64
 
 
 class Member(Protocol):
@@ -93,7 +95,7 @@ class CacheGroup:
         """What ``select.py`` makes of it, buffer by buffer."""
         self.taken_over: list[weakref.ref[Tensor]] = []
         """The buffers that were ordinary ones once, of a cache that was taken over."""
-        self.readings = weakref.WeakSet[Reading]()
+        self.readings: list[weakref.ref[Reading]] = []
         """What is to be read of buffers as they are now, later (``held_tokens.py``)."""
         self.collected: dict[object, Any] = {}
         """What compiled steps take of this cache, by step."""
@@ -119,8 +121,8 @@ class CacheGroup:
 
     def __getstate__(self) -> dict[str, object]:
         self.settle()
-        empty: dict[str, Any] = {"collected": {}, "members": [], "taken_over": [], "selection": None, "rows": []}
-        return {**self.__dict__, **empty, "readings": weakref.WeakSet()}
+        empty: dict[str, list[Any]] = {name: [] for name in ("members", "taken_over", "rows", "readings")}
+        return {**self.__dict__, **empty, "collected": {}, "selection": None}
 
     def with_start(self, start: Tensor) -> CacheGroup:
         """An empty group of another batch or device, with ``start`` int64 [B]."""
@@ -167,20 +169,29 @@ class CacheGroup:
 
     def hold_one_layer(self) -> None:
         """From now on, as before a takeover: let go of all chunks but those of the layer written last."""
+        self.read_now()
         for group in (self, *self.rows):
             group.holds_all = False
             group._drop_copies(but=group.chunk_layer)
 
     def forget(self, state: Member) -> None:
         """Let go of the chunk of ``state``, and of no other's."""
+        self.read_now()
         for group in (self, *self.rows):
             group.chunks.pop((state.spec.layer, state.spec.role), None)
 
+    def put_off(self, reading: Reading) -> None:
+        """It is read at the latest when buffers change."""
+        if len(self.readings) >= MANY_READINGS:
+            self.readings = [ref for ref in self.readings if ref() is not None]
+        self.readings.append(weakref.ref(reading))
+
     def read_now(self) -> None:
-        """What was put off, before buffers change."""
-        for reading in list(self.readings) if self.readings else ():
-            reading.read()
-        self.readings.clear()
+        """What was put off, before buffers, or what is kept of the last chunk, change."""
+        readings, self.readings = self.readings, []
+        for ref in readings:
+            if (reading := ref()) is not None:
+                reading.read()
 
     def settle(self, state: Member | None = None) -> None:
         """Store what waits for queries: of ``state``, or None: whatever does."""
@@ -200,6 +211,7 @@ class CacheGroup:
 
     def drop(self) -> None:
         """Let go of the chunk."""
+        self.read_now()
         for group in (self, *self.rows):
             group.chunk_layer, group.chunks, group.step_tokens = None, {}, 0
 

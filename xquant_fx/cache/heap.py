@@ -41,7 +41,7 @@ def with_zeros(x: Tensor, tokens: int) -> Tensor:
     if held == tokens:
         return x
     zeros = batch * heads * (tokens - held) * dim * x.element_size()
-    if x.device.type != "cpu" or zeros < MANY_ZEROS or is_transformed(x):
+    if x.device.type != "cpu" or zeros < MANY_ZEROS or is_transformed(x) or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.nn.functional.pad(x, (0, 0, 0, tokens - held))
     size = batch * heads * tokens * dim * x.element_size()
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -30,7 +30,7 @@ class Reading:
 
     def put_off(self) -> None:
         """It will be read later, if at all."""
-        self.state.group.readings.add(self)
+        self.state.group.put_off(self)
 
     def read(self) -> Tensor:
         """The tokens [B, H, tokens, D] as they were when this was made."""
@@ -170,4 +170,5 @@ HeldTokens.handlers = {
     aten.expand.default: _expand,
     aten.view.default: _view,
     aten._unsafe_view.default: _view,
+    aten.reshape.default: _view,  # which inference mode does not take apart
 }

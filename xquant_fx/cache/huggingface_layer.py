@@ -16,7 +16,6 @@ from transformers.cache_utils import StaticLayer
 
 from xquant_fx.cache.allocate import Slot, quantized_empty
 from xquant_fx.cache.heap import keep_freed_memory
-from xquant_fx.cache.held_tokens import held_of
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.padding import Padding
 from xquant_fx.cache.prompt_attention import may_be_attended
@@ -180,10 +179,9 @@ class XQuantLayer(StaticLayer):
 
     def _as_prompt(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What a long chunk attends to, dequantized, as it would be anyway: its attention has a kernel, too."""
-        ours, theirs = held_of(keys), held_of(values)
-        if ours is None or theirs is None:
+        if not isinstance(keys, QuantizedKV) or not isinstance(values, QuantizedKV):
             return keys, values
-        return PromptKeys.of(ours.dense(), _ignored, ours.room, of_chunk=True), theirs.dense()
+        return PromptKeys.of(keys.dense(), _ignored), values.dense()
 
     def _check(self, key_states: Tensor, value_states: Tensor, cold: bool) -> None:
         """Whatever can be known before anything is written; where Dynamo traces this, eager code says what it is."""

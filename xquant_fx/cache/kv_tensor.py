@@ -206,7 +206,7 @@ class QuantizedKV(Dequantized):
 
     def first_tokens(self) -> tuple[KVState, int] | None:
         """The state, and how many of its tokens this is, where it is a [B, H, N, D] of its first ones."""
-        is_usual = (self.token_dim, self.row_dim) == (2, 0)
+        is_usual = (self.token_dim, self.row_dim) == (2, 0) and not isinstance(self.state, Row)
         return (self.state, self.span[1]) if is_usual and self.state is not None and not self.span[0] else None
 
     def append_at(self, pos: Tensor, x: Tensor) -> None:

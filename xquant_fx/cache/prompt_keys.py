@@ -1,13 +1,13 @@
-"""Cold prompts and long chunks: keys that know more than ordinary ones of the attention that reads them.
+"""Cold prompts: keys that know more than ordinary ones of the attention that reads them.
 
-``XQuantLayer.update`` gives a cold prompt its own keys back, which attention then reads, and a long chunk the tokens
-that the cache holds, dequantized. As :class:`PromptKeys` they are ordinary keys in every way, but
+``XQuantLayer.update`` gives a cold prompt its own keys back, which attention then reads. As :class:`PromptKeys` they
+are ordinary keys in every way, but
 
 - when an attention multiplies them with its query, that is noted (``note_queries``);
 - long prompts on some CPUs are attended to by a kernel (``kernels/prompt_attention/``), and by the same keys long
   chunks of them;
 - a mask as wide as the whole cache, which fits any other step, loses the columns behind the prompt, where nothing is
-  (while Dynamo traces, too). Those of a chunk must hide them.
+  (while Dynamo traces, too).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.prompt_attention.cpu_call import attended
 
 _ATTENTIONS = (torch.nn.functional.scaled_dot_product_attention,)
@@ -44,26 +43,11 @@ class Prompt(NamedTuple):
     """Tokens of the prompt."""
     width: int
     """Tokens of the cache."""
-    of_chunk: bool
-    """Whether there were tokens before."""
 
     def cut(self, mask: Any) -> Any:
-        """``mask`` [.., tokens or width] without the columns behind the prompt; anything else as it is.
-
-        Raises:
-            CacheStateError: it is a chunk's, and lets queries see what is not stored.
-        """
+        """``mask`` [.., tokens or width] without the columns behind the prompt; anything else as it is."""
         wide = isinstance(mask, Tensor) and mask.dim() and mask.shape[-1] == self.width != self.tokens
-        if wide and self.of_chunk and not _hides(mask[..., self.tokens :]):
-            raise CacheStateError(
-                f"the cache holds {self.tokens} tokens, and the mask of a chunk shows some from {self.tokens} on: hide "
-                "what is not stored by False, or by -inf"
-            )
         return mask[..., : self.tokens] if wide else mask
-
-
-def _hides(mask: Tensor) -> bool:
-    return not bool((mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min).any())
 
 
 class PromptKeys(torch.Tensor):
@@ -72,9 +56,9 @@ class PromptKeys(torch.Tensor):
     prompt: Prompt
 
     @classmethod
-    def of(cls, keys: Tensor, note: Callable[[Tensor], None], width: int = 0, of_chunk: bool = False) -> PromptKeys:
+    def of(cls, keys: Tensor, note: Callable[[Tensor], None], width: int = 0) -> PromptKeys:
         """``keys`` that give ``note`` the query [B, heads, q, D] that reads them, in a cache of ``width`` tokens."""
-        return cls._marked(keys, Prompt(note, keys.shape[2], width, of_chunk))
+        return cls._marked(keys, Prompt(note, keys.shape[2], width))
 
     @classmethod
     def _marked(cls, keys: Tensor, prompt: Prompt) -> PromptKeys:
@@ -93,11 +77,9 @@ class PromptKeys(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = None
             if prompt is not None and func in _ATTENTIONS:
+                args = (*args[:3], *map(prompt.cut, args[3:]))  # from the fourth on: the mask, numbers
+                kwargs = {**kwargs, "attn_mask": prompt.cut(kwargs["attn_mask"])} if "attn_mask" in kwargs else kwargs
                 result = attended(*args, **kwargs)
-                if result is None:
-                    args = (*args[:3], *map(prompt.cut, args[3:]))  # from the fourth on: the mask, numbers
-                    more = {"attn_mask": prompt.cut(kwargs["attn_mask"])} if "attn_mask" in kwargs else {}
-                    kwargs = {**kwargs, **more}
             result = func(*args, **kwargs) if result is None else result
         if prompt is not None and isinstance(query, Tensor) and func in _PRODUCTS:
             return PromptScores.of(result, prompt)

@@ -42,7 +42,7 @@ def uncompiled(cache: Any, tokens: int) -> AsGuessed | None:
             steps = 0 if group is None else group.steps + 1  # the prompt itself, behind the sequence before
             return lambda: _brought_prompt(cache, begun, steps if cache.group is group else 0)
     group = _group(cache) if tokens > STEP_TOKENS else None
-    if group is None or not group.guesses.leave_untraced(tokens, group.steps):
+    if group is None:
         return None
     stores = group.stores
     return lambda: group.stores > stores and group.last_stored > STEP_TOKENS

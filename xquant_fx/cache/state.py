@@ -368,7 +368,7 @@ class KVState:
                 f"layer {self.spec.layer} {self.spec.role}s: a step needs one position per token and at least one, "
                 f"got {pos.shape[0]} for {x.shape[2]} tokens"
             )
-        positions = pos.tolist()
+        positions = pos.to(torch.int64).tolist()
         past, new = positions[0], len(positions)
         length, furthest = self.owned["length"].tolist()
         self.group.faults.check(wait=True)

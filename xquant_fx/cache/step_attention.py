@@ -62,6 +62,28 @@ def attend(
     return attend_to_held(q, ours, theirs, attn_mask, scale)
 
 
+def attend_in_one(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """``scaled_dot_product_attention`` itself, which inference mode does not take apart."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, float("-inf"))
+    if attn_mask is not None and attn_mask.dim() == 2:
+        attn_mask = attn_mask[None, None]
+    if q.device.type != "cpu" or enable_gqa:
+        return NotImplemented
+    out = attend(q, key, value, dropout, is_causal, attn_mask=attn_mask, scale=scale)
+    return out if out is NotImplemented else out[0]
+
+
 def attention(q: Tensor, key: Held, value: Held, mask: Tensor | None, scale: float | None) -> Tensor | None:
     """Attention of ``q`` [B, heads, q, D] to a layer's tokens; None: it must read dequantized values.
 
@@ -72,8 +94,7 @@ def attention(q: Tensor, key: Held, value: Held, mask: Tensor | None, scale: flo
         return None
     scale = q.shape[3] ** -0.5 if scale is None else scale
     of_chunk = written[0].x is not None
-    out = (_of_chunk if of_chunk else _of_step)(q, key, value, written, mask, scale)
-    return ops.ROTATE(out, True) if out is not None and value.state.spec.folded else out
+    return (_of_chunk if of_chunk else _of_step)(q, key, value, written, mask, scale)
 
 
 def _of_step(
@@ -93,7 +114,7 @@ def _of_step(
         return None
     arguments = _arguments(q, key.state, value.state, written, _as_wide(mask, key.room, spec.shape[2]), scale)
     out = built(lambda: ops.decode_attention(**arguments))
-    return None if out is None else out.reshape(*shape[:3], -1)
+    return None if out is None else _of_values(out, value.state).reshape(*shape[:3], -1)
 
 
 def _of_chunk(
@@ -110,7 +131,13 @@ def _of_chunk(
         return None if seen is None else _as_prompt(q, key, value, seen, scale)
     arguments = _arguments(q, key.state, value.state, written, seen, scale)
     new = {"k_new": key.state.as_stored(ours.x), "v_new": value.state.as_stored(theirs.x)}
-    return attend_chunk(DecodeArguments(**arguments | new | {"max_len": key.tokens}))
+    out = attend_chunk(DecodeArguments(**arguments | new | {"max_len": key.tokens}))
+    return None if out is None else _of_values(out, value.state)
+
+
+def _of_values(out: Tensor, value: KVState) -> Tensor:
+    """What a kernel made of stored values, which may be rotated, as one of values."""
+    return ops.ROTATE(out, True) if value.spec.folded else out
 
 
 def _as_prompt(q: Tensor, key: Held, value: Held, mask: Tensor, scale: float) -> Tensor | None:
@@ -172,5 +199,6 @@ def _as_wide(mask: Tensor | None, tokens: int, width: int) -> Tensor | None:
 HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._fused_sdp_choice.default: sdp_choice,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: attend,
+    torch.ops.aten.scaled_dot_product_attention.default: attend_in_one,
 }
 HeldTokens.handlers |= HANDLERS

@@ -64,7 +64,8 @@ def shortcuts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _settings_at_hand() -> Iterator[None]:
-    """Inside, ``_SETTINGS`` are attributes of the config, until somebody sets them."""
+    """Inside, ``_SETTINGS`` are attributes of the config, until somebody sets them: to all threads, which Dynamo lets
+    trace one by one, those of this one."""
     kept, kind = vars(config), type(config)
     at_hand = {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)}
 

@@ -45,6 +45,8 @@ class HeldTensors:
         """Write the copies back."""
         with torch.no_grad():
             for tensor, saved in self.saved.values():
+                if isinstance(tensor, QuantizedKV):
+                    tensor.live.group.read_now()
                 for name, part in _parts(tensor).items():
                     part.copy_(saved[name])
                 if isinstance(tensor, QuantizedKV):
