@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.chunk_guesses import ChunkGuesses
 from xquant_fx.cache.faults import FaultMonitor
 from xquant_fx.cache.turns import AT_ONCE, Turn
 from xquant_fx.errors import CacheStateError
@@ -116,7 +115,6 @@ class CacheGroup:
         """Writes of uncompiled code to a buffer,"""
         self.last_stored = 0
         """and tokens of the last one."""
-        self.guesses = ChunkGuesses()
         self.turn = Turn()
 
     def __getstate__(self) -> dict[str, object]:
@@ -148,7 +146,6 @@ class CacheGroup:
     def stepped(self, tokens: int) -> None:
         """A compiled graph appended ``tokens``; eager code that reads next sees the state before its flush."""
         self.drop()
-        self.guesses.stepped(tokens)
         for group in (self, *self.rows):
             group.step_tokens, group.uncompiled, group.short_steps = tokens, 0, 0
 
@@ -233,7 +230,6 @@ class CacheGroup:
             self.steps += 1
             if tokens is not None and tokens <= STEP_TOKENS:
                 self.short_steps += 1
-                self.guesses.stepped(tokens)
             if self.uncompiled >= MANY_STEPS:
                 warn_once(
                     f"{MANY_STEPS} steps of a quantized cache ran uncompiled, which is slow: compile the model that "
