@@ -14,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.heap import with_zeros
 from xquant_fx.cache.reads import Copied, Dequantized, read
 from xquant_fx.tracing import is_transformed
 
@@ -96,7 +95,8 @@ class HeldTokens(Copied):
 
     def dense(self) -> Tensor:
         """All of it, as an ordinary tensor."""
-        return with_zeros(self.held.dense(), self.held.room).reshape(self.shape)
+        whole = torch.nn.functional.pad(self.held.dense(), (0, 0, 0, self.held.room - self.held.tokens))
+        return whole.reshape(self.shape)
 
     @classmethod
     @torch._dynamo.disable

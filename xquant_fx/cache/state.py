@@ -16,7 +16,6 @@ from torch import Tensor
 from xquant_fx import ops
 from xquant_fx.cache import uncompiled
 from xquant_fx.cache.group import CacheGroup, Chunk
-from xquant_fx.cache.heap import with_zeros
 from xquant_fx.cache.pages import is_shared
 from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.faults import FAULTS, Fault, may_wrap
@@ -194,7 +193,7 @@ class KVState:
     def _load(self, end: int, begin: int) -> Tensor:
         chunk = self.last_write()
         if chunk.x is not None and chunk.past == 0:  # a prompt: nothing quantized is seen
-            return with_zeros(chunk.x[:, :, begin:end], end - begin)
+            return torch.nn.functional.pad(chunk.x[:, :, begin:end], (0, 0, 0, max(end - max(chunk.new, begin), 0)))
         past = torch.tensor([chunk.past], device=self.group.start.device)
         tensors = {name: self.tensor(name) for name in STORED} | chunk.before
         x = None if chunk.x is None else self.as_stored(chunk.x)
@@ -202,7 +201,7 @@ class KVState:
         stored = min(end, max(chunk.past + chunk.new, begin + 1))  # what lies behind are zeros, and no work
         where = dict(past=past, new_tokens=chunk.new, n=stored - begin, x=x, first=first)
         loaded = ops.LOAD(**tensors, **where, **self.spec.load_constants())
-        return with_zeros(loaded, end - begin)
+        return torch.nn.functional.pad(loaded, (0, 0, 0, end - stored)) if stored < end else loaded
 
     @property
     def length(self) -> int:
