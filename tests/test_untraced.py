@@ -139,7 +139,7 @@ def test_chunks_are_not_traced(run, make, expected):
 
 
 def test_chunks_of_one_number_are_not_traced_either(run):
-    """However many come in a row: compiled, they take no less time."""
+    """However many come in a row: that would gain less than it takes."""
     cache = run.cache(512)
     run(ids_of(16), cache)
     for _ in range(20):
