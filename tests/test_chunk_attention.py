@@ -11,6 +11,7 @@ import torch
 from numeric import seeded
 from stepping import interpreted, relative_error, run_steps
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
@@ -242,8 +243,11 @@ def test_inference_mode(attended, heads):
         want = scaled_dot_product_attention(q, *(repeated(x.dequantize(), heads // 2) for x in sides), mask)
     with torch.inference_mode(), wanted():
         got = scaled_dot_product_attention(q, *(repeated(x, heads // 2) for x in sides), mask)
+        with sdpa_kernel(SDPBackend.MATH):  # torch attends, as everywhere else
+            torchs = scaled_dot_product_attention(q, *(repeated(x, heads // 2) for x in sides), mask)
     assert len(attended) == 1
-    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+    for out in (got, torchs):
+        torch.testing.assert_close(out, want, atol=2e-5, rtol=1e-4)
 
 
 LONG = (300, 280, 1, 260)

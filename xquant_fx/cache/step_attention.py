@@ -74,12 +74,12 @@ def attend_in_one(
     enable_gqa: bool = False,
 ) -> Any:
     """``scaled_dot_product_attention`` itself, which inference mode does not take apart."""
+    if q.device.type != "cpu" or enable_gqa or not torch.backends.cuda.flash_sdp_enabled():  # a switch for CPUs, too
+        return NotImplemented
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, float("-inf"))
     if attn_mask is not None and attn_mask.dim() == 2:
         attn_mask = attn_mask[None, None]
-    if q.device.type != "cpu" or enable_gqa:
-        return NotImplemented
     out = attend(q, key, value, dropout, is_causal, attn_mask=attn_mask, scale=scale)
     return out if out is NotImplemented else out[0]
 
