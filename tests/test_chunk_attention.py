@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from xquant_fx import XQuantCache, XQuantConfig, memory_report
 from xquant_fx.cache import step_attention
@@ -114,10 +115,7 @@ def append(cache: XQuantCache, tokens: int) -> None:
 
 
 def repeated(x: Tensor, times: int = GROUP) -> Tensor:
-    """As transformers does it."""
-    if times == 1:
-        return x
-    return x[:, :, None].expand(-1, -1, times, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
+    return repeat_kv(x, times)
 
 
 def causal(room: int = ROOM, new: int = NEW) -> Tensor:

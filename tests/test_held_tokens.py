@@ -12,6 +12,7 @@ from stepping import interpreted, relative_error
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from xquant_fx import XQuantCache, XQuantConfig
 from xquant_fx.cache.held_tokens import HeldTokens
@@ -94,29 +95,23 @@ def filled(tokens: int = 20) -> Any:
     return cache, cache.layers[0].keys
 
 
-def repeated(x: Tensor, times: int) -> Tensor:
-    """As transformers does it."""
-    batch, heads, room, dim = x.shape
-    return x[:, :, None, :, :].expand(batch, heads, times, room, dim).reshape(batch, heads * times, room, dim)
-
-
 def test_any_other_op_reads_zeros_behind_them():
     _, keys = filled()
     dense = keys.dequantize()
-    heads = repeated(keys, 3)
+    heads = repeat_kv(keys, 3)
     assert isinstance(heads, HeldTokens) and heads.shape == (1, 6, ROOM, 8)
-    assert torch.equal(heads + 0, repeated(dense, 3)) and torch.equal(heads[:, 1, 5], repeated(dense, 3)[:, 1, 5])
+    assert torch.equal(heads + 0, repeat_kv(dense, 3)) and torch.equal(heads[:, 1, 5], repeat_kv(dense, 3)[:, 1, 5])
     apart = keys[:, :, None]
     assert isinstance(apart, HeldTokens) and torch.equal(apart * 1, dense[:, :, None])
-    assert torch.equal(apart.expand(-1, -1, 2, -1, -1).reshape(1, -1, ROOM, 8) + 0, repeated(dense, 2))
+    assert torch.equal(apart.expand(-1, -1, 2, -1, -1).reshape(1, -1, ROOM, 8) + 0, repeat_kv(dense, 2))
     assert torch.equal(keys[:, :, None].reshape(2, ROOM, 8) + 0, dense.reshape(2, ROOM, 8))
     assert torch.equal(keys.unsqueeze(0) + 0, dense.unsqueeze(0))
-    assert torch.equal(heads.transpose(2, 3) + 0, repeated(dense, 3).transpose(2, 3))
+    assert torch.equal(heads.transpose(2, 3) + 0, repeat_kv(dense, 3).transpose(2, 3))
 
 
 def test_what_is_repeated_is_what_was_held_then():
     cache, keys = filled()
-    heads, dense = repeated(keys, 2), repeated(keys.dequantize(), 2)
+    heads, dense = repeat_kv(keys, 2), repeat_kv(keys.dequantize(), 2)
     with torch.no_grad():
         model_of()(ids_of(9), past_key_values=cache)
     assert torch.equal(heads + 0, dense)
@@ -125,7 +120,7 @@ def test_what_is_repeated_is_what_was_held_then():
 def test_it_cannot_be_written_to():
     _, keys = filled()
     with pytest.raises(UnsupportedWriteError, match="would be lost"):
-        repeated(keys, 2).add_(1)
+        repeat_kv(keys, 2).add_(1)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +139,8 @@ def test_masks_decide(mask):
     cache, keys = filled()
     values, q = cache.layers[0].values, torch.randn(1, 4, 12, 8, generator=seeded(3))
     with KeysRead() as read:
-        mine = scaled_dot_product_attention(q, repeated(keys, 2), repeated(values, 2), mask)
-    theirs = scaled_dot_product_attention(q, *(repeated(x.dequantize(), 2) for x in (keys, values)), mask)
+        mine = scaled_dot_product_attention(q, repeat_kv(keys, 2), repeat_kv(values, 2), mask)
+    theirs = scaled_dot_product_attention(q, *(repeat_kv(x.dequantize(), 2) for x in (keys, values)), mask)
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
     hides = mask is not None and bool((mask == float("-inf") if mask.is_floating_point() else ~mask)[..., 20:].all())
     assert read.fewest == (20 if hides else ROOM)

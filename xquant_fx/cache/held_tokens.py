@@ -14,8 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.reads import Copied, Dequantized, read
-from xquant_fx.tracing import is_transformed
+from xquant_fx.cache.reads import Copied, Dequantized, read, wrapper
 
 aten = torch.ops.aten
 
@@ -26,10 +25,6 @@ class Reading:
     def __init__(self, state: Any, tokens: int) -> None:
         self.state, self.tokens = state, tokens
         self.numbers: Tensor | None = None
-
-    def put_off(self) -> None:
-        """It will be read later, if at all."""
-        self.state.group.put_off(self)
 
     def read(self) -> Tensor:
         """The tokens [B, H, tokens, D] as they were when this was made."""
@@ -80,11 +75,7 @@ class HeldTokens(Copied):
     def __new__(cls, held: Held, like: Tensor, origin: str, merged: bool) -> HeldTokens:
         batch, heads, _, dim = held.state.spec.shape
         sizes = (batch, heads * held.times) if merged else (batch, heads, held.times)
-        with torch.inference_mode(False):
-            tensor = torch.Tensor._make_wrapper_subclass(
-                cls, (*sizes, held.room, dim), dtype=like.dtype, device=like.device
-            )
-        torch._C._set_throw_on_mutable_data_ptr(tensor)
+        tensor: HeldTokens = wrapper(cls, (*sizes, held.room, dim), like.dtype, like.device)
         return tensor
 
     def __init__(self, held: Held, like: Tensor, origin: str, merged: bool) -> None:
@@ -127,7 +118,7 @@ def heads_apart(buffer: Any, dim: int) -> Any:
     """``buffer[:, :, None]``, with which models begin to repeat heads."""
     if dim not in (2, -3) or (held := held_of(buffer)) is None:
         return NotImplemented
-    held.reading.put_off()
+    held.state.group.put_off(held.reading)
     return HeldTokens(held, buffer, buffer.origin, merged=False)
 
 
@@ -151,7 +142,7 @@ def _view(x: Any, size: Sequence[int]) -> Any:
 def attend_to_held(q: Tensor, key: Held, value: Held, mask: Tensor | None, scale: float | None) -> Any:
     """``scaled_dot_product_attention`` of ``q`` [B, heads, q, D] under a mask of numbers, without what is not held."""
     seen = mask_of_held(mask, key)
-    if seen is None or is_transformed(q, mask):
+    if seen is None:
         return NotImplemented
     attention = aten._scaled_dot_product_flash_attention_for_cpu.default
     return attention(q, key.dense(), value.dense(), 0.0, False, attn_mask=seen, scale=scale)

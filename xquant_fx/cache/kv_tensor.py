@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import hashlib
 import weakref
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +24,7 @@ from xquant_fx.cache.growth import of_any_length
 from xquant_fx.cache.held_tokens import heads_apart
 from xquant_fx.cache.left import leave_read
 from xquant_fx.cache.ragged import Row
-from xquant_fx.cache.reads import Dequantized, Token, read
+from xquant_fx.cache.reads import Dequantized, Token, read, wrapper
 from xquant_fx.cache.select import reorder, select
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError, UnsupportedWriteError
@@ -267,14 +266,6 @@ def stand_in(spec: KVSpec, span: tuple[int, int] | None, anchor: Tensor, tokens:
     if spec.any_room and type(tokens) is int:
         spec = dataclasses.replace(spec.with_room(tokens), any_room=False)
     return QuantizedKV(spec, anchor, None, span, tokens if spec.any_room else None)
-
-
-def wrapper(cls: type, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
-    """An instance of ``cls`` that has a shape and no memory."""
-    with torch.inference_mode(False):  # or only inference mode could write to it
-        buffer: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-    torch._C._set_throw_on_mutable_data_ptr(buffer)  # C++ code that asks for memory gets an error, not address 0
-    return buffer
 
 
 def _noted(func: Any, out: Any, args: Any) -> Any:

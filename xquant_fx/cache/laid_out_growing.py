@@ -16,7 +16,7 @@ from torch import Tensor
 from xquant_fx.cache import growing
 from xquant_fx.cache.aliases import in_order, laid_out, merged_heads, shape_in
 from xquant_fx.cache.growing import GrowingKV
-from xquant_fx.cache.kv_tensor import wrapper
+from xquant_fx.cache.reads import wrapper
 
 aten = torch.ops.aten
 

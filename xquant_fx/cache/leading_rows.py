@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.kv_tensor import wrapper
+from xquant_fx.cache.reads import wrapper
 from xquant_fx.cache.stacked import HANDLERS, StackedKV, dense_of, part_of
 
 aten = torch.ops.aten

@@ -7,7 +7,7 @@ to a tensor's memory (pointers, DLPack, NumPy, shared memory) is refused, too: t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -104,6 +104,14 @@ for _module in (torch, torch.utils.dlpack):
     vars(_module)["to_dlpack"] = _to_dlpack
 
 
+def wrapper(cls: type, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """An instance of ``cls`` that has a shape and no memory."""
+    with torch.inference_mode(False):  # or only inference mode could write to it
+        buffer: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+    torch._C._set_throw_on_mutable_data_ptr(buffer)  # C++ code that asks for memory gets an error, not address 0
+    return buffer
+
+
 class Copied(Dequantized):
     """Dequantized numbers of the buffer ``_origin``: reading is fine, writing would be lost."""
 
@@ -161,9 +169,7 @@ class Token(Dequantized):
     @staticmethod
     def __new__(cls, part: Dequantized, append: Callable[[Tensor], None]) -> Token:
         batch, heads, _, dim = part.shape
-        with torch.inference_mode(False):
-            token = torch.Tensor._make_wrapper_subclass(cls, (batch, heads, dim), dtype=part.dtype, device=part.device)
-        torch._C._set_throw_on_mutable_data_ptr(token)
+        token: Token = wrapper(cls, (batch, heads, dim), part.dtype, part.device)
         return token
 
     def __init__(self, part: Dequantized, append: Callable[[Tensor], None]):

@@ -96,6 +96,10 @@ class KVState:
             return self.lower.tensor("codes")
         return self.owned.get(name)
 
+    def tensor_before(self, written: Chunk, name: str) -> Tensor | None:
+        """The same as it was before the chunk ``written``, which may have overwritten it."""
+        return written.before[name] if name in written.before else self.tensor(name)
+
     @property
     def tensors(self) -> dict[str, Tensor | None]:
         """All of ``TENSOR_NAMES``, None where there is none."""
@@ -195,7 +199,7 @@ class KVState:
         if chunk.x is not None and chunk.past == 0:  # a prompt: nothing quantized is seen
             return torch.nn.functional.pad(chunk.x[:, :, begin:end], (0, 0, 0, max(end - max(chunk.new, begin), 0)))
         past = torch.tensor([chunk.past], device=self.group.start.device)
-        tensors = {name: self.tensor(name) for name in STORED} | chunk.before
+        tensors = {name: self.tensor_before(chunk, name) for name in STORED}
         x = None if chunk.x is None else self.as_stored(chunk.x)
         first = torch.tensor([begin], device=past.device) if begin else None
         stored = min(end, max(chunk.past + chunk.new, begin + 1))  # what lies behind are zeros, and no work

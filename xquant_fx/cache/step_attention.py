@@ -10,6 +10,7 @@ APIs: that op and ``_fused_sdp_choice``. Checked on torch 2.11 and 2.13.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,15 +51,14 @@ def attend(
     scale: float | None = None,
 ) -> Any:
     """What ``scaled_dot_product_attention`` becomes on a CPU: the result, and what only a backward pass reads."""
-    if dropout or is_causal or q.requires_grad:
+    if dropout or is_causal or q.requires_grad or is_transformed(q, attn_mask):
         return NotImplemented
     ours, theirs = held_of(key), held_of(value)
     if ours is None or theirs is None or (ours.tokens, *ours[1:]) != (theirs.tokens, *theirs[1:]):
         return NotImplemented
-    if not is_transformed(q, attn_mask):
-        out = attention(q, ours, theirs, attn_mask, scale)
-        if out is not None:
-            return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+    out = attention(q, ours, theirs, attn_mask, scale)
+    if out is not None:
+        return out, q.new_empty(q.shape[:3], dtype=torch.float32)
     return attend_to_held(q, ours, theirs, attn_mask, scale)
 
 
@@ -126,9 +126,10 @@ def _of_chunk(
         return None
     if q.shape[2] != ours.new or q.shape[1] % heads:
         return None
-    seen = mask_of_held(mask, key)
-    if seen is None or may_be_attended(q):
-        return None if seen is None else _as_prompt(q, key, value, seen, scale)
+    if (seen := mask_of_held(mask, key)) is None:
+        return None
+    if may_be_attended(q):
+        return _as_prompt(q, key, value, seen, scale)
     arguments = _arguments(q, key.state, value.state, written, seen, scale)
     new = {"k_new": key.state.as_stored(ours.x), "v_new": value.state.as_stored(theirs.x)}
     out = attend_chunk(DecodeArguments(**arguments | new | {"max_len": key.tokens}))
@@ -151,16 +152,11 @@ def _as_prompt(q: Tensor, key: Held, value: Held, mask: Tensor, scale: float) ->
 def _arguments(
     q: Tensor, key: KVState, value: KVState, written: tuple[Chunk, Chunk], mask: Tensor | None, scale: float
 ) -> dict[str, Any]:
-    sides = of_sides(*(_stored_before(*each) for each in zip((key, value), written, strict=True)))
+    sides = of_sides(*(partial(side.tensor_before, one) for side, one in zip((key, value), written, strict=True)))
     return dict(
         q=q, **sides, start=key.group.start, past=torch.tensor([written[0].past]), mask=mask, sink_logits=None,
         new_tokens=written[0].new, **key.spec.decode_constants(value.spec), scale=scale, softcap=0.0,
     )  # fmt: skip
-
-
-def _stored_before(state: KVState, written: Chunk) -> Callable[[str], Tensor | None]:
-    """The stored tensors by name, as they were before a chunk overwrote them."""
-    return lambda name: written.before[name] if name in written.before else state.tensor(name)
 
 
 def _last_write(key: KVState, value: KVState) -> tuple[Chunk, Chunk] | None:

@@ -6,9 +6,10 @@
 - whether a file is one of ``torch.nn.modules``, whose frames the stack trace leaves out;
 - names of functions, for which source files are read and which only logs show that are off.
 
-The trace is the same. Relied on: how ``symbolic_convert`` and ``output_graph`` name these, and that Dynamo's config is
-a module that looks up what it does not have itself. Checked on torch 2.11, 2.13 and 2.14; what is not there is left
-out.
+The trace is the same. Relied on: how ``symbolic_convert``, ``output_graph`` and ``builder`` name these, that Dynamo's
+config is a module of a class of its own that looks up what it does not have itself, and that a function keeps the
+builtins its globals had when it was made. Checked on torch 2.11 and 2.13, all but settings and classes on 2.14, too;
+what is not there is left out.
 """
 
 from __future__ import annotations

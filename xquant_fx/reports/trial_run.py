@@ -46,11 +46,9 @@ class HeldTensors:
         with torch.no_grad():
             for tensor, saved in self.saved.values():
                 if isinstance(tensor, QuantizedKV):
-                    tensor.live.group.read_now()
+                    tensor.live.group.drop()
                 for name, part in _parts(tensor).items():
                     part.copy_(saved[name])
-                if isinstance(tensor, QuantizedKV):
-                    tensor.live.group.drop()
 
 
 def _parts(tensor: Tensor) -> dict[str, Tensor]:
