@@ -95,7 +95,8 @@ class CacheGroup:
         self.taken_over: list[weakref.ref[Tensor]] = []
         """The buffers that were ordinary ones once, of a cache that was taken over."""
         self.readings: list[weakref.ref[Reading]] = []
-        """What is to be read of buffers as they are now, later (``held_tokens.py``)."""
+        """What is to be read later of buffers as they are now (``held_tokens.py``): who changes what is stored calls
+        ``enter``, ``drop`` or ``read_now`` first."""
         self.collected: dict[object, Any] = {}
         """What compiled steps take of this cache, by step."""
         self.members: list[weakref.ref[Member]] = []
