@@ -218,6 +218,9 @@ WHOLE_CASES: dict[str, dict[str, Any]] = {
         "whole groups, 16 rows, head_dim 64, 1 bit, small keys": dict(
             query=4, dim=64, k_bits=1, v_bits=1, quiet=1e-3, scale=100.0
         ),
+        "whole groups, 16 rows, 3 bits, groups of 64, small keys": dict(
+            query=4, dim=64, k_bits=3, v_bits=3, k_group=64, residual=64, past=360, quiet=1e-3, scale=100.0
+        ),
         "whole groups, more rows than a program takes": dict(query=5, mask="padded", start=(300,)),
         "whole groups, an empty row, unwritten tokens": dict(mask="row", past=520),
         "whole groups, none yet": dict(past=250, dim=64),
@@ -272,6 +275,38 @@ WHOLE_SLOW: dict[str, dict[str, Any]] = {
                 (128, 3, 1, "none", 3),
             )
         },
+        **{
+            f"whole groups of {group}, 16 rows, {k} and {v} bits": dict(
+                PLAIN, k_bits=k, v_bits=v, dim=64, k_group=group, residual=group, past=400, mask="heads", query=4
+            )
+            for group, k, v in (
+                (128, 2, 1),
+                (128, 2, 3),
+                (128, 3, 1),
+                (128, 3, 8),
+                (96, 8, 8),
+                (64, 8, 3),
+                (64, 2, 2),
+                (32, 2, 2),
+                (32, 4, 4),
+            )
+        },
+        **{
+            f"ranked, whole groups, 16 rows, keys {k}, values {v} bits": dict(
+                k_bits=k, v_bits=v, query=4, mask=mask, norms=True, v_scheme=scheme
+            )
+            for k, v, mask, scheme in (
+                (1.5, 1, "heads", "per_token_rotated"),
+                (2, 3, "none", "per_token_folded"),
+                (3, 3, "heads", "per_token_rotated"),
+                (4, 4, "heads", "per_token_rotated"),
+                (2, 8, "none", "per_token_rotated"),
+            )
+        },
+        "whole groups, 12 rows, 3 bits, head_dim 96, softcap": dict(
+            PLAIN, k_bits=3, v_bits=3, dim=96, query=3, dtype="bfloat16", softcap=2.0, mask="none"
+        ),
+        "whole groups, 16 rows, 3 bits, loud": dict(PLAIN, loud=1e3, scale=1e-6, dim=64, k_bits=3, v_bits=3, query=4),
         "whole groups, 3 bits, head_dim 96": dict(PLAIN, k_bits=3, v_bits=3, dim=96),
         "whole groups, head_dim 256": dict(PLAIN, dim=256, past=400, mask="padded"),
         "whole groups, head_dim 256, 8 bits": dict(PLAIN, dim=256, past=400, k_bits=8, v_bits=8, mask="none"),

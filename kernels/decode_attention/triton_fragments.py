@@ -107,7 +107,8 @@ def numbers_in_order(x, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     planes: tl.constexpr = 8 // BITS
     count: tl.constexpr = x.shape[0]
     if count * BITS == 64:
-        x = tl.permute(tl.reshape(x, (2, planes // 2, 2, 2, 2)), (1, 0, 3, 2, 4))
+        x = tl.reshape(x, (2, planes // 2, 2, 2, 2))
+        x = tl.permute(x, (1, 2, 0, 3, 4)) if COLUMNS else tl.permute(x, (1, 0, 3, 2, 4))
     else:
         x = tl.reshape(x, (count // (16 * planes), 4, planes, 2, 2))
         x = tl.permute(x, (0, 2, 4, 1, 3)) if COLUMNS else tl.permute(x, (0, 2, 1, 4, 3))
@@ -129,7 +130,8 @@ def words_in_order(x, WORDS: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.const
     words: tl.constexpr = x.shape[0]
     count: tl.constexpr = x.shape[1] // parts
     if count * BITS == 64:
-        x = tl.permute(tl.reshape(x, (words, 2, planes // 2, 2, 2, 2, parts)), (2, 1, 4, 3, 5, 0, 6))
+        x = tl.reshape(x, (words, 2, planes // 2, 2, 2, 2, parts))
+        x = tl.permute(x, (2, 3, 1, 4, 5, 0, 6)) if COLUMNS else tl.permute(x, (2, 1, 4, 3, 5, 0, 6))
     else:
         x = tl.reshape(x, (words, count // (16 * planes), 4, planes, 2, 2, parts))
         x = tl.permute(x, (1, 3, 5, 2, 4, 0, 6)) if COLUMNS else tl.permute(x, (1, 3, 2, 5, 4, 0, 6))

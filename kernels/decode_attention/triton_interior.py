@@ -119,12 +119,13 @@ def interior_kernel(
     ONES: tl.constexpr = RANKS_7 + RANKS_5 - RANKS_6 + RANKS_3 - RANKS_4 + RANKS_1 - RANKS_2 if RANKED else K_DIM
     TWOS_AT: tl.constexpr = (FOURS * 4 + 31) // 32 if RANKED else 0
     ONES_AT: tl.constexpr = TWOS_AT + (TWOS * 2 + 31) // 32 if RANKED or TWO_WORDS > 0 else 0
+    K_LOW: tl.constexpr = 1 if TWO_WORDS > 0 and ONE_WORDS > 0 and not RANKED else 0
     PLANES: tl.constexpr = (
         (FOURS, WIDE, FOUR_WORDS, 0), (TWOS, 2, TWO_WORDS, TWOS_AT), (ONES, 1, ONE_WORDS, ONES_AT),
     )  # fmt: skip
     # In the order of the fields in triton_unpack.py and triton_softmax.py; here BITS are a whole code's, LOWER a width.
     KEYS: tl.constexpr = (
-        K_DIM, K_CHANNELS, K_BITS, 4, K_TOKENS, K_GROUP, K_DIM, True, True, "fp16", RANKED, PLANES, COUNTS, 0,
+        K_DIM, K_CHANNELS, K_BITS, 4, K_TOKENS, K_GROUP, K_DIM, True, True, "fp16", RANKED, PLANES, COUNTS, K_LOW,
         k_norm is not None, K_WRAP,
     )  # fmt: skip
     VALUES: tl.constexpr = (

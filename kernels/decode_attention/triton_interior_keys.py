@@ -133,13 +133,13 @@ def plane_words(codes, t0, TILE: tl.constexpr, PLANE: tl.constexpr, KEYS: tl.con
 
 
 @triton.jit
-def words_of_ones(ROWS: tl.constexpr, PLANE: tl.constexpr):
-    """Words [ROWS, as many as of a token] of a plane in which every field is its largest."""
-    if PLANE[WORDS] >= 4:
-        return tl.full((ROWS, PLANE[WORDS]), -1, tl.int32)
+def words_of_ones(ROWS: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr):
+    """COUNT words [ROWS, COUNT], or of WORDS < 4 all parts of them, in which every field is its largest."""
+    if WORDS >= 4:
+        return tl.full((ROWS, COUNT), -1, tl.int32)
     else:
-        most: tl.constexpr = 0xFFFF if PLANE[WORDS] == 2 else 0xFF
-        return tl.full((ROWS, 4), most, tl.uint16 if PLANE[WORDS] == 2 else tl.uint8)
+        most: tl.constexpr = 0xFFFF if WORDS == 2 else 0xFF
+        return tl.full((ROWS, COUNT * (4 // WORDS)), most, tl.uint16 if WORDS == 2 else tl.uint8)
 
 
 @triton.jit
@@ -154,7 +154,8 @@ def add_plane(sums, levels, codes, t0, q, s, factor, V_BITS: tl.constexpr, BYTES
         qs = tl.trans(q * (halves_of_run(s, run, BYTES, False) * factor)[None, :])
         sums = tl.dot(fragment(words, PLANE[WIDTH], PLANE[WORDS]), qs, acc=sums)
         if KEYS[RANKED]:
-            levels = tl.dot(fragment(words_of_ones(LEAST_ROWS, PLANE), PLANE[WIDTH], PLANE[WORDS]), qs, acc=levels)
+            ones = words_of_ones(LEAST_ROWS, PLANE[WORDS], PLANE[WORDS])
+            levels = tl.dot(fragment(ones, PLANE[WIDTH], PLANE[WORDS]), qs, acc=levels)
         return sums, levels
 
 

@@ -39,7 +39,7 @@ from xquant_fx.kernels.decode_attention.triton_interior_keys import (
 from xquant_fx.kernels.decode_attention.triton_interior_row_scales import most_of_scales, pairs_of_run, plane_pairs
 from xquant_fx.kernels.decode_attention.triton_interior_scales import WIDTH, WORDS
 from xquant_fx.kernels.decode_attention.triton_products import SUBNORMAL
-from xquant_fx.kernels.decode_attention.triton_unpack import COUNTS, DIM, PLANES, RANKED
+from xquant_fx.kernels.decode_attention.triton_unpack import COUNTS, DIM, LOWER, PLANES, RANKED
 from xquant_fx.kernels.triton_small_floats import UNIT_OF_MIDS, UNIT_OF_SCALES
 
 # Columns of a product at least.
@@ -128,14 +128,14 @@ def offset_of_plane(offset, q, s, z, factor, BYTES: tl.constexpr, PLANE: tl.cons
         s = times_pairs(plane_pairs(s, BYTES, False, PLANE), factor, ASM)
         mids = times_mids(s, plane_pairs(z, BYTES, True, PLANE), BYTES, ASM)
         # Fields of ranks that have one in a wider plane.
-        LOWER: tl.constexpr = (
+        WIDER: tl.constexpr = (
             0 if PLANE[WIDTH] == 4 else KEYS[COUNTS][5] if PLANE[WIDTH] == 2
             else KEYS[COUNTS][6] + KEYS[COUNTS][4] - KEYS[COUNTS][5] + KEYS[COUNTS][2] - KEYS[COUNTS][3]
         )  # fmt: skip
         field, plane = field_at(place, PLANE[WIDTH], PLANE[WORDS])
-        if LOWER > 0:
+        if WIDER > 0:
             second, _plane = field_at(place + 1, PLANE[WIDTH], PLANE[WORDS])
-            mids &= tl.where(field < LOWER, 0, 0xFFFF) | tl.where(second < LOWER, 0, -65536)
+            mids &= tl.where(field < WIDER, 0, 0xFFFF) | tl.where(second < WIDER, 0, -65536)
         _rank, weight = place_weights(place, PLANE, KEYS)
         most: tl.constexpr = ((1 << PLANE[WIDTH]) - 1) * (-0.5 / UNIT_OF_MIDS)
         weight = weight * tl.exp2((PLANE[WIDTH] * plane).to(tl.float32)) * most
@@ -161,8 +161,10 @@ def scaled_plane(q, s, factor, BYTES: tl.constexpr, PLANE: tl.constexpr, KEYS: t
     else:
         place = tl.arange(0, PLANE[WORDS] * (32 // PLANE[WIDTH]) // 2) * 2
         _channel, weight = place_weights(place, PLANE, KEYS)  # neighbours weigh the same
+        if KEYS[LOWER] > 0:  # no weight above 1, by which a factor could be no float16
+            weight *= 1.0 / (1 << KEYS[LOWER])
         weight, s = twice(weight.to(tl.float16)), plane_pairs(s, BYTES, False, PLANE)
-        if KEYS[RANKED]:  # the factor first: weights are 8 at most, by which it could be no float16
+        if KEYS[RANKED]:  # the factor first, for the same reason: weights are 8 at most
             s = times_pairs(times_pairs(s, factor, ASM), weight, ASM)
         else:
             s = times_pairs(s, times_pairs(weight, factor, ASM), ASM)
@@ -195,8 +197,9 @@ def row_logits(q, codes, scales, t0, TILE: tl.constexpr, V_BITS: tl.constexpr, S
     offset = offset_of_plane(offset, q_two, two[0], two[1], factor, BYTES, KEYS[PLANES][1], KEYS, ASM)
     offset = offset_of_plane(offset, q_one, one[0], one[1], factor, BYTES, KEYS[PLANES][2], KEYS, ASM)
     offset = offset_of_none(offset, q_none, none[0], none[1], factor, BYTES, KEYS, ASM)
-    # Which is done first is a question of registers: of three planes one is scaled at a time, just before its codes.
-    if not KEYS[RANKED]:
+    # Which is done first is a question of registers: of several planes one is scaled at a time, just before its codes.
+    FIRST: tl.constexpr = not KEYS[RANKED] and KEYS[LOWER] == 0
+    if FIRST:
         q_four = scaled_plane(q_four, four[0], factor, BYTES, KEYS[PLANES][0], KEYS, ASM)
         q_two = scaled_plane(q_two, two[0], factor, BYTES, KEYS[PLANES][1], KEYS, ASM)
         q_one = scaled_plane(q_one, one[0], factor, BYTES, KEYS[PLANES][2], KEYS, ASM)
@@ -207,16 +210,17 @@ def row_logits(q, codes, scales, t0, TILE: tl.constexpr, V_BITS: tl.constexpr, S
         offset = tl.sum(offset, 1) * (q_unit * of_scale * (UNIT_OF_MIDS * 2.0 / LEAST_COLUMNS))
         offset += from_center * (SM_SCALE * LOG2_E)
     else:
-        offset = tl.max(offset, 1) * q_unit  # all columns are the same
+        # All columns are the same; with fields in two planes every channel was counted twice.
+        offset = tl.max(offset, 1) * (q_unit * (0.5 if KEYS[LOWER] > 0 else 1.0))
     r = tl.zeros((q_unit.shape[0], TILE), tl.float32)
-    if KEYS[RANKED]:
+    if not FIRST:
         q_four = scaled_plane(q_four, four[0], factor, BYTES, KEYS[PLANES][0], KEYS, ASM)
     r = add_codes(r, q_four, codes, t0, V_BITS, KEYS[PLANES][0], KEYS)
-    if KEYS[RANKED]:
+    if not FIRST:
         q_two = scaled_plane(q_two, two[0], factor, BYTES, KEYS[PLANES][1], KEYS, ASM)
     r = add_codes(r, q_two, codes, t0, V_BITS, KEYS[PLANES][1], KEYS)
-    if KEYS[RANKED]:
+    if not FIRST:
         q_one = scaled_plane(q_one, one[0], factor, BYTES, KEYS[PLANES][2], KEYS, ASM)
     r = add_codes(r, q_one, codes, t0, V_BITS, KEYS[PLANES][2], KEYS)
     # No 0, which would make NaN of the logits of what is masked.
-    return r, tl.maximum(q_unit * (of_scale * SUBNORMAL), LEAST_FACTOR), offset
+    return r, tl.maximum(q_unit * (of_scale * (SUBNORMAL * (1 << KEYS[LOWER]))), LEAST_FACTOR), offset

@@ -20,8 +20,10 @@ from xquant_fx.kernels.decode_attention.triton_fragments import (
     inverse_power,
     numbers_in_order,
     pairs_of_halves,
+    plane_at,
     power_above,
     times,
+    twice,
 )
 from xquant_fx.kernels.decode_attention.triton_interior_keys import LOG2_E, words_of_ones
 from xquant_fx.kernels.decode_attention.triton_interior_loop import (
@@ -39,7 +41,15 @@ from xquant_fx.kernels.decode_attention.triton_interior_row_keys import LEAST_CO
 from xquant_fx.kernels.decode_attention.triton_interior_row_scales import group_scales, most_of
 from xquant_fx.kernels.decode_attention.triton_products import LARGEST, SUBNORMAL
 from xquant_fx.kernels.decode_attention.triton_softmax import MASK, SM_SCALE, SOFTCAP, tanh
-from xquant_fx.kernels.decode_attention.triton_unpack import BITS, CHANNELS, NORMS, RANKED, ROTATION
+from xquant_fx.kernels.decode_attention.triton_unpack import (
+    BITS,
+    CHANNELS,
+    LOWER,
+    NORMS,
+    RANKED,
+    ROTATION,
+    TOKENS,
+)
 from xquant_fx.kernels.triton_small_floats import UNIT_OF_SCALES, decode_scale, scale_in_units
 
 
@@ -132,11 +142,15 @@ def attend_rows(
     ROWS: tl.constexpr = q[4].shape[0]
     BYTES: tl.constexpr = values[1].dtype.element_ty == tl.uint8
     K_BYTES: tl.constexpr = keys[1].dtype.element_ty == tl.uint8
-    WIDTH: tl.constexpr = VALUES[BITS]
+    # Of two planes, fields of a token are in the order of the lower.
+    LOW: tl.constexpr = VALUES[LOWER]
+    WIDTH: tl.constexpr = LOW if LOW > 0 else VALUES[BITS]
+    UPPER: tl.constexpr = VALUES[BITS] - LOW
+    UPPER_WORDS: tl.constexpr = VALUES[TOKENS] * UPPER // 32
     V_WORDS: tl.constexpr = TILE * WIDTH // 32
-    V_PLANE: tl.constexpr = (TILE, WIDTH, V_WORDS, 0)
     CENTRED: tl.constexpr = VALUES[ROTATION] != -1
     ALL_SEE: tl.constexpr = 0x01010101 if FOURS else 1
+    LATE: tl.constexpr = KEYS[RANKED] or KEYS[LOWER] > 0 or LOW > 0  # scales ahead: no registers for them before
     last = tl.maximum(high - TILE, 0)
     top = tl.full((ROWS,), NOTHING, tl.float32)
     unseen = low >= 0  # whether any row has seen nothing yet
@@ -144,14 +158,18 @@ def attend_rows(
     from_zeros = tl.zeros((ROWS, LEAST_COLUMNS), tl.float32)
     acc = tl.zeros((ROWS, VALUES[CHANNELS]), tl.float32)
     unit = tl.full((), 2.0**-100, tl.float32)  # of values' scales: a power of two above all so far
-    plane = tl.arange(0, TILE) // 4 % (8 // WIDTH)
-    weight = tl.exp2((-WIDTH * plane).to(tl.float32) + (LARGEST_LOG2 + 1.0))
+    plane = tl.arange(0, TILE) // 4 % (8 // UPPER)
+    weight = tl.exp2((-UPPER * plane).to(tl.float32) + (LARGEST_LOG2 + 1.0))
     ones = tl.full((TILE, LEAST_COLUMNS), 1.0, tl.float16)
-    largest = fragment(words_of_ones(LEAST_COLUMNS, V_PLANE), WIDTH, V_WORDS)
+    largest = fragment(words_of_ones(LEAST_COLUMNS, TILE * UPPER // 32, V_WORDS), UPPER, V_WORDS)
+    pair = tl.arange(0, TILE // 2) * 2
+    # What a lower field weighs where one of the upper plane weighs 1.
+    lower = UPPER * plane_at(pair, UPPER, V_WORDS) - WIDTH * plane_at(pair, WIDTH, V_WORDS) - LOW
+    lower = twice(tl.exp2(lower.to(tl.float32)).to(tl.float16))
     next_scales = tile_scales(keys, values, masks, tl.minimum(low, last), TILE, KEYS, VALUES, LOGITS[MASK], FOURS)
     for t0 in tl.range(low, high, TILE):
         for_keys, norms, s, z, seen = next_scales
-        if not KEYS[RANKED]:
+        if not LATE:
             next_scales = tile_scales(
                 keys, values, masks, tl.minimum(t0 + TILE, last), TILE, KEYS, VALUES, LOGITS[MASK], FOURS
             )
@@ -170,7 +188,9 @@ def attend_rows(
             # Before the branch, after which ``unit`` is ``new_unit``: nothing but weights is waited for then.
             z, s = scales_in_order(s, z, weight * inverse_power(new_unit), WIDTH)
         if WIDTH == 2:  # other widths have no registers for that
-            words = value_words(values[0], t0, 0, TILE, WIDTH, V_WORDS, VALUES)
+            words = value_words(values[0], t0, 0, TILE, UPPER, V_WORDS, VALUES)
+        if LOW > 0:
+            unseen = tl.min(top, 0) <= NOTHING
         if (common_sign(x, ASM) >= 0) | (new_unit > unit) | unseen:
             new_top = tl.maximum(top, tl.max(x, 1) + (base + 1.0))
             x += (base - tl.where(new_top > NOTHING, new_top, 0.0))[:, None]
@@ -180,7 +200,7 @@ def attend_rows(
             acc = acc * back
             top, unit, unseen = new_top, new_unit, tl.min(new_top, 0) <= NOTHING
         if WIDTH != 2:
-            words = value_words(values[0], t0, 0, TILE, WIDTH, V_WORDS, VALUES)
+            words = value_words(values[0], t0, 0, TILE, UPPER, V_WORDS, VALUES)
         if WIDTH == 1:  # no registers for that before
             z, s = scales_in_order(s, z, weight * inverse_power(unit), WIDTH)
         p = exp2(x, ASM).to(tl.float16)
@@ -190,14 +210,19 @@ def attend_rows(
             from_zeros = tl.dot(ps, tl.trans(largest), acc=from_zeros)
         else:
             from_zeros = tl.dot(p, tl.broadcast_to(z[:, None], (TILE, LEAST_COLUMNS)), acc=from_zeros)
-        acc = tl.dot(ps, tl.trans(fragment(words, WIDTH, V_WORDS)), acc=acc)
-        if KEYS[RANKED]:  # no registers for it before
+        acc = tl.dot(ps, tl.trans(fragment(words, UPPER, V_WORDS)), acc=acc)
+        if LOW > 0:
+            ps = times(ps, lower, ASM)
+            words = value_words(values[0], t0, UPPER_WORDS, TILE, WIDTH, V_WORDS, VALUES)
+            acc = tl.dot(ps, tl.trans(fragment(words, WIDTH, V_WORDS)), acc=acc)
+        if LATE:
             next_scales = tile_scales(
                 keys, values, masks, tl.minimum(t0 + TILE, last), TILE, KEYS, VALUES, LOGITS[MASK], FOURS
             )
     scale_unit: tl.constexpr = UNIT_OF_SCALES if BYTES else 1.0
     total, from_zeros = tl.max(total, 1), tl.max(from_zeros, 1)  # all columns are the same
-    factor = unit * (SUBNORMAL * scale_unit / (2.0 * LARGEST))
-    # Levels of values about zero are about half of the largest code.
-    acc = acc * factor + (from_zeros * (factor * -0.5) if CENTRED else from_zeros)[:, None]
+    factor = unit * ((1 << LOW) * SUBNORMAL * scale_unit / (2.0 * LARGEST))
+    # Levels of values about zero are about half of the largest code, of which ``largest`` has the upper field.
+    half: tl.constexpr = -0.5 * ((1 << VALUES[BITS]) - 1) / (((1 << UPPER) - 1) << LOW)
+    acc = acc * factor + (from_zeros * (factor * half) if CENTRED else from_zeros)[:, None]
     return tl.where(total == 0, float("-inf"), top * LN_2), total, tl.trans(acc)

@@ -50,10 +50,8 @@ class Format:
 
     @property
     def many_rows(self) -> bool:
-        """Whether there are registers for more than a few query rows: in large groups, for codes of one plane, or
-        ranked keys beside values of 2 bits."""
-        few = self.v_bits == 2 if self.ranked else all(bits in (1, 2, 4) for bits in (self.k_bits, self.v_bits))
-        return few and max(self.k_dim, self.v_dim) <= WIDE and self.k_group % TILE == 0
+        """Whether there are registers for more than a few query rows."""
+        return max(self.k_dim, self.v_dim) <= WIDE
 
 
 def why_no_interior(a: DecodeArguments, hip: bool) -> str:
@@ -110,11 +108,10 @@ def tokens_of_tile(a: Format, rows: int) -> int:
 
     Ranked keys of 3 bits have three planes of queries, values of 3 bits two of codes; 8 bits are many bytes.
     """
-    if rows_of_program(a, rows) == MANY_ROWS:
-        most = TILE // 2 if a.v_bits > 1 else TILE
-    elif max(a.k_bits, a.v_bits) == 8 or (a.ranked and max(a.k_dim, a.v_dim) > WIDE):
+    wide = max(a.k_dim, a.v_dim) > WIDE
+    if max(a.k_bits, a.v_bits) == 8 or (a.ranked and wide):
         most = TILE // 4
-    elif (a.ranked and a.k_bits > 2) or a.v_bits == 3 or max(a.k_dim, a.v_dim) > WIDE:
+    elif (a.ranked and a.k_bits > 2) or a.v_bits == 3 or wide or rows_of_program(a, rows) == MANY_ROWS:
         most = TILE // 2
     else:
         most = TILE
