@@ -23,7 +23,6 @@ from xquant_fx.cache.state import KVState
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec
 
-_MODULE, _CACHE = "transformers.cache_utils", "DynamicCache"
 _WINDOW = "DynamicSlidingWindowLayer"
 _LAYERS = ("DynamicLayer", _WINDOW)
 
@@ -48,16 +47,9 @@ class Known(NamedTuple):
     """How many layers the cache has, of whatever kind."""
 
 
-def is_new(cache: Any) -> bool:
-    """Whether ``cache`` is a ``DynamicCache`` of transformers, in which nothing is kept elsewhere, without tokens."""
-    if (type(cache).__module__, type(cache).__name__) != (_MODULE, _CACHE) or cache.offloading:
-        return False
-    return not any(layer.is_initialized for layer in cache.layers)
-
-
 def learned(cache: Any) -> Known | None:
     """How the first prompt of ``cache`` was stored; None: no layer as codes, or not all those as one cache."""
-    found = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer.keys, GrowingKV)}
+    found = {i: layer for i, layer in enumerate(cache.layers) if isinstance(getattr(layer, "keys", None), GrowingKV)}
     layers: dict[int, Layer] = {}
     groups: set[CacheGroup] = set()
     for index, layer in found.items():

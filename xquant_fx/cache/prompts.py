@@ -55,8 +55,8 @@ def _brought_prompt(cache: TellsPrompts, begun: int, steps: int) -> bool:
 
 
 def _group(cache: Any) -> CacheGroup | None:
-    """That of a cache on a CPU: an ``XQuantCache``, or one of transformers that holds tokens, all of them quantized and
-    in no window."""
+    """That of a cache on a CPU: an ``XQuantCache``, or one of transformers whose layers are all quantized, and in no
+    window."""
     if isinstance(cache, TellsPrompts):
         group = cache.group
         return group if group is not None and group.start.device.type == "cpu" else None
@@ -65,7 +65,5 @@ def _group(cache: Any) -> CacheGroup | None:
     keys: list[Any] = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())]
     if not keys or not all(isinstance(each, QuantizedKV | GrowingKV) and not each.live.spec.window for each in keys):
         return None
-    first, group = keys[0].live, keys[0].live.group
-    if group.start.device.type != "cpu" or not (isinstance(keys[0], GrowingKV) or first.length):
-        return None
-    return cast(CacheGroup, group)
+    group = cast(CacheGroup, keys[0].live.group)
+    return group if group.start.device.type == "cpu" else None

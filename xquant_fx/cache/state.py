@@ -17,6 +17,7 @@ from xquant_fx import ops
 from xquant_fx.cache import uncompiled
 from xquant_fx.cache.group import CacheGroup, Chunk
 from xquant_fx.cache.pages import is_shared
+from xquant_fx.cache.queries import FEWEST_QUERIES, mean_squares
 from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.faults import FAULTS, Fault, may_wrap
 from xquant_fx.kernels.layout import STEP_TOKENS
@@ -27,12 +28,6 @@ from xquant_fx.plan.spec import KVSpec
 
 #: All tensors of a state, in the order of the op that writes them.
 TENSOR_NAMES = tuple(name for name in StoreArguments.tensor_names() if name not in ("x", "pos"))
-
-
-#: Tokens whose queries say enough of a sequence's.
-FEWEST_QUERIES = 16
-#: Tokens whose queries are squared at a time.
-QUERIES_AT_ONCE = 512
 
 
 class KVState:
@@ -170,18 +165,18 @@ class KVState:
     def note_queries(self, q: Tensor) -> None:
         """Note a prompt's queries [B, heads, q, D], by which channels are ranked when the first group is quantized.
 
-        A prompt that was appended just before has waited for them, and is stored. Few queries say little: less than
-        FEWEST_QUERIES tokens are ignored, and so is a query of another shape (latent attention, say).
+        A prompt that was appended just before has waited for them, and is stored. Few of them are ignored, and so is a
+        query of another shape (latent attention, say).
         """
         batch, heads, _, dim = self.spec.shape
-        fits = q.dim() == 4 and (q.shape[0], q.shape[3]) == (batch, dim) and q.shape[1] % heads == 0
-        if not fits or q.shape[2] < FEWEST_QUERIES or not self.wants_queries:
-            return
-        # Some tokens after the other: squares of all would be the most memory that a prompt takes for a moment.
-        some = q.detach().split(QUERIES_AT_ONCE, 2)
-        squares = torch.stack([part.to(torch.float32).square().sum(2) for part in some]).sum(0) / q.shape[2]
-        self._owned["energy"].copy_(squares.unflatten(1, (heads, -1)).mean(2))
-        self.group.settle(self)
+        if q.dim() == 4 and (q.shape[0], q.shape[3]) == (batch, dim) and self.wants_queries:
+            self.take_queries(mean_squares(q, heads))
+
+    def take_queries(self, squares: Tensor | None) -> None:
+        """The same of what ``mean_squares`` gave, [B, H, D]; None: of nothing."""
+        if squares is not None and self.wants_queries:
+            self._owned["energy"].copy_(squares)
+            self.group.settle(self)
 
     def load(self, end: int, begin: int = 0) -> Tensor:
         """Dequantize tokens [begin, end) as attention sees them right after the last write."""

@@ -22,12 +22,11 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._dynamo import eval_frame
 
-from xquant_fx.cache.later_prompts import Known, begin, is_new, learned
 from xquant_fx.cache.prompts import AsGuessed, uncompiled
+from xquant_fx.compiler.new_caches import prompt_of_new
 from xquant_fx.compiler.tracing_time import Backend, innermost
 from xquant_fx.kernels.cpu.at_hand import wanted
 
@@ -44,8 +43,6 @@ _NEW_TOKENS = ("decoder_input_ids", "input_ids", "inputs_embeds", "hidden_states
 _backends: list[Backend] = []
 #: Compiled functions, as torch keeps them, of which a call was something else than it was taken for.
 _misjudged = weakref.WeakSet[Any]()
-#: How those stored the caches that grow, by the graphs of their first prompts.
-_known = weakref.WeakKeyDictionary[Any, Known]()
 
 
 def leave_prompts_untraced(backend: Backend) -> None:
@@ -75,7 +72,9 @@ def _is_left_untraced(call: Mapping[str, Any]) -> bool:
     tokens, given = _tokens(args, kwargs), (*kwargs.values(), *args)
     as_guessed = next((told for each in given if (told := uncompiled(each, tokens)) is not None), None)
     if as_guessed is None:
-        as_guessed = next((_as_before(call, each, inside) for each in given if is_new(each)), None)
+        cleanups = call["cleanups"]
+        found = (prompt_of_new(call["self"], each, inside, cleanups) for each in given)
+        as_guessed = next(filter(None, found), None)
     if as_guessed is None:
         return False
     log.info("a prompt or a chunk of a quantized cache: it runs uncompiled, and is not traced")
@@ -84,30 +83,6 @@ def _is_left_untraced(call: Mapping[str, Any]) -> bool:
     inside.enter_context(wanted())
     call["cleanups"].append(inside.close)
     return True
-
-
-def _as_before(call: Mapping[str, Any], cache: Any, inside: contextlib.ExitStack) -> AsGuessed | None:
-    """For the first prompt of a new ``cache``: store it as the function's caches before, until ``inside`` ends; None:
-    the function has none, and learns from the graph of this one how."""
-    function = call["self"]
-    known = None if torch.is_grad_enabled() else _known.get(function)
-    prompt = None if known is None else begin(cache, known)
-    if prompt is None:
-        call["cleanups"].append(functools.partial(_learn, function, cache))
-        return None
-    inside.callback(prompt.end)
-
-    def as_guessed() -> bool:
-        if not prompt.fitted:
-            _known.pop(function, None)
-        return prompt.was_alone
-
-    return as_guessed
-
-
-def _learn(function: Any, cache: Any) -> None:
-    if sys.exc_info()[0] is None and (found := learned(cache)) is not None:
-        _known[function] = found
 
 
 def _judge(function: Any, as_guessed: AsGuessed) -> None:
