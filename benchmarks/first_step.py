@@ -2,6 +2,7 @@
 
     python benchmarks/first_step.py MODEL                    # a folder or a name on the Hugging Face hub
     python benchmarks/first_step.py MODEL --side static      # StaticCache under plain Inductor
+    python benchmarks/first_step.py MODEL --side taken-over  # StaticCache, which a step takes over
     python benchmarks/first_step.py MODEL --side growing     # DynamicCache: its first step runs uncompiled
                                                              # "more room": two steps after its room is filled
     python benchmarks/first_step.py MODEL --chunk 512        # and the first two chunks of so many tokens
@@ -69,7 +70,7 @@ def first_step(args: argparse.Namespace) -> dict[str, Any]:
     from xquant_fx import XQuantCache
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
-    fixed: Any = {"xquant": XQuantCache, "static": StaticCache}.get(args.side)
+    fixed: Any = {"xquant": XQuantCache, "static": StaticCache, "taken-over": StaticCache}.get(args.side)
     ids, found = torch.arange(1, 1 + PROMPT)[None], dict[str, Any]()
 
     def new_cache(length: int) -> Any:
@@ -104,7 +105,7 @@ def talk(args: argparse.Namespace) -> dict[str, Any]:
     from xquant_fx import XQuantCache
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
-    fixed: Any = {"xquant": XQuantCache, "static": StaticCache}.get(args.side)
+    fixed: Any = {"xquant": XQuantCache, "static": StaticCache, "taken-over": StaticCache}.get(args.side)
     backend = "inductor" if args.side == "static" else "xquant"
     call = torch.compile(model.forward, backend=backend, fullgraph=args.fullgraph)
     found, cache = dict[str, Any](), None
@@ -188,7 +189,7 @@ def main() -> None:
     """Run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--side", choices=["xquant", "static", "growing"], default="xquant")
+    parser.add_argument("--side", choices=["xquant", "static", "taken-over", "growing"], default="xquant")
     parser.add_argument("--runs", nargs="+", choices=["new", "cold", "warm"], default=["new", "cold", "warm", "warm"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-cache-len", type=int, default=1024)
