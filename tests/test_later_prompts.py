@@ -159,21 +159,67 @@ def test_another_batch_is_known(run: Run) -> None:
     assert cache.layers[0].keys.shape[:3] == (3, 2, 15)
 
 
-def test_what_does_not_fit_stays_in_full_precision_for_a_step(run: Run) -> None:
-    """Another dtype: the next step is traced and takes the cache over, the next prompt is traced and known again."""
-    run.model.bfloat16()
-    cache = run.cache()
-    run(ids_of(12), cache)
-    assert type(cache.layers[0].keys) is Tensor and cache.layers[0].keys.dtype == torch.bfloat16
-    before = graphs()
-    run(one(), cache), run(one(), cache)
-    assert graphs() > before and isinstance(cache.layers[0].keys, GrowingKV)
-    again = graphs()
-    run(ids_of(12), run.cache())
-    assert graphs() > again
-    again, cache = graphs(), run.cache()
-    run(ids_of(17), cache)
-    assert graphs() == again and cache.layers[0].keys.dtype == torch.bfloat16
+def test_other_models_are_stored_by_the_same_plan() -> None:
+    """Of other dtypes, heads and head_dims, in a function that takes any model of as many layers."""
+    run = Run()
+    models = [run.model]
+    for more in (dict(num_key_value_heads=4), dict(head_dim=16), {}):
+        models.append(LlamaForCausalLM(LlamaConfig(**{**SMALL, **more})).eval())
+    models[-1].bfloat16()
+    call = torch.compile(lambda model, ids, cache: model(ids, past_key_values=cache).logits, backend=run.backend)
+    with torch.no_grad():
+        for model in models:
+            cache, before = DynamicCache(config=model.config), graphs()
+            out = call(model, ids_of(20), cache)
+            assert (graphs() > before) == (model is run.model)
+            assert all(isinstance(layer.values, GrowingKV) for layer in cache.layers)
+            assert cache.layers[0].keys.dtype == model.dtype
+            assert relative_error(out, model(ids_of(20)).logits) < (1e-5 if model.dtype == torch.float32 else 0.02)
+            call(model, one(), cache), call(model, one(), cache)
+            assert cache.get_seq_length() == 22 and isinstance(cache.layers[1].keys, GrowingKV)
+
+
+def test_what_settings_are_not_for_stays_in_full_precision() -> None:
+    """Groups of 8 channels, and head_dim 12."""
+    run = Run(preset="xquant", k_group_size=4, residual_length=4, v_group_size=8)
+    other = LlamaForCausalLM(LlamaConfig(**{**SMALL, "head_dim": 12})).eval()
+    call = torch.compile(lambda model, ids, cache: model(ids, past_key_values=cache).logits, backend=run.backend)
+    with torch.no_grad():
+        call(run.model, ids_of(20), run.cache())
+        cache = DynamicCache(config=other.config)
+        out = call(other, ids_of(20), cache)
+        assert type(cache.layers[0].keys) is type(cache.layers[1].values) is Tensor
+        assert relative_error(out, other(ids_of(20)).logits) < 1e-5
+
+
+def test_two_caches_of_one_call_are_traced() -> None:
+    """As guidance has them: both are quantized."""
+    run = Run()
+
+    def guided(ids: Tensor, cache: Any, other: Any) -> Tensor:
+        return run.model(ids, past_key_values=cache).logits - run.model(ids.flip(1), past_key_values=other).logits
+
+    call = torch.compile(guided, backend=run.backend)
+    with torch.no_grad():
+        for _ in range(2):
+            caches = run.cache(), run.cache()
+            call(ids_of(20), *caches), call(one(), *caches)
+            assert all(isinstance(cache.layers[1].keys, GrowingKV) for cache in caches)
+
+
+def test_layers_that_were_made_for_nothing_go() -> None:
+    """In a cache that makes its layers one by one: of a model that has fewer, and of a prompt that failed."""
+    run = Run()
+    fewer = LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_hidden_layers": 1})).eval()
+    call = torch.compile(lambda model, ids, cache: model(ids, past_key_values=cache).logits, backend=run.backend)
+    with torch.no_grad():
+        call(run.model, ids_of(20), DynamicCache())
+        call(fewer, ids_of(20), cache := DynamicCache())
+        assert len(cache.layers) == 1 and isinstance(cache.layers[0].keys, GrowingKV) and cache.is_initialized
+        call(run.model, ids_of(20), DynamicCache())
+        with pytest.raises(IndexError):
+            call(run.model, ids_of(20) + 1000, cache := DynamicCache())
+        assert not cache.layers
 
 
 def test_gradients_are_not_quantized(run: Run) -> None:

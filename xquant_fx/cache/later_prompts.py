@@ -1,30 +1,34 @@
-"""Later prompts of a ``DynamicCache``: as a compiled function's first one was quantized, without a graph that says how.
+"""Later prompts of a ``DynamicCache`` or a ``StaticCache``: as a compiled function's first one was quantized.
 
-Dynamo traces the first prompt, and from its graph comes how each layer is stored (``GrowingKV``). A prompt of a new
-cache of the same layers is stored alike: each layer's ``update`` is, for that one call, a function that stores keys and
-values and gives them back as they came, as an ``XQuantCache`` does. What does not fit stays in full precision, and the
-next step is traced, as if nobody had known.
+From a graph, of that prompt or of the step behind it, came a plan, and which layers are stored. A prompt of a new cache
+of as many layers is stored by the same plan, without a graph (``new_prompts.py``).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from xquant_fx.cache.convert import quantize_in_place
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.growth import AHEAD, Growth, room_for, with_lasting_room
-from xquant_fx.cache.prompt_keys import PromptKeys
+from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.new_prompts import NewPrompt
 from xquant_fx.cache.state import KVState
+from xquant_fx.errors import ConfigError
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec
 
-_WINDOW = "DynamicSlidingWindowLayer"
-_LAYERS = ("DynamicLayer", _WINDOW)
+_WINDOW, _STATIC = "DynamicSlidingWindowLayer", "StaticLayer"
+#: Names of layers' classes to what their keys and values are, once they are stored.
+_STORED: dict[str, type[GrowingKV] | type[QuantizedKV]] = {
+    "DynamicLayer": GrowingKV, _WINDOW: GrowingKV, _STATIC: QuantizedKV,
+}  # fmt: skip
 
 
 class Layer(NamedTuple):
@@ -49,16 +53,18 @@ class Known(NamedTuple):
 
 def learned(cache: Any) -> Known | None:
     """How the first prompt of ``cache`` was stored; None: no layer as codes, or not all those as one cache."""
-    found = {i: layer for i, layer in enumerate(cache.layers) if isinstance(getattr(layer, "keys", None), GrowingKV)}
     layers: dict[int, Layer] = {}
     groups: set[CacheGroup] = set()
-    for index, layer in found.items():
-        name = type(layer).__name__
-        if name not in _LAYERS or not isinstance(layer.values, GrowingKV):
+    for index, layer in enumerate(cache.layers):
+        name, pair = type(layer).__name__, [getattr(layer, side, None) for side in ("keys", "values")]
+        if not any(isinstance(x, GrowingKV | QuantizedKV) for x in pair):
+            continue  # it is in full precision, and stays so, or reads another's
+        key, value = pair
+        if not (name in _STORED and type(key) is type(value) is _STORED[name]):
             return None
-        key, value = layer.keys.live, layer.values.live
-        layers[index] = Layer(name, key.spec, value.spec, layer.keys.growth.any_room)
-        groups |= {key.group, value.group}
+        growth = getattr(key, "growth", None)
+        layers[index] = Layer(name, key.live.spec, value.live.spec, growth is not None and growth.any_room)
+        groups |= {key.live.group, value.live.group}
     if len(groups) != 1 or any(spec.ragged for layer in layers.values() for spec in (layer.key, layer.value)):
         return None
     return Known(groups.pop().plan, layers, len(cache.layers))
@@ -66,87 +72,123 @@ def learned(cache: Any) -> Known | None:
 
 def begin(cache: Any, known: Known) -> LaterPrompt | None:
     """Have the first prompt of a new ``cache`` stored as ``known``; None: it has other layers."""
-    layers, replicated = cache.layers, cache.layer_class_to_replicate
+    layers, replicated, made = cache.layers, cache.layer_class_to_replicate, 0
     if not layers and replicated is not None:  # made one by one otherwise, each when it is needed
-        layers.extend(replicated() for _ in range(known.all_layers))
+        made = known.all_layers
+        layers.extend(replicated() for _ in range(made))
     fits = len(layers) == known.all_layers and all(_is_such(layers[i], one) for i, one in known.layers.items())
-    return LaterPrompt(known, layers) if fits else None
+    if not fits:
+        del layers[len(layers) - made :]
+        return None
+    return LaterPrompt(known, cache, made)
 
 
 def _is_such(layer: Any, known: Layer) -> bool:
     """Whether ``layer`` keeps tokens as that did."""
-    return type(layer).__name__ == known.kind and not getattr(layer, "record_past", False)
+    if type(layer).__name__ != known.kind or getattr(layer, "record_past", False):
+        return False
+    return known.kind != _STATIC or layer.max_cache_len == known.key.shape[2]
 
 
-class LaterPrompt:
+class LaterPrompt(NewPrompt):
     """One prompt of a new cache, stored as ``known``."""
 
-    def __init__(self, known: Known, layers: Sequence[Any]) -> None:
-        self.known, self.layers = known, layers
+    def __init__(self, known: Known, cache: Any, made: int) -> None:
+        self.known, self.cache, self.made = known, cache, made
         self.group: CacheGroup | None = None
         self.states: dict[tuple[int, str], KVState] = {}
-        self.tokens: dict[int, int] = {}
-        """Of each layer that was stored."""
-        for index in known.layers:
-            layers[index].update = self._stored_by(index)
+        self.stored: set[int] = set()
+        """Places of layers that were stored so."""
+        super().__init__({index: cache.layers[index] for index in known.layers})
 
     def end(self) -> None:
-        """From now on, layers are updated by their class."""
-        for index in self.known.layers:
-            vars(self.layers[index]).pop("update", None)
+        """From now on, layers are what their class says, and those that were ``made`` for nothing are gone."""
+        super().end()
         if self.group is not None:
             self.group.drop()  # nobody reads the prompt in full precision any more
+        layers = self.cache.layers
+        while self.made and not layers[-1].is_initialized:
+            layers.pop()
+            self.made -= 1
 
     @property
     def fitted(self) -> bool:
         """Whether every layer was stored so."""
-        return self.tokens.keys() == self.known.layers.keys()
+        return self.stored == self.known.layers.keys()
 
-    @property
-    def was_alone(self) -> bool:
-        """Whether nothing came behind it."""
-        return all(self.layers[index].get_seq_length() == n for index, n in self.tokens.items())
+    def store(self, index: int, keys: Tensor, values: Tensor, update: Callable[[], Any]) -> Callable[[Tensor], None]:
+        """As codes, if these keys and values can be stored as it is known."""
+        layer, known = self.layers[index], self.known.layers[index]
+        pair = self._pair(known, layer, keys, values)
+        if pair is None:
+            update()
+            return _ignored
+        layer.lazy_initialization(keys, values)
+        (_fill if known.kind == _STATIC else _grow)(layer, pair, (keys, values), known.any_room)
+        self.stored.add(index)
+        return pair[0].note_queries
 
-    def _stored_by(self, index: int) -> Callable[..., tuple[Tensor, Tensor]]:
-        def update(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            layer = self.layers[index]
-            del layer.update
-            pair = self._pair(self.known.layers[index], key_states, value_states)
-            if pair is None:
-                return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-            keys, values = key_states.contiguous(), value_states.contiguous()
-            layer.lazy_initialization(keys, values)
-            tokens, known = keys.shape[2], self.known.layers[index]
-            first = max(tokens - layer.sliding_window + 1, 0) if known.kind == _WINDOW else 0  # that the layer keeps
-            # Before they are stored: keys wait for their queries, no longer than until somebody asks for them.
-            grown = [GrowingKV.of(Growth(state, tokens, known.any_room), begin=first) for state in pair]
-            for state, x in zip(pair, (keys, values), strict=True):
-                state.store(x, torch.arange(tokens, device=x.device))
-            layer.keys, layer.values = grown
-            if known.kind == _WINDOW:
-                layer.cumulative_length += tokens
-            self.tokens[index] = tokens
-            return PromptKeys.of(keys, pair[0].note_queries), values
-
-        return update
-
-    def _pair(self, known: Layer, keys: Tensor, values: Tensor) -> tuple[KVState, KVState] | None:
-        """Empty states for both sides; None: these keys and values are not such as were known."""
+    def _pair(self, known: Layer, layer: Any, keys: Tensor, values: Tensor) -> tuple[KVState, KVState] | None:
+        """Empty states for both sides; None: there can be none beside those that there are."""
         device = keys.device if self.group is None else self.group.start.device
         if {keys.device, values.device} != {device}:
             return None
-        group = CacheGroup(self.known.plan, keys.shape[0], device) if self.group is None else self.group
-        key, value = (self._state(spec, x, known, group) for spec, x in ((known.key, keys), (known.value, values)))
-        if key is None or value is None:
+        specs = [self._spec(known, spec, layer, x) for spec, x in ((known.key, keys), (known.value, values))]
+        if any(spec is None or keys.shape[2] > spec.shape[2] for spec in specs):
             return None
-        self.group = group
-        self.states |= {key.name: key, value.name: value}
+        if self.group is None:
+            self.group = CacheGroup(self.known.plan, keys.shape[0], device)
+        key, value = (self._state(spec) for spec in specs if spec is not None)
         return key, value
 
-    def _state(self, spec: KVSpec, x: Tensor, known: Layer, group: CacheGroup) -> KVState | None:
-        """An empty state for ``x`` [B, H, q, D]; None: ``spec`` is for others, or borrows codes that are not here."""
+    def _spec(self, known: Layer, stored: KVSpec, layer: Any, x: Tensor) -> KVSpec | None:
+        """That of such ``x`` [B, H, q, D], planned as what was ``stored``; None: settings are not for its head_dim."""
+        entry, static = self.known.plan.layers[stored.layer].of(stored.role), known.kind == _STATIC
         room = room_for(x.shape[2], any_room=True) if known.any_room else room_for(x.shape[2], AHEAD)
-        spec = with_lasting_room(dataclasses.replace(spec, shape=(x.shape[0], *spec.shape[1:])), room)
-        lower = None if spec.partner is None else self.states.get((spec.partner, spec.role))
-        fits = not spec.why_not(x) and (lower is not None) == spec.borrowed
-        return KVState(spec, group, lower) if fits else None
+        room = layer.max_cache_len if static else room
+        lower = None if entry.partner is None else self.states.get((entry.partner, entry.role))
+        below, is_rotary = (
+            None if lower is None else lower.spec,
+            stored.bits != entry.bits,
+        )  # which changes nothing else
+        shape = (*x.shape[:2], room, x.shape[3])
+        try:
+            spec = entry.bind(stored.layer, shape, x.dtype, below, is_rotary, stored.window)
+        except ConfigError:
+            return None
+        return spec if static else with_lasting_room(spec, room)
+
+    def _state(self, spec: KVSpec) -> KVState:
+        assert self.group is not None
+        lower = self.states[spec.partner, spec.role] if spec.partner is not None else None
+        self.states[spec.layer, spec.role] = state = KVState(spec, self.group, lower)
+        return state
+
+
+def _grow(layer: Any, pair: tuple[KVState, KVState], new: tuple[Tensor, Tensor], any_room: bool) -> None:
+    """Store ``new`` keys and values [B, H, q, D] as the first tokens of an empty layer that grows."""
+    tokens, slides = new[0].shape[2], type(layer).__name__ == _WINDOW
+    first = max(tokens - layer.sliding_window + 1, 0) if slides else 0  # that the layer keeps
+    # Before they are stored: keys wait for their queries, no longer than until somebody asks for them.
+    grown = [GrowingKV.of(Growth(state, tokens, any_room), begin=first) for state in pair]
+    _store(pair, new)
+    layer.keys, layer.values = grown
+    if slides:
+        layer.cumulative_length += tokens
+
+
+def _fill(layer: Any, pair: tuple[KVState, KVState], new: tuple[Tensor, Tensor], _any_room: bool) -> None:
+    """The same of a static one, whose buffers are as a takeover leaves them."""
+    for state, buffer in zip(pair, (layer.keys, layer.values), strict=True):
+        state.group.taken_over.append(weakref.ref(quantize_in_place(buffer, state)))
+    _store(pair, new)
+    layer.cumulative_length.add_(new[0].shape[2])
+
+
+def _store(pair: tuple[KVState, KVState], new: tuple[Tensor, Tensor]) -> None:
+    for state, x in zip(pair, new, strict=True):
+        state.store(x, torch.arange(x.shape[2], device=x.device))
+
+
+def _ignored(query: Tensor) -> None:
+    """What keys in full precision do with the query that reads them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,18 @@ FEWEST_QUERIES = 16
 #: Tokens whose queries are squared at a time.
 QUERIES_AT_ONCE = 512
 #: Of a buffer that is in full precision yet: what is kept of the queries that read it.
-_NOTED = "_xquant_queries"
+_NOTE = "_xquant_queries"
+
+
+class Note(NamedTuple):
+    """Queries of a prompt, noted on the buffer of its keys."""
+
+    squares: Tensor
+    """``mean_squares``."""
+    slot: int
+    """Where the prompt's last token is in the buffer,"""
+    last: Tensor
+    """and its keys [B, H, D]: if they are others by now, another sequence is in it."""
 
 
 def mean_squares(q: Tensor, heads: int) -> Tensor | None:
@@ -26,14 +39,17 @@ def mean_squares(q: Tensor, heads: int) -> Tensor | None:
     return squares.unflatten(1, (heads, -1)).mean(2)
 
 
-def note(buffer: Tensor, q: Tensor) -> None:
-    """Note on keys ``buffer`` [B, H, N, D] in full precision the queries of the prompt that they hold."""
-    noted = mean_squares(q, buffer.shape[1])
-    if noted is not None:
-        setattr(buffer, _NOTED, noted)
+def note(buffer: Tensor, tokens: int, q: Tensor) -> None:
+    """Note on keys ``buffer`` [B, H, N, D] in full precision the queries of the prompt of ``tokens`` that it holds."""
+    squares = mean_squares(q, buffer.shape[1])
+    if squares is not None:
+        slot = min(tokens, buffer.shape[2]) - 1
+        setattr(buffer, _NOTE, Note(squares, slot, buffer[:, :, slot].clone()))
 
 
-def noted(buffer: Tensor) -> Tensor | None:
-    """What was noted on ``buffer``, if it is still for its rows."""
-    found: Tensor | None = getattr(buffer, _NOTED, None)
-    return found if found is not None and found.shape == (*buffer.shape[:2], buffer.shape[3]) else None
+def take_note(buffer: Tensor) -> Tensor | None:
+    """``mean_squares`` that were noted on ``buffer``, if it still holds that prompt; they are no longer afterwards."""
+    found: Note | None = vars(buffer).pop(_NOTE, None)
+    if found is None or found.last.shape != (*buffer.shape[:2], buffer.shape[3]):
+        return None
+    return found.squares if torch.equal(found.last, buffer[:, :, found.slot]) else None

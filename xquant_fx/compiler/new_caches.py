@@ -1,91 +1,103 @@
 """First prompts of new caches of transformers that compiled functions need not be traced for.
 
 Of a ``DynamicCache`` all but the first one: from its graph it is known how they are stored (``later_prompts.py``). Of a
-``StaticCache`` all: a step behind takes it over (``static_prompts.py``). Where nothing is quantized by it, later
-prompts are compiled.
+``StaticCache`` all: a step behind the first takes it over (``new_prompts.py``), and later ones are stored as that was.
+Where no step does, as nothing is quantized, or none comes, prompts are compiled in the end.
 """
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from xquant_fx.cache.growing import STORED_KV
-from xquant_fx.cache.later_prompts import Known, begin, learned
+from xquant_fx.cache.later_prompts import Known, LaterPrompt, begin, learned
+from xquant_fx.cache.new_prompts import NewPrompt, StaticPrompt
 from xquant_fx.cache.prompts import AsGuessed
-from xquant_fx.cache.static_prompts import StaticPrompt
 
 _MODULE, _GROWING, _STATIC = "transformers.cache_utils", "DynamicCache", "StaticCache"
+#: A layer that stores nothing: it has no attention, or reads another's keys and values.
+_DUMMY = "DummyLayer"
+#: Prompts of static caches before any step, after which there may be none: they are compiled from then on.
+MANY_PROMPTS = 8
 
-#: Compiled functions, as torch keeps them: how they stored caches that grow, by the graphs of their first prompts;
-_known = weakref.WeakKeyDictionary[Any, Known]()
-#: and those that left a static cache in full precision.
-_compiling = weakref.WeakSet[Any]()
 #: Static caches whose prompts were not traced, and of which no step was seen yet.
 _untouched = weakref.WeakSet[Any]()
 
 
-def prompt_of_new(
-    function: Any, cache: Any, inside: contextlib.ExitStack, cleanups: list[Callable[[], Any]]
-) -> AsGuessed | None:
-    """For a call of ``function`` that is given ``cache``: a prompt, to run untraced until ``inside`` ends.
+class Function:
+    """What is known of a compiled function."""
 
-    None: it is none, or is to be traced; then ``cleanups`` run behind it.
-    """
-    kind = type(cache).__name__
-    if kind not in (_GROWING, _STATIC) or type(cache).__module__ != _MODULE or torch.is_grad_enabled():
-        return None
-    if any(getattr(layer, "is_initialized", True) for layer in cache.layers):
-        if kind == _STATIC and cache in _untouched:
-            cleanups.append(partial(_look, function, cache))
-        return None
-    if cache.offloading:
-        return None
-    return _of_growing(function, cache, inside, cleanups) if kind == _GROWING else _of_static(function, cache, inside)
+    def __init__(self) -> None:
+        self.known: dict[str, Known] = {}
+        """How it stored caches, by kind, of which a graph said that."""
+        self.traced: set[str] = set()
+        """Kinds of caches whose prompts are to be traced."""
+        self.prompts = 0
+        """Prompts of static caches that were not, before the first step."""
 
+    def prompt_of(self, cache: Any) -> NewPrompt | None:
+        """The first prompt of a new ``cache``, to run untraced; None: it is to be traced."""
+        kind = type(cache).__name__
+        if cache.offloading or kind in self.traced:
+            return None
+        later = begin(cache, self.known[kind]) if kind in self.known else None
+        if later is not None or kind == _GROWING:
+            return later
+        self.prompts += 1
+        if self.prompts > MANY_PROMPTS:
+            self.traced.add(kind)
+            return None
+        _untouched.add(cache)
+        return StaticPrompt({i: layer for i, layer in enumerate(cache.layers) if type(layer).__name__ != _DUMMY})
 
-def _of_growing(
-    function: Any, cache: Any, inside: contextlib.ExitStack, cleanups: list[Callable[[], Any]]
-) -> AsGuessed | None:
-    known = _known.get(function)
-    prompt = None if known is None else begin(cache, known)
-    if prompt is None:
-        cleanups.append(partial(_learn, function, cache))
-        return None
-    inside.callback(prompt.end)
-
-    def as_guessed() -> bool:
-        if not prompt.fitted:
-            _known.pop(function, None)
+    def was_prompt(self, cache: Any, prompt: NewPrompt) -> bool:
+        """Whether a call that ran untraced was the ``prompt`` that it was taken for."""
+        kind = type(cache).__name__
+        if not prompt.tokens:  # it leaves the cache alone, and does something else
+            self.traced.add(kind)
+        elif isinstance(prompt, LaterPrompt) and not prompt.fitted:
+            self.known.pop(kind, None)
         return prompt.was_alone
 
-    return as_guessed
+    def learn(self, cache: Any) -> None:
+        """Behind a graph that stored ``cache``, maybe."""
+        found = learned(cache)
+        if found is not None:
+            self.known[type(cache).__name__] = found
 
-
-def _learn(function: Any, cache: Any) -> None:
-    """Behind a prompt that was traced."""
-    if sys.exc_info()[0] is None and (found := learned(cache)) is not None:
-        _known[function] = found
-
-
-def _of_static(function: Any, cache: Any, inside: contextlib.ExitStack) -> AsGuessed | None:
-    if function in _compiling:
-        return None
-    prompt = StaticPrompt(cache)
-    inside.callback(prompt.end)
-    _untouched.add(cache)
-    return lambda: prompt.was_alone
-
-
-def _look(function: Any, cache: Any) -> None:
-    """Behind the first step: was the cache taken over?"""
-    if sys.exc_info()[0] is None:
+    def step_came(self, cache: Any) -> None:
+        """Behind the first step of a static ``cache``: was it taken over?"""
         _untouched.discard(cache)
-        if not any(isinstance(getattr(layer, "keys", None), STORED_KV) for layer in cache.layers):
-            _compiling.add(function)
+        self.prompts = 0
+        if any(isinstance(getattr(layer, "keys", None), STORED_KV) for layer in cache.layers):
+            self.learn(cache)
+        else:
+            self.traced.add(_STATIC)
+
+
+_functions = weakref.WeakKeyDictionary[Any, Function]()
+
+
+def look(function: Any, given: Sequence[Any]) -> tuple[NewPrompt, AsGuessed] | Callable[[], None] | None:
+    """Look at a call of ``function``, as torch keeps it, that is given these arguments.
+
+    Returns:
+        A prompt that is to run untraced, and what says afterwards whether it was one; or what is to be called behind a
+        call that is traced.
+    """
+    caches = [each for each in given if type(each).__name__ in (_GROWING, _STATIC) and type(each).__module__ == _MODULE]
+    if len(caches) != 1 or torch.is_grad_enabled():
+        return None
+    cache, layers = caches[0], [layer for layer in caches[0].layers if type(layer).__name__ != _DUMMY]
+    known = _functions.setdefault(function, Function())
+    if any(getattr(layer, "is_initialized", True) for layer in layers):
+        return partial(known.step_came, cache) if cache in _untouched else None
+    prompt = known.prompt_of(cache)
+    if prompt is not None:
+        return prompt, partial(known.was_prompt, cache, prompt)
+    return partial(known.learn, cache)

@@ -22,7 +22,7 @@ from xquant_fx.cache.allocate import allocate
 from xquant_fx.cache.convert import quantize_in_place
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.queries import noted
+from xquant_fx.cache.queries import take_note
 from xquant_fx.cache.ragged import RaggedState
 from xquant_fx.cache.state import KVState
 from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
@@ -121,7 +121,7 @@ class _Step(torch.fx.Interpreter):
         if n in self.pending:
             buffer, state, past = self.pending.pop(n)
             show_query(state, self.appends[n], self.queries, self.env)
-            state.take_queries(noted(buffer))
+            state.take_queries(take_note(buffer))
             if isinstance(state, RaggedState) and isinstance(past, list):
                 state.fill(buffer, past)
             elif isinstance(past, int) and past:

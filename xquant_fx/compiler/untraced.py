@@ -1,4 +1,4 @@
-"""Calls of compiled models that Dynamo is not asked about: first prompts and chunks of quantized caches.
+"""Calls of compiled models that Dynamo is not asked about: first prompts of caches, and chunks of quantized ones.
 
 They run uncompiled (``backend.py``, ``chunks.py``), and to find that out Dynamo would trace the whole model, first
 prompts for each number of tokens anew, until as many graphs as it keeps are prompts (``recompile_limit``). The cache
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._dynamo import eval_frame
 
 from xquant_fx.cache.prompts import AsGuessed, uncompiled
-from xquant_fx.compiler.new_caches import prompt_of_new
+from xquant_fx.compiler.new_caches import look
 from xquant_fx.compiler.tracing_time import Backend, innermost
 from xquant_fx.kernels.cpu.at_hand import wanted
 
@@ -68,26 +68,36 @@ def _is_left_untraced(call: Mapping[str, Any]) -> bool:
     """Whether the call that has these variables is to run untraced; it is prepared to, then."""
     if not all(name in call for name in _VARIABLES) or call["self"].fullgraph or call["self"] in _misjudged:
         return False
-    args, kwargs, inside = call["args"], call["kwargs"], contextlib.ExitStack()
+    args, kwargs = call["args"], call["kwargs"]
     tokens, given = _tokens(args, kwargs), (*kwargs.values(), *args)
+    # What is being handled already, where this is called in an ``except``.
+    outer, inside = sys.exc_info()[1], contextlib.ExitStack()
     as_guessed = next((told for each in given if (told := uncompiled(each, tokens)) is not None), None)
     if as_guessed is None:
-        cleanups = call["cleanups"]
-        found = (prompt_of_new(call["self"], each, inside, cleanups) for each in given)
-        as_guessed = next(filter(None, found), None)
-    if as_guessed is None:
-        return False
-    log.info("a prompt or a chunk of a quantized cache: it runs uncompiled, and is not traced")
+        seen = look(call["self"], given)
+        if not isinstance(seen, tuple):
+            if seen is not None:
+                call["cleanups"].append(functools.partial(_unless_it_failed, outer, seen))
+            return False
+        prompt, as_guessed = seen
+        inside.callback(prompt.end)
+    log.info("a prompt of a cache, or a chunk of a quantized one: it runs uncompiled, and is not traced")
     was_called.set()
-    inside.callback(_judge, call["self"], as_guessed)
+    inside.callback(_unless_it_failed, outer, functools.partial(_judge, call["self"], as_guessed))
     inside.enter_context(wanted())
     call["cleanups"].append(inside.close)
     return True
 
 
+def _unless_it_failed(outer: BaseException | None, then: Callable[[], Any]) -> None:
+    """Behind a call, which was made while ``outer`` was handled: if it failed, nobody knows what it was."""
+    if sys.exc_info()[1] is outer:
+        then()
+
+
 def _judge(function: Any, as_guessed: AsGuessed) -> None:
-    """After a call that ran untraced: was it what it was taken for? If it failed, nobody knows."""
-    if sys.exc_info()[0] is None and not as_guessed():
+    """After a call that ran untraced: was it what it was taken for?"""
+    if not as_guessed():
         log.info("this compiled function does more than one prompt or chunk: from now on it is traced")
         _misjudged.add(function)
 

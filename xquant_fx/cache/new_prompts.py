@@ -1,0 +1,83 @@
+"""First prompts of new caches of transformers: the ``update`` of each layer is, for one call, a function of ours.
+
+Attention gets the prompt's own keys and values, whatever the layer has room for, as it does of an ``XQuantCache``, and
+masks are made for as many. The keys tell of the queries that read them (``prompt_keys.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from xquant_fx.cache.prompt_keys import PromptKeys
+from xquant_fx.cache.queries import note
+
+_OVERRIDDEN = ("update", "get_mask_sizes")
+
+
+class NewPrompt:
+    """One prompt: ``layers`` are new ones, by their place in the cache."""
+
+    def __init__(self, layers: Mapping[int, Any]) -> None:
+        self.layers = layers
+        self.tokens: dict[int, int] = {}
+        """Of each layer that has got some."""
+        for index, layer in layers.items():
+            layer.update, layer.get_mask_sizes = partial(self._update, index), _of_prompt
+
+    def end(self) -> None:
+        """From now on, layers are what their class says."""
+        for layer in self.layers.values():
+            _give_back(layer)
+
+    @property
+    def came(self) -> bool:
+        """Whether any tokens did."""
+        return bool(self.tokens)
+
+    @property
+    def was_alone(self) -> bool:
+        """Whether nothing came behind it (of static layers, waits for the device)."""
+        return all(int(self.layers[index].get_seq_length()) == n for index, n in self.tokens.items())
+
+    def _update(
+        self, index: int, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        layer = self.layers[index]
+        _give_back(layer)
+        # As a buffer would give them back: attention reads them faster.
+        keys, values = key_states.contiguous(), value_states.contiguous()
+        takes_query = self.store(index, keys, values, lambda: layer.update(keys, values, *args, **kwargs))
+        self.tokens[index] = keys.shape[2]
+        return PromptKeys.of(keys, takes_query, getattr(layer, "max_cache_len", 0)), values
+
+    def store(self, index: int, keys: Tensor, values: Tensor, update: Callable[[], Any]) -> Callable[[Tensor], None]:
+        """Store keys and values [B, H, q, D] in layer ``index``, by its own ``update`` maybe; returns what takes the
+        query [B, heads, q, D] that reads them."""
+        raise NotImplementedError
+
+
+class StaticPrompt(NewPrompt):
+    """The first prompt of a ``StaticCache`` that nobody knows how to store: it stays in full precision.
+
+    Nothing is to be learned from its graph, whose buffers are made in it. Its queries are noted on the keys' buffers,
+    for the takeover.
+    """
+
+    def store(self, index: int, keys: Tensor, values: Tensor, update: Callable[[], Any]) -> Callable[[Tensor], None]:
+        """By the layer itself."""
+        update()
+        return partial(note, self.layers[index].keys, keys.shape[2])
+
+
+def _give_back(layer: Any) -> None:
+    for name in _OVERRIDDEN:
+        vars(layer).pop(name, None)
+
+
+def _of_prompt(query_length: int) -> tuple[int, int]:
+    """Mask sizes of a layer whose attention is given the prompt alone."""
+    return query_length, 0
