@@ -290,3 +290,18 @@ def test_windows_beside_layers_of_any_length() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
         made.append(counters["xquant"]["rewrite"])
     assert made[0] < made[1] == made[2] == made[3], made
+
+
+@pytest.mark.parametrize("name", ["Gemma3Text", "Mistral"])
+@torch.no_grad()
+def test_uncompiled_attention_that_repeats_kv_heads(name: str) -> None:
+    """It reads a window's last tokens, not the first ones: the step that takes over, and uncompiled ones behind it."""
+    model, sizes = model_of(name), [WINDOW + 8, 1, 1, 1, 9, 1]
+    torch._dynamo.reset()
+    step = torch.compile(model.forward, backend=interpreted(config=FULL))
+    cache, plain = (StaticCache(model.config, max_cache_len=2 * WINDOW) for _ in range(2))
+    for times, part in enumerate(ids_of(1, sum(sizes)).split(sizes, 1)):
+        call = step if times == 1 else model
+        got = call(part, past_key_values=cache).logits
+        assert close(got, model(part, past_key_values=plain).logits), times
+    assert isinstance(cache.layers[0].keys, SlidingKV)

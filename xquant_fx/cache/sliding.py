@@ -97,6 +97,9 @@ class SlidingKV(QuantizedKV):
         before = self.state.length - self.width
         return self.state.load(before + end, before + begin)
 
+    def first_tokens(self) -> None:
+        """None: these are a state's last tokens."""
+
     def append_at(self, pos: Tensor, x: Tensor) -> None:
         """A sequence that begins anew makes it a cache that fills again; what is no new sequence raises."""
         if self.state is None:
