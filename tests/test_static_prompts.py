@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,10 @@ from xquant_fx import XQuantCache, XQuantConfig
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.queries import take_note
 from xquant_fx.compiler import new_caches, untraced
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import tiny_models
 
 CONFIG = XQuantConfig.preset("xquant-2.2").replace(k_group_size=4, residual_length=4)
 
@@ -267,7 +273,8 @@ def test_layers_that_read_anothers_keys() -> None:
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, num_kv_shared_layers=2, layer_types=["full_attention"] * 4,
         hidden_size_per_layer_input=8, vocab_size_per_layer_input=64, laurel_rank=4, altup_num_inputs=2,
-        activation_sparsity_pattern=[0.0] * 4, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        activation_sparsity_pattern=[0.0] * 4, max_position_embeddings=256, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
     )  # fmt: skip
     run = Run(transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**small)).eval(), **OPTIONS)
     for times in range(2):
@@ -275,6 +282,19 @@ def test_layers_that_read_anothers_keys() -> None:
         assert graphs() == 2 * times
         run(one(), cache), run(one(), cache)
     assert all(isinstance(layer.keys, QuantizedKV) for layer in cache.layers[:2])
+
+
+def test_layers_that_keep_more_than_keys_and_values_are_traced() -> None:
+    """Indexers of DeepSeek V3.2: their masks are as long as what they keep."""
+    run = Run(tiny_models.build("deepseek_v32"), preset="full")
+    for times in range(2):
+        ids = ids_of(20 + times)
+        out = run(ids, cache := new(run))
+        assert graphs() > times
+        with torch.no_grad():
+            assert relative_error(out, run.model(ids, past_key_values=new(run)).logits) < 1e-5
+        run(one(), cache)
+        assert is_quantized(cache)
 
 
 assert OPTIONS["residual_length"] == CONFIG.residual_length  # the caches compared are of one format

@@ -18,7 +18,7 @@ from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.growth import AHEAD, Growth, room_for, with_lasting_room
 from xquant_fx.cache.kv_tensor import QuantizedKV
-from xquant_fx.cache.new_prompts import NewPrompt
+from xquant_fx.cache.new_prompts import NewPrompt, may_be_new, storing
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ConfigError
 from xquant_fx.plan.plan import Plan
@@ -76,18 +76,17 @@ def begin(cache: Any, known: Known) -> LaterPrompt | None:
     if not layers and replicated is not None:  # made one by one otherwise, each when it is needed
         made = known.all_layers
         layers.extend(replicated() for _ in range(made))
-    fits = len(layers) == known.all_layers and all(_is_such(layers[i], one) for i, one in known.layers.items())
-    if not fits:
-        del layers[len(layers) - made :]
-        return None
-    return LaterPrompt(known, cache, made)
+    as_many = len(layers) == known.all_layers
+    if as_many and all(_is_such(layers[i], one) for i, one in known.layers.items()) and may_be_new(storing(cache)):
+        return LaterPrompt(known, cache, made)
+    del layers[len(layers) - made :]
+    return None
 
 
 def _is_such(layer: Any, known: Layer) -> bool:
     """Whether ``layer`` keeps tokens as that did."""
-    if type(layer).__name__ != known.kind or getattr(layer, "record_past", False):
-        return False
-    return known.kind != _STATIC or layer.max_cache_len == known.key.shape[2]
+    static = known.kind == _STATIC
+    return type(layer).__name__ == known.kind and (not static or layer.max_cache_len == known.key.shape[2])
 
 
 class LaterPrompt(NewPrompt):
@@ -99,7 +98,7 @@ class LaterPrompt(NewPrompt):
         self.states: dict[tuple[int, str], KVState] = {}
         self.stored: set[int] = set()
         """Places of layers that were stored so."""
-        super().__init__({index: cache.layers[index] for index in known.layers})
+        super().__init__(storing(cache))
 
     def end(self) -> None:
         """From now on, layers are what their class says, and those that were ``made`` for nothing are gone."""
@@ -117,10 +116,10 @@ class LaterPrompt(NewPrompt):
         return self.stored == self.known.layers.keys()
 
     def store(self, index: int, keys: Tensor, values: Tensor, update: Callable[[], Any]) -> Callable[[Tensor], None]:
-        """As codes, if these keys and values can be stored as it is known."""
-        layer, known = self.layers[index], self.known.layers[index]
-        pair = self._pair(known, layer, keys, values)
-        if pair is None:
+        """As codes, if the layer was, and these keys and values can be."""
+        layer, known = self.layers[index], self.known.layers.get(index)
+        pair = None if known is None else self._pair(known, layer, keys, values)
+        if known is None or pair is None:
             update()
             return _ignored
         layer.lazy_initialization(keys, values)

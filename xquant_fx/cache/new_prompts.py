@@ -16,6 +16,20 @@ from xquant_fx.cache.prompt_keys import PromptKeys
 from xquant_fx.cache.queries import note
 
 _OVERRIDDEN = ("update", "get_mask_sizes")
+#: Layers that give attention keys and values, and nothing else that is as long as those.
+_KINDS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer")
+#: A layer that stores nothing: it has no attention, or reads another's keys and values.
+_DUMMY = "DummyLayer"
+
+
+def storing(cache: Any) -> dict[int, Any]:
+    """The layers of ``cache`` that store anything, by their place."""
+    return {i: layer for i, layer in enumerate(cache.layers) if type(layer).__name__ != _DUMMY}
+
+
+def may_be_new(layers: Mapping[int, Any]) -> bool:
+    """Whether a ``NewPrompt`` may take these layers, all of a cache: masks are made for all by what one says."""
+    return all(type(layer).__name__ in _KINDS and not getattr(layer, "record_past", False) for layer in layers.values())
 
 
 class NewPrompt:

@@ -16,12 +16,10 @@ import torch
 
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.later_prompts import Known, LaterPrompt, begin, learned
-from xquant_fx.cache.new_prompts import NewPrompt, StaticPrompt
+from xquant_fx.cache.new_prompts import NewPrompt, StaticPrompt, may_be_new, storing
 from xquant_fx.cache.prompts import AsGuessed
 
 _MODULE, _GROWING, _STATIC = "transformers.cache_utils", "DynamicCache", "StaticCache"
-#: A layer that stores nothing: it has no attention, or reads another's keys and values.
-_DUMMY = "DummyLayer"
 #: Prompts of static caches before any step, after which there may be none: they are compiled from then on.
 MANY_PROMPTS = 8
 
@@ -42,8 +40,8 @@ class Function:
 
     def prompt_of(self, cache: Any) -> NewPrompt | None:
         """The first prompt of a new ``cache``, to run untraced; None: it is to be traced."""
-        kind = type(cache).__name__
-        if cache.offloading or kind in self.traced:
+        kind, layers = type(cache).__name__, storing(cache)
+        if cache.offloading or kind in self.traced or not may_be_new(layers):
             return None
         later = begin(cache, self.known[kind]) if kind in self.known else None
         if later is not None or kind == _GROWING:
@@ -53,7 +51,7 @@ class Function:
             self.traced.add(kind)
             return None
         _untouched.add(cache)
-        return StaticPrompt({i: layer for i, layer in enumerate(cache.layers) if type(layer).__name__ != _DUMMY})
+        return StaticPrompt(layers)
 
     def was_prompt(self, cache: Any, prompt: NewPrompt) -> bool:
         """Whether a call that ran untraced was the ``prompt`` that it was taken for."""
@@ -93,9 +91,8 @@ def look(function: Any, given: Sequence[Any]) -> tuple[NewPrompt, AsGuessed] | C
     caches = [each for each in given if type(each).__name__ in (_GROWING, _STATIC) and type(each).__module__ == _MODULE]
     if len(caches) != 1 or torch.is_grad_enabled():
         return None
-    cache, layers = caches[0], [layer for layer in caches[0].layers if type(layer).__name__ != _DUMMY]
-    known = _functions.setdefault(function, Function())
-    if any(getattr(layer, "is_initialized", True) for layer in layers):
+    cache, known = caches[0], _functions.setdefault(function, Function())
+    if any(getattr(layer, "is_initialized", True) for layer in storing(cache).values()):
         return partial(known.step_came, cache) if cache in _untouched else None
     prompt = known.prompt_of(cache)
     if prompt is not None:
