@@ -146,11 +146,8 @@ class LaterPrompt(NewPrompt):
         room = room_for(x.shape[2], any_room=True) if known.any_room else room_for(x.shape[2], AHEAD)
         room = layer.max_cache_len if static else room
         lower = None if entry.partner is None else self.states.get((entry.partner, entry.role))
-        below, is_rotary = (
-            None if lower is None else lower.spec,
-            stored.bits != entry.bits,
-        )  # which changes nothing else
-        shape = (*x.shape[:2], room, x.shape[3])
+        below, shape = None if lower is None else lower.spec, (*x.shape[:2], room, x.shape[3])
+        is_rotary = stored.bits != entry.bits  # the one thing that changes them
         try:
             spec = entry.bind(stored.layer, shape, x.dtype, below, is_rotary, stored.window)
         except ConfigError:

@@ -48,11 +48,6 @@ class NewPrompt:
             _give_back(layer)
 
     @property
-    def came(self) -> bool:
-        """Whether any tokens did."""
-        return bool(self.tokens)
-
-    @property
     def was_alone(self) -> bool:
         """Whether nothing came behind it (of static layers, waits for the device)."""
         return all(int(self.layers[index].get_seq_length()) == n for index, n in self.tokens.items())
