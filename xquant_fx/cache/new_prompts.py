@@ -3,8 +3,8 @@
 Attention gets the prompt's own keys and values, whatever the layer has room for, as it does of an ``XQuantCache``, and
 masks are made for as many. The keys tell of the queries that read them (``prompt_keys.py``).
 
-Relied on: that a cache calls ``update`` and ``get_mask_sizes`` of the objects in its ``layers``, and that a layer without
-tokens has ``is_initialized`` False. Checked on transformers 5.17 and 5.23.
+Relied on: that a cache calls ``update`` and ``get_mask_sizes`` of the objects in its ``layers``, and that a layer
+without tokens has ``is_initialized`` False. Checked on transformers 5.17 and 5.23.
 """
 
 from __future__ import annotations
