@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +62,27 @@ def seconds() -> dict[str, float]:
     return {"clock": time.perf_counter(), **cpu}
 
 
+def side_of(args: argparse.Namespace, config: Any) -> tuple[str, Callable[[int], Any]]:
+    """The backend of ``args.side``, and what makes its caches, for so many tokens."""
+    from transformers import DynamicCache, StaticCache
+
+    from xquant_fx import XQuantCache
+
+    fixed: Any = {"xquant": XQuantCache, "static": StaticCache, "taken-over": StaticCache}.get(args.side)
+    backend = "inductor" if args.side == "static" else "xquant"
+    return backend, lambda length: fixed(config, max_cache_len=length) if fixed else DynamicCache(config=config)
+
+
 def first_step(args: argparse.Namespace) -> dict[str, Any]:
     """One run, in this process."""
     import torch
     from torch._dynamo.utils import compilation_time_metrics, counters
-    from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
-
-    from xquant_fx import XQuantCache
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
-    fixed: Any = {"xquant": XQuantCache, "static": StaticCache, "taken-over": StaticCache}.get(args.side)
+    backend, new_cache = side_of(args, model.config)
     ids, found = torch.arange(1, 1 + PROMPT)[None], dict[str, Any]()
-
-    def new_cache(length: int) -> Any:
-        return fixed(model.config, max_cache_len=length) if fixed else DynamicCache(config=model.config)
-
-    step = torch.compile(model.forward, backend="inductor" if args.side == "static" else "xquant")
+    step = torch.compile(model.forward, backend=backend)
     with torch.no_grad():
         for times, names in enumerate(STEPS):
             cache = new_cache(args.max_cache_len * (1 + times))
@@ -100,20 +106,16 @@ def talk(args: argparse.Namespace) -> dict[str, Any]:
     """What who talks to a compiled model waits for, in this process."""
     import torch
     from torch._dynamo.utils import counters
-    from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
-
-    from xquant_fx import XQuantCache
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
-    fixed: Any = {"xquant": XQuantCache, "static": StaticCache, "taken-over": StaticCache}.get(args.side)
-    backend = "inductor" if args.side == "static" else "xquant"
+    backend, new_cache = side_of(args, model.config)
     call = torch.compile(model.forward, backend=backend, fullgraph=args.fullgraph)
     found, cache = dict[str, Any](), None
     with torch.no_grad():
         for name, tokens, begins in TALK:
             if begins:
-                room = dict(max_cache_len=args.max_cache_len)
-                cache = fixed(model.config, **room) if fixed else DynamicCache(config=model.config)
+                cache = new_cache(args.max_cache_len)
             ids = torch.tensor([[7919 * (1 + i) % model.config.vocab_size for i in range(tokens)]])
             before = seconds()
             call(ids, past_key_values=cache, logits_to_keep=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from dynamo_graphs import SMALL
 from numeric import seeded
 from stepping import interpreted, relative_error
 from test_sliding_windows import LOW, WINDOW, model_of
+from test_untraced import own_backends  # noqa: F401 - a fixture of all tests here
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -63,12 +63,6 @@ class Run:
         """From which all others are known, and two steps behind it."""
         cache = self.cache()
         self(ids_of(tokens), cache), self(one(), cache), self(one(), cache)
-
-
-@pytest.fixture(autouse=True)
-def own_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(untraced, "_backends", [])
-    monkeypatch.setattr(untraced, "_misjudged", weakref.WeakSet())
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import transformers
 from stepping import relative_error
 from test_later_prompts import OPTIONS, Run, graphs, ids_of, one
 from test_sliding_windows import LOW, WINDOW, model_of
+from test_untraced import own_backends  # noqa: F401 - a fixture of all tests here
 from torch import Tensor
 from transformers import AttentionMaskInterface, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -23,19 +23,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from xquant_fx import XQuantCache, XQuantConfig
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.queries import take_note
-from xquant_fx.compiler import new_caches, untraced
+from xquant_fx.compiler import new_caches
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import tiny_models
 
 CONFIG = XQuantConfig.preset("xquant-2.2").replace(k_group_size=4, residual_length=4)
-
-
-@pytest.fixture(autouse=True)
-def own_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(untraced, "_backends", [])
-    monkeypatch.setattr(untraced, "_misjudged", weakref.WeakSet())
 
 
 @pytest.fixture

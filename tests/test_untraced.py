@@ -59,7 +59,7 @@ class Run:
 
 
 @pytest.fixture(autouse=True)
-def own_backends(monkeypatch):
+def own_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(untraced, "_backends", [])
     monkeypatch.setattr(untraced, "_misjudged", weakref.WeakSet())
 

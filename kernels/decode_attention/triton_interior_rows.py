@@ -189,7 +189,7 @@ def attend_rows(
             z, s = scales_in_order(s, z, weight * inverse_power(new_unit), WIDTH)
         if WIDTH == 2:  # other widths have no registers for that
             words = value_words(values[0], t0, 0, TILE, UPPER, V_WORDS, VALUES)
-        if LOW > 0:
+        if LOW > 0:  # computed anew, so that it takes no register over the tile
             unseen = tl.min(top, 0) <= NOTHING
         if (common_sign(x, ASM) >= 0) | (new_unit > unit) | unseen:
             new_top = tl.maximum(top, tl.max(x, 1) + (base + 1.0))

@@ -49,9 +49,9 @@ class Format:
     k_group: int
 
     @property
-    def many_rows(self) -> bool:
-        """Whether there are registers for more than a few query rows."""
-        return max(self.k_dim, self.v_dim) <= WIDE
+    def is_wide(self) -> bool:
+        """Whether head_dims leave registers for smaller tiles and a few query rows only."""
+        return max(self.k_dim, self.v_dim) > WIDE
 
 
 def why_no_interior(a: DecodeArguments, hip: bool) -> str:
@@ -95,7 +95,7 @@ def interior_planes(bits: float, dim: int, ranked: bool) -> dict[str, int]:
 
 def rows_of_program(a: Format, rows: int) -> int:
     """Query rows of a program, of ``rows`` of one KV head: codes are decoded once for them."""
-    return MANY_ROWS if rows > FEW_ROWS and a.many_rows else FEW_ROWS
+    return MANY_ROWS if rows > FEW_ROWS and not a.is_wide else FEW_ROWS
 
 
 def fewest_tokens(v_bits: int) -> int:
@@ -108,10 +108,9 @@ def tokens_of_tile(a: Format, rows: int) -> int:
 
     Ranked keys of 3 bits have three planes of queries, values of 3 bits two of codes; 8 bits are many bytes.
     """
-    wide = max(a.k_dim, a.v_dim) > WIDE
-    if max(a.k_bits, a.v_bits) == 8 or (a.ranked and wide):
+    if max(a.k_bits, a.v_bits) == 8 or (a.ranked and a.is_wide):
         most = TILE // 4
-    elif (a.ranked and a.k_bits > 2) or a.v_bits == 3 or wide or rows_of_program(a, rows) == MANY_ROWS:
+    elif (a.ranked and a.k_bits > 2) or a.v_bits == 3 or a.is_wide or rows_of_program(a, rows) == MANY_ROWS:
         most = TILE // 2
     else:
         most = TILE

@@ -37,6 +37,11 @@ def room_for(tokens: int, ahead: int = STEP_TOKENS, any_room: bool = False) -> i
     return -(-(tokens + ahead) // part) * part
 
 
+def first_room(tokens: int, any_room: bool) -> int:
+    """Tokens that a cache which is new, with ``tokens`` in it, gets room for; less where graphs are of ``any_room``."""
+    return room_for(tokens, any_room=True) if any_room else room_for(tokens, AHEAD)
+
+
 def room_of_graphs(room: int) -> int:
     """The room, in tokens, that graphs for caches with this ``room`` and any other up to it are compiled for."""
     wide = LEAST_OF_GRAPHS

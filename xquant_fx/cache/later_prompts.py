@@ -16,7 +16,7 @@ from torch import Tensor
 from xquant_fx.cache.convert import quantize_in_place
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.growing import GrowingKV
-from xquant_fx.cache.growth import AHEAD, Growth, room_for, with_lasting_room
+from xquant_fx.cache.growth import Growth, first_room, with_lasting_room
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.new_prompts import NewPrompt, may_be_new, storing
 from xquant_fx.cache.state import KVState
@@ -143,8 +143,7 @@ class LaterPrompt(NewPrompt):
     def _spec(self, known: Layer, stored: KVSpec, layer: Any, x: Tensor) -> KVSpec | None:
         """That of such ``x`` [B, H, q, D], planned as what was ``stored``; None: settings are not for its head_dim."""
         entry, static = self.known.plan.layers[stored.layer].of(stored.role), known.kind == _STATIC
-        room = room_for(x.shape[2], any_room=True) if known.any_room else room_for(x.shape[2], AHEAD)
-        room = layer.max_cache_len if static else room
+        room = layer.max_cache_len if static else first_room(x.shape[2], known.any_room)
         lower = None if entry.partner is None else self.states.get((entry.partner, entry.role))
         below, shape = None if lower is None else lower.spec, (*x.shape[:2], room, x.shape[3])
         is_rotary = stored.bits != entry.bits  # the one thing that changes them

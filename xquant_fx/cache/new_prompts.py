@@ -30,6 +30,11 @@ def storing(cache: Any) -> dict[int, Any]:
     return {i: layer for i, layer in enumerate(cache.layers) if type(layer).__name__ != _DUMMY}
 
 
+def is_new(cache: Any) -> bool:
+    """Whether no layer of ``cache`` that stores anything has begun. Each step asks, and the first layer answers."""
+    return not any(type(layer).__name__ != _DUMMY and getattr(layer, "is_initialized", True) for layer in cache.layers)
+
+
 def may_be_new(layers: Mapping[int, Any]) -> bool:
     """Whether a ``NewPrompt`` may take these layers, all of a cache: masks are made for all by what one says."""
     return all(type(layer).__name__ in _KINDS and not getattr(layer, "record_past", False) for layer in layers.values())

@@ -16,7 +16,7 @@ import torch
 
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.later_prompts import Known, LaterPrompt, begin, learned
-from xquant_fx.cache.new_prompts import NewPrompt, StaticPrompt, may_be_new, storing
+from xquant_fx.cache.new_prompts import NewPrompt, StaticPrompt, is_new, may_be_new, storing
 from xquant_fx.cache.prompts import AsGuessed
 
 _MODULE, _GROWING, _STATIC = "transformers.cache_utils", "DynamicCache", "StaticCache"
@@ -91,9 +91,13 @@ def look(function: Any, given: Sequence[Any]) -> tuple[NewPrompt, AsGuessed] | C
     caches = [each for each in given if type(each).__name__ in (_GROWING, _STATIC) and type(each).__module__ == _MODULE]
     if len(caches) != 1 or torch.is_grad_enabled():
         return None
-    cache, known = caches[0], _functions.setdefault(function, Function())
-    if any(getattr(layer, "is_initialized", True) for layer in storing(cache).values()):
-        return partial(known.step_came, cache) if cache in _untouched else None
+    cache = caches[0]
+    begins = is_new(cache)
+    if not begins and cache not in _untouched:  # any step but a few
+        return None
+    known = _functions.setdefault(function, Function())
+    if not begins:
+        return partial(known.step_came, cache)
     prompt = known.prompt_of(cache)
     if prompt is not None:
         return prompt, partial(known.was_prompt, cache, prompt)

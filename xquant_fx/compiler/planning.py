@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from xquant_fx.cache.allocate import Geometry, Slot, bind_all, quantized_empty
 from xquant_fx.cache.growing import STORED_KV
-from xquant_fx.cache.growth import AHEAD, room_for, with_lasting_room
+from xquant_fx.cache.growth import first_room, with_lasting_room
 from xquant_fx.compiler.dynamo_frames import is_partial
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.proof import Call
@@ -58,7 +58,7 @@ def geometry_of(buffer: Buffer, tensor: Tensor, any_room: bool = False) -> Geome
     batch, heads, tokens, dim = tensor.shape
     if buffer.write.past is not None:
         held = tokens if isinstance(tokens, int) else tokens.node.hint
-        tokens = room_for(held, any_room=True) if any_room else room_for(held, AHEAD)
+        tokens = first_room(held, any_room)
     shape = (batch, heads, tokens, dim)
     return Geometry(shape, tensor.dtype, buffer.rotary, buffer.write.window, buffer.write.per_row)
 
