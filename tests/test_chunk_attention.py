@@ -78,14 +78,14 @@ def test_as_plain_torch_on_dequantized_values(tiny_llama, attended, monkeypatch,
 def test_caches_that_were_taken_over(tiny_llama, attended, monkeypatch, kind):
     model = tiny_llama(layers=2)
     ids = torch.randint(1, 128, (1, sum(SIZES) + 1), generator=seeded(1))
-    monkeypatch.setattr(untraced, "_backends", [])
+    monkeypatch.setattr(untraced, "_backends", {})
     outs = []
     for kernel in (True, False):
         if not kernel:
             without_kernel(monkeypatch)
         torch._dynamo.reset()
         backend = interpreted(self_check=False, config=config_of("xquant-2.2"))
-        untraced.leave_prompts_untraced(backend)
+        untraced.leave_prompts_untraced(backend, backend.asked)
         step = torch.compile(model.forward, backend=backend)
         cache = kind(config=model.config, **(dict(max_cache_len=160) if kind is StaticCache else {}))
         plan = [(step, SIZES[0]), (step, 1), *[(step, n) for n in SIZES[1:]]]
@@ -269,7 +269,7 @@ def test_long_chunks_are_the_same_whatever_room_there_is(tiny_llama, attended):
 def test_long_chunks_of_caches_that_were_taken_over(tiny_llama, attended, monkeypatch, kind, values):
     model = tiny_llama(layers=2, head_dim=32, dtype=torch.bfloat16)
     ids = torch.randint(1, 128, (1, sum(LONG) + 1), generator=seeded(1))
-    monkeypatch.setattr(untraced, "_backends", [])
+    monkeypatch.setattr(untraced, "_backends", {})
     long, outs = list[int](), []
     attend = step_attention.attended
     counting = lambda q, *args, **given: (long.append(q.shape[2]), attend(q, *args, **given))[1]  # noqa: E731
@@ -277,7 +277,7 @@ def test_long_chunks_of_caches_that_were_taken_over(tiny_llama, attended, monkey
         monkeypatch.setattr(step_attention, "attended", kernel)
         torch._dynamo.reset()
         backend = interpreted(self_check=False, config=config_of("xquant-2.2", v_scheme=values))
-        untraced.leave_prompts_untraced(backend)
+        untraced.leave_prompts_untraced(backend, backend.asked)
         step = torch.compile(model.forward, backend=backend)
         cache = kind(config=model.config, **(dict(max_cache_len=1000) if kind is StaticCache else {}))
         outs.append(run_steps([(step, LONG[0]), (step, 1), *[(step, n) for n in LONG[1:]]], ids, cache))

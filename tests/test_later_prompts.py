@@ -48,7 +48,7 @@ class Run:
         self.model = model or LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
         self.backend = interpreted(self_check=False, **(options or OPTIONS))
         if not traced:
-            untraced.leave_prompts_untraced(self.backend)
+            untraced.leave_prompts_untraced(self.backend, self.backend.asked)
         self.call = torch.compile(self.model.forward, backend=self.backend)
         counters.clear()
 
@@ -137,14 +137,14 @@ def test_caches_that_make_their_layers_later(run: Run) -> None:
         assert graphs() == before + graphs_of_steps and cache.get_seq_length() == 13
 
 
-def test_generate_traces_one_prompt() -> None:
+def test_generate_traces_no_prompt() -> None:
     run = Run()
     run.model.compile(backend=run.backend)
     made = []
     for tokens in (20, 12, 9):
         run.model.generate(ids_of(tokens), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
         made.append(graphs())
-    assert made[0] == made[1] == made[2] == 2
+    assert made[0] == made[1] == made[2] == 1
 
 
 def test_another_batch_is_known(run: Run) -> None:
@@ -170,8 +170,9 @@ def test_other_models_are_stored_by_the_same_plan() -> None:
         for model in models:
             cache, before = DynamicCache(config=model.config), graphs()
             out = call(model, ids_of(20), cache)
-            assert (graphs() > before) == (model is run.model)
-            assert all(isinstance(layer.values, GrowingKV) for layer in cache.layers)
+            assert graphs() == before
+            is_known = model is not run.model  # from the first one's step
+            assert all(isinstance(layer.values, GrowingKV) == is_known for layer in cache.layers)
             assert cache.layers[0].keys.dtype == model.dtype
             assert relative_error(out, model(ids_of(20)).logits) < (1e-5 if model.dtype == torch.float32 else 0.02)
             call(model, one(), cache), call(model, one(), cache)

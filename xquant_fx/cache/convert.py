@@ -61,6 +61,17 @@ def quantize_in_place(buffer: Tensor, state: KVState) -> Tensor:
     return owner
 
 
+def quantize_keeping(buffer: Tensor, state: KVState) -> Tensor:
+    """As ``quantize_in_place`` of a buffer that shows nothing else; returns what it was, which ``restore`` takes."""
+    return _make_quantized(buffer, QuantizedKV(state.spec, state.owned["length"], state))
+
+
+def restore(buffer: Tensor, original: Tensor) -> None:
+    """Make the object ``buffer`` the ordinary tensor ``original``, which gets what ``buffer`` was."""
+    assert isinstance(buffer, QuantizedKV)
+    _make_plain(buffer, original)
+
+
 def stack_in_place(buffer: Tensor, stack: StackedKV) -> None:
     """Make the object ``buffer`` the ``stack`` of what its parts became; its own storage is released."""
     _make_quantized(buffer, stack)
@@ -92,12 +103,15 @@ def _left_as(whole: Tensor, parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def _make_quantized(buffer: Tensor, new: Dequantized) -> None:
+def _make_quantized(buffer: Tensor, new: Dequantized) -> Tensor:
+    """Returns ``new``, which is the ordinary tensor that ``buffer`` was."""
     static = getattr(buffer, "_dynamo_static_input_type", None)  # a static address only if the buffer's was
     attributes = dict(new.__dict__)
     no_alias(buffer)
     buffer.__class__, new.__class__ = type(new), torch.Tensor  # type: ignore[assignment]
     torch._C._swap_tensor_impl(buffer, new)
     buffer.__dict__.update(attributes)
+    new.__dict__.clear()
     if static is not None:
         torch._dynamo.mark_static_address(buffer)
+    return new

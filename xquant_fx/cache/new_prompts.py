@@ -30,6 +30,11 @@ def storing(cache: Any) -> dict[int, Any]:
     return {i: layer for i, layer in enumerate(cache.layers) if type(layer).__name__ != _DUMMY}
 
 
+def first_storing(cache: Any) -> Any:
+    """The first of them; None: there is none yet."""
+    return next((layer for layer in cache.layers if type(layer).__name__ != _DUMMY), None)
+
+
 def is_new(cache: Any) -> bool:
     """Whether no layer of ``cache`` that stores anything has begun. Each step asks, and the first layer answers."""
     return not any(type(layer).__name__ != _DUMMY and getattr(layer, "is_initialized", True) for layer in cache.layers)
@@ -77,17 +82,19 @@ class NewPrompt:
         raise NotImplementedError
 
 
-class StaticPrompt(NewPrompt):
-    """The first prompt of a ``StaticCache`` that nobody knows how to store: it stays in full precision.
+class FirstPrompt(NewPrompt):
+    """The first prompt of a cache that nobody knows how to store: it stays in full precision until a step comes.
 
-    Nothing is to be learned from its graph, whose buffers are made in it. Its queries are noted on the keys' buffers,
-    for the takeover.
+    Of a static one nothing is to be learned from its graph, whose buffers are made in it. Its queries are noted, for
+    who quantizes it.
     """
 
     def store(self, index: int, keys: Tensor, values: Tensor, update: Callable[[], Any]) -> Callable[[Tensor], None]:
         """By the layer itself."""
         update()
-        return partial(note, self.layers[index].keys, keys.shape[2])
+        layer = self.layers[index]
+        holder = layer.keys if hasattr(layer, "max_cache_len") else layer  # what stays the same object
+        return partial(note, holder, layer.keys, keys.shape[2])
 
 
 def _give_back(layer: Any) -> None:

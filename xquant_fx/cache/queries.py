@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,19 +11,19 @@ from torch import Tensor
 FEWEST_QUERIES = 16
 #: Tokens whose queries are squared at a time.
 QUERIES_AT_ONCE = 512
-#: Of a buffer that is in full precision yet: what is kept of the queries that read it.
+#: Of what holds keys that are in full precision yet: what is kept of the queries that read them.
 _NOTE = "_xquant_queries"
 
 
 class Note(NamedTuple):
-    """Queries of a prompt, noted on the buffer of its keys."""
+    """Queries of a prompt, noted on what holds its keys: their buffer, or a layer that gets longer ones each step."""
 
     squares: Tensor
     """``mean_squares``."""
     slot: int
-    """Where the prompt's last token is in the buffer,"""
+    """Where the prompt's last token is among the keys,"""
     last: Tensor
-    """and its keys [B, H, D]: if they are others by now, another sequence is in it."""
+    """and its key [B, H, D]: if that is another by now, another sequence is there."""
 
 
 def mean_squares(q: Tensor, heads: int) -> Tensor | None:
@@ -39,17 +39,17 @@ def mean_squares(q: Tensor, heads: int) -> Tensor | None:
     return squares.unflatten(1, (heads, -1)).mean(2)
 
 
-def note(buffer: Tensor, tokens: int, q: Tensor) -> None:
-    """Note on keys ``buffer`` [B, H, N, D] in full precision the queries of the prompt of ``tokens`` that it holds."""
-    squares = mean_squares(q, buffer.shape[1])
+def note(holder: Any, keys: Tensor, tokens: int, q: Tensor) -> None:
+    """Note on who holds ``keys`` [B, H, N, D] in full precision the queries of the prompt of ``tokens`` in them."""
+    squares = mean_squares(q, keys.shape[1])
     if squares is not None:
-        slot = min(tokens, buffer.shape[2]) - 1
-        setattr(buffer, _NOTE, Note(squares, slot, buffer[:, :, slot].clone()))
+        slot = min(tokens, keys.shape[2]) - 1
+        setattr(holder, _NOTE, Note(squares, slot, keys[:, :, slot].clone()))
 
 
-def take_note(buffer: Tensor) -> Tensor | None:
-    """``mean_squares`` that were noted on ``buffer``, if it still holds that prompt; they are no longer afterwards."""
-    found: Note | None = vars(buffer).pop(_NOTE, None)
-    if found is None or found.last.shape != (*buffer.shape[:2], buffer.shape[3]):
+def take_note(holder: Any, keys: Tensor) -> Tensor | None:
+    """``mean_squares`` that were noted on ``holder``, if ``keys`` still hold that prompt; they are not any more then."""
+    found: Note | None = vars(holder).pop(_NOTE, None)
+    if found is None or found.last.shape != (*keys.shape[:2], keys.shape[3]) or found.slot >= keys.shape[2]:
         return None
-    return found.squares if torch.equal(found.last, buffer[:, :, found.slot]) else None
+    return found.squares if torch.equal(found.last, keys[:, :, found.slot]) else None

@@ -48,6 +48,7 @@ from xquant_fx.compiler.self_check import self_check
 from xquant_fx.compiler.stacked_graph import NOT_APART, Judge, LeftWholeError, no_judge, stacked_graph
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.tracing_time import watch_tracing
+from xquant_fx.compiler.trial import Asked, judged
 from xquant_fx.compiler.untraced import leave_prompts_untraced, was_called
 from xquant_fx.compiler.watch import Watch, WatchStacks, WatchWrites, only_read
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
@@ -92,7 +93,7 @@ def xquant_backend(
 
 
 watch_tracing(xquant_backend)
-leave_prompts_untraced(xquant_backend)
+leave_prompts_untraced(xquant_backend, lambda mode, options: Asked(parse(mode, options)))
 
 
 def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler: Compiler) -> Callable[..., Any]:
@@ -135,6 +136,8 @@ def _compile(
     if (one := row_graph(gm, inputs)) is not None:
         with contextlib.suppress(UnsupportedWriteError):  # else as any graph that does this to a batch
             return one.calling(_compile(one.gm, one.given(inputs, one.row), request, compiler))
+    if (taken_back := judged(gm, inputs, Asked(request, compiler is compile_by_inductor))) is not None:
+        return taken_back
     found = detect_graph(gm, inputs, request)
     judge(found, "")
     report_left(found.sites, request)

@@ -1,8 +1,10 @@
-"""First prompts of new caches of transformers that compiled functions need not be traced for.
+"""Caches of transformers that are in full precision yet, and which calls they spare Dynamo.
 
-Of a ``DynamicCache`` all but the first one: from its graph it is known how they are stored (``later_prompts.py``). Of a
-``StaticCache`` all: a step behind the first takes it over (``new_prompts.py``), and later ones are stored as that was.
-Where no step does, as nothing is quantized, or none comes, prompts are compiled in the end.
+First prompts of new ones are not traced: nobody knows yet how they are going to be stored, so they stay in full
+precision until a step comes (``new_prompts.py``). A step quantizes its cache before it is traced (``trial.py``), so that
+one graph is all that is made; where that cannot be, a step that Dynamo traces for it takes it over. From then on it is
+known how prompts are stored (``later_prompts.py``), and caches that were filled elsewhere. Where nothing is quantized, or
+no step comes, prompts are compiled in the end.
 """
 
 from __future__ import annotations
@@ -10,48 +12,68 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from xquant_fx.cache.early import grow_alike, is_plain
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.later_prompts import Known, LaterPrompt, begin, learned
-from xquant_fx.cache.new_prompts import NewPrompt, StaticPrompt, is_new, may_be_new, storing
-from xquant_fx.cache.prompts import AsGuessed
+from xquant_fx.cache.new_prompts import FirstPrompt, NewPrompt, is_new, may_be_new, storing
+from xquant_fx.cache.prompts import AsGuessed, uncompiled
+from xquant_fx.compiler.trial import Asked, Trial, begin_trial
+from xquant_fx.kernels.layout import STEP_TOKENS
 
 _MODULE, _GROWING, _STATIC = "transformers.cache_utils", "DynamicCache", "StaticCache"
-#: Prompts of static caches before any step, after which there may be none: they are compiled from then on.
+#: Prompts before any step, after which there may be none: they are compiled from then on.
 MANY_PROMPTS = 8
+#: Tokens of a prompt of a cache that grows which stay in full precision until its first step: of longer ones, which take
+#: long themselves, no layer but one does.
+MOST_TOKENS = 1024
 
-#: Static caches whose prompts were not traced, and of which no step was seen yet.
+#: Caches whose prompts were not traced, and of which no step was seen yet.
 _untouched = weakref.WeakSet[Any]()
 
 
+class Untraced(NamedTuple):
+    """A call that is to run untraced."""
+
+    end: Callable[[], Any]
+    """What is to be called behind it, whether it failed or not."""
+    as_guessed: AsGuessed
+
+
 class Function:
-    """What is known of a compiled function."""
+    """What is known of a compiled function, by kinds of caches."""
 
     def __init__(self) -> None:
         self.known: dict[str, Known] = {}
-        """How it stored caches, by kind, of which a graph said that."""
+        """How it stored caches, of which a graph said that."""
         self.traced: set[str] = set()
-        """Kinds of caches whose prompts are to be traced."""
+        """Those whose prompts are to be traced."""
         self.prompts = 0
-        """Prompts of static caches that were not, before the first step."""
+        """Prompts that stayed in full precision, before the first step."""
+        self.refused: set[str] = set()
+        """Those that were quantized before their step was traced, and should not have been;"""
+        self.accepted: set[str] = set()
+        """and those of which the graph was one for quantized ones."""
 
-    def prompt_of(self, cache: Any) -> NewPrompt | None:
+    def prompt_of(self, cache: Any, tokens: int) -> NewPrompt | None:
         """The first prompt of a new ``cache``, to run untraced; None: it is to be traced."""
         kind, layers = type(cache).__name__, storing(cache)
         if cache.offloading or kind in self.traced or not may_be_new(layers):
             return None
         later = begin(cache, self.known[kind]) if kind in self.known else None
-        if later is not None or kind == _GROWING:
+        if later is not None:
             return later
+        if kind == _GROWING and (kind in self.refused or tokens > MOST_TOKENS or not grow_alike(layers)):
+            return None
         self.prompts += 1
         if self.prompts > MANY_PROMPTS:
             self.traced.add(kind)
             return None
         _untouched.add(cache)
-        return StaticPrompt(layers)
+        return FirstPrompt(layers)
 
     def was_prompt(self, cache: Any, prompt: NewPrompt) -> bool:
         """Whether a call that ran untraced was the ``prompt`` that it was taken for."""
@@ -68,37 +90,63 @@ class Function:
         if found is not None:
             self.known[type(cache).__name__] = found
 
-    def step_came(self, cache: Any) -> None:
-        """Behind the first step of a static ``cache``: was it taken over?"""
+    def trial_of(self, cache: Any, asked: Callable[[], Asked]) -> Trial | None:
+        """A ``cache`` in full precision, quantized on trial; None: what the step finds decides."""
+        is_none = cache.offloading or type(cache).__name__ in self.refused or not may_be_new(storing(cache))
+        return None if is_none else begin_trial(cache, asked())
+
+    def chunk_of(self, cache: Any, tokens: int, asked: Callable[[], Asked]) -> Untraced | None:
+        """A chunk behind what a ``cache`` holds in full precision, which is quantized: steps of such have a graph."""
+        trial = self.trial_of(cache, asked) if type(cache).__name__ in self.accepted else None
+        if trial is not None:
+            trial.end(failed=False, is_known=True)
+        guess = None if trial is None else uncompiled(cache, tokens)
+        return None if guess is None else Untraced(lambda: None, guess)
+
+    def step_came(self, cache: Any, trial: Trial | None, failed: bool) -> None:
+        """Behind the first step of a ``cache``, or one on ``trial``: is it quantized?"""
+        kind = type(cache).__name__
+        if trial is not None and not trial.end(failed, kind in self.accepted) and not failed:
+            self.refused.add(kind)  # the next step, whose graph is one for ordinary buffers, is its first
+            return
+        if failed:
+            return
         _untouched.discard(cache)
         self.prompts = 0
+        if trial is not None:
+            self.accepted.add(kind)
         if any(isinstance(getattr(layer, "keys", None), STORED_KV) for layer in cache.layers):
             self.learn(cache)
         else:
-            self.traced.add(_STATIC)
+            self.traced.add(kind)
 
 
 _functions = weakref.WeakKeyDictionary[Any, Function]()
 
 
-def look(function: Any, given: Sequence[Any]) -> tuple[NewPrompt, AsGuessed] | Callable[[], None] | None:
-    """Look at a call of ``function``, as torch keeps it, that is given these arguments.
+def look(
+    function: Any, given: Sequence[Any], tokens: int, asked: Callable[[], Asked]
+) -> Untraced | Callable[[bool], None] | None:
+    """Look at a call of ``function``, as torch keeps it, that is given these arguments, of which ``tokens`` are new.
 
     Returns:
-        A prompt that is to run untraced, and what says afterwards whether it was one; or what is to be called behind a
-        call that is traced.
+        A call that is to run untraced; or what is to be called behind one that is traced, with whether it failed.
     """
     caches = [each for each in given if type(each).__name__ in (_GROWING, _STATIC) and type(each).__module__ == _MODULE]
     if len(caches) != 1 or torch.is_grad_enabled():
         return None
     cache = caches[0]
-    begins = is_new(cache)
-    if not begins and cache not in _untouched:  # any step but a few
+    if is_new(cache):
+        known = _functions.setdefault(function, Function())
+        prompt = known.prompt_of(cache, tokens)
+        if prompt is not None:
+            return Untraced(prompt.end, partial(known.was_prompt, cache, prompt))
+        return lambda failed: None if failed else known.learn(cache)
+    is_first = cache in _untouched
+    if not is_first and not is_plain(cache):  # any step but a few
         return None
     known = _functions.setdefault(function, Function())
-    if not begins:
-        return partial(known.step_came, cache)
-    prompt = known.prompt_of(cache)
-    if prompt is not None:
-        return prompt, partial(known.was_prompt, cache, prompt)
-    return partial(known.learn, cache)
+    if tokens > STEP_TOKENS and (chunk := known.chunk_of(cache, tokens, asked)) is not None:
+        return chunk
+    trial = known.trial_of(cache, asked) if 0 < tokens <= STEP_TOKENS else None
+    return partial(known.step_came, cache, trial) if is_first or trial is not None else None

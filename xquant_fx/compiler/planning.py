@@ -119,8 +119,8 @@ def _begin(write: Write, call: Call) -> object:
         return None
     if write.past is None:
         return call.first_position(write)
-    past = value_of(write.past)
-    return f"behind {0 if write.begins else past.shape[2]} tokens, {write.tokens} of them"
+    held = 0 if write.begins else value_of(write.past).shape[2]  # a symbol per buffer, where Dynamo leaves it open
+    return f"behind {held if at_hand(held) is None else at_hand(held)} tokens, {write.tokens} of them"
 
 
 def _names_layers(settings: XQuantConfig | Plan) -> bool:

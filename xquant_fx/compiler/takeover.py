@@ -97,7 +97,7 @@ class _Step(torch.fx.Interpreter):
             group = CacheGroup(plan, members[0][1].shape[0], members[0][1].device)
             self.groups.append(group)
             states = allocate(group, bind_buffers(plan, *zip(*members, strict=True)))
-            _warn_of_more([state.spec for state in states], buffer_name(members[0][0].node))
+            warn_of_more([state.spec for state in states], buffer_name(members[0][0].node))
             for (buffer, tensor), state in zip(members, states, strict=True):
                 slide = buffer.write.slide
                 first = None if slide is None else slide.first  # what moves a window reads it before
@@ -121,7 +121,7 @@ class _Step(torch.fx.Interpreter):
         if n in self.pending:
             buffer, state, past = self.pending.pop(n)
             show_query(state, self.appends[n], self.queries, self.env)
-            state.take_queries(take_note(buffer))
+            state.take_queries(take_note(buffer, buffer))
             if isinstance(state, RaggedState) and isinstance(past, list):
                 state.fill(buffer, past)
             elif isinstance(past, int) and past:
@@ -131,7 +131,7 @@ class _Step(torch.fx.Interpreter):
         return super().run_node(n)
 
 
-def _warn_of_more(specs: Sequence[KVSpec], name: str) -> None:
+def warn_of_more(specs: Sequence[KVSpec], name: str) -> None:
     """Warn of a cache of few tokens, whose residual windows take more memory than it did."""
     stored, full = (sum(each) for each in zip(*((s.stored_bytes, s.full_bytes) for s in specs), strict=True))
     if stored > full and any(spec.quantized for spec in specs):

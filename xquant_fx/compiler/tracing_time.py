@@ -7,7 +7,7 @@ processor, where no step is kept that could do without (``kept_steps.py``). What
 worked out once (``tracing_shortcuts.py``). Compilations by other backends are left alone.
 
 Relied on: ``torch._dynamo.callback``, which ``torch._dynamo.reset()`` empties, the local variable ``compiler_fn`` of
-``convert_frame._compile``, ``_torchdynamo_orig_backend``, and from torch 2.13 on ``prefetch`` of the two hashes.
+``convert_frame._compile``, ``_torchdynamo_orig_backend``, ``kwargs`` of ``torch._TorchCompileWrapper``, and from torch 2.13 on ``prefetch`` of the two hashes.
 Checked on torch 2.11 and 2.13.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -93,9 +93,19 @@ def _compiler() -> Any:
 
 def innermost(compiler: Any) -> Any:
     """The backend that Dynamo's wrappers around ``compiler`` call."""
+    compiler = _unwrapped(compiler)
+    return getattr(compiler, "compiler_fn", compiler)  # that of a backend with options
+
+
+def settings_of(compiler: Any) -> Mapping[str, Any]:
+    """The ``mode`` and ``options`` of ``torch.compile`` for that backend, where they are given."""
+    return getattr(_unwrapped(compiler), "kwargs", {})
+
+
+def _unwrapped(compiler: Any) -> Any:
     while hasattr(compiler, "_torchdynamo_orig_backend"):
         compiler = compiler._torchdynamo_orig_backend
-    return getattr(compiler, "compiler_fn", compiler)  # that of a backend with options
+    return compiler
 
 
 def begin_hashes() -> list[str]:

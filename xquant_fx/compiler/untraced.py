@@ -26,8 +26,9 @@ from torch import Tensor
 from torch._dynamo import eval_frame
 
 from xquant_fx.cache.prompts import AsGuessed, uncompiled
-from xquant_fx.compiler.new_caches import look
-from xquant_fx.compiler.tracing_time import Backend, innermost
+from xquant_fx.compiler.new_caches import Untraced, look
+from xquant_fx.compiler.tracing_time import Backend, innermost, settings_of
+from xquant_fx.compiler.trial import Asked
 from xquant_fx.kernels.cpu.at_hand import wanted
 
 log = logging.getLogger(__name__)
@@ -40,15 +41,18 @@ _NAME = "_callback_from_stance"
 _VARIABLES = ("self", "args", "kwargs", "cleanups")
 #: Ids [B, q], or embeddings [B, q, D].
 _NEW_TOKENS = ("decoder_input_ids", "input_ids", "inputs_embeds", "hidden_states")
-_backends: list[Backend] = []
+#: Backends, with what makes of the mode and the options that ``torch.compile`` was given what is asked of each.
+_backends: dict[Backend, Callable[..., Asked]] = {}
 #: Compiled functions, as torch keeps them, of which a call was something else than it was taken for.
 _misjudged = weakref.WeakSet[Any]()
 
 
-def leave_prompts_untraced(backend: Backend) -> None:
-    """From now on, do so in functions that are compiled by ``backend``."""
-    if backend not in _backends:
-        _backends.append(backend)
+def leave_prompts_untraced(backend: Backend, asked_of: Callable[..., Asked]) -> None:
+    """From now on, do so in functions that are compiled by ``backend``.
+
+    ``asked_of`` says what it is asked for, of the mode and the options that ``torch.compile`` was given.
+    """
+    _backends[backend] = asked_of
     torchs: Callable[[Any], Any] | None = vars(eval_frame).get(_NAME)
     if torchs is None or hasattr(torchs, "_of_xquant_fx"):
         return
@@ -56,15 +60,16 @@ def leave_prompts_untraced(backend: Backend) -> None:
     @functools.wraps(torchs)
     def callback_of_call(callback: Any) -> Any:
         chosen = torchs(callback)
-        if chosen in (None, False) or innermost(chosen) not in _backends:
+        if chosen in (None, False) or (asked_of := _backends.get(innermost(chosen))) is None:
             return chosen
-        return None if _is_left_untraced(sys._getframe(1).f_locals) else chosen
+        asked = functools.partial(_asked, asked_of, chosen)
+        return None if _is_left_untraced(sys._getframe(1).f_locals, asked) else chosen
 
     callback_of_call._of_xquant_fx = True  # type: ignore[attr-defined]
     vars(eval_frame)[_NAME] = callback_of_call
 
 
-def _is_left_untraced(call: Mapping[str, Any]) -> bool:
+def _is_left_untraced(call: Mapping[str, Any], asked: Callable[[], Asked]) -> bool:
     """Whether the call that has these variables is to run untraced; it is prepared to, then."""
     if not all(name in call for name in _VARIABLES) or call["self"].fullgraph or call["self"] in _misjudged:
         return False
@@ -74,19 +79,25 @@ def _is_left_untraced(call: Mapping[str, Any]) -> bool:
     outer, inside = sys.exc_info()[1], contextlib.ExitStack()
     as_guessed = next((told for each in given if (told := uncompiled(each, tokens)) is not None), None)
     if as_guessed is None:
-        seen = look(call["self"], given)
-        if not isinstance(seen, tuple):
+        seen = look(call["self"], given, tokens, asked)
+        if not isinstance(seen, Untraced):
             if seen is not None:
-                call["cleanups"].append(functools.partial(_unless_it_failed, outer, seen))
+                call["cleanups"].append(lambda: seen(sys.exc_info()[1] is not outer))
             return False
-        prompt, as_guessed = seen
-        inside.callback(prompt.end)
+        as_guessed = seen.as_guessed
+        inside.callback(seen.end)
     log.info("a prompt of a cache, or a chunk of a quantized one: it runs uncompiled, and is not traced")
     was_called.set()
     inside.callback(_unless_it_failed, outer, functools.partial(_judge, call["self"], as_guessed))
     inside.enter_context(wanted())
     call["cleanups"].append(inside.close)
     return True
+
+
+def _asked(asked_of: Callable[..., Asked], compiler: Any) -> Asked:
+    """What the backend is asked for that Dynamo calls by ``compiler``."""
+    given = settings_of(compiler)
+    return asked_of(given.get("mode"), given.get("options"))
 
 
 def _unless_it_failed(outer: BaseException | None, then: Callable[[], Any]) -> None:
@@ -103,6 +114,7 @@ def _judge(function: Any, as_guessed: AsGuessed) -> None:
 
 
 def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """How many tokens a model's call brings, by the names that transformers has for them, or by what comes first."""
-    given = next((kwargs[name] for name in _NEW_TOKENS if kwargs.get(name) is not None), args[0] if args else None)
+    """How many tokens a model's call brings, by the names that transformers has for them, or the first tensor."""
+    first = next((each for each in args if isinstance(each, Tensor)), None)
+    given = next((kwargs[name] for name in _NEW_TOKENS if kwargs.get(name) is not None), first)
     return given.shape[1] if isinstance(given, Tensor) and given.dim() >= 2 else 0

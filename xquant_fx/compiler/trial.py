@@ -1,0 +1,194 @@
+"""Caches that are quantized before Dynamo traces their first step, on trial: so one trace serves it and all others.
+
+A takeover (``takeover.py``) is a trace of its own: Dynamo has seen ordinary buffers then, and traces the next step for
+quantized ones. What it would find is foreseen of a ``StaticCache`` (``cache/early.py``). The graph that Dynamo makes
+for quantized buffers is judged as it would be for what they were: if detection takes all of them over, by the same
+plan, behind the same tokens, the trial is over, and what they were is let go. If not, they become that again, the step
+runs uncompiled, and the next one is traced for ordinary buffers, as if nothing had been tried.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from xquant_fx.cache.early import Early, held_by
+from xquant_fx.cache.group import CacheGroup
+from xquant_fx.cache.growing import STORED_KV
+from xquant_fx.cache.left import why_kept, why_left
+from xquant_fx.cache.storage import why_not_alone
+from xquant_fx.compiler.any_room import NEEDED, may_take_any_room
+from xquant_fx.compiler.detection import detect_graph
+from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
+from xquant_fx.compiler.left_alone import report_left
+from xquant_fx.compiler.options import Request
+from xquant_fx.compiler.proof import Call, why_not_held
+from xquant_fx.compiler.takeover import warn_of_more
+from xquant_fx.errors import ConfigError
+from xquant_fx.kernels.cpu.at_hand import as_wanted, wanted
+from xquant_fx.passes.graph import clone
+from xquant_fx.passes.records import Detection
+from xquant_fx.plan.plan import make_plan
+from xquant_fx.plan.spec import KVSpec
+
+log = logging.getLogger(__name__)
+
+_running = weakref.WeakKeyDictionary[CacheGroup, "Trial"]()
+
+
+class Asked(NamedTuple):
+    """What a backend is asked for, and whether it has Inductor compile that."""
+
+    request: Request
+    by_inductor: bool = True
+
+
+class Trial:
+    """One cache from before its step is traced until that has ended."""
+
+    def __init__(self, early: Early) -> None:
+        self.early = early
+        self.accepted: bool | None = None
+        """What was decided of its graph; None: no graph was made."""
+        _running[early.group] = self
+
+    def why_not(self, found: Detection, given: Sequence[Any]) -> str:
+        """Why ``found``, of the graph as it would be if these were its inputs, is no takeover as was foreseen."""
+        early, states = self.early, {id(part.original): part.state for part in self.early.parts}
+        if found.plans != (early.group.plan,):
+            return "the plan is another"
+        inputs = dict(zip(found.gm.graph.find_nodes(op="placeholder"), given, strict=True))
+        call = Call(found.gm, inputs, {each.write.node: each.foresight for each in found.ordinary})
+        for each in found.ordinary:
+            held = inputs.get(each.write.past or each.node)
+            state = states.pop(id(held), None)
+            if state is None or not _is_for(found.specs[each.node], state.spec, early.grows):
+                return f"{each.node.name} is stored otherwise"
+            if not early.grows and (first := call.first_position(each.write)) != early.tokens:
+                return f"{each.node.name} is appended to at position {first}, not {early.tokens}"
+        return f"{len(states)} buffers are not taken over" if states else ""
+
+    def originals(self, inputs: Sequence[Any]) -> list[Any]:
+        """``inputs``, with what the quantized ones were in their place."""
+        originals = {id(part.quantized): part.original for part in self.early.parts}
+        return [originals.get(id(each), each) for each in inputs]
+
+    def refuse(self, reason: str) -> None:
+        """The graph is none for quantized buffers."""
+        log.info("a cache that was quantized before its step was traced becomes what it was: %s", reason)
+        self.accepted = False
+
+    def accept(self) -> None:
+        """From now on the cache is quantized."""
+        if not self.early.grows:
+            warn_of_more([part.state.spec for part in self.early.parts], self.early.name)
+        self.accepted = True
+        self.early.parts = []
+
+    def take_back(self) -> None:
+        """Make the buffers what they were."""
+        if _running.pop(self.early.group, None) is not None:
+            self.early.take_back()
+
+    def end(self, failed: bool, is_known: bool) -> bool:
+        """Behind the call, which may have ``failed``: whether the cache is quantized now.
+
+        A call of which no graph was made ran one that there was, if it ``is_known`` that the function has any for such
+        caches; if not, torch let it run uncompiled, as it would have with ordinary buffers.
+        """
+        if self.accepted is None and not failed and is_known:
+            self.accept()
+        if not self.accepted:
+            self.take_back()
+        _running.pop(self.early.group, None)
+        return bool(self.accepted)
+
+
+class TakenBack:
+    """Stands in for a graph of a cache whose trial is lost."""
+
+    def __init__(self, trial: Trial, graph: Callable[..., Any]) -> None:
+        self.trial, self.graph = weakref.ref(trial), as_wanted(graph)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the step on what the buffers were; Dynamo traces the next one anew."""
+        trial = self.trial()
+        if trial is not None:  # else it is another call's
+            args = tuple(trial.originals(args))
+            trial.take_back()
+        forget_compiled_frame()
+        return self.graph(*args)
+
+
+def begin_trial(cache: Any, asked: Asked) -> Trial | None:
+    """Quantize ``cache``, which is given to a step; None: what it holds must be judged as it is."""
+    request, by_inductor = asked
+    held = None if request.self_check else held_by(cache)
+    if held is None:
+        return None
+    layers, tokens = held
+    buffers = [buffer for layer in layers for buffer in (layer.keys, layer.values)]
+    with torch.no_grad(), wanted():
+        if any(why_left(x) or why_kept(x) or why_not_alone(x) or why_not_held(x, tokens) for x in buffers):
+            return None
+        try:
+            any_room = by_inductor and buffers[0].device.type == "cpu" and not request.disable & NEEDED
+            return Trial(Early(make_plan(request.effective, len(layers)), layers, tokens, any_room))
+        except ConfigError:  # of which one is told by the step
+            return None
+
+
+def judged(gm: GraphModule, inputs: list[Any], asked: Asked) -> Callable[..., Any] | None:
+    """If ``inputs`` hold a cache on trial: what is to be called for ``gm``, or None where it passes.
+
+    Raises:
+        NotRewrittenError: under ``strict``, if a KV cache was left in full precision.
+    """
+    trial = _trial_of(inputs)
+    if trial is None or trial.accepted is not None:
+        return None
+    request, given = asked.request, trial.originals(inputs)
+    found = detect_graph(_as_for(gm), given, request)
+    reason = trial.why_not(found, given)
+    if trial.early.any_room and not (asked.by_inductor and may_take_any_room(found, request)):
+        reason = reason or "its steps are made for the room that there is"
+    if not reason:
+        trial.accept()
+        return None
+    report_left(found.sites, request)
+    trial.refuse(reason)
+    return TakenBack(trial, gm.forward)
+
+
+def _is_for(spec: KVSpec, early: KVSpec, grows: bool) -> bool:
+    """Whether a buffer that a takeover would store as ``spec`` was stored so; of such as grow, whatever the room."""
+    return (spec.with_room(early.shape[2]) if grows else spec) == early
+
+
+def _trial_of(inputs: Sequence[Any]) -> Trial | None:
+    if not _running:
+        return None
+    groups = (each.live.group for each in inputs if isinstance(each, STORED_KV) and each.state is not None)
+    return next((trial for group in groups if (trial := _running.get(group)) is not None), None)
+
+
+def _as_for(gm: GraphModule) -> GraphModule:
+    """``gm`` as Dynamo makes it for ordinary buffers."""
+    copy = clone(gm)
+    for node in copy.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, STORED_KV):
+            node.meta = {**node.meta, "example_value": _ordinary(value)}
+    return copy
+
+
+def _ordinary(value: Any) -> Tensor:
+    """A fake tensor of the shape of the fake ``value``."""
+    with value.anchor.fake_mode:
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
