@@ -1,8 +1,8 @@
 """Quantize what a cache of transformers holds before any graph says that it can be, so that it can be taken back.
 
-What it holds is what its steps would be taken over with (``compiler/takeover.py``, ``compiler/growing_takeover.py``), if
-their graph is the usual one: keys and values of each layer in turn, each appended to behind as many tokens as the layer
-says. What they were is kept until the graph is known (``compiler/trial.py``).
+As what, a takeover by its step would say (``compiler/takeover.py``, ``compiler/growing_takeover.py``): if the graph is
+the usual one, keys and values of each layer in turn, each appended to behind as many tokens as the layer says. What
+they were is kept until the graph is known (``compiler/trial.py``).
 
 Relied on: ``keys``, ``values`` and ``get_seq_length`` of ``StaticLayer`` and ``DynamicLayer``. Checked on transformers
 5.17 and 5.23.
@@ -26,7 +26,7 @@ from xquant_fx.cache.new_prompts import first_storing, storing
 from xquant_fx.cache.queries import take_note
 from xquant_fx.cache.state import KVState
 from xquant_fx.plan.plan import Plan
-from xquant_fx.plan.spec import Role
+from xquant_fx.plan.spec import KVSpec, Role, why_not_fused
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SIDES: dict[str, Role] = {"keys": "key", "values": "value"}
@@ -35,11 +35,11 @@ _SIDES: dict[str, Role] = {"keys": "key", "values": "value"}
 class StaticPart:
     """One side of a layer whose buffer becomes a quantized one, as the same object."""
 
-    room_for = staticmethod(lambda buffer, any_room: buffer.shape[2])
+    room_of = staticmethod(lambda buffer, any_room: buffer.shape[2])
 
     def __init__(self, layer: Any, side: str, state: KVState, any_room: bool) -> None:
         self.state, self.quantized = state, getattr(layer, side)
-        self.original = quantize_keeping(self.quantized, state)
+        self.original = self.ordinary = quantize_keeping(self.quantized, state)
         state.group.taken_over.append(weakref.ref(self.quantized))
 
     def take_back(self, tokens: int) -> None:
@@ -47,15 +47,17 @@ class StaticPart:
         held = self.state.length
         self.original[:, :, tokens:held] = self.quantized[:, :, tokens:held]
         restore(self.quantized, self.original)
+        self.ordinary = self.quantized  # the object that the layer holds
 
 
 class GrowingPart:
     """One side of a layer that gets another tensor with each step: now a quantized one."""
 
-    room_for = staticmethod(lambda buffer, any_room: first_room(buffer.shape[2], any_room))
+    room_of = staticmethod(lambda buffer, any_room: first_room(buffer.shape[2], any_room))
 
     def __init__(self, layer: Any, side: str, state: KVState, any_room: bool) -> None:
         self.layer, self.side, self.state, self.original = layer, side, state, getattr(layer, side)
+        self.ordinary = self.original
         self.quantized = GrowingKV.of(Growth(state, self.original.shape[2], any_room))
         setattr(layer, side, self.quantized)
 
@@ -63,7 +65,8 @@ class GrowingPart:
         """Have the layer hold what it did, with what came behind its ``tokens``."""
         now = getattr(self.layer, self.side)
         whole = [self.original, now[:, :, tokens:]] if now.shape[2] > tokens else [self.original]
-        setattr(self.layer, self.side, torch.cat(whole, 2) if len(whole) > 1 else self.original)
+        self.ordinary = torch.cat(whole, 2) if len(whole) > 1 else self.original
+        setattr(self.layer, self.side, self.ordinary)
 
 
 #: By the name of a layer's class.
@@ -73,7 +76,7 @@ _PARTS: dict[str, type[StaticPart] | type[GrowingPart]] = {"StaticLayer": Static
 class Early:
     """A cache that was quantized early: ``group`` is what its buffers share, each of which held ``tokens``.
 
-    ``any_room``: whether graphs of one that grows are to serve any room (``Growth``).
+    ``any_room``: whether graphs of one that grows serve any room (``Growth``), as they are to, where kernels read it.
     """
 
     def __init__(self, plan: Plan, layers: Sequence[Any], tokens: int, any_room: bool) -> None:
@@ -82,25 +85,42 @@ class Early:
         Raises:
             ConfigError: ``plan`` is not for their shapes; nothing is changed.
         """
-        self.tokens, self.any_room, kind = tokens, any_room, type(layers[0]).__name__
-        part_of, self.grows = _PARTS[kind], _PARTS[kind] is GrowingPart
-        self.name = f"layer 0 of {len(layers)} that are a {kind}"
-        sides = [(i, layer, side, getattr(layer, side)) for i, layer in enumerate(layers) for side in _SIDES]
-        planned = []
-        for i, _, side, x in sides:
-            shape = (*x.shape[:2], part_of.room_for(x, any_room), x.shape[3])
-            planned.append((i, _SIDES[side], Geometry(shape, x.dtype)))
-        specs = bind_all(plan, planned)
-        if self.grows:
-            specs = [with_lasting_room(spec, spec.shape[2]) for spec in specs]
-        self.group = CacheGroup(plan, sides[0][3].shape[0], sides[0][3].device)
+        self.tokens, self.any_room, kind = tokens, False, type(layers[0]).__name__
+        self._part_of, self.grows = _PARTS[kind], _PARTS[kind] is GrowingPart
+        self.name = f"layer 0 of {len(layers)} ({kind})"
         self.parts: list[StaticPart | GrowingPart] = []
-        for (_, layer, side, x), state in zip(sides, allocate(self.group, specs), strict=True):
-            if side == "keys":
-                state.take_queries(take_note(layer if self.grows else x, x))
-            state.store(x[:, :, :tokens], torch.arange(tokens, device=x.device))
-            self.group.forget(state)
-            self.parts.append(part_of(layer, side, state, any_room))
+        first = layers[0].keys
+        self.group = CacheGroup(plan, first.shape[0], first.device)
+        sides = [(layer, side) for layer in layers for side in _SIDES]
+        specs = self._bound(plan, layers)
+        if any_room and not any(map(why_not_fused, specs[::2], specs[1::2])):
+            self.any_room, specs = True, self._bound(plan, layers)
+        states = allocate(self.group, specs)
+        try:
+            for (layer, side), state in zip(sides, states, strict=True):
+                self._take(layer, side, state)
+        except BaseException:  # Ctrl-C, too
+            self.take_back()
+            raise
+
+    def _bound(self, plan: Plan, layers: Sequence[Any]) -> list[KVSpec]:
+        planned: list[tuple[int, Role, Geometry]] = []
+        for number, layer in enumerate(layers):
+            for side, role in _SIDES.items():
+                x = getattr(layer, side)
+                room = self._part_of.room_of(x, self.any_room)
+                planned.append((number, role, Geometry((*x.shape[:2], room, x.shape[3]), x.dtype)))
+        specs = bind_all(plan, planned)
+        return [with_lasting_room(spec, spec.shape[2]) for spec in specs] if self.grows else specs
+
+    def _take(self, layer: Any, side: str, state: KVState) -> None:
+        x = getattr(layer, side)
+        if side == "keys":
+            notes = take_note(layer, x), take_note(x, x)
+            state.take_queries(next((each for each in notes if each is not None), None))
+        state.store(x[:, :, : self.tokens], torch.arange(self.tokens, device=x.device))
+        self.group.forget(state)
+        self.parts.append(self._part_of(layer, side, state, self.any_room))
 
     def take_back(self) -> None:
         """Make all what it was, with the few tokens that came since behind those: they are exact yet."""
@@ -125,12 +145,20 @@ def held_by(cache: Any) -> tuple[list[Any], int] | None:
     """The layers of ``cache`` that store anything, and how many tokens each holds; None: no step of the usual kind can
     be foreseen."""
     layers = list(storing(cache).values())
-    kinds = {type(layer).__name__ for layer in layers if layer.is_initialized}
-    if len(kinds) != 1 or not kinds <= _PARTS.keys():
+    kinds = {type(layer).__name__ for layer in layers}
+    if len(kinds) != 1 or not kinds <= _PARTS.keys() or not all(layer.is_initialized for layer in layers):
         return None
     buffers = [getattr(layer, side) for layer in layers for side in _SIDES]
+    if any(layer.keys.shape[1] == 1 and layer.keys.shape[3] != layer.values.shape[3] for layer in layers):
+        return None  # latents and what is rotated beside them: keys and values are computed of both
     alike = {(type(x), x.dtype, x.device, x.shape[0]) for x in buffers}
     tokens = {int(layer.get_seq_length()) for layer in layers}
-    if len(alike) != 1 or len(tokens) != 1 or type(buffers[0]) is not Tensor or buffers[0].dtype not in _DTYPES:
+    if (
+        len(alike) != 1
+        or len(tokens) != 1
+        or 0 in tokens
+        or type(buffers[0]) is not Tensor
+        or buffers[0].dtype not in _DTYPES
+    ):
         return None
     return layers, tokens.pop()

@@ -226,8 +226,10 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     if reason := past.spec.why_not(x):
         # While Dynamo traces: it leaves the step to eager code, which raises the same.
         raise UnsupportedFakeTensorException(reason) if past.growth is None else CacheStateError(reason)
-    if past.growth is None or x.dtype != past.dtype:
+    if x.dtype != past.dtype:
         return NotImplemented
+    if past.growth is None:  # as torch would find by many questions of symbols
+        return x.new_empty((*past.shape[:2], past.shape[2] + x.shape[2], past.shape[3]))
     if isinstance(x, GrowingKV) and x.growth is past.growth:
         if past.spec.quantized:
             raise CacheStateError(f"{past.origin}: {EVICTS}")

@@ -93,8 +93,7 @@ class FirstPrompt(NewPrompt):
         """By the layer itself."""
         update()
         layer = self.layers[index]
-        holder = layer.keys if hasattr(layer, "max_cache_len") else layer  # what stays the same object
-        return partial(note, holder, layer.keys, keys.shape[2])
+        return partial(note, (layer, layer.keys), layer.keys, keys.shape[2])
 
 
 def _give_back(layer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ _NOTE = "_xquant_queries"
 
 
 class Note(NamedTuple):
-    """Queries of a prompt, noted on what holds its keys: their buffer, or a layer that gets longer ones each step."""
+    """Queries of a prompt, noted on what holds its keys: their buffer, and the layer, which may get another one."""
 
     squares: Tensor
     """``mean_squares``."""
@@ -39,16 +40,18 @@ def mean_squares(q: Tensor, heads: int) -> Tensor | None:
     return squares.unflatten(1, (heads, -1)).mean(2)
 
 
-def note(holder: Any, keys: Tensor, tokens: int, q: Tensor) -> None:
-    """Note on who holds ``keys`` [B, H, N, D] in full precision the queries of the prompt of ``tokens`` in them."""
+def note(holders: Sequence[Any], keys: Tensor, tokens: int, q: Tensor) -> None:
+    """Note on what holds ``keys`` [B, H, N, D] in full precision the queries of the prompt of ``tokens`` in them."""
     squares = mean_squares(q, keys.shape[1])
     if squares is not None:
         slot = min(tokens, keys.shape[2]) - 1
-        setattr(holder, _NOTE, Note(squares, slot, keys[:, :, slot].clone()))
+        noted = Note(squares, slot, keys[:, :, slot].clone())
+        for holder in holders:
+            setattr(holder, _NOTE, noted)
 
 
 def take_note(holder: Any, keys: Tensor) -> Tensor | None:
-    """``mean_squares`` that were noted on ``holder``, if ``keys`` still hold that prompt; they are not any more then."""
+    """``mean_squares`` that were noted on ``holder``, if ``keys`` still hold that prompt; they are taken from it."""
     found: Note | None = vars(holder).pop(_NOTE, None)
     if found is None or found.last.shape != (*keys.shape[:2], keys.shape[3]) or found.slot >= keys.shape[2]:
         return None

@@ -1,10 +1,10 @@
 """Caches of transformers that are in full precision yet, and which calls they spare Dynamo.
 
 First prompts of new ones are not traced: nobody knows yet how they are going to be stored, so they stay in full
-precision until a step comes (``new_prompts.py``). A step quantizes its cache before it is traced (``trial.py``), so that
-one graph is all that is made; where that cannot be, a step that Dynamo traces for it takes it over. From then on it is
-known how prompts are stored (``later_prompts.py``), and caches that were filled elsewhere. Where nothing is quantized, or
-no step comes, prompts are compiled in the end.
+precision until a step comes (``new_prompts.py``). A step finds its cache quantized before it is traced (``trial.py``),
+so that one graph is all that is made; where that cannot be, a step that Dynamo traces for it takes it over. From then
+on it is known how prompts are stored (``later_prompts.py``). Where nothing is quantized, or no step comes, prompts are
+traced in the end.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from xquant_fx.kernels.layout import STEP_TOKENS
 _MODULE, _GROWING, _STATIC = "transformers.cache_utils", "DynamicCache", "StaticCache"
 #: Prompts before any step, after which there may be none: they are compiled from then on.
 MANY_PROMPTS = 8
-#: Tokens of a prompt of a cache that grows which stay in full precision until its first step: of longer ones, which take
-#: long themselves, no layer but one does.
+#: Tokens of a prompt of a cache that grows that stay in full precision until its first step. Longer ones, which take
+#: long themselves, are traced, and no layer but one is in full precision.
 MOST_TOKENS = 1024
 
 #: Caches whose prompts were not traced, and of which no step was seen yet.
@@ -89,15 +89,18 @@ class Function:
         found = learned(cache)
         if found is not None:
             self.known[type(cache).__name__] = found
+            self.traced.discard(type(cache).__name__)
 
-    def trial_of(self, cache: Any, asked: Callable[[], Asked]) -> Trial | None:
-        """A ``cache`` in full precision, quantized on trial; None: what the step finds decides."""
+    def trial_of(self, cache: Any, rows: int, asked: Callable[[], Asked]) -> Trial | None:
+        """A ``cache`` in full precision of so many ``rows``, quantized on trial; None: what the step finds decides."""
         is_none = cache.offloading or type(cache).__name__ in self.refused or not may_be_new(storing(cache))
-        return None if is_none else begin_trial(cache, asked())
+        return None if is_none else begin_trial(cache, rows, asked())
 
-    def chunk_of(self, cache: Any, tokens: int, asked: Callable[[], Asked]) -> Untraced | None:
+    def chunk_of(self, cache: Any, new: tuple[int, int], asked: Callable[[], Asked]) -> Untraced | None:
         """A chunk behind what a ``cache`` holds in full precision, which is quantized: steps of such have a graph."""
-        trial = self.trial_of(cache, asked) if type(cache).__name__ in self.accepted else None
+        is_known = type(cache).__name__ in self.accepted | self.known.keys()
+        rows, tokens = new
+        trial = self.trial_of(cache, rows, asked) if is_known else None
         if trial is not None:
             trial.end(failed=False, is_known=True)
         guess = None if trial is None else uncompiled(cache, tokens)
@@ -106,7 +109,8 @@ class Function:
     def step_came(self, cache: Any, trial: Trial | None, failed: bool) -> None:
         """Behind the first step of a ``cache``, or one on ``trial``: is it quantized?"""
         kind = type(cache).__name__
-        if trial is not None and not trial.end(failed, kind in self.accepted) and not failed:
+        has_graph = kind in self.accepted or kind in self.known
+        if trial is not None and not trial.end(failed, has_graph) and not failed:
             self.refused.add(kind)  # the next step, whose graph is one for ordinary buffers, is its first
             return
         if failed:
@@ -125,9 +129,9 @@ _functions = weakref.WeakKeyDictionary[Any, Function]()
 
 
 def look(
-    function: Any, given: Sequence[Any], tokens: int, asked: Callable[[], Asked]
+    function: Any, given: Sequence[Any], new: tuple[int, int], asked: Callable[[], Asked]
 ) -> Untraced | Callable[[bool], None] | None:
-    """Look at a call of ``function``, as torch keeps it, that is given these arguments, of which ``tokens`` are new.
+    """Look at a call of ``function``, as torch keeps it, that is given these arguments, of ``new`` rows and tokens.
 
     Returns:
         A call that is to run untraced; or what is to be called behind one that is traced, with whether it failed.
@@ -135,7 +139,7 @@ def look(
     caches = [each for each in given if type(each).__name__ in (_GROWING, _STATIC) and type(each).__module__ == _MODULE]
     if len(caches) != 1 or torch.is_grad_enabled():
         return None
-    cache = caches[0]
+    cache, (rows, tokens) = caches[0], new
     if is_new(cache):
         known = _functions.setdefault(function, Function())
         prompt = known.prompt_of(cache, tokens)
@@ -146,7 +150,7 @@ def look(
     if not is_first and not is_plain(cache):  # any step but a few
         return None
     known = _functions.setdefault(function, Function())
-    if tokens > STEP_TOKENS and (chunk := known.chunk_of(cache, tokens, asked)) is not None:
+    if tokens > STEP_TOKENS and (chunk := known.chunk_of(cache, new, asked)) is not None:
         return chunk
-    trial = known.trial_of(cache, asked) if 0 < tokens <= STEP_TOKENS else None
+    trial = known.trial_of(cache, rows, asked) if 0 < tokens <= STEP_TOKENS else None
     return partial(known.step_came, cache, trial) if is_first or trial is not None else None

@@ -4,12 +4,14 @@
 - classes that ``VariableBuilder._wrap`` makes for each value, and leaves as garbage;
 - the text of a frame, in the stack trace of each node: most frames are those of the node before;
 - whether a file is one of ``torch.nn.modules``, whose frames the stack trace leaves out;
-- names of functions, for which source files are read and which only logs show that are off.
+- names of functions, for which source files are read and which only logs show that are off;
+- lengths of caches that grow: those that are equal are one symbol, where each of 60 tensors had its own (0.8 of 4 s).
 
-The trace is the same. Relied on: how ``symbolic_convert``, ``output_graph`` and ``builder`` name these, that Dynamo's
-config is a module of a class of its own that looks up what it does not have itself, and that a function keeps the
-builtins its globals had when it was made. Checked on torch 2.11 and 2.13, all but settings and classes on 2.14, too;
-what is not there is left out.
+The trace is the same but for these symbols. Relied on: how ``symbolic_convert``, ``output_graph`` and ``builder`` name
+these, that Dynamo's config is a module of a class of its own that looks up what it does not have itself, that a
+function keeps the builtins its globals had when it was made, and that ``_automatic_dynamic`` returns a list of
+``DimDynamic``. Checked on torch 2.11 and 2.13, all but settings, classes and lengths on 2.14, too; what is not there is
+left out.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from typing import Any
 
 from torch._dynamo import config, output_graph, symbolic_convert
 from torch._dynamo.variables import builder
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+from xquant_fx.cache.growing import GrowingKV
 
 #: Loggers of ``TORCH_LOGS=trace_call`` and ``trace_source``, which show names of functions.
 _NAMING_LOGS = ("output_graph.__trace_call", "symbolic_convert.__trace_call", "symbolic_convert.__trace_source")
@@ -54,6 +59,8 @@ def shortcuts() -> Iterator[None]:
     ]
     if isinstance(wrap := vars(builder.VariableBuilder).get("_wrap"), FunctionType):
         replaced.append((builder.VariableBuilder, "_wrap", _with_classes_once(wrap)))
+    if (context_of := vars(builder).get("_automatic_dynamic")) is not None:
+        replaced.append((builder, "_automatic_dynamic", _with_one_length(context_of)))
     if not any(logging.getLogger(f"torch._dynamo.{name}").isEnabledFor(logging.DEBUG) for name in _NAMING_LOGS):
         replaced.append((symbolic_convert, "get_funcname", _no_name))
     with contextlib.ExitStack() as stack:
@@ -136,6 +143,21 @@ def _is_file_of_nn_modules(name: str) -> bool:
 
 def _is_of_nn_modules(self: Any) -> bool:
     return _is_file_of_nn_modules(getattr(self.f_code, "co_filename", "<unknown>"))
+
+
+def _with_one_length(context_of: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo's function that says which sizes of a tensor are open, for which those of equal length have one symbol.
+
+    As sizes that Dynamo leaves open by itself have. Not sliding windows: when they are full, they are shorter.
+    """
+
+    def context(e: Any, *args: Any, **kwargs: Any) -> Any:
+        found = context_of(e, *args, **kwargs)
+        if isinstance(e, GrowingKV) and not e.is_tail and found.dynamic_sizes[2] is DimDynamic.DYNAMIC:
+            found.dynamic_sizes[2] = DimDynamic.DUCK
+        return found
+
+    return context
 
 
 def _no_name(filename: str, lineno: int) -> None:

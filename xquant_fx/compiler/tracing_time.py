@@ -7,7 +7,8 @@ processor, where no step is kept that could do without (``kept_steps.py``). What
 worked out once (``tracing_shortcuts.py``). Compilations by other backends are left alone.
 
 Relied on: ``torch._dynamo.callback``, which ``torch._dynamo.reset()`` empties, the local variable ``compiler_fn`` of
-``convert_frame._compile``, ``_torchdynamo_orig_backend``, ``kwargs`` of ``torch._TorchCompileWrapper``, and from torch 2.13 on ``prefetch`` of the two hashes.
+``convert_frame._compile``, ``_torchdynamo_orig_backend``, ``kwargs`` of what ``torch.compile`` makes of a backend, and
+from torch 2.13 on ``prefetch`` of the two hashes.
 Checked on torch 2.11 and 2.13.
 """
 

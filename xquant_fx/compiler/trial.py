@@ -61,6 +61,8 @@ class Trial:
     def why_not(self, found: Detection, given: Sequence[Any]) -> str:
         """Why ``found``, of the graph as it would be if these were its inputs, is no takeover as was foreseen."""
         early, states = self.early, {id(part.original): part.state for part in self.early.parts}
+        if len(found.ordinary) != len(states):
+            return f"{len(found.ordinary)} buffers would be taken over, of {len(states)}"
         if found.plans != (early.group.plan,):
             return "the plan is another"
         inputs = dict(zip(found.gm.graph.find_nodes(op="placeholder"), given, strict=True))
@@ -72,7 +74,7 @@ class Trial:
                 return f"{each.node.name} is stored otherwise"
             if not early.grows and (first := call.first_position(each.write)) != early.tokens:
                 return f"{each.node.name} is appended to at position {first}, not {early.tokens}"
-        return f"{len(states)} buffers are not taken over" if states else ""
+        return ""
 
     def originals(self, inputs: Sequence[Any]) -> list[Any]:
         """``inputs``, with what the quantized ones were in their place."""
@@ -95,6 +97,12 @@ class Trial:
         """Make the buffers what they were."""
         if _running.pop(self.early.group, None) is not None:
             self.early.take_back()
+
+    def taken_back(self, args: Sequence[Any]) -> list[Any]:
+        """``args`` of a graph, with ordinary buffers, as all are from now on, in the place of quantized ones."""
+        parts = {id(part.quantized): part for part in self.early.parts}
+        self.take_back()
+        return [parts[id(each)].ordinary if id(each) in parts else each for each in args]
 
     def end(self, failed: bool, is_known: bool) -> bool:
         """Behind the call, which may have ``failed``: whether the cache is quantized now.
@@ -119,18 +127,15 @@ class TakenBack:
     def __call__(self, *args: Any) -> Any:
         """Run the step on what the buffers were; Dynamo traces the next one anew."""
         trial = self.trial()
-        if trial is not None:  # else it is another call's
-            args = tuple(trial.originals(args))
-            trial.take_back()
         forget_compiled_frame()
-        return self.graph(*args)
+        return self.graph(*(args if trial is None else trial.taken_back(args)))
 
 
-def begin_trial(cache: Any, asked: Asked) -> Trial | None:
-    """Quantize ``cache``, which is given to a step; None: what it holds must be judged as it is."""
+def begin_trial(cache: Any, rows: int, asked: Asked) -> Trial | None:
+    """Quantize ``cache``, which is given to a step of so many ``rows``; None: what it holds must be judged as it is."""
     request, by_inductor = asked
     held = None if request.self_check else held_by(cache)
-    if held is None:
+    if held is None or held[0][0].keys.shape[0] != rows:
         return None
     layers, tokens = held
     buffers = [buffer for layer in layers for buffer in (layer.keys, layer.values)]
@@ -156,7 +161,7 @@ def judged(gm: GraphModule, inputs: list[Any], asked: Asked) -> Callable[..., An
     request, given = asked.request, trial.originals(inputs)
     found = detect_graph(_as_for(gm), given, request)
     reason = trial.why_not(found, given)
-    if trial.early.any_room and not (asked.by_inductor and may_take_any_room(found, request)):
+    if trial.early.grows and trial.early.any_room != (asked.by_inductor and may_take_any_room(found, request)):
         reason = reason or "its steps are made for the room that there is"
     if not reason:
         trial.accept()

@@ -74,12 +74,12 @@ def _is_left_untraced(call: Mapping[str, Any], asked: Callable[[], Asked]) -> bo
     if not all(name in call for name in _VARIABLES) or call["self"].fullgraph or call["self"] in _misjudged:
         return False
     args, kwargs = call["args"], call["kwargs"]
-    tokens, given = _tokens(args, kwargs), (*kwargs.values(), *args)
+    (rows, tokens), given = _new_tokens(args, kwargs), (*kwargs.values(), *args)
     # What is being handled already, where this is called in an ``except``.
     outer, inside = sys.exc_info()[1], contextlib.ExitStack()
     as_guessed = next((told for each in given if (told := uncompiled(each, tokens)) is not None), None)
     if as_guessed is None:
-        seen = look(call["self"], given, tokens, asked)
+        seen = look(call["self"], given, (rows, tokens), asked)
         if not isinstance(seen, Untraced):
             if seen is not None:
                 call["cleanups"].append(lambda: seen(sys.exc_info()[1] is not outer))
@@ -113,8 +113,9 @@ def _judge(function: Any, as_guessed: AsGuessed) -> None:
         _misjudged.add(function)
 
 
-def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """How many tokens a model's call brings, by the names that transformers has for them, or the first tensor."""
+def _new_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """For how many sequences a model's call brings how many tokens, by the names that transformers has for these, or
+    the first tensor; zeros: nobody knows."""
     first = next((each for each in args if isinstance(each, Tensor)), None)
     given = next((kwargs[name] for name in _NEW_TOKENS if kwargs.get(name) is not None), first)
-    return given.shape[1] if isinstance(given, Tensor) and given.dim() >= 2 else 0
+    return (given.shape[0], given.shape[1]) if isinstance(given, Tensor) and given.dim() >= 2 else (0, 0)
