@@ -1,7 +1,7 @@
 """The life of a cache: what comes of each thing that is done to one, with three caches, in eager code and compiled.
 
 Each scenario does it on a small Llama at 16 bits, and its logits are compared with those of a plain ``DynamicCache``.
-Compiled steps are rewritten graphs that run op by op. A ``StaticCache`` and a ``DynamicCache`` are taken over by one
+Compiled steps are rewritten graphs that run op by op. A ``StaticCache`` and a ``DynamicCache`` are quantized by one
 compiled step before anything is done; "eager" means the steps after that. Where the program itself calls `generate()`,
 "eager" is without the backend: what is right "in full precision" then has nothing quantized. "-" is what means nothing
 for that kind of cache. Only the rows that name Inductor, and the one of `mode=`, run what it builds.

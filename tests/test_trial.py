@@ -218,6 +218,44 @@ def test_what_is_not_tried(run: Run, ended: list[Any]) -> None:
     assert not ended and not is_quantized(cache)
 
 
+def test_caches_that_stay_as_they_are_are_looked_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And by one of the functions that are given them."""
+    looked: list[Any] = []
+    begin = new_caches.begin_trial
+    monkeypatch.setattr(new_caches, "begin_trial", lambda *args: (looked.append(args[0]), begin(*args))[1])
+    run.model.double()
+    cache = prefilled(run, StaticCache)
+    for _ in range(3):
+        run(one(), cache)
+    other = torch.compile(
+        lambda ids, past_key_values: run.model(ids, past_key_values=past_key_values), backend=run.backend
+    )
+    with torch.no_grad():
+        other(one(), cache)
+    assert len(looked) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_are_compiled_one_by_one_are_not_tried(run: Run, kind: type, ended: list[Any]) -> None:
+    """Each is given the cache of all."""
+    for layer in run.model.model.layers:
+        layer.compile(backend=run.backend)
+    cache = prefilled(run, kind)
+    with torch.no_grad():
+        for _ in range(3):
+            run.model(one(), past_key_values=cache)
+    assert not ended and is_quantized(cache)
+
+
+def test_tokens_whose_keys_are_zeros(run: Run, ended: list[Any]) -> None:
+    """Of what grows they are tokens like others; in a buffer they may be no tokens at all."""
+    for kind in KINDS:
+        cache = prefilled(run, kind)
+        cache.layers[0].keys[:, :, 3] = 0
+        run(one(), cache)
+    assert ended == [True] and is_quantized(cache)
+
+
 def test_options_of_the_compiled_function_are_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Asked] = []
     monkeypatch.setattr(new_caches, "begin_trial", lambda cache, rows, asked: seen.append(asked))

@@ -11,7 +11,7 @@ Relied on: ``keys``, ``values`` and ``get_seq_length`` of ``StaticLayer`` and ``
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -136,9 +136,9 @@ def is_plain(cache: Any) -> bool:
     return type(layer).__name__ in _PARTS and type(getattr(layer, "keys", None)) is Tensor
 
 
-def grow_alike(layers: Mapping[int, Any]) -> bool:
-    """Whether new ``layers`` of a cache that grows are such that its first step can be foreseen."""
-    return bool(layers) and all(_PARTS.get(type(layer).__name__) is GrowingPart for layer in layers.values())
+def grows(layers: Collection[Any]) -> bool:
+    """Whether each step makes ``layers`` longer, all of them in the one way that can be foreseen."""
+    return bool(layers) and all(_PARTS.get(type(layer).__name__) is GrowingPart for layer in layers)
 
 
 def held_by(cache: Any) -> tuple[list[Any], int] | None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from xquant_fx.cache.early import grow_alike, is_plain
+from xquant_fx.cache.early import grows, is_plain
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.later_prompts import Known, LaterPrompt, begin, learned
 from xquant_fx.cache.new_prompts import FirstPrompt, NewPrompt, is_new, may_be_new, storing
@@ -33,6 +33,8 @@ MOST_TOKENS = 1024
 
 #: Caches whose prompts were not traced, and of which no step was seen yet.
 _untouched = weakref.WeakSet[Any]()
+#: Caches in full precision that are not tried (any more).
+_as_it_is = weakref.WeakSet[Any]()
 
 
 class Untraced(NamedTuple):
@@ -66,7 +68,7 @@ class Function:
         later = begin(cache, self.known[kind]) if kind in self.known else None
         if later is not None:
             return later
-        if kind == _GROWING and (kind in self.refused or tokens > MOST_TOKENS or not grow_alike(layers)):
+        if kind == _GROWING and (kind in self.refused or tokens > MOST_TOKENS or not grows(layers.values())):
             return None
         self.prompts += 1
         if self.prompts > MANY_PROMPTS:
@@ -93,8 +95,12 @@ class Function:
 
     def trial_of(self, cache: Any, rows: int, asked: Callable[[], Asked]) -> Trial | None:
         """A ``cache`` in full precision of so many ``rows``, quantized on trial; None: what the step finds decides."""
-        is_none = cache.offloading or type(cache).__name__ in self.refused or not may_be_new(storing(cache))
-        return None if is_none else begin_trial(cache, rows, asked())
+        if cache.offloading or type(cache).__name__ in self.refused or cache in _as_it_is:
+            return None
+        trial = begin_trial(cache, rows, asked()) if may_be_new(storing(cache)) else None
+        if trial is None:
+            _as_it_is.add(cache)
+        return trial
 
     def chunk_of(self, cache: Any, new: tuple[int, int], asked: Callable[[], Asked]) -> Untraced | None:
         """A chunk behind what a ``cache`` holds in full precision, which is quantized: steps of such have a graph."""
@@ -112,6 +118,7 @@ class Function:
         has_graph = kind in self.accepted or kind in self.known
         if trial is not None and not trial.end(failed, has_graph) and not failed:
             self.refused.add(kind)  # the next step, whose graph is one for ordinary buffers, is its first
+            _as_it_is.add(cache)
             return
         if failed:
             return

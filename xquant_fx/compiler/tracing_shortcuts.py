@@ -5,7 +5,7 @@
 - the text of a frame, in the stack trace of each node: most frames are those of the node before;
 - whether a file is one of ``torch.nn.modules``, whose frames the stack trace leaves out;
 - names of functions, for which source files are read and which only logs show that are off;
-- lengths of caches that grow: those that are equal are one symbol, where each of 60 tensors had its own (0.8 of 4 s).
+- lengths of caches: those that are equal are one symbol, where each of 60 tensors had its own (0.8 of 4 s).
 
 The trace is the same but for these symbols. Relied on: how ``symbolic_convert``, ``output_graph`` and ``builder`` name
 these, that Dynamo's config is a module of a class of its own that looks up what it does not have itself, that a
@@ -31,7 +31,7 @@ from torch._dynamo import config, output_graph, symbolic_convert
 from torch._dynamo.variables import builder
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-from xquant_fx.cache.growing import GrowingKV
+from xquant_fx.cache.growing import STORED_KV
 
 #: Loggers of ``TORCH_LOGS=trace_call`` and ``trace_source``, which show names of functions.
 _NAMING_LOGS = ("output_graph.__trace_call", "symbolic_convert.__trace_call", "symbolic_convert.__trace_source")
@@ -153,7 +153,8 @@ def _with_one_length(context_of: Callable[..., Any]) -> Callable[..., Any]:
 
     def context(e: Any, *args: Any, **kwargs: Any) -> Any:
         found = context_of(e, *args, **kwargs)
-        if isinstance(e, GrowingKV) and not e.is_tail and found.dynamic_sizes[2] is DimDynamic.DYNAMIC:
+        is_whole = isinstance(e, STORED_KV) and not (e.spec.window or getattr(e, "is_tail", False))
+        if is_whole and found.dynamic_sizes[2] is DimDynamic.DYNAMIC:
             found.dynamic_sizes[2] = DimDynamic.DUCK
         return found
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from xquant_fx.cache.early import Early, held_by
+from xquant_fx.cache.early import Early, grows, held_by
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.left import why_kept, why_left
@@ -140,7 +140,9 @@ def begin_trial(cache: Any, rows: int, asked: Asked) -> Trial | None:
     layers, tokens = held
     buffers = [buffer for layer in layers for buffer in (layer.keys, layer.values)]
     with torch.no_grad(), wanted():
-        if any(why_left(x) or why_kept(x) or why_not_alone(x) or why_not_held(x, tokens) for x in buffers):
+        if any(why_left(x) or why_kept(x) for x in buffers):
+            return None
+        if not grows(layers) and any(why_not_alone(x) or why_not_held(x, tokens) for x in buffers):
             return None
         try:
             any_room = by_inductor and buffers[0].device.type == "cpu" and not request.disable & NEEDED

@@ -114,8 +114,12 @@ def _judge(function: Any, as_guessed: AsGuessed) -> None:
 
 
 def _new_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    """For how many sequences a model's call brings how many tokens, by the names that transformers has for these, or
-    the first tensor; zeros: nobody knows."""
+    """For how many sequences a call brings how many tokens, by the names that transformers has for these, or the first
+    tensor; zeros: nobody knows. Of hidden states, which a part of a model takes, none are whole sequences."""
     first = next((each for each in args if isinstance(each, Tensor)), None)
-    given = next((kwargs[name] for name in _NEW_TOKENS if kwargs.get(name) is not None), first)
-    return (given.shape[0], given.shape[1]) if isinstance(given, Tensor) and given.dim() >= 2 else (0, 0)
+    name = next((name for name in _NEW_TOKENS if kwargs.get(name) is not None), None)
+    given = first if name is None else kwargs[name]
+    if not isinstance(given, Tensor) or given.dim() < 2:
+        return 0, 0
+    is_whole = name != "hidden_states" if name is not None else not given.is_floating_point()
+    return given.shape[0] if is_whole else 0, given.shape[1]
