@@ -34,7 +34,7 @@ def all_traced(monkeypatch):
     """Prompts and chunks are traced, which they are not where a cache tells beforehand (``test_untraced.py``)."""
     from xquant_fx.compiler import untraced
 
-    monkeypatch.setattr(untraced, "_backends", {})
+    monkeypatch.setattr(untraced, "_backends", [])
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,8 @@ from xquant_fx.kernels.cpu.any_room import Rooms
 from xquant_fx.kernels.cpu.wrapper_code import KernelCall, NotReadError, Place, WrapperCode
 
 CONFIG = XQuantConfig.preset("xquant-2.2").replace(residual_length=32, k_group_size=32, k_residual_length=None)
-#: A prompt, a chunk that leaves room for a few tokens, and steps until there is more room.
-LIFE = [20, 480, *[1] * 12]
+#: A prompt, a step, a chunk that leaves room for a few tokens, and steps until there is more room.
+LIFE = [20, 1, 479, *[1] * 12]
 
 
 def model_of(layers: int = 1) -> Any:
@@ -89,7 +89,7 @@ def test_more_room_is_not_compiled_for(make: Any, layers: int, masked: bool) -> 
     got = torch.cat([before, run(step, cache, LIFE[5:], **more)], 1)
     assert {k.live.spec.shape[2] for k in keys_of(cache)} == {640}
     assert (graphs(), counters["xquant"]["one_call"]) == (made, calls) and calls
-    assert counters["xquant"]["fuse_decode"] == layers * (made - 1)  # of all but the prompt; chunks are not traced
+    assert counters["xquant"]["fuse_decode"] == layers * made  # prompts and chunks are not traced
     assert bool(counters["xquant"]["layers_not_compiled_again"]) == (layers > 1)
     torch.testing.assert_close(got, expected(model, LIFE, **more), rtol=0, atol=2e-5)
     if make is model_of and layers > 1:
@@ -98,7 +98,7 @@ def test_more_room_is_not_compiled_for(make: Any, layers: int, masked: bool) -> 
     longer, sizes = DynamicCache(config=model.config), [600, 1, 1]
     of_longer = run(step, longer, sizes, **more)
     assert {k.live.spec.shape[2] for k in keys_of(longer)} == {640}
-    assert counters["xquant"]["fuse_decode"] == layers * (made - 1)
+    assert counters["xquant"]["fuse_decode"] == layers * made
     torch.testing.assert_close(of_longer, expected(model, sizes, **more), rtol=0, atol=2e-5)
 
 
@@ -123,7 +123,7 @@ def test_who_has_the_room_that_there_is(options: dict[str, Any]) -> None:
     given = {} if "preset" in options else {"config": CONFIG}
     step = torch.compile(model.forward, backend="xquant", options={**given, **options})
     cache = DynamicCache(config=model.config)
-    run(step, cache, [20])
+    run(step, cache, [20, 1])
     assert {k.spec.shape[2] for k in keys_of(cache)} == {512} and not any(k.spec.any_room for k in keys_of(cache))
 
 

@@ -78,7 +78,7 @@ def test_as_plain_torch_on_dequantized_values(tiny_llama, attended, monkeypatch,
 def test_caches_that_were_taken_over(tiny_llama, attended, monkeypatch, kind):
     model = tiny_llama(layers=2)
     ids = torch.randint(1, 128, (1, sum(SIZES) + 1), generator=seeded(1))
-    monkeypatch.setattr(untraced, "_backends", {})
+    monkeypatch.setattr(untraced, "_backends", [])
     outs = []
     for kernel in (True, False):
         if not kernel:
@@ -269,7 +269,7 @@ def test_long_chunks_are_the_same_whatever_room_there_is(tiny_llama, attended):
 def test_long_chunks_of_caches_that_were_taken_over(tiny_llama, attended, monkeypatch, kind, values):
     model = tiny_llama(layers=2, head_dim=32, dtype=torch.bfloat16)
     ids = torch.randint(1, 128, (1, sum(LONG) + 1), generator=seeded(1))
-    monkeypatch.setattr(untraced, "_backends", {})
+    monkeypatch.setattr(untraced, "_backends", [])
     long, outs = list[int](), []
     attend = step_attention.attended
     counting = lambda q, *args, **given: (long.append(q.shape[2]), attend(q, *args, **given))[1]  # noqa: E731

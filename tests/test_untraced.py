@@ -60,7 +60,7 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def own_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(untraced, "_backends", {})
+    monkeypatch.setattr(untraced, "_backends", [])
     monkeypatch.setattr(untraced, "_misjudged", weakref.WeakSet())
 
 
@@ -130,7 +130,7 @@ def test_chunks_are_not_traced(run, make, expected, monkeypatch):
     for left in (True, False):
         torch._dynamo.reset()
         run.call = torch.compile(run.model.forward, backend=run.backend)
-        monkeypatch.setattr(untraced, "_backends", {run.backend: run.backend.asked} if left else {})
+        monkeypatch.setattr(untraced, "_backends", [(run.backend, run.backend.asked)] * left)
         cache = make(config=run.model.config, **room) if make is DynamicCache else make(run.model.config, **room)
         counters.clear()
         outs.append([run(ids, cache) for ids in turns])

@@ -94,7 +94,8 @@ class Early:
         sides = [(layer, side) for layer in layers for side in _SIDES]
         specs = self._bound(plan, layers)
         if any_room and not any(map(why_not_fused, specs[::2], specs[1::2])):
-            self.any_room, specs = True, self._bound(plan, layers)
+            self.any_room = True
+            specs = self._bound(plan, layers)
         states = allocate(self.group, specs)
         try:
             for (layer, side), state in zip(sides, states, strict=True):

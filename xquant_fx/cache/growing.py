@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
+from torch._subclasses.fake_tensor import FakeTensor, UnsupportedFakeTensorException
 
 from xquant_fx.cache import step_attention
 from xquant_fx.cache.growth import Growth
@@ -226,15 +226,24 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     if reason := past.spec.why_not(x):
         # While Dynamo traces: it leaves the step to eager code, which raises the same.
         raise UnsupportedFakeTensorException(reason) if past.growth is None else CacheStateError(reason)
-    if x.dtype != past.dtype:
+    if past.growth is None or x.dtype != past.dtype:
         return NotImplemented
-    if past.growth is None:  # as torch would find by many questions of symbols
-        return x.new_empty((*past.shape[:2], past.shape[2] + x.shape[2], past.shape[3]))
     if isinstance(x, GrowingKV) and x.growth is past.growth:
         if past.spec.quantized:
             raise CacheStateError(f"{past.origin}: {EVICTS}")
         return NotImplemented  # 16 bits lose nothing
     return past.append(x) if x.shape[2] else past
+
+
+def _longer(tensors: list[Tensor], dim: int = 0) -> Any:
+    """``_cat``, and while Dynamo traces what torch would find by many questions of symbols."""
+    made = _cat(tensors, dim)
+    past, *others = tensors
+    if made is NotImplemented and len(others) == 1 and dim in (2, -2) and isinstance(past, GrowingKV):
+        (x,) = others
+        if past.growth is None and type(x) is FakeTensor and x.dtype == past.dtype and x.dim() == past.dim():
+            return x.new_empty((*past.shape[:2], past.shape[2] + x.shape[2], past.shape[3]))
+    return made
 
 
 def _slice(kv: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
@@ -278,7 +287,7 @@ def _alias(kv: Tensor) -> Any:
 
 
 GrowingKV.handlers = {
-    aten.cat.default: _cat,
+    aten.cat.default: _longer,
     aten.slice.Tensor: _slice,
     aten.index_select.default: _select_rows,
     aten.index.Tensor: _index_rows,

@@ -153,9 +153,11 @@ def _with_one_length(context_of: Callable[..., Any]) -> Callable[..., Any]:
 
     def context(e: Any, *args: Any, **kwargs: Any) -> Any:
         found = context_of(e, *args, **kwargs)
-        is_whole = isinstance(e, STORED_KV) and not (e.spec.window or getattr(e, "is_tail", False))
-        if is_whole and found.dynamic_sizes[2] is DimDynamic.DYNAMIC:
-            found.dynamic_sizes[2] = DimDynamic.DUCK
+        if isinstance(e, STORED_KV) and not (e.spec.window or getattr(e, "is_tail", False)):
+            tokens = getattr(e, "token_dim", 2)
+            if tokens is not None and found.dynamic_sizes[tokens] is DimDynamic.DYNAMIC:
+                found.dynamic_sizes[tokens] = DimDynamic.DUCK
+                found.constraint_sizes[tokens] = None  # who is to be told if it turns out a number has its own symbol
         return found
 
     return context

@@ -42,7 +42,7 @@ _VARIABLES = ("self", "args", "kwargs", "cleanups")
 #: Ids [B, q], or embeddings [B, q, D].
 _NEW_TOKENS = ("decoder_input_ids", "input_ids", "inputs_embeds", "hidden_states")
 #: Backends, with what makes of the mode and the options that ``torch.compile`` was given what is asked of each.
-_backends: dict[Backend, Callable[..., Asked]] = {}
+_backends: list[tuple[Backend, Callable[..., Asked]]] = []
 #: Compiled functions, as torch keeps them, of which a call was something else than it was taken for.
 _misjudged = weakref.WeakSet[Any]()
 
@@ -52,7 +52,7 @@ def leave_prompts_untraced(backend: Backend, asked_of: Callable[..., Asked]) -> 
 
     ``asked_of`` says what it is asked for, of the mode and the options that ``torch.compile`` was given.
     """
-    _backends[backend] = asked_of
+    _backends.append((backend, asked_of))
     torchs: Callable[[Any], Any] | None = vars(eval_frame).get(_NAME)
     if torchs is None or hasattr(torchs, "_of_xquant_fx"):
         return
@@ -60,7 +60,11 @@ def leave_prompts_untraced(backend: Backend, asked_of: Callable[..., Asked]) -> 
     @functools.wraps(torchs)
     def callback_of_call(callback: Any) -> Any:
         chosen = torchs(callback)
-        if chosen in (None, False) or (asked_of := _backends.get(innermost(chosen))) is None:
+        if chosen in (None, False):
+            return chosen
+        backend = innermost(chosen)  # which need not be hashable
+        asked_of = next((each for known, each in _backends if known is backend), None)
+        if asked_of is None:
             return chosen
         asked = functools.partial(_asked, asked_of, chosen)
         return None if _is_left_untraced(sys._getframe(1).f_locals, asked) else chosen
