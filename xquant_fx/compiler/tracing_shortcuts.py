@@ -154,13 +154,19 @@ def _with_one_length(context_of: Callable[..., Any]) -> Callable[..., Any]:
     def context(e: Any, *args: Any, **kwargs: Any) -> Any:
         found = context_of(e, *args, **kwargs)
         if isinstance(e, STORED_KV) and not (e.spec.window or getattr(e, "is_tail", False)):
-            tokens = getattr(e, "token_dim", 2)
-            if tokens is not None and found.dynamic_sizes[tokens] is DimDynamic.DYNAMIC:
-                found.dynamic_sizes[tokens] = DimDynamic.DUCK
-                found.constraint_sizes[tokens] = None  # who is to be told if it turns out a number has its own symbol
+            _share(found, getattr(e, "token_dim", 2))
         return found
 
     return context
+
+
+def _share(found: Any, dim: int | None) -> None:
+    """Have a size that Dynamo leaves open by itself, and nobody's mark does, share a symbol."""
+    if dim is None or found.dynamic_sizes[dim] is not DimDynamic.DYNAMIC:
+        return
+    constraint = found.constraint_sizes[dim]
+    if constraint is None or getattr(constraint, "warn_only", False):
+        found.dynamic_sizes[dim], found.constraint_sizes[dim] = DimDynamic.DUCK, None
 
 
 def _no_name(filename: str, lineno: int) -> None:
