@@ -2,14 +2,15 @@
 
 Dynamo goes on reading its own graph's placeholders after the backend returns, so the passes work on
 a clone. Relied on: ``node._dynamo_source``, ``GetItemSource``, ``node.meta["example_value"]`` and ``["tensor_dict"]``,
-``GraphModule._param_name_to_source`` and friends, ``_make_graph_module``, ``create_symintnode``. Checked on torch 2.11
-and 2.13, but for the last on 2.14, too.
+``GraphModule._param_name_to_source`` and friends, ``_make_graph_module``, ``suppress_guards``, ``create_symintnode``.
+Checked on torch 2.11 and 2.13, but for the last two on 2.14, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -80,6 +81,12 @@ def fake_mode(graph: Graph) -> Any:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return None
+
+
+def without_guards(graph: Graph) -> AbstractContextManager[None]:
+    """Inside, what is asked of sizes that Dynamo left open in ``graph`` is true of this call, and binds no other."""
+    shapes = getattr(fake_mode(graph), "shape_env", None)
+    return contextlib.nullcontext() if shapes is None else shapes.suppress_guards()
 
 
 def part_source(whole: Node, index: int) -> Any:

@@ -280,6 +280,21 @@ def test_beams_are_ranked_by_the_queries_of_the_prompt(run: Run, kind: type) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_generate_of_padded_prompts_has_one_graph(run: Run, kind: type) -> None:
+    """Masks are longer at each step: Dynamo would take the first for one of a fixed length."""
+    run.model.compile(backend=run.backend)
+    for tokens in (20, 12, 31):
+        ids, mask = ids_of(tokens, 2), torch.ones(2, tokens, dtype=torch.long)
+        mask[0, :5] = 0
+        cache = new(run, kind)
+        run.model.generate(
+            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=6, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+        assert graphs() == 1 and is_quantized(cache) and int(cache.get_seq_length()) == tokens + 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_was_kept_in_case_is_let_go(run: Run, kind: type) -> None:
     cache = prefilled(run, kind)
     kept = [weakref.ref(x.untyped_storage()) for x in sides(cache)] if kind is DynamicCache else []

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from xquant_fx.cache.early import grows, is_plain
 from xquant_fx.cache.growing import STORED_KV
@@ -132,6 +133,13 @@ class Function:
             self.traced.add(kind)
 
 
+def _mark_masks(given: Sequence[Any], length: int) -> None:
+    """Have Dynamo leave open how long masks [..., T] of all tokens are, of which it has seen no others before."""
+    for each in given:
+        if isinstance(each, Tensor) and each.dim() >= 2 and each.shape[-1] == length:
+            torch._dynamo.maybe_mark_dynamic(each, each.dim() - 1)
+
+
 _functions = weakref.WeakKeyDictionary[Any, Function]()
 
 
@@ -160,4 +168,6 @@ def look(
     if tokens > STEP_TOKENS and (chunk := known.chunk_of(cache, new, asked)) is not None:
         return chunk
     trial = known.trial_of(cache, rows, asked) if 0 < tokens <= STEP_TOKENS else None
+    if trial is not None:
+        _mark_masks(given, trial.early.tokens + tokens)
     return partial(known.step_came, cache, trial) if is_first or trial is not None else None

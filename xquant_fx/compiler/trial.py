@@ -32,7 +32,7 @@ from xquant_fx.compiler.proof import Call, why_not_held
 from xquant_fx.compiler.takeover import warn_of_more
 from xquant_fx.errors import ConfigError
 from xquant_fx.kernels.cpu.at_hand import as_wanted, wanted
-from xquant_fx.passes.graph import clone
+from xquant_fx.passes.graph import clone, without_guards
 from xquant_fx.passes.records import Detection
 from xquant_fx.plan.plan import make_plan
 from xquant_fx.plan.spec import KVSpec
@@ -161,8 +161,9 @@ def judged(gm: GraphModule, inputs: list[Any], asked: Asked) -> Callable[..., An
     if trial is None or trial.accepted is not None:
         return None
     request, given = asked.request, trial.originals(inputs)
-    found = detect_graph(_as_for(gm), given, request)
-    reason = trial.why_not(found, given)
+    with without_guards(gm.graph):  # of the graph that there would be: sizes are looked at which this one leaves open
+        found = detect_graph(_as_for(gm), given, request)
+        reason = trial.why_not(found, given)
     if trial.early.grows and trial.early.any_room != (asked.by_inductor and may_take_any_room(found, request)):
         reason = reason or "its steps are made for the room that there is"
     if not reason:
