@@ -67,8 +67,8 @@ def quantize_keeping(buffer: Tensor, state: KVState) -> Tensor:
 
 
 def restore(buffer: Tensor, original: Tensor) -> None:
-    """Make the object ``buffer`` the ordinary tensor ``original``, which gets what ``buffer`` was."""
-    assert isinstance(buffer, QuantizedKV)
+    """Make the object ``buffer``, which is quantized, the ordinary tensor ``original``; that gets what it was."""
+    assert isinstance(buffer, Dequantized)
     _make_plain(buffer, original)
 
 

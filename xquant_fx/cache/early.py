@@ -2,10 +2,10 @@
 
 As what, a takeover by its step would say (``compiler/takeover.py``, ``compiler/growing_takeover.py``): if the graph is
 the usual one, keys and values of each layer in turn, each appended to behind as many tokens as the layer says. What
-they were is kept until the graph is known (``compiler/trial.py``).
+they were is kept until the step has ended (``compiler/trial.py``).
 
-Relied on: ``keys``, ``values`` and ``get_seq_length`` of ``StaticLayer`` and ``DynamicLayer``. Checked on transformers
-5.17 and 5.23.
+Relied on: ``keys``, ``values``, ``get_seq_length`` and, of static ones, ``cumulative_length`` of ``StaticLayer`` and
+``DynamicLayer``. Checked on transformers 5.17 and 5.23.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.growth import Growth, first_room, with_lasting_room
 from xquant_fx.cache.new_prompts import first_storing, storing
-from xquant_fx.cache.queries import take_note
+from xquant_fx.cache.queries import Notes
 from xquant_fx.cache.state import KVState
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec, Role, why_not_fused
@@ -38,16 +38,20 @@ class StaticPart:
     room_of = staticmethod(lambda buffer, any_room: buffer.shape[2])
 
     def __init__(self, layer: Any, side: str, state: KVState, any_room: bool) -> None:
-        self.state, self.quantized = state, getattr(layer, side)
-        self.original = self.ordinary = quantize_keeping(self.quantized, state)
+        self.layer, self.state, self.quantized = layer, state, getattr(layer, side)
+        self.count = layer.cumulative_length.clone()
+        self.notes = Notes(layer, self.quantized)
+        self.original = quantize_keeping(self.quantized, state)
         state.group.taken_over.append(weakref.ref(self.quantized))
 
-    def take_back(self, tokens: int) -> None:
-        """Make it what it was, with what came behind its ``tokens``."""
-        held = self.state.length
-        self.original[:, :, tokens:held] = self.quantized[:, :, tokens:held]
+    def take_back(self) -> None:
+        """Make it what it was."""
         restore(self.quantized, self.original)
-        self.ordinary = self.quantized  # the object that the layer holds
+        self.notes.put_back()
+
+    def forget_step(self) -> None:
+        """The layer has as many tokens as before the step."""
+        self.layer.cumulative_length.copy_(self.count)
 
 
 class GrowingPart:
@@ -57,16 +61,19 @@ class GrowingPart:
 
     def __init__(self, layer: Any, side: str, state: KVState, any_room: bool) -> None:
         self.layer, self.side, self.state, self.original = layer, side, state, getattr(layer, side)
-        self.ordinary = self.original
-        self.quantized = GrowingKV.of(Growth(state, self.original.shape[2], any_room))
+        self.notes = Notes(layer)
+        self.quantized: Tensor = GrowingKV.of(Growth(state, self.original.shape[2], any_room))
         setattr(layer, side, self.quantized)
 
-    def take_back(self, tokens: int) -> None:
-        """Have the layer hold what it did, with what came behind its ``tokens``."""
-        now = getattr(self.layer, self.side)
-        whole = [self.original, now[:, :, tokens:]] if now.shape[2] > tokens else [self.original]
-        self.ordinary = torch.cat(whole, 2) if len(whole) > 1 else self.original
-        setattr(self.layer, self.side, self.ordinary)
+    def take_back(self) -> None:
+        """Have the layer hold what it did, unless it holds something else by now, and whoever has it from there."""
+        if getattr(self.layer, self.side) is self.quantized:
+            setattr(self.layer, self.side, self.original)
+        restore(self.quantized, self.original.detach())
+        self.notes.put_back()
+
+    def forget_step(self) -> None:
+        """The layer has as many tokens as its tensor."""
 
 
 #: By the name of a layer's class.
@@ -117,18 +124,29 @@ class Early:
     def _take(self, layer: Any, side: str, state: KVState) -> None:
         x = getattr(layer, side)
         if side == "keys":
-            notes = take_note(layer, x), take_note(x, x)
-            state.take_queries(next((each for each in notes if each is not None), None))
+            state.take_queries(Notes(layer, x).squares_of(x))
         state.store(x[:, :, : self.tokens], torch.arange(self.tokens, device=x.device))
         self.group.forget(state)
         self.parts.append(self._part_of(layer, side, state, self.any_room))
 
-    def take_back(self) -> None:
-        """Make all what it was, with the few tokens that came since behind those: they are exact yet."""
+    @property
+    def has_more(self) -> bool:
+        """Whether any of it got tokens since (waits for the device)."""
+        return any(part.state.length > self.tokens for part in self.parts)
+
+    def take_back(self, forget_step: bool = False) -> None:
+        """Make all what it was: nothing came since, or is to be forgotten."""
         for part in self.parts:
-            part.take_back(self.tokens)
-        for part in self.parts:  # not before: upper layers have their codes from lower ones
-            part.state.forsake()
+            part.take_back()
+            if forget_step:
+                part.forget_step()
+        self.parts = []
+
+    def keep(self) -> None:
+        """It is quantized from now on; what it was goes."""
+        for part in self.parts:
+            part.notes.forget()
+        self.parts = []
 
 
 def is_plain(cache: Any) -> bool:

@@ -43,6 +43,17 @@ class Member(Protocol):
         """Store a prompt that has waited."""
 
 
+class Trial(Protocol):
+    """A ``compiler.trial.Trial``."""
+
+    @property
+    def ends_at_once(self) -> bool:
+        """Whether uncompiled code ends it."""
+
+    def take_back(self) -> None:
+        """Make all buffers what they were."""
+
+
 class Reading(Protocol):
     """Tokens of a buffer that are read later."""
 
@@ -99,6 +110,8 @@ class CacheGroup:
         ``enter``, ``drop`` or ``read_now`` first."""
         self.collected: dict[object, Any] = {}
         """What compiled steps take of this cache, by step."""
+        self.on_trial: Trial | None = None
+        """What may still make all of it ordinary tensors again."""
         self.members: list[weakref.ref[Member]] = []
         self.written: set[BufferName] = set()
         """Buffers that the step has written so far."""
@@ -121,7 +134,7 @@ class CacheGroup:
     def __getstate__(self) -> dict[str, object]:
         self.settle()
         empty: dict[str, list[Any]] = {name: [] for name in ("members", "taken_over", "rows", "readings")}
-        return {**self.__dict__, **empty, "collected": {}, "selection": None}
+        return {**self.__dict__, **empty, "collected": {}, "selection": None, "on_trial": None}
 
     def with_start(self, start: Tensor) -> CacheGroup:
         """An empty group of another batch or device, with ``start`` int64 [B]."""

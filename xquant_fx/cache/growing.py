@@ -27,7 +27,7 @@ from xquant_fx.cache import step_attention
 from xquant_fx.cache.growth import Growth
 from xquant_fx.cache.held_tokens import heads_apart
 from xquant_fx.cache.kv_tensor import QuantizedKV, refuse_aot
-from xquant_fx.cache.reads import Dequantized, read
+from xquant_fx.cache.reads import Dequantized, end_trials, read
 from xquant_fx.cache.select import select
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError, UnsupportedWriteError
@@ -138,7 +138,10 @@ class GrowingKV(Dequantized):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"GrowingKV({self.origin}, shape={tuple(self.shape)}, {self.spec.bits} bits, device={self.device})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GrowingKV:
+    @torch._dynamo.disable
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if end_trials(self):
+            return copy.deepcopy(self, memo)
         assert self.growth is not None
         new = memo[id(self)] = _rebuild(copy.deepcopy(self.growth, memo), self.end, self.since, self.begin)
         return new
@@ -204,6 +207,8 @@ class GrowingKV(Dequantized):
     @torch._dynamo.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         refuse_aot(*args)
+        if end_trials(*args, *(kwargs or {}).values()):
+            return func(*args, **(kwargs or {}))
         first = args[0][0] if func is aten.cat.default and args[0] else args[0]
         handler = type(first).handlers.get(func) if isinstance(first, GrowingKV) else None
         handler = step_attention.HANDLERS.get(func) if handler is None else handler

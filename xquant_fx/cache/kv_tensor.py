@@ -24,7 +24,7 @@ from xquant_fx.cache.growth import of_any_length
 from xquant_fx.cache.held_tokens import heads_apart
 from xquant_fx.cache.left import leave_read
 from xquant_fx.cache.ragged import Row
-from xquant_fx.cache.reads import Dequantized, Token, read, wrapper
+from xquant_fx.cache.reads import Dequantized, Token, end_trials, read, wrapper
 from xquant_fx.cache.select import reorder, select
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError, UnsupportedWriteError
@@ -137,7 +137,10 @@ class QuantizedKV(Dequantized):
         codes = f"codes of layer {s.partner}" if s.borrowed else f"{s.bits} bits"
         return f"QuantizedKV({self.origin}, shape={tuple(self.shape)}, {codes}, device={self.device})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedKV:
+    @torch._dynamo.disable
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if end_trials(self):
+            return copy.deepcopy(self, memo)
         with torch.inference_mode(False):
             new = self.standing_for(copy.deepcopy(self.live, memo))
         memo[id(self)] = new
@@ -251,6 +254,8 @@ class QuantizedKV(Dequantized):
     @torch._dynamo.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         refuse_aot(*args)
+        if end_trials(*args, *(kwargs or {}).values()):
+            return func(*args, **(kwargs or {}))
         first = args[0][0] if func is aten.cat.default and args[0] else args[0]
         handler = type(first).handlers.get(func) if isinstance(first, QuantizedKV) else None
         handler = step_attention.HANDLERS.get(func) if handler is None else handler

@@ -52,7 +52,31 @@ def note(holders: Sequence[Any], keys: Tensor, tokens: int, q: Tensor) -> None:
 
 def take_note(holder: Any, keys: Tensor) -> Tensor | None:
     """``mean_squares`` that were noted on ``holder``, if ``keys`` still hold that prompt; they are taken from it."""
-    found: Note | None = vars(holder).pop(_NOTE, None)
-    if found is None or found.last.shape != (*keys.shape[:2], keys.shape[3]) or found.slot >= keys.shape[2]:
+    notes = Notes(holder)
+    notes.forget()
+    return notes.squares_of(keys)
+
+
+class Notes:
+    """What is noted on these ``holders``."""
+
+    def __init__(self, *holders: Any) -> None:
+        self.found: list[tuple[Any, Note]] = [(x, vars(x)[_NOTE]) for x in holders if _NOTE in vars(x)]
+
+    def squares_of(self, keys: Tensor) -> Tensor | None:
+        """``mean_squares`` of the prompt that ``keys`` [B, H, N, D] hold; None: there are none, or it is another."""
+        for _, noted in self.found:
+            is_such = noted.last.shape == (*keys.shape[:2], keys.shape[3]) and noted.slot < keys.shape[2]
+            if is_such and torch.equal(noted.last, keys[:, :, noted.slot]):
+                return noted.squares
         return None
-    return found.squares if torch.equal(found.last, keys[:, :, found.slot]) else None
+
+    def forget(self) -> None:
+        """Take it from there."""
+        for holder, _ in self.found:
+            vars(holder).pop(_NOTE, None)
+
+    def put_back(self) -> None:
+        """Note it there again."""
+        for holder, noted in self.found:
+            setattr(holder, _NOTE, noted)

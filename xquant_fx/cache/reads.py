@@ -200,6 +200,21 @@ class Token(Dequantized):
         return read(func, args, kwargs or {})
 
 
+def end_trials(*values: Any) -> bool:
+    """Before uncompiled code gets to quantized buffers among ``values``: those on trial become what they were, the
+    objects themselves; returns whether any did."""
+    ended = False
+    for value in values:
+        if isinstance(value, tuple | list):
+            ended = end_trials(*value) or ended
+        elif isinstance(value, Dequantized) and (state := getattr(value, "state", None)) is not None:
+            trial = state.group.on_trial
+            if trial is not None and trial.ends_at_once:
+                trial.take_back()
+                ended = True
+    return ended
+
+
 def read(func: Any, args: Any, kwargs: Any) -> Any:
     """Run ``func`` on dequantized arguments.
 

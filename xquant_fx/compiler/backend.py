@@ -48,7 +48,7 @@ from xquant_fx.compiler.self_check import self_check
 from xquant_fx.compiler.stacked_graph import NOT_APART, Judge, LeftWholeError, no_judge, stacked_graph
 from xquant_fx.compiler.takeover import Takeover
 from xquant_fx.compiler.tracing_time import watch_tracing
-from xquant_fx.compiler.trial import Asked, judged
+from xquant_fx.compiler.trial import Asked, judged, lost
 from xquant_fx.compiler.untraced import leave_prompts_untraced, was_called
 from xquant_fx.compiler.watch import Watch, WatchStacks, WatchWrites, only_read
 from xquant_fx.errors import CacheStateError, ConfigError, UnsupportedWriteError
@@ -105,6 +105,8 @@ def compile_graph(gm: GraphModule, inputs: list[Any], request: Request, compiler
     if (own := returned_inputs(gm)) is not None:
         return own.calling(compile_graph(own.gm, inputs, request, compiler))
     if (empty := emptied_inputs(gm, inputs)) is not None:
+        if (taken_back := lost(gm, inputs, "the graph empties it first")) is not None:
+            return taken_back
         with empty.emptied(inputs):
             return empty.calling(compile_graph(empty.gm, inputs, request, compiler))
     gm = without_growth_copies(gm)

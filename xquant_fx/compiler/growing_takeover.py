@@ -7,7 +7,7 @@ tokens are there in full precision (of a prompt; a cache that was filled by eage
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.growth import Growth, with_lasting_room
+from xquant_fx.cache.queries import Notes
 from xquant_fx.cache.state import KVState
 from xquant_fx.compiler.planning import geometry_of
 from xquant_fx.compiler.prompt_queries import queries_of, show_query
@@ -39,14 +40,16 @@ class GrowingTakeover:
     def __call__(self, *args: Any) -> Any:
         """Run the step on these arguments, which hold a cache that was not seen before; several threads may."""
         with wanted():
-            return _Step(self).run(*args)
+            return _Step(self, args).run(*args)
 
 
 class _Step(torch.fx.Interpreter):
     """One run of such a step, with the caches that it makes."""
 
-    def __init__(self, takeover: GrowingTakeover) -> None:
+    def __init__(self, takeover: GrowingTakeover, args: Sequence[Any]) -> None:
         super().__init__(takeover.gm)
+        inputs = zip(takeover.gm.graph.find_nodes(op="placeholder"), args, strict=True)
+        self.notes = {node: Notes(each) for node, each in inputs if isinstance(each, Tensor)}
         self.plans, self.queries, self.quantizing = takeover.plans, takeover.queries, takeover.quantizing
         self.any_room = takeover.any_room
         self.caches: dict[int, _NewCache] = {}
@@ -60,6 +63,8 @@ class _Step(torch.fx.Interpreter):
         if buffer.group not in self.caches:
             self.caches[buffer.group] = _NewCache(self.plans[buffer.group], whole, self.any_room)
         state = self.caches[buffer.group].allocate(buffer, whole)
+        if buffer.write.past in self.notes:
+            state.take_queries(self.notes[buffer.write.past].squares_of(whole))
         show_query(state, buffer.write.node, self.queries, self.env)
         state.store(whole, torch.arange(whole.shape[2], device=whole.device))
         state.group.drop()  # nobody reads the prompt in full precision any more

@@ -96,36 +96,38 @@ class Function:
 
     def trial_of(self, cache: Any, rows: int, asked: Callable[[], Asked]) -> Trial | None:
         """A ``cache`` in full precision of so many ``rows``, quantized on trial; None: what the step finds decides."""
-        if cache.offloading or type(cache).__name__ in self.refused or cache in _as_it_is:
+        kind = type(cache).__name__
+        if cache.offloading or kind in self.refused or cache in _as_it_is:
             return None
-        trial = begin_trial(cache, rows, asked()) if may_be_new(storing(cache)) else None
+        is_known = kind in self.accepted | self.known.keys()
+        trial = begin_trial(cache, rows, asked(), is_known) if may_be_new(storing(cache)) else None
         if trial is None:
             _as_it_is.add(cache)
         return trial
 
     def chunk_of(self, cache: Any, new: tuple[int, int], asked: Callable[[], Asked]) -> Untraced | None:
         """A chunk behind what a ``cache`` holds in full precision, which is quantized: steps of such have a graph."""
-        is_known = type(cache).__name__ in self.accepted | self.known.keys()
         rows, tokens = new
-        trial = self.trial_of(cache, rows, asked) if is_known else None
+        trial = self.trial_of(cache, rows, asked) if type(cache).__name__ in self.accepted | self.known.keys() else None
         if trial is not None:
-            trial.end(failed=False, is_known=True)
+            trial.accept()
+            trial.end(failed=False)
         guess = None if trial is None else uncompiled(cache, tokens)
         return None if guess is None else Untraced(lambda: None, guess)
 
     def step_came(self, cache: Any, trial: Trial | None, failed: bool) -> None:
         """Behind the first step of a ``cache``, or one on ``trial``: is it quantized?"""
-        kind = type(cache).__name__
-        has_graph = kind in self.accepted or kind in self.known
-        if trial is not None and not trial.end(failed, has_graph) and not failed:
-            self.refused.add(kind)  # the next step, whose graph is one for ordinary buffers, is its first
+        kind, is_quantized = type(cache).__name__, trial is not None and trial.end(failed)
+        if trial is not None and not is_quantized:  # the next step, whose graph is for ordinary buffers, is its first
             _as_it_is.add(cache)
+            if not failed:
+                self.refused.add(kind)
             return
         if failed:
             return
         _untouched.discard(cache)
         self.prompts = 0
-        if trial is not None:
+        if is_quantized:
             self.accepted.add(kind)
         if any(isinstance(getattr(layer, "keys", None), STORED_KV) for layer in cache.layers):
             self.learn(cache)

@@ -1,10 +1,14 @@
 """Caches that are quantized before Dynamo traces their first step, on trial: so one trace serves it and all others.
 
 A takeover (``takeover.py``) is a trace of its own: Dynamo has seen ordinary buffers then, and traces the next step for
-quantized ones. What it would find is foreseen of a ``StaticCache`` (``cache/early.py``). The graph that Dynamo makes
-for quantized buffers is judged as it would be for what they were: if detection takes all of them over, by the same
-plan, behind the same tokens, the trial is over, and what they were is let go. If not, they become that again, the step
-runs uncompiled, and the next one is traced for ordinary buffers, as if nothing had been tried.
+quantized ones. What it would find is foreseen of a ``StaticCache`` or a ``DynamicCache`` (``cache/early.py``). The
+graph that Dynamo makes for quantized buffers is judged as it would be for what they were: if detection takes all of
+them over, by the same plan, behind the same tokens, the cache stays quantized. If not, it becomes what it was, the step
+runs uncompiled, and the next one is traced for ordinary buffers.
+
+Nobody judges a call of which no graph with these buffers is made. Where there may be one already that serves it, a
+function that took such caches before, it is quantized whatever comes. Else uncompiled code that gets to any of its
+buffers finds all of them as they were (``end_trials`` in ``cache/reads.py``); so what got tokens got them from a graph.
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from xquant_fx.cache.early import Early, grows, held_by
-from xquant_fx.cache.group import CacheGroup
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.left import why_kept, why_left
 from xquant_fx.cache.storage import why_not_alone
@@ -39,8 +42,6 @@ from xquant_fx.plan.spec import KVSpec
 
 log = logging.getLogger(__name__)
 
-_running = weakref.WeakKeyDictionary[CacheGroup, "Trial"]()
-
 
 class Asked(NamedTuple):
     """What a backend is asked for, and whether it has Inductor compile that."""
@@ -50,13 +51,18 @@ class Asked(NamedTuple):
 
 
 class Trial:
-    """One cache from before its step is traced until that has ended."""
+    """One cache from before its step is traced until that has ended; ``is_known``: there may be a graph for it."""
 
-    def __init__(self, early: Early) -> None:
-        self.early = early
+    def __init__(self, early: Early, is_known: bool) -> None:
+        self.early, self.is_known = early, is_known
         self.accepted: bool | None = None
         """What was decided of its graph; None: no graph was made."""
-        _running[early.group] = self
+        early.group.on_trial = self
+
+    @property
+    def ends_at_once(self) -> bool:
+        """Whether uncompiled code ends it."""
+        return self.accepted is None and not self.is_known
 
     def why_not(self, found: Detection, given: Sequence[Any]) -> str:
         """Why ``found``, of the graph as it would be if these were its inputs, is no takeover as was foreseen."""
@@ -81,41 +87,34 @@ class Trial:
         originals = {id(part.quantized): part.original for part in self.early.parts}
         return [originals.get(id(each), each) for each in inputs]
 
-    def refuse(self, reason: str) -> None:
-        """The graph is none for quantized buffers."""
-        log.info("a cache that was quantized before its step was traced becomes what it was: %s", reason)
-        self.accepted = False
-
     def accept(self) -> None:
-        """From now on the cache is quantized."""
+        """It is."""
+        self.accepted = True
         if not self.early.grows:
             warn_of_more([part.state.spec for part in self.early.parts], self.early.name)
-        self.accepted = True
-        self.early.parts = []
 
     def take_back(self) -> None:
         """Make the buffers what they were."""
-        if _running.pop(self.early.group, None) is not None:
-            self.early.take_back()
+        self._over(self.early.take_back)
 
-    def taken_back(self, args: Sequence[Any]) -> list[Any]:
-        """``args`` of a graph, with ordinary buffers, as all are from now on, in the place of quantized ones."""
-        parts = {id(part.quantized): part for part in self.early.parts}
+    def end(self, failed: bool) -> bool:
+        """Behind the call, which may have ``failed``: whether the cache is quantized now."""
+        group, early = self.early.group, self.early
+        if group.on_trial is None:  # it was taken back
+            return False
+        if failed and group.interrupted:
+            self._over(lambda: early.take_back(forget_step=True))
+            return False
+        if early.has_more or (self.accepted and not failed):
+            self._over(early.keep)
+            return True
         self.take_back()
-        return [parts[id(each)].ordinary if id(each) in parts else each for each in args]
+        return False
 
-    def end(self, failed: bool, is_known: bool) -> bool:
-        """Behind the call, which may have ``failed``: whether the cache is quantized now.
-
-        A call of which no graph was made ran one that there was, if it ``is_known`` that the function has any for such
-        caches; if not, torch let it run uncompiled, as it would have with ordinary buffers.
-        """
-        if self.accepted is None and not failed and is_known:
-            self.accept()
-        if not self.accepted:
-            self.take_back()
-        _running.pop(self.early.group, None)
-        return bool(self.accepted)
+    def _over(self, last: Callable[[], None]) -> None:
+        self.early.group.on_trial = None
+        with torch.inference_mode(False), torch.no_grad():
+            last()
 
 
 class TakenBack:
@@ -125,13 +124,14 @@ class TakenBack:
         self.trial, self.graph = weakref.ref(trial), as_wanted(graph)
 
     def __call__(self, *args: Any) -> Any:
-        """Run the step on what the buffers were; Dynamo traces the next one anew."""
-        trial = self.trial()
+        """Run the step on what the buffers were, as the same objects; Dynamo traces the next one anew."""
+        if (trial := self.trial()) is not None:
+            trial.take_back()
         forget_compiled_frame()
-        return self.graph(*(args if trial is None else trial.taken_back(args)))
+        return self.graph(*args)
 
 
-def begin_trial(cache: Any, rows: int, asked: Asked) -> Trial | None:
+def begin_trial(cache: Any, rows: int, asked: Asked, is_known: bool) -> Trial | None:
     """Quantize ``cache``, which is given to a step of so many ``rows``; None: what it holds must be judged as it is."""
     request, by_inductor = asked
     held = None if request.self_check else held_by(cache)
@@ -146,7 +146,7 @@ def begin_trial(cache: Any, rows: int, asked: Asked) -> Trial | None:
             return None
         try:
             any_room = by_inductor and buffers[0].device.type == "cpu" and not request.disable & NEEDED
-            return Trial(Early(make_plan(request.effective, len(layers)), layers, tokens, any_room))
+            return Trial(Early(make_plan(request.effective, len(layers)), layers, tokens, any_room), is_known)
         except ConfigError:  # of which one is told by the step
             return None
 
@@ -158,7 +158,7 @@ def judged(gm: GraphModule, inputs: list[Any], asked: Asked) -> Callable[..., An
         NotRewrittenError: under ``strict``, if a KV cache was left in full precision.
     """
     trial = _trial_of(inputs)
-    if trial is None or trial.accepted is not None:
+    if trial is None:
         return None
     request, given = asked.request, trial.originals(inputs)
     with without_guards(gm.graph):  # of the graph that there would be: sizes are looked at which this one leaves open
@@ -170,7 +170,16 @@ def judged(gm: GraphModule, inputs: list[Any], asked: Asked) -> Callable[..., An
         trial.accept()
         return None
     report_left(found.sites, request)
-    trial.refuse(reason)
+    return lost(gm, inputs, reason)
+
+
+def lost(gm: GraphModule, inputs: Sequence[Any], reason: str) -> Callable[..., Any] | None:
+    """If ``inputs`` hold a cache on trial: what is to be called for ``gm``, which is no graph for quantized ones."""
+    trial = _trial_of(inputs)
+    if trial is None:
+        return None
+    log.info("a cache that was quantized before its step was traced becomes what it was: %s", reason)
+    trial.accepted = False
     return TakenBack(trial, gm.forward)
 
 
@@ -180,10 +189,10 @@ def _is_for(spec: KVSpec, early: KVSpec, grows: bool) -> bool:
 
 
 def _trial_of(inputs: Sequence[Any]) -> Trial | None:
-    if not _running:
-        return None
+    """That of a cache among ``inputs`` of which nothing is decided yet."""
     groups = (each.live.group for each in inputs if isinstance(each, STORED_KV) and each.state is not None)
-    return next((trial for group in groups if (trial := _running.get(group)) is not None), None)
+    trials = (group.on_trial for group in groups)
+    return next((each for each in trials if isinstance(each, Trial) and each.accepted is None), None)
 
 
 def _as_for(gm: GraphModule) -> GraphModule:
