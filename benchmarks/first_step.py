@@ -2,8 +2,8 @@
 
     python benchmarks/first_step.py MODEL                    # a folder or a name on the Hugging Face hub
     python benchmarks/first_step.py MODEL --side static      # StaticCache under plain Inductor
-    python benchmarks/first_step.py MODEL --side taken-over  # StaticCache, which a step takes over
-    python benchmarks/first_step.py MODEL --side growing     # DynamicCache: its first step runs uncompiled
+    python benchmarks/first_step.py MODEL --side taken-over  # StaticCache, quantized by its first step
+    python benchmarks/first_step.py MODEL --side growing     # DynamicCache
                                                              # "more room": two steps after its room is filled
     python benchmarks/first_step.py MODEL --chunk 512        # and the first two chunks of so many tokens
     python benchmarks/first_step.py MODEL --talk             # prompts, steps and turns of a chat, all compiled
