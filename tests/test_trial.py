@@ -101,6 +101,22 @@ def test_copies_of_a_prompt_are_quantized_before_their_turns(run: Run, kind: typ
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_copies_of_which_a_graph_leaves_a_layer_alone(run: Run, kind: type) -> None:
+    """Their turns are traced, and leave it in full precision, too."""
+
+    def call(ids: Tensor, past_key_values: Any) -> Tensor:
+        out = run.model(ids, past_key_values=past_key_values).logits
+        return out + past_key_values.layers[1].values.sum()
+
+    step = torch.compile(call, backend=run.backend)
+    held = prefilled(run, kind)
+    for times in range(3):
+        step(ids_of(11, seed=times), past_key_values=(cache := copy.deepcopy(held)))
+        assert isinstance(cache.layers[0].keys, STORED_KV) and type(cache.layers[1].values) is Tensor
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_break_between_layers(kind: type, ended: list[Any]) -> None:
     """The first graph has one layer of two: all become what they were, that step is exact, and the next takes over."""
     run = Run()

@@ -94,13 +94,19 @@ class Function:
             self.known[type(cache).__name__] = found
             self.traced.discard(type(cache).__name__)
 
+    def has_graph_for(self, cache: Any) -> bool:
+        """Whether a graph quantized all layers of such a ``cache``."""
+        kind = type(cache).__name__
+        known = self.known.get(kind)
+        return kind in self.accepted or (known is not None and known.layers.keys() == storing(cache).keys())
+
     def trial_of(self, cache: Any, rows: int, asked: Callable[[], Asked]) -> Trial | None:
         """A ``cache`` in full precision of so many ``rows``, quantized on trial; None: what the step finds decides."""
         kind = type(cache).__name__
         if cache.offloading or kind in self.refused or cache in _as_it_is:
             return None
-        is_known = kind in self.accepted | self.known.keys()
-        trial = begin_trial(cache, rows, asked(), is_known) if may_be_new(storing(cache)) else None
+        may_be = may_be_new(storing(cache))
+        trial = begin_trial(cache, rows, asked(), self.has_graph_for(cache)) if may_be else None
         if trial is None:
             _as_it_is.add(cache)
         return trial
@@ -108,7 +114,7 @@ class Function:
     def chunk_of(self, cache: Any, new: tuple[int, int], asked: Callable[[], Asked]) -> Untraced | None:
         """A chunk behind what a ``cache`` holds in full precision, which is quantized: steps of such have a graph."""
         rows, tokens = new
-        trial = self.trial_of(cache, rows, asked) if type(cache).__name__ in self.accepted | self.known.keys() else None
+        trial = self.trial_of(cache, rows, asked) if self.has_graph_for(cache) else None
         if trial is not None:
             trial.accept()
             trial.end(failed=False)
