@@ -39,7 +39,6 @@ class StaticPart:
 
     def __init__(self, layer: Any, side: str, state: KVState, any_room: bool) -> None:
         self.layer, self.state, self.quantized = layer, state, getattr(layer, side)
-        self.count = layer.cumulative_length.clone()
         self.notes = Notes(layer, self.quantized)
         self.original = quantize_keeping(self.quantized, state)
         state.group.taken_over.append(weakref.ref(self.quantized))
@@ -49,9 +48,9 @@ class StaticPart:
         restore(self.quantized, self.original)
         self.notes.put_back()
 
-    def forget_step(self) -> None:
-        """The layer has as many tokens as before the step."""
-        self.layer.cumulative_length.copy_(self.count)
+    def forget_step(self, tokens: int) -> None:
+        """The layer counts as many ``tokens`` as before the step."""
+        self.layer.cumulative_length.fill_(tokens)
 
 
 class GrowingPart:
@@ -72,8 +71,8 @@ class GrowingPart:
         restore(self.quantized, self.original.detach())
         self.notes.put_back()
 
-    def forget_step(self) -> None:
-        """The layer has as many tokens as its tensor."""
+    def forget_step(self, tokens: int) -> None:
+        """Nothing: the layer has as many tokens as its tensor."""
 
 
 #: By the name of a layer's class.
@@ -139,7 +138,7 @@ class Early:
         for part in self.parts:
             part.take_back()
             if forget_step:
-                part.forget_step()
+                part.forget_step(self.tokens)
         self.parts = []
 
     def keep(self) -> None:

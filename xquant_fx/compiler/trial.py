@@ -88,7 +88,7 @@ class Trial:
         return [originals.get(id(each), each) for each in inputs]
 
     def accept(self) -> None:
-        """It is."""
+        """The graph is one for quantized buffers."""
         self.accepted = True
         if not self.early.grows:
             warn_of_more([part.state.spec for part in self.early.parts], self.early.name)

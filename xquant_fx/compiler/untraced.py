@@ -78,12 +78,12 @@ def _is_left_untraced(call: Mapping[str, Any], asked: Callable[[], Asked]) -> bo
     if not all(name in call for name in _VARIABLES) or call["self"].fullgraph or call["self"] in _misjudged:
         return False
     args, kwargs = call["args"], call["kwargs"]
-    (rows, tokens), given = _new_tokens(args, kwargs), (*kwargs.values(), *args)
+    new, given = _new_tokens(args, kwargs), (*kwargs.values(), *args)
     # What is being handled already, where this is called in an ``except``.
     outer, inside = sys.exc_info()[1], contextlib.ExitStack()
-    as_guessed = next((told for each in given if (told := uncompiled(each, tokens)) is not None), None)
+    as_guessed = next((told for each in given if (told := uncompiled(each, new[1])) is not None), None)
     if as_guessed is None:
-        seen = look(call["self"], given, (rows, tokens), asked)
+        seen = look(call["self"], given, new, asked)
         if not isinstance(seen, Untraced):
             if seen is not None:
                 call["cleanups"].append(lambda: seen(sys.exc_info()[1] is not outer))
