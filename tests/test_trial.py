@@ -278,6 +278,26 @@ def test_a_first_step_that_fails_in_its_graph_may_be_taken_again(run: Run, kind:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_first_step_that_fails_behind_its_appends_is_forgotten(run: Run, kind: type) -> None:
+    """The layers of a static cache have counted its token by then; one that grows goes on from the tensors it holds."""
+
+    def call(ids: Tensor, cache: Any, at: Tensor) -> Tensor:
+        return run.model(ids, past_key_values=cache).logits.index_select(2, at)
+
+    step = torch.compile(call, backend=run.backend)
+    cache = prefilled(run, kind)
+    plain = copy.deepcopy(cache)
+    with pytest.raises((IndexError, RuntimeError)):
+        step(one(), cache, torch.tensor([1000]))
+    assert int(cache.get_seq_length()) == 20
+    if kind is StaticCache:
+        assert all(torch.equal(*pair) for pair in zip(sides(cache), sides(plain), strict=True))
+    step(one(), cache, torch.tensor([1])), step(one(), cache, torch.tensor([1]))
+    assert is_quantized(cache) and int(cache.get_seq_length()) == 22
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_queries_that_were_noted_are_there_for_a_takeover(run: Run, kind: type, ended: list[Any]) -> None:
     run.model.model.layers[1].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
     run(ids_of(30), cache := new(run, kind))
