@@ -91,7 +91,9 @@ def test_more_room_is_not_compiled_for(make: Any, layers: int, masked: bool) -> 
     assert (graphs(), counters["xquant"]["one_call"]) == (made, calls) and calls
     assert counters["xquant"]["fuse_decode"] == layers * made  # prompts and chunks are not traced
     assert bool(counters["xquant"]["layers_not_compiled_again"]) == (layers > 1)
-    torch.testing.assert_close(got, expected(model, LIFE, **more), rtol=0, atol=2e-5)
+    # Of Llama's 6 layers a value may lie between two codes: one code more or less changes logits by 6e-5.
+    bound = 2e-5 if make is model_of else 2e-4
+    torch.testing.assert_close(got, expected(model, LIFE, **more), rtol=0, atol=bound)
     if make is model_of and layers > 1:
         return
     # Another cache, whose prompt is longer than that room: what was compiled serves it, too.
@@ -99,7 +101,7 @@ def test_more_room_is_not_compiled_for(make: Any, layers: int, masked: bool) -> 
     of_longer = run(step, longer, sizes, **more)
     assert {k.live.spec.shape[2] for k in keys_of(longer)} == {640}
     assert counters["xquant"]["fuse_decode"] == layers * made
-    torch.testing.assert_close(of_longer, expected(model, sizes, **more), rtol=0, atol=2e-5)
+    torch.testing.assert_close(of_longer, expected(model, sizes, **more), rtol=0, atol=bound)
 
 
 @torch.no_grad()

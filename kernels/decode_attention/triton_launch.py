@@ -57,15 +57,17 @@ def dense_mask(mask: Tensor) -> Tensor:
 
 
 def warps_of(a: DecodeArguments, hip: bool) -> int:
-    """Warps of a program: more on NVIDIA where ranked keys or two planes of codes leave it without registers."""
-    ranked, wide = a.k_order is not None, a.q.shape[3] > 128
-    k_planes, v_planes = not ranked and high_and_low(a.k_bits)[1] > 0, high_and_low(a.v_bits)[1] > 0
-    if hip or not (ranked or k_planes or v_planes):
+    """Warps of a program: more on NVIDIA where four have no registers for scales of every element, or for two of what
+    takes many: ranked channels, two planes of codes, either in float32, wide heads, a chunk, logits added to or capped.
+    """
+    if hip:
         return 4
-    small = (ranked and a.k_group < 64) or (v_planes and a.v_group < a.v_ring.shape[3])
-    ragged = a.past.shape[0] > 1
-    large = wide and (k_planes or v_planes or a.k_scale.dtype == torch.float16 or (ranked and ragged))
-    return 8 if a.q.dtype == torch.float32 or small or large else 4
+    ranked, wide = a.k_order is not None, max(a.q.shape[3], a.v_ring.shape[3]) > 128
+    planes = (not ranked and high_and_low(a.k_bits)[1] > 0) or high_and_low(a.v_bits)[1] > 0
+    added = a.softcap != 0 or (a.mask is not None and a.mask.dtype != torch.bool)
+    in_float32 = a.q.dtype == torch.float32 and (ranked or planes)
+    scales_of_elements = a.k_group % LEAST_TILE > 0 or (ranked and a.k_group < 2 * LEAST_TILE)
+    return 8 if scales_of_elements or sum((ranked, planes, in_float32, wide, a.k_new is not None, added)) > 1 else 4
 
 
 def edges_of(a: DecodeArguments, hip: bool) -> dict[str, int]:
