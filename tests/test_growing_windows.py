@@ -135,6 +135,31 @@ def test_the_last_tokens_stay_codes() -> None:
     assert isinstance(rows, GrowingKV) and torch.equal((rows + 0)[1:], x[:, :, 111:150])
 
 
+@pytest.mark.parametrize("new", [1, 5, 8])
+@torch._dynamo.config.patch(recompile_limit=32)
+@torch.no_grad()
+def test_what_a_step_stored_that_failed_is_taken_back(new: int) -> None:
+    """It may have quantized a group by then; the cache goes on from the tensors that the program holds."""
+    torch._dynamo.reset()
+    model, ids = model_of("Gemma3Text"), ids_of(1, 80)
+
+    def call(ids: Tensor, cache: DynamicCache, at: Tensor) -> Tensor:
+        return model(ids, past_key_values=cache).logits.index_select(2, at)
+
+    step = torch.compile(call, backend=interpreted(config=LOW, self_check=False))
+    every, outs = torch.arange(8), []
+    for fails in (False, True):
+        cache, parts = DynamicCache(config=model.config), []
+        for begin, end in [(0, 20), *((t, t + 1) for t in range(20, 64)), (64, 64 + new), (64 + new, 65 + new)]:
+            parts.append(step(ids[:, begin:end], cache, every))
+            if fails and end > 34:
+                with pytest.raises((IndexError, RuntimeError)):
+                    step(ids[:, :new], cache, every + 1000)
+                assert cache.get_seq_length(0) == cache.get_seq_length(1) == end
+        outs.append(torch.cat(parts, 1))
+    assert torch.equal(*outs)
+
+
 def test_tokens_that_left_the_window_raise() -> None:
     k, x = window()
     longer = torch.cat([k, x[:, :, 150:]], dim=2)

@@ -86,9 +86,9 @@ def test_as_an_xquant_cache() -> None:
     keys = cache.layers[0].keys
     assert isinstance(keys, SlidingKV) and keys.shape[2] == WINDOW and keys.live.length == sum(LIFE)
     assert keys.spec.wraps and keys.spec.stored_tokens < 200 and keys.spec.shape[2] == 4096
-    # The takeover, a step that fills it, the one in which it begins to slide, one token, a chunk, one without room for
-    # it, and one token with more room than windows will need for long.
-    assert counters["stats"]["unique_graphs"] <= 7 and counters["xquant"]["fuse_decode"] >= 3
+    # The takeover, a step that fills it, the one in which it begins to slide, one token, and a chunk: there is room for
+    # all that comes.
+    assert counters["stats"]["unique_graphs"] <= 5 and counters["xquant"]["fuse_decode"] >= 2
     assert memory_report(cache).full_bytes == 2 * 2 * 8 * 4 * WINDOW
 
 
@@ -290,6 +290,7 @@ def test_windows_beside_layers_of_any_length() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
         made.append(counters["xquant"]["rewrite"])
     assert made[0] < made[1] == made[2] == made[3], made
+    assert counters["stats"]["unique_graphs"] == 6  # of each length the takeover, windows that fill, and that slide
 
 
 @pytest.mark.parametrize("name", ["Gemma3Text", "Mistral"])

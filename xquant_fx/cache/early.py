@@ -2,14 +2,17 @@
 
 As what, a takeover by its step would say (``compiler/takeover.py``, ``compiler/growing_takeover.py``): if the graph is
 the usual one, keys and values of each layer in turn, each appended to behind as many tokens as the layer says. What
-they were is kept until the step has ended (``compiler/trial.py``).
+they were is kept until the step has ended (``compiler/trial.py``). Sliding windows are stored so while all tokens are
+in them yet; those that a takeover would leave alone stay in full precision.
 
-Relied on: ``keys``, ``values``, ``get_seq_length`` and, of static ones, ``cumulative_length`` of ``StaticLayer`` and
-``DynamicLayer``. Checked on transformers 5.17 and 5.23.
+Relied on: ``keys``, ``values``, ``get_seq_length`` of the layers in ``_PARTS``, ``cumulative_length`` of all but
+``DynamicLayer``, ``max_cache_len`` of static ones, ``sliding_window`` of ``DynamicSlidingWindowLayer``,
+``cumulative_length_int`` of ``StaticSlidingWindowLayer``. Checked on transformers 5.17 and 5.23.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -25,8 +28,10 @@ from xquant_fx.cache.growth import Growth, first_room, with_lasting_room
 from xquant_fx.cache.new_prompts import first_storing, storing
 from xquant_fx.cache.queries import Notes
 from xquant_fx.cache.state import KVState
+from xquant_fx.plan.config import XQuantConfig
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec, Role, why_not_fused
+from xquant_fx.plan.windows import why_not_window
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SIDES: dict[str, Role] = {"keys": "key", "values": "value"}
@@ -35,7 +40,10 @@ _SIDES: dict[str, Role] = {"keys": "key", "values": "value"}
 class StaticPart:
     """One side of a layer whose buffer becomes a quantized one, as the same object."""
 
+    window_of = staticmethod(lambda layer: 0)
     room_of = staticmethod(lambda buffer, any_room: buffer.shape[2])
+    #: Most tokens that a layer has all of.
+    holds = staticmethod(lambda layer: layer.max_cache_len)
 
     def __init__(self, layer: Any, side: str, state: KVState, any_room: bool) -> None:
         self.layer, self.state, self.quantized = layer, state, getattr(layer, side)
@@ -53,9 +61,20 @@ class StaticPart:
         self.layer.cumulative_length.fill_(tokens)
 
 
+class StaticWindow(StaticPart):
+    """The same of a sliding window, which is a buffer like any other while it fills."""
+
+    def forget_step(self, tokens: int) -> None:
+        """The layer counts them twice."""
+        super().forget_step(tokens)
+        self.layer.cumulative_length_int = tokens
+
+
 class GrowingPart:
     """One side of a layer that gets another tensor with each step: now a quantized one."""
 
+    window_of = staticmethod(lambda layer: 0)
+    holds = staticmethod(lambda layer: math.inf)
     room_of = staticmethod(lambda buffer, any_room: first_room(buffer.shape[2], any_room))
 
     def __init__(self, layer: Any, side: str, state: KVState, any_room: bool) -> None:
@@ -75,8 +94,28 @@ class GrowingPart:
         """Nothing: the layer has as many tokens as its tensor."""
 
 
+class GrowingWindow(GrowingPart):
+    """The same of a sliding window: specs know of it, since it keeps no more than the last tokens."""
+
+    window_of = staticmethod(lambda layer: layer.sliding_window)
+    holds = staticmethod(lambda layer: layer.sliding_window - 1)
+
+    def forget_step(self, tokens: int) -> None:
+        """The layer counts them."""
+        self.layer.cumulative_length = tokens
+
+
 #: By the name of a layer's class.
-_PARTS: dict[str, type[StaticPart] | type[GrowingPart]] = {"StaticLayer": StaticPart, "DynamicLayer": GrowingPart}
+_PARTS: dict[str, type[StaticPart] | type[GrowingPart]] = {
+    "StaticLayer": StaticPart,
+    "StaticSlidingWindowLayer": StaticWindow,
+    "DynamicLayer": GrowingPart,
+    "DynamicSlidingWindowLayer": GrowingWindow,
+}
+
+
+def _part_of(layer: Any) -> type[StaticPart] | type[GrowingPart] | None:
+    return _PARTS.get(type(layer).__name__)
 
 
 class Early:
@@ -86,14 +125,13 @@ class Early:
     """
 
     def __init__(self, plan: Plan, layers: Sequence[Any], tokens: int, any_room: bool) -> None:
-        """Of ``layers`` that can be: ``held_by`` says so.
+        """Of ``layers`` that can be: ``held_by`` and ``those_quantized`` say so.
 
         Raises:
             ConfigError: ``plan`` is not for their shapes; nothing is changed.
         """
-        self.tokens, self.any_room, kind = tokens, False, type(layers[0]).__name__
-        self._part_of, self.grows = _PARTS[kind], _PARTS[kind] is GrowingPart
-        self.name = f"layer 0 of {len(layers)} ({kind})"
+        self.tokens, self.any_room, self.grows = tokens, False, grows(layers)
+        self.name = f"layer 0 of {len(layers)} ({type(layers[0]).__name__})"
         self.parts: list[StaticPart | GrowingPart] = []
         first = layers[0].keys
         self.group = CacheGroup(plan, first.shape[0], first.device)
@@ -113,10 +151,11 @@ class Early:
     def _bound(self, plan: Plan, layers: Sequence[Any]) -> list[KVSpec]:
         planned: list[tuple[int, Role, Geometry]] = []
         for number, layer in enumerate(layers):
+            part, window = _PARTS[type(layer).__name__], _PARTS[type(layer).__name__].window_of(layer)
             for side, role in _SIDES.items():
                 x = getattr(layer, side)
-                room = self._part_of.room_of(x, self.any_room)
-                planned.append((number, role, Geometry((*x.shape[:2], room, x.shape[3]), x.dtype)))
+                shape = (*x.shape[:2], part.room_of(x, self.any_room), x.shape[3])
+                planned.append((number, role, Geometry(shape, x.dtype, window=window)))
         specs = bind_all(plan, planned)
         return [with_lasting_room(spec, spec.shape[2]) for spec in specs] if self.grows else specs
 
@@ -126,7 +165,7 @@ class Early:
             state.take_queries(Notes(layer, x).squares_of(x))
         state.store(x[:, :, : self.tokens], torch.arange(self.tokens, device=x.device))
         self.group.forget(state)
-        self.parts.append(self._part_of(layer, side, state, self.any_room))
+        self.parts.append(_PARTS[type(layer).__name__](layer, side, state, self.any_room))
 
     @property
     def has_more(self) -> bool:
@@ -151,20 +190,40 @@ class Early:
 def is_plain(cache: Any) -> bool:
     """Whether the first layer of ``cache`` that stores anything holds it in full precision. Each step asks."""
     layer = first_storing(cache)
-    return type(layer).__name__ in _PARTS and type(getattr(layer, "keys", None)) is Tensor
+    return _part_of(layer) is not None and type(getattr(layer, "keys", None)) is Tensor
 
 
 def grows(layers: Collection[Any]) -> bool:
     """Whether each step makes ``layers`` longer, all of them in the one way that can be foreseen."""
-    return bool(layers) and all(_PARTS.get(type(layer).__name__) is GrowingPart for layer in layers)
+    return bool(layers) and all(issubclass(_part_of(layer) or StaticPart, GrowingPart) for layer in layers)
+
+
+def those_quantized(layers: Collection[Any], settings: XQuantConfig | Plan, tokens: int) -> list[Any]:
+    """Those of ``layers`` that a takeover would quantize, of which each has ``tokens`` behind its step; none: they are
+    more than one of them holds, and so it has lost some, or there is a layer that nothing can be foreseen of."""
+    kinds = {_part_of(layer) for layer in layers}
+    if None in kinds or not (grows(layers) or all(issubclass(kind or GrowingPart, StaticPart) for kind in kinds)):
+        return []
+    longest = 0 if grows(layers) else max(layer.max_cache_len for layer in layers)
+    sizes = [_window_of(layer, longest) for layer in layers]
+    others = sizes.count(0)
+    stays = [size > 0 and why_not_window(size, others, settings) != "" for size in sizes]
+    chosen = [layer for layer, one in zip(layers, stays, strict=True) if not one]
+    return chosen if all(tokens <= _PARTS[type(layer).__name__].holds(layer) for layer in chosen) else []
+
+
+def _window_of(layer: Any, longest: int) -> int:
+    """Tokens of what a takeover takes for a sliding window; 0: none. Static ones are shorter than others."""
+    if issubclass(_PARTS[type(layer).__name__], GrowingPart):
+        return _PARTS[type(layer).__name__].window_of(layer)
+    return layer.max_cache_len if layer.max_cache_len < longest else 0
 
 
 def held_by(cache: Any) -> tuple[list[Any], int] | None:
     """The layers of ``cache`` that store anything, and how many tokens each holds; None: no step of the usual kind can
     be foreseen."""
     layers = list(storing(cache).values())
-    kinds = {type(layer).__name__ for layer in layers}
-    if len(kinds) != 1 or not kinds <= _PARTS.keys() or not all(layer.is_initialized for layer in layers):
+    if not layers or not all(_part_of(layer) is not None and layer.is_initialized for layer in layers):
         return None
     buffers = [getattr(layer, side) for layer in layers for side in _SIDES]
     if any(layer.keys.shape[1] == 1 and layer.keys.shape[3] != layer.values.shape[3] for layer in layers):

@@ -195,6 +195,11 @@ class GrowingKV(Dequantized):
         self.growth.added(x.shape[2])
         return GrowingKV.of(self.growth, begin=self.begin)
 
+    def may_have_stored(self, new: int) -> None:
+        """Up to ``new`` tokens are in the state, of a step that failed: ``resume`` takes back what is behind."""
+        assert self.growth is not None
+        self.growth.added(new)
+
     def appended(self, new: int, keep: int) -> GrowingKV:
         """The last ``keep`` tokens (0: all) after a compiled step stored ``new``; there is room for the next one."""
         assert self.growth is not None

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from xquant_fx.cache.prompt_keys import PromptKeys
+from xquant_fx.cache.prompts import without_views
 from xquant_fx.cache.queries import note
 
 _OVERRIDDEN = ("update", "get_mask_sizes")
@@ -59,6 +60,7 @@ class NewPrompt:
         """From now on, layers are what their class says."""
         for layer in self.layers.values():
             _give_back(layer)
+        without_views(self.layers.values())
 
     @property
     def was_alone(self) -> bool:

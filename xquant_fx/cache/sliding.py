@@ -206,9 +206,12 @@ def begin_to_slide(buffer: QuantizedKV) -> SlidingKV:
 
 
 def with_room_to_slide(spec: KVSpec, longest: int = 0) -> KVSpec:
-    """``spec`` of a window that fills, with room for what comes: ``longest`` tokens, if that is more than it has."""
+    """``spec`` of a window that fills, with room for what comes: ``longest`` tokens, if that is more than it has.
+
+    It takes no memory, and is what graphs are compiled for: so those of one length serve others.
+    """
     width = spec.shape[2]
-    return spec.with_room(longest if longest > width else room_for(WINDOWS * width))
+    return spec.with_room(room_of_graphs(longest if longest > width else room_for(WINDOWS * width)))
 
 
 def empty(buffer: SlidingKV) -> None:

@@ -41,7 +41,12 @@ class GrowingStep:
             return self.exactly(*args)
         for past in pasts.values():
             past.resume()
-        values = list(self.step(*args))
+        try:
+            values = list(self.step(*args))
+        except BaseException:  # Ctrl-C, too: the next step takes back what is stored of this one
+            for index, past in pasts.items():
+                past.may_have_stored(new[index])
+            raise
         longer = {each.index: pasts[each.index].appended(new[each.index], each.keep) for each in self.grown}
         for position in sorted(self.results):
             values.insert(position, longer[self.results[position].index])

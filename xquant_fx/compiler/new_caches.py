@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.early import grows, is_plain
+from xquant_fx.cache.early import grows, is_plain, those_quantized
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.later_prompts import Known, LaterPrompt, begin, learned
 from xquant_fx.cache.new_prompts import FirstPrompt, NewPrompt, is_new, may_be_new, storing
@@ -61,9 +61,10 @@ class Function:
         self.accepted: set[str] = set()
         """and those of which the graph was one for quantized ones."""
 
-    def prompt_of(self, cache: Any, tokens: int) -> NewPrompt | None:
+    def prompt_of(self, cache: Any, tokens: int, asked: Callable[[], Asked]) -> NewPrompt | None:
         """The first prompt of a new ``cache``, to run untraced; None: it is to be traced."""
         kind, layers = type(cache).__name__, storing(cache)
+        _as_it_is.discard(cache)
         if cache.offloading or kind in self.traced or not may_be_new(layers):
             return None
         later = begin(cache, self.known[kind]) if kind in self.known else None
@@ -71,6 +72,8 @@ class Function:
             return later
         if kind == _GROWING and (kind in self.refused or tokens > MOST_TOKENS or not grows(layers.values())):
             return None
+        if kind == _GROWING and not those_quantized(layers.values(), asked().request.effective, tokens + 1):
+            return None  # a window forgets tokens, or nothing is quantized
         self.prompts += 1
         if self.prompts > MANY_PROMPTS:
             self.traced.add(kind)
@@ -100,25 +103,25 @@ class Function:
         known = self.known.get(kind)
         return kind in self.accepted or (known is not None and known.layers.keys() == storing(cache).keys())
 
-    def trial_of(self, cache: Any, rows: int, asked: Callable[[], Asked]) -> Trial | None:
-        """A ``cache`` in full precision of so many ``rows``, quantized on trial; None: what the step finds decides."""
+    def trial_of(self, cache: Any, new: tuple[int, int], asked: Callable[[], Asked]) -> Trial | None:
+        """A ``cache`` in full precision that gets so many ``new`` rows and tokens, quantized on trial; None: what the
+        step finds decides."""
         kind = type(cache).__name__
         if cache.offloading or kind in self.refused or cache in _as_it_is:
             return None
         may_be = may_be_new(storing(cache))
-        trial = begin_trial(cache, rows, asked(), self.has_graph_for(cache)) if may_be else None
+        trial = begin_trial(cache, new, asked(), self.has_graph_for(cache)) if may_be else None
         if trial is None:
             _as_it_is.add(cache)
         return trial
 
     def chunk_of(self, cache: Any, new: tuple[int, int], asked: Callable[[], Asked]) -> Untraced | None:
         """A chunk behind what a ``cache`` holds in full precision, which is quantized: steps of such have a graph."""
-        rows, tokens = new
-        trial = self.trial_of(cache, rows, asked) if self.has_graph_for(cache) else None
+        trial = self.trial_of(cache, new, asked) if self.has_graph_for(cache) else None
         if trial is not None:
             trial.accept()
             trial.end(failed=False)
-        guess = None if trial is None else uncompiled(cache, tokens)
+        guess = None if trial is None else uncompiled(cache, new[1])
         return None if guess is None else Untraced(lambda: None, guess)
 
     def step_came(self, cache: Any, trial: Trial | None, failed: bool) -> None:
@@ -135,6 +138,7 @@ class Function:
         self.prompts = 0
         if is_quantized:
             self.accepted.add(kind)
+            _as_it_is.add(cache)  # its first layer may be a window that stays in full precision
         if any(isinstance(getattr(layer, "keys", None), STORED_KV) for layer in cache.layers):
             self.learn(cache)
         else:
@@ -146,6 +150,14 @@ def _mark_masks(given: Sequence[Any], length: int) -> None:
     for each in given:
         if isinstance(each, Tensor) and each.dim() >= 2 and each.shape[-1] == length:
             torch._dynamo.maybe_mark_dynamic(each, each.dim() - 1)
+
+
+def _mark_windows(cache: Any) -> None:
+    """The same of windows that grow and stay in full precision, until they are full."""
+    for layer in storing(cache).values():
+        for each in (layer.keys, layer.values):
+            if type(each) is Tensor and type(layer).__name__ == "DynamicSlidingWindowLayer":
+                torch._dynamo.maybe_mark_dynamic(each, 2)
 
 
 _functions = weakref.WeakKeyDictionary[Any, Function]()
@@ -162,10 +174,10 @@ def look(
     caches = [each for each in given if type(each).__name__ in (_GROWING, _STATIC) and type(each).__module__ == _MODULE]
     if len(caches) != 1 or torch.is_grad_enabled():
         return None
-    cache, (rows, tokens) = caches[0], new
+    cache, tokens = caches[0], new[1]
     if is_new(cache):
         known = _functions.setdefault(function, Function())
-        prompt = known.prompt_of(cache, tokens)
+        prompt = known.prompt_of(cache, tokens, asked)
         if prompt is not None:
             return Untraced(prompt.end, partial(known.was_prompt, cache, prompt))
         return lambda failed: None if failed else known.learn(cache)
@@ -175,7 +187,8 @@ def look(
     known = _functions.setdefault(function, Function())
     if tokens > STEP_TOKENS and (chunk := known.chunk_of(cache, new, asked)) is not None:
         return chunk
-    trial = known.trial_of(cache, rows, asked) if 0 < tokens <= STEP_TOKENS else None
+    trial = known.trial_of(cache, new, asked) if 0 < tokens <= STEP_TOKENS else None
     if trial is not None:
         _mark_masks(given, trial.early.tokens + tokens)
+        _mark_windows(cache)
     return partial(known.step_came, cache, trial) if is_first or trial is not None else None

@@ -5,7 +5,9 @@
 - the text of a frame, in the stack trace of each node: most frames are those of the node before;
 - whether a file is one of ``torch.nn.modules``, whose frames the stack trace leaves out;
 - names of functions, for which source files are read and which only logs show that are off;
-- lengths of caches: those that are equal are one symbol, where each of 60 tensors had its own (0.8 of 4 s).
+- lengths of caches: those that are equal are one symbol, where each of 60 tensors had its own (0.8 of 4 s);
+- numbers of tokens that sliding windows count: Dynamo leaves them open from the first step on, and not once it has
+  traced one for a number and found another in the next.
 
 The trace is the same but for these symbols. Relied on: how ``symbolic_convert``, ``output_graph`` and ``builder`` name
 these, that Dynamo's config is a module of a class of its own that looks up what it does not have itself, that a
@@ -27,6 +29,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch._dynamo import config, output_graph, symbolic_convert
 from torch._dynamo.variables import builder
 from torch.fx.experimental.symbolic_shapes import DimDynamic
@@ -45,6 +48,9 @@ _SETTINGS = (
     "max_saved_pointers_for_recursive_dict_tags_check", "skip_nnmodule_hook_guards", "rewrite_assert_with_torch_assert",
     "_unsafe_skip_fsdp_module_guards", "trace_numpy", "dont_skip_tracing", "dynamo_profiler", "issue_3_13_0_warning",
 )  # fmt: skip
+
+#: Sources of what ``StaticSlidingWindowLayer`` and ``DynamicSlidingWindowLayer`` of transformers count in.
+_COUNTERS = r".*\.cumulative_length(_int)?$"
 
 FrameKey = tuple[Any, ...]
 
@@ -66,7 +72,20 @@ def shortcuts() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in replaced:
             stack.enter_context(_replaced(owner, name, value))
+        stack.enter_context(_counters_open())
         stack.enter_context(_settings_at_hand())
+        yield
+
+
+@contextlib.contextmanager
+def _counters_open() -> Iterator[None]:
+    """Inside, _COUNTERS are symbols, unless the program wants no number to become one by itself."""
+    by_itself = config.automatic_dynamic_shapes and config.assume_static_by_default
+    settings: Any = torch.compiler.config
+    if not by_itself or not hasattr(settings, "dynamic_sources"):
+        yield
+        return
+    with settings.patch(dynamic_sources=",".join(filter(None, (settings.dynamic_sources, _COUNTERS)))):
         yield
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from xquant_fx.cache.early import Early, grows, held_by
+from xquant_fx.cache.early import Early, grows, held_by, those_quantized
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.left import why_kept, why_left
 from xquant_fx.cache.storage import why_not_alone
@@ -131,16 +131,18 @@ class TakenBack:
         return self.graph(*args)
 
 
-def begin_trial(cache: Any, rows: int, asked: Asked, is_known: bool) -> Trial | None:
-    """Quantize ``cache``, which is given to a step of so many ``rows``; None: what it holds must be judged as it is."""
-    request, by_inductor = asked
+def begin_trial(cache: Any, new: tuple[int, int], asked: Asked, is_known: bool) -> Trial | None:
+    """Quantize ``cache``, given to a step of so many ``new`` rows and tokens; None: what it holds must be judged as it
+    is."""
+    (request, by_inductor), (rows, more) = asked, new
     held = None if request.self_check else held_by(cache)
     if held is None or held[0][0].keys.shape[0] != rows:
         return None
-    layers, tokens = held
+    tokens = held[1]
+    layers = those_quantized(held[0], request.effective, tokens + more)
     buffers = [buffer for layer in layers for buffer in (layer.keys, layer.values)]
     with torch.no_grad(), wanted():
-        if any(why_left(x) or why_kept(x) for x in buffers):
+        if not buffers or any(why_left(x) or why_kept(x) for x in buffers):
             return None
         if not grows(layers) and any(why_not_alone(x) or why_not_held(x, tokens) for x in buffers):
             return None

@@ -1,0 +1,190 @@
+"""Sliding windows of caches that are quantized before their first step is traced, and of those that stay."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from stepping import interpreted, relative_error
+from test_later_prompts import graphs
+from test_sliding_windows import FULL, LENGTH, LOW, WINDOW, close, ids_of, model_of
+from test_trial import ended  # noqa: F401 - a fixture
+from test_untraced import own_backends  # noqa: F401 - a fixture of all tests here
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, StaticCache
+
+from xquant_fx import XQuantCache, XQuantConfig
+from xquant_fx.cache.growing import STORED_KV
+from xquant_fx.compiler import untraced
+from xquant_fx.compiler.tracing_time import watch_tracing
+from xquant_fx.kernels.layout import STEP_TOKENS
+
+KINDS = [StaticCache, DynamicCache]
+STAY = [
+    LOW.replace(residual_length=32),  # the residual window holds them
+    LOW.replace(sliding_windows="auto"),  # too short to be worth it
+    LOW.replace(sliding_windows=False),
+]
+#: A prompt, steps and a chunk; the window of 40 tokens is full after the second step behind that.
+LIFE = [20, 1, 1, 1, 14, 1, 1, 1, 1, 1, 9, 1, 1]
+
+
+class Run:
+    """A model that is compiled, with the caches that it is given."""
+
+    def __init__(self, name: str, config: XQuantConfig, traced: bool = False, **options: Any) -> None:
+        torch._dynamo.reset()
+        self.model = model_of(name, num_hidden_layers=2)
+        self.backend = interpreted(self_check=False, config=config)
+        watch_tracing(self.backend)
+        if not traced:
+            untraced.leave_prompts_untraced(self.backend, self.backend.asked)
+        self.call = torch.compile(self.model.forward, backend=self.backend, **options)
+        counters.clear()
+
+    def new(self, kind: type) -> Any:
+        config = self.model.config
+        return DynamicCache(config=config) if kind is DynamicCache else StaticCache(config=config, max_cache_len=LENGTH)
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, cache: Any) -> Tensor:
+        return self.call(ids, past_key_values=cache).logits
+
+    @torch.no_grad()
+    def life(self, call: Any, cache: Any, sizes: list[int]) -> Tensor:
+        parts = ids_of(1, sum(sizes)).split(sizes, 1)
+        return torch.cat([call(part, past_key_values=cache).logits for part in parts], 1)
+
+
+def quantized(cache: Any) -> list[bool]:
+    return [isinstance(layer.keys, STORED_KV) and isinstance(layer.values, STORED_KV) for layer in cache.layers]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["Gemma3Text", "Mistral", "GptOss"])
+def test_they_are_quantized_before_the_first_step(name: str, kind: type, ended: list[Any]) -> None:  # noqa: F811
+    """Exactly at 16 bits, until the window is full and beyond; the step and those behind it are one graph."""
+    run = Run(name, FULL)
+    cache = run.new(kind)
+    got = [run.life(run.call, cache, LIFE[:4])]
+    assert ended == [True] and quantized(cache) == [True, True]
+    assert graphs() == 1
+    assert close(got[0], run.life(run.model, run.new(kind), LIFE[:4]))
+    cache = run.new(kind)
+    assert close(run.life(run.call, cache, LIFE), run.life(run.model, run.new(kind), LIFE))
+    assert quantized(cache) == [True, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_are_stored_as_by_a_takeover(kind: type) -> None:
+    caches = []
+    for traced in (False, True):
+        run = Run("Gemma3Text", LOW, traced)
+        caches.append(cache := run.new(kind))
+        run.life(run.call, cache, LIFE[:4])
+    for mine, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        for side in ("keys", "values"):
+            mine_, theirs_ = getattr(mine, side), getattr(theirs, side)
+            assert mine_.live.spec == theirs_.live.spec and mine_.shape == theirs_.shape
+            assert relative_error(mine_.dequantize(), theirs_.dequantize()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", STAY, ids=["short", "little", "not asked"])
+def test_windows_that_stay(config: XQuantConfig, kind: type, ended: list[Any]) -> None:  # noqa: F811
+    """The other layer is quantized before the first step, and no step behind it is traced until they are full."""
+    run = Run("Gemma3Text", config)
+    cache = run.new(kind)
+    run.life(run.call, cache, [20, *[1] * 8])
+    assert ended == [True] and quantized(cache) == [False, True] and graphs() == 1
+    assert type(cache.layers[0].keys) is Tensor and not hasattr(cache.layers[0].keys, "live")
+    other = run.new(kind)
+    expected = run.life(run.model, run.new(kind), LIFE)
+    assert relative_error(run.life(run.call, other, LIFE), expected) < 0.3 and quantized(other) == [False, True]
+
+
+def test_all_windows_that_stay(ended: list[Any]) -> None:  # noqa: F811
+    """Nothing is quantized, and it is as without us."""
+    run = Run("Mistral", STAY[2])
+    cache = run.new(DynamicCache)
+    assert close(run.life(run.call, cache, LIFE), run.life(run.model, run.new(DynamicCache), LIFE))
+    assert not ended and quantized(cache) == [False, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prompt", [WINDOW - 1, WINDOW, WINDOW + 20])
+def test_windows_that_have_lost_tokens_are_not_tried(kind: type, prompt: int, ended: list[Any]) -> None:  # noqa: F811
+    """A takeover knows what they hold."""
+    run = Run("Gemma3Text", FULL)
+    cache, sizes = run.new(kind), [prompt, 1, 1, 9, 1]
+    assert close(run.life(run.call, cache, sizes), run.life(run.model, run.new(kind), sizes))
+    assert bool(ended) == (kind is StaticCache and prompt < WINDOW)
+    assert quantized(cache) == [True, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_step_that_fails_is_not_counted(kind: type) -> None:
+    """Neither as a tensor nor as a number."""
+    run = Run("Gemma3Text", FULL)
+
+    def call(ids: Tensor, cache: Any, at: Tensor) -> Tensor:
+        return run.model(ids, past_key_values=cache).logits.index_select(2, at)
+
+    step, cache = torch.compile(call, backend=run.backend), run.new(kind)
+    ids = ids_of(1, 22)
+    run.model(ids[:, :20], past_key_values=cache)
+    plain = copy.deepcopy(cache)
+    with pytest.raises((IndexError, RuntimeError)):
+        step(ids[:, 20:21], cache, torch.tensor([1000]))
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == [20, 20]
+    assert [int(layer.cumulative_length) for layer in cache.layers if hasattr(layer, "cumulative_length")] == [
+        int(layer.cumulative_length) for layer in plain.layers if hasattr(layer, "cumulative_length")
+    ]
+    every = torch.arange(128)
+    got = torch.cat([step(ids[:, i : i + 1], cache, every) for i in (20, 21)], 1)
+    expected = torch.cat([run.model(ids[:, i : i + 1], past_key_values=plain).logits for i in (20, 21)], 1)
+    assert close(got, expected) and quantized(cache) == [True, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_refused_becomes_what_it_was(kind: type, ended: list[Any]) -> None:  # noqa: F811
+    """A function that reads a window: its buffer stays, and so it is no step as was foreseen."""
+    run = Run("Gemma3Text", LOW)
+
+    @torch.no_grad()
+    def call(ids: Tensor, past_key_values: Any) -> Any:
+        out = run.model(ids, past_key_values=past_key_values)
+        out.logits = out.logits + past_key_values.layers[0].values.sum()
+        return out
+
+    step = torch.compile(call, backend=run.backend)
+    cache = run.new(kind)
+    got = run.life(step, cache, [20, 1, 1])
+    assert ended == [False] and quantized(cache)[0] is False
+    assert relative_error(got, run.life(call, run.new(kind), [20, 1, 1])) < 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("sizes", "is_tried"), [([34, STEP_TOKENS, 1, 1], False), ([30, 4, 1, 1], True), ([20, 30, 1, 1], False)]
+)
+def test_several_tokens_at_once(kind: type, sizes: list[int], is_tried: bool, ended: list[Any]) -> None:  # noqa: F811
+    """A step of a few tokens that would fill the window is not tried, nor is a chunk."""
+    run = Run("Gemma3Text", FULL)
+    cache = run.new(kind)
+    assert close(run.life(run.call, cache, sizes), run.life(run.model, run.new(kind), sizes))
+    assert quantized(cache) == [True, True] and ended == [True] * is_tried
+
+
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_what_windows_count_is_open_from_the_first_step_on(dynamic: bool | None) -> None:
+    """An ``XQuantCache`` makes one graph until its windows are full; but where the program wants none left open."""
+    run = Run("Gemma3Text", STAY[2], dynamic=dynamic)
+    cache = XQuantCache(run.model.config, LENGTH, STAY[2])
+    got = run.life(run.call, cache, [20, 1, 1, 1, 1])
+    assert graphs() == (1 if dynamic is None else 4)
+    assert relative_error(got, run.life(run.model, run.new(StaticCache), [20, 1, 1, 1, 1])) < 0.3
