@@ -180,6 +180,51 @@ def test_several_tokens_at_once(kind: type, sizes: list[int], is_tried: bool, en
     assert quantized(cache) == [True, True] and ended == [True] * is_tried
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [FULL, STAY[2]], ids=["quantized", "in full precision"])
+@pytest.mark.parametrize("prompt", [20, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 20])
+def test_graphs_are_those_of_windows_that_fill_and_of_full_ones(kind: type, config: XQuantConfig, prompt: int) -> None:
+    """Or what takes over windows that have lost tokens. Steps between, and chunks beside windows in full precision, are
+    not traced, and a second cache has the same graphs."""
+    run = Run("Gemma3Text", config)
+    sizes = [prompt, *[1] * (WINDOW - prompt + 4 if prompt < WINDOW else 3), *[11] * (config is not FULL), 1, 1]
+    for _ in range(2):
+        got = run.life(run.call, run.new(kind), sizes)
+        if config is FULL:
+            assert close(got, run.life(run.model, run.new(kind), sizes))
+        assert graphs() == (2 if prompt < WINDOW or config is FULL else 1)
+
+
+def test_windows_are_no_views_behind_uncompiled_code() -> None:
+    """Of which Dynamo would make a graph for the next step alone."""
+    run = Run("Gemma3Text", STAY[2])
+    cache = run.new(DynamicCache)
+    for tokens in (WINDOW + 20, 11):
+        run(ids_of(1, tokens), cache)
+        assert type(cache.layers[0].keys) is Tensor and cache.layers[0].keys.shape[2] == WINDOW - 1
+        assert not cache.layers[0].keys._is_view() and not cache.layers[0].values._is_view()
+        run(ids_of(1, 1), cache)
+
+
+def test_a_loop_that_fills_its_window_is_traced_from_then_on() -> None:
+    """A call that does more than the step that it was taken for."""
+    run = Run("Gemma3Text", FULL)
+
+    @torch.no_grad()
+    def two_steps(ids: Tensor, cache: Any) -> Tensor:
+        first = run.model(ids, past_key_values=cache).logits
+        return torch.cat([first, run.model(ids, past_key_values=cache).logits], 1)
+
+    twice, ids = torch.compile(two_steps, backend=run.backend), ids_of(1, 1)
+    cache, plain = run.new(DynamicCache), run.new(DynamicCache)
+    run.life(run.call, cache, [20, 1]), run.life(run.model, plain, [20, 1])
+    for _ in range(12):
+        before = graphs()
+        with torch.no_grad():
+            assert close(twice(ids, cache), two_steps(ids, plain))
+    assert cache.get_seq_length() == plain.get_seq_length() == 45 and graphs() == before
+
+
 @pytest.mark.parametrize("dynamic", [None, False])
 def test_what_windows_count_is_open_from_the_first_step_on(dynamic: bool | None) -> None:
     """An ``XQuantCache`` makes one graph until its windows are full; but where the program wants none left open."""

@@ -117,7 +117,7 @@ class QuantizedKV(Dequantized):
         is_usual = type(self) is QuantizedKV and self.anchor.device.type == "cpu" and not spec.ragged
         is_known = all(type(size) is int for size in spec.shape)  # a self-check may make one whose sizes are symbols
         wide = of_any_length(spec) if is_usual and is_known and self.span == (0, spec.shape[2]) else spec
-        return self.exact_context(spec) if wide is spec else (wide, None)
+        return self.exact_context(spec) if wide == spec else (wide, None)  # which may be an equal one of another cache
 
     def exact_context(self, spec: KVSpec) -> tuple[Any, ...]:
         """The same of a part of something that is guarded on as a whole: how long it is, too."""
