@@ -18,6 +18,7 @@ from transformers import DynamicCache, StaticCache
 
 from xquant_fx import XQuantCache, XQuantConfig
 from xquant_fx.cache.growing import STORED_KV
+from xquant_fx.cache.prompts import uncompiled
 from xquant_fx.compiler import untraced
 from xquant_fx.compiler.tracing_time import watch_tracing
 from xquant_fx.kernels.layout import STEP_TOKENS
@@ -126,28 +127,41 @@ def test_windows_that_have_lost_tokens_are_not_tried(kind: type, prompt: int, en
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize("prompt", [20, WINDOW + 5])
 @torch.no_grad()
-def test_a_step_that_fails_is_not_counted(kind: type) -> None:
-    """Neither as a tensor nor as a number."""
-    run = Run("Gemma3Text", FULL)
+def test_first_steps_that_fail_are_not_counted(kind: type, stays: bool, prompt: int) -> None:
+    """Neither as a tensor nor as a number, nor has a window lost a token to them."""
+    run = Run("Gemma3Text", FULL.replace(sliding_windows=not stays))
 
     def call(ids: Tensor, cache: Any, at: Tensor) -> Tensor:
         return run.model(ids, past_key_values=cache).logits.index_select(2, at)
 
-    step, cache = torch.compile(call, backend=run.backend), run.new(kind)
-    ids = ids_of(1, 22)
-    run.model(ids[:, :20], past_key_values=cache)
+    step, cache, every = torch.compile(call, backend=run.backend), run.new(kind), torch.arange(128)
+    ids = ids_of(1, prompt + 2)
+    run.model(ids[:, :prompt], past_key_values=cache)
     plain = copy.deepcopy(cache)
-    with pytest.raises((IndexError, RuntimeError)):
-        step(ids[:, 20:21], cache, torch.tensor([1000]))
-    assert [int(layer.get_seq_length()) for layer in cache.layers] == [20, 20]
-    assert [int(layer.cumulative_length) for layer in cache.layers if hasattr(layer, "cumulative_length")] == [
-        int(layer.cumulative_length) for layer in plain.layers if hasattr(layer, "cumulative_length")
-    ]
-    every = torch.arange(128)
-    got = torch.cat([step(ids[:, i : i + 1], cache, every) for i in (20, 21)], 1)
-    expected = torch.cat([run.model(ids[:, i : i + 1], past_key_values=plain).logits for i in (20, 21)], 1)
-    assert close(got, expected) and quantized(cache) == [True, True]
+    is_tried = prompt < WINDOW or stays
+    for _ in range(2 * is_tried):
+        with pytest.raises((IndexError, RuntimeError)):
+            step(ids[:, prompt : prompt + 1], cache, every + 1000)
+        for mine, other in zip(cache.layers, plain.layers, strict=True):
+            assert int(mine.get_seq_length()) == prompt
+            assert getattr(mine, "cumulative_length", 0) == getattr(other, "cumulative_length", 0)
+    got = torch.cat([step(ids[:, i : i + 1], cache, every) for i in (prompt, prompt + 1)], 1)
+    expected = torch.cat([run.model(ids[:, i : i + 1], past_key_values=plain).logits for i in (prompt, prompt + 1)], 1)
+    assert close(got, expected) and quantized(cache) == [not stays, True]
+
+
+@torch.no_grad()
+def test_layers_of_other_kinds_are_no_buffers() -> None:
+    """LFM2's convolutions, say, in front of a window that begins to move."""
+    run = Run("Gemma3Text", FULL)
+    cache = run.new(StaticCache)
+    run.life(run.call, cache, [20, *[1] * (WINDOW - 20)])
+    assert uncompiled(cache, 1) is not None
+    cache.layers.insert(0, torch.nn.Identity())
+    assert uncompiled(cache, 1) is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)

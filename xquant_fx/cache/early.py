@@ -105,6 +105,23 @@ class GrowingWindow(GrowingPart):
         self.layer.cumulative_length = tokens
 
 
+class WindowLeft:
+    """A static sliding window that stays in full precision, so that a step of ``new`` tokens can be forgotten."""
+
+    def __init__(self, layer: Any, new: int) -> None:
+        self.layer, self.counted = layer, layer.cumulative_length_int
+        self.length = layer.cumulative_length.clone()
+        moves = self.counted + new > layer.max_cache_len
+        self.contents = [(x, x.clone()) for x in (layer.keys, layer.values)] if moves else []
+
+    def forget_step(self) -> None:
+        """Make it what it was; a token that has not moved others is behind those that count."""
+        for x, before in self.contents:
+            x.copy_(before)
+        self.layer.cumulative_length.copy_(self.length)
+        self.layer.cumulative_length_int = self.counted
+
+
 #: By the name of a layer's class.
 _PARTS: dict[str, type[StaticPart] | type[GrowingPart]] = {
     "StaticLayer": StaticPart,
@@ -124,13 +141,15 @@ class Early:
     ``any_room``: whether graphs of one that grows serve any room (``Growth``), as they are to, where kernels read it.
     """
 
-    def __init__(self, plan: Plan, layers: Sequence[Any], tokens: int, any_room: bool) -> None:
-        """Of ``layers`` that can be: ``held_by`` and ``those_quantized`` say so.
+    def __init__(
+        self, plan: Plan, layers: Sequence[Any], tokens: int, any_room: bool, left: Sequence[WindowLeft] = ()
+    ) -> None:
+        """Of ``layers`` that can be: ``held_by`` and ``those_quantized`` say so; with what is ``left`` beside them.
 
         Raises:
             ConfigError: ``plan`` is not for their shapes; nothing is changed.
         """
-        self.tokens, self.any_room, self.grows = tokens, False, grows(layers)
+        self.tokens, self.any_room, self.grows, self.left = tokens, False, grows(layers), list(left)
         self.name = f"layer 0 of {len(layers)} ({type(layers[0]).__name__})"
         self.parts: list[StaticPart | GrowingPart] = []
         first = layers[0].keys
@@ -178,13 +197,15 @@ class Early:
             part.take_back()
             if forget_step:
                 part.forget_step(self.tokens)
-        self.parts = []
+        for window in self.left if forget_step else ():
+            window.forget_step()
+        self.parts, self.left = [], []
 
     def keep(self) -> None:
         """It is quantized from now on; what it was goes."""
         for part in self.parts:
             part.notes.forget()
-        self.parts = []
+        self.parts, self.left = [], []
 
 
 def is_plain(cache: Any) -> bool:
@@ -210,6 +231,12 @@ def those_quantized(layers: Collection[Any], settings: XQuantConfig | Plan, toke
     stays = [size > 0 and why_not_window(size, others, settings) != "" for size in sizes]
     chosen = [layer for layer, one in zip(layers, stays, strict=True) if not one]
     return chosen if all(tokens <= _PARTS[type(layer).__name__].holds(layer) for layer in chosen) else []
+
+
+def those_left(layers: Collection[Any], quantized: Collection[Any], new: int) -> list[WindowLeft]:
+    """Static windows among ``layers`` that are not ``quantized``, before a step of ``new`` tokens."""
+    others = [layer for layer in layers if all(layer is not each for each in quantized)]
+    return [WindowLeft(layer, new) for layer in others if _part_of(layer) is StaticWindow]
 
 
 def _window_of(layer: Any, longest: int) -> int:

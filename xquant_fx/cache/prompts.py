@@ -103,7 +103,7 @@ def _becomes_full(cache: Any, window: Any, held: int, tokens: int) -> bool:
 def _begins_to_slide(cache: Any, window: Any, held: int, tokens: int) -> bool:
     """Whether one in a buffer, which was taken for a window and quantized nevertheless, is about to move."""
     moves = held + tokens > window.max_cache_len and type(window.keys) is QuantizedKV
-    return moves and any(layer.max_cache_len > window.max_cache_len for layer in cache.layers)
+    return moves and any(getattr(layer, "max_cache_len", 0) > window.max_cache_len for layer in cache.layers)
 
 
 def without_views(layers: Iterable[Any]) -> None:

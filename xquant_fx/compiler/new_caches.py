@@ -127,10 +127,13 @@ class Function:
     def step_came(self, cache: Any, trial: Trial | None, failed: bool) -> None:
         """Behind the first step of a ``cache``, or one on ``trial``: is it quantized?"""
         kind, is_quantized = type(cache).__name__, trial is not None and trial.end(failed)
-        if trial is not None and not is_quantized:  # the next step, whose graph is for ordinary buffers, is its first
-            _as_it_is.add(cache)
+        if trial is not None and not is_quantized:
             if not failed:
                 self.refused.add(kind)
+            if (
+                not failed or trial.accepted is False
+            ):  # the next step, whose graph is for ordinary buffers, is its first
+                _as_it_is.add(cache)
             return
         if failed:
             return

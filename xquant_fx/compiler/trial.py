@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from xquant_fx.cache.early import Early, grows, held_by, those_quantized
+from xquant_fx.cache.early import Early, grows, held_by, those_left, those_quantized
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.left import why_kept, why_left
 from xquant_fx.cache.storage import why_not_alone
@@ -148,7 +148,8 @@ def begin_trial(cache: Any, new: tuple[int, int], asked: Asked, is_known: bool) 
             return None
         try:
             any_room = by_inductor and buffers[0].device.type == "cpu" and not request.disable & NEEDED
-            return Trial(Early(make_plan(request.effective, len(layers)), layers, tokens, any_room), is_known)
+            plan, left = make_plan(request.effective, len(layers)), those_left(held[0], layers, more)
+            return Trial(Early(plan, layers, tokens, any_room, left), is_known)
         except ConfigError:  # of which one is told by the step
             return None
 
