@@ -129,9 +129,14 @@ def test_windows_that_have_lost_tokens_are_not_tried(kind: type, prompt: int, en
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stays", [False, True])
 @pytest.mark.parametrize("prompt", [20, WINDOW + 5])
-@torch.no_grad()
-def test_first_steps_that_fail_are_not_counted(kind: type, stays: bool, prompt: int) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_first_steps_that_fail_are_not_counted(kind: type, stays: bool, prompt: int, mode: Any) -> None:
     """Neither as a tensor nor as a number, nor has a window lost a token to them."""
+    with mode():
+        first_steps_that_fail(kind, stays, prompt)
+
+
+def first_steps_that_fail(kind: type, stays: bool, prompt: int) -> None:
     run = Run("Gemma3Text", FULL.replace(sliding_windows=not stays))
 
     def call(ids: Tensor, cache: Any, at: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ from xquant_fx.plan.windows import why_not_window
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SIDES: dict[str, Role] = {"keys": "key", "values": "value"}
+#: Where a static window counts its tokens once more.
+_COUNTER = "cumulative_length_int"
 
 
 class StaticPart:
@@ -46,7 +48,7 @@ class StaticPart:
     holds = staticmethod(lambda layer: layer.max_cache_len)
 
     def __init__(self, layer: Any, side: str, state: KVState, any_room: bool) -> None:
-        self.layer, self.state, self.quantized = layer, state, getattr(layer, side)
+        self.state, self.quantized = state, getattr(layer, side)
         self.notes = Notes(layer, self.quantized)
         self.original = quantize_keeping(self.quantized, state)
         state.group.taken_over.append(weakref.ref(self.quantized))
@@ -55,19 +57,6 @@ class StaticPart:
         """Make it what it was."""
         restore(self.quantized, self.original)
         self.notes.put_back()
-
-    def forget_step(self, tokens: int) -> None:
-        """The layer counts as many ``tokens`` as before the step."""
-        self.layer.cumulative_length.fill_(tokens)
-
-
-class StaticWindow(StaticPart):
-    """The same of a sliding window, which is a buffer like any other while it fills."""
-
-    def forget_step(self, tokens: int) -> None:
-        """The layer counts them twice."""
-        super().forget_step(tokens)
-        self.layer.cumulative_length_int = tokens
 
 
 class GrowingPart:
@@ -90,9 +79,6 @@ class GrowingPart:
         restore(self.quantized, self.original.detach())
         self.notes.put_back()
 
-    def forget_step(self, tokens: int) -> None:
-        """Nothing: the layer has as many tokens as its tensor."""
-
 
 class GrowingWindow(GrowingPart):
     """The same of a sliding window: specs know of it, since it keeps no more than the last tokens."""
@@ -100,39 +86,44 @@ class GrowingWindow(GrowingPart):
     window_of = staticmethod(lambda layer: layer.sliding_window)
     holds = staticmethod(lambda layer: layer.sliding_window - 1)
 
-    def forget_step(self, tokens: int) -> None:
-        """The layer counts them."""
-        self.layer.cumulative_length = tokens
 
+class StaticBefore:
+    """What a step of ``new`` tokens changes of a static layer beside quantized buffers, so that it can be forgotten.
 
-class WindowLeft:
-    """A static sliding window that stays in full precision, so that a step of ``new`` tokens can be forgotten."""
+    Of a layer that grows it changes nothing but what the layer holds once the step has ended.
+    """
 
     def __init__(self, layer: Any, new: int) -> None:
-        self.layer, self.counted = layer, layer.cumulative_length_int
-        self.length = layer.cumulative_length.clone()
-        moves = self.counted + new > layer.max_cache_len
+        self.layer, self.length = layer, layer.cumulative_length.clone()
+        self.counted: int | None = getattr(layer, _COUNTER, None)
+        moves = self.counted is not None and self.counted + new > layer.max_cache_len  # then it stays in full precision
         self.contents = [(x, x.clone()) for x in (layer.keys, layer.values)] if moves else []
 
-    def forget_step(self) -> None:
+    def bring_back(self) -> None:
         """Make it what it was; a token that has not moved others is behind those that count."""
-        for x, before in self.contents:
-            x.copy_(before)
-        self.layer.cumulative_length.copy_(self.length)
-        self.layer.cumulative_length_int = self.counted
+        with torch.inference_mode():  # where alone what was made in it may be written
+            for x, before in self.contents:
+                x.copy_(before)
+            self.layer.cumulative_length.copy_(self.length)
+        if self.counted is not None:
+            setattr(self.layer, _COUNTER, self.counted)
 
 
 #: By the name of a layer's class.
 _PARTS: dict[str, type[StaticPart] | type[GrowingPart]] = {
     "StaticLayer": StaticPart,
-    "StaticSlidingWindowLayer": StaticWindow,
+    "StaticSlidingWindowLayer": StaticPart,  # a buffer like any other while it fills
     "DynamicLayer": GrowingPart,
     "DynamicSlidingWindowLayer": GrowingWindow,
 }
 
 
-def _part_of(layer: Any) -> type[StaticPart] | type[GrowingPart] | None:
-    return _PARTS.get(type(layer).__name__)
+def _is_known(layer: Any) -> bool:
+    return type(layer).__name__ in _PARTS
+
+
+def _part_of(layer: Any) -> type[StaticPart] | type[GrowingPart]:
+    return _PARTS[type(layer).__name__]
 
 
 class Early:
@@ -142,14 +133,14 @@ class Early:
     """
 
     def __init__(
-        self, plan: Plan, layers: Sequence[Any], tokens: int, any_room: bool, left: Sequence[WindowLeft] = ()
+        self, plan: Plan, layers: Sequence[Any], tokens: int, any_room: bool, before: Sequence[StaticBefore] = ()
     ) -> None:
-        """Of ``layers`` that can be: ``held_by`` and ``those_quantized`` say so; with what is ``left`` beside them.
+        """Of ``layers`` that can be: ``held_by`` and ``those_quantized`` say so. ``before``: of all static ones.
 
         Raises:
             ConfigError: ``plan`` is not for their shapes; nothing is changed.
         """
-        self.tokens, self.any_room, self.grows, self.left = tokens, False, grows(layers), list(left)
+        self.tokens, self.any_room, self.grows, self.before = tokens, False, grows(layers), list(before)
         self.name = f"layer 0 of {len(layers)} ({type(layers[0]).__name__})"
         self.parts: list[StaticPart | GrowingPart] = []
         first = layers[0].keys
@@ -170,7 +161,7 @@ class Early:
     def _bound(self, plan: Plan, layers: Sequence[Any]) -> list[KVSpec]:
         planned: list[tuple[int, Role, Geometry]] = []
         for number, layer in enumerate(layers):
-            part, window = _PARTS[type(layer).__name__], _PARTS[type(layer).__name__].window_of(layer)
+            part, window = _part_of(layer), _part_of(layer).window_of(layer)
             for side, role in _SIDES.items():
                 x = getattr(layer, side)
                 shape = (*x.shape[:2], part.room_of(x, self.any_room), x.shape[3])
@@ -184,7 +175,7 @@ class Early:
             state.take_queries(Notes(layer, x).squares_of(x))
         state.store(x[:, :, : self.tokens], torch.arange(self.tokens, device=x.device))
         self.group.forget(state)
-        self.parts.append(_PARTS[type(layer).__name__](layer, side, state, self.any_room))
+        self.parts.append(_part_of(layer)(layer, side, state, self.any_room))
 
     @property
     def has_more(self) -> bool:
@@ -195,54 +186,49 @@ class Early:
         """Make all what it was: nothing came since, or is to be forgotten."""
         for part in self.parts:
             part.take_back()
-            if forget_step:
-                part.forget_step(self.tokens)
-        for window in self.left if forget_step else ():
-            window.forget_step()
-        self.parts, self.left = [], []
+        for layer in self.before if forget_step else ():
+            layer.bring_back()
+        self.parts, self.before = [], []
 
     def keep(self) -> None:
         """It is quantized from now on; what it was goes."""
         for part in self.parts:
             part.notes.forget()
-        self.parts, self.left = [], []
+        self.parts, self.before = [], []
 
 
 def is_plain(cache: Any) -> bool:
     """Whether the first layer of ``cache`` that stores anything holds it in full precision. Each step asks."""
     layer = first_storing(cache)
-    return _part_of(layer) is not None and type(getattr(layer, "keys", None)) is Tensor
+    return _is_known(layer) and type(getattr(layer, "keys", None)) is Tensor
 
 
 def grows(layers: Collection[Any]) -> bool:
     """Whether each step makes ``layers`` longer, all of them in the one way that can be foreseen."""
-    return bool(layers) and all(issubclass(_part_of(layer) or StaticPart, GrowingPart) for layer in layers)
+    return bool(layers) and all(_is_known(layer) and issubclass(_part_of(layer), GrowingPart) for layer in layers)
+
+
+def _are_static(layers: Collection[Any]) -> bool:
+    return bool(layers) and all(_is_known(layer) and issubclass(_part_of(layer), StaticPart) for layer in layers)
 
 
 def those_quantized(layers: Collection[Any], settings: XQuantConfig | Plan, tokens: int) -> list[Any]:
     """Those of ``layers`` that a takeover would quantize, of which each has ``tokens`` behind its step; none: they are
     more than one of them holds, and so it has lost some, or there is a layer that nothing can be foreseen of."""
-    kinds = {_part_of(layer) for layer in layers}
-    if None in kinds or not (grows(layers) or all(issubclass(kind or GrowingPart, StaticPart) for kind in kinds)):
+    if not grows(layers) and not _are_static(layers):
         return []
     longest = 0 if grows(layers) else max(layer.max_cache_len for layer in layers)
     sizes = [_window_of(layer, longest) for layer in layers]
     others = sizes.count(0)
     stays = [size > 0 and why_not_window(size, others, settings) != "" for size in sizes]
     chosen = [layer for layer, one in zip(layers, stays, strict=True) if not one]
-    return chosen if all(tokens <= _PARTS[type(layer).__name__].holds(layer) for layer in chosen) else []
-
-
-def those_left(layers: Collection[Any], quantized: Collection[Any], new: int) -> list[WindowLeft]:
-    """Static windows among ``layers`` that are not ``quantized``, before a step of ``new`` tokens."""
-    others = [layer for layer in layers if all(layer is not each for each in quantized)]
-    return [WindowLeft(layer, new) for layer in others if _part_of(layer) is StaticWindow]
+    return chosen if all(tokens <= _part_of(layer).holds(layer) for layer in chosen) else []
 
 
 def _window_of(layer: Any, longest: int) -> int:
     """Tokens of what a takeover takes for a sliding window; 0: none. Static ones are shorter than others."""
-    if issubclass(_PARTS[type(layer).__name__], GrowingPart):
-        return _PARTS[type(layer).__name__].window_of(layer)
+    if issubclass(_part_of(layer), GrowingPart):
+        return _part_of(layer).window_of(layer)
     return layer.max_cache_len if layer.max_cache_len < longest else 0
 
 
@@ -250,7 +236,7 @@ def held_by(cache: Any) -> tuple[list[Any], int] | None:
     """The layers of ``cache`` that store anything, and how many tokens each holds; None: no step of the usual kind can
     be foreseen."""
     layers = list(storing(cache).values())
-    if not layers or not all(_part_of(layer) is not None and layer.is_initialized for layer in layers):
+    if not layers or not all(_is_known(layer) and layer.is_initialized for layer in layers):
         return None
     buffers = [getattr(layer, side) for layer in layers for side in _SIDES]
     if any(layer.keys.shape[1] == 1 and layer.keys.shape[3] != layer.values.shape[3] for layer in layers):

@@ -19,15 +19,16 @@ from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.growth import Growth, first_room, with_lasting_room
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.new_prompts import NewPrompt, may_be_new, storing
+from xquant_fx.cache.prompts import GROWING_WINDOW
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import ConfigError
 from xquant_fx.plan.plan import Plan
 from xquant_fx.plan.spec import KVSpec
 
-_WINDOW, _STATIC = "DynamicSlidingWindowLayer", "StaticLayer"
+_STATIC = "StaticLayer"
 #: Names of layers' classes to what their keys and values are, once they are stored.
 _STORED: dict[str, type[GrowingKV] | type[QuantizedKV]] = {
-    "DynamicLayer": GrowingKV, _WINDOW: GrowingKV, _STATIC: QuantizedKV,
+    "DynamicLayer": GrowingKV, GROWING_WINDOW: GrowingKV, _STATIC: QuantizedKV,
 }  # fmt: skip
 
 
@@ -162,7 +163,7 @@ class LaterPrompt(NewPrompt):
 
 def _grow(layer: Any, pair: tuple[KVState, KVState], new: tuple[Tensor, Tensor], any_room: bool) -> None:
     """Store ``new`` keys and values [B, H, q, D] as the first tokens of an empty layer that grows."""
-    tokens, slides = new[0].shape[2], type(layer).__name__ == _WINDOW
+    tokens, slides = new[0].shape[2], type(layer).__name__ == GROWING_WINDOW
     first = max(tokens - layer.sliding_window + 1, 0) if slides else 0  # that the layer keeps
     # Before they are stored: keys wait for their queries, no longer than until somebody asks for them.
     grown = [GrowingKV.of(Growth(state, tokens, any_room), begin=first) for state in pair]

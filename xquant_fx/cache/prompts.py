@@ -13,7 +13,7 @@ keeps one token less; ``max_cache_len`` of ``StaticSlidingWindowLayer``. Checked
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +23,8 @@ from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.kernels.layout import STEP_TOKENS
 
-_WINDOW = "DynamicSlidingWindowLayer"
-_WINDOWS = (_WINDOW, "StaticSlidingWindowLayer")
+GROWING_WINDOW = "DynamicSlidingWindowLayer"
+_WINDOWS = (GROWING_WINDOW, "StaticSlidingWindowLayer")
 _CACHES = ("DynamicCache", "StaticCache")
 #: Says, when a call has ended, whether it was what it was taken for.
 AsGuessed = Callable[[], bool]
@@ -84,7 +84,9 @@ def _fills_windows(cache: Any, tokens: int) -> AsGuessed | None:
         return None
     (window,) = found
     held = window.get_seq_length()
-    if not (_becomes_full if type(window).__name__ == _WINDOW else _begins_to_slide)(cache, window, held, tokens):
+    if not (_becomes_full if type(window).__name__ == GROWING_WINDOW else _begins_to_slide)(
+        cache, window, held, tokens
+    ):
         return None
 
     def filled() -> bool:
@@ -106,15 +108,20 @@ def _begins_to_slide(cache: Any, window: Any, held: int, tokens: int) -> bool:
     return moves and any(getattr(layer, "max_cache_len", 0) > window.max_cache_len for layer in cache.layers)
 
 
+def plain_windows(layers: Iterable[Any]) -> Iterator[tuple[Any, str, Tensor]]:
+    """Layers that are windows which grow, side, and what that holds in full precision."""
+    for layer in layers:
+        for side in ("keys", "values") if type(layer).__name__ == GROWING_WINDOW else ():
+            if type(x := getattr(layer, side)) is Tensor:
+                yield layer, side, x
+
+
 def without_views(layers: Iterable[Any]) -> None:
     """Have sliding windows in full precision, behind uncompiled code, be what graphs return: no views of what they were
     cut from. Dynamo would trace the next step for views, and the one behind it anew."""
-    for layer in layers:
-        for side in ("keys", "values") if type(layer).__name__ == _WINDOW else ():
-            x = getattr(layer, side)
-            if type(x) is Tensor and x._is_view():
-                whole = x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
-                setattr(layer, side, whole)
+    for layer, side, x in plain_windows(layers):
+        if x._is_view():
+            setattr(layer, side, x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride()))
 
 
 def _group(cache: Any) -> CacheGroup | None:

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xquant_fx.cache.early import grows, is_plain, those_quantized
+from xquant_fx.cache.early import is_plain, those_quantized
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.later_prompts import Known, LaterPrompt, begin, learned
 from xquant_fx.cache.new_prompts import FirstPrompt, NewPrompt, is_new, may_be_new, storing
-from xquant_fx.cache.prompts import AsGuessed, uncompiled
+from xquant_fx.cache.prompts import AsGuessed, plain_windows, uncompiled
 from xquant_fx.compiler.trial import Asked, Trial, begin_trial
 from xquant_fx.kernels.layout import STEP_TOKENS
 
@@ -70,7 +70,7 @@ class Function:
         later = begin(cache, self.known[kind]) if kind in self.known else None
         if later is not None:
             return later
-        if kind == _GROWING and (kind in self.refused or tokens > MOST_TOKENS or not grows(layers.values())):
+        if kind == _GROWING and (kind in self.refused or tokens > MOST_TOKENS):
             return None
         if kind == _GROWING and not those_quantized(layers.values(), asked().request.effective, tokens + 1):
             return None  # a window forgets tokens, or nothing is quantized
@@ -157,10 +157,8 @@ def _mark_masks(given: Sequence[Any], length: int) -> None:
 
 def _mark_windows(cache: Any) -> None:
     """The same of windows that grow and stay in full precision, until they are full."""
-    for layer in storing(cache).values():
-        for each in (layer.keys, layer.values):
-            if type(each) is Tensor and type(layer).__name__ == "DynamicSlidingWindowLayer":
-                torch._dynamo.maybe_mark_dynamic(each, 2)
+    for _, _, x in plain_windows(cache.layers):
+        torch._dynamo.maybe_mark_dynamic(x, 2)
 
 
 _functions = weakref.WeakKeyDictionary[Any, Function]()

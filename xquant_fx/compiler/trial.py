@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from xquant_fx.cache.early import Early, grows, held_by, those_left, those_quantized
+from xquant_fx.cache.early import Early, StaticBefore, grows, held_by, those_quantized
 from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.left import why_kept, why_left
 from xquant_fx.cache.storage import why_not_alone
@@ -148,8 +148,9 @@ def begin_trial(cache: Any, new: tuple[int, int], asked: Asked, is_known: bool) 
             return None
         try:
             any_room = by_inductor and buffers[0].device.type == "cpu" and not request.disable & NEEDED
-            plan, left = make_plan(request.effective, len(layers)), those_left(held[0], layers, more)
-            return Trial(Early(plan, layers, tokens, any_room, left), is_known)
+            before = [] if grows(layers) else [StaticBefore(layer, more) for layer in held[0]]
+            plan = make_plan(request.effective, len(layers))
+            return Trial(Early(plan, layers, tokens, any_room, before), is_known)
         except ConfigError:  # of which one is told by the step
             return None
 
