@@ -23,8 +23,6 @@ import argparse
 import json
 import os
 import resource
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compile_caches import WAYS, in_new_process
 from rich.console import Console
 from rich.table import Table
 
@@ -158,20 +157,6 @@ def more_room(model: Any, step: Any, ids: Any, cache: Any) -> dict[str, float]:
     return {kind: value - before[kind] for kind, value in seconds().items()}
 
 
-def run(way: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One run in a process of its own, whose caches are in ``folder``."""
-    for name in {"new": ("cache", "headers"), "cold": ("cache",), "warm": ()}[way]:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "headers").mkdir(parents=True, exist_ok=True)
-    # Torch keeps precompiled headers in the folder for temporary files, wherever its other caches are.
-    places = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "TMPDIR": str(folder / "headers")}
-    command = [sys.executable, __file__, *sys.argv[1:], "--one"]
-    done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-4000:])
-    return {"way": way, **json.loads(done.stdout.splitlines()[-1])}
-
-
 def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Table:
     """A column for each run."""
     made = Table("seconds", *(row["way"] for row in rows), title=f"first step, {args.model}, {args.side}")
@@ -192,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--side", choices=["xquant", "static", "taken-over", "growing"], default="xquant")
-    parser.add_argument("--runs", nargs="+", choices=["new", "cold", "warm"], default=["new", "cold", "warm", "warm"])
+    parser.add_argument("--runs", nargs="+", choices=list(WAYS), default=["new", "cold", "warm", "warm"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-cache-len", type=int, default=1024)
     parser.add_argument("--chunk", type=int, default=0, help="tokens of chunks that are compiled, too; 0: none")
@@ -207,7 +192,8 @@ def main() -> None:
     from results import where, write
 
     with tempfile.TemporaryDirectory() as temporary:
-        rows = [run(way, args, args.cache_dir or Path(temporary)) for way in args.runs]
+        folder = args.cache_dir or Path(temporary)
+        rows = [{"way": way, **in_new_process(way, [*sys.argv[1:], "--one"], folder)} for way in args.runs]
     Console(width=120).print(table_of_talk(rows, args) if args.talk else table(rows, args))
     args.device, args.cache_dir = "cpu", str(args.cache_dir)
     more = ("-chunks" if args.chunk else "") + ("-traced" if args.fullgraph else "")

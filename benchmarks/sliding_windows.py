@@ -3,22 +3,21 @@
     python benchmarks/sliding_windows.py                                   # random weights in the shape of Gemma 3 270M
     python benchmarks/sliding_windows.py --backends xquant inductor --runs cold warm
 
-``generate()`` with a DynamicCache and a StaticCache, each run in a process of its own; "cold": with nothing on disk.
-JSON goes to benchmarks/results/.
+``generate()`` with a DynamicCache and a StaticCache, each run in a process of its own ("new", "cold", "warm":
+compile_caches.py). JSON goes to benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from compile_caches import WAYS, in_new_process
 from results import where, write
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", nargs="+", default=["xquant", "inductor"])
     parser.add_argument("--caches", nargs="+", default=["DynamicCache", "StaticCache"])
-    parser.add_argument("--runs", nargs="+", choices=["cold", "warm"], default=["cold", "warm", "warm"])
+    parser.add_argument("--runs", nargs="+", choices=list(WAYS), default=["new", "cold", "warm", "warm"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="sliding-windows-cpu", help="of the results file")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -65,10 +64,9 @@ def main() -> None:
         for kind in args.caches:
             with tempfile.TemporaryDirectory() as folder:
                 for run in args.runs:
-                    command = [sys.executable, __file__, "--threads", str(args.threads), "--one", backend, kind]
-                    told = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
-                    out = subprocess.run(command, env=told, check=True, capture_output=True, text=True).stdout
-                    row = {"backend": backend, "cache": kind, "run": run, **json.loads(out.splitlines()[-1])}
+                    arguments = ["--threads", str(args.threads), "--one", backend, kind]
+                    found = in_new_process(run, arguments, Path(folder))
+                    row = {"backend": backend, "cache": kind, "run": run, **found}
                     rows.append(row)
                     made.add_row(backend, kind, run, f"{row['seconds']:.1f}", str(row["graphs"]))
     write(args.name, {"rows": rows, **where(args)})
