@@ -171,7 +171,7 @@ class Call:
 
 
 def _computed(gm: GraphModule, foresight: Foresight, given: Mapping[Node, Any]) -> tuple[Any, ...]:
-    run = Interpreter(gm)
+    run = Interpreter(gm, garbage_collect_values=False)  # which would look at the whole graph
     with torch.no_grad():
         for node in foresight.nodes:
             if node.op == "placeholder":
@@ -209,16 +209,27 @@ def why_not_appended(buffer: Tensor, positions: list[int]) -> str:
 
 def why_not_held(buffer: Tensor, first: int) -> str:
     """Why ``buffer`` [B, H, N, D] does not hold ``first`` tokens and nothing else, as far as its contents say."""
-    written = (buffer[:, :, :first] != 0).any(3).any(1).any(0)
-    if not bool(written.all()):
-        gap = int(written.logical_not().nonzero()[0, 0])
-        return f"the buffer is empty at position {gap}, before the first that is written, {first} (memory slots?)"
-    if bool(buffer[:, :, first:].any()):
+    if not bool((buffer[0, 0, :first] != 0).any(1).all()):  # one head of one row says it nearly always
+        written = (buffer[:, :, :first] != 0).any(3).any(1).any(0)
+        if not bool(written.all()):
+            gap = int(written.logical_not().nonzero()[0, 0])
+            return f"the buffer is empty at position {gap}, before the first that is written, {first} (memory slots?)"
+    if not _is_zero(buffer[:, :, first:]):
         return (
             f"the buffer holds numbers at or behind position {first}, the first that is written (a rotating buffer, "
             "memory slots, or a cache that was not emptied: fill it with zeros first)"
         )
     return ""
+
+
+def _is_zero(x: Tensor) -> bool:
+    """Whether all of ``x`` [B, H, N, D] is 0: asked of integers of 64 bits where it can be, six times as fast."""
+    a_word = max(8 // x.element_size(), 1)
+    if x.stride(3) == 1 and not any(n % a_word for n in (x.shape[3], x.storage_offset(), *x.stride()[:3])):
+        words = x.view(torch.int64)
+        if torch.equal(words, words.new_zeros(()).expand_as(words)):
+            return True
+    return not bool(x.any())  # -0.0, say
 
 
 def _short(positions: list[int]) -> str:
