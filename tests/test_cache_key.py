@@ -62,12 +62,14 @@ def key_pass(settings: str = "a", user: Any = None) -> cache_key.KeyPass:
         return cache_key.cache_key_patch(settings)["post_grad_custom_pre_pass"]
 
 
-def test_uuid_follows_settings_and_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uuid_follows_settings_sources_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key_pass("a").uuid()
     assert before == key_pass("a").uuid()
     assert before != key_pass("b").uuid()
-    monkeypatch.setattr(cache_key, "source_hash", lambda: b"other sources")
-    assert before != key_pass("a").uuid()
+    for name, other in (("source_hash", b"other sources"), ("machine", ("another processor",))):
+        with monkeypatch.context() as patched:
+            patched.setattr(cache_key, name, lambda other=other: other)
+            assert before != key_pass("a").uuid()
 
 
 def test_stable_hash_of_a_buffer_follows_what_graphs_rely_on() -> None:

@@ -1,10 +1,11 @@
-"""Make Inductor's caches miss when our sources or settings change.
+"""Make Inductor's caches miss when our sources or settings change, or the processor.
 
-Both the FX graph cache and AOTAutograd's cache hash the uuid of the custom passes that Inductor is
-configured with, but not the bodies of ops such as ours. So a pass that does nothing carries a hash
-of our sources; passes that the user set run as before and their uuids are part of ours. Relied on:
-Inductor's ``post_grad_custom_pre_pass``, one pass or (from torch 2.13 on) several. Checked on torch
-2.11, 2.13 and 2.14.
+Both the FX graph cache and AOTAutograd's cache hash the uuid of the custom passes that Inductor is configured with, but
+not the bodies of ops such as ours. So a pass that does nothing carries a hash of our sources; passes that the user set
+run as before and their uuids are part of ours. Nor do they hash what the processor can: C++ for vectors of 16 numbers
+would be compiled for 8 where a folder goes to another machine, or ``ATEN_CPU_CAPABILITY`` is set, and give anything.
+Relied on: Inductor's ``post_grad_custom_pre_pass``, one pass or (from torch 2.13 on) several. Checked on torch 2.11,
+2.13 and 2.14.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from xquant_fx.kernels.cpu.kept_call import machine
 
 _InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", ())
 
@@ -30,7 +33,7 @@ def source_hash() -> bytes:
 
 
 class KeyPass(CustomGraphPass):
-    """Changes nothing; its uuid covers our sources, ``settings`` and the user's own passes."""
+    """Changes nothing; its uuid covers our sources, the machine, ``settings`` and the user's own passes."""
 
     def __init__(self, settings: str, others: tuple[Any, ...] = ()) -> None:
         self.settings, self.others = settings, others
@@ -45,7 +48,7 @@ class KeyPass(CustomGraphPass):
     def uuid(self) -> Any:
         """What the caches hash; None (do not cache) if one of the user's passes has none."""
         others = tuple(other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others)
-        return (source_hash(), self.settings, *others) if all(others) else None
+        return (source_hash(), str(machine()), self.settings, *others) if all(others) else None
 
 
 def cache_key_patch(settings: str) -> dict[str, Any]:
