@@ -60,6 +60,7 @@ class Slot:
         """The slot of ``layer`` in a cache that was made by ``plan``."""
         return cls(layer, plan.layers[layer].of(role), rotary, window)
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 - each new cache writes its own
     def to_json(self) -> str:
         """The slot as text, which a graph can hold."""
         return json.dumps([self.layer, self.entry.to_dict(), self.rotary, self.window])

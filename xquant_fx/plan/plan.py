@@ -88,6 +88,7 @@ class Plan:
                 f"{entry.residual_length}"
             )
 
+    @functools.lru_cache(maxsize=16)  # noqa: B019 - each new cache writes its own
     def to_json(self) -> str:
         """The plan as JSON; :meth:`from_json` reads it back."""
         layers = [{entry.role: entry.to_dict() for entry in layer} for layer in self.layers]
@@ -162,6 +163,11 @@ def make_plan(settings: XQuantConfig | Plan, num_layers: int) -> Plan:
         if len(settings.layers) != num_layers:
             raise ConfigError(f"the plan is for {len(settings.layers)} quantized layers, the model has {num_layers}")
         return settings
+    return _made(settings, num_layers)
+
+
+@functools.lru_cache(maxsize=16)  # for each new cache
+def _made(settings: XQuantConfig, num_layers: int) -> Plan:
     layers: list[LayerPlan] = []
     for layer in range(num_layers):
         entries = (_entry(settings, role, layer, num_layers, layers) for role in get_args(Role))
