@@ -27,6 +27,7 @@ from xquant_fx.kernels.arguments import Overload
 from xquant_fx.kernels.cpu import build
 from xquant_fx.kernels.cpu import source as cpu_source
 from xquant_fx.kernels.cpu.isa import ISAS, named_by_inductor
+from xquant_fx.kernels.cpu.kept_call import for_this_machine
 from xquant_fx.kernels.cpu.side import Side
 from xquant_fx.kernels.decode_attention import cpu_call as attention
 from xquant_fx.kernels.decode_attention import cpu_source as cpu_attention
@@ -146,7 +147,7 @@ def test_editors_can_read(file: str) -> None:
 def test_one_instruction_set_in_each_source(isa: str) -> None:
     row = ISAS[isa]
     for code in whole_sources(isa).values():
-        assert code.startswith(f"#define {row.macro}\n")
+        assert code.startswith(f"{for_this_machine()}#define {row.macro}\n")
         assert f"defined({row.macro})" in code or isa == "portable"
         assert [line for line in code.splitlines() if "define XQ_LANES" in line] == [f"#define XQ_LANES {row.lanes}"]
         assert code.count("inline vf exp_negative(vf x) {") == code.count("inline float sum(vf x) {") == 1

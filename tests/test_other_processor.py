@@ -5,9 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
+from test_at_hand import a_load
+from test_kept_steps import chain_of_two
+
+from xquant_fx.kernels.cpu import build, kept_call
+from xquant_fx.kernels.cpu.isa import ISAS
+from xquant_fx.kernels.shared_code_load import cpu_call as cpu_load
+from xquant_fx.kernels.shared_code_load import cpu_source
 
 PROGRAM = """
 import torch
@@ -39,3 +48,35 @@ def test_of_fewer_instructions(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         _capability, difference = done.stdout.split()
         assert float(difference) < 1e-4, done.stdout  # and no NaN
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Call it, and sources are for another machine."""
+
+    def change() -> None:
+        monkeypatch.setattr(kept_call, "machine", lambda: ("another processor",))
+        kept_call.for_this_machine.cache_clear()
+
+    yield change
+    kept_call.for_this_machine.cache_clear()
+
+
+def test_a_library_is_named_by_the_machine_it_is_for(elsewhere: Callable[[], None]) -> None:
+    """Inductor names it by its source, and compiles it for all that the processor can: another would stop at it."""
+    source = cpu_source.source.__wrapped__  # which is asked once for each problem
+    given = cpu_load.problem_of(a_load()), ISAS["avx2"]
+    here = source(*given)[1]
+    elsewhere()
+    there = source(*given)[1]
+    assert there != here and there.split("\n", 1)[1] == here.split("\n", 1)[1]
+
+
+def test_a_step_in_one_call_is_named_by_it_too(elsewhere: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    sources: list[str] = []
+    monkeypatch.setattr(build, "begin_kernel", lambda types, code: sources.append(code))
+    chain_of_two(None)
+    elsewhere()
+    chain_of_two(None)
+    here, there = sources
+    assert there != here and there.split("\n", 1)[1] == here.split("\n", 1)[1]

@@ -68,6 +68,13 @@ def machine() -> tuple[Any, ...]:
     return *versions, *python, torch.backends.cpu.get_cpu_capability(), processor if any(processor) else lines
 
 
+@functools.cache
+def for_this_machine() -> str:
+    """A line of C++ that changes nothing, for sources: Inductor names a library by its source, and compiles it for all
+    that the processor can (``-march=native``), so that another processor would stop at an instruction of it."""
+    return f"// For the machine {hashlib.sha256(repr(machine()).encode()).hexdigest()[:16]}\n"
+
+
 def bound(lines: Sequence[str], function: Any, kernels: Sequence[str], names: dict[str, Any]) -> Callable[..., Any]:
     """The ``call`` that ``lines`` define, around the C++ ``function``; ``names`` are its globals."""
     libraries = [ctypes.CDLL(file) for file in kernels]

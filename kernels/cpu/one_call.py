@@ -24,7 +24,7 @@ import torch
 from xquant_fx.kernels.cpu.any_room import rooms
 from xquant_fx.kernels.cpu.at_first_call import AtFirstCall, parsed
 from xquant_fx.kernels.cpu.in_turn import InTurn, Turn
-from xquant_fx.kernels.cpu.kept_call import KeptCall, bound, may_be_kept
+from xquant_fx.kernels.cpu.kept_call import KeptCall, bound, for_this_machine, may_be_kept
 from xquant_fx.kernels.cpu.one_call_source import Kernels, source
 from xquant_fx.kernels.cpu.wrapper_chain import Link, Result, chained, kernel_name
 from xquant_fx.kernels.cpu.wrapper_code import NotReadError, Place, Reader, Size, WrapperCode, read_wrapper
@@ -192,7 +192,7 @@ def _python(
     sizes = sorted({arg.python for call in code.calls for arg in call.args if isinstance(arg, Size)})
     kernels = Kernels(elsewhere, {name: kernel.types for name, kernel in here.items()})
     types, text = source(code, kernels, tensors, sizes)
-    text = one_unit.unit(list(here.values())) + text
+    text = for_this_machine() + one_unit.unit(list(here.values())) + text
     build.begin_kernel(types, text)
     results = ", ".join("None" if place is None else place.python for place in code.results)
     lines = [

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xquant_fx.kernels.arguments import Arguments, Overload
 from xquant_fx.kernels.cpu.isa import Isa
+from xquant_fx.kernels.cpu.kept_call import for_this_machine
 from xquant_fx.kernels.rotation import rotated_size, signs
 
 CTYPES = {
@@ -136,6 +137,7 @@ def whole_source(isa: Isa, fixed: str, file: str, given: Mapping[str, str], entr
     """(argument types, whole source of ``kernel``): ``file`` behind ``fixed``; ``kernel`` takes ``given``."""
     signature = ", ".join(f"{kind} {name}" for name, kind in given.items())
     parts = (
+        for_this_machine(),
         f"#define {isa.macro}\n",
         _FLAGS if isa.name.startswith("avx") else "",
         with_headers(SIMD, isa, set()),
