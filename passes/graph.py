@@ -146,7 +146,8 @@ def input_of_size(graph: Graph, size: Any) -> tuple[Node, bool]:
         if _same_size(node.meta.get("example_value"), size):
             return node, False
     with graph.inserting_after(inputs[-1]):
-        node = graph.placeholder(f"xquant_tokens{len(inputs)}")  # caches of several lengths need one each
+        node = graph.placeholder("xquant_tokens")
+    node.target = node.name  # caches of several lengths need one each, and only names are told apart by torch
     node._dynamo_source = None
     node.meta["example_value"] = size
     return node, True

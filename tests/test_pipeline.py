@@ -297,3 +297,14 @@ def test_each_length_of_a_cache_is_an_input_of_its_own():
     graph.output(tuple(node for node, _ in found))
     assert [added for _, added in found] == [True, True, False]
     assert GraphModule({}, graph)(torch.zeros(1), 3, 5) == (3, 5, 3)
+
+
+def test_lengths_have_names_of_their_own_where_inputs_go():
+    environment, graph = ShapeEnv(), Graph()
+    dropped = graph.placeholder("x")
+    graph.placeholder("y").meta["example_value"] = torch.zeros(1)
+    first, _ = input_of_size(graph, environment.create_unbacked_symint())
+    graph.erase_node(dropped)
+    second, _ = input_of_size(graph, environment.create_unbacked_symint())
+    graph.output((first, second))
+    assert GraphModule({}, graph)(torch.zeros(1), 3, 5) == (3, 5)

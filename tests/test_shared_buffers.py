@@ -8,6 +8,8 @@ import pytest
 import torch
 from dynamo_graphs import SHAPE, SMALL, sites_of
 from stepping import interpreted, logits_of, relative_error, run_steps
+from test_later_prompts import Run
+from test_untraced import own_backends  # noqa: F401 - a fixture of all tests here
 from transformers import (
     AutoModelForCausalLM,
     DiffLlamaConfig,
@@ -24,6 +26,7 @@ sdpa = torch.nn.functional.scaled_dot_product_attention
 IDS = torch.randint(3, 64, (2, 44), generator=torch.Generator().manual_seed(3))
 STEPS = {"gemma4": [1, 1, 12, 1], "diffllama": [1] * 3}
 FEW = [1] * 3
+OF_16_BITS = dict(k_bits=16, v_bits=16, k_group_size=4, residual_length=4, rollback_tokens=8, sliding_windows=True)
 NARROW = dict(k_bits=3, v_bits=3, k_group_size=4, residual_length=4, sink_tokens=0, rollback_tokens=8)
 CACHES = {
     "XQuantCache": lambda config: XQuantCache(config, 48, XQuantConfig.preset("full")),
@@ -157,3 +160,21 @@ def test_uncompiled_steps_read_what_compiled_ones_read():
         compiled, ids = copy.deepcopy(cache), IDS[:, at : at + 1]
         assert relative_error(*(logits_of(f, ids, c) for f, c in ((model, cache), (step, compiled)))) < 1e-5
     assert not cache.windows_left
+
+
+def test_windows_that_others_read_behind_a_long_turn():
+    """Layer 2 reads what layer 0 gave its own attention: tokens that its window has overwritten by then."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    torch.manual_seed(0)
+    config = gemma4(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=kinds, sliding_window=16)
+    run = Run(AutoModelForCausalLM.from_config(config).eval(), **OF_16_BITS)
+    mine, theirs = run.cache(), run.cache()
+    with torch.no_grad():
+        for ids in IDS.split([11, 1, 1, 1, 10, 9, 1, 10], 1):
+            expected = run.model(ids, past_key_values=theirs).logits
+            torch.testing.assert_close(run(ids, mine), expected, rtol=1e-4, atol=1e-5)
+    assert all(isinstance(layer.keys, STORED_KV) for layer in mine.layers[:2])
+    (group,) = {layer.keys.live.group for layer in mine.layers[:2]}
+    assert {layer for (layer, _), chunk in group.chunks.items() if chunk.x is not None} <= {0, 1}
+    run(IDS[:, :1], mine)
+    assert not any(chunk.x is not None for chunk in group.chunks.values())  # nothing is kept that nobody reads

@@ -66,6 +66,13 @@ class Chunk:
 
     def __init__(self, x: Tensor | None, past: int, new: int, before: dict[str, Tensor] | None = None) -> None:
         self.x, self.past, self.new, self.before = x, past, new, before or {}
+        self.reader: weakref.ref[Tensor] | None = None
+        """Of a sliding window whose older tokens are overwritten: what reads them as they were."""
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether layers above may read this one: attention of its own lets go of what it has read."""
+        return self.x is None or (self.reader is not None and self.reader() is not None)
 
 
 class CacheGroup:
@@ -218,7 +225,7 @@ class CacheGroup:
     def _drop_copies(self, but: int | None = None) -> None:
         """Let go of the chunks that hold tokens, ``but`` those of one layer."""
         self.step_tokens = 0
-        self.chunks = {key: chunk for key, chunk in self.chunks.items() if chunk.x is None or key[0] == but}
+        self.chunks = {key: chunk for key, chunk in self.chunks.items() if chunk.is_needed or key[0] == but}
 
     def drop(self) -> None:
         """Let go of the chunk."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -193,7 +194,11 @@ class GrowingKV(Dequantized):
         self.growth.state.store(x, torch.arange(tokens, tokens + x.shape[2], device=x.device))
         # No room is made for what comes next: a layer that borrows these codes makes room at its own append.
         self.growth.added(x.shape[2])
-        return GrowingKV.of(self.growth, begin=self.begin)
+        made = GrowingKV.of(self.growth, begin=self.begin)
+        held = self.growth.state.group.held(self.growth.state)
+        if held is not None and self.spec.wraps:
+            held.reader = weakref.ref(made)
+        return made
 
     def may_have_stored(self, new: int) -> None:
         """Up to ``new`` tokens are in the state, of a step that failed: ``resume`` takes back what is behind."""

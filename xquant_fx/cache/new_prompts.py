@@ -1,7 +1,8 @@
 """First prompts of new caches of transformers: the ``update`` of each layer is, for one call, a function of ours.
 
 Attention gets the prompt's own keys and values, whatever the layer has room for, as it does of an ``XQuantCache``, and
-masks are made for as many. The keys tell of the queries that read them (``prompt_keys.py``).
+masks are made for as many (those made before the call are cut: ``compiler/untraced.py``). The keys tell of the queries
+that read them (``prompt_keys.py``).
 
 Relied on: that a cache calls ``update`` and ``get_mask_sizes`` of the objects in its ``layers``, and that a layer
 without tokens has ``is_initialized`` False. Checked on transformers 5.17 and 5.23.
@@ -55,6 +56,11 @@ class NewPrompt:
         """Of each layer that has got some."""
         for index, layer in layers.items():
             layer.update, layer.get_mask_sizes = partial(self._update, index), _of_prompt
+
+    @property
+    def widths(self) -> frozenset[int]:
+        """How many tokens layers have room for, where that is a number."""
+        return frozenset(layer.max_cache_len for layer in self.layers.values() if hasattr(layer, "max_cache_len"))
 
     def end(self) -> None:
         """From now on, layers are what their class says."""

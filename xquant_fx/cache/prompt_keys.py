@@ -12,7 +12,7 @@ are ordinary keys in every way, but
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from xquant_fx.kernels.prompt_attention.cpu_call import attended
 
 _ATTENTIONS = (torch.nn.functional.scaled_dot_product_attention,)
 _PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+#: Of what is added to the scores, a query and keys.
+_ADDING_PRODUCTS = (torch.baddbmm, Tensor.baddbmm)
 _MT: Any = Tensor.mT
 #: Through these, keys stay keys: grouped heads are repeated, the last dimensions exchanged.
 _VIEWS = (
@@ -30,7 +32,10 @@ _VIEWS = (
     torch.transpose, torch.permute, torch.unsqueeze, torch.reshape,
 )  # fmt: skip
 #: Through these, scores stay scores.
-_SCALINGS = (Tensor.__mul__, Tensor.mul, torch.mul, Tensor.__truediv__, Tensor.div, torch.div, Tensor.to, torch.tanh)
+_SCALINGS = (
+    Tensor.__mul__, Tensor.mul, torch.mul, Tensor.__truediv__, Tensor.div, torch.div, Tensor.to, torch.tanh,
+    Tensor.view, Tensor.reshape, torch.reshape,
+)  # fmt: skip
 _MASKINGS = (Tensor.__add__, Tensor.add, Tensor.add_, torch.add, Tensor.masked_fill, torch.where)
 
 
@@ -69,6 +74,8 @@ class PromptKeys(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _ADDING_PRODUCTS:
+            return cls._added(func, args, kwargs)
         names = ("query", "key") if func in _ATTENTIONS else ("input", "other")
         query, keys = (args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(names))
         prompt = keys.prompt if isinstance(keys, PromptKeys) and not isinstance(query, PromptKeys) else None
@@ -87,6 +94,18 @@ class PromptKeys(torch.Tensor):
         if func in _VIEWS and isinstance(first, PromptKeys) and isinstance(result, Tensor):
             return cls._marked(result, first.prompt)
         return result
+
+
+    @staticmethod
+    def _added(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """``baddbmm`` of something as wide as the cache, ALiBi say, queries and keys."""
+        given = dict(zip(("input", "batch1", "batch2"), args, strict=False)) | dict(kwargs)
+        keys = given["batch2"]
+        with torch._C.DisableTorchFunctionSubclass():
+            if not isinstance(keys, PromptKeys):
+                return func(*args, **kwargs)
+            added = keys.prompt.cut(given.pop("input"))
+            return PromptScores.of(func(added, **given), keys.prompt)
 
 
 class PromptScores(torch.Tensor):
@@ -108,6 +127,7 @@ class PromptScores(torch.Tensor):
             if func in _MASKINGS and prompt is not None:
                 args = tuple(prompt.cut(a) for a in args)
             result = func(*args, **(kwargs or {}))
-        if func in _SCALINGS and prompt is not None and isinstance(result, Tensor):
+        are_scores = isinstance(result, Tensor) and prompt is not None and result.shape[-1:] == (prompt.tokens,)
+        if func in _SCALINGS and prompt is not None and are_scores:
             return cls.of(result, prompt)
         return result.as_subclass(Tensor) if isinstance(result, PromptScores) else result

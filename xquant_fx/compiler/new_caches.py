@@ -44,6 +44,8 @@ class Untraced(NamedTuple):
     end: Callable[[], Any]
     """What is to be called behind it, whether it failed or not."""
     as_guessed: AsGuessed
+    widths: frozenset[int] = frozenset()
+    """How wide masks are that were made for all that the cache has room for: attention gets the new tokens alone."""
 
 
 class Function:
@@ -180,7 +182,7 @@ def look(
         known = _functions.setdefault(function, Function())
         prompt = known.prompt_of(cache, tokens, asked)
         if prompt is not None:
-            return Untraced(prompt.end, partial(known.was_prompt, cache, prompt))
+            return Untraced(prompt.end, partial(known.was_prompt, cache, prompt), prompt.widths)
         return lambda failed: None if failed else known.learn(cache)
     is_first = cache in _untouched
     if not is_first and not is_plain(cache):  # any step but a few

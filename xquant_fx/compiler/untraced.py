@@ -19,7 +19,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -90,12 +90,27 @@ def _is_left_untraced(call: Mapping[str, Any], asked: Callable[[], Asked]) -> bo
             return False
         as_guessed = seen.as_guessed
         inside.callback(seen.end)
+        _cut_masks(kwargs, seen.widths, new[1])
     log.info("a prompt of a cache, or a chunk of a quantized one: it runs uncompiled, and is not traced")
     was_called.set()
     inside.callback(_unless_it_failed, outer, functools.partial(_judge, call["self"], as_guessed))
     inside.enter_context(wanted())
     call["cleanups"].append(inside.close)
     return True
+
+
+def _cut_masks(kwargs: dict[str, Any], widths: Collection[int], tokens: int) -> None:
+    """Masks [.., N] that are as wide as one of ``widths``, for a prompt's ``tokens``: ``generate()`` makes them before
+    it calls. ``kwargs`` are those of the call alone."""
+
+    def cut(mask: Any) -> Any:
+        wide = isinstance(mask, Tensor) and mask.dim() > 1 and mask.shape[-1] in widths and mask.shape[-1] > tokens
+        return mask[..., :tokens] if wide else mask
+
+    masks = kwargs.get("attention_mask")
+    if masks is not None and widths:
+        by_kind = isinstance(masks, Mapping)  # of layers
+        kwargs["attention_mask"] = {kind: cut(mask) for kind, mask in masks.items()} if by_kind else cut(masks)
 
 
 def _asked(asked_of: Callable[..., Asked], compiler: Any) -> Asked:
