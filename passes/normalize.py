@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from xquant_fx.passes.flex_step import name_flex_steps
 from xquant_fx.passes.graph import call
 from xquant_fx.passes.kept_positions import keep_positions
+from xquant_fx.passes.known_sizes import name_known_sizes
 from xquant_fx.passes.row_loops import merge_row_loops
 from xquant_fx.passes.row_writes import name_row_writes
 from xquant_fx.passes.trace import argument, fake, is_int, is_returned, operand, takes_all
@@ -36,6 +37,7 @@ from xquant_fx.passes.vocabulary import kind
 
 def normalize(graph: Graph) -> int:
     """Normalize ``graph`` in place; returns how many results and writes were replaced."""
+    name_known_sizes(graph)
     replaced = name_assignments(graph) + name_flex_steps(graph)
     for node in list(graph.nodes):
         replaced += _assign_to_tokens(graph, node)

@@ -95,7 +95,6 @@ class PromptKeys(torch.Tensor):
             return cls._marked(result, first.prompt)
         return result
 
-
     @staticmethod
     def _added(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """``baddbmm`` of something as wide as the cache, ALiBi say, queries and keys."""

@@ -34,6 +34,8 @@ MOST_TOKENS = 1024
 
 #: Caches whose prompts were not traced, and of which no step was seen yet.
 _untouched = weakref.WeakSet[Any]()
+#: Those that grow whose prompts were stored as one before, and of which no step was seen yet.
+_stored = weakref.WeakSet[Any]()
 #: Caches in full precision that are not tried (any more).
 _as_it_is = weakref.WeakSet[Any]()
 
@@ -90,6 +92,8 @@ class Function:
             self.traced.add(kind)
         elif isinstance(prompt, LaterPrompt) and not prompt.fitted:
             self.known.pop(kind, None)
+        elif isinstance(prompt, LaterPrompt) and kind == _GROWING:
+            _stored.add(cache)
         return prompt.was_alone
 
     def learn(self, cache: Any) -> None:
@@ -186,6 +190,9 @@ def look(
         return lambda failed: None if failed else known.learn(cache)
     is_first = cache in _untouched
     if not is_first and not is_plain(cache):  # any step but a few
+        if cache in _stored:
+            _stored.discard(cache)
+            _mark_masks(given, cache.get_seq_length() + tokens)
         return None
     known = _functions.setdefault(function, Function())
     if tokens > STEP_TOKENS and (chunk := known.chunk_of(cache, new, asked)) is not None:
