@@ -123,7 +123,10 @@ def add_input(graph: Graph, after: Node, name: str, tensor: Tensor, value: Tenso
 def fake_of(mode: Any, tensor: Tensor) -> Tensor:
     """``tensor`` as a fake one of ``mode``, with its sizes as numbers; itself without a mode."""
     fake: Tensor = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
-    return fake
+    if mode is None or all(isinstance(size, int) for size in (*fake.shape, *fake.stride())):
+        return fake
+    with mode:  # Dynamo has met it, and left its batch open
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def make_fake_inputs(graph: Graph, inputs: Sequence[Any]) -> None:
