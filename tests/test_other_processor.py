@@ -38,6 +38,7 @@ print(torch.backends.cpu.get_cpu_capability(), (found - expected).abs().max().it
 """
 
 
+@pytest.mark.slow  # test_cache_key.py has that the keys differ
 def test_of_fewer_instructions(tmp_path: Path) -> None:
     """Inductor's own caches give it C++ for vectors of 16 numbers, of which 8 are computed and the others anything."""
     for capability in dict.fromkeys((torch.backends.cpu.get_cpu_capability(), "AVX2")):
