@@ -1,90 +1,87 @@
-"""Prompts whose masks are as wide as a cache of a fixed length, which ``generate()`` makes before it calls a model:
-attention gets the prompt's keys alone, in models, too, that make others of them first."""
+"""4D masks that the caller brings, as wide as the cache: a first prompt takes them, as it does of a ``StaticCache``."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from dynamo_graphs import OLD_BLOOM, tiny
-from test_later_prompts import Run, graphs
-from test_untraced import own_backends  # noqa: F401 - a fixture of all tests here
+from dynamo_graphs import tiny
+from stepping import interpreted, logits_of
 from torch import Tensor
-from transformers import StaticCache
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, StaticCache
 
 from xquant_fx import XQuantCache, XQuantConfig
-from xquant_fx.compiler.untraced import _cut_masks
 
-PROMPT, ROOM = 20, 48
-FULL = XQuantConfig.preset("full")
-
-
-def padded(model: Any) -> dict[str, Tensor]:
-    """Two prompts, the second one 6 tokens shorter."""
-    ids = torch.arange(3, 3 + 2 * PROMPT).view(2, PROMPT) % model.config.vocab_size
-    mask = torch.ones_like(ids)
-    mask[1, :6] = 0
-    return dict(input_ids=ids, attention_mask=mask)
+CONFIG = XQuantConfig.preset("xquant").replace(k_group_size=8, residual_length=8)
+MODEL = LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+WIDTH, PROMPT, TOKENS = 64, 20, 23
+X = torch.randn(2, TOKENS, 128, generator=torch.Generator().manual_seed(0))
 
 
-def logits_of(model: Any, **given: Any) -> Tensor:
-    options = dict(max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    return torch.stack(model.generate(**padded(model), **options, **given).logits)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-@pytest.mark.parametrize(
-    ("name", "attention"),
-    [
-        pytest.param("bloom", "eager", marks=OLD_BLOOM),  # scores and biases by baddbmm
-        ("deepseek_v3", "eager"),  # keys of latents, by linear layers
-        ("deepseek_v3", "sdpa"),
-        ("llama", "eager"),
-    ],
-)
-def test_static_caches_of_generate(name: str, attention: str) -> None:
-    model = tiny(name, attention)
-    expected = logits_of(model)
-    run = Run(model, preset="full")
-    model.forward = run.call
-    for _ in range(2):
-        torch.testing.assert_close(logits_of(model, cache_implementation="static"), expected, rtol=1e-4, atol=1e-5)
-    assert graphs() > 0  # of steps
+def spelt_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    added = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    return torch.softmax(torch.matmul(q, k.transpose(2, 3)) * 0.25 + added, -1) @ v
 
 
-@OLD_BLOOM
-def test_biases_as_wide_as_an_xquant_cache() -> None:
-    model = tiny("bloom", "eager")
-    expected = logits_of(model)
-    found = logits_of(model, past_key_values=XQuantCache(model.config, ROOM, FULL))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+def attentions(attend):
+    """Two layers of attention, 4 heads over 2, that take the mask as it is given."""
+
+    def step(x: Tensor, mask: Tensor, cache) -> Tensor:
+        heads = x.unflatten(2, (8, 16)).transpose(1, 2)
+        for layer in range(2):
+            keys, values = (t.repeat_interleave(2, 1) for t in cache.update(heads[:, 4:6], heads[:, 6:], layer))
+            heads = torch.cat([attend(heads[:, :4], keys, values, mask), heads[:, 4:].flip(3)], 1)
+        return heads
+
+    return step
 
 
-def test_only_masks_as_wide_as_a_cache_are_cut() -> None:
-    wide, other, short = torch.ones(1, 1, PROMPT, ROOM), torch.ones(1, ROOM + 1), torch.ones(2, PROMPT)
-    for mask in (wide, torch.ones(1, ROOM)):
-        kwargs: dict[str, Any] = dict(attention_mask=mask, encoder_attention_mask=mask, input_ids=mask)
-        _cut_masks(kwargs, {ROOM}, PROMPT)
-        assert kwargs["attention_mask"].shape == (*mask.shape[:-1], PROMPT)
-        assert kwargs["encoder_attention_mask"] is kwargs["input_ids"] is mask
-    by_kind = dict(full_attention=wide, sliding_attention=other, none=None)
-    kwargs = dict(attention_mask=by_kind)
-    _cut_masks(kwargs, {ROOM, 8}, PROMPT)
-    assert kwargs["attention_mask"]["full_attention"].shape[-1] == PROMPT and by_kind["full_attention"] is wide
-    assert kwargs["attention_mask"]["sliding_attention"] is other and kwargs["attention_mask"]["none"] is None
-    for kept, widths in ((other, {ROOM}), (short, {ROOM, PROMPT}), (wide, set()), (torch.ones(ROOM), {ROOM})):
-        _cut_masks(kwargs := dict(attention_mask=kept), widths, PROMPT)
-        assert kwargs["attention_mask"] is kept
-    _cut_masks(kwargs := {}, {ROOM}, PROMPT)
-    assert not kwargs
+def masks(kind: str) -> Tensor:
+    """[2, 1, tokens, WIDTH]: what each sees."""
+    at = torch.arange(WIDTH)
+    seen = (at <= at[:TOKENS, None]).expand(2, 1, TOKENS, WIDTH).clone()
+    if kind == "padding":
+        seen[1, :, :, :5] = False
+    elif kind == "hidden columns":
+        seen[:, :, 4:, :4] = False
+    return seen | torch.eye(TOKENS, WIDTH, dtype=torch.bool)  # a row that sees nothing is NaN
 
 
-def test_a_static_cache_that_is_given() -> None:
-    """Its prompt's mask is the program's own, in four dimensions."""
-    model = tiny("deepseek_v3", "sdpa")
-    run, ids = Run(model, preset="full"), padded(model)["input_ids"]
-    mask = torch.ones(PROMPT, ROOM, dtype=torch.bool).tril()[None, None]
-    with torch.no_grad():
-        expected = model(ids).logits
-        found = run(ids, StaticCache(model.config, max_cache_len=ROOM), attention_mask=mask)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+@torch.no_grad()
+def run(step, cache, mask: Tensor, narrow: bool = False) -> Tensor:
+    """A prompt, whose mask is as wide as itself if ``narrow``, and single tokens."""
+    out = [step(X[:, :PROMPT], mask[:, :, :PROMPT, : PROMPT if narrow else WIDTH], cache)]
+    out += [step(X[:, t : t + 1], mask[:, :, t : t + 1], cache) for t in range(PROMPT, TOKENS)]
+    return torch.cat(out, 2)
+
+
+@pytest.mark.parametrize("attend", [pytest.param(sdpa, marks=pytest.mark.slow), spelt_out])
+def test_a_first_prompt_and_what_follows(attend) -> None:
+    plain = attentions(attend)
+    step = torch.compile(plain, backend=interpreted(self_check=False), fullgraph=True, dynamic=False)
+    full, cache = (XQuantCache(MODEL, WIDTH, config) for config in (XQuantConfig.preset("full"), CONFIG))
+    for mask in map(masks, ("causal", "padding", "hidden columns")):
+        exact = run(plain, StaticCache(MODEL, WIDTH), mask)
+        torch.testing.assert_close(run(step, full, mask), exact)
+        eager = run(plain, XQuantCache(MODEL, WIDTH, CONFIG), mask)
+        torch.testing.assert_close(eager[:, :, :PROMPT], exact[:, :, :PROMPT])
+        assert (eager[:, :, PROMPT:] - exact[:, :, PROMPT:]).abs().max() > 1e-2, "what follows reads codes"
+        torch.testing.assert_close(run(step, cache, mask), eager)
+        full.reset()
+        cache.reset()
+    torch.testing.assert_close(run(step, cache, mask, narrow=True), eager)  # masks as wide as the prompt
+
+
+def test_of_a_model_of_hugging_face() -> None:
+    model, ids = tiny("llama", "eager", max_position_embeddings=WIDTH), torch.arange(40).view(2, 20) + 3
+    mask = torch.where(masks("padding")[:, :, :20], 0.0, torch.finfo(torch.float32).min)
+    step = torch.compile(model.forward, backend=interpreted(self_check=False), fullgraph=True)
+    made = [
+        logits_of(each, ids, cache, attention_mask=mask)
+        for each, cache in ((step, XQuantCache(model.config, WIDTH)), (model.forward, StaticCache(model.config, WIDTH)))
+    ]
+    torch.testing.assert_close(*made)
