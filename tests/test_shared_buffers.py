@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from xquant_fx import XQuantCache, XQuantConfig, ops
+from xquant_fx.cache.group import Chunk
 from xquant_fx.cache.growing import STORED_KV
 
 pytest_plugins = ["plain_torch"]
@@ -178,3 +181,11 @@ def test_windows_that_others_read_behind_a_long_turn():
     assert {layer for (layer, _), chunk in group.chunks.items() if chunk.x is not None} <= {0, 1}
     run(IDS[:, :1], mine)
     assert not any(chunk.x is not None for chunk in group.chunks.values())  # nothing is kept that nobody reads
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda chunk: pickle.loads(pickle.dumps(chunk))])
+def test_a_copy_of_what_is_read_is_read_by_nobody(copied):
+    reader, chunk = torch.zeros(1), Chunk(torch.ones(1, 1, 9, 1), 3, 9)
+    chunk.reader = weakref.ref(reader)
+    made = copied(chunk)
+    assert chunk.is_needed and not made.is_needed and torch.equal(made.x, chunk.x)

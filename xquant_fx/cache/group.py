@@ -69,6 +69,9 @@ class Chunk:
         self.reader: weakref.ref[Tensor] | None = None
         """Of a sliding window whose older tokens are overwritten: what reads them as they were."""
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "reader": None}  # which reads this one, and no copy
+
     @property
     def is_needed(self) -> bool:
         """Whether layers above may read this one: attention of its own lets go of what it has read."""
