@@ -14,7 +14,7 @@ from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.kernels.rows import write_rows_
 from xquant_fx.passes.find_slides import find_slide, last_tokens_of
 from xquant_fx.passes.records import Write
-from xquant_fx.passes.trace import argument, fake, full_index, is_returned, is_whole, memory_of, value_of
+from xquant_fx.passes.trace import argument, fake, full_index, is_returned, is_whole, memory_of, number_by_now, value_of
 from xquant_fx.passes.vocabulary import is_in_place, kind
 
 
@@ -173,8 +173,7 @@ def _count(positions: Node | slice) -> object:
     start, stop = (b.meta.get("example_value") if isinstance(b, Node) else b for b in (positions.start, positions.stop))
     if not (isinstance(start, int | torch.SymInt) and isinstance(stop, int | torch.SymInt)):
         return None
-    count = stop - start
-    return count if isinstance(count, int) or (known := count.node.maybe_as_int()) is None else known
+    return number_by_now(stop - start)
 
 
 def _token_index(index: object, shape: torch.Size) -> Node | slice | None:

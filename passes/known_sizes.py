@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from xquant_fx.passes.graph import without_guards
+from xquant_fx.passes.trace import number_by_now
 
 
 def name_known_sizes(graph: Graph) -> int:
@@ -27,16 +28,10 @@ def name_known_sizes(graph: Graph) -> int:
 
 def _has_known(node: Node) -> bool:
     value = node.meta.get("example_value")
-    return type(value) is FakeTensor and any(_number(size) is not size for size in value.shape)
+    return type(value) is FakeTensor and any(number_by_now(size) is not size for size in value.shape)
 
 
 def _with_numbers(value: FakeTensor) -> Any:
-    sizes, strides = ([_number(each) for each in part] for part in (value.shape, value.stride()))
+    sizes, strides = ([number_by_now(each) for each in part] for part in (value.shape, value.stride()))
     with value.fake_mode:
-        return value.as_strided(sizes, strides, _number(value.storage_offset()))
-
-
-def _number(size: Any) -> Any:
-    """The number that an open ``size`` is by now; itself where it is none, or open."""
-    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
-    return size if known is None else known
+        return value.as_strided(sizes, strides, number_by_now(value.storage_offset()))

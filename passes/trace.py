@@ -39,6 +39,12 @@ def at_hand(size: object) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def number_by_now(size: Any) -> Any:
+    """The number that an open ``size`` turned out to be; itself where it is a number, or open."""
+    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return size if known is None else known
+
+
 def argument(node: Node, index: int, name: str, default: object = None) -> object:
     """A call's argument, however it was passed; a dimension may be called ``axis``, too."""
     if len(node.args) > index:
