@@ -18,6 +18,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from xquant_fx import XQuantCache, XQuantConfig, explain, memory_report
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.growth import Growth, exact_rooms
+from xquant_fx.cache.room import enlarge, respec
 from xquant_fx.kernels.cpu import any_room
 from xquant_fx.kernels.cpu.any_room import Rooms
 from xquant_fx.kernels.cpu.wrapper_code import KernelCall, NotReadError, Place, WrapperCode
@@ -155,7 +156,7 @@ def test_reports_are_of_the_room_that_there_is() -> None:
 def growth_of(config: XQuantConfig, room: int = 512, window: int = 0, any_room: bool = True) -> Growth:
     state = layers_of(config, (1, 2, room, 64), torch.float32)[0][0]
     if window:
-        state.respec(dataclasses.replace(state.spec, window=window))
+        respec(state, dataclasses.replace(state.spec, window=window))
     return Growth(state, any_room=any_room)
 
 
@@ -180,7 +181,7 @@ def test_who_is_told_nothing() -> None:
 def test_a_window_that_starts_over_gets_room_for_long() -> None:
     """Which takes no memory."""
     growth = growth_of(CONFIG, 512, window=64)
-    growth.state.enlarge(512)
+    enlarge(growth.state, 512)
     before = growth.state.spec.stored_bytes
     growth.reserve(513)
     assert growth.state.spec.shape[2] == 4096 and growth.state.spec.stored_bytes == before

@@ -21,6 +21,7 @@ from xquant_fx import CacheStateError, UnsupportedWriteError, XQuantCache, XQuan
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.growth import AHEAD, Growth, room_for
 from xquant_fx.cache.laid_out_growing import LaidOutGrowingKV
+from xquant_fx.cache.room import enlarge
 
 SHAPE = (1, 2, 512, 16)  # [B, H, room, D]
 CONFIG = XQuantConfig(k_bits=2, v_bits=2, residual_length=64, k_group_size=32, sink_tokens=2)
@@ -62,7 +63,7 @@ def test_moving_to_more_room_changes_nothing(config):
     for state in states:
         state.store(x[:, :, :500], torch.arange(500))
     for state in states[:4]:
-        state.enlarge(1024)
+        enlarge(state, 1024)
     for state in states:
         state.store(x[:, :, 500:], torch.arange(500, 700))
     for a, b in zip(states[:4], states[4:], strict=True):

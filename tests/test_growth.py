@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from xquant_fx import XQuantCache, XQuantConfig
 from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.growth import Growth, with_lasting_room
+from xquant_fx.cache.room import enlarge, respec
 from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.cpu.any_room import Rooms
 
@@ -44,7 +45,7 @@ def test_what_is_stored_stays(name: str) -> None:
     states = filled(FORMATS[name])
     before = [state.load(505).clone() for state in states]
     for state in states:
-        state.enlarge(640)
+        enlarge(state, 640)
     for state, old in zip(states, before, strict=True):
         torch.testing.assert_close(state.load(505), old, rtol=0, atol=0)
 
@@ -55,7 +56,7 @@ def test_a_pair_has_one_room() -> None:
     lower, upper = states[1], states[3]
     assert upper.lower is lower and lower.borrowers == [upper]
     before = upper.load(505).clone()
-    lower.enlarge(640)
+    enlarge(lower, 640)
     assert upper.spec.shape[2] == 640
     torch.testing.assert_close(upper.load(505), before, rtol=0, atol=0)
 
@@ -64,7 +65,7 @@ def test_a_pair_has_one_room() -> None:
 def test_few_graphs_serve_a_cache_that_grows(window: int) -> None:
     """Dynamo compiles eight of a function: windows that fill must not take them all."""
     state = layers_of(XQuantConfig(), (1, 1, 512, 64), torch.float32)[0][0]
-    state.respec(with_lasting_room(dataclasses.replace(state.spec, window=window), 512))  # as when it is taken over
+    respec(state, with_lasting_room(dataclasses.replace(state.spec, window=window), 512))  # as when it is taken over
     growth, specs = Growth(state, any_room=True), []
     for tokens in range(300, 40_000, 100):
         growth.reserve(tokens)

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import LlamaConfig
 
 from xquant_fx import XQuantCache, XQuantConfig, ops
+from xquant_fx.cache.room import enlarge
 from xquant_fx.cache.state import KVState
 
 CONFIG = XQuantConfig(k_group_size=16, residual_length=32, sink_tokens=2)
@@ -85,7 +86,7 @@ LOOKS = {
     "a copy": lambda keys, values: copy.deepcopy(keys),
     "a pickle": lambda keys, values: pickle.dumps(keys),
     "another cache's rows": lambda keys, values: keys.reorder(torch.tensor([0])),
-    "more room": lambda keys, values: keys.enlarge(300),
+    "more room": lambda keys, values: enlarge(keys, 300),
     "what a compiled step writes": lambda keys, values: keys.group.enter({keys.name, values.name}),
 }
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from xquant_fx import ConfigError, XQuantCache, XQuantConfig, make_plan
+from xquant_fx.cache.remake import selected
+from xquant_fx.cache.room import enlarge
 from xquant_fx.cache.state import KVState
 from xquant_fx.evaluate.size import true_bits
 from xquant_fx.kernels.small_floats import LARGEST_NORM, LEAST_NORM, decode_scale, encode_norm
@@ -131,13 +133,13 @@ def test_rows_take_their_norms_with_them() -> None:
     state = stored(keys())
     norm, seen = state.owned["norm"].clone(), read(state)
     index = torch.tensor([1, 0, 1])
-    other = state.selected(index, state.group.with_start(state.group.start[index]), None)
+    other = selected(state, index, state.group.with_start(state.group.start[index]), None)
     assert torch.equal(other.owned["norm"], norm[index]) and torch.equal(
         other.load(TOKENS)[:, :, 11:QUANTIZED], seen[index]
     )
     state.reorder(torch.tensor([1, 0]))
     assert torch.equal(state.owned["norm"], norm[[1, 0]])
-    state.enlarge(300)
+    enlarge(state, 300)
     assert torch.equal(state.owned["norm"][:, :TOKENS], norm[[1, 0], :TOKENS])
     assert state.owned["norm"].shape[1] == state.spec.stored_tokens
 

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+from xquant_fx.cache.room import enlarge
 from xquant_fx.cache.state import KVState
 from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.layout import STEP_TOKENS
@@ -159,4 +160,4 @@ class Growth:
         """Make room for ``tokens`` and a step after them."""
         if tokens > self.state.spec.shape[2]:
             room = room_for(tokens, any_room=self.any_room)
-            self.state.enlarge(with_lasting_room(self.state.spec, room).shape[2])
+            enlarge(self.state, with_lasting_room(self.state.spec, room).shape[2])

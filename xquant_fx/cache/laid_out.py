@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from xquant_fx.cache.aliases import in_order, laid_out, shape_in
-from xquant_fx.cache.kv_tensor import HANDLERS, QuantizedKV
+from xquant_fx.cache.buffer_ops import HANDLERS
+from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.reads import wrapper
 from xquant_fx.cache.state import KVState
 from xquant_fx.plan.spec import KVSpec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,7 +37,7 @@ def select_rows(layers: Iterable[Any], rows_to_keep: Any) -> None:
     _remake(
         layers,
         lambda group: group.with_start(group.start.index_select(0, index.to(group.start.device))),
-        lambda state, group, lower: state.selected(index, group, lower),
+        lambda state, group, lower: selected(state, index, group, lower),
         lambda name, tensor: _rows_of(name, tensor, index),
     )
     for layer in layers:
@@ -51,11 +52,34 @@ def move(layers: Iterable[Any], device: torch.device) -> None:
     _remake(
         layers,
         lambda group: group.with_start(group.start.to(device)),
-        lambda state, group, lower: state.moved(group, lower),
+        moved,
         lambda name, tensor: tensor.to(device),
     )
     for layer in layers:
         layer.device = device
+
+
+def selected(state: KVState, index: Tensor, group: CacheGroup, lower: KVState | None) -> KVState:
+    """A copy of ``state`` in ``group`` that holds the batch rows ``index``."""
+    spec = dataclasses.replace(state.spec, shape=(index.shape[0], *state.spec.shape[1:]))
+    new = KVState(spec, group, lower)
+    for name, tensor in new.owned.items():
+        rows = state.owned[name]
+        tensor.copy_(rows if name == "length" else rows.index_select(0, index.to(rows.device)))
+    if state.behind is not None:
+        first, older = state.behind
+        new.behind = first, older.index_select(0, index.to(older.device))
+    return new
+
+
+def moved(state: KVState, group: CacheGroup, lower: KVState | None) -> KVState:
+    """A copy of ``state`` in ``group``, on the group's device."""
+    new = KVState(state.spec, group, lower)
+    for name, tensor in new.owned.items():
+        tensor.copy_(state.owned[name])
+    if state.behind is not None:
+        new.behind = state.behind[0], state.behind[1].to(group.start.device)
+    return new
 
 
 def holds_nothing(layer: Any) -> bool:

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xquant_fx.cache.buffer_ops import is_zero
 from xquant_fx.cache.growth import room_for, room_of_graphs
-from xquant_fx.cache.kv_tensor import QuantizedKV, is_zero
+from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.reads import Dequantized, ReadOnlyCopy
+from xquant_fx.cache.room import enlarge, respec
 from xquant_fx.cache.state import KVState
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.plan.spec import KVSpec
@@ -126,7 +128,7 @@ class SlidingKV(QuantizedKV):
     def reserve(self, new: int) -> None:
         """Make room for ``new`` tokens. What is stored is a window's: its tensors stay as they are."""
         if not self.has_room(new):
-            self.live.enlarge(room_of_graphs(room_for(self.live.at_most + new)))
+            enlarge(self.live, room_of_graphs(room_for(self.live.at_most + new)))
 
     def slid(self, new: int) -> None:
         """Count ``new`` tokens that the state has got, and make room for a step."""
@@ -198,7 +200,7 @@ def begin_to_slide(buffer: QuantizedKV) -> SlidingKV:
             each.lent_by = each.lower
             each.own_codes()
     longest = max(member.spec.shape[2] for member in members if not member.spec.window)
-    state.respec(dataclasses.replace(with_room_to_slide(state.spec, longest), window=width))
+    respec(state, dataclasses.replace(with_room_to_slide(state.spec, longest), window=width))
     state.at_most = state.length
     _become(buffer, SlidingKV(state.spec, buffer.anchor, state, None, width))
     assert isinstance(buffer, SlidingKV)
@@ -218,7 +220,7 @@ def empty(buffer: SlidingKV) -> None:
     """Forget all tokens: ``buffer`` is a QuantizedKV again, which fills."""
     state = buffer.live
     state.reset()
-    state.respec(dataclasses.replace(state.spec.with_room(buffer.width), window=0))
+    respec(state, dataclasses.replace(state.spec.with_room(buffer.width), window=0))
     lower, state.lent_by = state.lent_by, None
     if lower is not None and lower.spec.shape == state.spec.shape and not lower.length:
         state.share_codes(lower)

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from xquant_fx.cache.buffer_ops import is_zero
 from xquant_fx.cache.growing import STORED_KV
-from xquant_fx.cache.kv_tensor import QuantizedKV, is_zero, refuse_aot
+from xquant_fx.cache.kv_tensor import QuantizedKV, refuse_aot
 from xquant_fx.cache.left import leave_read
 from xquant_fx.cache.reads import Dequantized, ReadOnlyCopy, read, wrapper
 from xquant_fx.errors import UnsupportedWriteError

@@ -17,11 +17,10 @@ from xquant_fx import ops
 from xquant_fx.cache import uncompiled
 from xquant_fx.cache.group import CacheGroup, Chunk
 from xquant_fx.cache.pages import is_shared
+from xquant_fx.cache.positions import check_back, checked_past, goes_back_exactly
 from xquant_fx.cache.queries import FEWEST_QUERIES, mean_squares
 from xquant_fx.errors import CacheStateError
-from xquant_fx.kernels.faults import FAULTS, Fault, may_wrap
 from xquant_fx.kernels.layout import STEP_TOKENS
-from xquant_fx.kernels.packing import planes_of_both
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
 from xquant_fx.kernels.shared_code_load.arguments import STORED
 from xquant_fx.plan.spec import KVSpec
@@ -107,7 +106,7 @@ class KVState:
             CacheStateError: the positions do not follow what is stored, or ``x`` does not fit; nothing is changed.
         """
         self.group.enter((self.name,), x.shape[2])
-        past, new = self._checked_past(x, pos), x.shape[2]
+        past, new = checked_past(self, x, pos), x.shape[2]
         self._keep_behind(past + new)
         x, pos = x.to(self.spec.dtype), pos.to(torch.int64)
         chunk = Chunk(None, past, new)
@@ -236,33 +235,6 @@ class KVState:
         members = [ref() for ref in self.group.members]
         return [member for member in members if isinstance(member, KVState) and member.lower is self]
 
-    def enlarge(self, max_len: int) -> None:
-        """Move to tensors with room for ``max_len`` tokens; what is stored stays as it is.
-
-        So do those that borrow the codes: a step that breaks off between the two layers leaves them alike.
-        """
-        self.respec(self.spec.with_room(max_len))
-        for upper in self.borrowers:
-            upper.enlarge(max_len)
-
-    def respec(self, spec: KVSpec) -> None:
-        """Move to the tensors of ``spec``, which differ in how many tokens there is room for; what both can hold stays.
-
-        Of codes that start over under ``spec`` no quantized token may be past the first round yet.
-        """
-        self.group.settle()
-        self.spec = spec
-        for name, (shape, dtype) in spec.tensor_shapes().items():
-            old = self.owned[name]
-            if tuple(old.shape) != shape:
-                self.owned[name] = new = old.new_zeros(shape, dtype=dtype)
-                is_packed_along_tokens = name == "codes" and spec.quantized and old.shape[2] != shape[2]
-                planes = planes_of_both(spec.bits, new, old) if is_packed_along_tokens else [(new, old)]
-                for target, source in planes:
-                    both = tuple(slice(0, min(sizes)) for sizes in zip(target.shape, source.shape, strict=True))
-                    target[both] = source[both]
-        self.group.collected.clear()
-
     def own_codes(self) -> None:
         """Copy the codes that are borrowed: from now on the layer has its own."""
         if self.lower is None:
@@ -290,47 +262,9 @@ class KVState:
             self.behind = first, older.index_select(0, index.to(older.device))
         self.group.drop()
 
-    def selected(self, index: Tensor, group: CacheGroup, lower: KVState | None) -> KVState:
-        """A copy in ``group`` that holds the batch rows ``index``."""
-        spec = dataclasses.replace(self.spec, shape=(index.shape[0], *self.spec.shape[1:]))
-        new = KVState(spec, group, lower)
-        for name, tensor in new.owned.items():
-            rows = self.owned[name]
-            tensor.copy_(rows if name == "length" else rows.index_select(0, index.to(rows.device)))
-        if self.behind is not None:
-            first, older = self.behind
-            new.behind = first, older.index_select(0, index.to(older.device))
-        return new
-
-    def moved(self, group: CacheGroup, lower: KVState | None) -> KVState:
-        """A copy in ``group``, on the group's device."""
-        new = KVState(self.spec, group, lower)
-        for name, tensor in new.owned.items():
-            tensor.copy_(self.owned[name])
-        if self.behind is not None:
-            new.behind = self.behind[0], self.behind[1].to(group.start.device)
-        return new
-
     def check_truncate(self, length: int) -> None:
-        """Whether the tokens from ``length`` on can be forgotten: at most ``rollback_tokens``, or all.
-
-        Raises:
-            CacheStateError: more tokens than that, whose neighbours are already quantized; or fewer are stored.
-        """
-        stored, furthest = self.owned["length"].tolist()
-        most = self.spec.rollback_tokens
-        if not self.spec.is_exact_back and length and furthest - length > most:
-            why = "quantized" if self.spec.quantized else "overwritten by what followed the window"
-            raise CacheStateError(
-                f"layer {self.spec.layer}: at most {most} tokens can be rolled back exactly (the ones before them are "
-                f"{why}), asked for {furthest - length} of {furthest}: set num_assistant_tokens or "
-                f"prompt_lookup_num_tokens to {most} or less, or rollback_tokens of the cache's config to more"
-            )
-        if length > stored:
-            raise CacheStateError(
-                f"layer {self.spec.layer} holds {stored} {self.spec.role}s, fewer than the {length} tokens to keep: a "
-                f"step was interrupted between layers; crop {length - stored} more, or reset()"
-            )
+        """Raise CacheStateError where the tokens from ``length`` on cannot be forgotten (``check_back``)."""
+        check_back(self, length)
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from ``length`` on; raises CacheStateError as ``check_truncate`` does."""
@@ -347,9 +281,7 @@ class KVState:
         self.group.read_now()
         self.group.forget_late(self)
         stored, furthest = self.owned["length"].tolist()
-        if stored > length and (
-            self.spec.is_exact_back or not length or furthest - length <= self.spec.rollback_tokens
-        ):
+        if stored > length and (not length or goes_back_exactly(self, length, furthest)):
             self.owned["length"][:1].fill_(length)
         self.group.drop()
 
@@ -357,42 +289,6 @@ class KVState:
     def furthest(self) -> int:
         """Tokens stored at most since the sequence began: rolling back does not bring back what they overwrote."""
         return self.owned["length"].tolist()[1]
-
-    def _checked_past(self, x: Tensor, pos: Tensor) -> int:
-        if reason := self.spec.why_not(x):
-            raise CacheStateError(reason)
-        if pos.shape[0] == 0 or pos.shape[0] != x.shape[2]:
-            raise CacheStateError(
-                f"layer {self.spec.layer} {self.spec.role}s: a step needs one position per token and at least one, "
-                f"got {pos.shape[0]} for {x.shape[2]} tokens"
-            )
-        positions = pos.to(torch.int64).tolist()
-        past, new = positions[0], len(positions)
-        length, furthest = self.owned["length"].tolist()
-        self.group.faults.check(wait=True)
-        if reason := self._why_not_at(positions, length, furthest):
-            raise CacheStateError(
-                f"layer {self.spec.layer} {self.spec.role}s: {reason} (position {past} to {past + new - 1}, {length} "
-                f"tokens stored, max_cache_len {self.spec.shape[2]})"
-            )
-        return past
-
-    def _why_not_at(self, positions: list[int], length: int, furthest: int) -> str:
-        """Why no step can have these positions behind ``length`` tokens, in words; "" if it can."""
-        past, new, room = positions[0], len(positions), self.spec.shape[2]
-        if past + new > room:
-            return FAULTS[Fault.FULL]
-        if past > length or past < 0:
-            return FAULTS[Fault.NOT_APPENDED]
-        if not self.spec.is_exact_back and past and furthest - past > self.spec.rollback_tokens:
-            return FAULTS[Fault.ROLLED_BACK_TOO_FAR]
-        if past == 0 and may_wrap(length, new, room):
-            return FAULTS[Fault.RESTARTED]
-        if positions != list(range(past, past + new)):
-            return FAULTS[Fault.NOT_CONSECUTIVE]
-        if self.lower is not None and self.lower.length < past + new:
-            return f"layer {self.spec.partner} lends its codes and must be written first"
-        return ""
 
     def last_write(self) -> Chunk:
         """The last step or chunk that was stored."""
