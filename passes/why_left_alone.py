@@ -23,9 +23,8 @@ from xquant_fx.passes.trace import (
     value_of,
 )
 from xquant_fx.passes.vocabulary import kind, op_name
+from xquant_fx.plan.spec import STORABLE
 
-#: Types of buffers that the ops store.
-STORABLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
 #: Dimensions of a buffer, for people.
 LAYOUT = "[batch, heads, tokens, channels]"
 #: In the ``meta`` of an input that is a stack of buffers: why they are not taken over one by one.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from typing import Any
 
+import pytest
 import torch
 from dynamo_graphs import SMALL
 from numeric import seeded
 from stepping import interpreted
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from xquant_fx import XQuantCache, XQuantConfig
 
@@ -79,3 +82,22 @@ def test_generate_compiles_its_step_once() -> None:
         )
         seen.append((len(steps.graphs), counters["stats"]["unique_graphs"]))
     assert seen == [(1, 2), (1, 3), (1, 3)]
+
+
+CACHES = {
+    "XQuantCache": lambda steps: steps.cache(),
+    "StaticCache": lambda steps: StaticCache(steps.model.config, max_cache_len=32),
+    "DynamicCache": lambda steps: DynamicCache(config=steps.model.config),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_copies_run_the_graphs_of_the_original(kind: str) -> None:
+    """Guards tell which tensors of a cache are one object: were it others in a copy, no graph would fit it."""
+    steps = Steps()
+    cache = CACHES[kind](steps)
+    graphs = steps.run(cache, prompt(5))
+    with torch.no_grad():
+        for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+            steps.step(torch.ones(1, 1, dtype=torch.long), past_key_values=copied)
+    assert len(steps.graphs) == graphs

@@ -12,11 +12,18 @@ import torch
 from dynamo_graphs import buffers, first_graph, fresh, tiny
 from rewrites import CONFIG, SHAPE, Rewrites, assign, quantized_layers, run_both, sdpa, two_layers
 from stepping import interpreted
-from torch._dynamo.exc import UncapturedHigherOrderOpError
+from torch._dynamo.exc import BackendCompilerFailed, UncapturedHigherOrderOpError
 from transformers import DynamicCache
 
 import xquant_fx.warn_once as warn_once
-from xquant_fx import CacheStateError, ConfigError, NotRewrittenError, UnsupportedWriteError, XQuantCache
+from xquant_fx import (
+    CacheStateError,
+    ConfigError,
+    NotRewrittenError,
+    UnsupportedWriteError,
+    XQuantCache,
+    XQuantConfig,
+)
 from xquant_fx.compiler.backend import compile_graph
 from xquant_fx.compiler.options import parse
 from xquant_fx.passes.vocabulary import is_in_place
@@ -301,6 +308,23 @@ def test_ops_in_place():
         ("iand", 2), ("ilshift", 2), ("relu", 2), ("relu", 1, ("inplace", True)), ("dropout", 4), ("torch.relu_", 1),
         ("add_", 2), ("__iadd__", 2),
     ]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_keys_of_64_bits_are_refused_where_they_would_be_quantized(tiny_llama, compiled):
+    """There are no kernels for them; uncompiled code would find out after some steps."""
+    model, ids = tiny_llama(layers=2, dtype=torch.float64), torch.arange(1, 10)[None]
+    step = torch.compile(model.forward, backend=interpreted()) if compiled else model
+    with pytest.raises(
+        (ConfigError, BackendCompilerFailed),
+        match=r"layer 0: keys are quantized from float32, .* got torch.float64: convert",
+    ):
+        step(ids, past_key_values=XQuantCache(model.config, 64, CONFIG))
+    want = model(ids).logits[:, -1]
+    cache = XQuantCache(model.config, 64, XQuantConfig.preset("full"))
+    step(ids[:, :8], past_key_values=cache)
+    torch.testing.assert_close(step(ids[:, 8:], past_key_values=cache).logits[:, -1], want)
 
 
 @torch.no_grad()

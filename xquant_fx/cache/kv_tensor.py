@@ -95,9 +95,7 @@ class QuantizedKV(Dequantized):
     @classmethod
     def of(cls, state: KVState) -> QuantizedKV:
         """The buffer that stands for ``state``, whose address compiled graphs may take for granted."""
-        # One tensor for all buffers of a cache: Dynamo looks at it once, and then whether it is the same.
-        anchor = state.owned["length"] if isinstance(state, Row) else state.group.start
-        buffer = cls(state.spec, anchor, state)
+        buffer = cls(state.spec, state.anchor, state)
         torch._dynamo.mark_static_address(buffer)
         return buffer
 

@@ -19,6 +19,7 @@ from xquant_fx.cache.group import CacheGroup, Chunk
 from xquant_fx.cache.pages import is_shared
 from xquant_fx.cache.positions import check_back, checked_past, goes_back_exactly
 from xquant_fx.cache.queries import FEWEST_QUERIES, mean_squares
+from xquant_fx.cache.reads import anchor_on
 from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
@@ -74,6 +75,11 @@ class KVState:
         if self.group.late is not None:
             self.group.settle(self)
         return self._owned
+
+    @property
+    def anchor(self) -> Tensor:
+        """What Dynamo is shown of it."""
+        return anchor_on(self.group.start.device)
 
     @property
     def name(self) -> tuple[int, str]:

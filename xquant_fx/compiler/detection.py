@@ -27,9 +27,15 @@ def detect_graph(
     ``originals`` are tensors whose copies are among the inputs, by the ids of the copies: who sees a buffer is asked
     of the original.
     """
-    copy = clone(gm)
+    return detect_in(clone(gm), inputs, request, originals)
+
+
+def detect_in(
+    copy: GraphModule, inputs: list[Any], request: Request, originals: Mapping[int, Tensor] | None = None
+) -> Detection:
+    """As ``detect_graph``, on a clone that the caller has made."""
     given = dict(zip(copy.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    surroundings = why_not_gradients() or why_not_layers(gm, request)
+    surroundings = why_not_gradients() or why_not_layers(copy, request)
     unfused = "the pass fuse_decode is switched off" if "fuse_decode" in request.disable else ""
     call = Call(copy, given, originals=originals)
 

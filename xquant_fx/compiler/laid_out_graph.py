@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
 from xquant_fx.cache.aliases import alias_of, in_order, laid_out
-from xquant_fx.cache.kv_tensor import QuantizedKV
+from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.laid_out import LaidOutKV
 from xquant_fx.compiler.other_graph import OtherGraph
 from xquant_fx.passes.facts import Facts
@@ -85,7 +85,7 @@ def _attended(graph: Graph) -> set[Node]:
 def _may_be(value: Any) -> bool:
     if isinstance(value, LaidOutKV):
         return True
-    is_ordinary = isinstance(value, Tensor) and not isinstance(value, QuantizedKV | Parameter)
+    is_ordinary = isinstance(value, Tensor) and not isinstance(value, (*STORED_KV, Parameter))
     return is_ordinary and value.dim() in (3, 4) and value.is_floating_point()
 
 

@@ -4,16 +4,17 @@
 - classes that ``VariableBuilder._wrap`` makes for each value, and leaves as garbage;
 - the text of a frame, in the stack trace of each node: most frames are those of the node before;
 - whether a file is one of ``torch.nn.modules``, whose frames the stack trace leaves out;
+- the frames above the trace, which each message about a changed object shows, shown or not;
 - names of functions, for which source files are read and which only logs show that are off;
 - lengths of caches: those that are equal are one symbol, where each of 60 tensors had its own (0.8 of 4 s);
 - numbers of tokens that sliding windows count: Dynamo leaves them open from the first step on, and not once it has
   traced one for a number and found another in the next.
 
-The trace is the same but for these symbols. Relied on: how ``symbolic_convert``, ``output_graph`` and ``builder`` name
-these, that Dynamo's config is a module of a class of its own that looks up what it does not have itself, that a
-function keeps the builtins its globals had when it was made, and that ``_automatic_dynamic`` returns a list of
-``DimDynamic``. Checked on torch 2.11 and 2.13, all but settings, classes and lengths on 2.14, too; what is not there is
-left out.
+The trace is the same but for these symbols. Relied on: how ``symbolic_convert``, ``output_graph``, ``side_effects`` and
+``builder`` name these, that Dynamo's config is a module of a class of its own that looks up what it does not have
+itself, that a function keeps the builtins its globals had when it was made, and that ``_automatic_dynamic`` returns a
+list of ``DimDynamic``. Checked on torch 2.11 and 2.13, all but settings, classes and lengths on 2.14, too; what is not
+there is left out.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch._dynamo import config, output_graph, symbolic_convert
+from torch._dynamo import config, output_graph, side_effects, symbolic_convert
 from torch._dynamo.variables import builder
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
@@ -67,6 +68,8 @@ def shortcuts() -> Iterator[None]:
         replaced.append((builder.VariableBuilder, "_wrap", _with_classes_once(wrap)))
     if (context_of := vars(builder).get("_automatic_dynamic")) is not None:
         replaced.append((builder, "_automatic_dynamic", _with_one_length(context_of)))
+    if (frames_above := vars(side_effects).get("get_stack_above_dynamo")) is not None:
+        replaced.append((side_effects, "get_stack_above_dynamo", functools.cache(frames_above)))
     if not any(logging.getLogger(f"torch._dynamo.{name}").isEnabledFor(logging.DEBUG) for name in _NAMING_LOGS):
         replaced.append((symbolic_convert, "get_funcname", _no_name))
     with contextlib.ExitStack() as stack:

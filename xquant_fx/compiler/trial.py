@@ -27,7 +27,7 @@ from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.cache.left import why_kept, why_left
 from xquant_fx.cache.storage import why_not_alone
 from xquant_fx.compiler.any_room import NEEDED, may_take_any_room
-from xquant_fx.compiler.detection import detect_graph
+from xquant_fx.compiler.detection import detect_in
 from xquant_fx.compiler.dynamo_frames import forget_compiled_frame
 from xquant_fx.compiler.left_alone import report_left
 from xquant_fx.compiler.options import Request
@@ -166,7 +166,7 @@ def judged(gm: GraphModule, inputs: list[Any], asked: Asked) -> Callable[..., An
         return None
     request, given = asked.request, trial.originals(inputs)
     with without_guards(gm.graph):  # of the graph that there would be: sizes are looked at which this one leaves open
-        found = detect_graph(_as_for(gm), given, request)
+        found = detect_in(_as_for(gm), given, request)
         reason = trial.why_not(found, given)
     if trial.early.grows and trial.early.any_room != (asked.by_inductor and may_take_any_room(found, request)):
         reason = reason or "its steps are made for the room that there is"

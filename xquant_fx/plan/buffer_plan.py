@@ -12,7 +12,7 @@ from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.relaxation import spread_eta, unbiased_eta
 from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.plan.config import SHARED_FITS, Eta, XQuantConfig, check_scale_dtype, plain_fields
-from xquant_fx.plan.spec import KVSpec, Role
+from xquant_fx.plan.spec import STORABLE, KVSpec, Role
 
 SHARED = "reads the codes of the layer below"
 #: Least bits of rotary keys that all heads share beside a latent: a ninth of what is stored, and most of the error
@@ -68,7 +68,7 @@ class BufferPlan:
         gets ``ROTARY_BITS`` at least.
 
         Raises:
-            ConfigError: ``group_size`` does not divide head_dim.
+            ConfigError: ``group_size`` does not divide head_dim, or tokens of ``dtype`` cannot be quantized.
         """
         if rotary and self.bits < ROTARY_BITS:
             return dataclasses.replace(self, bits=ROTARY_BITS, eta=0.0).bind(layer, shape, dtype, lower, window=window)
@@ -80,6 +80,11 @@ class BufferPlan:
             sink_tokens=self.sink_tokens, rollback_tokens=self.rollback_tokens, scale_dtype=self.scale_dtype,
             token_norms=self.token_norms, partner=self.partner, fit=self.fit, window=window, reason=self.reason,
         )  # fmt: skip
+        if spec.quantized and dtype not in STORABLE:
+            raise ConfigError(
+                f"layer {layer}: {self.role}s are quantized from float32, bfloat16 or float16, got {dtype}: convert "
+                'the model, or keep them as they are (XQuantConfig.preset("full"))'
+            )
         refusal = "" if self.partner is None else _why_not_geometry(spec, lower, self.partner)
         return dataclasses.replace(spec, partner=None, reason=refusal) if refusal else spec
 

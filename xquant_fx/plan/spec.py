@@ -15,6 +15,8 @@ from xquant_fx.kernels.schemes import SCHEMES
 from xquant_fx.kernels.schemes.per_token_folded import NAME as FOLDED
 
 Role = Literal["key", "value"]
+#: Types of keys and values that can be quantized.
+STORABLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
