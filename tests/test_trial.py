@@ -165,7 +165,7 @@ def test_what_failed_leaves_the_cache_as_it_was(run: Run, kind: type, ended: lis
     plain = copy.deepcopy(cache)
     buffers = sides(cache)
     with monkeypatch.context() as failing, pytest.raises(Exception, match="on purpose"):
-        failing.setattr(trial, "detect_graph", lambda *_: (_ for _ in ()).throw(RuntimeError("on purpose")))
+        failing.setattr(trial, "detect_in", lambda *_: (_ for _ in ()).throw(RuntimeError("on purpose")))
         run(one(), cache)
     assert ended == [False]
     assert all(a is b for a, b in zip(sides(cache), buffers, strict=True))
