@@ -318,7 +318,7 @@ def test_keys_of_64_bits_are_refused_where_they_would_be_quantized(tiny_llama, c
     step = torch.compile(model.forward, backend=interpreted()) if compiled else model
     with pytest.raises(
         (ConfigError, BackendCompilerFailed),
-        match="layer 0: keys are quantized .* got torch.float64",
+        match=r"layer 0: keys are quantized .* got torch.float64",
     ):
         step(ids, past_key_values=XQuantCache(model.config, 64, CONFIG))
     want = model(ids).logits[:, -1]
