@@ -137,6 +137,25 @@ def test_modes_reach_inductor(mode: str | None, monkeypatch: pytest.MonkeyPatch)
     assert seen == [{**defaults, **{name: value for name, value in expected.items() if name in defaults}}]
 
 
+def test_options_of_inductor_hold_while_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside ours, and before what a mode means; ``torch.compile`` takes no mode beside options."""
+    asked = {"coordinate_descent_tuning": False, "cpp.min_chunk_size": 512, "benchmark_harness": True}
+    names, seen = ("max_autotune", *asked), list[dict[str, Any]]()
+
+    def inner_compile(gm: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
+        seen.append({name: value for name, value in inductor_config.get_config_copy().items() if name in names})
+        return gm
+
+    before = inductor_config.get_config_copy()
+    original = compile_fx.compile_fx
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda *a, **k: original(*a, **{"inner_compile": inner_compile, **k}))
+    options = {**OPTIONS, "mode": "max-autotune", **asked}
+    decode_three_tokens(torch.compile(step, backend="xquant", options=options, dynamic=False))
+    assert seen == [{"max_autotune": True, **asked}]
+    after = inductor_config.get_config_copy()
+    assert {name: after[name] for name in names} == {name: before[name] for name in names}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_modes_run(mode: str) -> None:

@@ -274,6 +274,9 @@ def test_options() -> None:
     request = parse("reduce-overhead", {"strict": True})
     assert request.strict and request.config is None and request.mode == "reduce-overhead"
     assert [parse(mode, None).mode for mode in MODES] == list(MODES)
+    request = parse(None, {"preset": "kivi-2", "mode": "max-autotune", "max-autotune": False, "cpp.threads": 2})
+    assert request.config == XQuantConfig.preset("kivi-2") and request.mode == "max-autotune"
+    assert request.inductor == (("max_autotune", False), ("cpp.threads", 2))
 
 
 @pytest.mark.parametrize(
@@ -288,6 +291,10 @@ def test_options() -> None:
         (None, {"preset": "kivi-3"}, "preset must be one of .* got 'kivi-3'"),
         (None, {"strict": 1}, "strict must be True or False, got 1"),
         (None, {"k_bits": 7}, "k_bits must be one of .* got 7"),
+        ("default", {"mode": "max-autotune"}, "mode was given twice: 'default' and, as an option, 'max-autotune'"),
+        (None, {"mode": 3}, "mode must be one of .* got 3"),
+        (None, {"cpp.threads": "two"}, "cpp.threads, an option of Inductor, must be of type int, got 'two'"),
+        (None, {"max_autotun": True}, r"unknown option \['max_autotun'\]; .* those of torch._inductor.list_options"),
     ],
 )
 def test_options_that_make_no_sense(mode: str | None, options: dict | None, words: str) -> None:

@@ -61,6 +61,7 @@ MAY_BE_IMPORTED_BY = {
     "matplotlib": ["evaluate.plots"],
     "torch._inductor": [
         "compiler.inductor",
+        "compiler.inductor_options",
         "compiler.index_checks",
         "compiler.tracing_time",
         "compiler.kept_steps",

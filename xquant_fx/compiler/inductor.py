@@ -21,6 +21,7 @@ from xquant_fx.compiler.any_room import OfAnyRoom, rooms_of
 from xquant_fx.compiler.cache_key import cache_key_patch
 from xquant_fx.compiler.chunks import has_chunk, is_known_chunk
 from xquant_fx.compiler.index_checks import checks_behind_indices
+from xquant_fx.compiler.inductor_options import in_force
 from xquant_fx.compiler.kept_steps import are_expected, place_of
 from xquant_fx.compiler.layers import compile_layers, restored_layers
 from xquant_fx.compiler.layers_in_turn import compile_in_turn
@@ -74,22 +75,19 @@ def compile_by_inductor(
     Without ``settings`` there is nothing of ours in the graph, which Inductor compiles as if we were not there. None
     where the program's graph is to run as it stands (``chunks.py``).
     """
-    from torch._inductor import config as inductor_config
-    from torch._inductor import list_mode_options
+    with in_force(request.inductor):
+        return _compile(gm, inputs, request, settings)
 
+
+def _compile(gm: GraphModule, inputs: list[Any], request: Request, settings: str | None) -> Callable[..., Any] | None:
     on_cpu = all(_is_on_cpu(each) or not isinstance(each, Tensor) for each in inputs)
     rooms = rooms_of(gm.graph.find_nodes(op="placeholder"))
     if settings is not None and on_cpu and has_chunk(gm.graph, known_too=rooms is not None):
         return None
     one_call = "one_call" not in request.disable
-    patches = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
+    patches = _patches(request, settings, on_cpu)
     if settings is not None:
         inputs = [named_once(each) for each in inputs]
-        patches.update(cache_key_patch(settings))
-        # A step's loops are short: of 512 numbers a second thread starts later than the first is through with all.
-        patches["cpp.min_chunk_size"] = max(inductor_config.cpp.min_chunk_size, 4096)
-        if on_cpu:
-            patches.update(CPU_SETTINGS)
         if rooms is not None:
             patches["size_asserts"] = False  # of inputs that may have another room
     by_layers = settings is not None and on_cpu and one_call
@@ -108,6 +106,21 @@ def compile_by_inductor(
             made = compile_layers(gm, inputs, compile_one, place)
         compiled: Any = made or compile_one(gm, inputs)
     return compiled if rooms is None else OfAnyRoom(compiled, rooms.are_open)
+
+
+def _patches(request: Request, settings: str | None, on_cpu: bool) -> dict[str, Any]:
+    """What Inductor's config has for one graph: ours, where the program did not ask for something else."""
+    from torch._inductor import config as inductor_config
+    from torch._inductor import list_mode_options
+
+    usual = dict(list_mode_options(request.mode)) if request.mode not in (None, "default") else {}
+    if settings is not None:
+        # A step's loops are short: of 512 numbers a second thread starts later than the first is through with all.
+        usual["cpp.min_chunk_size"] = max(inductor_config.cpp.min_chunk_size, 4096)
+        usual |= CPU_SETTINGS if on_cpu else {}
+    asked = {name for name, _ in request.inductor}
+    patches = {name: value for name, value in usual.items() if name not in asked}
+    return patches if settings is None else patches | cache_key_patch(settings)
 
 
 def _compile_one(patches: dict[str, Any]) -> Callable[..., Any]:

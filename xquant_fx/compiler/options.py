@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xquant_fx.compiler.inductor_options import Settings, checked, known
 from xquant_fx.errors import ConfigError
 from xquant_fx.passes.pipeline import MAY_BE_OFF
 from xquant_fx.plan.config import XQuantConfig
@@ -29,6 +30,8 @@ class Request:
     """Names of passes that are left out."""
     self_check: bool = False
     """Whether each rewritten graph is compared with the program's at 16 bits first."""
+    inductor: Settings = ()
+    """Settings of Inductor's config, which it compiles under."""
 
     @property
     def effective(self) -> XQuantConfig | Plan:
@@ -39,25 +42,41 @@ class Request:
 def parse(mode: str | None, options: Mapping[str, Any] | None) -> Request:
     """Validate ``mode`` and ``options``.
 
+    ``torch.compile`` takes one of them: so the mode may be an option, too, as may what Inductor's config has.
+
     Raises:
         ConfigError: an unknown option or mode (the message lists the valid ones), or two options
             that contradict each other.
     """
-    if mode is not None and (not isinstance(mode, str) or mode not in MODES):
-        raise ConfigError(f"mode must be one of {MODES}, got {mode!r}")
     if options is not None and not isinstance(options, Mapping):
         raise ConfigError(f"options must be a dict, got {type(options).__name__}")
     given = dict(options or {})
+    if "mode" in given:
+        if mode is not None:
+            raise ConfigError(f"mode was given twice: {mode!r} and, as an option, {given['mode']!r}")
+        mode = given.pop("mode")
+    if mode is not None and (not isinstance(mode, str) or mode not in MODES):
+        raise ConfigError(f"mode must be one of {MODES}, got {mode!r}")
     fields = {f.name for f in dataclasses.fields(XQuantConfig)}
-    valid = sorted(fields | {"preset", "config", "strict", "dump", "disable", "self_check"})
-    unknown = sorted((name for name in given if name not in valid), key=str)
-    if unknown:
-        raise ConfigError(f"unknown option{'s' * (len(unknown) > 1)} {unknown}; valid options are {valid}")
+    valid = sorted(fields | {"preset", "config", "strict", "dump", "disable", "self_check", "mode"})
+    inductor = _inductor(given, valid)
     strict, self_check = (_switch(given, name) for name in ("strict", "self_check"))
     dump, disable = _dump(given.pop("dump", None)), _disable(given.pop("disable", ()))
     config = _config(given)
     warn_of_cost(config)
-    return Request(config, strict, mode, dump, disable, self_check)
+    return Request(config, strict, mode, dump, disable, self_check, inductor)
+
+
+def _inductor(given: dict[str, Any], valid: list[str]) -> Settings:
+    """Takes what is not ``valid`` out of ``given``: all of it must be of Inductor."""
+    others = [name for name in given if name not in valid]
+    unknown = sorted(set(others) - known(others), key=str) if others else []
+    if unknown:
+        plural = "s" * (len(unknown) > 1)
+        raise ConfigError(
+            f"unknown option{plural} {unknown}; valid options are {valid}, and those of torch._inductor.list_options()"
+        )
+    return checked([(name, given.pop(name)) for name in others])
 
 
 def _switch(given: dict[str, Any], name: str) -> bool:
