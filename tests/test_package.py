@@ -63,6 +63,7 @@ MAY_BE_IMPORTED_BY = {
         "compiler.inductor",
         "compiler.inductor_options",
         "compiler.index_checks",
+        "compiler.loop_splits",
         "compiler.tracing_time",
         "compiler.kept_steps",
         "compiler.cache_key",

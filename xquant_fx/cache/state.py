@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from xquant_fx import ops
 from xquant_fx.cache import uncompiled
@@ -79,7 +80,8 @@ class KVState:
     @property
     def anchor(self) -> Tensor:
         """What Dynamo is shown of it."""
-        return anchor_on(self.group.start.device)
+        start = self.group.start
+        return start if isinstance(start, FakeTensor) else anchor_on(start.device)
 
     @property
     def name(self) -> tuple[int, str]:

@@ -25,6 +25,7 @@ from xquant_fx.compiler.inductor_options import in_force
 from xquant_fx.compiler.kept_steps import are_expected, place_of
 from xquant_fx.compiler.layers import compile_layers, restored_layers
 from xquant_fx.compiler.layers_in_turn import compile_in_turn
+from xquant_fx.compiler.loop_splits import whole_loops
 from xquant_fx.compiler.options import Request
 from xquant_fx.compiler.tracing_time import wait_for_hashes
 from xquant_fx.kernels.cpu.any_room import compiled_for
@@ -72,8 +73,8 @@ def compile_by_inductor(
 ) -> Callable[..., Any] | None:
     """Inductor's function for ``gm``; ``settings`` is what the key of its caches has to hold besides the graph.
 
-    Without ``settings`` there is nothing of ours in the graph, which Inductor compiles as if we were not there. None
-    where the program's graph is to run as it stands (``chunks.py``).
+    Without ``settings`` there is nothing of ours in the graph, which Inductor compiles as if we were not there, but for
+    faults of its C++ that are mended. None where the program's graph is to run as it stands (``chunks.py``).
     """
     with in_force(request.inductor):
         return _compile(gm, inputs, request, settings)
@@ -96,8 +97,7 @@ def _compile(gm: GraphModule, inputs: list[Any], request: Request, settings: str
     if place and (restored := restored_layers(gm, inputs, place)):
         return restored if rooms is None else OfAnyRoom(restored, lambda: True)  # no others are kept
     make_fake_inputs(gm.graph, inputs)
-    checks = checks_behind_indices() if settings is not None else contextlib.nullcontext()
-    with switched(one_call), checks, compiled_for(rooms):
+    with switched(one_call), _mended(), compiled_for(rooms):
         compile_one = _compile_one(patches)
         made = None
         if in_turn:
@@ -106,6 +106,13 @@ def _compile(gm: GraphModule, inputs: list[Any], request: Request, settings: str
             made = compile_layers(gm, inputs, compile_one, place)
         compiled: Any = made or compile_one(gm, inputs)
     return compiled if rooms is None else OfAnyRoom(compiled, rooms.are_open)
+
+
+@contextlib.contextmanager
+def _mended() -> Iterator[None]:
+    """Inside, Inductor writes no C++ of which we know that it is wrong."""
+    with checks_behind_indices(), whole_loops():
+        yield
 
 
 def _patches(request: Request, settings: str | None, on_cpu: bool) -> dict[str, Any]:
