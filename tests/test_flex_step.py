@@ -10,7 +10,7 @@ from rewrites import Rewrites, count, quantized_layers
 from stepping import interpreted, relative_error
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from xquant_fx import ops
+from xquant_fx import XQuantCache, ops
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without"),
@@ -281,3 +281,28 @@ def test_a_step_after_chunks():
             assert relative_error(*outs) < 1e-4
             at += tokens
     assert count(graphs[-1], ops.DECODE) == 1
+
+
+@torch.no_grad()
+def test_masks_of_transformers_count_tokens_once(tiny_llama):
+    """They read how many tokens there are when a step has added its own: of an ``XQuantCache`` it is a copy."""
+    model, plain = tiny_llama(layers=2, attn_implementation="flex_attention"), tiny_llama(layers=2)
+    ids = torch.arange(3, 31)[None]
+    cache = XQuantCache(model.config, 64)  # its residual window holds them all
+    plain(ids[:, :20], past_key_values=cache)
+    step = torch.compile(model.forward, backend=interpreted(self_check=False), dynamic=False)
+    parts = ids[:, 20:].split([1, 7], 1)
+    got = torch.cat([step(part, past_key_values=cache).logits for part in parts], 1)
+    expected = plain(ids).logits[:, 20:]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_number_of_tokens_that_was_asked_for_stays(tiny_llama):
+    model, ids = tiny_llama(layers=1), torch.arange(3, 40)[None]
+    cache = XQuantCache(model.config, 64)
+    assert cache.get_seq_length() == 0
+    model(ids, past_key_values=cache)
+    held = cache.get_seq_length()
+    cache.crop(-5)
+    assert held == 37 and cache.get_seq_length() == 32

@@ -103,6 +103,13 @@ class XQuantLayer(StaticLayer):
                 layer._allocate(key_states, value_states)  # taken when its turn comes, if it fits
         self.is_initialized = True
 
+    def get_seq_length(self) -> Any:
+        """Tokens that are held, a number or a tensor [] of its own: what transformers returns counts on with the cache.
+
+        Its masks for flex attention would read that once the step has counted its tokens.
+        """
+        return self.cumulative_length.clone() if self.is_initialized else 0
+
     def _allocate(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device  # from 5.24 on, static layers keep no dtype
         self.batch_size, self.num_heads = key_states.shape[:2]
