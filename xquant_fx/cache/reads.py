@@ -120,7 +120,7 @@ def anchor_on(device: torch.device) -> Tensor:
     graphs hold for as many different tensors as they were made for.
     """
     with torch.inference_mode(False), unset_fake_temporarily():
-        return torch.zeros(1, dtype=torch.int64, device=device)
+        return torch.empty(0, dtype=torch.int64, device=device)  # which is no part of any cache
 
 
 class Copied(Dequantized):
