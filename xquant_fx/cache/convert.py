@@ -53,17 +53,17 @@ def quantize_in_place(buffer: Tensor, state: KVState) -> Tensor:
         What a program holds: ``buffer``, or what it shows in another order of dimensions, which is made quantized, too.
     """
     shown = shown_by(buffer)
-    _make_quantized(buffer, QuantizedKV(state.spec, state.anchor, state))
+    _make_quantized(buffer, QuantizedKV(state.spec, state.group.anchor, state))
     if shown is None:
         return buffer
     owner, dims = shown
-    _make_quantized(owner, LaidOutKV(state.spec, state.anchor, state, None, dims))
+    _make_quantized(owner, LaidOutKV(state.spec, state.group.anchor, state, None, dims))
     return owner
 
 
 def quantize_keeping(buffer: Tensor, state: KVState) -> Tensor:
     """As ``quantize_in_place`` of a buffer that shows nothing else; returns what it was, which ``restore`` takes."""
-    return _make_quantized(buffer, QuantizedKV(state.spec, state.anchor, state))
+    return _make_quantized(buffer, QuantizedKV(state.spec, state.group.anchor, state))
 
 
 def restore(buffer: Tensor, original: Tensor) -> None:

@@ -101,6 +101,10 @@ class CacheGroup:
         with torch.inference_mode(False):
             self.start = torch.zeros(batch, dtype=torch.int64, device=device)
             self.faults = FaultMonitor(device)
+            self.anchor = torch.empty(0, device=device)
+            """What Dynamo is shown inside of each buffer: one tensor, at which it looks once, of a copy, too. Graphs
+            hold for as many different ones as they were made for: so buffers of several caches are not taken for one.
+            """
         self.rows: list[CacheGroup] = []
         """Of a cache whose rows have lengths of their own: what each row has in common with itself."""
         if start is not None:

@@ -88,7 +88,7 @@ class GrowingKV(Dequantized):
         """Tokens [begin, end) of ``growth``, all by default; its length is a symbol to Dynamo from the start."""
         state = growth.state
         end = growth.tokens if end is None else end
-        new = cls(growth.spec, state.anchor, end - begin, growth, begin)
+        new = cls(growth.spec, state.group.anchor, end - begin, growth, begin)
         new._dynamo_weak_dynamic_indices = {2}  # type: ignore[attr-defined]  # what maybe_mark_dynamic(new, 2) sets
         return new
 

@@ -95,7 +95,7 @@ class QuantizedKV(Dequantized):
     @classmethod
     def of(cls, state: KVState) -> QuantizedKV:
         """The buffer that stands for ``state``, whose address compiled graphs may take for granted."""
-        buffer = cls(state.spec, state.anchor, state)
+        buffer = cls(state.spec, state.group.anchor, state)
         torch._dynamo.mark_static_address(buffer)
         return buffer
 

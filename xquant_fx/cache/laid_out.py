@@ -87,7 +87,7 @@ class LaidOutKV(QuantizedKV):
 
 def of_state(state: KVState, dims: str) -> LaidOutKV:
     """The buffer that stands for ``state`` under ``dims``, whose address compiled graphs may take for granted."""
-    buffer = LaidOutKV(state.spec, state.anchor, state, None, dims)
+    buffer = LaidOutKV(state.spec, state.group.anchor, state, None, dims)
     torch._dynamo.mark_static_address(buffer)
     return buffer
 

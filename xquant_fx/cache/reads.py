@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_any, tree_map
 
 from xquant_fx.errors import CacheStateError, UnsupportedWriteError
@@ -110,17 +110,6 @@ def wrapper(cls: type, shape: Sequence[int], dtype: torch.dtype, device: torch.d
         buffer: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
     torch._C._set_throw_on_mutable_data_ptr(buffer)  # C++ code that asks for memory gets an error, not address 0
     return buffer
-
-
-@functools.cache
-def anchor_on(device: torch.device) -> Tensor:
-    """What Dynamo is shown inside of any buffer on ``device``: one tensor, at which it looks once, of all caches.
-
-    Were it one of each cache, or of each buffer, a copy of a cache could have as many as its original has not, and
-    graphs hold for as many different tensors as they were made for.
-    """
-    with torch.inference_mode(False), unset_fake_temporarily():
-        return torch.empty(0, dtype=torch.int64, device=device)  # which is no part of any cache
 
 
 class Copied(Dequantized):

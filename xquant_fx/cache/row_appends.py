@@ -71,7 +71,7 @@ def _part(kv: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, ste
     if not step == stop - begin == 1 < kv.shape[0]:
         return _slice(kv, dim, start, end, step)
     row = kv.state.rows[begin]
-    return QuantizedKV(row.spec, row.anchor, row, kv.span)
+    return QuantizedKV(row.spec, row.group.anchor, row, kv.span)
 
 
 QuantizedKV.handlers |= {

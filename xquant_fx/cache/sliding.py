@@ -61,7 +61,7 @@ class SlidingKV(QuantizedKV):
     @classmethod
     def last(cls, state: KVState, width: int) -> SlidingKV:
         """The last ``width`` tokens of ``state``, whose address compiled graphs may take for granted."""
-        buffer = cls(state.spec, state.anchor, state, None, width)
+        buffer = cls(state.spec, state.group.anchor, state, None, width)
         torch._dynamo.mark_static_address(buffer)
         return buffer
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from xquant_fx import ops
 from xquant_fx.cache import uncompiled
@@ -20,7 +19,6 @@ from xquant_fx.cache.group import CacheGroup, Chunk
 from xquant_fx.cache.pages import is_shared
 from xquant_fx.cache.positions import check_back, checked_past, goes_back_exactly
 from xquant_fx.cache.queries import FEWEST_QUERIES, mean_squares
-from xquant_fx.cache.reads import anchor_on
 from xquant_fx.errors import CacheStateError
 from xquant_fx.kernels.layout import STEP_TOKENS
 from xquant_fx.kernels.quantize_store.arguments import StoreArguments
@@ -76,12 +74,6 @@ class KVState:
         if self.group.late is not None:
             self.group.settle(self)
         return self._owned
-
-    @property
-    def anchor(self) -> Tensor:
-        """What Dynamo is shown of it."""
-        start = self.group.start
-        return start if isinstance(start, FakeTensor) else anchor_on(start.device)
 
     @property
     def name(self) -> tuple[int, str]:
