@@ -4,7 +4,8 @@ Eager code that appends to it quantizes; eager code that reads it gets dequantiz
 time of that read. So a model, a cache or a fall-back that knows nothing of quantization stays
 right. Dynamo sees an ordinary tensor and traces the ordinary write and read, which the passes then
 rewrite; AOTAutograd never meets one. After a graph break Dynamo would also compile our own eager
-code, frame by frame, so dispatch is off limits to it. Checked on torch 2.11, 2.13 and 2.14.
+code, frame by frame, so dispatch is off limits to it. What each op does: ``buffer_ops.py``.
+Checked on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations

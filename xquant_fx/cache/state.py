@@ -2,7 +2,8 @@
 
 ``KVState`` is one side (keys or values) of one layer. The upper layer of a sharing pair holds a
 reference to the lower one and reads its codes; there is one codes tensor per pair and nothing else
-refers to it. ``CacheGroup`` (``group.py``) is what the states of one cache have in common.
+refers to it. ``CacheGroup`` (``group.py``) is what the states of one cache have in common. Where tokens may be stored,
+and how far back one can go: ``positions.py``; room for more of them: ``room.py``.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ def xquant_backend(
         options: any field of :class:`XQuantConfig`, or ``preset=NAME``, or ``config=XQuantConfig`` or a ``Plan``;
             ``strict=True`` to raise where a KV cache is found and not quantized; ``dump=FOLDER`` for the graph
             before and after each pass; ``disable=[NAME, ...]`` to leave passes out; ``self_check=True`` to compare
-            each rewritten graph at 16 bits with the program's before it is used, and to refuse what differs.
+            each rewritten graph at 16 bits with the program's before it is used, and to refuse what differs. Beside
+            these ``mode=`` and what ``torch._inductor.list_options()`` names: ``torch.compile`` takes no mode then.
 
     Raises:
         ConfigError: an unknown or contradictory option, or one that differs from the config of the

@@ -29,8 +29,6 @@ def checked(given: Collection[tuple[str, Any]]) -> Settings:
     Raises:
         ConfigError: a value is of another type than the setting.
     """
-    if not given:
-        return ()
     from torch._inductor import config
 
     settings = tuple((name.replace("-", "_"), value) for name, value in given)

@@ -1,11 +1,11 @@
-"""Loops that Inductor splits in C++ where an index is divided by a number, and loses the end of (torch 2.11 to 2.14).
+"""Loops that Inductor splits in C++ where an index is divided by a number, and loses the end of (torch 2.13).
 
 Of 300 elements of which each reads what it finds at its number divided by 128, the loop becomes two of 128: nobody
 computes the last 44, which are what the memory held. Masks read so: the blocks of a ``BlockMask``, chunks of attention.
 Divisions are cheap beside what a step reads, so loops stay whole.
 
-Private torch API: ``CppScheduling.try_loop_split``, an optimization that may leave nodes as they are. Checked on torch
-2.11 and 2.13.
+Private torch API: ``CppScheduling.try_loop_split``, an optimization that may leave nodes as they are. It is there
+in torch 2.11, too.
 """
 
 from __future__ import annotations

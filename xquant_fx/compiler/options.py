@@ -70,8 +70,9 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> Request:
 def _inductor(given: dict[str, Any], valid: list[str]) -> Settings:
     """Takes what is not ``valid`` out of ``given``: all of it must be of Inductor."""
     others = [name for name in given if name not in valid]
-    unknown = sorted(set(others) - known(others), key=str) if others else []
-    if unknown:
+    if not others:
+        return ()
+    if unknown := sorted(set(others) - known(others), key=str):
         plural = "s" * (len(unknown) > 1)
         raise ConfigError(
             f"unknown option{plural} {unknown}; valid options are {valid}, and those of torch._inductor.list_options()"
