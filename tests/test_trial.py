@@ -153,7 +153,7 @@ def test_what_is_refused_becomes_what_it_was(run: Run, ended: list[Any]) -> None
         step = torch.compile(call, backend=run.backend)
         with torch.no_grad():
             out, expected = step(one(), past_key_values=cache), call(one(), past_key_values=plain)
-        assert ended == [False] and torch.equal(out, expected)
+        assert ended == [False] and relative_error(out, expected) < 1e-6
         assert all(type(x) is Tensor for x in sides(cache))
         for mine, theirs in zip(sides(cache), sides(plain), strict=True):
             assert torch.equal(mine[:, :, :20], theirs[:, :, :20]) and relative_error(mine, theirs) < 1e-6

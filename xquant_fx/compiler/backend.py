@@ -27,6 +27,7 @@ from xquant_fx.cache.prompt_keys import PromptKeys, PromptScores
 from xquant_fx.cache.stacked import StackedKV
 from xquant_fx.compiler.any_length import of_length
 from xquant_fx.compiler.any_room import may_take_any_room
+from xquant_fx.compiler.compiled_prompts import Stretches
 from xquant_fx.compiler.detection import detect_graph
 from xquant_fx.compiler.emptied_inputs import emptied_inputs
 from xquant_fx.compiler.frozen import check_frozen
@@ -77,8 +78,9 @@ def xquant_backend(
         options: any field of :class:`XQuantConfig`, or ``preset=NAME``, or ``config=XQuantConfig`` or a ``Plan``;
             ``strict=True`` to raise where a KV cache is found and not quantized; ``dump=FOLDER`` for the graph
             before and after each pass; ``disable=[NAME, ...]`` to leave passes out; ``self_check=True`` to compare
-            each rewritten graph at 16 bits with the program's before it is used, and to refuse what differs. Beside
-            these ``mode=`` and what ``torch._inductor.list_options()`` names: ``torch.compile`` takes no mode then.
+            each rewritten graph at 16 bits with the program's before it is used, and to refuse what differs;
+            ``compile_prompts=True`` to trace prompts and chunks of more than 8 tokens, too, and compile what lies
+            between their attentions, once for all lengths. Beside these ``mode=`` and what ``torch._inductor.list_options()`` names: ``torch.compile`` takes no mode then.
 
     Raises:
         ConfigError: an unknown or contradictory option, or one that differs from the config of the
@@ -145,16 +147,18 @@ def _compile(
     judge(found, "")
     report_left(found.sites, request)
     _check_gradients(gm, inputs)
+    by_inductor = compiler is compile_by_inductor
+    stretches = Stretches(request, compiler, inputs) if request.compile_prompts else None
     if _allocates(gm):
         log.info("the graph allocates a quantized cache: this first step runs uncompiled")
         by_kernel(found.gm)
-        return PromptRun(found)
+        return PromptRun(found, stretches)
     if found.ordinary:
         log.info("ordinary KV buffers: the next step runs uncompiled and quantizes what they hold")
         grows = [buffer.write.past is not None for buffer in found.ordinary]
         if all(grows):
             by_kernel(found.gm)
-            return GrowingTakeover(found, compiler is compile_by_inductor and may_take_any_room(found, request))
+            return GrowingTakeover(found, by_inductor and may_take_any_room(found, request), stretches)
         refused = request.self_check and self_check(gm, found, inputs, request).refused
         judge(found, refused or "")
         if refused:
@@ -173,7 +177,7 @@ def _compile(
     if (known := known_step(gm, found, inputs)) is not None:
         return known.calling(_compile(known.gm, known.given(inputs), request, compiler))
     try:
-        return QuantizedGraph(gm, found, inputs, request, compiler, compiler is compile_by_inductor).step()
+        return QuantizedGraph(gm, found, inputs, request, compiler, stretches, by_inductor).step()
     except FixedLengthError as error:
         log.info("this graph is compiled for the length of its caches: %s", error)
         fixed = of_length(gm)

@@ -20,6 +20,7 @@ from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.cache.growth import Growth, with_lasting_room
 from xquant_fx.cache.queries import Notes
 from xquant_fx.cache.state import KVState
+from xquant_fx.compiler.compiled_prompts import Stretches
 from xquant_fx.compiler.planning import geometry_of
 from xquant_fx.compiler.prompt_queries import queries_of, show_query
 from xquant_fx.kernels.cpu.at_hand import wanted
@@ -30,11 +31,13 @@ from xquant_fx.plan.plan import Plan
 class GrowingTakeover:
     """Runs a step whose KV cache grows by concatenation and is in full precision yet, or empty."""
 
-    def __init__(self, detection: Detection, any_room: bool = False) -> None:
+    def __init__(self, detection: Detection, any_room: bool = False, stretches: Stretches | None = None) -> None:
         """With ``any_room`` later steps are compiled for any room (``Growth.any_room``)."""
         self.gm, self.plans, self.any_room = detection.gm, detection.plans, any_room
         self.queries = queries_of(detection)
         self.quantizing = {_behind_attention(detection, buffer, self.queries): buffer for buffer in detection.ordinary}
+        if stretches is not None:
+            stretches.compile(self.gm, detection, {*self.queries.values(), *(b.node for b in detection.ordinary)})
         detection.gm.recompile()
 
     def __call__(self, *args: Any) -> Any:

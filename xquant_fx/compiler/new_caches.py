@@ -69,7 +69,7 @@ class Function:
         """The first prompt of a new ``cache``, to run untraced; None: it is to be traced."""
         kind, layers = type(cache).__name__, storing(cache)
         _as_it_is.discard(cache)
-        if cache.offloading or kind in self.traced or not may_be_new(layers):
+        if cache.offloading or kind in self.traced or not may_be_new(layers) or asked().request.compile_prompts:
             return None
         later = begin(cache, self.known[kind]) if kind in self.known else None
         if later is not None:
@@ -195,7 +195,8 @@ def look(
             _mark_masks(given, cache.get_seq_length() + tokens)
         return None
     known = _functions.setdefault(function, Function())
-    if tokens > STEP_TOKENS and (chunk := known.chunk_of(cache, new, asked)) is not None:
+    is_left = tokens > STEP_TOKENS and not asked().request.compile_prompts
+    if is_left and (chunk := known.chunk_of(cache, new, asked)) is not None:
         return chunk
     trial = known.trial_of(cache, new, asked) if 0 < tokens <= STEP_TOKENS else None
     if trial is not None:

@@ -30,6 +30,8 @@ class Request:
     """Names of passes that are left out."""
     self_check: bool = False
     """Whether each rewritten graph is compared with the program's at 16 bits first."""
+    compile_prompts: bool = False
+    """Whether prompts and long chunks are traced, and compiled between their attentions."""
     inductor: Settings = ()
     """Settings of Inductor's config, which it compiles under."""
 
@@ -58,13 +60,13 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> Request:
     if mode is not None and (not isinstance(mode, str) or mode not in MODES):
         raise ConfigError(f"mode must be one of {MODES}, got {mode!r}")
     fields = {f.name for f in dataclasses.fields(XQuantConfig)}
-    valid = sorted(fields | {"preset", "config", "strict", "dump", "disable", "self_check", "mode"})
+    valid = sorted(fields | {"preset", "config", "strict", "dump", "disable", "self_check", "compile_prompts", "mode"})
     inductor = _inductor(given, valid)
-    strict, self_check = (_switch(given, name) for name in ("strict", "self_check"))
+    strict, self_check, prompts = (_switch(given, name) for name in ("strict", "self_check", "compile_prompts"))
     dump, disable = _dump(given.pop("dump", None)), _disable(given.pop("disable", ()))
     config = _config(given)
     warn_of_cost(config)
-    return Request(config, strict, mode, dump, disable, self_check, inductor)
+    return Request(config, strict, mode, dump, disable, self_check, prompts, inductor)
 
 
 def _inductor(given: dict[str, Any], valid: list[str]) -> Settings:

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from xquant_fx.cache.kv_tensor import QuantizedKV
 from xquant_fx.cache.state import KVState
+from xquant_fx.compiler.compiled_prompts import Stretches
 from xquant_fx.kernels.cpu.at_hand import wanted
 from xquant_fx.passes.early_queries import compute_queries_early
 from xquant_fx.passes.records import Detection
@@ -43,9 +44,11 @@ def show_query(state: KVState, append: Node, queries: dict[Node, Node], env: dic
 class PromptRun:
     """Runs a cold prefill as it stands, and shows its queries to the caches that it allocates."""
 
-    def __init__(self, found: Detection) -> None:
+    def __init__(self, found: Detection, stretches: Stretches | None = None) -> None:
         self.gm = found.gm
         self.queries = early_queries_of(found)
+        if stretches is not None:
+            stretches.compile(found.gm, found, self.queries.values())
         self.buffers = {write.node: write.buffer for write in found.writes}
 
     def __call__(self, *args: Any) -> Any:

@@ -20,6 +20,7 @@ from xquant_fx.cache.prompt_attention import by_kernel
 from xquant_fx.compiler.any_length import AnyLengthStep, Padded, any_length, check_any_length, padded
 from xquant_fx.compiler.any_room import ExactRooms, is_any_room, why_fixed
 from xquant_fx.compiler.chunks import UncompiledChunk
+from xquant_fx.compiler.compiled_prompts import Stretches
 from xquant_fx.compiler.compiled_step import CompiledStep
 from xquant_fx.compiler.detection import detect_graph
 from xquant_fx.compiler.give_back import GiveBack, groups_of
@@ -52,6 +53,7 @@ class QuantizedGraph:
         found: what was detected, whose clone of the graph is rewritten.
         inputs: those of this call.
         request: what is asked for.
+        stretches: how what lies between attentions of a chunk is compiled; None: it is not.
         compiler: what compiles; its result None means that the graph is to run as the program has it.
         by_inductor: whether that is Inductor, which alone makes graphs that serve caches of several lengths.
     """
@@ -63,10 +65,11 @@ class QuantizedGraph:
         inputs: list[Any],
         request: Request,
         compiler: Callable[..., Any],
+        stretches: Stretches | None,
         by_inductor: bool,
     ) -> None:
         self.gm, self.found, self.inputs, self.request, self.compiler = gm, found, inputs, request, compiler
-        self.by_inductor = by_inductor
+        self.by_inductor, self.stretches = by_inductor, stretches
         self.quantized = [i for i, value in enumerate(inputs) if isinstance(value, STORED_KV)]
         self.settings = repr([list(found.specs.values()), sorted(request.disable)])
         self.any_room = is_any_room(inputs)
@@ -150,7 +153,7 @@ class QuantizedGraph:
         state.tensors.clear()  # or the graph would keep the cache that it was compiled with
         if compiled is None:
             log.info("a chunk of a number of tokens that varies: such steps run uncompiled")
-            return UncompiledChunk(restarts, as_wanted(by_kernel(clone(self.gm)).forward))
+            return UncompiledChunk(restarts, as_wanted(self._chunk().forward))
         of_masks = Padded(compiled, masks) if masks else compiled
         step: Any = CompiledStep(of_masks, keep, written, state, restarts, whole)
         if moved:
@@ -158,6 +161,14 @@ class QuantizedGraph:
         elif self.context.grown:
             step = GrowingStep(step, self.program, self.context.grown)
         return AnyLengthStep(step, compiled, self.program, self.settings) if self.longer else step
+
+    def _chunk(self) -> GraphModule:
+        """The program's graph as one that runs op by op."""
+        if self.stretches is None:
+            return by_kernel(clone(self.gm))
+        found = detect_graph(self.gm, self.inputs, self.request)  # of which no pass has made anything
+        self.stretches.compile(by_kernel(found.gm), found)
+        return found.gm
 
     def _written(self) -> frozenset[int]:
         """Quantized inputs that the graph appends to."""

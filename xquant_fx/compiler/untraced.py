@@ -26,10 +26,12 @@ from torch import Tensor
 from torch._dynamo import eval_frame
 
 from xquant_fx.cache.prompts import AsGuessed, uncompiled
+from xquant_fx.compiler.compiled_prompts import mark_tokens
 from xquant_fx.compiler.new_caches import Untraced, look
 from xquant_fx.compiler.tracing_time import Backend, innermost, settings_of
 from xquant_fx.compiler.trial import Asked
 from xquant_fx.kernels.cpu.at_hand import wanted
+from xquant_fx.kernels.layout import STEP_TOKENS
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +77,20 @@ def leave_prompts_untraced(backend: Backend, asked_of: Callable[..., Asked]) -> 
 
 def _is_left_untraced(call: Mapping[str, Any], asked: Callable[[], Asked]) -> bool:
     """Whether the call that has these variables is to run untraced; it is prepared to, then."""
-    if not all(name in call for name in _VARIABLES) or call["self"].fullgraph or call["self"] in _misjudged:
+    if not all(name in call for name in _VARIABLES):
         return False
     args, kwargs = call["args"], call["kwargs"]
     new, given = _new_tokens(args, kwargs), (*kwargs.values(), *args)
+    is_compiled = new[1] > STEP_TOKENS and asked().request.compile_prompts
+    if is_compiled:
+        mark_tokens(given, new[1])
+    if call["self"].fullgraph or call["self"] in _misjudged:
+        return False
     # What is being handled already, where this is called in an ``except``.
     outer, inside = sys.exc_info()[1], contextlib.ExitStack()
-    as_guessed = next((told for each in given if (told := uncompiled(each, new[1])) is not None), None)
+    as_guessed = None
+    if not is_compiled:
+        as_guessed = next((told for each in given if (told := uncompiled(each, new[1])) is not None), None)
     if as_guessed is None:
         seen = look(call["self"], given, new, asked)
         if not isinstance(seen, Untraced):
