@@ -1,4 +1,4 @@
-"""``options={"compile_prompts": True}``: what lies between attentions of prompts and chunks is compiled, once for all."""
+"""``compile_prompts``: what lies between attentions of prompts and chunks is compiled, once for all lengths."""
 
 from __future__ import annotations
 
@@ -98,26 +98,39 @@ def test_a_prompt_is_stored_as_by_a_graph_that_runs_op_by_op(own_backends: None)
             torch.testing.assert_close(mine.owned[name], tensor)
 
 
+def chat(step: Any, plain: Any, mine: Any, theirs: Any, first: int, turn: int) -> int:
+    """A prompt of ``first`` tokens, a step, a chunk, a step; how many graphs there are for ``step``."""
+    ids, at = ids_of(first + turn + 2), 0
+    for tokens in (first, 1, turn, 1):
+        out = logits(step, ids[:, at : at + tokens], mine)
+        traced = counters["stats"]["unique_graphs"]
+        expected = logits(plain, ids[:, at : at + tokens], theirs)
+        counters["stats"]["unique_graphs"] = traced
+        assert relative_error(out, expected) < 1e-5
+        at += tokens
+    return int(counters["stats"]["unique_graphs"])
+
+
+def test_a_chat_by_inductor() -> None:
+    model = model_of(num_hidden_layers=2)
+    step = compiled_by("xquant", model, compile_prompts=True, **FIELDS)
+    graphs = [
+        chat(step, model, *(CACHES["XQuantCache"](model.config) for _ in range(2)), first, turn)
+        for first, turn in ((20, 18), (33, 12))
+    ]
+    assert graphs == [3, 3]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*CACHES, "StaticCache"])
 def test_turns_of_a_chat_by_inductor(kind: str) -> None:
     """Prompt, step, chunk, step, by Inductor; of other lengths nothing is traced or compiled again."""
     model, made = model_of(), {**CACHES, "StaticCache": lambda config: StaticCache(config, max_cache_len=96)}
-    step, plain = (
-        compiled_by("xquant", model, compile_prompts=True, **FIELDS), compiled_by("xquant", model, **FIELDS)
-    )  # fmt: skip
-    graphs = []
-    for first, turn in ((20, 18), (33, 12), (26, 15)):
-        mine, theirs, at = made[kind](model.config), made[kind](model.config), 0
-        ids = ids_of(first + turn + 2)
-        for tokens in (first, 1, turn, 1):
-            out = logits(step, ids[:, at : at + tokens], mine)
-            traced = counters["stats"]["unique_graphs"]
-            expected = logits(plain, ids[:, at : at + tokens], theirs)
-            counters["stats"]["unique_graphs"] = traced
-            assert relative_error(out, expected) < 1e-5
-            at += tokens
-        graphs.append(counters["stats"]["unique_graphs"])
+    step, plain = (compiled_by("xquant", model, compile_prompts=each, **FIELDS) for each in (True, False))
+    graphs = [
+        chat(step, plain, made[kind](model.config), made[kind](model.config), first, turn)
+        for first, turn in ((20, 18), (33, 12), (26, 15))
+    ]
     assert graphs[-1] == graphs[-2]
     if kind != "StaticCache":  # whose prompts are plain graphs, which Inductor gets whole
         assert counters["xquant"]["stretches of prompts compiled"] == 6
@@ -191,7 +204,9 @@ class Drawn:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         values = torch.fx.node.map_arg((args, kwargs), lambda node: node.meta["example_value"])
         if isinstance(target, str):
-            return self._valued(self.graph.call_method(target, args, kwargs), getattr(values[0][0], target)(*values[0][1:]))
+            return self._valued(
+                self.graph.call_method(target, args, kwargs), getattr(values[0][0], target)(*values[0][1:])
+            )
         return self._valued(self.graph.call_function(target, args, kwargs), target(*values[0], **values[1]))
 
     @staticmethod
@@ -221,7 +236,7 @@ def test_what_reads_a_cache_is_left_and_what_its_attention_gives_is_not() -> Non
     last = drawn.chain(read)
     found = drawn.stretches(read, out=last)
     assert [returned(stretch) for stretch in found] == [[first], [last]]
-    assert view not in sum(found, []) and read not in sum(found, [])
+    assert not any(node in stretch for node in (view, read) for stretch in found)
 
 
 def test_what_comes_of_a_cache_by_no_attention_is_left() -> None:
@@ -237,7 +252,7 @@ def test_what_is_no_op_or_writes_is_left(odd: Any) -> None:
     args = (first,) * 3 if odd is scaled_dot_product_attention else (first, 1) if odd is not unknown else (first,)
     between = drawn.call("add_" if odd is torch.Tensor.add_ else odd, *args)
     last = drawn.chain(between)
-    found = sum(drawn.stretches(out=last), [])
+    found = [node for stretch in drawn.stretches(out=last) for node in stretch]
     assert between not in found
     assert (first in found) == (odd is not torch.Tensor.add_)  # which is written to behind
 

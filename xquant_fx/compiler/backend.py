@@ -80,7 +80,8 @@ def xquant_backend(
             before and after each pass; ``disable=[NAME, ...]`` to leave passes out; ``self_check=True`` to compare
             each rewritten graph at 16 bits with the program's before it is used, and to refuse what differs;
             ``compile_prompts=True`` to trace prompts and chunks of more than 8 tokens, too, and compile what lies
-            between their attentions, once for all lengths. Beside these ``mode=`` and what ``torch._inductor.list_options()`` names: ``torch.compile`` takes no mode then.
+            between their attentions, once for all lengths. Beside these ``mode=`` and what
+            ``torch._inductor.list_options()`` names: ``torch.compile`` takes no mode then.
 
     Raises:
         ConfigError: an unknown or contradictory option, or one that differs from the config of the
