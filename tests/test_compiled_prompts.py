@@ -114,11 +114,11 @@ def chat(step: Any, plain: Any, mine: Any, theirs: Any, first: int, turn: int) -
 def test_a_chat_by_inductor() -> None:
     model = model_of(num_hidden_layers=2)
     step = compiled_by("xquant", model, compile_prompts=True, **FIELDS)
-    graphs = [
-        chat(step, model, *(CACHES["XQuantCache"](model.config) for _ in range(2)), first, turn)
-        for first, turn in ((20, 18), (33, 12))
-    ]
-    assert graphs == [3, 3]
+    graphs = []
+    for first, turn, room in ((20, 18, 96), (33, 12, 96), (26, 15, 160)):  # of the last Dynamo leaves the length open
+        caches = (XQuantCache(model.config, max_cache_len=room, config=CONFIG) for _ in range(2))
+        graphs.append(chat(step, model, *caches, first, turn))
+    assert graphs == [3, 3, 6]
 
 
 @pytest.mark.slow
