@@ -121,6 +121,21 @@ def test_a_chat_by_inductor() -> None:
     assert graphs == [3, 3, 6]
 
 
+def test_a_number_that_the_program_passes_in() -> None:
+    """The last ops are given minus that many: what is compiled is told the number itself."""
+    model = model_of(num_hidden_layers=1)
+    step = compiled_by("xquant", model, compile_prompts=True, **FIELDS)
+    for tokens, keep in ((20, 5), (21, 7), (22, 9)):
+        caches = (CACHES["XQuantCache"](model.config) for _ in range(2))
+        with torch.no_grad():
+            out, expected = (
+                each(ids_of(tokens), past_key_values=cache, logits_to_keep=keep).logits
+                for each, cache in zip((step, model), caches, strict=True)
+            )
+        torch.testing.assert_close(out, expected)
+    assert counters["stats"]["unique_graphs"] == 2 and counters["xquant"]["stretches of prompts"] == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*CACHES, "StaticCache"])
 def test_turns_of_a_chat_by_inductor(kind: str) -> None:

@@ -7,7 +7,8 @@ some are symbols of the graph's own: equal ones are equal whatever these turn ou
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import SymBool, SymFloat, SymInt, Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
@@ -15,6 +16,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from xquant_fx.cache.allocate import quantized_empty
+from xquant_fx.compiler.open_numbers import is_number, number_of
 from xquant_fx.compiler.repeats import Piece, compared
 from xquant_fx.passes.find_writes import other_mutations
 from xquant_fx.passes.graph import simplified
@@ -49,7 +51,9 @@ def stretches_of(graph: Graph, cached: Collection[Node], read_by: Collection[Nod
     """
     closed = _closed(graph, cached, read_by)
     found = (stretch for stretch in _open(graph, closed) if _is_worth_it(stretch) and _gives_tensors(stretch))
-    return [_piece(stretch) for stretch in found]
+    numbers = {number_of(node): node for node in graph.find_nodes(op="placeholder") if is_number(node)}
+    pieces = (_with_numbers(_piece(stretch), numbers) for stretch in found)
+    return [piece for piece in pieces if piece is not None]
 
 
 def _closed(graph: Graph, cached: Collection[Node], read_by: Collection[Node]) -> set[Node]:
@@ -133,6 +137,29 @@ def _piece(nodes: list[Node]) -> Piece:
         for node in nodes
     )
     return Piece(nodes, list(given), form)
+
+
+def _with_numbers(piece: Piece, numbers: Mapping[Any, Node]) -> Piece | None:
+    """``piece``, given those of ``numbers``, too, that nothing it is given is, or has for a size; None: there are none.
+
+    Of a number that follows from others nobody could tell these.
+    """
+    told, needed = set[Any](), set[Any]()
+    for node in (*piece.given, *piece.nodes):
+        for size in _sizes(node.meta.get("example_value")):
+            if node in piece.given and size.is_Symbol:
+                told.add(size)
+            needed |= size.free_symbols
+    missing = sorted(needed - told, key=str)
+    if not all(symbol in numbers for symbol in missing):
+        return None
+    return piece._replace(given=[*piece.given, *(numbers[symbol] for symbol in missing)])
+
+
+def _sizes(value: Any) -> list[Any]:
+    """What Dynamo left open of ``value``, a number or a tensor."""
+    sizes = (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)
+    return [simplified(size) for size in sizes if isinstance(size, SymInt)]
 
 
 def _described(node: Node) -> Hashable:
