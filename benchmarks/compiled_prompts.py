@@ -32,7 +32,7 @@ FIRST = 48
 def seconds_of(step: Callable[..., Any], ids: torch.Tensor, cache: Any) -> float:
     """One call by the clock."""
     begin = time.perf_counter()
-    step(ids, past_key_values=cache, logits_to_keep=1)
+    step(ids, past_key_values=cache, logits_to_keep=1).logits.cpu()  # which waits for a GPU
     return time.perf_counter() - begin
 
 
@@ -53,11 +53,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--name", default="compiled-prompts-cpu", help="of the results file")
-    parser.set_defaults(device="cpu")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", help="of the results file; compiled-prompts-DEVICE if not given")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval().to(args.device)
     steps: dict[str, Any] = {
         name: torch.compile(model.forward, backend="xquant", options=options or None) for name, options in WAYS.items()
     }
@@ -78,7 +78,10 @@ def main() -> None:
             rows.append({"tokens": tokens, "what": what, **ms, "ratio": ratio})
             made.add_row(f"{tokens:,}", what, *(f"{x:.1f}" for x in ms.values()), f"{ratio:.2f}")
     Console(width=120).print(made)
-    write(args.name, {**where(args), "threads": args.threads, "first": firsts, "rows": rows})
+    write(
+        args.name or f"compiled-prompts-{args.device}",
+        {**where(args), "threads": args.threads, "first": firsts, "rows": rows},
+    )
 
 
 if __name__ == "__main__":

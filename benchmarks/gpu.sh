@@ -58,12 +58,14 @@ job tests-first 50 $pytest $workers --junitxml "$out/tests-first.xml" -k "whole 
 # shellcheck disable=SC2086
 job tests-steps 75 $pytest $workers --junitxml "$out/tests-steps.xml" -k "not test_attention"
 kernels compile 85 compile rows
-kernels all 90 all
+kernels all 70 all
 if [ -z "$dry" ]; then
     model="--layers 4 --kv-heads 8 --head-dim 128 --hidden 4096 --intermediate 8192 --steps 20"
     # shellcheck disable=SC2086
-    job steps 80 $python benchmarks/decode.py --device cuda $model --contexts 131072 4096 --mode reduce-overhead
+    job steps 75 $python benchmarks/decode.py --device cuda $model --contexts 131072 4096 --mode reduce-overhead
     job store 25 $python benchmarks/store.py --device cuda
+    # Random tokens, and a model of few channels: what is timed is launches.
+    job prompts 25 $python benchmarks/compiled_prompts.py examples/model --device cuda --tokens 512 --rounds 3
 fi
 kernels sweep 30 sweep
 rest=$((begin + 540 - SECONDS))

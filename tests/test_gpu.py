@@ -119,6 +119,20 @@ def test_compiled_steps_are_the_eager_ones(preset: str, attention: str, mode: st
     torch.testing.assert_close(torch.cat(outs[0], 1), torch.cat(outs[1], 1), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("tokens", [(300, 40), (200, 33)])
+@torch.no_grad()
+def test_compiled_prompts_are_the_eager_ones(tokens: tuple[int, ...]) -> None:
+    """A prompt and a chunk, of a second number of tokens, too."""
+    model = tiny("llama", max_position_embeddings=512).cuda()
+    step = torch.compile(model.forward, backend="xquant", options={"compile_prompts": True})
+    for fewer in (0, 7):
+        mine, theirs = (XQuantCache(model.config, max_cache_len=512) for _ in range(2))
+        for number, new in enumerate(tokens):
+            ids = torch.randint(3, 60, (1, new - fewer), generator=torch.Generator().manual_seed(number)).cuda()
+            out, expected = (f(ids, past_key_values=c).logits for f, c in ((step, mine), (model, theirs)))
+            torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
+
+
 @pytest.mark.parametrize("preset", ["xquant", "xquant-2.2"])
 def test_a_whole_step_is_one_cuda_graph(preset: str) -> None:
     """Nothing is left out of it, nothing but token ids is copied into it, and the host waits for nothing."""

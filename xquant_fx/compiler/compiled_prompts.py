@@ -150,11 +150,15 @@ def _replace(graph: Graph, piece: Piece, places: list[int], call: Callable[..., 
 
 
 def mark_tokens(values: Sequence[Any], tokens: int) -> None:
-    """Have Dynamo leave open how many tokens a call brings, of tensors among its arguments that have that size."""
+    """Have Dynamo leave open how many tokens a call brings, of tensors among its arguments that have that size.
+
+    Not on GPUs, where chunks are compiled with all that is in them, those of one number by better kernels: there it
+    leaves open what has differed.
+    """
     for each in values:
         if isinstance(each, dict):
             mark_tokens(list(each.values()), tokens)
-        elif type(each) is Tensor:
+        elif type(each) is Tensor and each.device.type == "cpu":
             for dim, size in enumerate(each.shape):
                 if size == tokens and not isinstance(size, SymInt):
                     torch._dynamo.maybe_mark_dynamic(each, dim)
