@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fast_and_slow import fast_but
 from plain_decoder import Decoder
 from stepping import interpreted
 from torch import Tensor
@@ -76,24 +77,27 @@ def graphs_of(step: Any, model: Any, lengths: Sequence[int], sizes: list[int]) -
     return made
 
 
+#: Layers, sequences, lengths of caches.
+THIRDS = [(5, 1, LENGTHS[:3]), (5, 1, LENGTHS), (1, 2, LENGTHS)]
 #: A prompt, steps over the end of a group, and one of several tokens, as assisted decoding has them.
 SIZES = [40, *[1] * 26, 3, 1]
 
 
 @pytest.mark.parametrize("make", [xquant, pytest.param(static, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("layers", "batch"), [(5, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
-def test_a_third_length_is_not_compiled_for(make: Callable[..., Any], layers: int, batch: int) -> None:
+@pytest.mark.parametrize("sizes", fast_but(THIRDS, THIRDS[1:]), ids=str)
+def test_a_third_length_is_not_compiled_for(make: Callable[..., Any], sizes: tuple[int, int, list[int]]) -> None:
     """And its logits are, bit for bit, those of steps that were compiled for it alone."""
+    layers, batch, lengths = sizes
     model = Decoder(layers).eval()
     alone = []
-    for length in LENGTHS:
+    for length in lengths:
         alone.append(run(compiled(model), make(model, length), SIZES, batch))
     step, made = compiled(model), []
-    for length, expected in zip(LENGTHS, alone, strict=True):
+    for length, expected in zip(lengths, alone, strict=True):
         got = run(step, make(model, length), SIZES, batch)
         made.append((graphs(), counters["xquant"]["one_call"]))
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
-    assert made[2:] == [made[1]] * 3 and made[0][0] < made[1][0], made
+    assert made[2:] == [made[1]] * (len(lengths) - 2) and made[0][0] < made[1][0], made
     assert bool(counters["xquant"]["layers_not_compiled_again"]) == (layers > 1)
 
 
@@ -129,7 +133,7 @@ def test_the_end_of_a_shorter_one_is_noticed() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("dtype", fast_but([torch.bool, torch.float32], [torch.bool]))
 def test_masks_that_are_passed_in_are_made_long_enough(dtype: torch.dtype) -> None:
     """They are as wide as a cache, and hide some tokens, and what lies behind a cache is hidden in any case."""
     model = WithMask(2).eval()
@@ -369,8 +373,11 @@ def by_reshape(q: Tensor, keys: Tensor, values: Tensor, pos: Tensor, given: Tens
     ("see", "is_open"),
     [
         *((see, True) for see in (by_arange, by_bias, by_input, by_products)),
-        *((see, False) for see in (from_the_end, by_flip, by_sum, by_total, by_fraction, by_table, by_nothing)),
-        *((see, False) for see in (by_what_is_returned, by_reshape)),
+        *((see, False) for see in (from_the_end, by_sum, by_fraction, by_table)),
+        *(
+            pytest.param(see, False, marks=pytest.mark.slow)
+            for see in (by_flip, by_total, by_nothing, by_what_is_returned, by_reshape)
+        ),
     ],
     ids=lambda each: each.__name__ if callable(each) else str(each),
 )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dynamo_graphs import SMALL
+from fast_and_slow import fast_but
 from numeric import seeded
 from stepping import interpreted, relative_error
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from xquant_fx.errors import ConfigError
 CONFIG = XQuantConfig.preset("xquant-2.2").replace(k_group_size=4, residual_length=4)
 FIELDS = dict(k_group_size=4, residual_length=4)
 LAYERS = 3
+#: Tokens of prompts and of chunks, and room in the cache, of the last of which Dynamo leaves the length open.
+CHATS = [(20, 18, 96), (33, 12, 96), (26, 15, 160)]
 CACHES = {
     "XQuantCache": lambda config: XQuantCache(config, max_cache_len=96, config=CONFIG),
     "DynamicCache": lambda config: DynamicCache(config=config),
@@ -111,14 +114,15 @@ def chat(step: Any, plain: Any, mine: Any, theirs: Any, first: int, turn: int) -
     return int(counters["stats"]["unique_graphs"])
 
 
-def test_a_chat_by_inductor() -> None:
+@pytest.mark.parametrize("chats", fast_but([CHATS[:2], CHATS], [CHATS]), ids=["one length", "another"])
+def test_a_chat_by_inductor(chats: list[tuple[int, int, int]]) -> None:
     model = model_of(num_hidden_layers=2)
     step = compiled_by("xquant", model, compile_prompts=True, **FIELDS)
     graphs = []
-    for first, turn, room in ((20, 18, 96), (33, 12, 96), (26, 15, 160)):  # of the last Dynamo leaves the length open
+    for first, turn, room in chats:
         caches = (XQuantCache(model.config, max_cache_len=room, config=CONFIG) for _ in range(2))
         graphs.append(chat(step, model, *caches, first, turn))
-    assert graphs == [3, 3, 6]
+    assert graphs == [3, 3, 6][: len(chats)]
 
 
 def test_a_number_that_the_program_passes_in() -> None:
