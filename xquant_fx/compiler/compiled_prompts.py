@@ -27,6 +27,7 @@ from xquant_fx.compiler.stretches import returned, stretches_of, why_none
 from xquant_fx.passes.graph import named_once
 from xquant_fx.passes.records import Detection
 from xquant_fx.passes.trace import at_hand, fake
+from xquant_fx.warn_once import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,14 @@ class Stretches:
         Nodes that are left, and those in ``kept``, are the same as before, and give the same.
         """
         graph = gm.graph
-        if reason := why_none(graph):
-            log.info("nothing of this prompt is compiled: %s", reason)
+        read_by = {site.attention.value_reader for site in found.sites}
+        reason = why_none(graph)
+        pieces = [] if reason else stretches_of(graph, self._cached(graph, found), read_by)
+        if not pieces:
+            reason = reason or "its attention is not recognised, or few ops lie around it"
+            warn_once(f"compile_prompts: nothing of a prompt is compiled: {reason}", key="compile_prompts")
             return
-        pieces = stretches_of(graph, self._cached(graph, found), {site.attention.value_reader for site in found.sites})
+        log.info("%d stretches of a prompt, or of a chunk, are compiled", len(pieces))
         results = dict[Hashable, set[int]]()
         for piece in pieces:
             wanted = {*returned(piece.nodes), *set(kept) & set(piece.nodes)}

@@ -144,22 +144,23 @@ def _with_numbers(piece: Piece, numbers: Mapping[Any, Node]) -> Piece | None:
 
     Of a number that follows from others nobody could tell these.
     """
-    told, needed = set[Any](), set[Any]()
-    for node in (*piece.given, *piece.nodes):
-        for size in _sizes(node.meta.get("example_value")):
-            if node in piece.given and size.is_Symbol:
-                told.add(size)
-            needed |= size.free_symbols
-    missing = sorted(needed - told, key=str)
+    told = {size for node in piece.given for size in _open_sizes(node) if size.is_Symbol}
+    sizes = [size for node in (*piece.given, *piece.nodes) for size in (*_open_sizes(node), *_open_strides(node))]
+    missing = sorted({symbol for size in sizes for symbol in size.free_symbols} - told, key=str)
     if not all(symbol in numbers for symbol in missing):
         return None
     return piece._replace(given=[*piece.given, *(numbers[symbol] for symbol in missing)])
 
 
-def _sizes(value: Any) -> list[Any]:
-    """What Dynamo left open of ``value``, a number or a tensor."""
-    sizes = (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)
-    return [simplified(size) for size in sizes if isinstance(size, SymInt)]
+def _open_sizes(node: Node) -> list[Any]:
+    """What Dynamo left open of the number, or the sizes of the tensor, that ``node`` gives."""
+    value = node.meta.get("example_value")
+    return [simplified(size) for size in (getattr(value, "shape", None) or (value,)) if isinstance(size, SymInt)]
+
+
+def _open_strides(node: Node) -> list[Any]:
+    value = fake(node)
+    return [] if value is None else [simplified(each) for each in value.stride() if isinstance(each, SymInt)]
 
 
 def _described(node: Node) -> Hashable:
