@@ -7,7 +7,6 @@ kernels for any number of tokens, and the same numbers. Equal layers are compile
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import operator
@@ -15,13 +14,12 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 from torch._dynamo.utils import counters
-from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node
 
-from xquant_fx.cache.growing import STORED_KV
 from xquant_fx.compiler.options import Request
+from xquant_fx.compiler.pieces import aots_mode, by_itself
 from xquant_fx.compiler.repeats import Piece
 from xquant_fx.compiler.stretches import returned, stretches_of, why_none
 from xquant_fx.passes.graph import named_once
@@ -81,19 +79,13 @@ class Stretches:
         return odd | {buffer.node for buffer in found.ordinary if buffer.index is not None}
 
     def _compiled(self, piece: Piece, places: list[int], inputs: dict[Node, Any], number: int) -> Callable[..., Any]:
-        graph, env = Graph(), dict[Node, Node]()
-        for node in piece.given:
-            env[node] = graph.placeholder(node.name)
-            env[node].meta["example_value"] = node.meta.get("example_value")
-        for node in piece.nodes:
-            env[node] = graph.node_copy(node, env.__getitem__)
-        graph.output(tuple(env[piece.nodes[i]] for i in places))
+        alone = by_itself(piece, [piece.nodes[i] for i in places])
         orders = [None if node in inputs else _order(fake(node)) for node in piece.given]
         examples = [
             named_once(inputs[node] if node in inputs else _example(node.meta["example_value"], order))
             for node, order in zip(piece.given, orders, strict=True)
         ]
-        call = self.compiler(GraphModule({}, graph), examples, _without_cuda_graphs(self.request), None)
+        call = self.compiler(alone, examples, _without_cuda_graphs(self.request), None)
 
         def stretch(*args: Any) -> Any:
             return call(*map(_laid_out, args, orders))
@@ -103,9 +95,7 @@ class Stretches:
 
 
 def _is_ordinary(value: Any) -> bool:
-    return not isinstance(value, Tensor) or (
-        not isinstance(value, STORED_KV) and type(value) in (Tensor, torch.nn.Parameter)
-    )
+    return not isinstance(value, Tensor) or type(value) in (Tensor, torch.nn.Parameter)
 
 
 def _without_cuda_graphs(request: Request) -> Request:
@@ -126,8 +116,7 @@ def _example(value: Any, order: tuple[int, ...] | None) -> Any:
     """Something such as ``value``, dense in this order, in the mode in which AOTAutograd looks at a graph."""
     if order is None:
         return value
-    context = TracingContext.try_get()
-    with contextlib.nullcontext() if context is None or context.fake_mode is None else context.fake_mode:
+    with aots_mode():
         dense = torch.empty([value.shape[dim] for dim in order], dtype=value.dtype, device=value.device)
         return dense.permute([order.index(dim) for dim in range(len(order))])
 
@@ -165,5 +154,5 @@ def mark_tokens(values: Sequence[Any], tokens: int) -> None:
             mark_tokens(list(each.values()), tokens)
         elif type(each) is Tensor and each.device.type == "cpu":
             for dim, size in enumerate(each.shape):
-                if size == tokens and not isinstance(size, SymInt):
+                if size == tokens:
                     torch._dynamo.maybe_mark_dynamic(each, dim)

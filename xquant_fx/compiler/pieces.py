@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -65,15 +66,20 @@ class Cut(NamedTuple):
 
     def alone(self, piece: Piece) -> tuple[GraphModule, list[Any]]:
         """``piece`` by itself, which takes what it is given and returns what others read, and examples of inputs."""
-        graph, env = Graph(), dict[Node, Node]()
-        for node in piece.given:
-            env[node] = graph.placeholder(node.name)
-            env[node].meta["example_value"] = node.meta["example_value"]
-        for node in piece.nodes:
-            env[node] = graph.node_copy(node, env.__getitem__)
-        graph.output(tuple(env[node] for node in self.results_of(piece)))
         examples = [self.given[node] if node in self.given else _like(value_of(node)) for node in piece.given]
-        return GraphModule({}, graph), examples
+        return by_itself(piece, self.results_of(piece)), examples
+
+
+def by_itself(piece: Piece, returned: Sequence[Node]) -> GraphModule:
+    """The graph of ``piece``, which takes what that is given, and returns those of its nodes."""
+    graph, env = Graph(), dict[Node, Node]()
+    for node in piece.given:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta["example_value"] = node.meta.get("example_value")
+    for node in piece.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[node] for node in returned))
+    return GraphModule({}, graph)
 
 
 def cut(graph: Graph, inputs: Sequence[Any]) -> Cut | None:
@@ -147,6 +153,11 @@ def _returned(pieces: Sequence[Piece]) -> dict[Hashable, list[int]]:
 
 def _like(value: Tensor) -> Tensor:
     """A tensor such as ``value``, of static shape in the mode in which AOTAutograd looks at a graph."""
-    context = TracingContext.try_get()
-    with contextlib.nullcontext() if context is None or context.fake_mode is None else context.fake_mode:
+    with aots_mode():
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def aots_mode() -> AbstractContextManager[Any]:
+    """The mode in which AOTAutograd looks at a graph."""
+    context = TracingContext.try_get()
+    return contextlib.nullcontext() if context is None or context.fake_mode is None else context.fake_mode

@@ -88,9 +88,8 @@ def _is_left_untraced(call: Mapping[str, Any], asked: Callable[[], Asked]) -> bo
         return False
     # What is being handled already, where this is called in an ``except``.
     outer, inside = sys.exc_info()[1], contextlib.ExitStack()
-    as_guessed = None
-    if not is_compiled:
-        as_guessed = next((told for each in given if (told := uncompiled(each, new[1])) is not None), None)
+    guessed = () if is_compiled else given
+    as_guessed = next((told for each in guessed if (told := uncompiled(each, new[1])) is not None), None)
     if as_guessed is None:
         seen = look(call["self"], given, new, asked)
         if not isinstance(seen, Untraced):
