@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._logging._internal import trace_log
 
+from xquant_fx.compiler import tracing_time
 from xquant_fx.warn_once import forget
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+
+# From 9.1 on pytest listens to loggers that do not propagate, and so Dynamo and Inductor would write every graph, guard
+# and kernel for torch's structured trace, in each test and for nobody: a fifth of the time of tests that compile.
+trace_log.propagate = True
 
 EMBEDDED = HERE.parent / "examples" / "model"
 
@@ -23,8 +29,10 @@ def fresh_dynamo():
     torch._dynamo.reset()
     forget()
     automatic = torch._dynamo.config.automatic_dynamic_shapes
+    watched = list(tracing_time._backends)
     yield
     torch._dynamo.reset()
+    tracing_time._backends[:] = watched  # or every backend of a test, and the graphs it has seen, would stay
     # Of torch 2.11, which leaves it off after two threads at once have called what was compiled with dynamic=False.
     torch._dynamo.config.automatic_dynamic_shapes = automatic
 

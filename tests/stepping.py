@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from xquant_fx.compiler.backend import compile_graph
 from xquant_fx.compiler.options import parse
+from xquant_fx.compiler.tracing_time import watch_tracing
 from xquant_fx.compiler.trial import Asked
 
 
@@ -32,6 +33,7 @@ def interpreted(calls: list | None = None, **options):
         return compiled
 
     backend.asked = lambda *_: Asked(parse(None, options), by_inductor=False)  # for ``leave_prompts_untraced``
+    watch_tracing(backend)  # as the real one, until torch._dynamo.reset()
     return backend
 
 

@@ -78,7 +78,7 @@ def graphs_of(step: Any, model: Any, lengths: Sequence[int], sizes: list[int]) -
 
 
 #: Layers, sequences, lengths of caches.
-THIRDS = [(5, 1, LENGTHS[:3]), (5, 1, LENGTHS), (1, 2, LENGTHS)]
+THIRDS = [(2, 1, LENGTHS[:3]), (5, 1, LENGTHS), (1, 2, LENGTHS)]
 #: A prompt, steps over the end of a group, and one of several tokens, as assisted decoding has them.
 SIZES = [40, *[1] * 26, 3, 1]
 
@@ -183,6 +183,7 @@ def test_windows_are_of_any_length_beside_full_layers() -> None:
     assert not fills.wraps and of_any_length(fills) is fills
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_unfused_attention_to_windows_has_its_length() -> None:
     """Of such a window nothing that is stored is larger in a longer cache: only masks would tell."""
@@ -264,8 +265,12 @@ def test_a_wrapper_that_looks_at_sizes_is_compiled_for_each_length(monkeypatch: 
     assert len(any_length._fixed) == 1 and made[3] == made[2] + 1
 
 
+#: Of what is compiled for one length.
+ALONE = [{"disable": ["one_call"]}, {"self_check": True}, {"disable": ["fuse_decode"]}]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{"self_check": True}, {"disable": ["one_call"]}, {"disable": ["fuse_decode"]}])
+@pytest.mark.parametrize("options", fast_but(ALONE, ALONE[1:]))
 def test_who_has_the_length_that_there_is(options: dict[str, Any]) -> None:
     model = Decoder(1).eval()
     step = compiled(model, **options)
@@ -373,10 +378,10 @@ def by_reshape(q: Tensor, keys: Tensor, values: Tensor, pos: Tensor, given: Tens
     ("see", "is_open"),
     [
         *((see, True) for see in (by_arange, by_bias, by_input, by_products)),
-        *((see, False) for see in (from_the_end, by_sum, by_fraction, by_table)),
+        *((see, False) for see in (from_the_end, by_table)),
         *(
             pytest.param(see, False, marks=pytest.mark.slow)
-            for see in (by_flip, by_total, by_nothing, by_what_is_returned, by_reshape)
+            for see in (by_sum, by_fraction, by_flip, by_total, by_nothing, by_what_is_returned, by_reshape)
         ),
     ],
     ids=lambda each: each.__name__ if callable(each) else str(each),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fast_and_slow import fast_but
 from plain_decoder import Decoder
 from states import layers_of
 from stepping import interpreted
@@ -118,9 +119,11 @@ def test_what_calls_kernels_one_by_one_is_compiled_for_the_room(monkeypatch: pyt
     torch.testing.assert_close(got, expected(model, LIFE), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "options", [{"self_check": True}, {"disable": ["one_call"]}, {"disable": ["fuse_decode"]}, {"preset": "full"}]
-)
+#: Of what is compiled for one room.
+ALONE = [{"disable": ["one_call"]}, {"preset": "full"}, {"self_check": True}, {"disable": ["fuse_decode"]}]
+
+
+@pytest.mark.parametrize("options", fast_but(ALONE, ALONE[2:]))
 def test_who_has_the_room_that_there_is(options: dict[str, Any]) -> None:
     model = model_of()
     given = {} if "preset" in options else {"config": CONFIG}

@@ -265,7 +265,13 @@ def test_long_chunks_are_the_same_whatever_room_there_is(tiny_llama, attended):
 
 
 @pytest.mark.skipif(torch.bfloat16 not in faster_dtypes(), reason="no kernel of prompts on this processor")
-@pytest.mark.parametrize(("kind", "values"), [(StaticCache, "per_token_rotated"), (DynamicCache, "per_token_folded")])
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        pytest.param(StaticCache, "per_token_rotated", marks=pytest.mark.slow),
+        (DynamicCache, "per_token_folded"),
+    ],
+)
 def test_long_chunks_of_caches_that_were_taken_over(tiny_llama, attended, monkeypatch, kind, values):
     model = tiny_llama(layers=2, head_dim=32, dtype=torch.bfloat16)
     ids = torch.randint(1, 128, (1, sum(LONG) + 1), generator=seeded(1))

@@ -152,6 +152,11 @@ def test_structured_trace():
     assert ["decode_attention" in text for text in texts] == [False] * 5 + [True] * 5
 
 
+def test_nothing_is_written_for_nobody():
+    """Tests run as users do: pytest must not listen to that trace, for which graphs become text."""
+    assert not trace_log.handlers
+
+
 @pytest.mark.slow
 def test_structured_trace_in_a_file(tmp_path):
     script = (

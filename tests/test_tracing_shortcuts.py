@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import time
 import traceback
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config, output_graph, symbolic_convert
+from torch._dynamo import config, guards, output_graph, symbolic_convert
 from torch._dynamo.variables.builder import VariableBuilder
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from xquant_fx.compiler import tracing_shortcuts
 from xquant_fx.compiler.tracing_shortcuts import _with_classes_once, shortcuts
 
 SMALL = dict(
@@ -76,6 +79,30 @@ def test_everything_is_put_back() -> None:
         assert VariableBuilder._wrap is not before[2]
         raise KeyError
     assert replaced() == before and output_graph.traceback is traceback and "verbose" not in vars(config)
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_guards_are_timed_without_emptying_the_caches(shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for a log that shows for how long; metrics have a number in any case."""
+    emptied, whole = [], guards.profile_guard_manager
+    monkeypatch.setattr(guards, "profile_guard_manager", lambda *args: (emptied.append(1), whole(*args))[1])
+    logging.getLogger("torch._dynamo.guards.__guards").setLevel(logging.DEBUG if shown else logging.NOTSET)
+    try:
+        told(Deep(), torch.ones(2, 4), spared=True)
+    finally:
+        logging.getLogger("torch._dynamo.guards.__guards").setLevel(logging.NOTSET)
+    assert len(emptied) == shown
+    told(Deep(), torch.ones(2, 4), spared=False)
+    assert len(emptied) == 1 + shown
+
+
+def test_the_time_of_guards_is_theirs() -> None:
+    class Guards:
+        def check(self, scope: dict[str, int]) -> bool:
+            time.sleep(scope["seconds"])
+            return True
+
+    assert 1e4 <= tracing_shortcuts._time_of_guards(Guards(), {"seconds": 0.01}, 2) < 1e6
 
 
 def test_a_verbose_config_stays_so() -> None:

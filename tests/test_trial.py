@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fast_and_slow import fast_but
 from stepping import relative_error
 from test_later_prompts import EMPTIES_IN_PLACE, OPTIONS, Run, graphs, ids_of, one
 from test_untraced import own_backends  # noqa: F401 - a fixture of all tests here
@@ -116,7 +117,7 @@ def test_copies_of_which_a_graph_leaves_a_layer_alone(run: Run, kind: type) -> N
         assert isinstance(cache.layers[0].keys, STORED_KV) and type(cache.layers[1].values) is Tensor
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", fast_but(KINDS, KINDS[1:]))
 def test_a_graph_break_between_layers(kind: type, ended: list[Any]) -> None:
     """The first graph has one layer of two: all become what they were, that step is exact, and the next takes over."""
     run = Run()
@@ -300,7 +301,7 @@ def test_a_first_step_that_fails_behind_its_appends_is_forgotten(run: Run, kind:
     assert relative_error(got, expected) < 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", fast_but(KINDS, KINDS[:1]))
 def test_queries_that_were_noted_are_there_for_a_takeover(run: Run, kind: type, ended: list[Any]) -> None:
     run.model.model.layers[1].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
     run(ids_of(30), cache := new(run, kind))

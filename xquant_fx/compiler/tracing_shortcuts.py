@@ -6,15 +6,16 @@
 - whether a file is one of ``torch.nn.modules``, whose frames the stack trace leaves out;
 - the frames above the trace, which each message about a changed object shows, shown or not;
 - names of functions, for which source files are read and which only logs show that are off;
+- how long guards take with nothing in the processor's caches, which are emptied for it: 0.03 s a graph, for a log;
 - lengths of caches: those that are equal are one symbol, where each of 60 tensors had its own (0.8 of 4 s);
 - numbers of tokens that sliding windows count: Dynamo leaves them open from the first step on, and not once it has
   traced one for a number and found another in the next.
 
-The trace is the same but for these symbols. Relied on: how ``symbolic_convert``, ``output_graph``, ``side_effects`` and
-``builder`` name these, that Dynamo's config is a module of a class of its own that looks up what it does not have
-itself, that a function keeps the builtins its globals had when it was made, and that ``_automatic_dynamic`` returns a
-list of ``DimDynamic``. Checked on torch 2.11 and 2.13, all but settings, classes and lengths on 2.14, too; what is not
-there is left out.
+The trace is the same but for these symbols. Relied on: how ``symbolic_convert``, ``output_graph``, ``side_effects``,
+``guards`` and ``builder`` name these, that Dynamo's config is a module of a class of its own that looks up what it does
+not have itself, that a function keeps the builtins its globals had when it was made, and that ``_automatic_dynamic``
+returns a list of ``DimDynamic``. Checked on torch 2.11 and 2.13, all but settings, classes, lengths and guards on 2.14,
+too; what is not there is left out.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ import functools
 import itertools
 import logging
 import re
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch._dynamo import config, output_graph, side_effects, symbolic_convert
+from torch._dynamo import config, guards, output_graph, side_effects, symbolic_convert
 from torch._dynamo.variables import builder
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
@@ -39,6 +41,8 @@ from xquant_fx.cache.growing import STORED_KV
 
 #: Loggers of ``TORCH_LOGS=trace_call`` and ``trace_source``, which show names of functions.
 _NAMING_LOGS = ("output_graph.__trace_call", "symbolic_convert.__trace_call", "symbolic_convert.__trace_source")
+#: That of ``TORCH_LOGS=guards``, which shows how long guards take.
+_GUARDS_LOG = ("guards.__guards",)
 #: So many equal frames in a row Python shows as they are, of more it says how many there were.
 _SHOWN = 3
 
@@ -70,8 +74,10 @@ def shortcuts() -> Iterator[None]:
         replaced.append((builder, "_automatic_dynamic", _with_one_length(context_of)))
     if (frames_above := vars(side_effects).get("get_stack_above_dynamo")) is not None:
         replaced.append((side_effects, "get_stack_above_dynamo", functools.cache(frames_above)))
-    if not any(logging.getLogger(f"torch._dynamo.{name}").isEnabledFor(logging.DEBUG) for name in _NAMING_LOGS):
+    if not _shown(_NAMING_LOGS):
         replaced.append((symbolic_convert, "get_funcname", _no_name))
+    if not _shown(_GUARDS_LOG):
+        replaced.append((guards, "profile_guard_manager", _time_of_guards))
     with contextlib.ExitStack() as stack:
         for owner, name, value in replaced:
             stack.enter_context(_replaced(owner, name, value))
@@ -189,6 +195,18 @@ def _share(found: Any, dim: int | None) -> None:
     constraint = found.constraint_sizes[dim]
     if constraint is None or getattr(constraint, "warn_only", False):
         found.dynamic_sizes[dim], found.constraint_sizes[dim] = DimDynamic.DUCK, None
+
+
+def _shown(logs: Iterable[str]) -> bool:
+    return any(logging.getLogger(f"torch._dynamo.{name}").isEnabledFor(logging.DEBUG) for name in logs)
+
+
+def _time_of_guards(root: Any, scope: Any, times: int) -> float:
+    """Microseconds, for Dynamo's metrics: as often as it wants to know, but with what the caches hold."""
+    begin = time.perf_counter()
+    for _ in range(times):
+        root.check(scope)
+    return (time.perf_counter() - begin) / times * 1e6
 
 
 def _no_name(filename: str, lineno: int) -> None:
