@@ -78,7 +78,7 @@ def graphs_of(step: Any, model: Any, lengths: Sequence[int], sizes: list[int]) -
 
 
 #: Layers, sequences, lengths of caches.
-THIRDS = [(2, 1, LENGTHS[:3]), (5, 1, LENGTHS), (1, 2, LENGTHS)]
+THIRDS = [(5, 1, LENGTHS[:3]), (5, 1, LENGTHS), (1, 2, LENGTHS)]
 #: A prompt, steps over the end of a group, and one of several tokens, as assisted decoding has them.
 SIZES = [40, *[1] * 26, 3, 1]
 
