@@ -71,12 +71,12 @@ def test_everything_is_put_back() -> None:
 
     def replaced() -> tuple[Any, ...]:
         kept = (symbolic_convert.get_funcname, translator.is_co_filename_from_nn_modules, VariableBuilder._wrap)
-        return (*kept, {**vars(config)}, type(config).__setattr__)
+        return (*kept, guards.profile_guard_manager, {**vars(config)}, type(config).__setattr__)
 
     before = replaced()
     with pytest.raises(KeyError), shortcuts():
         assert output_graph.traceback is not traceback and "verbose" in vars(config) and config.verbose is False
-        assert VariableBuilder._wrap is not before[2]
+        assert VariableBuilder._wrap is not before[2] and guards.profile_guard_manager is not before[3]
         raise KeyError
     assert replaced() == before and output_graph.traceback is traceback and "verbose" not in vars(config)
 
