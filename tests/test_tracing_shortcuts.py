@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 import time
 import traceback
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config, guards, output_graph, symbolic_convert
+from torch._dynamo import config, guards, output_graph, symbolic_convert, utils
 from torch._dynamo.variables.builder import VariableBuilder
+from torch._dynamo.variables.higher_order_ops import LocalMapWrappedHigherOrderVariable
+from torch.fx import GraphModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xquant_fx.compiler import tracing_shortcuts
@@ -71,14 +75,16 @@ def test_everything_is_put_back() -> None:
 
     def replaced() -> tuple[Any, ...]:
         kept = (symbolic_convert.get_funcname, translator.is_co_filename_from_nn_modules, VariableBuilder._wrap)
-        return (*kept, guards.profile_guard_manager, {**vars(config)}, type(config).__setattr__)
+        values = (utils._get_fake_value_impl, vars(LocalMapWrappedHigherOrderVariable)["should_wrap_in_hop"])
+        return (*kept, guards.profile_guard_manager, *values, {**vars(config)}, type(config).__setattr__)
 
     before = replaced()
     with pytest.raises(KeyError), shortcuts():
         assert output_graph.traceback is not traceback and "verbose" in vars(config) and config.verbose is False
-        assert VariableBuilder._wrap is not before[2] and guards.profile_guard_manager is not before[3]
+        assert all(now is not then for now, then in zip(replaced()[:6], before[:6], strict=True))
         raise KeyError
     assert replaced() == before and output_graph.traceback is traceback and "verbose" not in vars(config)
+    assert output_graph.fx is torch.fx
 
 
 @pytest.mark.parametrize("shown", [False, True])
@@ -103,6 +109,30 @@ def test_the_time_of_guards_is_theirs() -> None:
             return True
 
     assert 1e4 <= tracing_shortcuts._time_of_guards(Guards(), {"seconds": 0.01}, 2) < 1e6
+
+
+@pytest.mark.parametrize("spared", [True, False])
+def test_no_code_is_written_for_a_module_that_is_not_run(spared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the graph itself is written when it runs."""
+    written, whole = [], GraphModule.recompile
+    monkeypatch.setattr(GraphModule, "recompile", lambda self: (written.append(type(self).__name__), whole(self))[1])
+    told(Deep(), torch.ones(2, 4), spared=spared)
+    assert len(written) == 1 + (not spared)
+    with shortcuts():
+        made = output_graph.fx.GraphModule({}, torch.fx.Graph())
+        assert isinstance(made, torch.fx.GraphModule) and isinstance(made, output_graph.fx.GraphModule)
+        assert not isinstance(torch.nn.Module(), output_graph.fx.GraphModule)
+
+
+def test_local_map_is_not_imported_to_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where somebody did, Dynamo finds it."""
+    name = "torch.distributed.tensor.experimental._func_map"
+    local_map, asked = importlib.import_module(name)._local_map_wrapped, LocalMapWrappedHigherOrderVariable
+    with shortcuts(), asked.enable():
+        assert asked.should_wrap_in_hop(local_map) and not asked.should_wrap_in_hop(down)
+    monkeypatch.delitem(sys.modules, name)
+    told(Deep(), torch.ones(2, 4), spared=True)
+    assert name not in sys.modules
 
 
 def test_a_verbose_config_stays_so() -> None:

@@ -1,11 +1,14 @@
-"""What Dynamo works out again for each instruction and each node while it traces, worked out once: 0.35 of 2.5 s.
+"""What Dynamo works out again for each instruction and each node while it traces, worked out once.
 
 - settings that each instruction, node or guard asks Dynamo's config for;
 - classes that ``VariableBuilder._wrap`` makes for each value, and leaves as garbage;
-- the text of a frame, in the stack trace of each node: most frames are those of the node before;
+- what operations give for fake tensors that look like those of another layer (``fake_values.py``);
+- the text of a frame, in the stack trace of each node: most frames are those of the node before (``frame_texts.py``);
 - whether a file is one of ``torch.nn.modules``, whose frames the stack trace leaves out;
 - the frames above the trace, which each message about a changed object shows, shown or not;
 - names of functions, for which source files are read and which only logs show that are off;
+- the code of a module of all nodes, which is made to look for asserts and never run;
+- ``torch.distributed``'s tensors, which are imported to ask whether a function is one of theirs;
 - how long guards take with nothing in the processor's caches, which are emptied for it: 0.03 s a graph, for a log;
 - lengths of caches: those that are equal are one symbol, where each of 60 tensors had its own (0.8 of 4 s);
 - numbers of tokens that sliding windows count: Dynamo leaves them open from the first step on, and not once it has
@@ -14,8 +17,8 @@
 The trace is the same but for these symbols. Relied on: how ``symbolic_convert``, ``output_graph``, ``side_effects``,
 ``guards`` and ``builder`` name these, that Dynamo's config is a module of a class of its own that looks up what it does
 not have itself, that a function keeps the builtins its globals had when it was made, and that ``_automatic_dynamic``
-returns a list of ``DimDynamic``. Checked on torch 2.11 and 2.13, the time of guards on 2.13 alone, all but that,
-settings, classes and lengths on 2.14, too; what is not there is left out.
+returns a list of ``DimDynamic``. Checked on torch 2.11, 2.13 and 2.14, the lengths on the first two alone; what is not
+there is left out.
 """
 
 from __future__ import annotations
@@ -23,28 +26,32 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
-import itertools
 import logging
 import re
+import sys
 import time
-import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch._dynamo import config, guards, output_graph, side_effects, symbolic_convert
-from torch._dynamo.variables import builder
+from torch._dynamo import config, guards, output_graph, side_effects, symbolic_convert, utils
+from torch._dynamo.variables import builder, higher_order_ops
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from xquant_fx.cache.growing import STORED_KV
+from xquant_fx.compiler.fake_values import remembering
+from xquant_fx.compiler.frame_texts import traceback_of_one_trace
 
 #: Loggers of ``TORCH_LOGS=trace_call`` and ``trace_source``, which show names of functions.
 _NAMING_LOGS = ("output_graph.__trace_call", "symbolic_convert.__trace_call", "symbolic_convert.__trace_source")
 #: That of ``TORCH_LOGS=guards``, which shows how long guards take.
 _GUARDS_LOG = ("guards.__guards",)
-#: So many equal frames in a row Python shows as they are, of more it says how many there were.
-_SHOWN = 3
+#: Where ``torch.distributed``'s ``local_map`` is, and who asks whether a function is its.
+_OF_LOCAL_MAP = "torch.distributed.tensor.experimental._func_map"
+LocalMap = vars(higher_order_ops).get("LocalMapWrappedHigherOrderVariable")
 
 #: Settings that are asked for thousands of times in a trace.
 _SETTINGS = (
@@ -57,23 +64,27 @@ _SETTINGS = (
 #: Sources of what ``StaticSlidingWindowLayer`` and ``DynamicSlidingWindowLayer`` of transformers count in.
 _COUNTERS = r".*\.cumulative_length(_int)?$"
 
-FrameKey = tuple[Any, ...]
-
 
 @contextlib.contextmanager
 def shortcuts() -> Iterator[None]:
     """Inside, Dynamo takes them."""
     translator = symbolic_convert.InstructionTranslatorBase
     replaced: list[tuple[Any, str, Any]] = [
-        (output_graph, "traceback", _traceback_of_one_trace()),
+        (output_graph, "traceback", traceback_of_one_trace()),
+        (output_graph, "fx", SimpleNamespace(**{**vars(torch.fx), "GraphModule": _GraphModule})),
         (translator, "is_co_filename_from_nn_modules", _is_of_nn_modules),
     ]
     if isinstance(wrap := vars(builder.VariableBuilder).get("_wrap"), FunctionType):
         replaced.append((builder.VariableBuilder, "_wrap", _with_classes_once(wrap)))
     if (context_of := vars(builder).get("_automatic_dynamic")) is not None:
         replaced.append((builder, "_automatic_dynamic", _with_one_length(context_of)))
+    if (is_local_map := vars(LocalMap or object).get("should_wrap_in_hop")) is not None:
+        replaced.append((LocalMap, "should_wrap_in_hop", _without_import(is_local_map)))
     if (frames_above := vars(side_effects).get("get_stack_above_dynamo")) is not None:
         replaced.append((side_effects, "get_stack_above_dynamo", functools.cache(frames_above)))
+    tracked = config.use_graph_deduplication or config.track_nodes_for_deduplication  # what nodes write to
+    if (value_of := vars(utils).get("_get_fake_value_impl")) is not None and not tracked:
+        replaced.append((utils, "_get_fake_value_impl", remembering(value_of)))
     if not _shown(_NAMING_LOGS):
         replaced.append((symbolic_convert, "get_funcname", _no_name))
     if not _shown(_GUARDS_LOG):
@@ -103,7 +114,9 @@ def _settings_at_hand() -> Iterator[None]:
     """Inside, ``_SETTINGS`` are attributes of the config, until somebody sets them: to all threads, which Dynamo lets
     trace one by one, those of this one."""
     kept, kind = vars(config), type(config)
-    at_hand = {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of settings that a newer torch is about to drop
+        at_hand = {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)}
 
     def set_one(self: Any, name: str, value: object) -> None:
         kept.pop(name, None)
@@ -132,36 +145,27 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-class _Frames(list[traceback.FrameSummary]):
-    """``traceback.StackSummary`` of frames, in which those that are equal are formatted once."""
+class _Lazily(type):
+    """Of a class whose instances are torch's graph modules, made as Dynamo's last one is: with code when it is run."""
 
-    def __init__(self, frames: list[traceback.FrameSummary], texts: dict[FrameKey, list[str]]) -> None:
-        super().__init__(frames)
-        self.texts = texts
+    def __call__(cls, *args: Any, **kwargs: Any) -> torch.fx.GraphModule:
+        return _make_graph_module(*args, **kwargs)
 
-    def format(self, **settings: Any) -> list[str]:
-        """As ``StackSummary.format``."""
-        keys = [_key(frame) for frame in self]
-        in_a_row = (len(list(equal)) for _, equal in itertools.groupby(keys, key=lambda key: key[:3]))
-        if settings or max(in_a_row, default=0) > _SHOWN:
-            return traceback.StackSummary.from_list(self).format(**settings)
-        for key, frame in zip(keys, self, strict=True):
-            if key not in self.texts:
-                self.texts[key] = traceback.StackSummary.from_list([frame]).format()
-        return [line for key in keys for line in self.texts[key]]
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, torch.fx.GraphModule)
 
 
-def _key(frame: traceback.FrameSummary) -> FrameKey:
-    """What the text of a frame is made of, beside the source file; Python 3.10 knows no columns."""
-    columns = (getattr(frame, name, None) for name in ("end_lineno", "colno", "end_colno"))
-    return (frame.filename, frame.lineno, frame.name, *columns)
+class _GraphModule(metaclass=_Lazily):
+    """In the place of ``torch.fx.GraphModule``, of which Dynamo makes one of all nodes to look for asserts."""
 
 
-def _traceback_of_one_trace() -> SimpleNamespace:
-    """The module ``traceback``, whose texts of frames are kept as long as it is: source files may change."""
-    texts: dict[FrameKey, list[str]] = {}
-    from_list: Callable[[Any], _Frames] = lambda frames: _Frames(frames, texts)  # noqa: E731
-    return SimpleNamespace(**{**vars(traceback), "StackSummary": SimpleNamespace(from_list=from_list)})
+def _without_import(is_local_map: Any) -> Any:
+    """Dynamo's question whether a function is ``local_map``'s, which imports that for it: 0.1 s."""
+
+    def asked(cls: type, value: object) -> bool:
+        return _OF_LOCAL_MAP in sys.modules and is_local_map.__get__(None, cls)(value)
+
+    return classmethod(asked)
 
 
 @functools.cache
