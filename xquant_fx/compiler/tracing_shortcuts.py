@@ -82,8 +82,7 @@ def shortcuts() -> Iterator[None]:
         replaced.append((LocalMap, "should_wrap_in_hop", _without_import(is_local_map)))
     if (frames_above := vars(side_effects).get("get_stack_above_dynamo")) is not None:
         replaced.append((side_effects, "get_stack_above_dynamo", functools.cache(frames_above)))
-    tracked = config.use_graph_deduplication or config.track_nodes_for_deduplication  # what nodes write to
-    if (value_of := vars(utils).get("_get_fake_value_impl")) is not None and not tracked:
+    if (value_of := vars(utils).get("_get_fake_value_impl")) is not None and _values_may_repeat():
         replaced.append((utils, "_get_fake_value_impl", remembering(value_of)))
     if not _shown(_NAMING_LOGS):
         replaced.append((symbolic_convert, "get_funcname", _no_name))
@@ -199,6 +198,12 @@ def _share(found: Any, dim: int | None) -> None:
     constraint = found.constraint_sizes[dim]
     if constraint is None or getattr(constraint, "warn_only", False):
         found.dynamic_sizes[dim], found.constraint_sizes[dim] = DimDynamic.DUCK, None
+
+
+def _values_may_repeat() -> bool:
+    """Not where Dynamo asks what each node writes to, nor where torch's cache of fake values is off, or checked."""
+    asks = config.use_graph_deduplication or config.track_nodes_for_deduplication
+    return config.fake_tensor_cache_enabled and not (asks or config.fake_tensor_cache_crosscheck_enabled)
 
 
 def _shown(logs: Iterable[str]) -> bool:
