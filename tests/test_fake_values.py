@@ -176,6 +176,31 @@ def test_what_changes_an_operation_is_left_to_dynamo() -> None:
     assert worked_out(twice, torch.rand(2, 4), w) == 2  # gradients could be recorded
 
 
+def test_parameters_are_no_other_tensors() -> None:
+    """In Dynamo's values a view of one may require gradients, without any being recorded."""
+    w, given = torch.nn.Parameter(torch.rand(8)), (torch.rand(8), torch.nn.Parameter(torch.rand(8)))
+
+    def function(x: Tensor, p: Tensor) -> tuple[Tensor, ...]:
+        parts = [each[:, None, ...].expand(8, 2) for each in (x, x, w, w, p, p)]
+        return *parts, *(each * 2 for each in (x, w, p)), w.float(), w.reshape(2, 4)
+
+    with torch.no_grad():
+        whole, spared = (Traced(function, *given, spared=each) for each in (False, True))
+    assert spared.looks() == whole.looks()
+
+
+def test_a_value_from_outside_is_none_inside_of_a_transform() -> None:
+    """Whose values are wrapped."""
+
+    def function(x: Tensor, w: Tensor) -> Any:
+        return w * 2, torch.func.jvp(lambda x: x + w * 2, (x,), (x,))
+
+    with torch.no_grad():
+        spared = Traced(function, torch.rand(3), torch.rand(3))
+    values = [node.meta["example_value"] for node in spared.nodes if node.target is operator.mul]
+    assert len(values) == 2 and type(values[0]) is not type(values[1])
+
+
 def test_settings_in_between_are_part_of_the_key() -> None:
     """An autocast, and another dtype of numbers, between two equal operations."""
 

@@ -119,7 +119,7 @@ def _look_of(x: Any, mode: FakeTensorMode) -> Key:
     """All of a tensor that decides what comes out of an operation."""
     if type(x) is not FakeTensor or x.fake_mode is not mode or not _is_strided(x):
         raise _OthersMayDifferError
-    return (x.dtype, x.shape, x.stride(), x.storage_offset(), x.fake_device, x.is_inference())
+    return (x.dtype, x.shape, x.stride(), x.storage_offset(), x.fake_device, x.is_inference(), x.requires_grad)
 
 
 def _is_strided(x: FakeTensor) -> bool:
