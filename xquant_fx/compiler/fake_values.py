@@ -12,7 +12,7 @@ mode. That decides who sees a write through one, which Dynamo asks in higher-ord
 Relied on: ``torch._dynamo.utils._get_fake_value_impl``, which gives the value of a node, ``current_tracer`` of the
 output graph with ``parent``, ``FakeTensor(mode, meta tensor, device)`` with ``fake_mode``, ``fake_device``,
 ``constant`` and ``real_tensor``, and ``in_kernel_invocation_manager``, inside which a meta tensor is one; all but the
-first two as torch's own cache of fake tensors does.
+first two as torch's own cache of fake tensors does. Checked on torch 2.11, 2.13 and 2.14.
 """
 
 from __future__ import annotations
