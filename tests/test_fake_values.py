@@ -166,7 +166,6 @@ def test_what_changes_an_operation_is_left_to_dynamo() -> None:
     x, w = torch.rand(2, 4), torch.rand(4, 4)
     with torch.no_grad():
         assert worked_out(twice, x, w) == 1
-        torch.compiler.reset()
         assert Traced(twice, x, w, spared=False).worked_out.count(F.linear) == 2
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert worked_out(twice, x, w) == 2
@@ -201,19 +200,48 @@ def test_a_value_from_outside_is_none_inside_of_a_transform() -> None:
     assert len(values) == 2 and type(values[0]) is not type(values[1])
 
 
-def test_settings_in_between_are_part_of_the_key() -> None:
-    """An autocast, and another dtype of numbers, between two equal operations."""
-
-    def function(x: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+def test_an_autocast_in_between_is_seen() -> None:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             inside = x @ x
-        return x @ x, inside, x @ x, n / 2
+        return x @ x, inside, x @ x
 
-    x, n = torch.rand(4, 4), torch.arange(4)
+    x = torch.rand(4, 4)
     with torch.no_grad():
-        whole, spared = (Traced(function, x, n, spared=each) for each in (False, True))
+        whole, spared = (Traced(function, x, spared=each) for each in (False, True))
         assert spared.looks() == whole.looks()
-        assert [t.dtype for t in spared.result] == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+        assert [t.dtype for t in spared.result] == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_another_default_dtype_is_part_of_the_key() -> None:
+    """Which numbers become; two frames here have one memory, as Dynamo breaks the graph where it is set."""
+
+    def function(n: Tensor) -> tuple[Tensor, Tensor]:
+        before = n / 2
+        torch.set_default_dtype(torch.float64)
+        return before, n / 2
+
+    with torch.no_grad():
+        try:
+            spared = Traced(function, torch.arange(4))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    looked = {node.meta["example_value"].dtype for node in spared.nodes if node.target is operator.truediv}
+    assert looked == {torch.float32, torch.float64} == {t.dtype for t in spared.result}
+
+
+def test_inference_mode_in_between_is_seen() -> None:
+    """By what runs; Dynamo's own values are none of that mode."""
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.inference_mode():
+            inside = x * 2
+        return x * 2, inside, x * 2
+
+    with torch.no_grad():
+        whole, spared = (Traced(function, torch.rand(3), spared=each) for each in (False, True))
+    assert spared.looks() == whole.looks()
+    assert [t.is_inference() for t in spared.result] == [False, True, False]
 
 
 def test_equal_numbers_of_other_types_are_others() -> None:

@@ -2,7 +2,7 @@
 
 Dynamo runs each operation of each layer on fake tensors, 0.3 ms apiece, 1.6 for a linear layer, which is five
 operations beneath. What comes out depends on nothing but the operation, what its arguments look like (``_look_of``),
-and settings that are part of ``_key``, and layers are alike: most values look like an earlier one of the same trace.
+and the dtype that numbers have, and layers are alike: most values look like an earlier one of the same trace.
 Only pure operations are looked for (``_FUNCTIONS``, ``_METHODS``), only where no gradient is recorded, nothing is cast
 by ``autocast`` and no size is open. All else is left to Dynamo.
 
@@ -31,7 +31,7 @@ Key = tuple[Any, ...]
 Lies = Literal["the first", "in the first", "apart"]
 ValueOf = Callable[..., Any]
 
-#: They write to nothing, and ask for no random numbers and no values.
+#: They write to nothing, and ask for no random numbers and no values; ``tests/test_fake_values.py`` tries each.
 _FUNCTIONS = frozenset((
     operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, operator.matmul,
     operator.getitem, torch.add, torch.mul, torch.pow, torch.rsqrt, torch.mean, torch.tanh, torch.sigmoid, torch.matmul,
@@ -91,7 +91,7 @@ def _key(node: Node, tx: Any, tensors: list[FakeTensor]) -> Key:
     args = tuple(_looks_of((*node.args, *node.kwargs.values()), tx.fake_mode, tensors))
     if not tensors:
         raise _OthersMayDifferError
-    return (node.target, names, args, torch.is_inference_mode_enabled(), torch.get_default_dtype())
+    return (node.target, names, args, torch.get_default_dtype())
 
 
 def _is_plain_here() -> bool:
