@@ -377,8 +377,9 @@ def by_reshape(q: Tensor, keys: Tensor, values: Tensor, pos: Tensor, given: Tens
 @pytest.mark.parametrize(
     ("see", "is_open"),
     [
-        *((see, True) for see in (by_arange, by_bias, by_input, by_products)),
+        *((see, True) for see in (by_bias, by_products)),
         *((see, False) for see in (from_the_end, by_table)),
+        *(pytest.param(see, True, marks=pytest.mark.slow) for see in (by_arange, by_input)),
         *(
             pytest.param(see, False, marks=pytest.mark.slow)
             for see in (by_sum, by_fraction, by_flip, by_total, by_nothing, by_what_is_returned, by_reshape)

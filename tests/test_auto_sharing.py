@@ -109,7 +109,9 @@ def test_one_window_has_no_noise_to_hide_in(plain):
     assert try_sharing(probe, tuple(item_losses(probe, Item("value", n, n), quiet) for n in (2, 3))).noise == 0
 
 
-@pytest.mark.parametrize("config", [SHORT, RANGE], ids=["own_scheme_cannot", "own_scheme_can"])
+@pytest.mark.parametrize(
+    "config", [SHORT, pytest.param(RANGE, marks=pytest.mark.slow)], ids=["own_scheme_cannot", "own_scheme_can"]
+)
 def test_sharing_is_chosen_where_it_is_free(alike, config, no_compiler):
     report = auto_report(alike, bits=2.0, text=IDS, config=config)
     trials = {(trial.role, trial.first): trial for trial in report.sharing}

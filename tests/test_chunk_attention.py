@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fast_and_slow import fast_but
 from numeric import seeded
 from stepping import interpreted, relative_error, run_steps
 from torch import Tensor
@@ -74,7 +75,7 @@ def test_as_plain_torch_on_dequantized_values(tiny_llama, attended, monkeypatch,
     assert relative_error(*outs) < (1e-5 if made.dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("kind", [StaticCache, DynamicCache])
+@pytest.mark.parametrize("kind", fast_but([StaticCache, DynamicCache], [DynamicCache]))
 def test_caches_that_were_taken_over(tiny_llama, attended, monkeypatch, kind):
     model = tiny_llama(layers=2)
     ids = torch.randint(1, 128, (1, sum(SIZES) + 1), generator=seeded(1))

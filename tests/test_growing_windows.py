@@ -136,6 +136,10 @@ def test_the_last_tokens_stay_codes() -> None:
     assert isinstance(rows, GrowingKV) and torch.equal((rows + 0)[1:], x[:, :, 111:150])
 
 
+#: While the window fills, over the end of a group, when it is full, and behind that.
+AFTER_WHICH_STEPS_FAIL = {*range(35, 46), 50, 55, *range(58, 74)}
+
+
 @pytest.mark.parametrize("new", fast_but([1, 5, 8], [1, 5]))
 @torch._dynamo.config.patch(recompile_limit=32)
 @torch.no_grad()
@@ -153,7 +157,7 @@ def test_what_a_step_stored_that_failed_is_taken_back(new: int) -> None:
         cache, parts = DynamicCache(config=model.config), []
         for begin, end in [(0, 20), *((t, t + 1) for t in range(20, 64)), (64, 64 + new), (64 + new, 65 + new)]:
             parts.append(step(ids[:, begin:end], cache, every))
-            if fails and end > 34:
+            if fails and end in AFTER_WHICH_STEPS_FAIL:
                 with pytest.raises((IndexError, RuntimeError)):
                     step(ids[:, :new], cache, every + 1000)
                 assert cache.get_seq_length(0) == cache.get_seq_length(1) == end
@@ -202,7 +206,8 @@ def test_windows_that_stay_beside_codes() -> None:
     assert [isinstance(layer.keys, GrowingKV) for layer in cache.layers] == [False, True]
 
 
-@pytest.mark.parametrize("config", [FULL, pytest.param(LOW, marks=pytest.mark.slow)], ids=["16 bits", "2 bits"])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [FULL, LOW], ids=["16 bits", "2 bits"])
 @torch.no_grad()
 def test_lengths_that_are_one_number_under_two_names(config: XQuantConfig) -> None:
     """By Inductor: one of the names is a size of the past, which the rewritten graph has no more."""

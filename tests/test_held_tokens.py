@@ -165,7 +165,7 @@ def each_layer_compiled(model: Any, **more: Any) -> None:
         layer.forward = torch.compile(layer.forward, backend=interpreted(self_check=False), **more)
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("fullgraph", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_masks_that_uncompiled_code_makes_for_compiled_layers(fullgraph):
     """Which are traced, or not."""
     expected, model = run(model_of(), ROOM), model_of()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dynamo_graphs import open_number
+from fast_and_slow import fast_but
 from test_later_prompts import OPTIONS, Run, graphs, ids_of, one
 from test_untraced import own_backends  # noqa: F401 - a fixture of all tests here
 from torch._dynamo.utils import counters
@@ -28,7 +29,7 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("kind", fast_but(CACHES, ["StaticCache"]))
 def test_all_layers_are_fused_in_a_batch_of_another_size(kind: str) -> None:
     run = Run(**OPTIONS)
     for batch in (1, 3, 1, 3):

@@ -56,6 +56,7 @@ def test_chunks_give_what_all_layers_together_give(whole_as_well: list[Any], mon
         assert all(torch.equal(a.dequantize(), b.dequantize()) for a, b in zip(mine, theirs, strict=True))
 
 
+@pytest.mark.slow  # of the model by hand, above, in make test
 @torch.no_grad()
 @pytest.mark.usefixtures("all_traced")
 def test_chunks_of_a_model(tiny_llama: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fast_and_slow import fast_but
+from fast_and_slow import every_other
 from stepping import interpreted
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -91,8 +91,7 @@ def compiled(model: Any, **options: Any) -> Any:
     return torch.compile(model, backend=interpreted(**options))
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "rows"), every_other(list(FORMS), [1, 3]))
 def test_the_rows_of_a_batch_are_quantized(form: str, rows: int) -> None:
     """And the others are as they were."""
     fast, plain = Decoder(form), Decoder(form)
@@ -157,8 +156,7 @@ def test_a_new_sequence_of_as_many_rows_stays_quantized() -> None:
     assert all(type(buffer) is LeadingRowsKV for buffer in fast.buffers_of_all)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("rows", fast_but([1, 3, 4], [3]))
+@pytest.mark.parametrize(("form", "rows"), every_other(list(FORMS), [1, 4, 3], slow=[3]))
 def test_a_batch_of_another_size_gives_the_buffers_back(rows: int, form: str, caplog: Any) -> None:
     fast, plain = Decoder(form), Decoder(form)
     step = compiled(fast, config=FULL)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fast_and_slow import fast_but
+from fast_and_slow import every_other, fast_but
 from stepping import relative_error
 from test_later_prompts import EMPTIES_IN_PLACE, OPTIONS, Run, graphs, ids_of, one
 from test_untraced import own_backends  # noqa: F401 - a fixture of all tests here
@@ -225,9 +225,9 @@ def copied(cache: Any) -> Any:
     return copy.deepcopy(cache)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("change", [begun_anew, rows_turned, two_less, copied])
-@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "change", "is_compiled"), every_other(KINDS, [begun_anew, rows_turned, two_less, copied], [True, False])
+)
 @torch.no_grad()
 def test_what_the_function_does_to_the_cache_first(run: Run, kind: type, change: Any, is_compiled: bool) -> None:
     """Before the step: the cache is then what it would be if nothing had been tried."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fast_and_slow import fast_but
+from fast_and_slow import every_other, fast_but
 from stepping import interpreted, relative_error
 from test_later_prompts import graphs
 from test_sliding_windows import FULL, LENGTH, LOW, WINDOW, close, ids_of, model_of
@@ -65,7 +65,7 @@ def quantized(cache: Any) -> list[bool]:
     return [isinstance(layer.keys, STORED_KV) and isinstance(layer.values, STORED_KV) for layer in cache.layers]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", fast_but(KINDS, [DynamicCache]))
 @pytest.mark.parametrize("name", fast_but(["Gemma3Text", "Mistral", "GptOss"], ["Mistral", "GptOss"]))
 def test_they_are_quantized_before_the_first_step(name: str, kind: type, ended: list[Any]) -> None:  # noqa: F811
     """Exactly at 16 bits, until the window is full and beyond; the step and those behind it are one graph."""
@@ -80,7 +80,7 @@ def test_they_are_quantized_before_the_first_step(name: str, kind: type, ended: 
     assert quantized(cache) == [True, True]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", fast_but(KINDS, [StaticCache]))
 def test_they_are_stored_as_by_a_takeover(kind: type) -> None:
     caches = []
     for traced in (False, True):
@@ -94,7 +94,7 @@ def test_they_are_stored_as_by_a_takeover(kind: type) -> None:
             assert relative_error(mine_.dequantize(), theirs_.dequantize()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", fast_but(KINDS, [StaticCache]))
 @pytest.mark.parametrize("config", fast_but(STAY, STAY[:2]), ids=["short", "little", "not asked"])
 def test_windows_that_stay(config: XQuantConfig, kind: type, ended: list[Any]) -> None:  # noqa: F811
     """The other layer is quantized before the first step, and no step behind it is traced until they are full."""
@@ -116,7 +116,7 @@ def test_all_windows_that_stay(ended: list[Any]) -> None:  # noqa: F811
     assert not ended and quantized(cache) == [False, False]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", fast_but(KINDS, [DynamicCache]))
 @pytest.mark.parametrize("prompt", fast_but([WINDOW - 1, WINDOW, WINDOW + 20], [WINDOW - 1, WINDOW + 20]))
 def test_windows_that_have_lost_tokens_are_not_tried(kind: type, prompt: int, ended: list[Any]) -> None:  # noqa: F811
     """A takeover knows what they hold."""
@@ -127,9 +127,7 @@ def test_windows_that_have_lost_tokens_are_not_tried(kind: type, prompt: int, en
     assert quantized(cache) == [True, True]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stays", [False, True])
-@pytest.mark.parametrize("prompt", [20, WINDOW + 5])
+@pytest.mark.parametrize(("kind", "stays", "prompt"), every_other(KINDS, [False, True], [20, WINDOW + 5]))
 @pytest.mark.parametrize("mode", fast_but([torch.no_grad, torch.inference_mode], [torch.inference_mode]))
 def test_first_steps_that_fail_are_not_counted(kind: type, stays: bool, prompt: int, mode: Any) -> None:
     """Neither as a tensor nor as a number, nor has a window lost a token to them."""
@@ -188,7 +186,7 @@ def test_what_is_refused_becomes_what_it_was(kind: type, ended: list[Any]) -> No
     assert relative_error(got, run.life(call, run.new(kind), [20, 1, 1])) < 0.3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", fast_but(KINDS, [DynamicCache]))
 @pytest.mark.parametrize(
     ("sizes", "is_tried"),
     [
@@ -205,14 +203,16 @@ def test_several_tokens_at_once(kind: type, sizes: list[int], is_tried: bool, en
     assert quantized(cache) == [True, True] and ended == [True] * is_tried
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", [FULL, STAY[2]], ids=["quantized", "in full precision"])
 @pytest.mark.parametrize(
-    "prompt", fast_but([20, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 20], [WINDOW - 2, WINDOW - 1, WINDOW])
+    ("kind", "is_quantized", "prompt"),
+    every_other(
+        KINDS, [True, False], [20, WINDOW + 20, WINDOW - 2, WINDOW - 1, WINDOW], slow=[WINDOW - 2, WINDOW - 1, WINDOW]
+    ),
 )
-def test_graphs_are_those_of_windows_that_fill_and_of_full_ones(kind: type, config: XQuantConfig, prompt: int) -> None:
+def test_graphs_are_those_of_windows_that_fill_and_of_full_ones(kind: type, is_quantized: bool, prompt: int) -> None:
     """Or what takes over windows that have lost tokens. Steps between, and chunks beside windows in full precision, are
     not traced, and a second cache has the same graphs."""
+    config = FULL if is_quantized else STAY[2]
     run = Run("Gemma3Text", config)
     sizes = [prompt, *[1] * (WINDOW - prompt + 4 if prompt < WINDOW else 3), *[11] * (config is not FULL), 1, 1]
     for _ in range(2):

@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from fast_and_slow import fast_but
 from numeric import seeded
 from stepping import relative_error, run_steps
 from torch.nn.functional import scaled_dot_product_attention
@@ -209,7 +210,7 @@ def test_a_compiler_that_fails_is_told_of_once(tiny_llama, calls, monkeypatch, c
     assert sum("the C++ compiler fails" in record.message for record in caplog.records) == 1
 
 
-@pytest.mark.parametrize("kind", [StaticCache, DynamicCache])
+@pytest.mark.parametrize("kind", fast_but([StaticCache, DynamicCache], [StaticCache]))
 def test_caches_that_were_taken_over(tiny_llama, calls, monkeypatch, kind):
     """Uncompiled steps on what compiled ones quantized."""
     model = tiny_llama(layers=2, kv_heads=4)
