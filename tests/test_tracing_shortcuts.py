@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import sys
@@ -11,15 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from stepping import interpreted
 from torch import Tensor, nn
 from torch._dynamo import config, guards, output_graph, symbolic_convert, utils
+from torch._dynamo.utils import compilation_time_metrics, counters
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._dynamo.variables.higher_order_ops import LocalMapWrappedHigherOrderVariable
 from torch.fx import GraphModule
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from xquant_fx import XQuantCache, xquant_backend
+from xquant_fx.cache.growing import GrowingKV
 from xquant_fx.compiler import tracing_shortcuts
 from xquant_fx.compiler.tracing_shortcuts import _with_classes_once, shortcuts
+from xquant_fx.compiler.tracing_time import watch_tracing
 
 SMALL = dict(
     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -75,13 +81,14 @@ def test_everything_is_put_back() -> None:
 
     def replaced() -> tuple[Any, ...]:
         kept = (symbolic_convert.get_funcname, translator.is_co_filename_from_nn_modules, VariableBuilder._wrap)
-        values = (utils._get_fake_value_impl, vars(LocalMapWrappedHigherOrderVariable)["should_wrap_in_hop"])
+        values = (utils._get_fake_value_impl, VariableBuilder.wrap_symfloat)
+        values = (*values, vars(LocalMapWrappedHigherOrderVariable)["should_wrap_in_hop"])
         return (*kept, guards.profile_guard_manager, *values, {**vars(config)}, type(config).__setattr__)
 
     before = replaced()
     with pytest.raises(KeyError), shortcuts():
         assert output_graph.traceback is not traceback and "verbose" in vars(config) and config.verbose is False
-        assert all(now is not then for now, then in zip(replaced()[:6], before[:6], strict=True))
+        assert all(now is not then for now, then in zip(replaced()[:7], before[:7], strict=True))
         raise KeyError
     assert replaced() == before and output_graph.traceback is traceback and "verbose" not in vars(config)
     assert output_graph.fx is torch.fx
@@ -170,3 +177,65 @@ def test_what_a_torch_does_not_have_is_left_out(monkeypatch: pytest.MonkeyPatch)
     with shortcuts():
         assert not hasattr(symbolic_convert, "get_funcname")
     assert not hasattr(symbolic_convert, "get_funcname")
+
+
+class Scaled(nn.Module):
+    """With a number of its own, and one that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 0.5
+
+    def forward(self, x: Tensor, times: float) -> Tensor:
+        return (x + self.eps) * times
+
+
+@pytest.mark.parametrize("spared", [True, False])
+def test_numbers_of_modules_are_constants_until_they_change(spared: bool) -> None:
+    """Under dynamic=True; those that are passed in are open, as they are without us."""
+    torch._dynamo.reset()
+    model, made = Scaled(), []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        made.append(sum("eps" in node.name for node in gm.graph.find_nodes(op="placeholder")))
+        return gm.forward
+
+    step, seen = torch.compile(model, backend=backend, dynamic=True), []
+    with shortcuts() if spared else contextlib.nullcontext():
+        for eps, times in ((0.5, 2.0), (0.5, 3.0), (0.25, 3.0), (0.125, 4.0), (0.5, 2.0)):
+            model.eps, x = eps, torch.randn(3, 2 + len(seen))
+            assert torch.equal(step(x, times), (x + eps) * times)
+            seen.append(list(made))
+    assert seen == ([[0], [0], [0, 1], [0, 1], [0, 1]] if spared else [[1]] * 5)
+
+
+def test_a_step_of_open_sizes_is_fused_in_a_cache_that_grows() -> None:
+    """The scale of its logits is a number of the model's."""
+    torch._dynamo.reset()
+    counters.clear()
+    model, ids = LlamaForCausalLM(LlamaConfig(**SMALL)).eval(), torch.ones(1, 9).long()
+    step, cache = torch.compile(model.forward, backend=interpreted(), dynamic=True), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(2):
+            step(ids[:, :1], past_key_values=cache)
+    assert all(isinstance(layer.keys, GrowingKV) for layer in cache.layers)
+    assert counters["xquant"]["fuse_decode"] == 2
+
+
+def test_a_model_of_open_sizes_is_traced_once() -> None:
+    """Dynamo tries inputs for numbers that can be none, and begins anew without them, otherwise."""
+    torch._dynamo.reset()
+    watch_tracing(xquant_backend)  # which the reset forgot
+    compilation_time_metrics.clear()
+    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_hidden_layers": 1})).eval()
+    step, ids, made = torch.compile(model.forward, backend="xquant", dynamic=True), torch.ones(1, 9).long(), []
+    with torch.no_grad():
+        for length in (16, 24):
+            cache, other = (XQuantCache(model.config, length) for _ in range(2))
+            for each in (cache, other):
+                model(ids, past_key_values=each)
+            got, want = (f(ids[:, :1], past_key_values=c).logits for f, c in ((step, cache), (model, other)))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            made.append(len(compilation_time_metrics["bytecode_tracing"]))
+    assert made == [1, 1]

@@ -11,6 +11,8 @@
 - ``torch.distributed``'s tensors, which are imported to ask whether a function is one of theirs;
 - how long guards take with nothing in the processor's caches, which are emptied for it: 0.03 s a graph, for a log;
 - lengths of caches: those that are equal are one symbol, where each of 60 tensors had its own (0.8 of 4 s);
+- numbers like a norm's epsilon, attributes of modules, under ``dynamic=True``: they are constants until one changes, as
+  otherwise, where each was an input first, and the model traced thrice to find that none can be;
 - numbers of tokens that sliding windows count: Dynamo leaves them open from the first step on, and not once it has
   traced one for a number and found another in the next.
 
@@ -76,6 +78,8 @@ def shortcuts() -> Iterator[None]:
     ]
     if isinstance(wrap := vars(builder.VariableBuilder).get("_wrap"), FunctionType):
         replaced.append((builder.VariableBuilder, "_wrap", _with_classes_once(wrap)))
+    if (number_of := vars(builder.VariableBuilder).get("wrap_symfloat")) is not None:
+        replaced.append((builder.VariableBuilder, "wrap_symfloat", _constant_in_modules(number_of)))
     if (context_of := vars(builder).get("_automatic_dynamic")) is not None:
         replaced.append((builder, "_automatic_dynamic", _with_one_length(context_of)))
     if (is_local_map := vars(LocalMap or object).get("should_wrap_in_hop")) is not None:
@@ -174,6 +178,23 @@ def _is_file_of_nn_modules(name: str) -> bool:
 
 def _is_of_nn_modules(self: Any) -> bool:
     return _is_file_of_nn_modules(getattr(self.f_code, "co_filename", "<unknown>"))
+
+
+def _constant_in_modules(wrap: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo's function for a float, for which those of modules are constants first, as their ints are."""
+
+    def wrapped(self: Any, value: float) -> Any:
+        if config.assume_static_by_default or not _is_of_a_module(self.source):
+            return wrap(self, value)
+        with config.patch(assume_static_by_default=True):
+            return wrap(self, value)
+
+    return wrapped
+
+
+def _is_of_a_module(source: Any) -> bool:
+    asks = getattr(getattr(source, "guard_source", None), "is_unspecialized_nn_module", None)
+    return asks is not None and bool(asks())
 
 
 def _with_one_length(context_of: Callable[..., Any]) -> Callable[..., Any]:
