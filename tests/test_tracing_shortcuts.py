@@ -224,7 +224,7 @@ def test_a_step_of_open_sizes_is_fused_in_a_cache_that_grows() -> None:
 
 
 def test_a_model_of_open_sizes_is_traced_once() -> None:
-    """Dynamo tries inputs for numbers that can be none, and begins anew without them, otherwise."""
+    """Otherwise Dynamo makes inputs of numbers that can be none, and begins anew without those."""
     torch._dynamo.reset()
     watch_tracing(xquant_backend)  # which the reset forgot
     compilation_time_metrics.clear()

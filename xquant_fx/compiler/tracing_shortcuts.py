@@ -11,8 +11,8 @@
 - ``torch.distributed``'s tensors, which are imported to ask whether a function is one of theirs;
 - how long guards take with nothing in the processor's caches, which are emptied for it: 0.03 s a graph, for a log;
 - lengths of caches: those that are equal are one symbol, where each of 60 tensors had its own (0.8 of 4 s);
-- numbers like a norm's epsilon, attributes of modules, under ``dynamic=True``: they are constants until one changes, as
-  otherwise, where each was an input first, and the model traced thrice to find that none can be;
+- numbers like a norm's epsilon, attributes of modules, under ``dynamic=True``: constants until one changes, as they are
+  without it; each was an input, and the model traced three times to find which of them cannot be one;
 - numbers of tokens that sliding windows count: Dynamo leaves them open from the first step on, and not once it has
   traced one for a number and found another in the next.
 
