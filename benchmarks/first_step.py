@@ -6,6 +6,7 @@
     python benchmarks/first_step.py MODEL --side growing     # DynamicCache
                                                              # "more room": two steps after its room is filled
     python benchmarks/first_step.py MODEL --chunk 512        # and the first two chunks of so many tokens
+    python benchmarks/first_step.py MODEL --dynamic          # under dynamic=True
     python benchmarks/first_step.py MODEL --talk             # prompts, steps and turns of a chat, all compiled
     python benchmarks/first_step.py MODEL --talk --fullgraph # the same, where Dynamo traces prompts and turns, too
     python benchmarks/first_step.py MODEL --runs warm warm --cache-dir FOLDER
@@ -81,7 +82,7 @@ def first_step(args: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     backend, new_cache = side_of(args, model.config)
     ids, found = torch.arange(1, 1 + PROMPT)[None], dict[str, Any]()
-    step = torch.compile(model.forward, backend=backend)
+    step = torch.compile(model.forward, backend=backend, dynamic=args.dynamic)
     with torch.no_grad():
         for times, names in enumerate(STEPS):
             cache = new_cache(args.max_cache_len * (1 + times))
@@ -181,6 +182,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-cache-len", type=int, default=1024)
     parser.add_argument("--chunk", type=int, default=0, help="tokens of chunks that are compiled, too; 0: none")
+    parser.add_argument(
+        "--dynamic", action="store_const", const=True, help="dynamic=True: sizes are open from the start"
+    )
     parser.add_argument("--talk", action="store_true", help="prompts and turns of a chat instead")
     parser.add_argument("--fullgraph", action="store_true", help="of --talk: everything is traced")
     parser.add_argument("--cache-dir", type=Path, help="kept; without it a folder that is thrown away")
@@ -196,7 +200,9 @@ def main() -> None:
         rows = [{"way": way, **in_new_process(way, [*sys.argv[1:], "--one"], folder)} for way in args.runs]
     Console(width=120).print(table_of_talk(rows, args) if args.talk else table(rows, args))
     args.device, args.cache_dir = "cpu", str(args.cache_dir)
-    more = ("-chunks" if args.chunk else "") + ("-traced" if args.fullgraph else "")
+    more = "".join(
+        name for name, asked in (("-chunks", args.chunk), ("-traced", args.fullgraph), ("-open", args.dynamic)) if asked
+    )
     write(f"{'first-words' if args.talk else 'first-step'}-cpu-{args.side}{more}", {**where(args), "rows": rows})
 
 

@@ -17,7 +17,7 @@ def fast_but(cases: Iterable[Any], slow: Collection[Any]) -> list[Any]:
 def every_other(*axes: Sequence[Any], slow: Collection[Any] = ()) -> list[Any]:
     """One value of each axis, in all combinations: every other one is slow, and all with a value in ``slow``.
 
-    Of three axes or more, any two values of two axes meet in a fast case.
+    Of three axes, with two neighbours each that are not in ``slow``, any two values of two axes meet in a fast case.
     """
     cases = []
     for places in itertools.product(*(range(len(axis)) for axis in axes)):

@@ -16,11 +16,11 @@
 - numbers of tokens that sliding windows count: Dynamo leaves them open from the first step on, and not once it has
   traced one for a number and found another in the next.
 
-The trace is the same but for these symbols. Relied on: how ``symbolic_convert``, ``output_graph``, ``side_effects``,
-``guards`` and ``builder`` name these, that Dynamo's config is a module of a class of its own that looks up what it does
-not have itself, that a function keeps the builtins its globals had when it was made, and that ``_automatic_dynamic``
-returns a list of ``DimDynamic``. Checked on torch 2.11, 2.13 and 2.14, the lengths on the first two alone; what is not
-there is left out.
+The trace is the same but for these symbols and constants. Relied on: how ``symbolic_convert``, ``output_graph``,
+``side_effects``, ``guards`` and ``builder`` name these, that Dynamo's config is a module of a class of its own that
+looks up what it does not have itself, that a function keeps the builtins its globals had when it was made, and that
+``_automatic_dynamic`` returns a list of ``DimDynamic``. Checked on torch 2.11, 2.13 and 2.14, the lengths on the
+first two alone; what is not there is left out.
 """
 
 from __future__ import annotations
@@ -184,17 +184,12 @@ def _constant_in_modules(wrap: Callable[..., Any]) -> Callable[..., Any]:
     """Dynamo's function for a float, for which those of modules are constants first, as their ints are."""
 
     def wrapped(self: Any, value: float) -> Any:
-        if config.assume_static_by_default or not _is_of_a_module(self.source):
+        if config.assume_static_by_default or not self.source.guard_source.is_unspecialized_nn_module():
             return wrap(self, value)
         with config.patch(assume_static_by_default=True):
             return wrap(self, value)
 
     return wrapped
-
-
-def _is_of_a_module(source: Any) -> bool:
-    asks = getattr(getattr(source, "guard_source", None), "is_unspecialized_nn_module", None)
-    return asks is not None and bool(asks())
 
 
 def _with_one_length(context_of: Callable[..., Any]) -> Callable[..., Any]:
